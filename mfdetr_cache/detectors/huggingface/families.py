@@ -1,0 +1,140 @@
+"""What differs between the transformers detectors: where their maps are, and what to put right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.detectors.huggingface.deimv2 import restore_original_deimv2
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one transformers model type is read.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        label: Its name for people.
+        encoder_maps: ``outputs`` when the forward returns the final maps as a list, ``layers``
+            when the encoder is a stack of transformer layers over flattened levels.
+        backbone: The backbone module inside the model.
+        correct: Changes a loaded model to compute what its authors' code computes; None if it
+            already does.
+        takes_mask: Whether padding is respected (else the input has one fixed size).
+        checked: Against what the numbers were checked.
+    """
+
+    model_type: str
+    label: str
+    encoder_maps: Literal["outputs", "layers"]
+    backbone: Callable[[nn.Module], nn.Module]
+    correct: Callable[[nn.Module], None] | None
+    takes_mask: bool
+    checked: str
+
+
+def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+    backbone: nn.Module = model.model.conv_encoder.model
+    return backbone
+
+
+def _plain_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+    backbone: nn.Module = model.model.backbone.model
+    return backbone
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "deimv2",
+            "DEIMv2",
+            "outputs",
+            _conv_encoder_backbone,
+            restore_original_deimv2,
+            takes_mask=False,
+            checked="original ONNX export: 1e-3 in score, 0.5 px",
+        ),
+        Family(
+            "rt_detr",
+            "RT-DETR",
+            "outputs",
+            _plain_backbone,
+            None,
+            takes_mask=False,
+            checked="random weights only",
+        ),
+        Family(
+            "d_fine",
+            "D-FINE",
+            "outputs",
+            _plain_backbone,
+            None,
+            takes_mask=False,
+            checked="random weights only",
+        ),
+        Family(
+            "deformable_detr",
+            "Deformable DETR",
+            "layers",
+            _plain_backbone,
+            None,
+            takes_mask=True,
+            checked="random weights only",
+        ),
+    )
+}
+
+
+def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
+    """The modules whose outputs are a backbone's stage maps, finest first.
+
+    Args:
+        backbone: A transformers or timm backbone.
+
+    Returns:
+        The stages, or an empty list where the backbone has no such stages (a plain ViT).
+    """
+    encoder = getattr(backbone, "encoder", None)
+    stages = getattr(encoder, "stages", None)
+    if stages is not None:
+        return list(stages)
+    timm_layers = [getattr(backbone, f"layer{i}", None) for i in range(1, 5)]
+    return [layer for layer in timm_layers if isinstance(layer, nn.Module)]
+
+
+def first_tensor(output: object) -> Tensor:
+    """The tensor in a module's output, which may come in a tuple or a model output.
+
+    Args:
+        output: What the module returned.
+
+    Returns:
+        Its first tensor.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(f"no tensor in {type(output).__name__}")
+
+
+def tokens_to_maps(tokens: Tensor, sizes_hw: list[tuple[int, int]]) -> list[Tensor]:
+    """Flattened multi-scale tokens as one map per level.
+
+    Args:
+        tokens: Levels one after the other, row-major, shape (B, S, C).
+        sizes_hw: Height and width of each level; their areas sum to S.
+
+    Returns:
+        Maps of shape (B, C, h, w).
+    """
+    parts = torch.split(tokens, [h * w for h, w in sizes_hw], dim=1)
+    return [
+        part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes_hw, strict=True)
+    ]

@@ -1,0 +1,155 @@
+"""From an RGB image to the network input, as the detector's authors do it: resized by PIL.
+
+PIL's antialiasing is not a tensor interpolation's; a detector trained on the one loses accuracy on
+the other, so there is no second path here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.types import ImageGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes the network input.
+
+    Attributes:
+        height: Fixed input height; None to keep the aspect ratio.
+        width: Fixed input width; None to keep the aspect ratio.
+        shortest_edge: Target of the shorter side when the aspect ratio is kept.
+        longest_edge: Bound of the longer side when the aspect ratio is kept.
+        resample: PIL's number of the interpolation (2 is bilinear).
+        rescale: Factor on the 8-bit values.
+        mean: Subtracted per channel after rescaling; None for no normalisation.
+        std: Divided by per channel.
+    """
+
+    height: int | None
+    width: int | None
+    shortest_edge: int | None
+    longest_edge: int | None
+    resample: int
+    rescale: float
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    @classmethod
+    def from_processor(cls, processor: dict[str, Any], where: str) -> "Preprocessing":
+        """Read a transformers image processor's settings.
+
+        Args:
+            processor: The settings, as in ``preprocessor_config.json``.
+            where: The detector, for the message.
+
+        Returns:
+            The same steps.
+
+        Raises:
+            DetectorError: If the processor does something this class does not.
+        """
+        size = dict(processor.get("size") or {})
+        fixed = processor.get("do_resize", True) and {"height", "width"} <= size.keys()
+        edges = processor.get("do_resize", True) and {"shortest_edge", "longest_edge"} <= size.keys()
+        if not (fixed or edges):
+            raise DetectorError(f"{where}: cannot follow its image processor's resize {size}")
+        if processor.get("do_pad") and processor.get("pad_size"):
+            raise DetectorError(f"{where}: its image processor pads to a fixed size, not supported")
+        normalise = bool(processor.get("do_normalize", False))
+        mean = tuple(float(v) for v in processor["image_mean"]) if normalise else None
+        std = tuple(float(v) for v in processor["image_std"]) if normalise else None
+        return cls(
+            height=int(size["height"]) if fixed else None,
+            width=int(size["width"]) if fixed else None,
+            shortest_edge=None if fixed else int(size["shortest_edge"]),
+            longest_edge=None if fixed else int(size["longest_edge"]),
+            resample=int(processor.get("resample", 2)),
+            rescale=float(processor.get("rescale_factor", 1 / 255))
+            if processor.get("do_rescale", True)
+            else 1.0,
+            mean=mean,  # type: ignore[arg-type]  # three channels
+            std=std,  # type: ignore[arg-type]
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """The settings as plain values, for a cache's identity."""
+        return {"resize": "PIL", **asdict(self)}
+
+    def input_geometry(self, original_hw: tuple[int, int]) -> ImageGeometry:
+        """Sizes an image gets.
+
+        Args:
+            original_hw: Height and width of the image in pixels.
+
+        Returns:
+            The geometry; nothing is padded, since images run one by one.
+        """
+        if self.height is not None and self.width is not None:
+            resized = (self.height, self.width)
+        else:
+            assert self.shortest_edge is not None
+            assert self.longest_edge is not None
+            resized = shortest_edge_size(original_hw, self.shortest_edge, self.longest_edge)
+        return ImageGeometry(original_hw, resized, resized)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The network input of one image.
+
+        Args:
+            image: RGB, at its original size.
+
+        Returns:
+            float32, shape (3, H, W).
+        """
+        height, width = self.input_geometry((image.height, image.width)).resized_hw
+        if (image.height, image.width) != (height, width):
+            image = image.resize((width, height), Image.Resampling(self.resample))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        # Division, not multiplication by the reciprocal, where the factor is 1/255: that is what
+        # the detectors' own code does, and the two differ in the last bit.
+        if abs(self.rescale * 255 - 1) < 1e-6:
+            values = pixels.to(torch.float32).div_(255)
+        else:
+            values = pixels.to(torch.float32).mul_(self.rescale)
+        if self.mean is not None and self.std is not None:
+            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            values = (values - mean[:, None, None]) / std[:, None, None]
+        return values.contiguous()
+
+
+def shortest_edge_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
+    """The test-time size of DETR, Deformable DETR, H-DETR and DINO.
+
+    The shorter side becomes ``shortest`` unless the longer would pass ``longest``; the longer side
+    is truncated, as the official code does (so it may pass ``longest`` by one).
+
+    Args:
+        size_hw: Height and width of the image in pixels.
+        shortest: Target of the shorter side.
+        longest: Bound of the longer side.
+
+    Returns:
+        Height and width of the network input, at least 1 each.
+
+    Examples:
+        >>> shortest_edge_size((480, 640), 800, 1333)
+        (800, 1066)
+        >>> shortest_edge_size((200, 640), 800, 1333)
+        (417, 1334)
+    """
+    height, width = size_hw
+    small, large = min(size_hw), max(size_hw)
+    target = shortest
+    if large / small * shortest > longest:
+        target = round(longest * small / large)
+    if small == target:
+        return size_hw
+    target = max(target, 1)
+    other = max(int(target * large / small), 1)
+    return (other, target) if width < height else (target, other)

@@ -1,0 +1,221 @@
+"""Instance masks: COCO run lengths, bitmaps, sampling inside a box, pasting into an image.
+
+Run lengths are COCO's: column-major, alternating background and foreground, starting with
+background; they sum to height x width. Pixel (row y, column x) covers [x, x+1) x [y, y+1).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+RunLengths = NDArray[np.uint32]
+
+
+def run_lengths_of_segmentation(
+    segmentation: list[list[float]] | dict[str, Any], size_hw: tuple[int, int]
+) -> RunLengths:
+    """The run lengths of a COCO ``segmentation`` field, drawn by pycocotools itself.
+
+    Args:
+        segmentation: Polygons, or an RLE dictionary with plain or compressed counts.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        Run lengths, uint32.
+
+    Raises:
+        ValueError: If the segmentation is malformed or of another image size.
+    """
+    height, width = size_hw
+    if isinstance(segmentation, list):
+        polygons = [p for p in segmentation if len(p) >= 6]
+        if not polygons:
+            raise ValueError("a polygon needs at least three points")
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    else:
+        if list(segmentation.get("size", ())) != [height, width]:
+            raise ValueError(f"RLE of size {segmentation.get('size')} in an image of {size_hw}")
+        if isinstance(segmentation.get("counts"), list):
+            return _checked(np.asarray(segmentation["counts"], dtype=np.uint32), size_hw)
+        rle = segmentation
+    return _checked(_decompress(rle["counts"]), size_hw)
+
+
+def _checked(run_lengths: RunLengths, size_hw: tuple[int, int]) -> RunLengths:
+    if int(run_lengths.sum(dtype=np.int64)) != size_hw[0] * size_hw[1]:
+        raise ValueError(f"run lengths do not sum to {size_hw[0]} x {size_hw[1]} pixels")
+    return run_lengths
+
+
+def _decompress(counts: bytes | str) -> RunLengths:
+    """COCO's LEB128-like string as run lengths (the format of pycocotools' rleFrString)."""
+    data = counts.encode("ascii") if isinstance(counts, str) else counts
+    runs: list[int] = []
+    position = 0
+    while position < len(data):
+        value, shift, more = 0, 0, True
+        while more:
+            byte = data[position] - 48
+            value |= (byte & 0x1F) << shift
+            more = bool(byte & 0x20)
+            position += 1
+            shift += 5
+            if not more and byte & 0x10:
+                value |= -1 << shift
+        # From the third run on, COCO stores the difference to the run before last.
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return np.asarray(runs, dtype=np.uint32)
+
+
+def compress_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> dict[str, Any]:
+    """A COCO RLE dictionary as pycocotools takes it.
+
+    Args:
+        run_lengths: Run lengths of one mask.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        ``{"size": [h, w], "counts": bytes}``.
+    """
+    height, width = size_hw
+    plain = {"size": [height, width], "counts": [int(r) for r in run_lengths]}
+    rle: dict[str, Any] = coco_mask.frPyObjects(plain, height, width)
+    return rle
+
+
+def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask as a bitmap.
+
+    Args:
+        run_lengths: Run lengths of one mask.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        True inside the object, shape (height, width).
+
+    Examples:
+        >>> decode_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2)).tolist()
+        [[False, True], [True, False]]
+    """
+    height, width = size_hw
+    inside = np.arange(len(run_lengths)) % 2 == 1
+    return np.repeat(inside, run_lengths).reshape(width, height).T
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A bitmap as a COCO RLE dictionary.
+
+    Args:
+        mask: True inside the object, shape (height, width).
+
+    Returns:
+        ``{"size": [h, w], "counts": bytes}``.
+    """
+    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return rle
+
+
+def sample_run_lengths(
+    run_lengths: RunLengths,
+    size_hw: tuple[int, int],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Whether points lie inside the object, looked up in the run lengths without a bitmap.
+
+    Args:
+        run_lengths: Run lengths of one mask.
+        size_hw: Height and width of the image in pixels.
+        x: Horizontal positions in original image pixels, any shape.
+        y: Vertical positions, same shape.
+
+    Returns:
+        True where the pixel under the point is inside; False outside the image.
+    """
+    height, width = size_hw
+    column = np.floor(x).astype(np.int64)
+    row = np.floor(y).astype(np.int64)
+    in_image = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    index = np.where(in_image, column * height + row, 0)
+    run = np.searchsorted(np.cumsum(run_lengths, dtype=np.int64), index, side="right")
+    return in_image & (run % 2 == 1)
+
+
+def rasterise_in_box(
+    run_lengths: RunLengths,
+    size_hw: tuple[int, int],
+    box_xyxy: NDArray[np.float64],
+    grid_size: int,
+    subsamples: int = 2,
+) -> NDArray[np.float32]:
+    """The part of an object inside a box, as coverage of a square grid laid over the box.
+
+    Every cell averages ``subsamples`` x ``subsamples`` regularly placed points, so the cost depends
+    on the grid and not on the image.
+
+    Args:
+        run_lengths: Run lengths of the object.
+        size_hw: Height and width of the image in pixels.
+        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
+        grid_size: Cells along both axes.
+        subsamples: Points per cell along both axes.
+
+    Returns:
+        Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
+    """
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    steps = (np.arange(grid_size * subsamples) + 0.5) / (grid_size * subsamples)
+    x, y = np.meshgrid(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
+    inside = sample_run_lengths(run_lengths, size_hw, x, y)
+    cells = inside.reshape(grid_size, subsamples, grid_size, subsamples)
+    return cells.mean(axis=(1, 3), dtype=np.float32)
+
+
+def paste_mask_in_image(
+    mask_probs: NDArray[np.float32],
+    box_xyxy: NDArray[np.float64],
+    size_hw: tuple[int, int],
+    threshold: float = 0.5,
+) -> NDArray[np.bool_]:
+    """A square mask interpolated to its box in the image and thresholded (Eq. 4).
+
+    Cell centres lie at ``(i + 0.5) / r`` of the box; between them values are bilinear, and between
+    the outermost centres and the border of the box they are constant. Pixels whose centre is
+    outside the box are outside the mask.
+
+    Args:
+        mask_probs: Probabilities, shape (r, r).
+        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
+        size_hw: Height and width of the image in pixels.
+        threshold: Probability from which on a pixel is inside.
+
+    Returns:
+        The mask, shape (height, width); empty when no pixel centre is in the box.
+    """
+    height, width = size_hw
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    mask = np.zeros(size_hw, dtype=np.bool_)
+    rows, row_low, row_high, row_weight = _interpolation(y0, y1, height, mask_probs.shape[0])
+    cols, col_low, col_high, col_weight = _interpolation(x0, x1, width, mask_probs.shape[1])
+    if rows.stop <= rows.start or cols.stop <= cols.start:
+        return mask
+    down = mask_probs[row_low] * (1 - row_weight)[:, None] + mask_probs[row_high] * row_weight[:, None]
+    full = down[:, col_low] * (1 - col_weight) + down[:, col_high] * col_weight
+    mask[rows, cols] = full >= threshold
+    return mask
+
+
+def _interpolation(
+    start: float, stop: float, length: int, cells: int
+) -> tuple[slice, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Pixels of an axis with centre in [start, stop], and the two cells and weight of each."""
+    first = max(0, int(np.ceil(start - 0.5)))
+    last = min(length, int(np.floor(stop - 0.5)) + 1)
+    centres = np.arange(first, max(first, last)) + 0.5
+    position = (centres - start) / max(stop - start, 1e-9) * cells - 0.5
+    position = np.clip(position, 0, cells - 1)
+    low = np.floor(position).astype(np.int64)
+    high = np.minimum(low + 1, cells - 1)
+    return slice(first, last), low, high, (position - low).astype(np.float32)

@@ -1,0 +1,124 @@
+"""The seams with more than one implementation: a detector, and whoever listens to progress."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """A frozen DETR: an image becomes queries, boxes, class logits and feature maps.
+
+    An implementation is in evaluation mode, its parameters need no gradient, and what it computes
+    for an image does not depend on what else is in the batch.
+    """
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """What this detector is and gives."""
+
+    def input_geometry(self, original_hw: tuple[int, int]) -> ImageGeometry:
+        """Sizes an image of the given size gets on its way into the network.
+
+        Args:
+            original_hw: Height and width of the image in pixels.
+        """
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """The network input of one RGB image, float32, shape (3, H, W), without padding.
+
+        Args:
+            image: An RGB image at its original size.
+        """
+
+    def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
+        """Run the frozen detector.
+
+        Args:
+            pixel_values: Preprocessed images, shape (B, 3, H, W).
+            padding_mask: True where a pixel is padding, shape (B, H, W); None for no padding.
+        """
+
+    def to(self, device: torch.device | str) -> "Detector":
+        """The same detector on another device.
+
+        Args:
+            device: Where to compute.
+        """
+
+
+class Reporter(Protocol):
+    """Listens to a pipeline: progress for people, never results."""
+
+    def say(self, message: str) -> None:
+        """A line of information.
+
+        Args:
+            message: One line of text.
+        """
+
+    def warn(self, message: str) -> None:
+        """A line nobody should miss.
+
+        Args:
+            message: One line of text.
+        """
+
+    def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """Begin a task of known length; only one runs at a time.
+
+        Args:
+            task: What is being done, in a few words.
+            total: How many units there are.
+            unit: Name of a unit, in the plural.
+            done: How many were done in an earlier run.
+        """
+
+    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+        """Units of the running task are done.
+
+        Args:
+            count: How many.
+            num_bytes: Bytes they wrote or read.
+            note: What to show beside the bar, replacing the last note when not empty.
+        """
+
+    def finish(self) -> None:
+        """End the running task."""
+
+
+class SilentReporter:
+    """Says nothing; for library use and tests. Keeps what it was told in ``messages``."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Keep the message.
+
+        Args:
+            message: One line of text.
+        """
+        self.messages.append(message)
+
+    def warn(self, message: str) -> None:
+        """Keep the warning.
+
+        Args:
+            message: One line of text.
+        """
+        self.messages.append(f"warning: {message}")
+
+    def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """Nothing to show."""
+
+    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+        """Nothing to show."""
+
+    def finish(self) -> None:
+        """Nothing to show."""
+

@@ -1,0 +1,192 @@
+"""Dataclasses that cross a folder boundary; shapes are checked, nothing is computed."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mfdetr_cache.errors import DetectorError
+
+MapRole = Literal["encoder", "backbone", "c1"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGeometry:
+    """How one image became the network's input.
+
+    Attributes:
+        original_hw: Height and width of the image as the annotations see it, in pixels.
+        resized_hw: Height and width after the resize, in network input pixels.
+        input_hw: Height and width of the network input; padding is on the right and the bottom.
+    """
+
+    original_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    input_hw: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if any(r > i for r, i in zip(self.resized_hw, self.input_hw, strict=True)):
+            raise ValueError(f"resized image {self.resized_hw} does not fit input {self.input_hw}")
+
+
+@dataclass(frozen=True, slots=True)
+class MapSpec:
+    """One feature map a detector gives for every image.
+
+    Attributes:
+        name: Its name in a cache, such as ``encoder16`` or ``c1``.
+        role: ``encoder`` for the detector's own multi-scale encoder, ``backbone`` for a backbone
+            map added because the encoder has none at that stride, ``c1`` for the first stage.
+        stride: Network input pixels per cell, along both axes.
+        channels: Number of channels.
+        source: Where in the detector it is taken, in words.
+    """
+
+    name: str
+    role: MapRole
+    stride: int
+    channels: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorSpec:
+    """What a frozen detector is and gives; all of it is part of a cache's identity.
+
+    Attributes:
+        name: Detector family and variant, such as ``hf:deimv2``.
+        weights_sha256: Hash over names, shapes, types and bytes of all weights, sorted by name.
+        num_queries: Number Q of decoder queries kept per image.
+        query_dim: Width of the decoder queries.
+        num_labels: Number K of class outputs.
+        score_function: ``sigmoid`` or ``softmax`` (the last class is then "no object").
+        label_names: The detector's own name of every label, length K.
+        maps: Every map it gives, finest first.
+        encoder_level_embed: The encoder's frozen embedding of each of its levels, one row per
+            ``encoder`` map in order; None where the detector has none.
+        preprocessing: Everything that decides the network input, as plain JSON values.
+        settings: Further settings that change what is computed, as plain JSON values.
+    """
+
+    name: str
+    weights_sha256: str
+    num_queries: int
+    query_dim: int
+    num_labels: int
+    score_function: Literal["sigmoid", "softmax"]
+    label_names: tuple[str, ...]
+    maps: tuple[MapSpec, ...]
+    encoder_level_embed: tuple[tuple[float, ...], ...] | None = None
+    preprocessing: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def map_named(self, name: str) -> MapSpec:
+        """The specification of one map.
+
+        Args:
+            name: A map's name.
+
+        Returns:
+            Its specification.
+
+        Raises:
+            DetectorError: If the detector gives no map of that name.
+        """
+        for spec in self.maps:
+            if spec.name == name:
+                return spec
+        known = ", ".join(spec.name for spec in self.maps)
+        raise DetectorError(f"{self.name} gives no map named {name!r}; it gives {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorOutput:
+    """What the frozen detector computed for a batch. Q queries, K labels, d query width.
+
+    Attributes:
+        class_logits: Before the score function, shape (B, Q, K).
+        boxes_cxcywh_norm: Relative to the resized image without padding, shape (B, Q, 4).
+        queries: Last decoder output, the vectors the class head sees, shape (B, Q, d).
+        maps: Feature maps by name, each (B, C, h, w), padding included.
+    """
+
+    class_logits: Tensor
+    boxes_cxcywh_norm: Tensor
+    queries: Tensor
+    maps: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        heads = {self.class_logits.shape[:2], self.boxes_cxcywh_norm.shape[:2]}
+        if heads != {self.queries.shape[:2]}:
+            raise ValueError("class_logits, boxes and queries disagree on (B, Q)")
+
+
+@dataclass(frozen=True, slots=True)
+class GroundTruth:
+    """The annotated objects of one image; G objects.
+
+    Masks are kept as COCO run lengths (column-major, starting with background), which any reader
+    decodes and which answer "is this pixel inside?" without a bitmap.
+
+    Attributes:
+        annotation_ids: COCO annotation ids, int64, shape (G,).
+        category_ids: COCO category ids as annotated, int64, shape (G,).
+        labels: The detector's label for the category, or -1 where it has none; int64, (G,).
+        boxes_xyxy: In original image pixels, float32, shape (G, 4).
+        areas: COCO ``area`` in original pixels (decides S/M/L), float64, shape (G,).
+        is_crowd: bool, shape (G,).
+        run_lengths: For each object the run lengths, uint32; they sum to height x width.
+    """
+
+    annotation_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float32]
+    areas: NDArray[np.float64]
+    is_crowd: NDArray[np.bool_]
+    run_lengths: tuple[NDArray[np.uint32], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {
+            len(self.annotation_ids),
+            len(self.category_ids),
+            len(self.labels),
+            len(self.boxes_xyxy),
+            len(self.areas),
+            len(self.is_crowd),
+            len(self.run_lengths),
+        }
+        if len(lengths) != 1:
+            raise ValueError(f"ground truth columns differ in length: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.annotation_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """One image as a cache gives it back. Maps are token-major: row-major cells by channels.
+
+    Attributes:
+        row: Position in the cache, counted from 0.
+        image_id: COCO image id.
+        file_name: Name relative to the image folder.
+        geometry: Sizes of the image and of the network input.
+        class_logits: float32, shape (Q, K).
+        boxes_cxcywh_norm: float32, shape (Q, 4).
+        queries: As stored, shape (Q, d).
+        maps: Map name to array of shape (h, w, C), as stored.
+        ground_truth: The annotated objects.
+    """
+
+    row: int
+    image_id: int
+    file_name: str
+    geometry: ImageGeometry
+    class_logits: NDArray[np.float32]
+    boxes_cxcywh_norm: NDArray[np.float32]
+    queries: NDArray[np.generic]
+    maps: dict[str, NDArray[np.generic]]
+    ground_truth: GroundTruth
