@@ -1,0 +1,274 @@
+"""What is in a cache and under which name: the format of ``docs/cache-format.md`` as data."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.types import DetectorSpec, MapSpec
+
+FORMAT_NAME = "mfdetr-cache"
+FORMAT_VERSION = 1
+ATTRIBUTES_KEY = "mfdetr_cache"
+BASE_VIEW = "base"
+
+ROW_MISSING, ROW_OK, ROW_SKIPPED = 0, 1, 2
+
+# Bytes of one part before compression. Small enough to lose little at a kill and to sit in memory
+# while it is built, large enough that train2017 becomes some thousand files and not millions.
+PART_BYTES = 256 * 2**20
+CHUNK_BYTES = 2**20
+
+Preset = Literal["fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array that is written part by part.
+
+    Attributes:
+        path: Its path inside the store.
+        dtype: Zarr data type of its values.
+        shape: Full shape.
+        chunk: Shape of a chunk, the unit of reading.
+        shard: Shape of a shard, the unit of writing; None when a part is a single chunk.
+        dimension_names: Names of the axes.
+        attributes: Attributes of the array.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...] | None
+    dimension_names: tuple[str, ...]
+    attributes: dict[str, Any]
+
+    @property
+    def chunks_per_part(self) -> int:
+        """How many chunks one part of this array has room for."""
+        return 1 if self.shard is None else self.shard[0] // self.chunk[0]
+
+    def key_of_part(self, part: int) -> str:
+        """The store key of the object that holds one part.
+
+        Args:
+            part: Number of the part.
+
+        Returns:
+            A path relative to the cache.
+        """
+        return "/".join([self.path, "c", str(part), *("0" for _ in self.shape[1:])])
+
+
+@dataclass(frozen=True, slots=True)
+class MapLayout:
+    """Where the cells of one map lie on its token axis.
+
+    Every part owns ``part_tokens`` tokens; inside it the images follow one another, each beginning
+    at a chunk boundary. Room that is not needed is never written and costs 16 bytes a chunk.
+
+    Attributes:
+        chunk_tokens: Tokens per chunk.
+        part_tokens: Tokens per part, a multiple of ``chunk_tokens``.
+    """
+
+    chunk_tokens: int
+    part_tokens: int
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How rows, parts and tokens hang together; fixed when a cache is created.
+
+    Attributes:
+        num_rows: Images in the split, skipped ones included.
+        images_per_part: Rows of one part.
+        preset: How the maps are stored.
+        maps: Layout of every map by name.
+    """
+
+    num_rows: int
+    images_per_part: int
+    preset: Preset
+    maps: dict[str, MapLayout]
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts the cache has."""
+        return -(-self.num_rows // self.images_per_part)
+
+    def rows_of_part(self, part: int) -> range:
+        """The rows of one part.
+
+        Args:
+            part: Number of the part.
+
+        Returns:
+            Consecutive rows.
+        """
+        first = part * self.images_per_part
+        return range(first, min(first + self.images_per_part, self.num_rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as it stands in the attributes of a cache."""
+        return {
+            "num_rows": self.num_rows,
+            "images_per_part": self.images_per_part,
+            "preset": self.preset,
+            "maps": {
+                name: {"chunk_tokens": m.chunk_tokens, "part_tokens": m.part_tokens}
+                for name, m in self.maps.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CacheLayout":
+        """The layout from a cache's attributes.
+
+        Args:
+            values: What :meth:`to_dict` gave.
+
+        Returns:
+            The layout.
+
+        Raises:
+            CacheError: If the preset is unknown to this version.
+        """
+        if values["preset"] != "fp16":
+            raise CacheError(f"the cache stores its maps as {values['preset']!r}, unknown here")
+        maps = {name: MapLayout(**m) for name, m in values["maps"].items()}
+        return cls(values["num_rows"], values["images_per_part"], "fp16", maps)
+
+
+def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
+    """The most cells a map can have for an input of the given size.
+
+    Args:
+        spec: The map.
+        input_hw: Height and width of the network input.
+
+    Returns:
+        Number of cells. Strided convolutions give floor or ceil of the quotient; a stem with
+        padding may give one more.
+    """
+    height, width = (-(-side // spec.stride) + 1 for side in input_hw)
+    return height * width
+
+
+def plan_layout(
+    spec: DetectorSpec, input_sizes_hw: list[tuple[int, int]], preset: Preset
+) -> CacheLayout:
+    """Decide chunks and parts for a detector and the input sizes of a dataset.
+
+    Args:
+        spec: The detector.
+        input_sizes_hw: Network input size of every image.
+        preset: How the maps are stored.
+
+    Returns:
+        The layout; the same arguments always give the same one.
+    """
+    itemsize = 2
+    cells = {m.name: max(map_size_bound(m, hw) for hw in set(input_sizes_hw)) for m in spec.maps}
+    image_bytes = sum(cells[m.name] * m.channels * itemsize for m in spec.maps)
+    image_bytes += spec.num_queries * (spec.query_dim * itemsize + 4 * (spec.num_labels + 4))
+    images_per_part = max(1, min(256, PART_BYTES // image_bytes))
+    images_per_part = min(images_per_part, len(input_sizes_hw))
+    maps = {}
+    for m in spec.maps:
+        # Chunks near CHUNK_BYTES that divide the largest image evenly, so that little is padding.
+        chunks = max(1, -(-cells[m.name] * m.channels * itemsize // CHUNK_BYTES))
+        chunk_tokens = -(-cells[m.name] // chunks)
+        maps[m.name] = MapLayout(chunk_tokens, chunks * chunk_tokens * images_per_part)
+    return CacheLayout(len(input_sizes_hw), images_per_part, preset, maps)
+
+
+def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
+    """Every array of a view that is written part by part, by its path below the view.
+
+    Args:
+        spec: The detector.
+        layout: The layout.
+        view: Name of the view.
+
+    Returns:
+        Array specifications in the order they are written.
+    """
+    rows, per_part = layout.num_rows, layout.images_per_part
+    arrays: dict[str, ArraySpec] = {}
+
+    def add(name: str, dtype: str, tail: tuple[int, ...], dims: tuple[str, ...], about: str) -> None:
+        # Padded up to whole parts, as Zarr pads its last chunk.
+        arrays[name] = ArraySpec(
+            f"views/{view}/{name}",
+            dtype,
+            (rows, *tail),
+            (per_part, *tail),
+            None,
+            ("row", *dims),
+            {"description": about},
+        )
+
+    add("status", "uint8", (), (), "0 not written, 1 stored, 2 skipped")
+    add("resized_hw", "int32", (2,), ("hw",), "image in the network input, without padding; pixels")
+    add("input_hw", "int32", (2,), ("hw",), "network input; pixels")
+    for name, dtype, width, axis, about in (
+        ("class_logits", "float32", spec.num_labels, "label", "before the score function"),
+        ("boxes_cxcywh_norm", "float32", 4, "cxcywh", "relative to the resized image"),
+        ("queries", "float16", spec.query_dim, "channel", "last decoder output"),
+    ):
+        shape = (rows, spec.num_queries, width)
+        arrays[name] = ArraySpec(
+            f"views/{view}/{name}",
+            dtype,
+            shape,
+            (1, *shape[1:]),
+            (per_part, *shape[1:]),
+            ("row", "query", axis),
+            {"description": about},
+        )
+    for spec_map in spec.maps:
+        _add_map(arrays, spec_map, layout, view)
+    return arrays
+
+
+def _add_map(
+    arrays: dict[str, ArraySpec], spec_map: MapSpec, layout: CacheLayout, view: str
+) -> None:
+    rows, per_part = layout.num_rows, layout.images_per_part
+    place = layout.maps[spec_map.name]
+    base = f"maps/{spec_map.name}"
+    arrays[f"{base}/hw"] = ArraySpec(
+        f"views/{view}/{base}/hw",
+        "int32",
+        (rows, 2),
+        (per_part, 2),
+        None,
+        ("row", "hw"),
+        {"description": "height and width of the map of each row, in cells"},
+    )
+    arrays[f"{base}/offset"] = ArraySpec(
+        f"views/{view}/{base}/offset",
+        "int64",
+        (rows,),
+        (per_part,),
+        None,
+        ("row",),
+        {"description": "first token of each row; its cells follow row-major"},
+    )
+    attributes = {
+        "role": spec_map.role,
+        "stride": spec_map.stride,
+        "channels": spec_map.channels,
+        "source": spec_map.source,
+        "encoding": layout.preset,
+    }
+    arrays[f"{base}/values"] = ArraySpec(
+        f"views/{view}/{base}/values",
+        "float16",
+        (layout.num_parts * place.part_tokens, spec_map.channels),
+        (place.chunk_tokens, spec_map.channels),
+        (place.part_tokens, spec_map.channels),
+        ("token", "channel"),
+        attributes,
+    )

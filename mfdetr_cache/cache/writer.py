@@ -1,0 +1,492 @@
+"""Writes a cache part by part; a part is there whole or not at all.
+
+A part is a fixed range of rows. Its arrays are built in memory, published one file after the
+other, and counted only when its manifest has been published last. Parts do not depend on each
+other, so what a killed run leaves is what an uninterrupted run would have written, minus parts.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from mfdetr_cache.cache.identity import Identity, differences, identity_hash
+from mfdetr_cache.cache.schema import (
+    ATTRIBUTES_KEY,
+    BASE_VIEW,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    ROW_OK,
+    ROW_SKIPPED,
+    ArraySpec,
+    CacheLayout,
+    row_arrays,
+)
+from mfdetr_cache.cache.shards import ZSTD_LEVEL, ShardBuilder, encode_chunk, publish
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageGeometry
+
+_UPFRONT_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class CacheContent:
+    """Everything that is known about a cache before the detector has run.
+
+    Attributes:
+        identity: What decides the content; ``detector`` inside it is the detector's own.
+        spec: The detector.
+        layout: Rows, parts and tokens.
+        image_ids: COCO ids in row order.
+        file_names: Names relative to the image folder, in row order.
+        original_sizes_hw: Annotated sizes in row order.
+        categories: ``{"id", "name"}`` of the dataset's categories.
+        label_categories: Category id of each detector label, -1 for none.
+        ground_truth: The objects of each row.
+    """
+
+    identity: Identity
+    spec: DetectorSpec
+    layout: CacheLayout
+    image_ids: list[int]
+    file_names: list[str]
+    original_sizes_hw: list[tuple[int, int]]
+    categories: list[dict[str, Any]]
+    label_categories: tuple[int, ...]
+    ground_truth: list[GroundTruth]
+
+
+@dataclass
+class _OpenPart:
+    """The arrays of the part that is being filled."""
+
+    part: int
+    rows: range
+    tables: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    shards: dict[str, ShardBuilder] = field(default_factory=dict)
+    next_chunk: dict[str, int] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class CacheWriter:
+    """Fills a cache. Use :meth:`open_or_create`; holds a lock until :meth:`close`.
+
+    Args:
+        path: The cache.
+        content: What the cache is of.
+        lock: The open lock file.
+    """
+
+    def __init__(self, path: Path, content: CacheContent, lock: IO[str]) -> None:
+        self.path = path
+        self._content = content
+        self._lock = lock
+        self._arrays = row_arrays(content.spec, content.layout, BASE_VIEW)
+        self._open: _OpenPart | None = None
+
+    @classmethod
+    def open_or_create(cls, path: Path, content: CacheContent) -> "CacheWriter":
+        """Begin a cache, or go on with one that the same command began.
+
+        Args:
+            path: Where the cache is or will be.
+            content: What the cache is of.
+
+        Returns:
+            A writer that owns the cache.
+
+        Raises:
+            CacheError: If the path holds something else, a cache of other content, or a cache
+                another process is writing, or cannot be written to.
+        """
+        with explained(path):
+            if not (path / "zarr.json").is_file():
+                if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                    raise CacheError(
+                        f"{path} exists and is no cache; nothing was touched, choose another --cache"
+                    )
+                _create(path, content)
+            _require_same_content(path, content)
+            lock = (path / ".writer.lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise CacheError(f"{path} is being written by another process; wait for it") from None
+        return cls(path, content, lock)
+
+    def close(self) -> None:
+        """Give the cache back. A part that is not sealed is forgotten."""
+        self._open = None
+        self._lock.close()
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def pending_parts(self) -> list[int]:
+        """Parts that are not whole: no manifest, or a file of another size than it says."""
+        layout = self._content.layout
+        return [p for p in range(layout.num_parts) if not part_is_whole(self.path, p)]
+
+    def rows_of_part(self, part: int) -> range:
+        """The rows of one part.
+
+        Args:
+            part: Its number.
+
+        Returns:
+            Consecutive rows.
+        """
+        return self._content.layout.rows_of_part(part)
+
+    def begin_part(self, part: int) -> None:
+        """Start filling a part; every one of its rows is then appended or skipped.
+
+        Args:
+            part: Its number.
+        """
+        rows = self.rows_of_part(part)
+        opened = _OpenPart(part, rows)
+        for name, spec in self._arrays.items():
+            if spec.shard is None:
+                opened.tables[name] = np.zeros(spec.chunk, dtype=spec.dtype)
+            else:
+                opened.shards[name] = ShardBuilder(spec.chunks_per_part)
+                opened.next_chunk[name] = 0
+        self._open = opened
+
+    def append(self, row: int, geometry: ImageGeometry, output: DetectorOutput) -> int:
+        """Add one image to the open part. Nothing is visible to readers before the part is sealed.
+
+        Args:
+            row: Its row, in the open part.
+            geometry: How the image became the input.
+            output: The detector's output for a batch of this one image, on the CPU.
+
+        Returns:
+            Compressed bytes added.
+
+        Raises:
+            ValueError: If an array has another shape than declared.
+            CacheError: If a value is not finite, in the detector or after rounding to float16.
+        """
+        part = self._require_open()
+        index = row - part.rows.start
+        before = part.num_bytes
+        part.tables["status"][index] = ROW_OK
+        part.tables["resized_hw"][index] = geometry.resized_hw
+        part.tables["input_hw"][index] = geometry.input_hw
+        for name in ("class_logits", "boxes_cxcywh_norm", "queries"):
+            values = getattr(output, name)[0].numpy()
+            self._add_row(part, name, index, values, row)
+        for spec in self._content.spec.maps:
+            self._add_map(part, spec.name, index, output.maps[spec.name][0].numpy(), row)
+        return part.num_bytes - before
+
+    def skip(self, row: int, reason: str) -> None:
+        """Leave one row without content.
+
+        Args:
+            row: Its row, in the open part.
+            reason: Why, kept in the manifest.
+        """
+        part = self._require_open()
+        part.tables["status"][row - part.rows.start] = ROW_SKIPPED
+        image_id = self._content.image_ids[row]
+        part.skipped.append({"row": row, "image_id": image_id, "reason": reason})
+
+    def seal_part(self) -> int:
+        """Publish the open part: its files, then its manifest.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            CacheError: If the disk is full or cannot be written; what was sealed before stays.
+        """
+        part = self._require_open()
+        files: dict[str, dict[str, int]] = {}
+        with explained(self.path):
+            for name, spec in self._arrays.items():
+                key = spec.key_of_part(part.part)
+                if spec.shard is None:
+                    pieces = [encode_chunk(part.tables[name])]
+                else:
+                    pieces = part.shards[name].finish()
+                size, checksum = publish(self.path / key, pieces)
+                files[key] = {"bytes": size, "crc32c": checksum}
+            manifest = {
+                "part": part.part,
+                "rows": [part.rows.start, part.rows.stop],
+                "skipped": part.skipped,
+                "files": files,
+            }
+            text = json.dumps(manifest, indent=1, sort_keys=True)
+            publish(manifest_path(self.path, part.part), [text.encode()])
+        self._open = None
+        return sum(f["bytes"] for f in files.values())
+
+    def _require_open(self) -> _OpenPart:
+        if self._open is None:
+            raise ValueError("no part is open; call begin_part first")
+        return self._open
+
+    def _add_row(
+        self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
+    ) -> None:
+        spec = self._arrays[name]
+        if values.shape != spec.shape[1:]:
+            raise ValueError(f"{name} of row {row} is {values.shape}, declared {spec.shape[1:]}")
+        encoded = encode_chunk(_to_stored(values[None], spec, row, name))
+        part.shards[name].add(index, encoded)
+        part.num_bytes += len(encoded)
+
+    def _add_map(
+        self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
+    ) -> None:
+        """Cut a (C, h, w) map into chunks of tokens; the last chunk is padded with zeros."""
+        key = f"maps/{name}/values"
+        spec = self._arrays[key]
+        channels, height, width = values.shape
+        if channels != spec.shape[1]:
+            raise ValueError(f"map {name} of row {row} has {channels} channels, not {spec.shape[1]}")
+        tokens = values.reshape(channels, height * width).T
+        stored = _to_stored(tokens, spec, row, f"map {name}")
+        first, step = part.next_chunk[key], spec.chunk[0]
+        count = -(-len(stored) // step)
+        if first + count > spec.chunks_per_part:
+            raise ValueError(f"map {name} of row {row} is larger than planned: {height} x {width}")
+        part.tables[f"maps/{name}/hw"][index] = (height, width)
+        assert spec.shard is not None
+        part.tables[f"maps/{name}/offset"][index] = part.part * spec.shard[0] + first * step
+        for chunk in range(count):
+            piece = stored[chunk * step : (chunk + 1) * step]
+            if len(piece) < step:
+                padded = np.zeros(spec.chunk, dtype=stored.dtype)
+                padded[: len(piece)] = piece
+                piece = padded
+            encoded = encode_chunk(piece)
+            part.shards[key].add(first + chunk, encoded)
+            part.num_bytes += len(encoded)
+        part.next_chunk[key] = first + count
+
+
+def _to_stored(values: NDArray[Any], spec: ArraySpec, row: int, name: str) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=spec.dtype)
+    if not np.isfinite(stored).all():
+        largest = float(np.nanmax(np.abs(values)))
+        raise CacheError(
+            f"{name} of row {row} is not finite as {spec.dtype} (largest value {largest:.3g}); "
+            "the detector or its input is broken"
+        )
+    return stored
+
+
+def manifest_path(path: Path, part: int) -> Path:
+    """Where the manifest of a part is.
+
+    Args:
+        path: The cache.
+        part: Number of the part.
+
+    Returns:
+        Path of a JSON file.
+    """
+    return path / "manifest" / BASE_VIEW / f"{part:06d}.json"
+
+
+def read_manifest(path: Path, part: int) -> dict[str, Any] | None:
+    """The manifest of a part.
+
+    Args:
+        path: The cache.
+        part: Number of the part.
+
+    Returns:
+        Its content, or None if the part was never sealed.
+
+    Raises:
+        CacheError: If it is there but damaged.
+    """
+    file = manifest_path(path, part)
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise CacheError(
+            f"{file} is damaged; delete this file and run the same extract again"
+        ) from None
+    return content
+
+
+def part_is_whole(path: Path, part: int) -> bool:
+    """Whether a part was sealed and its files still have the size they were sealed with.
+
+    Args:
+        path: The cache.
+        part: Number of the part.
+
+    Returns:
+        True if nothing of it has to be extracted again.
+    """
+    manifest = read_manifest(path, part)
+    if manifest is None:
+        return False
+    for key, expected in manifest["files"].items():
+        try:
+            if (path / key).stat().st_size != expected["bytes"]:
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what an operating system says about a disk into a line a person can act on.
+
+    Args:
+        path: The cache, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CacheError: If the disk is full or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(
+                f"the disk under {path} is full; sealed parts are kept, make room and run the "
+                "same command again to go on"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise CacheError(f"cannot write to {path}: {error.strerror}") from error
+        raise
+
+
+def _codecs() -> dict[str, Any]:
+    return {
+        "serializer": BytesCodec(endian="little"),
+        "compressors": [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        "filters": None,
+    }
+
+
+def _create(path: Path, content: CacheContent) -> None:
+    """Write metadata and everything known beforehand, then make it appear with one rename."""
+    partial = path.with_name(path.name + ".creating")
+    if path.is_dir():
+        path.rmdir()  # it is empty
+    partial.mkdir(parents=True, exist_ok=True)
+    root = zarr.create_group(store=str(partial), overwrite=True)
+    root.attrs[ATTRIBUTES_KEY] = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "cache_id": identity_hash(content.identity),
+        "identity": content.identity,
+        "layout": content.layout.to_dict(),
+        "categories": content.categories,
+        "label_categories": list(content.label_categories),
+    }
+    _write_images(root, content)
+    _write_ground_truth(root, content.ground_truth)
+    for spec in row_arrays(content.spec, content.layout, BASE_VIEW).values():
+        array = root.create_array(
+            spec.path,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            chunks=spec.chunk,
+            shards=spec.shard,
+            dimension_names=spec.dimension_names,
+            fill_value=0,
+            **_codecs(),
+        )
+        array.attrs.update(spec.attributes)
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _upfront(root: zarr.Group, name: str, values: NDArray[Any], dims: Iterable[str]) -> None:
+    chunk = (max(1, min(len(values), _UPFRONT_CHUNK)), *values.shape[1:])
+    array = root.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunk,
+        dimension_names=tuple(dims),
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        **_codecs(),
+    )
+    if len(values):
+        array[...] = values
+
+
+def _write_images(root: zarr.Group, content: CacheContent) -> None:
+    encoded = [name.encode() for name in content.file_names]
+    offsets = np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64)
+    names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    sizes = np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2)
+    _upfront(root, "images/image_id", np.array(content.image_ids, dtype=np.int64), ["row"])
+    _upfront(root, "images/original_hw", sizes, ["row", "hw"])
+    _upfront(root, "images/file_name_utf8", names, ["byte"])
+    _upfront(root, "images/file_name_offset", offsets, ["row_bound"])
+
+
+def _write_ground_truth(root: zarr.Group, per_row: list[GroundTruth]) -> None:
+    base = f"views/{BASE_VIEW}/ground_truth"
+
+    def column(name: str, dtype: str, tail: tuple[int, ...] = ()) -> NDArray[Any]:
+        parts = [getattr(g, name) for g in per_row if len(g)]
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros((0, *tail), dtype)
+
+    runs = [r for g in per_row for r in g.run_lengths]
+    objects = np.cumsum([0, *(len(g) for g in per_row)], dtype=np.int64)
+    run_offsets = np.cumsum([0, *(len(r) for r in runs)], dtype=np.int64)
+    flat = np.concatenate(runs) if runs else np.zeros(0, dtype=np.uint32)
+    _upfront(root, f"{base}/offset", objects, ["row_bound"])
+    _upfront(root, f"{base}/annotation_id", column("annotation_ids", "int64"), ["object"])
+    _upfront(root, f"{base}/category_id", column("category_ids", "int64"), ["object"])
+    _upfront(root, f"{base}/label", column("labels", "int64"), ["object"])
+    _upfront(root, f"{base}/box_xyxy", column("boxes_xyxy", "float32", (4,)), ["object", "xyxy"])
+    _upfront(root, f"{base}/area", column("areas", "float64"), ["object"])
+    _upfront(root, f"{base}/is_crowd", column("is_crowd", "uint8"), ["object"])
+    _upfront(root, f"{base}/run_length_offset", run_offsets, ["object_bound"])
+    _upfront(root, f"{base}/run_length", flat.astype(np.uint32), ["run"])
+
+
+def _require_same_content(path: Path, content: CacheContent) -> None:
+    try:
+        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"][ATTRIBUTES_KEY]
+        identity = attributes["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise CacheError(f"{path} is no feature cache; choose another --cache") from None
+    found = differences(identity, json.loads(json.dumps(content.identity)))
+    if found:
+        field_name, theirs, ours = found[0]
+        raise CacheError(
+            f"{path} already holds another cache: {field_name} is {theirs!r} there and {ours!r} "
+            "now; nothing was changed, choose another --cache"
+        )

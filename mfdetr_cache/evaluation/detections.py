@@ -1,0 +1,74 @@
+"""A detector's final detections, as its own post-process picks them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.types import DetectorSpec
+
+# COCO evaluates at most this many detections per image.
+MAX_DETECTIONS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Detections of one image, by falling score. One query may appear with several labels.
+
+    Attributes:
+        query_index: Which query each detection is of, int64, shape (D,).
+        labels: The detector's labels, int64, shape (D,).
+        class_scores: Scores c_i in [0, 1], shape (D,).
+        boxes_xyxy: In original image pixels, not clipped, shape (D, 4).
+    """
+
+    query_index: Tensor
+    labels: Tensor
+    class_scores: Tensor
+    boxes_xyxy: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def class_probabilities(class_logits: Tensor, spec: DetectorSpec) -> Tensor:
+    """Class scores from logits.
+
+    Args:
+        class_logits: Shape (..., K).
+        spec: The detector.
+
+    Returns:
+        Probabilities in [0, 1], shape (..., K); without "no object" for a softmax detector.
+    """
+    if spec.score_function == "softmax":
+        return class_logits.softmax(-1)[..., :-1]
+    return class_logits.sigmoid()
+
+
+def select_detections(
+    class_logits: Tensor,
+    boxes_cxcywh_norm: Tensor,
+    original_hw: tuple[int, int],
+    spec: DetectorSpec,
+    max_detections: int = MAX_DETECTIONS,
+) -> Detections:
+    """The best (query, label) pairs, as Deformable DETR and its descendants select them.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh_norm: Relative to the resized image, shape (Q, 4).
+        original_hw: Height and width of the original image in pixels.
+        spec: The detector.
+        max_detections: How many pairs to keep.
+
+    Returns:
+        Detections by falling class score.
+    """
+    scores = class_probabilities(class_logits, spec)
+    count = min(max_detections, scores.numel())
+    best, index = scores.flatten().topk(count)
+    query_index = torch.div(index, scores.shape[-1], rounding_mode="floor")
+    boxes = scale_boxes(cxcywh_to_xyxy(boxes_cxcywh_norm), original_hw)
+    return Detections(query_index, index % scores.shape[-1], best, boxes[query_index])

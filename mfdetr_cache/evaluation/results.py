@@ -1,0 +1,75 @@
+"""COCO results of one image: boxes, and masks from whatever gives a mask."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.detections import Detections
+
+
+def box_results(
+    image_id: int, detections: Detections, label_categories: Sequence[int]
+) -> list[Result]:
+    """Detections as COCO box results.
+
+    Args:
+        image_id: COCO image id.
+        detections: The detections of that image.
+        label_categories: Category id of each label, -1 for none.
+
+    Returns:
+        One result per detection whose label has a category.
+    """
+    results = []
+    for index in range(len(detections)):
+        category_id = label_categories[int(detections.labels[index])]
+        if category_id < 0:
+            continue
+        x0, y0, x1, y1 = (float(v) for v in detections.boxes_xyxy[index])
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": float(detections.class_scores[index]),
+            }
+        )
+    return results
+
+
+def mask_results(
+    image_id: int,
+    detections: Detections,
+    label_categories: Sequence[int],
+    rle_of_query: dict[int, dict[str, Any]],
+    confidences: NDArray[np.float64],
+) -> list[Result]:
+    """Detections with masks as COCO mask results; a query's mask serves all its labels.
+
+    Args:
+        image_id: COCO image id.
+        detections: The detections of that image.
+        label_categories: Category id of each label, -1 for none.
+        rle_of_query: COCO RLE of every query that occurs.
+        confidences: Final score of each detection, shape (D,).
+
+    Returns:
+        One result per detection whose label has a category.
+    """
+    results = []
+    for index in range(len(detections)):
+        category_id = label_categories[int(detections.labels[index])]
+        if category_id < 0:
+            continue
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "segmentation": rle_of_query[int(detections.query_index[index])],
+                "score": float(confidences[index]),
+            }
+        )
+    return results

@@ -1,0 +1,420 @@
+"""Extract: every image through the frozen detector once, into a cache."""
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mfdetr_cache.cache.identity import detector_identity, identity_hash
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
+from mfdetr_cache.cache.writer import CacheContent, CacheWriter
+from mfdetr_cache.coco.annotations import CocoSplit, ImageEntry, load_coco_split
+from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageError
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
+from mfdetr_cache.evaluation.detections import select_detections
+from mfdetr_cache.evaluation.results import box_results
+from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.types import DetectorOutput, ImageGeometry
+
+# A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh
+# dataset's hard categories may pull a right one down, so this warns and does not stop.
+IMPLAUSIBLE_BOX_AP = 0.10
+_PREFETCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractConfig:
+    """What ``mfdetr extract`` is told.
+
+    Attributes:
+        detector: Name of the detector.
+        weights: Its folder, file or hub id.
+        images: Image folder.
+        annotations: COCO instances JSON.
+        cache: Where the cache goes.
+        limit: Only the first so many images.
+        device: Where the detector runs.
+        options: What the user chose about the detector.
+        on_bad_image: Stop at an unreadable image, or leave it out.
+        force: Start although the disk looks too small.
+    """
+
+    detector: str
+    weights: str
+    images: Path
+    annotations: Path
+    cache: Path
+    limit: int | None = None
+    device: str = "cpu"
+    options: HuggingFaceOptions = HuggingFaceOptions()
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractSummary:
+    """What an extraction did.
+
+    Attributes:
+        cache_id: Hash of the cache's identity.
+        num_images: Images in the cache.
+        num_extracted: Images this run put there; the rest was there before.
+        skipped: Row, image id and reason of what was left out.
+        stored_bytes: Bytes of the cache.
+        raw_bytes: Bytes of the same values uncompressed.
+        seconds: Time of this run, without the final check.
+        detector_seconds: Part of it spent in the detector's forward.
+        box: Box AP of what is cached.
+    """
+
+    cache_id: str
+    num_images: int
+    num_extracted: int
+    skipped: tuple[dict[str, object], ...]
+    stored_bytes: int
+    raw_bytes: int
+    seconds: float
+    detector_seconds: float
+    box: CocoMetrics
+
+
+def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
+    """Fill a cache, or finish one that was begun.
+
+    Args:
+        config: What to do.
+        reporter: Who is told about progress.
+
+    Returns:
+        What was done, and the box AP of the cached detections.
+
+    Raises:
+        DatasetError: If images or annotations cannot be used.
+        DetectorError: If the detector cannot be loaded.
+        CacheError: If the cache cannot be written or is of something else.
+    """
+    if not config.images.is_dir():
+        raise DatasetError(f"image folder {config.images} does not exist; check --images")
+    if config.limit is not None and config.limit < 1:
+        raise DatasetError(f"--limit {config.limit}: give 1 or more images")
+    split = load_coco_split(config.annotations).first(config.limit)
+    detector = load_detector(config.detector, config.weights, config.options)
+    content = plan_cache(split, detector)
+    _announce(config, content, reporter)
+    started = time.perf_counter()
+    with CacheWriter.open_or_create(config.cache, content) as writer:
+        worker = _Extraction(config, split, detector, writer, reporter)
+        worker.run()
+    seconds = time.perf_counter() - started
+    cache = FeatureCache.open(config.cache)
+    cache.require_complete()
+    box = cached_box_metrics(cache)
+    _judge(box, cache, reporter)
+    return ExtractSummary(
+        cache_id=cache.cache_id,
+        num_images=len(cache),
+        num_extracted=worker.num_extracted,
+        skipped=cache.skipped,
+        stored_bytes=cache.stored_bytes,
+        raw_bytes=raw_bytes(cache),
+        seconds=seconds,
+        detector_seconds=worker.detector_seconds,
+        box=box,
+    )
+
+
+def plan_cache(split: CocoSplit, detector: Detector) -> CacheContent:
+    """Everything about a cache that is known before the detector runs.
+
+    Args:
+        split: The images and their ground truth.
+        detector: The detector.
+
+    Returns:
+        Identity, layout and ground truth.
+    """
+    spec = detector.spec
+    label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
+    label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
+    sizes = [detector.input_geometry(e.size_hw).input_hw for e in split.images]
+    layout = plan_layout(spec, sizes, "fp16")
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "detector": detector_identity(spec),
+        "dataset": {
+            "name": split.name,
+            "annotations_sha256": split.sha256,
+            "num_images": len(split.images),
+        },
+        "views": [BASE_VIEW],
+        "preset": layout.preset,
+    }
+    return CacheContent(
+        identity=identity,
+        spec=spec,
+        layout=layout,
+        image_ids=[e.image_id for e in split.images],
+        file_names=[e.file_name for e in split.images],
+        original_sizes_hw=[e.size_hw for e in split.images],
+        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
+        label_categories=label_categories,
+        ground_truth=[split.ground_truth(e, label_of) for e in split.images],
+    )
+
+
+def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
+    """Box AP of the detections in a cache.
+
+    Args:
+        cache: A complete cache.
+
+    Returns:
+        COCO's summary for boxes.
+    """
+    results = []
+    for row in cache.rows:
+        image = cache.read(row, map_names=())
+        detections = select_detections(
+            torch.from_numpy(image.class_logits.copy()),
+            torch.from_numpy(image.boxes_cxcywh_norm.copy()),
+            image.geometry.original_hw,
+            cache.spec,
+        )
+        results += box_results(image.image_id, detections, cache.label_categories)
+    truth = (
+        (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
+        for r in cache.rows
+    )
+    return evaluate_results(coco_ground_truth(truth, cache.categories), results, "bbox")
+
+
+def raw_bytes(cache: FeatureCache) -> int:
+    """Bytes of the stored maps, queries and detections without compression.
+
+    Args:
+        cache: A complete cache.
+
+    Returns:
+        Bytes over all stored images, padding of chunks not counted.
+    """
+    spec, total = cache.spec, 0
+    for row in cache.rows:
+        total += cache.map_bytes(row) + spec.num_queries * (
+            2 * spec.query_dim + 4 * (spec.num_labels + 4)
+        )
+    return total
+
+
+def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) -> None:
+    """Say what is coming and refuse a disk that cannot hold it."""
+    needed = estimated_bytes(content)
+    folder = config.cache.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    ours = sum(f.stat().st_size for f in config.cache.rglob("*") if f.is_file())
+    reporter.say(
+        f"{len(content.image_ids)} images of {content.identity['dataset']['name']} through "
+        f"{content.spec.name}; at most {needed / 1e9:.2f} GB (before compression), "
+        f"{free / 1e9:.1f} GB free"
+    )
+    if needed > free + ours and not config.force:
+        raise CacheError(
+            f"{config.cache} needs up to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "choose another disk, use --limit, or pass --force"
+        )
+
+
+def estimated_bytes(content: CacheContent) -> int:
+    """An upper bound of the bytes of a cache, before compression.
+
+    Args:
+        content: What the cache will be of.
+
+    Returns:
+        Bytes of all parts, every image as large as the largest.
+    """
+    total = 0
+    for array in row_arrays(content.spec, content.layout, BASE_VIEW).values():
+        size = 1
+        for length in array.shape:
+            size *= length
+        total += size * torch.empty(0, dtype=getattr(torch, array.dtype)).element_size()
+    return total
+
+
+def _judge(box: CocoMetrics, cache: FeatureCache, reporter: Reporter) -> None:
+    objects = sum(len(cache.ground_truth(r)) for r in cache.rows)
+    if box.AP < IMPLAUSIBLE_BOX_AP and objects:
+        reporter.warn(
+            f"box AP of the cached detections is {100 * box.AP:.1f}: implausibly low for a "
+            "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "
+            "a mask network cannot be better than its boxes"
+        )
+
+
+@dataclass
+class _Decoded:
+    """An image on its way to the detector, or the reason why there is none."""
+
+    geometry: ImageGeometry
+    pixel_values: Tensor | None
+    problem: str
+
+
+class _Extraction:
+    """Decoding ahead, the detector in this thread, encoding and writing behind it."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        split: CocoSplit,
+        detector: Detector,
+        writer: CacheWriter,
+        reporter: Reporter,
+    ) -> None:
+        self._config = config
+        self._split = split
+        self._device = torch_device(config.device)
+        self._detector = detector.to(self._device)
+        self._writer = writer
+        self._reporter = reporter
+        self._work: queue.Queue[tuple[int, int, ImageGeometry, DetectorOutput | str] | None]
+        self._work = queue.Queue(maxsize=_PREFETCH)
+        self._failure: BaseException | None = None
+        self.num_extracted = 0
+        self.detector_seconds = 0.0
+
+    def run(self) -> None:
+        """Extract every part that is not there yet."""
+        pending = self._writer.pending_parts()
+        entries = self._split.images
+        layout_rows = [self._writer.rows_of_part(part) for part in pending]
+        todo = sum(len(rows) for rows in layout_rows)
+        self._reporter.start("extract", len(entries), "images", done=len(entries) - todo)
+        writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
+        writing.start()
+        try:
+            ordered = [(p, r) for p, rows in zip(pending, layout_rows, strict=True) for r in rows]
+            for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
+                self._put((part, row, decoded.geometry, self._result_of(decoded)))
+            self._put(None)
+        except BaseException:
+            # What is queued belongs to a part that cannot be finished; let the thread go.
+            self._failure = self._failure or RuntimeError("extraction stopped")
+            raise
+        finally:
+            writing.join()
+            self._reporter.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _put(self, item: tuple[int, int, ImageGeometry, DetectorOutput | str] | None) -> None:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._work.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
+    def _decode(self, entry: ImageEntry) -> _Decoded:
+        geometry = self._detector.input_geometry(entry.size_hw)
+        try:
+            image = load_image(self._config.images / entry.file_name, entry.size_hw)
+        except ImageError as error:
+            return _Decoded(geometry, None, str(error))
+        return _Decoded(geometry, self._detector.preprocess(image), "")
+
+    def _decode_ahead(self, ordered: list[tuple[int, int]]) -> Iterator[_Decoded]:
+        with ThreadPoolExecutor(2, "decode") as pool:
+            waiting: list[Future[_Decoded]] = []
+            for _, row in ordered:
+                waiting.append(pool.submit(self._decode, self._split.images[row]))
+                if len(waiting) >= _PREFETCH:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def _result_of(self, decoded: _Decoded) -> DetectorOutput | str:
+        if decoded.pixel_values is None:
+            if self._config.on_bad_image == "stop":
+                raise ImageError(
+                    f"{decoded.problem} (--on-bad-image skip leaves such images out)"
+                )
+            self._reporter.warn(f"skipped: {decoded.problem}")
+            return decoded.problem
+        started = time.perf_counter()
+        output = self._detector.forward(decoded.pixel_values[None].to(self._device))
+        on_cpu = DetectorOutput(
+            output.class_logits.cpu(),
+            output.boxes_cxcywh_norm.cpu(),
+            output.queries.cpu(),
+            {name: values.cpu() for name, values in output.maps.items()},
+        )
+        self.detector_seconds += time.perf_counter() - started
+        self.num_extracted += 1
+        return on_cpu
+
+    def _write(self) -> None:
+        """The writer thread: one part after the other, sealed when its last row is in."""
+        open_part: int | None = None
+        try:
+            while self._failure is None:
+                try:
+                    item = self._work.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if item is None or item[0] != open_part:
+                    if open_part is not None:
+                        self._writer.seal_part()
+                    if item is None:
+                        return
+                    open_part = item[0]
+                    self._writer.begin_part(open_part)
+                _, row, geometry, result = item
+                if isinstance(result, str):
+                    self._writer.skip(row, result)
+                    self._reporter.advance()
+                else:
+                    added = self._writer.append(row, geometry, result)
+                    self._reporter.advance(num_bytes=added)
+        except BaseException as error:
+            self._failure = error
+
+
+def torch_device(name: str) -> torch.device:
+    """A device by name, checked.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        DetectorError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DetectorError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DetectorError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
+    return device
