@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.identity import Identity, spec_from_identity
+from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,

@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from mfdetr_cache.cache.identity import Identity, differences, identity_hash
+from mfdetr_cache.identity import Identity, differences, identity_hash
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,

@@ -44,16 +44,16 @@ def mask_results(
     image_id: int,
     detections: Detections,
     label_categories: Sequence[int],
-    rle_of_query: dict[int, dict[str, Any]],
+    rles: Sequence[dict[str, Any]],
     confidences: NDArray[np.float64],
 ) -> list[Result]:
-    """Detections with masks as COCO mask results; a query's mask serves all its labels.
+    """Detections with masks as COCO mask results.
 
     Args:
         image_id: COCO image id.
         detections: The detections of that image.
         label_categories: Category id of each label, -1 for none.
-        rle_of_query: COCO RLE of every query that occurs.
+        rles: COCO RLE of each detection, length D.
         confidences: Final score of each detection, shape (D,).
 
     Returns:
@@ -68,7 +68,7 @@ def mask_results(
             {
                 "image_id": image_id,
                 "category_id": category_id,
-                "segmentation": rle_of_query[int(detections.query_index[index])],
+                "segmentation": rles[index],
                 "score": float(confidences[index]),
             }
         )

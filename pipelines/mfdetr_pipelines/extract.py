@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mfdetr_cache.cache.identity import detector_identity, identity_hash
+from mfdetr_cache.identity import detector_identity, identity_hash
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
 from mfdetr_cache.cache.writer import CacheContent, CacheWriter

@@ -1,0 +1,96 @@
+"""Masks for the detections of an image, from its cached maps and a trained head."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.evaluation.detections import Detections, select_detections
+from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
+from mfdetr_cache.head.batch import HeadBatch, map_groups
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.masks import encode_mask, paste_mask_in_image
+from mfdetr_cache.types import CachedImage, DetectorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPrediction:
+    """Detections of one image with their masks. A query's mask is computed once.
+
+    Attributes:
+        detections: By falling class score.
+        confidences: Final score s_i of each detection, float64, shape (D,).
+        mask_index: Which of the M masks each detection has, int64, shape (D,).
+        mask_probs: Mask of each distinct query over its box, shape (M, r, r).
+        boxes_xyxy: Box of each distinct query in original image pixels, shape (M, 4).
+    """
+
+    detections: Detections
+    confidences: NDArray[np.float64]
+    mask_index: Tensor
+    mask_probs: Tensor
+    boxes_xyxy: Tensor
+
+
+@torch.no_grad()
+def predict_masks(
+    head: MaskHead, image: CachedImage, spec: DetectorSpec, device: torch.device
+) -> MaskPrediction:
+    """Run a head on one image.
+
+    Args:
+        head: A trained mask network in evaluation mode, on the device.
+        image: As cached, or as a live detector gave it.
+        spec: The detector.
+        device: Where the head is.
+
+    Returns:
+        Detections, masks and final scores.
+    """
+    logits = torch.from_numpy(np.array(image.class_logits))
+    boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
+    detections = select_detections(logits, boxes, image.geometry.original_hw, spec)
+    queries, position = detections.query_index.unique(return_inverse=True)
+    corners = cxcywh_to_xyxy(boxes)[queries]
+    batch = HeadBatch(
+        groups=map_groups([image], head.map_names, device),
+        queries=torch.from_numpy(image.queries[queries.numpy()].astype(np.float32)).to(device),
+        boxes_xyxy=scale_boxes(corners, image.geometry.resized_hw).to(device),
+        image_index=torch.zeros(len(queries), dtype=torch.long, device=device),
+    )
+    output = head(batch)
+    probs = output.mask_logits.float().sigmoid().cpu()
+    if output.mask_iou is not None:
+        iou = output.mask_iou.float().cpu()[position, detections.labels]
+        confidences = mask_iou_confidence(detections.class_scores, iou)
+    else:
+        confidences = mask_confidence(detections.class_scores, probs[position])
+    original = scale_boxes(corners, image.geometry.original_hw)
+    return MaskPrediction(
+        detections, confidences.double().numpy(), position, probs, original
+    )
+
+
+def masks_in_image(
+    prediction: MaskPrediction, original_hw: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """The mask of every detection at the original size, as COCO RLE; one bitmap at a time.
+
+    Args:
+        prediction: From :func:`predict_masks`.
+        original_hw: Height and width of the original image in pixels.
+
+    Returns:
+        RLE of each detection; detections of one query share theirs.
+    """
+    probs = prediction.mask_probs.numpy()
+    boxes = prediction.boxes_xyxy.double().numpy()
+    rles = [
+        encode_mask(paste_mask_in_image(mask, box, original_hw))
+        for mask, box in zip(probs, boxes, strict=True)
+    ]
+    return [rles[int(i)] for i in prediction.mask_index]

@@ -1,0 +1,44 @@
+"""Final scores of masks: Eq. 2 without mask scoring, Eq. 13 with it."""
+
+import torch
+from torch import Tensor
+
+
+def mask_confidence(class_scores: Tensor, mask_probs: Tensor, threshold: float = 0.5) -> Tensor:
+    """Class score times the mean probability inside the mask (Eq. 2).
+
+    Args:
+        class_scores: Detector scores c_i in [0, 1], shape (D,).
+        mask_probs: After the sigmoid, in [0, 1], shape (D, H, W).
+        threshold: Probability from which on a cell is inside the mask.
+
+    Returns:
+        Confidences s_i, shape (D,), with 0 <= s_i <= c_i. A mask without a cell above the
+        threshold scores 0; Eq. 2 leaves that case undefined (0/0).
+
+    Raises:
+        ValueError: If the two tensors disagree on D.
+
+    Examples:
+        >>> probs = torch.tensor([[[0.9, 0.7], [0.1, 0.2]]])
+        >>> mask_confidence(torch.tensor([0.5]), probs)
+        tensor([0.4000])
+    """
+    if len(class_scores) != len(mask_probs):
+        raise ValueError(f"{len(class_scores)} class scores for {len(mask_probs)} masks")
+    inside = mask_probs >= threshold
+    total = (mask_probs * inside).sum(dim=(1, 2))
+    return class_scores * total / inside.sum(dim=(1, 2)).clamp(min=1)
+
+
+def mask_iou_confidence(class_scores: Tensor, mask_iou: Tensor) -> Tensor:
+    """Class score times the predicted mask IoU (Eq. 13), the latter brought into [0, 1].
+
+    Args:
+        class_scores: Detector scores c_i in [0, 1], shape (D,).
+        mask_iou: Predicted IoU for each detection's label, shape (D,).
+
+    Returns:
+        Confidences s_i, shape (D,).
+    """
+    return class_scores * torch.clamp(mask_iou, 0, 1)

@@ -1,0 +1,60 @@
+"""Box feature encoder F_b: refines the features inside each box (Eq. 9, Table 3)."""
+
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.image_encoder import plain_blocks
+
+BOX_WINDOW = 8
+
+
+class DeformableBoxEncoder(nn.Module):
+    """Deformable layers over the r x r cells of one box, with a learned position table.
+
+    Args:
+        width: Channels.
+        roi_size: Cells r along both axes.
+        num_layers: Layers.
+    """
+
+    def __init__(self, width: int, roi_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(roi_size * roi_size, width))
+        nn.init.normal_(self.position, std=0.02)
+        self.layers = nn.ModuleList(DeformableLayer(width, 1) for _ in range(num_layers))
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """Refine regions.
+
+        Args:
+            regions: Shape (R, r, r, D).
+
+        Returns:
+            Shape (R, r, r, D).
+        """
+        side = int(regions.shape[1])
+        sizes_hw = ((side, side),)
+        centres = cell_centres(sizes_hw, regions.device).to(regions.dtype)
+        tokens = regions.flatten(1, 2)
+        for layer in self.layers:
+            tokens = layer(tokens, self.position, centres, tokens, sizes_hw)
+        return tokens.unflatten(1, (side, side))
+
+
+def build_box_encoder(config: HeadConfig) -> nn.Module:
+    """The box encoder a configuration asks for.
+
+    Args:
+        config: The head's configuration.
+
+    Returns:
+        A module over (R, r, r, D).
+    """
+    if config.box_layers == 0:
+        return nn.Identity()
+    if config.box_block == "deformable":
+        return DeformableBoxEncoder(config.hidden_dim, config.roi_size, config.box_layers)
+    blocks = plain_blocks(config.box_block, config.hidden_dim, config.box_layers, BOX_WINDOW)
+    return nn.Sequential(*blocks)

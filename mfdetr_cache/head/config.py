@@ -1,0 +1,60 @@
+"""The choices the paper's tables study, as one frozen dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+BlockKind = Literal["deformable", "swin", "convnext"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """Architecture of the mask network. The defaults are the paper's final model (Table 6, row 4).
+
+    Attributes:
+        image_block: Block of the image feature encoder (Eq. 6-8, Table 2).
+        image_layers: Its number of layers.
+        box_block: Block of the box feature encoder (Eq. 9, Table 3).
+        box_layers: Its number of layers.
+        hidden_dim: Channels after the channel mapper (Table 4).
+        roi_size: Output size of RoIAlign (Table 9); 8 or a larger multiple of 8.
+        roi_sampling_ratio: Samples per RoIAlign bin along an axis; 0 adapts to the box.
+        use_c1: Fuse the backbone's stride-4 map (Eq. 1, Table 1) where the cache has it.
+        use_backbone_levels: Give backbone maps that stand in for missing encoder levels to the
+            image encoder.
+        fuse_stride: Stride of the level that is fused; 0 takes the finest. The paper's text has
+            stride 8.
+        neck: Project C1 by a 1x1 convolution and group norm (Eq. 14, Table 6). Needed wherever C1
+            and the encoder differ in width.
+        query_ffn: FFN of the query encoder (Table 5).
+        query_o2o: Object-to-object attention (Eq. 10, Table 5).
+        query_b2o: Box-to-object attention (Eq. 11, Table 5).
+        mask_predictor: Dot product (Eq. 4) or the segmenter head (Table 12).
+        mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
+    """
+
+    image_block: BlockKind = "deformable"
+    image_layers: int = 2
+    box_block: BlockKind = "deformable"
+    box_layers: int = 2
+    hidden_dim: int = 128
+    roi_size: int = 32
+    roi_sampling_ratio: int = 0
+    use_c1: bool = True
+    use_backbone_levels: bool = True
+    fuse_stride: int = 0
+    neck: bool = True
+    query_ffn: bool = True
+    query_o2o: bool = False
+    query_b2o: bool = True
+    mask_predictor: Literal["dot", "segmenter"] = "dot"
+    mask_scoring: bool = True
+
+    def __post_init__(self) -> None:
+        if self.roi_size < 8 or self.roi_size % 8:
+            raise ValueError(f"roi_size must be 8 or a larger multiple of 8, not {self.roi_size}")
+        if self.hidden_dim < 8 or self.hidden_dim % 8:
+            raise ValueError(f"hidden_dim must be a positive multiple of 8, not {self.hidden_dim}")
+        if not 0 <= self.image_layers <= 8 or not 0 <= self.box_layers <= 8:
+            raise ValueError("image_layers and box_layers must be 0 to 8")
+        if self.roi_sampling_ratio < 0:
+            raise ValueError("roi_sampling_ratio must be 0 (adaptive) or more")

@@ -1,0 +1,110 @@
+"""A trained head as a folder: its weights, its architecture, and the detector it belongs to."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mfdetr_cache.config import from_dict, to_dict
+from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import Identity, spec_from_identity
+
+HEAD_FILE = "head.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class HeadFolder:
+    """A trained head and what it belongs to.
+
+    Attributes:
+        head: The mask network, in evaluation mode.
+        detector: Identity of the detector it was trained for.
+        document: The whole ``config.json``.
+    """
+
+    head: MaskHead
+    detector: Identity
+    document: dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by a whole new one.
+
+    Args:
+        path: The file.
+        data: Its new content.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the weights of a head.
+
+    Args:
+        folder: The run folder.
+        weights: State dict of a MaskHead.
+    """
+    partial = folder / (HEAD_FILE + ".partial")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / HEAD_FILE)
+
+
+def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) -> None:
+    """Write a run's ``config.json``.
+
+    Args:
+        folder: The run folder.
+        config: Architecture of the head.
+        document: Everything else: training settings, identities, versions.
+    """
+    full = {"head": to_dict(config), **document}
+    write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())
+
+
+def load_head(folder: Path) -> HeadFolder:
+    """A trained head from its run folder.
+
+    Args:
+        folder: What ``train-head --out`` wrote.
+
+    Returns:
+        The head on the CPU and what it belongs to.
+
+    Raises:
+        HeadError: If something is missing, damaged or does not fit together.
+    """
+    for name in (CONFIG_FILE, HEAD_FILE):
+        if not (folder / name).is_file():
+            raise HeadError(f"{folder} is no trained head: it has no {name}; pass a train-head --out")
+    try:
+        document = json.loads((folder / CONFIG_FILE).read_bytes())
+        detector = document["detector"]
+        config = from_dict(HeadConfig, document["head"], f"{folder / CONFIG_FILE}: head")
+        head = MaskHead(config, spec_from_identity(detector))
+    except (ValueError, KeyError, TypeError) as error:
+        raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
+    try:
+        weights = load_file(folder / HEAD_FILE)
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"{folder / HEAD_FILE} is damaged ({error})") from error
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise HeadError(f"{folder / HEAD_FILE} does not fit its config.json: {reason}") from error
+    return HeadFolder(head.eval(), detector, document)

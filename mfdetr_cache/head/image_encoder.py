@@ -1,0 +1,147 @@
+"""Image feature encoder F_e: refines the detector's encoder maps (Eq. 6-8, Tables 2 and 15)."""
+
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
+from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
+from mfdetr_cache.head.blocks.swin import SwinBlock
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.position import sine_position
+
+IMAGE_WINDOW = 14
+
+
+class DeformableImageEncoder(nn.Module):
+    """Deformable layers over all levels; gives back the one level that is fused.
+
+    The last layer refines only that level's tokens: the others would be computed and thrown away.
+
+    Args:
+        width: Channels of all levels.
+        num_levels: Levels, finest first.
+        num_layers: Layers.
+        fused_level: Index of the level that is given back.
+        level_embed: The detector's frozen level embedding, shape (L, D); None learns one.
+    """
+
+    level_embed: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        num_levels: int,
+        num_layers: int,
+        fused_level: int,
+        level_embed: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.fused_level = fused_level
+        self.layers = nn.ModuleList(DeformableLayer(width, num_levels) for _ in range(num_layers))
+        if level_embed is not None:
+            self.register_buffer("level_embed", level_embed.clone())
+        else:
+            self.level_embed = nn.Parameter(torch.empty(num_levels, width))
+            nn.init.normal_(self.level_embed, std=0.02)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Refine one level with the help of all.
+
+        Args:
+            levels: Maps, finest first, each (B, D, h, w).
+
+        Returns:
+            The refined level, shape (B, D, h, w).
+        """
+        sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+        if not len(self.layers):
+            return levels[self.fused_level]
+        memory = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
+        device, width = memory.device, memory.shape[-1]
+        centres = cell_centres(sizes_hw, device).to(memory.dtype)
+        position = torch.cat(
+            [
+                sine_position(size, width, device) + self.level_embed[level]
+                for level, size in enumerate(sizes_hw)
+            ]
+        ).to(memory.dtype)
+        counts = [h * w for h, w in sizes_hw]
+        first = sum(counts[: self.fused_level])
+        wanted = slice(first, first + counts[self.fused_level])
+        for layer in self.layers[:-1]:
+            memory = layer(memory, position, centres, memory, sizes_hw)
+        tokens: Tensor = self.layers[-1](
+            memory[:, wanted], position[wanted], centres[wanted], memory, sizes_hw
+        )
+        return tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+
+
+class SingleLevelImageEncoder(nn.Module):
+    """Swin or ConvNeXt blocks over the fused level alone, as the paper's MAC counts show.
+
+    Args:
+        blocks: Blocks over channels-last maps.
+        fused_level: Index of the level that is refined and given back.
+    """
+
+    def __init__(self, blocks: list[nn.Module], fused_level: int) -> None:
+        super().__init__()
+        self.fused_level = fused_level
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Refine one level.
+
+        Args:
+            levels: Maps, finest first, each (B, D, h, w).
+
+        Returns:
+            The refined level, shape (B, D, h, w).
+        """
+        maps = levels[self.fused_level].permute(0, 2, 3, 1)
+        for layer in self.layers:
+            maps = layer(maps)
+        return maps.permute(0, 3, 1, 2)
+
+
+def build_image_encoder(
+    config: HeadConfig, width: int, num_levels: int, fused_level: int, level_embed: Tensor | None
+) -> nn.Module:
+    """The image encoder a configuration asks for.
+
+    Args:
+        config: The head's configuration.
+        width: Channels of all levels.
+        num_levels: Levels, finest first.
+        fused_level: Index of the level that is fused.
+        level_embed: The detector's frozen level embedding; None learns one.
+
+    Returns:
+        A module from a list of levels to the fused level.
+    """
+    count = config.image_layers
+    if config.image_block == "deformable":
+        return DeformableImageEncoder(width, num_levels, count, fused_level, level_embed)
+    return SingleLevelImageEncoder(
+        plain_blocks(config.image_block, width, count, IMAGE_WINDOW), fused_level
+    )
+
+
+def plain_blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:
+    """Swin or ConvNeXt blocks.
+
+    Args:
+        kind: ``swin`` or ``convnext``.
+        width: Channels.
+        count: How many.
+        window: Window side for Swin.
+
+    Returns:
+        The blocks, initialised.
+    """
+    if kind == "swin":
+        return [SwinBlock(width, window, shifted=bool(i % 2)) for i in range(count)]
+    blocks = [ConvNeXtBlock(width) for _ in range(count)]
+    for block in blocks:
+        init_convnext(block)
+    return list(blocks)

@@ -1,0 +1,162 @@
+"""The mask network of Mask Frozen-DETR: its parts in the paper's order."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
+from mfdetr_cache.head.box_encoder import build_box_encoder
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.fusion import FeatureFusion, Projection
+from mfdetr_cache.head.image_encoder import build_image_encoder
+from mfdetr_cache.head.mask_predictor import DotProductPredictor, SegmenterPredictor
+from mfdetr_cache.head.mask_scoring import MaskScoring
+from mfdetr_cache.head.query_encoder import QueryEncoder
+from mfdetr_cache.types import DetectorSpec, MapSpec
+
+
+class MaskHead(nn.Module):
+    """Masks for boxes, from frozen queries and frozen maps (Fig. 2).
+
+    Image encoder, fusion with C1, channel mapper, RoIAlign, box encoder, query encoder, dot
+    product, mask scoring. Maps come from a cache or from a live detector; this module cannot tell.
+
+    Args:
+        config: Architecture.
+        spec: The detector whose maps and queries it will get.
+
+    Raises:
+        HeadError: If the detector does not give what the configuration needs.
+    """
+
+    def __init__(self, config: HeadConfig, spec: DetectorSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = _choose_levels(config, spec)
+        self.c1 = next((m for m in spec.maps if m.role == "c1"), None) if config.use_c1 else None
+        width = max(m.channels for m in self.levels if m.role == "encoder")
+        fused = _fused_level(config, self.levels)
+        self.fused_stride = self.c1.stride if self.c1 is not None else self.levels[fused].stride
+        self.projections = nn.ModuleDict(
+            {
+                m.name: Projection(m.channels, width)
+                for m in self.levels
+                if m.role != "encoder" or m.channels != width
+            }
+        )
+        embed = spec.encoder_level_embed
+        frozen = torch.tensor(embed) if embed and len(embed) == len(self.levels) else None
+        self.image_encoder = build_image_encoder(config, width, len(self.levels), fused, frozen)
+        neck: nn.Module | None = None
+        if self.c1 is not None and config.neck:
+            neck = Projection(self.c1.channels, width)
+        elif self.c1 is not None and self.c1.channels != width:
+            raise HeadError(f"c1 has {self.c1.channels} channels, the encoder {width}: set neck=true")
+        self.fusion = FeatureFusion(neck)
+        d = config.hidden_dim
+        # Paper: Table 4's row at the detector's own width has no mapper.
+        self.map_features = nn.Identity() if d == width else nn.Conv2d(width, d, 1)
+        self.map_query = nn.Identity() if d == spec.query_dim else nn.Linear(spec.query_dim, d)
+        for mapper in (self.map_features, self.map_query):
+            if isinstance(mapper, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(mapper.weight)
+                assert mapper.bias is not None
+                nn.init.zeros_(mapper.bias)
+        self.box_encoder = build_box_encoder(config)
+        self.query_encoder = QueryEncoder(
+            spec.query_dim, d, ffn=config.query_ffn, o2o=config.query_o2o, b2o=config.query_b2o
+        )
+        self.predictor: nn.Module
+        self.predictor = (
+            SegmenterPredictor(d) if config.mask_predictor == "segmenter" else DotProductPredictor()
+        )
+        self.scoring = MaskScoring(d, config.roi_size, spec.num_labels) if config.mask_scoring else None
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The maps this head reads; others in a cache need not be read from disk."""
+        names = [m.name for m in self.levels]
+        return (*names, self.c1.name) if self.c1 is not None else tuple(names)
+
+    def forward(self, batch: HeadBatch) -> HeadOutput:
+        """Masks of all regions of a batch.
+
+        Args:
+            batch: Maps, boxes and queries.
+
+        Returns:
+            Mask logits and predicted IoUs.
+        """
+        regions = self.box_encoder(self.regions(batch))  # (R, r, r, d)
+        queries = self.query_encoder(batch.queries, regions.flatten(1, 2), batch.image_index)
+        logits = self.predictor(self.map_query(queries), regions)
+        iou = self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
+        return HeadOutput(logits, iou)
+
+    def fuse(self, group: MapGroup) -> Tensor:
+        """The fused map F of equal-sized images, after the channel mapper (Eq. 5 and 14).
+
+        Args:
+            group: Their maps.
+
+        Returns:
+            Shape (B, d, H/s, W/s) at the fused stride s.
+        """
+        levels = []
+        for m in self.levels:
+            maps = group.maps[m.name]
+            levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
+        c1 = group.maps[self.c1.name] if self.c1 is not None else None
+        fused: Tensor = self.map_features(self.fusion(c1, self.image_encoder(levels)))
+        return fused
+
+    def regions(self, batch: HeadBatch) -> Tensor:
+        """Region features R_i (Eq. 3).
+
+        Args:
+            batch: Maps and boxes.
+
+        Returns:
+            RoIAlign of the fused map over each box, shape (R, r, r, d).
+        """
+        size = self.config.roi_size
+        parts, order = [], []
+        for group in batch.groups:
+            inside = torch.isin(batch.image_index, group.image_index).nonzero()[:, 0]
+            if not len(inside):
+                continue
+            position = torch.searchsorted(group.image_index, batch.image_index[inside])
+            boxes = batch.boxes_xyxy[inside]
+            fused = self.fuse(group)
+            rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1).to(fused.dtype)
+            aligned = roi_align(
+                fused.contiguous(),
+                rois,
+                (size, size),
+                spatial_scale=1 / self.fused_stride,
+                sampling_ratio=self.config.roi_sampling_ratio or -1,
+                aligned=True,
+            )
+            parts.append(aligned.permute(0, 2, 3, 1))
+            order.append(inside)
+        if not parts:
+            return batch.queries.new_zeros(0, size, size, self.config.hidden_dim)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _choose_levels(config: HeadConfig, spec: DetectorSpec) -> tuple[MapSpec, ...]:
+    roles = {"encoder", "backbone"} if config.use_backbone_levels else {"encoder"}
+    levels = tuple(sorted((m for m in spec.maps if m.role in roles), key=lambda m: m.stride))
+    if not any(m.role == "encoder" for m in levels):
+        raise HeadError(f"{spec.name} gives no encoder map; the mask network needs one")
+    return levels
+
+
+def _fused_level(config: HeadConfig, levels: tuple[MapSpec, ...]) -> int:
+    if config.fuse_stride == 0:
+        return 0
+    strides = [m.stride for m in levels]
+    if config.fuse_stride not in strides:
+        raise HeadError(f"fuse_stride {config.fuse_stride}: the levels have strides {strides}")
+    return strides.index(config.fuse_stride)

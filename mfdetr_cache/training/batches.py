@@ -1,0 +1,172 @@
+"""Batches for training: order, reading ahead in threads, grouping by size, the way to the device."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mfdetr_cache.head.batch import HeadBatch, map_groups
+from mfdetr_cache.training.regions import RegionTargets
+from mfdetr_cache.types import CachedImage
+
+# Batches being prepared while one is computed; bounds the memory of the reader.
+READ_AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One image ready for training.
+
+    Attributes:
+        image: As cached, with the maps the head reads.
+        regions: What is trained on.
+    """
+
+    image: CachedImage
+    regions: RegionTargets
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A batch on the training device.
+
+    Attributes:
+        inputs: What the mask network takes.
+        masks: Target coverage, shape (R, t, t).
+        labels: Labels of the objects, shape (R,).
+        outside: Area of each object outside its box over the box's area, shape (R,).
+        image_ids: COCO ids of the images, to name them when something goes wrong.
+    """
+
+    inputs: HeadBatch
+    masks: Tensor
+    labels: Tensor
+    outside: Tensor
+    image_ids: tuple[int, ...]
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of one epoch: every row once.
+
+    Args:
+        num_rows: How many rows there are.
+        seed: Of the training.
+        epoch: Counted from 0.
+
+    Returns:
+        A permutation that depends on nothing else.
+    """
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def rows_of_step(rows: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
+    """The rows of one step; the last batch of an epoch may be smaller.
+
+    Args:
+        rows: Rows to train on.
+        batch_size: Rows per step.
+        seed: Of the training.
+        step: Step, counted from 0 over all epochs.
+
+    Returns:
+        Rows of the cache.
+    """
+    per_epoch = steps_per_epoch(len(rows), batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order = epoch_order(len(rows), seed, epoch)
+    chosen = order[position * batch_size : (position + 1) * batch_size]
+    return [rows[i] for i in chosen]
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Steps that show every row once.
+
+    Args:
+        num_rows: How many rows there are.
+        batch_size: Rows per step.
+
+    Returns:
+        Number of steps.
+    """
+    return -(-num_rows // batch_size)
+
+
+def collate(
+    samples: Sequence[TrainSample], map_names: Sequence[str], device: torch.device
+) -> TrainBatch:
+    """Some samples as one batch.
+
+    Args:
+        samples: At least one.
+        map_names: Maps the head reads.
+        device: Where the batch lives.
+
+    Returns:
+        The batch; it may have no region.
+    """
+    queries, boxes, owner = [], [], []
+    for index, sample in enumerate(samples):
+        regions = sample.regions
+        height, width = sample.image.geometry.resized_hw
+        scale = np.array([width, height, width, height], dtype=np.float32)
+        queries.append(sample.image.queries[regions.query_index].astype(np.float32))
+        boxes.append(regions.boxes_xyxy_norm * scale)
+        owner.append(np.full(len(regions), index, dtype=np.int64))
+
+    def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    inputs = HeadBatch(
+        groups=map_groups([s.image for s in samples], map_names, device),
+        queries=joined(queries),
+        boxes_xyxy=joined(boxes),
+        image_index=joined(owner),
+    )
+    return TrainBatch(
+        inputs=inputs,
+        masks=joined([s.regions.masks for s in samples]),
+        labels=joined([s.regions.labels for s in samples]),
+        outside=joined([s.regions.outside for s in samples]),
+        image_ids=tuple(s.image.image_id for s in samples),
+    )
+
+
+def read_ahead(
+    load: Callable[[int, int], TrainSample],
+    rows_of: Callable[[int], list[int]],
+    steps: range,
+    num_threads: int,
+) -> Iterator[list[TrainSample]]:
+    """The samples of one step after the other, prepared in threads of this process.
+
+    Args:
+        load: Reads and prepares a row for a step; safe to call from several threads.
+        rows_of: Rows of a step.
+        steps: Steps to go through.
+        num_threads: How many threads.
+
+    Yields:
+        The samples of a step, in the order of its rows.
+    """
+    with ThreadPoolExecutor(num_threads, "reader") as pool:
+        ahead: deque[list[Future[TrainSample]]] = deque()
+        coming = iter(steps)
+        try:
+            while True:
+                while len(ahead) < READ_AHEAD:
+                    step = next(coming, None)
+                    if step is None:
+                        break
+                    ahead.append([pool.submit(load, row, step) for row in rows_of(step)])
+                if not ahead:
+                    return
+                yield [future.result() for future in ahead.popleft()]
+        finally:
+            for futures in ahead:
+                for future in futures:
+                    future.cancel()

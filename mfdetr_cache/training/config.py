@@ -1,0 +1,85 @@
+"""How a mask network is trained, as one frozen dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Training settings. The defaults are the paper's (section 4.1) where it states them.
+
+    Attributes:
+        steps: Optimiser steps; the paper's 88,500 are six epochs of COCO at batch 8.
+        batch_size: Images per step.
+        lr: Peak learning rate of AdamW.
+        warmup_steps: Steps of linear warm-up.
+        schedule: ``step`` drops the rate by ten at each of ``drops``; ``cosine`` falls to zero.
+        drops: Fractions of training at which the rate drops.
+        weight_decay: Of AdamW, on matrices; biases, norms and embeddings have none.
+        beta1: Of AdamW.
+        beta2: Of AdamW.
+        clip_norm: Largest gradient norm; 0 for no clipping.
+        ema_decay: Decay of an exponential moving average of the weights, used as the result; 0 for
+            none.
+        match: ``hungarian`` as the detectors train (one query per object), or ``iou``: every query
+            among the best ``iou_candidates`` whose box overlaps an object enough, its best one.
+        min_match_iou: Matches whose predicted box overlaps the object less are not trained on.
+        iou_candidates: How many queries, by class score, ``iou`` matching looks at.
+        max_regions: At most so many regions per image, drawn at random; 0 for no limit.
+        gt_box_share: Share of regions that get the object's own box instead of the predicted one.
+        box_jitter: Largest shift of each box side, as a share of the box's size.
+        points: ``sampled`` as PointRend does (Table 6), or ``grid`` for every cell.
+        num_points: Points per mask; 0 takes a quarter of the grid's cells.
+        oversample_ratio: Candidates per point.
+        importance_sample_ratio: Share of points taken where the mask is least certain.
+        target_scale: Cells of the target grid per cell of the mask, along an axis.
+        bce_weight: Weight of the binary cross entropy.
+        dice_weight: Weight of the dice loss.
+        scoring_weight: Weight of the mask-IoU regression.
+        seed: Of initialisation, order, jitter and points.
+        num_threads: Threads that read and prepare batches.
+        checkpoint_minutes: Time between checkpoints.
+        validate_epochs: Validate each time so many epochs are done, where there is a validation
+            cache; 0 validates at the end only.
+    """
+
+    steps: int = 88_500
+    batch_size: int = 8
+    lr: float = 1.5e-4
+    warmup_steps: int = 0
+    schedule: Literal["step", "cosine"] = "step"
+    drops: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 5e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 0.1
+    ema_decay: float = 0.0
+    match: Literal["hungarian", "iou"] = "hungarian"
+    min_match_iou: float = 0.0
+    iou_candidates: int = 100
+    max_regions: int = 0
+    gt_box_share: float = 0.0
+    box_jitter: float = 0.0
+    points: Literal["sampled", "grid"] = "sampled"
+    num_points: int = 0
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    target_scale: int = 2
+    bce_weight: float = 5.0
+    dice_weight: float = 5.0
+    scoring_weight: float = 1.0
+    seed: int = 0
+    num_threads: int = 2
+    checkpoint_minutes: float = 5.0
+    validate_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.num_threads < 1 or self.target_scale < 1:
+            raise ValueError("steps, batch_size, num_threads and target_scale must be 1 or more")
+        if self.lr <= 0 or self.oversample_ratio < 1:
+            raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
+        for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be within 0 and 1")
+        if not 0 <= self.box_jitter < 0.5:
+            raise ValueError("box_jitter must be within 0 and 0.5")

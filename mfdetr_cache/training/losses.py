@@ -1,0 +1,118 @@
+"""Losses of the mask network: cross entropy and dice on points, and mask-IoU regression."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mfdetr_cache.head.batch import HeadOutput
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """The losses of one batch, each a scalar, already weighted in ``total`` only.
+
+    Attributes:
+        total: What is minimised.
+        bce: Binary cross entropy, mean over points and regions.
+        dice: Dice loss, mean over regions.
+        scoring: Squared error of the predicted mask IoU, mean over scored regions.
+    """
+
+    total: Tensor
+    bce: Tensor
+    dice: Tensor
+    scoring: Tensor
+
+
+def dice_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """One minus the dice coefficient with the customary +1, per region.
+
+    Args:
+        probabilities: In [0, 1], shape (R, N).
+        targets: In [0, 1], shape (R, N).
+
+    Returns:
+        Shape (R,).
+    """
+    overlap = 2 * (probabilities * targets).sum(-1)
+    return 1 - (overlap + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
+
+
+def mask_iou_targets(mask_logits: Tensor, masks: Tensor, outside: Tensor) -> Tensor:
+    """IoU of each predicted mask with its object, the part outside the box counted as missed.
+
+    Args:
+        mask_logits: Shape (R, r, r).
+        masks: Coverage of the object over the box, shape (R, t, t), t a multiple of r.
+        outside: Area of the object outside the box, in units of the box's area, shape (R,).
+
+    Returns:
+        IoU in [0, 1], shape (R,); 0 for an empty prediction.
+    """
+    side = int(mask_logits.shape[-1])
+    predicted = (mask_logits >= 0).to(masks.dtype)
+    covered = functional.adaptive_avg_pool2d(masks[:, None], side)[:, 0]
+    overlap = (predicted * covered).mean(dim=(1, 2))
+    union = predicted.mean(dim=(1, 2)) + covered.mean(dim=(1, 2)) + outside - overlap
+    return overlap / union.clamp(min=1e-6)
+
+
+def head_losses(
+    output: HeadOutput,
+    masks: Tensor,
+    labels: Tensor,
+    outside: Tensor,
+    config: TrainConfig,
+    generator: torch.Generator,
+) -> LossParts:
+    """The losses of a batch of R regions; all zero, with gradients, when R is 0.
+
+    Args:
+        output: What the mask network gave.
+        masks: Coverage of the object over each box, shape (R, t, t).
+        labels: Label of each object, shape (R,).
+        outside: Area of each object outside the box, in units of the box's area, shape (R,).
+        config: Points and weights.
+        generator: Source of the sampled points.
+
+    Returns:
+        The parts and their weighted sum.
+    """
+    logits = output.mask_logits.float()
+    if not len(logits):
+        nothing = logits.sum() + (output.mask_iou.sum() if output.mask_iou is not None else 0.0)
+        return LossParts(nothing, nothing.detach(), nothing.detach(), nothing.detach())
+    if config.points == "grid":
+        side = int(logits.shape[-1])
+        predicted = logits.flatten(1)
+        wanted = functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
+    else:
+        points = uncertain_points(
+            logits,
+            config.num_points or logits[0].numel() // 4,
+            config.oversample_ratio,
+            config.importance_sample_ratio,
+            generator,
+        )
+        predicted, wanted = sample_at(logits, points), sample_at(masks, points)
+    bce = functional.binary_cross_entropy_with_logits(predicted, wanted)
+    dice = dice_loss(predicted.sigmoid(), wanted).mean()
+    scoring = logits.new_zeros(())
+    if output.mask_iou is not None:
+        target = mask_iou_targets(logits.detach(), masks, outside)
+        # Only masks that hit their object say something about quality (Mask Scoring R-CNN).
+        scored = (target > 0) & (labels >= 0)
+        if bool(scored.any()):
+            rows = scored.nonzero()[:, 0]
+            guess = output.mask_iou.float()[rows, labels[rows]]
+            scoring = functional.mse_loss(guess, target[rows])
+        else:
+            scoring = output.mask_iou.sum() * 0.0
+    total = (
+        config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
+    )
+    return LossParts(total, bce.detach(), dice.detach(), scoring.detach())

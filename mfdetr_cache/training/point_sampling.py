@@ -1,0 +1,58 @@
+"""Points at which masks are supervised: many candidates, the least certain kept (PointRend)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def sample_at(grids: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of square grids at normalised points.
+
+    Args:
+        grids: Shape (R, s, s).
+        points: x and y in [0, 1] over each grid, shape (R, N, 2).
+
+    Returns:
+        Shape (R, N). Outside the outermost cell centres values are constant.
+    """
+    sampled = functional.grid_sample(
+        grids[:, None],
+        (2 * points - 1)[:, :, None].to(grids.dtype),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return sampled[:, 0, :, 0]
+
+
+def uncertain_points(
+    mask_logits: Tensor,
+    num_points: int,
+    oversample_ratio: float,
+    importance_sample_ratio: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Points where a mask is least certain, filled up with uniform ones (section 3.5).
+
+    Args:
+        mask_logits: Shape (R, r, r).
+        num_points: Points N per mask.
+        oversample_ratio: Uniform candidates per point (k of the paper).
+        importance_sample_ratio: Share of N taken from the least certain candidates (beta).
+        generator: Source of the candidates.
+
+    Returns:
+        x and y in [0, 1], shape (R, N, 2).
+    """
+    count, device = len(mask_logits), mask_logits.device
+    candidates = torch.rand(
+        count, int(num_points * oversample_ratio), 2, generator=generator, device=device
+    )
+    num_important = int(num_points * importance_sample_ratio)
+    uncertainty = -sample_at(mask_logits.detach().float(), candidates).abs()
+    best = uncertainty.topk(num_important, dim=1).indices
+    important = torch.take_along_dim(candidates, best[..., None], dim=1)
+    uniform = torch.rand(
+        count, num_points - num_important, 2, generator=generator, device=device
+    )
+    return torch.cat((important, uniform), dim=1)

@@ -1,0 +1,150 @@
+"""From one cached image to regions with targets: matched queries, their boxes, what is inside."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
+from mfdetr_cache.masks import rasterise_in_box
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.matching import Matches, match_by_iou, match_hungarian
+from mfdetr_cache.types import CachedImage, GroundTruth
+
+# A box thinner than this is no region: its RoI would be one sample repeated.
+_MIN_SIDE_NORM = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class RegionTargets:
+    """The R regions of one image that are trained on.
+
+    Attributes:
+        query_index: Query of each region, int64, shape (R,).
+        boxes_xyxy_norm: Box of each region relative to the resized image, float32, shape (R, 4).
+        labels: Label of the object, -1 where the detector has none, int64, shape (R,).
+        masks: Coverage of the object over the box, float32, shape (R, t, t).
+        outside: Area of the object outside the box, as a share of the box's area, shape (R,).
+    """
+
+    query_index: NDArray[np.int64]
+    boxes_xyxy_norm: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    masks: NDArray[np.float32]
+    outside: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.query_index)
+
+
+def trainable_objects(truth: GroundTruth) -> NDArray[np.int64]:
+    """Objects that can be learned from: no crowd, with area, of a label the detector has.
+
+    Args:
+        truth: The annotated objects of an image.
+
+    Returns:
+        Indices into them.
+    """
+    size = truth.boxes_xyxy[:, 2:] - truth.boxes_xyxy[:, :2]
+    usable = ~truth.is_crowd & (truth.labels >= 0) & (truth.areas > 0) & (size > 0).all(axis=1)
+    return np.flatnonzero(usable)
+
+
+def build_regions(
+    image: CachedImage, config: TrainConfig, roi_size: int, random: np.random.Generator
+) -> RegionTargets:
+    """Match, jitter and rasterise one image.
+
+    Args:
+        image: A cached image; its maps are not needed.
+        config: How to match and to jitter.
+        roi_size: Cells of the predicted masks along an axis.
+        random: Source of jitter and of the choice among too many regions.
+
+    Returns:
+        The regions, none where the image has no object that a query answers for.
+    """
+    objects = trainable_objects(image.ground_truth)
+    grid = roi_size * config.target_scale
+    if not len(objects):
+        return _no_regions(grid)
+    height, width = image.geometry.original_hw
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    truth_xyxy = torch.from_numpy(image.ground_truth.boxes_xyxy[objects] / scale)
+    boxes_cxcywh = torch.from_numpy(image.boxes_cxcywh_norm.copy())
+    boxes_xyxy = cxcywh_to_xyxy(boxes_cxcywh)
+    labels = image.ground_truth.labels[objects]
+    logits = torch.from_numpy(image.class_logits.copy())
+    if config.match == "iou":
+        matches = match_by_iou(
+            logits, boxes_xyxy, truth_xyxy, config.iou_candidates, config.min_match_iou
+        )
+    else:
+        matches = match_hungarian(
+            logits,
+            boxes_xyxy,
+            boxes_cxcywh,
+            torch.from_numpy(labels),
+            truth_xyxy,
+            xyxy_to_cxcywh(truth_xyxy),
+        )
+    matches = _choose(matches, config, random)
+    if not len(matches.query_index):
+        return _no_regions(grid)
+    boxes = boxes_xyxy.numpy()[matches.query_index]
+    target = truth_xyxy.numpy()[matches.object_index]
+    boxes = _jitter(boxes, target, config, random)
+    masks = np.empty((len(boxes), grid, grid), dtype=np.float32)
+    outside = np.empty(len(boxes), dtype=np.float32)
+    for region, index in enumerate(objects[matches.object_index]):
+        runs = image.ground_truth.run_lengths[index]
+        box = (boxes[region] * scale).astype(np.float64)
+        masks[region] = rasterise_in_box(runs, (height, width), box, grid)
+        box_area = max(float((box[2] - box[0]) * (box[3] - box[1])), 1e-6)
+        share = float(runs[1::2].sum(dtype=np.int64)) / box_area - float(masks[region].mean())
+        outside[region] = max(share, 0.0)
+    return RegionTargets(
+        matches.query_index, boxes, labels[matches.object_index], masks, outside
+    )
+
+
+def _no_regions(grid: int) -> RegionTargets:
+    return RegionTargets(
+        np.zeros(0, dtype=np.int64),
+        np.zeros((0, 4), dtype=np.float32),
+        np.zeros(0, dtype=np.int64),
+        np.zeros((0, grid, grid), dtype=np.float32),
+        np.zeros(0, dtype=np.float32),
+    )
+
+
+def _choose(matches: Matches, config: TrainConfig, random: np.random.Generator) -> Matches:
+    keep = np.flatnonzero(matches.iou >= config.min_match_iou)
+    if config.max_regions and len(keep) > config.max_regions:
+        keep = np.sort(random.choice(keep, config.max_regions, replace=False))
+    return Matches(matches.query_index[keep], matches.object_index[keep], matches.iou[keep])
+
+
+def _jitter(
+    boxes: NDArray[np.float32],
+    target: NDArray[np.float32],
+    config: TrainConfig,
+    random: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Replace some boxes by the object's own and move the sides a little."""
+    if config.gt_box_share:
+        swap = random.random(len(boxes)) < config.gt_box_share
+        boxes = np.where(swap[:, None], target, boxes)
+    if config.box_jitter:
+        size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+        moved = boxes + size * random.uniform(-config.box_jitter, config.box_jitter, boxes.shape)
+        # A box that was moved off its object would teach nothing but background.
+        overlap = box_iou(torch.from_numpy(moved), torch.from_numpy(target))[0].diagonal().numpy()
+        before = box_iou(torch.from_numpy(boxes), torch.from_numpy(target))[0].diagonal().numpy()
+        good = (overlap >= np.minimum(before, 0.5))[:, None]
+        boxes = np.where(good, moved, boxes)
+    boxes = boxes.astype(np.float32)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + _MIN_SIDE_NORM)
+    return boxes
