@@ -5,6 +5,7 @@ P sampling points.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,51 @@ def cell_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
     return torch.cat(centres)
 
 
+class _SampleAndWeigh(torch.autograd.Function):
+    """Bilinear samples of one level, weighted and summed, without keeping the samples.
+
+    Autograd would keep every sample of every head for the backward pass, by far the largest
+    tensors of the network. Sampling again costs less than moving them through memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grid: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401
+        """Sum over P of weight times sample.
+
+        Args:
+            ctx: Keeps the inputs.
+            maps: Shape (M, C, h, w).
+            grid: Sampling points in [-1, 1], shape (M, P, N, 2).
+            weights: Shape (M, P, N).
+
+        Returns:
+            Shape (M, C, N).
+        """
+        ctx.save_for_backward(maps, grid, weights)
+        samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
+        return samples.mul_(weights[:, None]).sum(dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        """Gradients with respect to maps, grid and weights.
+
+        Args:
+            ctx: The inputs.
+            grad: Shape (M, C, N).
+
+        Returns:
+            One gradient per input.
+        """
+        maps, grid, weights = ctx.saved_tensors
+        spread = grad[:, :, None] * weights[:, None]
+        grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+            spread, maps, grid, 0, 0, False, [True, True]
+        )
+        samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
+        grad_weights = samples.mul_(grad[:, :, None]).sum(dim=1)
+        return grad_maps, grad_grid, grad_weights
+
+
 def deformable_attention(
     value: Tensor, sizes_hw: SizesHw, locations: Tensor, weights: Tensor
 ) -> Tensor:
@@ -60,20 +106,19 @@ def deformable_attention(
         Shape (B, N, D).
     """
     batch, _, heads, width = value.shape
-    num_queries, points = locations.shape[1], locations.shape[4]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*H, N, P, 2)
-    sampled = []
+    num_queries = locations.shape[1]
+    # Points before queries: the innermost axis is then long, and sums over points run along it.
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # (L, B*H, P, N, 2)
+    shares = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # (L, B*H, P, N)
+    mixed: Tensor | None = None
     parts = value.split([h * w for h, w in sizes_hw], dim=1)
     for level, (part, size_hw) in enumerate(zip(parts, sizes_hw, strict=True)):
         maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, *size_hw)
-        sampled.append(
-            functional.grid_sample(
-                maps, grids[level].to(maps.dtype), mode="bilinear", align_corners=False
-            )
+        found: Tensor = _SampleAndWeigh.apply(  # type: ignore[no-untyped-call]
+            maps, grids[level].to(maps.dtype).contiguous(), shares[level].to(maps.dtype).contiguous()
         )
-    stacked = torch.stack(sampled, dim=3) if len(sampled) > 1 else sampled[0].unsqueeze(3)
-    flat_weights = weights.transpose(1, 2).reshape(batch * heads, 1, num_queries, -1, points)
-    mixed = (stacked * flat_weights).sum(dim=(3, 4))  # (B*H, D/H, N)
+        mixed = found if mixed is None else mixed + found
+    assert mixed is not None
     return mixed.view(batch, heads * width, num_queries).transpose(1, 2)
 
 
