@@ -2,7 +2,7 @@
 
 
 class MfdetrError(Exception):
-    """The input cannot be used as given. The command line prints it as one line and exits with 2."""
+    """The input cannot be used as given; the command line prints one line and exits with 2."""
 
 
 class CheckFailedError(MfdetrError):

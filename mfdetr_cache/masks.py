@@ -101,7 +101,8 @@ def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDA
     """
     height, width = size_hw
     inside = np.arange(len(run_lengths)) % 2 == 1
-    return np.repeat(inside, run_lengths).reshape(width, height).T
+    mask: NDArray[np.bool_] = np.repeat(inside, run_lengths).reshape(width, height).T
+    return mask
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -140,7 +141,8 @@ def sample_run_lengths(
     in_image = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     index = np.where(in_image, column * height + row, 0)
     run = np.searchsorted(np.cumsum(run_lengths, dtype=np.int64), index, side="right")
-    return in_image & (run % 2 == 1)
+    inside: NDArray[np.bool_] = in_image & (run % 2 == 1)
+    return inside
 
 
 def rasterise_in_box(
@@ -170,7 +172,8 @@ def rasterise_in_box(
     x, y = np.meshgrid(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
     inside = sample_run_lengths(run_lengths, size_hw, x, y)
     cells = inside.reshape(grid_size, subsamples, grid_size, subsamples)
-    return cells.mean(axis=(1, 3), dtype=np.float32)
+    coverage: NDArray[np.float32] = cells.mean(axis=(1, 3), dtype=np.float32)
+    return coverage
 
 
 def paste_mask_in_image(
@@ -201,7 +204,9 @@ def paste_mask_in_image(
     cols, col_low, col_high, col_weight = _interpolation(x0, x1, width, mask_probs.shape[1])
     if rows.stop <= rows.start or cols.stop <= cols.start:
         return mask
-    down = mask_probs[row_low] * (1 - row_weight)[:, None] + mask_probs[row_high] * row_weight[:, None]
+    down = (
+        mask_probs[row_low] * (1 - row_weight)[:, None] + mask_probs[row_high] * row_weight[:, None]
+    )
     full = down[:, col_low] * (1 - col_weight) + down[:, col_high] * col_weight
     mask[rows, cols] = full >= threshold
     return mask

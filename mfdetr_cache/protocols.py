@@ -26,6 +26,9 @@ class Detector(Protocol):
 
         Args:
             original_hw: Height and width of the image in pixels.
+
+        Returns:
+            The geometry.
         """
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -33,6 +36,9 @@ class Detector(Protocol):
 
         Args:
             image: An RGB image at its original size.
+
+        Returns:
+            float32, shape (3, H, W).
         """
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
@@ -41,6 +47,9 @@ class Detector(Protocol):
         Args:
             pixel_values: Preprocessed images, shape (B, 3, H, W).
             padding_mask: True where a pixel is padding, shape (B, H, W); None for no padding.
+
+        Returns:
+            Logits, boxes, queries and maps.
         """
 
     def to(self, device: torch.device | str) -> "Detector":
@@ -48,6 +57,9 @@ class Detector(Protocol):
 
         Args:
             device: Where to compute.
+
+        Returns:
+            The detector.
         """
 
 
@@ -121,4 +133,3 @@ class SilentReporter:
 
     def finish(self) -> None:
         """Nothing to show."""
-

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
@@ -24,7 +24,25 @@ from mfdetr_cache.cache.schema import (
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.writer import part_is_whole, read_manifest
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.types import CachedImage, DetectorSpec, GroundTruth, ImageGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySummary:
+    """One large array of a cache, for people.
+
+    Attributes:
+        name: Its path below the view.
+        shape: What one image has of it.
+        dtype: Stored type.
+        source: Where in the detector it comes from.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    source: str
 
 
 class FeatureCache:
@@ -37,6 +55,7 @@ class FeatureCache:
     Attributes:
         path: The cache.
         cache_id: Hash of its identity.
+        format_version: Version of the format it is written in.
         identity: What decides its content.
         spec: The detector it was made with.
         layout: Rows, parts and tokens.
@@ -47,6 +66,7 @@ class FeatureCache:
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
         self.cache_id: str = attributes["cache_id"]
+        self.format_version: int = attributes["format_version"]
         self.identity: Identity = attributes["identity"]
         self.spec: DetectorSpec = spec_from_identity(self.identity["detector"])
         self.layout = CacheLayout.from_dict(attributes["layout"])
@@ -77,7 +97,9 @@ class FeatureCache:
             attributes = document["attributes"][ATTRIBUTES_KEY]
             name, version = attributes["format"], attributes["format_version"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise CacheError(f"{path} is no feature cache (no {ATTRIBUTES_KEY} attributes)") from None
+            raise CacheError(
+                f"{path} is no feature cache (no {ATTRIBUTES_KEY} attributes)"
+            ) from None
         if name != FORMAT_NAME or not isinstance(version, int) or version > FORMAT_VERSION:
             raise CacheError(
                 f"{path} has cache format {version}, this version reads up to {FORMAT_VERSION}; "
@@ -124,6 +146,33 @@ class FeatureCache:
         """Bytes of all sealed parts."""
         manifests = (read_manifest(self.path, p) for p in range(self.layout.num_parts))
         return sum(f["bytes"] for m in manifests if m is not None for f in m["files"].values())
+
+    def stored_bytes_of_arrays(self) -> dict[str, int]:
+        """Bytes of all sealed parts of every array, by its name below the view."""
+        totals = dict.fromkeys(self._arrays, 0)
+        for part in range(self.layout.num_parts):
+            manifest = read_manifest(self.path, part)
+            if manifest is not None:
+                for name, spec in self._arrays.items():
+                    totals[name] += manifest["files"][spec.key_of_part(part)]["bytes"]
+        return totals
+
+    def array_summaries(self) -> tuple[ArraySummary, ...]:
+        """The large arrays: detections, queries and maps."""
+        spec = self.spec
+        found = [
+            ArraySummary(name, f"{spec.num_queries} x {width}", self._arrays[name].dtype, "decoder")
+            for name, width in (
+                ("class_logits", spec.num_labels),
+                ("boxes_cxcywh_norm", 4),
+                ("queries", spec.query_dim),
+            )
+        ]
+        for m in spec.maps:
+            name = f"maps/{m.name}/values"
+            shape = f"{m.channels} at 1/{m.stride}"
+            found.append(ArraySummary(name, shape, self._arrays[name].dtype, m.source))
+        return tuple(found)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -197,7 +197,9 @@ def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, 
     rows, per_part = layout.num_rows, layout.images_per_part
     arrays: dict[str, ArraySpec] = {}
 
-    def add(name: str, dtype: str, tail: tuple[int, ...], dims: tuple[str, ...], about: str) -> None:
+    def add(
+        name: str, dtype: str, tail: tuple[int, ...], dims: tuple[str, ...], about: str
+    ) -> None:
         # Padded up to whole parts, as Zarr pads its last chunk.
         arrays[name] = ArraySpec(
             f"views/{view}/{name}",

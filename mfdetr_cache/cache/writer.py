@@ -20,7 +20,6 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from mfdetr_cache.identity import Identity, differences, identity_hash
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
@@ -34,6 +33,7 @@ from mfdetr_cache.cache.schema import (
 )
 from mfdetr_cache.cache.shards import ZSTD_LEVEL, ShardBuilder, encode_chunk, publish
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import Identity, differences, identity_hash
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageGeometry
 
 _UPFRONT_CHUNK = 2**16
@@ -114,7 +114,7 @@ class CacheWriter:
             if not (path / "zarr.json").is_file():
                 if path.exists() and (not path.is_dir() or any(path.iterdir())):
                     raise CacheError(
-                        f"{path} exists and is no cache; nothing was touched, choose another --cache"
+                        f"{path} exists and is no cache; nothing was touched, use another --cache"
                     )
                 _create(path, content)
             _require_same_content(path, content)
@@ -123,7 +123,9 @@ class CacheWriter:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
-                raise CacheError(f"{path} is being written by another process; wait for it") from None
+                raise CacheError(
+                    f"{path} is being written by another process; wait for it"
+                ) from None
         return cls(path, content, lock)
 
     def close(self) -> None:
@@ -263,7 +265,9 @@ class CacheWriter:
         spec = self._arrays[key]
         channels, height, width = values.shape
         if channels != spec.shape[1]:
-            raise ValueError(f"map {name} of row {row} has {channels} channels, not {spec.shape[1]}")
+            raise ValueError(
+                f"map {name} of row {row} has {channels} channels, not {spec.shape[1]}"
+            )
         tokens = values.reshape(channels, height * width).T
         stored = _to_stored(tokens, spec, row, f"map {name}")
         first, step = part.next_chunk[key], spec.chunk[0]

@@ -97,13 +97,17 @@ class CocoSplit:
                 x, y, w, h = (float(v) for v in annotation["bbox"])
                 runs.append(run_lengths_of_segmentation(annotation["segmentation"], entry.size_hw))
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise DatasetError(f"{where} has no usable bbox and segmentation ({error})") from error
+                raise DatasetError(
+                    f"{where} has no usable bbox and segmentation ({error})"
+                ) from error
             boxes[index] = (x, y, x + w, y + h)
         categories = np.array([a["category_id"] for a in raw], dtype=np.int64)
         return GroundTruth(
             annotation_ids=np.array([a["id"] for a in raw], dtype=np.int64),
             category_ids=categories,
-            labels=np.array([label_of_category.get(int(c), -1) for c in categories], dtype=np.int64),
+            labels=np.array(
+                [label_of_category.get(int(c), -1) for c in categories], dtype=np.int64
+            ),
             boxes_xyxy=boxes,
             areas=np.array([a["area"] for a in raw], dtype=np.float64),
             is_crowd=np.array([bool(a.get("iscrowd", 0)) for a in raw], dtype=np.bool_),

@@ -56,7 +56,9 @@ class Preprocessing:
         """
         size = dict(processor.get("size") or {})
         fixed = processor.get("do_resize", True) and {"height", "width"} <= size.keys()
-        edges = processor.get("do_resize", True) and {"shortest_edge", "longest_edge"} <= size.keys()
+        edges = (
+            processor.get("do_resize", True) and {"shortest_edge", "longest_edge"} <= size.keys()
+        )
         if not (fixed or edges):
             raise DetectorError(f"{where}: cannot follow its image processor's resize {size}")
         if processor.get("do_pad") and processor.get("pad_size"):

@@ -12,8 +12,6 @@ from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.masks import decode_run_lengths, encode_mask
 from mfdetr_cache.types import GroundTruth
 
-
-
 # From this IoU on a detection counts as being of an object, as COCO's loosest threshold has it.
 _SAME_OBJECT_IOU = 0.5
 

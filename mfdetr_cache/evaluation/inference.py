@@ -70,9 +70,7 @@ def predict_masks(
     else:
         confidences = mask_confidence(detections.class_scores, probs[position])
     original = scale_boxes(corners, image.geometry.original_hw)
-    return MaskPrediction(
-        detections, confidences.double().numpy(), position, probs, original
-    )
+    return MaskPrediction(detections, confidences.double().numpy(), position, probs, original)
 
 
 def masks_in_image(

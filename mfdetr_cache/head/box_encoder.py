@@ -40,7 +40,8 @@ class DeformableBoxEncoder(nn.Module):
         tokens = regions.flatten(1, 2)
         for layer in self.layers:
             tokens = layer(tokens, self.position, centres, tokens, sizes_hw)
-        return tokens.unflatten(1, (side, side))
+        refined: Tensor = tokens.unflatten(1, (side, side))
+        return refined
 
 
 def build_box_encoder(config: HeadConfig) -> nn.Module:

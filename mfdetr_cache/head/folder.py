@@ -90,7 +90,9 @@ def load_head(folder: Path) -> HeadFolder:
     """
     for name in (CONFIG_FILE, HEAD_FILE):
         if not (folder / name).is_file():
-            raise HeadError(f"{folder} is no trained head: it has no {name}; pass a train-head --out")
+            raise HeadError(
+                f"{folder} is no trained head: it has no {name}; pass a train-head --out"
+            )
     try:
         document = json.loads((folder / CONFIG_FILE).read_bytes())
         detector = document["detector"]

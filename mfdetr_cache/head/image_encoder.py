@@ -73,7 +73,8 @@ class DeformableImageEncoder(nn.Module):
         tokens: Tensor = self.layers[-1](
             memory[:, wanted], position[wanted], centres[wanted], memory, sizes_hw
         )
-        return tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+        refined: Tensor = tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+        return refined
 
 
 class SingleLevelImageEncoder(nn.Module):

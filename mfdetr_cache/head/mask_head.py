@@ -16,6 +16,11 @@ from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 
+# Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
+# learned; training would spend its first epoch undoing that.
+_QUERY_GAIN = 0.1
+
+
 class MaskHead(nn.Module):
     """Masks for boxes, from frozen queries and frozen maps (Fig. 2).
 
@@ -52,15 +57,17 @@ class MaskHead(nn.Module):
         if self.c1 is not None and config.neck:
             neck = Projection(self.c1.channels, width)
         elif self.c1 is not None and self.c1.channels != width:
-            raise HeadError(f"c1 has {self.c1.channels} channels, the encoder {width}: set neck=true")
+            raise HeadError(
+                f"c1 has {self.c1.channels} channels, the encoder {width}: set neck=true"
+            )
         self.fusion = FeatureFusion(neck)
         d = config.hidden_dim
         # Paper: Table 4's row at the detector's own width has no mapper.
         self.map_features = nn.Identity() if d == width else nn.Conv2d(width, d, 1)
         self.map_query = nn.Identity() if d == spec.query_dim else nn.Linear(spec.query_dim, d)
-        for mapper in (self.map_features, self.map_query):
+        for mapper, gain in ((self.map_features, 1.0), (self.map_query, _QUERY_GAIN)):
             if isinstance(mapper, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(mapper.weight)
+                nn.init.xavier_uniform_(mapper.weight, gain)
                 assert mapper.bias is not None
                 nn.init.zeros_(mapper.bias)
         self.box_encoder = build_box_encoder(config)
@@ -71,7 +78,9 @@ class MaskHead(nn.Module):
         self.predictor = (
             SegmenterPredictor(d) if config.mask_predictor == "segmenter" else DotProductPredictor()
         )
-        self.scoring = MaskScoring(d, config.roi_size, spec.num_labels) if config.mask_scoring else None
+        self.scoring = (
+            MaskScoring(d, config.roi_size, spec.num_labels) if config.mask_scoring else None
+        )
 
     @property
     def map_names(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Mask scoring: predicts the IoU of each mask (Eq. 12, Table 6)."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,17 +22,14 @@ class MaskScoring(nn.Module):
         super().__init__()
         widths = [region_width + 1, _WIDTH, _WIDTH, _WIDTH]
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
         cells = (roi_size // 8) ** 2
-        self.linears = nn.ModuleList(
-            (nn.Linear(_WIDTH * cells, _WIDTH), nn.Linear(_WIDTH, _WIDTH))
-        )
+        self.linears = nn.ModuleList((nn.Linear(_WIDTH * cells, _WIDTH), nn.Linear(_WIDTH, _WIDTH)))
         self.output = nn.Linear(_WIDTH, num_labels)
         for module in (*self.convs, *self.linears):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
         # A mask is worth about half before anything is learned.
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.constant_(self.output.bias, 0.5)

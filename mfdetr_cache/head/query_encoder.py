@@ -37,12 +37,12 @@ class ObjectToObject(nn.Module):
         Returns:
             What is added to the queries, shape (R, D).
         """
-        heads = [
+        query, key, value = (
             f(queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for f in (self.query, self.key, self.value)
-        ]
+        )
         same = image_index[:, None] == image_index[None, :]
-        mixed = functional.scaled_dot_product_attention(*heads, attn_mask=same)
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=same)
         return mixed.transpose(0, 1).flatten(1)
 
 

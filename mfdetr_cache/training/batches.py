@@ -1,4 +1,4 @@
-"""Batches for training: order, reading ahead in threads, grouping by size, the way to the device."""
+"""Batches for training: their order, reading ahead in threads, the way to the device."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

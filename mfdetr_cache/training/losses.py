@@ -112,7 +112,5 @@ def head_losses(
             scoring = functional.mse_loss(guess, target[rows])
         else:
             scoring = output.mask_iou.sum() * 0.0
-    total = (
-        config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
-    )
+    total = config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
     return LossParts(total, bce.detach(), dice.detach(), scoring.detach())

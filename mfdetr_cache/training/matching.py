@@ -89,6 +89,4 @@ def match_by_iou(
     iou = box_iou(boxes_xyxy_norm[query_index], object_xyxy_norm)[0]
     overlap, object_index = iou.max(dim=1)
     keep = (overlap >= min_iou) & (overlap > 0)
-    return Matches(
-        query_index[keep].numpy(), object_index[keep].numpy(), overlap[keep].numpy()
-    )
+    return Matches(query_index[keep].numpy(), object_index[keep].numpy(), overlap[keep].numpy())

@@ -52,7 +52,5 @@ def uncertain_points(
     uncertainty = -sample_at(mask_logits.detach().float(), candidates).abs()
     best = uncertainty.topk(num_important, dim=1).indices
     important = torch.take_along_dim(candidates, best[..., None], dim=1)
-    uniform = torch.rand(
-        count, num_points - num_important, 2, generator=generator, device=device
-    )
+    uniform = torch.rand(count, num_points - num_important, 2, generator=generator, device=device)
     return torch.cat((important, uniform), dim=1)

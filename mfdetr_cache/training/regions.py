@@ -105,9 +105,7 @@ def build_regions(
         box_area = max(float((box[2] - box[0]) * (box[3] - box[1])), 1e-6)
         share = float(runs[1::2].sum(dtype=np.int64)) / box_area - float(masks[region].mean())
         outside[region] = max(share, 0.0)
-    return RegionTargets(
-        matches.query_index, boxes, labels[matches.object_index], masks, outside
-    )
+    return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)
 
 
 def _no_regions(grid: int) -> RegionTargets:

@@ -144,7 +144,10 @@ def measure(
         reporter.advance()
     reporter.finish()
     truth = coco_ground_truth(
-        ((cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r)) for r in cache.rows),
+        (
+            (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
+            for r in cache.rows
+        ),
         cache.categories,
     )
     summary = EvaluateSummary(

@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mfdetr_cache.identity import detector_identity, identity_hash
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
 from mfdetr_cache.cache.writer import CacheContent, CacheWriter
@@ -26,6 +25,7 @@ from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageEr
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import select_detections
 from mfdetr_cache.evaluation.results import box_results
+from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.types import DetectorOutput, ImageGeometry
 
@@ -59,7 +59,7 @@ class ExtractConfig:
     cache: Path
     limit: int | None = None
     device: str = "cpu"
-    options: HuggingFaceOptions = HuggingFaceOptions()
+    options: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False
 
@@ -353,9 +353,7 @@ class _Extraction:
     def _result_of(self, decoded: _Decoded) -> DetectorOutput | str:
         if decoded.pixel_values is None:
             if self._config.on_bad_image == "stop":
-                raise ImageError(
-                    f"{decoded.problem} (--on-bad-image skip leaves such images out)"
-                )
+                raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
             self._reporter.warn(f"skipped: {decoded.problem}")
             return decoded.problem
         started = time.perf_counter()

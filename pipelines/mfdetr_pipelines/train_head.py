@@ -38,6 +38,7 @@ from mfdetr_cache.training.batches import (
 from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import LossParts, head_losses
+from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_cache.training.regions import build_regions, trainable_objects
 from mfdetr_cache.training.schedule import learning_rate
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
@@ -121,6 +122,8 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     validation = _open_validation(config, cache)
     train = _settled(config, cache)
     device = torch_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(train.seed)
     head = MaskHead(config.recipe.head, cache.spec).to(device)
     document = _document(config, train, cache, validation)
@@ -154,9 +157,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     )
 
 
-def loss_of_batch(
-    head: MaskHead, batch: TrainBatch, train: TrainConfig, step: int
-) -> LossParts:
+def loss_of_batch(head: MaskHead, batch: TrainBatch, train: TrainConfig, step: int) -> LossParts:
     """The losses of one step; the points depend on seed and step alone.
 
     Args:
@@ -227,9 +228,7 @@ def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
 
 
 def _trainable_rows(cache: FeatureCache) -> list[int]:
-    rows = [
-        row for row in cache.rows if len(trainable_objects(cache.ground_truth(row)))
-    ]
+    rows = [row for row in cache.rows if len(trainable_objects(cache.ground_truth(row)))]
     if not rows:
         raise TrainingError(
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
@@ -388,14 +387,14 @@ class _Training:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         losses = loss_of_batch(self.head, batch, self.train, self.step)
-        total = float(losses.total)
+        total = float(losses.total.detach())
         if not np.isfinite(total):
             self.save()
             raise TrainingError(
                 f"the loss is {total} at step {self.step}; images {list(batch.image_ids)}. Lower "
                 "the learning rate (--set lr=...), or look at these images"
             )
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         if self.train.clip_norm:
             nn.utils.clip_grad_norm_(self.head.parameters(), self.train.clip_norm)
         self.optimiser.step()

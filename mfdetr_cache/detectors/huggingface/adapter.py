@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,9 +138,7 @@ class HuggingFaceDetector(nn.Module):
         self._layer_tokens = None
         return DetectorOutput(logits, boxes, queries, maps)
 
-    def _run(
-        self, pixel_values: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Any, list[Tensor]]:
+    def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:
         arguments: dict[str, Tensor] = {}
         if self._family.takes_mask:
             valid = torch.ones_like(pixel_values[:, 0], dtype=torch.long)
@@ -218,9 +217,11 @@ class HuggingFaceDetector(nn.Module):
             settings=settings,
         )
 
-    def _choose_maps(self, encoder_maps: list[Tensor], height: int) -> list[tuple[MapSpec, str, int]]:
+    def _choose_maps(
+        self, encoder_maps: list[Tensor], height: int
+    ) -> list[tuple[MapSpec, str, int]]:
         def stride_of(feature: Tensor) -> int:
-            return 2 ** round(torch.log2(torch.tensor(height / feature.shape[-2])).item())
+            return 1 << round(math.log2(height / feature.shape[-2]))
 
         layer = f"encoder layer {self._encoder_layer}" if self._encoder_layer else "encoder output"
         chosen: list[tuple[MapSpec, str, int]] = []

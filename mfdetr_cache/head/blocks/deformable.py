@@ -114,8 +114,10 @@ def deformable_attention(
     parts = value.split([h * w for h, w in sizes_hw], dim=1)
     for level, (part, size_hw) in enumerate(zip(parts, sizes_hw, strict=True)):
         maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, *size_hw)
-        found: Tensor = _SampleAndWeigh.apply(  # type: ignore[no-untyped-call]
-            maps, grids[level].to(maps.dtype).contiguous(), shares[level].to(maps.dtype).contiguous()
+        found: Tensor = _SampleAndWeigh.apply(
+            maps,
+            grids[level].to(maps.dtype).contiguous(),
+            shares[level].to(maps.dtype).contiguous(),
         )
         mixed = found if mixed is None else mixed + found
     assert mixed is not None

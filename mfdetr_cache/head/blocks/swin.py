@@ -32,7 +32,9 @@ class SwinBlock(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
         steps = torch.arange(window)
         row, col = (g.flatten() for g in torch.meshgrid(steps, steps, indexing="ij"))
-        index = (row[:, None] - row + window - 1) * (2 * window - 1) + col[:, None] - col + window - 1
+        index = (
+            (row[:, None] - row + window - 1) * (2 * window - 1) + col[:, None] - col + window - 1
+        )
         self.register_buffer("relative_index", index, persistent=False)
         nn.init.trunc_normal_(self.position_bias, std=0.02)
         for module in self.modules():
@@ -71,7 +73,8 @@ class SwinBlock(nn.Module):
         minus = torch.finfo(maps.dtype).min
         mask = bias[None] + torch.where(allowed, 0.0, minus)[:, None]  # (n, H, ., .)
         query, key, value = (
-            t.squeeze(0) for t in self.qkv(windows).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split(1)
+            t.squeeze(0)
+            for t in self.qkv(windows).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split(1)
         )
         mask = mask.repeat(batch, 1, 1, 1).to(query.dtype)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -81,7 +84,8 @@ class SwinBlock(nn.Module):
         merged = merged.reshape(batch, full_h, full_w, channels)
         if self.shift:
             merged = merged.roll((self.shift, self.shift), dims=(1, 2))
-        return merged[:, :height, :width]
+        attended: Tensor = merged[:, :height, :width]
+        return attended
 
     def _split(self, maps: Tensor) -> Tensor:
         batch, height, width, channels = maps.shape

@@ -1,0 +1,38 @@
+# Every target sets up .venv by itself; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup test check fmt demo clean
+help:
+	@echo "make test   run the test suite          make check  format, lint, types, imports, docstrings"
+	@echo "make demo   the whole way on made data  make fmt    format the code"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mfdetr_cache pipelines/mfdetr_pipelines cli/mfdetr_cli
+	$(BIN)/lint-imports
+	$(BIN)/pydoclint --quiet mfdetr_cache pipelines
+
+fmt: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)
+	$(BIN)/mfdetr demo
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,5 @@
+"""``python -m mfdetr_cli``."""
+
+from mfdetr_cli.app import main
+
+main()

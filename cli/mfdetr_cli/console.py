@@ -1,0 +1,252 @@
+"""What people see: progress, tables and messages, on a terminal or as plain lines."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mfdetr_cache.errors import MfdetrError
+
+# Seconds between two lines of progress where there is no terminal.
+_PLAIN_EVERY = 10.0
+
+
+class ConsoleReporter:
+    """Shows a pipeline's progress on standard error, so that standard output stays for results."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._reset("", 0, "", 0)
+
+    def _reset(self, task: str, total: int, unit: str, done: int) -> None:
+        self._task, self._total, self._unit = task, total, unit
+        self._first, self._done, self._bytes = done, done, 0
+        self._note = ""
+        self._started = time.monotonic()
+        self._last_line = self._started
+
+    def say(self, message: str) -> None:
+        """Print a line.
+
+        Args:
+            message: One line of text.
+        """
+        self._console.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        """Print a line nobody should miss.
+
+        Args:
+            message: One line of text.
+        """
+        self._console.print(f"warning: {message}", style="bold yellow", markup=False)
+
+    def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """Begin a task.
+
+        Args:
+            task: What is being done.
+            total: How many units there are.
+            unit: Name of a unit, in the plural.
+            done: How many were done in an earlier run.
+        """
+        self._reset(task, total, unit, done)
+        if done:
+            self.say(f"{task}: {done} of {total} {unit} were done before")
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+        self._progress.start()
+        self._progress.add_task(task, total=total, completed=done, rate="", note="")
+
+    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+        """Units of the running task are done.
+
+        Args:
+            count: How many.
+            num_bytes: Bytes they wrote or read.
+            note: What to show beside the bar.
+        """
+        self._done += count
+        self._bytes += num_bytes
+        self._note = note or self._note
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0],
+                completed=self._done,
+                rate=self._rate(),
+                note=self._note,
+            )
+        elif time.monotonic() - self._last_line >= _PLAIN_EVERY:
+            self._last_line = time.monotonic()
+            self.say(self._line())
+
+    def finish(self) -> None:
+        """End the running task."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        elif self._done > self._first:
+            self.say(self._line())
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        text = f"{(self._done - self._first) / seconds:.1f} {self._unit}/s"
+        if self._bytes:
+            text += f", {human_bytes(self._bytes)}"
+        return text
+
+    def _line(self) -> str:
+        done = max(self._done - self._first, 1)
+        left = (time.monotonic() - self._started) / done * (self._total - self._done)
+        line = f"{self._task}: {self._done}/{self._total} {self._unit}, {self._rate()}"
+        line += f", {human_time(left)} left" if self._done < self._total else ""
+        return f"{line}, {self._note}" if self._note else line
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    Args:
+        count: Bytes.
+
+    Returns:
+        Three digits or so and a unit.
+
+    Examples:
+        >>> human_bytes(245_911_668)
+        '246 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def human_time(seconds: float) -> str:
+    """A duration for people.
+
+    Args:
+        seconds: Seconds.
+
+    Returns:
+        Such as ``12 s``, ``3 min 20 s`` or ``2 h 5 min``.
+
+    Examples:
+        >>> human_time(200)
+        '3 min 20 s'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    justify: Literal["left", "right"] = "right",
+) -> None:
+    """Print a table to standard output; the first column is left-aligned and never cut.
+
+    Args:
+        title: What it shows.
+        columns: Headings.
+        rows: Cells as text.
+        justify: How the other columns are aligned.
+    """
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        first = index == 0
+        table.add_column(column, justify="left" if first else justify, no_wrap=first)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print names and values to standard output.
+
+    Args:
+        title: What they are of.
+        facts: Name to value.
+    """
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:
+    """Rows of a table of COCO metrics, in percent as papers print them.
+
+    Args:
+        named: Row name to metrics in [0, 1]; None leaves the row out, -1 is shown as a dash.
+
+    Returns:
+        Cells as text.
+    """
+    rows = []
+    for name, metrics in named.items():
+        if metrics is not None:
+            cells = [f"{100 * v:.1f}" if v >= 0 else "-" for v in metrics.values()]
+            rows.append([name, *cells])
+    return rows
+
+
+def write_json(path: Path | None, document: Mapping[str, object]) -> None:
+    """Write a command's result, if asked for.
+
+    Args:
+        path: Where to; None for nowhere.
+        document: Plain JSON values.
+
+    Raises:
+        MfdetrError: If the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        raise MfdetrError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one line to standard error.
+
+    Args:
+        error: What is wrong.
+    """
+    text = " ".join(str(error).split())
+    sys.stderr.write(f"error: {text}\n")

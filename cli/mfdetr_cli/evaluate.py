@@ -1,0 +1,62 @@
+"""``mfdetr evaluate``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+
+from mfdetr_cli.console import (
+    ConsoleReporter,
+    human_time,
+    metric_rows,
+    print_facts,
+    print_table,
+    write_json,
+)
+from mfdetr_cli.options import DeviceOption, JsonOption
+
+
+def evaluate(
+    cache: Annotated[Path, typer.Option(help="Cache of the split to measure on.")],
+    head: Annotated[Path, typer.Option(help="Run folder of train-head.")],
+    baselines: Annotated[
+        bool, typer.Option(help="Also measure the floor and the ceiling of these detections.")
+    ] = True,
+    results: Annotated[
+        Path | None, typer.Option(help="Write the masks as a COCO results file.")
+    ] = None,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Measure COCO mask AP of a head, with the detector's box AP and the bounds beside it.
+
+    Example:
+    mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
+    """
+    config = EvaluateConfig(cache, head, device, baselines, results)
+    summary = run_evaluate(config, ConsoleReporter())
+    metrics = {
+        "mask": summary.mask.to_dict(),
+        "box": summary.box.to_dict(),
+        "floor": summary.floor.to_dict() if summary.floor else None,
+        "ceiling": summary.ceiling.to_dict() if summary.ceiling else None,
+    }
+    names = {
+        "mask": "mask",
+        "box": "box (detector)",
+        "floor": "floor: box as mask",
+        "ceiling": "ceiling: annotated mask in box",
+    }
+    rows = metric_rows({names[key]: values for key, values in metrics.items()})
+    print_table(f"{cache}, in percent", ["", *summary.mask.to_dict()], rows)
+    head_ms = 1000 * summary.head_seconds / max(summary.num_images, 1)
+    print_facts(
+        "",
+        {
+            "images": f"{summary.num_images} in {human_time(summary.seconds)}",
+            "mask network": f"{head_ms:.0f} ms per image",
+        },
+    )
+    write_json(json, {**asdict(summary), **metrics, "cache": str(cache), "head": str(head)})

@@ -1,0 +1,86 @@
+"""``mfdetr extract``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from mfdetr_pipelines.extract import ExtractConfig, run_extract
+
+from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+from mfdetr_cli.console import (
+    ConsoleReporter,
+    human_bytes,
+    human_time,
+    metric_rows,
+    print_facts,
+    print_table,
+    write_json,
+)
+from mfdetr_cli.options import DeviceOption, JsonOption
+
+
+def extract(
+    weights: Annotated[
+        str, typer.Option(help="The detector: a folder in Hugging Face layout, or a hub id.")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder with the images.")],
+    annotations: Annotated[Path, typer.Option(help="COCO instances JSON of these images.")],
+    cache: Annotated[Path, typer.Option(help="Where the cache goes, such as val2017.zarr.")],
+    detector: Annotated[str, typer.Option(help="See: mfdetr detectors.")] = "hf",
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    num_queries: Annotated[
+        int | None, typer.Option(help="Keep the N queries of highest class score per image.")
+    ] = None,
+    encoder_layer: Annotated[
+        int | None,
+        typer.Option(help="Encoder layer that supplies the encoder maps, from 1 (default 4)."),
+    ] = None,
+    backbone_stride8: Annotated[
+        bool,
+        typer.Option(help="Add the backbone's stride-8 map where the encoder has no such level."),
+    ] = True,
+    on_bad_image: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="What to do with an image that cannot be read."),
+    ] = "stop",
+    device: DeviceOption = "auto",
+    force: Annotated[bool, typer.Option(help="Start although the disk looks too small.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Run a frozen detector over a dataset once and keep what it saw.
+
+    The same command goes on where a stopped one left off.
+
+    Example:
+    mfdetr extract --weights PekingU/rtdetr_r50vd --images val2017
+    --annotations annotations/instances_val2017.json --cache val2017.zarr
+    """
+    config = ExtractConfig(
+        detector=detector,
+        weights=weights,
+        images=images,
+        annotations=annotations,
+        cache=cache,
+        limit=limit,
+        device=device,
+        options=HuggingFaceOptions(num_queries, encoder_layer, backbone_stride8),
+        on_bad_image=on_bad_image,
+        force=force,
+    )
+    summary = run_extract(config, ConsoleReporter())
+    share = summary.detector_seconds / summary.seconds if summary.num_extracted else 0.0
+    facts = {
+        "cache id": summary.cache_id,
+        "images": f"{summary.num_images} ({summary.num_extracted} extracted now)",
+        "size": f"{human_bytes(summary.stored_bytes)} "
+        f"({summary.raw_bytes / max(summary.stored_bytes, 1):.2f} x smaller than uncompressed)",
+        "time": f"{human_time(summary.seconds)}, {100 * share:.0f} % of it in the detector",
+    }
+    if summary.skipped:
+        names = ", ".join(str(s["image_id"]) for s in summary.skipped[:10])
+        facts["skipped"] = f"{len(summary.skipped)} images: {names}"
+    print_facts(f"Cache {cache}", facts)
+    box = summary.box.to_dict()
+    print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+    write_json(json, {**asdict(summary), "cache": str(cache)})
