@@ -39,7 +39,7 @@ def info(
         "images": f"{about.images} of {about.rows} ({len(about.skipped)} skipped), "
         f"{about.objects} objects",
         "state": whole,
-        "size": f"{human_bytes(about.stored_bytes)}, {human_bytes(about.bytes_per_image)} an image, "
+        "size": f"{human_bytes(about.stored_bytes)}, {human_bytes(about.bytes_per_image)} each, "
         f"{about.ratio:.2f} x smaller than uncompressed",
     }
     for skip in about.skipped[:10]:

@@ -15,7 +15,6 @@ from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
-
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
 # learned; training would spend its first epoch undoing that.
 _QUERY_GAIN = 0.1

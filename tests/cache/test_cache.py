@@ -1,0 +1,318 @@
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfdetr_cache.cache import writer as writer_module
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, plan_layout
+from mfdetr_cache.cache.writer import CacheContent, CacheWriter, manifest_path, part_is_whole
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
+from tests.support.images import make_ground_truth, make_spec
+
+SIZES = [(96, 128), (64, 64), (128, 96), (96, 128), (33, 97), (96, 96), (8, 128)]
+
+
+def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: Any) -> CacheContent:
+    layout = plan_layout(spec, sizes, "fp16")
+    # Small parts, so that there are several.
+    maps = {
+        name: MapLayout(m.chunk_tokens, m.part_tokens // layout.images_per_part * 3)
+        for name, m in layout.maps.items()
+    }
+    settings: dict[str, Any] = {
+        "identity": {"detector": detector_identity(spec), "dataset": {"name": "test"}},
+        "spec": spec,
+        "layout": CacheLayout(len(sizes), 3, "fp16", maps),
+        "image_ids": [10 * i + 1 for i in range(len(sizes))],
+        "file_names": [f"folder/ü{i}.jpg" for i in range(len(sizes))],
+        "original_sizes_hw": [(2 * h, 2 * w) for h, w in sizes],
+        "categories": [{"id": 1, "name": "thing"}],
+        "label_categories": (1, -1, -1),
+        "ground_truth": [
+            make_ground_truth((2 * h, 2 * w), count=i % 3, seed=i) for i, (h, w) in enumerate(sizes)
+        ],
+        **changes,
+    }
+    return CacheContent(**settings)
+
+
+def make_output(spec: DetectorSpec, size_hw: tuple[int, int], seed: int) -> DetectorOutput:
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size_hw
+    q = spec.num_queries
+    return DetectorOutput(
+        torch.randn(1, q, spec.num_labels, generator=generator),
+        torch.rand(1, q, 4, generator=generator),
+        torch.randn(1, q, spec.query_dim, generator=generator),
+        {
+            m.name: torch.randn(
+                1, m.channels, -(-height // m.stride), -(-width // m.stride), generator=generator
+            )
+            for m in spec.maps
+        },
+    )
+
+
+def fill(path: Path, content: CacheContent, sizes: list[tuple[int, int]], stop_after: int = 99) -> None:
+    """Write parts; row 4 is skipped. Parts do not depend on the order they are written in."""
+    with CacheWriter.open_or_create(path, content) as writer:
+        for part in writer.pending_parts()[:stop_after]:
+            writer.begin_part(part)
+            for row in writer.rows_of_part(part):
+                if row == 4:
+                    writer.skip(row, "broken")
+                    continue
+                geometry = ImageGeometry(content.original_sizes_hw[row], sizes[row], sizes[row])
+                writer.append(row, geometry, make_output(content.spec, sizes[row], row))
+            writer.seal_part()
+
+
+@pytest.fixture
+def spec() -> DetectorSpec:
+    return make_spec(strides=(8, 16, 64), backbone8=True)
+
+
+@pytest.fixture
+def content(spec: DetectorSpec) -> CacheContent:
+    return make_content(spec, SIZES)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, content: CacheContent) -> Iterator[Path]:
+    fill(tmp_path / "c.zarr", content, SIZES)
+    yield tmp_path / "c.zarr"
+
+
+def test_everything_comes_back(filled: Path, content: CacheContent, spec: DetectorSpec) -> None:
+    cache = FeatureCache.open(filled)
+    cache.require_complete()
+    assert cache.spec == spec
+    assert cache.rows == (0, 1, 2, 3, 5, 6)
+    assert [s["image_id"] for s in cache.skipped] == [41]
+    for image in cache:
+        output = make_output(spec, SIZES[image.row], image.row)
+        assert image.image_id == content.image_ids[image.row]
+        assert image.file_name == content.file_names[image.row]
+        assert image.geometry.original_hw == content.original_sizes_hw[image.row]
+        assert image.geometry.input_hw == SIZES[image.row]
+        assert (image.class_logits == output.class_logits[0].numpy()).all()
+        assert (image.boxes_cxcywh_norm == output.boxes_cxcywh_norm[0].numpy()).all()
+        assert (image.queries == output.queries[0].half().numpy()).all()
+        for m in spec.maps:
+            wanted = output.maps[m.name][0].permute(1, 2, 0).half().numpy()
+            assert (image.maps[m.name] == wanted).all()
+        truth = content.ground_truth[image.row]
+        assert (image.ground_truth.boxes_xyxy == truth.boxes_xyxy).all()
+        assert (image.ground_truth.areas == truth.areas).all()
+        for found, wanted_runs in zip(image.ground_truth.run_lengths, truth.run_lengths, strict=True):
+            assert (found == wanted_runs).all()
+
+
+def test_a_stranger_reads_every_value_with_zarr_alone(filled: Path, spec: DetectorSpec) -> None:
+    """What docs/cache-format.md promises; nothing of this package is used to read."""
+    group = zarr.open_group(str(filled), mode="r")
+    about: Any = group.attrs["mfdetr_cache"]
+    assert (about["format"], about["format_version"]) == ("mfdetr-cache", 1)
+    view: Any = group["views/base"]
+    for row in np.flatnonzero(view["status"][:] == 1):
+        output = make_output(spec, SIZES[row], int(row))
+        assert (view["class_logits"][row] == output.class_logits[0].numpy()).all()
+        assert (view["queries"][row] == output.queries[0].half().numpy()).all()
+        assert tuple(view["input_hw"][row]) == SIZES[row]
+        for name, tensor in output.maps.items():
+            stored = view[f"maps/{name}"]
+            height, width = (int(v) for v in stored["hw"][row])
+            first = int(stored["offset"][row])
+            tokens = stored["values"][first : first + height * width]
+            wanted = tensor[0].permute(1, 2, 0).half().numpy()
+            assert (tokens.reshape(height, width, -1) == wanted).all()
+            assert stored["values"].attrs["stride"] == spec.map_named(name).stride
+    names, bounds = group["images/file_name_utf8"][:], group["images/file_name_offset"][:]  # type: ignore[index]
+    assert bytes(names[bounds[2] : bounds[3]]).decode() == "folder/ü2.jpg"
+    truth = view["ground_truth"]
+    first, last = truth["offset"][2:4]
+    runs = truth["run_length_offset"][first : last + 1]
+    mask = truth["run_length"][runs[0] : runs[1]]
+    height, width = group["images/original_hw"][2]  # type: ignore[index]
+    assert mask.sum() == height * width
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_resumed_equals_uninterrupted_byte_for_byte(
+    tmp_path: Path, filled: Path, content: CacheContent, stop_after: int
+) -> None:
+    path = tmp_path / "again.zarr"
+    fill(path, content, SIZES, stop_after)
+    cache = FeatureCache.open(path)
+    assert len(cache.missing_parts) == 3 - stop_after
+    with pytest.raises(CacheError, match=f"{3 - stop_after} of 3 parts are missing"):
+        cache.require_complete()
+    fill(path, content, SIZES)
+    assert files_of(path) == files_of(filled)
+
+
+def test_an_unsealed_part_leaves_no_trace(tmp_path: Path, filled: Path, content: CacheContent) -> None:
+    path = tmp_path / "again.zarr"
+    with CacheWriter.open_or_create(path, content) as writer:
+        writer.begin_part(0)
+        geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
+        writer.append(0, geometry, make_output(content.spec, SIZES[0], 7))
+    assert FeatureCache.open(path).rows == ()
+    fill(path, content, SIZES)
+    assert files_of(path) == files_of(filled)
+
+
+@given(st.lists(st.sampled_from(["part", "crash", "lose"]), max_size=8), st.integers(0, 9))
+@settings(max_examples=25)
+def test_any_history_ends_in_the_same_cache(
+    tmp_path_factory: pytest.TempPathFactory, history: list[str], pick: int
+) -> None:
+    """Append, crash, lose a file, resume: in the end all bytes are those of one clean run."""
+    spec = make_spec(strides=(16,), c1_channels=8, num_queries=4)
+    content = make_content(spec, SIZES)
+    folder = tmp_path_factory.mktemp("history")
+    fill(folder / "clean.zarr", content, SIZES)
+    path = folder / "c.zarr"
+    for event in history:
+        if event == "part":
+            fill(path, content, SIZES, stop_after=1)
+        elif event == "crash" and path.exists():
+            (path / "views/base/status/c").mkdir(parents=True, exist_ok=True)
+            (path / "views/base/status/c/0.partial").write_bytes(b"torn")
+            with CacheWriter.open_or_create(path, content) as writer:
+                for part in writer.pending_parts()[:1]:
+                    writer.begin_part(part)
+        elif event == "lose" and path.exists():
+            shards = sorted(path.rglob("values/c/*/0"))
+            if shards:
+                shards[pick % len(shards)].unlink()
+    fill(path, content, SIZES)
+    found = {k: v for k, v in files_of(path).items() if not k.endswith(".partial")}
+    assert found == files_of(folder / "clean.zarr")
+
+
+def test_a_second_writer_is_refused(tmp_path: Path, content: CacheContent) -> None:
+    path = tmp_path / "c.zarr"
+    with (
+        CacheWriter.open_or_create(path, content),
+        pytest.raises(CacheError, match="being written by another process"),
+    ):
+        CacheWriter.open_or_create(path, content)
+
+
+def test_another_cache_is_not_overwritten(filled: Path, content: CacheContent) -> None:
+    before = files_of(filled)
+    other = make_content(content.spec, SIZES, identity={"detector": {"name": "other"}})
+    with pytest.raises(CacheError, match=r"already holds another cache: detector\.name"):
+        CacheWriter.open_or_create(filled, other)
+    assert files_of(filled) == before
+
+
+def test_a_users_folder_is_not_touched(tmp_path: Path, content: CacheContent) -> None:
+    path = tmp_path / "photos"
+    path.mkdir()
+    (path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(CacheError, match="exists and is no cache; nothing was touched"):
+        CacheWriter.open_or_create(path, content)
+    assert files_of(path) == {"holiday.jpg": b"x"}
+
+
+def test_a_plain_zarr_is_no_cache(tmp_path: Path, content: CacheContent) -> None:
+    zarr.create_group(str(tmp_path / "plain.zarr"))
+    for attempt in (
+        lambda: FeatureCache.open(tmp_path / "plain.zarr"),
+        lambda: CacheWriter.open_or_create(tmp_path / "plain.zarr", content),
+    ):
+        with pytest.raises(CacheError, match="is no feature cache"):
+            attempt()
+
+
+def test_a_newer_format_is_refused_by_name(filled: Path) -> None:
+    document = json.loads((filled / "zarr.json").read_text())
+    document["attributes"]["mfdetr_cache"]["format_version"] = 2
+    (filled / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(CacheError, match="has cache format 2, this version reads up to 1"):
+        FeatureCache.open(filled)
+
+
+def test_absent_and_empty_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="does not exist; make it with: mfdetr extract"):
+        FeatureCache.open(tmp_path / "absent.zarr")
+    with pytest.raises(CacheError, match="is no feature cache"):
+        FeatureCache.open(tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_sealed(
+    tmp_path: Path, filled: Path, content: CacheContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "again.zarr"
+    fill(path, content, SIZES, stop_after=1)
+    real = writer_module.publish
+
+    def full(target: Path, pieces: list[bytes]) -> tuple[int, int]:
+        if "queries" in str(target):
+            raise OSError(28, "No space left on device")
+        return real(target, pieces)
+
+    monkeypatch.setattr(writer_module, "publish", full)
+    with pytest.raises(CacheError, match="is full; sealed parts are kept, make room"):
+        fill(path, content, SIZES)
+    monkeypatch.undo()
+    assert FeatureCache.open(path).missing_parts == (1, 2)
+    fill(path, content, SIZES)
+    assert files_of(path) == files_of(filled)
+
+
+def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheContent) -> None:
+    whole = files_of(filled)
+    (filled / "views/base/maps/c1/values/c/1/0").unlink()
+    assert not part_is_whole(filled, 1)
+    assert FeatureCache.open(filled).missing_parts == (1,)
+    fill(filled, content, SIZES)
+    assert files_of(filled) == whole
+
+
+def test_a_damaged_manifest_is_named(filled: Path) -> None:
+    manifest_path(filled, 1).write_text("{")
+    with pytest.raises(CacheError, match=r"000001\.json is damaged; delete this file"):
+        FeatureCache.open(filled).require_complete()
+
+
+def test_values_that_do_not_fit_float16_are_refused(tmp_path: Path, content: CacheContent) -> None:
+    output = make_output(content.spec, SIZES[0], 0)
+    output.maps["c1"][0, 0, 0, 0] = 1e6
+    with CacheWriter.open_or_create(tmp_path / "c.zarr", content) as writer:
+        writer.begin_part(0)
+        geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
+        with pytest.raises(CacheError, match=r"map c1 of row 0 is not finite as float16 .*1e\+06"):
+            writer.append(0, geometry, output)
+
+
+def test_parts_stay_below_their_bound() -> None:
+    big = make_spec(width=256, c1_channels=256, strides=(8, 16, 32, 64), num_queries=300, num_labels=91)
+    layout = plan_layout(big, [(800, 1066)] * 1000, "fp16")
+    tokens = sum(layout.maps[m.name].part_tokens * m.channels * 2 for m in big.maps)
+    assert layout.images_per_part >= 4
+    assert tokens < 1.2 * PART_BYTES
+    copied = CacheLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert copied == layout
+
+
+def test_moving_a_cache_changes_nothing(tmp_path: Path, filled: Path) -> None:
+    moved = shutil.move(filled, tmp_path / "elsewhere")
+    assert len(FeatureCache.open(moved)) == 6

@@ -1,0 +1,93 @@
+import math
+
+import torch
+from torch import nn
+
+from mfdetr_cache.head.blocks.deformable import (
+    MultiScaleDeformableAttention,
+    cell_centres,
+    deformable_attention,
+)
+
+SIZES = ((4, 5), (2, 3))
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    value = torch.randn(2, 26, 2, 3, dtype=dtype, requires_grad=True)
+    locations = (torch.rand(2, 7, 2, 2, 3, 2, dtype=dtype) * 1.4 - 0.2).requires_grad_()
+    weights = torch.rand(2, 7, 2, 2, 3, dtype=dtype, requires_grad=True)
+    return value, locations, weights
+
+
+def by_definition(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Equation 3 of Deformable DETR, cell by cell."""
+    batch, _, heads, width = value.shape
+    out = torch.zeros(batch, locations.shape[1], heads, width, dtype=value.dtype)
+    start = 0
+    for level, (height, breadth) in enumerate(SIZES):
+        for index in torch.cartesian_prod(
+            torch.arange(batch), torch.arange(locations.shape[1]), torch.arange(heads), torch.arange(3)
+        ):
+            b, n, h, p = index.tolist()
+            x = locations[b, n, h, level, p, 0].item() * breadth - 0.5
+            y = locations[b, n, h, level, p, 1].item() * height - 0.5
+            for row in (math.floor(y), math.floor(y) + 1):
+                for column in (math.floor(x), math.floor(x) + 1):
+                    if 0 <= row < height and 0 <= column < breadth:
+                        share = (1 - abs(x - column)) * (1 - abs(y - row))
+                        cell = value[b, start + row * breadth + column, h]
+                        out[b, n, h] += weights[b, n, h, level, p] * share * cell
+        start += height * breadth
+    return out.flatten(2)
+
+
+def test_equals_the_definition() -> None:
+    value, locations, weights = inputs()
+    found = deformable_attention(value, SIZES, locations, weights)
+    assert torch.allclose(found, by_definition(value, locations, weights), atol=1e-12)
+
+
+def test_gradients_are_right() -> None:
+    def function(v: torch.Tensor, loc: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return deformable_attention(v, SIZES, loc, w)
+
+    assert torch.autograd.gradcheck(function, inputs())
+
+
+def test_float32_is_float64_to_rounding() -> None:
+    value, locations, weights = inputs()
+    exact = deformable_attention(value, SIZES, locations, weights)
+    single = deformable_attention(value.float(), SIZES, locations.float(), weights.float())
+    # Coordinates up to 5 lose 5 * 2^-24 in a cell; slopes and values are of order 3, and 24 terms
+    # of order 1 are summed.
+    assert (single - exact).abs().max() < 24 * 3 * 5 * 2**-24 * 3
+
+
+def test_equals_the_detectors_own_attention() -> None:
+    """transformers' Deformable DETR layer, with the same weights."""
+    from transformers import DeformableDetrConfig
+    from transformers.models.deformable_detr import modeling_deformable_detr as reference
+
+    config = DeformableDetrConfig(d_model=16, encoder_attention_heads=8, num_feature_levels=2)
+    theirs = reference.DeformableDetrMultiscaleDeformableAttention(config, num_heads=8, n_points=4)
+    ours = MultiScaleDeformableAttention(16, 2)
+    for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+        module = getattr(ours, name)
+        nn.init.normal_(module.weight, std=0.3)
+        getattr(theirs, name).load_state_dict(module.state_dict())
+    memory = torch.randn(2, 26, 16)
+    position = torch.randn(2, 26, 16)
+    centres = cell_centres(SIZES, torch.device("cpu"))
+    reference_points = centres[None, :, None].expand(2, -1, 2, -1)
+    shapes = torch.tensor(SIZES)
+    wanted, _ = theirs(
+        hidden_states=memory,
+        attention_mask=None,
+        encoder_hidden_states=memory,
+        position_embeddings=position,
+        reference_points=reference_points,
+        spatial_shapes=shapes,
+        spatial_shapes_list=list(SIZES),
+        level_start_index=torch.tensor([0, 20]),
+    )
+    assert torch.allclose(ours(memory + position, centres, memory, SIZES), wanted, atol=1e-5)

@@ -1,0 +1,223 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.folder import load_head, save_head, save_run_config
+from mfdetr_cache.head.image_encoder import DeformableImageEncoder
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.position import sine_position
+from mfdetr_cache.head.query_encoder import BoxToObject
+from mfdetr_cache.identity import detector_identity
+from tests.support.images import make_batch, make_spec
+
+SMALL = HeadConfig(hidden_dim=16, roi_size=8, image_layers=1, box_layers=1)
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"image_block": "swin", "image_layers": 2},
+    {"image_block": "convnext", "image_layers": 2},
+    {"image_layers": 0, "box_layers": 0},
+    {"box_block": "swin", "box_layers": 2},
+    {"box_block": "convnext"},
+    {"query_ffn": False, "query_b2o": False},
+    {"query_o2o": True},
+    {"mask_predictor": "segmenter"},
+    {"mask_scoring": False},
+    {"use_c1": False},
+    {"roi_size": 24, "hidden_dim": 8},
+    {"fuse_stride": 16},
+    {"hidden_dim": 32},
+    {"roi_sampling_ratio": 2},
+]
+
+
+def build(config: HeadConfig = SMALL, **spec: Any) -> MaskHead:
+    torch.manual_seed(0)
+    return MaskHead(config, make_spec(**spec))
+
+
+def randomise(head: nn.Module) -> nn.Module:
+    """Weights with which every path carries a signal; fresh offsets and biases are too regular."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return head
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_variant_runs_and_every_parameter_learns(changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    head = build(config)
+    randomise(head)
+    batch = make_batch(make_spec(), [(96, 128), (64, 64)])
+    output = head(batch)
+    side = config.roi_size
+    assert output.mask_logits.shape == (6, side, side)
+    assert torch.isfinite(output.mask_logits).all()
+    total = output.mask_logits.square().mean()
+    if config.mask_scoring:
+        assert output.mask_iou is not None
+        assert output.mask_iou.shape == (6, 3)
+        total = total + output.mask_iou.square().mean()
+    total.backward()
+    idle = [
+        n
+        for n, p in head.named_parameters()
+        if p.grad is None or (not p.grad.abs().any() and not n.endswith("key.bias"))
+    ]
+    # The key bias of box-to-object attention shifts a softmax and has gradient zero by theory.
+    assert idle == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"strides": (16, 32), "backbone8": True, "width": 48, "c1_channels": 64},
+        {"strides": (4, 8, 16, 32, 64), "c1_channels": 12},
+        {"strides": (16,), "c1_channels": None, "backbone8": False},
+        {"strides": (8, 16), "level_embed": True, "query_dim": 40},
+    ],
+    ids=str,
+)
+def test_any_levels_and_widths(spec: dict[str, Any]) -> None:
+    made = make_spec(**spec)
+    output = MaskHead(SMALL, made)(make_batch(made, [(90, 130), (64, 64)]))
+    assert output.mask_logits.shape == (6, 8, 8)
+
+
+def select(batch: HeadBatch, image: int) -> HeadBatch:
+    """The same image on its own."""
+    for group in batch.groups:
+        if image in group.image_index.tolist():
+            place = group.image_index.tolist().index(image)
+            maps = {k: v[place : place + 1] for k, v in group.maps.items()}
+            keep = batch.image_index == image
+            return HeadBatch(
+                (MapGroup(maps, group.input_hw, torch.tensor([0])),),
+                batch.queries[keep],
+                batch.boxes_xyxy[keep],
+                torch.zeros(int(keep.sum()), dtype=torch.long),
+            )
+    raise AssertionError(image)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_output_does_not_depend_on_the_rest_of_the_batch(changes: dict[str, Any]) -> None:
+    spec = make_spec()
+    head = randomise(MaskHead(dataclasses.replace(SMALL, **changes), spec).double())
+    batch = make_batch(spec, [(96, 128), (64, 64), (96, 128), (72, 100)], dtype=torch.float64)
+    together = head(batch)
+    for image in range(4):
+        alone = head(select(batch, image))
+        rows = batch.image_index == image
+        assert torch.allclose(together.mask_logits[rows], alone.mask_logits, atol=1e-10)
+        if alone.mask_iou is not None:
+            assert torch.allclose(together.mask_iou[rows], alone.mask_iou, atol=1e-10)
+
+
+@pytest.mark.parametrize("o2o", [False, True])
+def test_output_follows_the_order_of_the_queries(o2o: bool) -> None:
+    spec = make_spec()
+    head = randomise(MaskHead(dataclasses.replace(SMALL, query_o2o=o2o), spec).double())
+    batch = make_batch(spec, [(96, 128), (64, 64)], dtype=torch.float64)
+    order = torch.randperm(len(batch.queries))
+    shuffled = HeadBatch(
+        batch.groups, batch.queries[order], batch.boxes_xyxy[order], batch.image_index[order]
+    )
+    assert torch.allclose(
+        head(shuffled).mask_logits, head(batch).mask_logits[order], atol=1e-10
+    )
+
+
+def test_no_region_gives_no_mask() -> None:
+    spec = make_spec()
+    batch = make_batch(spec, [(96, 128)], regions_per_image=0)
+    output = MaskHead(SMALL, spec)(batch)
+    assert output.mask_logits.shape == (0, 8, 8)
+
+
+def test_last_layer_computes_only_what_is_used() -> None:
+    """Refining every token and throwing most away gives the same."""
+    encoder = DeformableImageEncoder(16, 3, 2, fused_level=1, level_embed=None).double()
+    randomise(encoder)
+    levels = [torch.randn(2, 16, s, s + 1, dtype=torch.float64) for s in (8, 4, 2)]
+    short = encoder(levels)
+    sizes = tuple((m.shape[-2], m.shape[-1]) for m in levels)
+    memory = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1)
+    from mfdetr_cache.head.blocks.deformable import cell_centres
+
+    centres = cell_centres(sizes, memory.device).double()
+    position = torch.cat(
+        [sine_position(s, 16, memory.device) + encoder.level_embed[i] for i, s in enumerate(sizes)]
+    ).double()
+    for layer in encoder.layers:
+        memory = layer(memory, position, centres, memory, sizes)
+    wanted = memory[:, 72:92].transpose(1, 2).unflatten(2, sizes[1])
+    assert torch.allclose(short, wanted, atol=1e-12)
+
+
+def test_box_to_object_equals_attention_written_out() -> None:
+    attention = randomise(BoxToObject(16, 8)).double()
+    queries, regions = torch.randn(5, 16).double(), torch.randn(5, 9, 8).double()
+    query = attention.query(queries).view(5, 1, 8, 2).transpose(1, 2)
+    key = attention.key(regions).view(5, 9, 8, 2).transpose(1, 2)
+    value = attention.value(regions).view(5, 9, 8, 2).transpose(1, 2)
+    wanted = nn.functional.scaled_dot_product_attention(query, key, value)
+    assert torch.allclose(
+        attention(queries, regions), wanted.transpose(1, 2).flatten(1), atol=1e-12
+    )
+
+
+def test_sine_position_is_that_of_deformable_detr() -> None:
+    from transformers.models.deformable_detr import modeling_deformable_detr as reference
+
+    theirs = reference.DeformableDetrSinePositionEmbedding(8, normalize=True)
+    mask = torch.ones(1, 5, 7, dtype=torch.bool)
+    wanted = theirs((1, 16, 5, 7), torch.device("cpu"), torch.float32, mask=mask)
+    wanted = wanted.reshape(1, -1, 16) if wanted.ndim == 3 else wanted.flatten(2).transpose(1, 2)
+    assert torch.allclose(sine_position((5, 7), 16, torch.device("cpu")), wanted[0], atol=1e-5)
+
+
+def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:
+    spec = make_spec(level_embed=True)
+    head = MaskHead(SMALL, spec).eval()
+    randomise(head)
+    save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
+    save_head(tmp_path, head.state_dict())
+    loaded = load_head(tmp_path)
+    assert loaded.head.config == SMALL
+    batch = make_batch(spec, [(64, 64)])
+    assert torch.equal(loaded.head(batch).mask_logits, head(batch).mask_logits)
+
+
+def test_faulty_head_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match=r"is no trained head: it has no config\.json"):
+        load_head(tmp_path)
+    spec = make_spec()
+    save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
+    with pytest.raises(HeadError, match=r"it has no head\.safetensors"):
+        load_head(tmp_path)
+    save_head(tmp_path, MaskHead(dataclasses.replace(SMALL, hidden_dim=8), spec).state_dict())
+    with pytest.raises(HeadError, match="does not fit its config.json"):
+        load_head(tmp_path)
+    (tmp_path / "head.safetensors").write_bytes(b"torn")
+    with pytest.raises(HeadError, match="head.safetensors is damaged"):
+        load_head(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(HeadError, match="config.json is damaged"):
+        load_head(tmp_path)
+
+
+def test_heads_that_cannot_be_built_say_why() -> None:
+    with pytest.raises(HeadError, match="c1 has 24 channels, the encoder 32: set neck=true"):
+        build(dataclasses.replace(SMALL, neck=False))
+    with pytest.raises(HeadError, match=r"fuse_stride 64: the levels have strides \[8, 16, 32\]"):
+        build(dataclasses.replace(SMALL, fuse_stride=64))

@@ -1,0 +1,152 @@
+"""Small detectors with random weights, saved as a user would have them on disk."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrImageProcessor,
+    Deimv2Config,
+    Deimv2ForObjectDetection,
+    DFineConfig,
+    DFineForObjectDetection,
+    HGNetV2Config,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+)
+
+LABELS = {0: "ellipse", 1: "box", 2: "other"}
+_SMALL = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_queries": 20,
+    "num_denoising": 0,
+    "id2label": LABELS,
+    "label2id": {v: k for k, v in LABELS.items()},
+}
+
+
+def _fixed_processor(side: int) -> RTDetrImageProcessor:
+    return RTDetrImageProcessor(size={"height": side, "width": side}, do_normalize=False)
+
+
+def _spread_scores(model: torch.nn.Module) -> None:
+    """Give fresh class heads some life: a new model's scores are all the same."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "class_embed" in name or "score_head" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.3 * noise)
+            elif "bbox" in name and "weight" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def save_rtdetr(folder: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    backbone = RTDetrResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[24, 32, 40],
+        decoder_in_channels=[32, 32, 32],
+        **_SMALL,
+    )
+    model = RTDetrForObjectDetection(config)
+    _spread_scores(model)
+    model.save_pretrained(folder)
+    _fixed_processor(96).save_pretrained(folder)
+
+
+def _hgnet() -> HGNetV2Config:
+    return HGNetV2Config(
+        embedding_size=8,
+        stem_channels=[3, 8, 8],
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        stage_in_channels=[8, 16, 24, 32],
+        stage_mid_channels=[8, 8, 8, 8],
+        stage_out_channels=[16, 24, 32, 40],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_downsample=[False, True, True, True],
+        stage_light_block=[False, False, True, True],
+        stage_kernel_size=[3, 3, 5, 5],
+        stage_numb_of_layers=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+
+
+def save_dfine(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = DFineConfig(
+        backbone_config=_hgnet(),
+        encoder_in_channels=[24, 32, 40],
+        decoder_in_channels=[32, 32, 32],
+        feat_strides=[8, 16, 32],
+        **_SMALL,
+    )
+    model = DFineForObjectDetection(config)
+    _spread_scores(model)
+    model.save_pretrained(folder)
+    _fixed_processor(96).save_pretrained(folder)
+
+
+def save_deimv2(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = Deimv2Config(
+        backbone_config=_hgnet(),
+        encoder_in_channels=[24, 32, 40],
+        decoder_in_channels=[32, 32, 32],
+        feat_strides=[8, 16, 32],
+        **_SMALL,
+    )
+    model = Deimv2ForObjectDetection(config)
+    _spread_scores(model)
+    model.save_pretrained(folder)
+    _fixed_processor(96).save_pretrained(folder)
+
+
+def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = DeformableDetrConfig(
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        d_model=32,
+        encoder_layers=5,
+        decoder_layers=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=20,
+        two_stage_num_proposals=20,
+        two_stage=two_stage,
+        with_box_refine=two_stage,
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+    )
+    model = DeformableDetrForObjectDetection(config)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 96, "longest_edge": 160}
+    DeformableDetrImageProcessor(size=size).save_pretrained(folder)

@@ -1,0 +1,48 @@
+import pytest
+
+from mfdetr_cache.config import from_dict, override, to_dict
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_pipelines.recipes import RECIPES, build_recipe
+
+
+@pytest.mark.parametrize("config", [HeadConfig(), TrainConfig(drops=(0.5,)), HeadConfig(roi_size=8)])
+def test_json_round_trip(config: object) -> None:
+    assert from_dict(type(config), to_dict(config), "test") == config
+
+
+def test_text_becomes_the_fields_type() -> None:
+    config = override(
+        TrainConfig(), {"lr": "2e-3", "steps": "7", "drops": "0.5,0.8", "match": "iou"}, "--set"
+    )
+    assert (config.lr, config.steps, config.drops, config.match) == (2e-3, 7, (0.5, 0.8), "iou")
+    assert override(HeadConfig(), {"neck": "false"}, "--set").neck is False
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ({"hiden_dim": "64"}, "unknown setting 'hiden_dim'; did you mean 'hidden_dim'"),
+        ({"hidden_dim": "12"}, "hidden_dim must be a positive multiple of 8, not 12"),
+        ({"hidden_dim": "many"}, "hidden_dim must be of type int, not 'many'"),
+        ({"match": "best"}, "match must be one of hungarian, iou, not 'best'"),
+        ({"neck": "maybe"}, "neck must be true or false, not 'maybe'"),
+        ({"roi_size": "20"}, "roi_size must be 8 or a larger multiple of 8, not 20"),
+        ({"lr": "-1"}, "lr must be above 0"),
+    ],
+)
+def test_wrong_settings_are_named(assignments: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_recipe("paper", assignments)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'paper'"):
+        build_recipe("papre", {})
+
+
+def test_every_recipe_says_where_it_comes_from() -> None:
+    for name, function in RECIPES.items():
+        assert function().name == name
+        assert function.__doc__

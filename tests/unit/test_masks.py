@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from mfdetr_cache.masks import (
+    compress_run_lengths,
+    decode_run_lengths,
+    encode_mask,
+    paste_mask_in_image,
+    rasterise_in_box,
+    run_lengths_of_segmentation,
+    sample_run_lengths,
+)
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+def random_mask(size_hw: tuple[int, int], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(size_hw) > 0.5
+
+
+@given(sizes, st.integers(0, 1000))
+def test_run_lengths_round_trip(size_hw: tuple[int, int], seed: int) -> None:
+    mask = random_mask(size_hw, seed)
+    runs = run_lengths_of_segmentation(encode_mask(mask), size_hw)
+    assert (decode_run_lengths(runs, size_hw) == mask).all()
+    assert (coco_mask.decode(compress_run_lengths(runs, size_hw)).astype(bool) == mask).all()
+
+
+def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
+    polygons = [[2.5, 1.0, 30.2, 4.0, 25.0, 28.7, 3.0, 20.0], [31, 31, 39, 31, 35, 39]]
+    wanted = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 40, 41)))
+    runs = run_lengths_of_segmentation(polygons, (40, 41))
+    assert (decode_run_lengths(runs, (40, 41)) == wanted.astype(bool)).all()
+
+
+def test_long_runs_survive_compression() -> None:
+    mask = np.zeros((700, 900), dtype=bool)
+    mask[10:650, 100:700] = True
+    mask[300:310] = False
+    runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
+    assert (decode_run_lengths(runs, mask.shape) == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[1.0, 1.0, 2.0, 2.0]], "at least three points"),
+        ({"size": [5, 5], "counts": [25]}, "in an image of"),
+        ({"size": [4, 6], "counts": [23]}, "do not sum"),
+    ],
+)
+def test_malformed_segmentations_are_refused(segmentation: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_lengths_of_segmentation(segmentation, (4, 6))  # type: ignore[arg-type]
+
+
+@given(sizes, st.integers(0, 1000))
+def test_sampling_equals_looking_into_the_bitmap(size_hw: tuple[int, int], seed: int) -> None:
+    mask = random_mask(size_hw, seed)
+    runs = run_lengths_of_segmentation(encode_mask(mask), size_hw)
+    random = np.random.default_rng(seed)
+    x = random.uniform(-5, size_hw[1] + 5, 200)
+    y = random.uniform(-5, size_hw[0] + 5, 200)
+    padded = np.pad(mask, 6)
+    wanted = padded[np.floor(y).astype(int) + 6, np.floor(x).astype(int) + 6]
+    assert (sample_run_lengths(runs, size_hw, x, y) == wanted).all()
+
+
+def test_rasterising_a_pixel_aligned_box_gives_its_pixels() -> None:
+    mask = random_mask((20, 30), 3)
+    runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
+    cells = rasterise_in_box(runs, mask.shape, np.array([4.0, 2.0, 12.0, 10.0]), 8)
+    assert (cells == mask[2:10, 4:12]).all()
+
+
+def test_rasterising_beyond_the_border_is_background() -> None:
+    mask = np.ones((10, 10), dtype=bool)
+    runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
+    cells = rasterise_in_box(runs, mask.shape, np.array([-5.0, 0.0, 5.0, 10.0]), 4)
+    assert (cells[:, :2] == 0).all()
+    assert (cells[:, 2:] == 1).all()
+
+
+def test_pasting_a_full_mask_fills_the_pixels_of_its_box() -> None:
+    pasted = paste_mask_in_image(
+        np.ones((8, 8), dtype=np.float32), np.array([2.2, 3.0, 7.6, 9.4]), (12, 12)
+    )
+    wanted = np.zeros((12, 12), dtype=bool)
+    # Centres at 2.5 ... 7.5 and at 3.5 ... 8.5 (9.5 is outside 9.4).
+    wanted[3:9, 2:8] = True
+    assert (pasted == wanted).all()
+
+
+@given(st.integers(0, 500))
+def test_pasting_equals_bilinear_interpolation_pixel_by_pixel(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    probs = random.random((6, 6)).astype(np.float32)
+    x0, y0 = random.uniform(-6, 15, 2)
+    box = np.array([x0, y0, x0 + random.uniform(0.5, 20), y0 + random.uniform(0.5, 20)])
+    pasted = paste_mask_in_image(probs, box, (18, 22))
+    for row in range(18):
+        for column in range(22):
+            x, y = column + 0.5, row + 0.5
+            inside = box[0] <= x <= box[2] and box[1] <= y <= box[3]
+            if not inside:
+                assert not pasted[row, column]
+                continue
+            u = np.clip((x - box[0]) / (box[2] - box[0]) * 6 - 0.5, 0, 5)
+            v = np.clip((y - box[1]) / (box[3] - box[1]) * 6 - 0.5, 0, 5)
+            i, j = int(v), int(u)
+            k, m = min(i + 1, 5), min(j + 1, 5)
+            value = (probs[i, j] * (1 - (u - j)) + probs[i, m] * (u - j)) * (1 - (v - i))
+            value += (probs[k, j] * (1 - (u - j)) + probs[k, m] * (u - j)) * (v - i)
+            # Values a rounding error away from the threshold may fall on either side.
+            if abs(value - 0.5) > 1e-5:
+                assert pasted[row, column] == (value >= 0.5)
+
+
+@pytest.mark.parametrize(
+    "box", [(50.0, 50.0, 60.0, 60.0), (3.0, 3.0, 3.0, 9.0), (-9.0, -9.0, -1.0, -1.0)]
+)
+def test_boxes_without_a_pixel_give_an_empty_mask(box: tuple[float, ...]) -> None:
+    pasted = paste_mask_in_image(np.ones((4, 4), dtype=np.float32), np.array(box), (20, 20))
+    assert not pasted.any()
