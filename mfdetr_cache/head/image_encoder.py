@@ -40,7 +40,7 @@ class DeformableImageEncoder(nn.Module):
         self.layers = nn.ModuleList(DeformableLayer(width, num_levels) for _ in range(num_layers))
         if level_embed is not None:
             self.register_buffer("level_embed", level_embed.clone())
-        else:
+        elif num_layers:
             self.level_embed = nn.Parameter(torch.empty(num_levels, width))
             nn.init.normal_(self.level_embed, std=0.02)
 

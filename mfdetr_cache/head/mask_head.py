@@ -77,6 +77,7 @@ class MaskHead(nn.Module):
         self.predictor = (
             SegmenterPredictor(d) if config.mask_predictor == "segmenter" else DotProductPredictor()
         )
+        self.scoring: MaskScoring | None
         self.scoring = (
             MaskScoring(d, config.roi_size, spec.num_labels) if config.mask_scoring else None
         )
@@ -96,11 +97,19 @@ class MaskHead(nn.Module):
         Returns:
             Mask logits and predicted IoUs.
         """
+        if not len(batch.queries):
+            return self._nothing(batch.queries)
         regions = self.box_encoder(self.regions(batch))  # (R, r, r, d)
         queries = self.query_encoder(batch.queries, regions.flatten(1, 2), batch.image_index)
         logits = self.predictor(self.map_query(queries), regions)
         iou = self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
         return HeadOutput(logits, iou)
+
+    def _nothing(self, queries: Tensor) -> HeadOutput:
+        """The output for no region at all."""
+        size = self.config.roi_size
+        iou = queries.new_zeros(0, self.scoring.num_labels) if self.scoring is not None else None
+        return HeadOutput(queries.new_zeros(0, size, size), iou)
 
     def fuse(self, group: MapGroup) -> Tensor:
         """The fused map F of equal-sized images, after the channel mapper (Eq. 5 and 14).
@@ -148,8 +157,6 @@ class MaskHead(nn.Module):
             )
             parts.append(aligned.permute(0, 2, 3, 1))
             order.append(inside)
-        if not parts:
-            return batch.queries.new_zeros(0, size, size, self.config.hidden_dim)
         return torch.cat(parts)[torch.cat(order).argsort()]
 
 

@@ -20,6 +20,7 @@ class MaskScoring(nn.Module):
 
     def __init__(self, region_width: int, roi_size: int, num_labels: int) -> None:
         super().__init__()
+        self.num_labels = num_labels
         widths = [region_width + 1, _WIDTH, _WIDTH, _WIDTH]
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)

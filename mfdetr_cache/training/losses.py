@@ -69,7 +69,7 @@ def head_losses(
     config: TrainConfig,
     generator: torch.Generator,
 ) -> LossParts:
-    """The losses of a batch of R regions; all zero, with gradients, when R is 0.
+    """The losses of a batch of R regions.
 
     Args:
         output: What the mask network gave.
@@ -81,11 +81,13 @@ def head_losses(
 
     Returns:
         The parts and their weighted sum.
+
+    Raises:
+        ValueError: If R is 0; such a batch has nothing to teach and is to be passed over.
     """
     logits = output.mask_logits.float()
     if not len(logits):
-        nothing = logits.sum() + (output.mask_iou.sum() if output.mask_iou is not None else 0.0)
-        return LossParts(nothing, nothing.detach(), nothing.detach(), nothing.detach())
+        raise ValueError("a batch without regions has no loss")
     if config.points == "grid":
         side = int(logits.shape[-1])
         predicted = logits.flatten(1)

@@ -382,6 +382,11 @@ class _Training:
         return TrainSample(image, regions)
 
     def _step(self, batch: TrainBatch) -> None:
+        if not len(batch.labels):
+            # No query answers for any object of these images: nothing to learn here.
+            self.step += 1
+            self.reporter.advance()
+            return
         rate = learning_rate(self.train, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate

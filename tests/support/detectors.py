@@ -39,10 +39,19 @@ def _fixed_processor(side: int) -> RTDetrImageProcessor:
     return RTDetrImageProcessor(size={"height": side, "width": side}, do_normalize=False)
 
 
-def _spread_scores(model: torch.nn.Module) -> None:
-    """Give fresh class heads some life: a new model's scores are all the same."""
+def _enliven(model: torch.nn.Module) -> None:
+    """Give a fresh model signals of a trained one's size.
+
+    transformers starts convolutions so small that maps deep inside are of order 1e-8, and class
+    heads with all scores alike.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                noise = torch.randn(module.weight.shape, generator=generator)
+                module.weight.copy_(noise * (2 / fan_in) ** 0.5)
         for name, parameter in model.named_parameters():
             if "class_embed" in name or "score_head" in name:
                 noise = torch.randn(parameter.shape, generator=generator)
@@ -67,7 +76,7 @@ def save_rtdetr(folder: Path, seed: int = 0) -> None:
         **_SMALL,
     )
     model = RTDetrForObjectDetection(config)
-    _spread_scores(model)
+    _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(96).save_pretrained(folder)
 
@@ -100,7 +109,7 @@ def save_dfine(folder: Path) -> None:
         **_SMALL,
     )
     model = DFineForObjectDetection(config)
-    _spread_scores(model)
+    _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(96).save_pretrained(folder)
 
@@ -115,7 +124,7 @@ def save_deimv2(folder: Path) -> None:
         **_SMALL,
     )
     model = Deimv2ForObjectDetection(config)
-    _spread_scores(model)
+    _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(96).save_pretrained(folder)
 
@@ -147,6 +156,7 @@ def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
         label2id={v: k for k, v in LABELS.items()},
     )
     model = DeformableDetrForObjectDetection(config)
+    _enliven(model)
     model.save_pretrained(folder)
     size = {"shortest_edge": 96, "longest_edge": 160}
     DeformableDetrImageProcessor(size=size).save_pretrained(folder)

@@ -70,8 +70,8 @@ class SwinBlock(nn.Module):
         regions = self._split(region[None, ..., None])[..., 0]  # (n, side * side)
         allowed = regions[:, :, None] == regions[:, None, :]
         bias = self.position_bias[self.relative_index].permute(2, 0, 1)  # (H, side^2, side^2)
-        minus = torch.finfo(maps.dtype).min
-        mask = bias[None] + torch.where(allowed, 0.0, minus)[:, None]  # (n, H, ., .)
+        minus = torch.finfo(bias.dtype).min
+        mask = bias[None].masked_fill(~allowed[:, None], minus)  # (n, H, ., .)
         query, key, value = (
             t.squeeze(0)
             for t in self.qkv(windows).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split(1)

@@ -1,0 +1,229 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageError
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_pipelines.extract import run_extract
+from tests.support import detectors, scenes
+
+
+def run(folder: Path, weights: Path, cache: Path, **changes: Any) -> tuple[Any, list[str]]:
+    reporter = SilentReporter()
+    return run_extract(scenes.extract_config(folder, str(weights), cache, **changes), reporter), (
+        reporter.messages
+    )
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_cached_values_are_the_detectors(
+    drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """Bit for bit where stored in float32; rounded once to float16 elsewhere."""
+    detector = load_detector("hf", str(rtdetr_folder))
+    cache = FeatureCache.open(drawn_cache)
+    assert len(cache) == 8
+    for image in cache:
+        picture = load_image(
+            scenes_folder / "images" / image.file_name, image.geometry.original_hw
+        )
+        output = detector.forward(detector.preprocess(picture)[None])
+        assert (image.class_logits == output.class_logits[0].numpy()).all()
+        assert (image.boxes_cxcywh_norm == output.boxes_cxcywh_norm[0].numpy()).all()
+        assert (image.queries == output.queries[0].half().numpy()).all()
+        for name, values in output.maps.items():
+            assert (image.maps[name] == values[0].permute(1, 2, 0).half().numpy()).all()
+
+
+def test_implausible_detectors_are_reported(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    summary, messages = run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", limit=3)
+    assert summary.num_images == 3
+    assert any("implausibly low for a trained detector" in m for m in messages)
+
+
+def test_killed_at_any_moment_and_run_again(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 a real process; the same command ends in the bytes of an uninterrupted run."""
+    code = """
+import sys
+from pathlib import Path
+from mfdetr_cache.cache import schema
+schema.PART_BYTES = 1
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_pipelines.extract import ExtractConfig, run_extract
+folder, weights, cache = map(Path, sys.argv[1:4])
+run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "instances.json", cache),
+            SilentReporter())
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def start(cache: Path) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-c", code, str(scenes_folder), str(rtdetr_folder), str(cache)]
+        return subprocess.Popen(arguments, env=environment)
+
+    assert start(tmp_path / "whole.zarr").wait() == 0
+    whole = files_of(tmp_path / "whole.zarr")
+    assert sum("manifest" in name for name in whole) == 8
+    path = tmp_path / "killed.zarr"
+    for parts in (1, 4):
+        process = start(path)
+        deadline = time.monotonic() + 120
+        while len(list(path.glob("manifest/base/*.json"))) < parts:
+            assert time.monotonic() < deadline
+            assert process.poll() is None or process.returncode == 0
+            if process.poll() is not None:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(path).wait() == 0
+    found = {k: v for k, v in files_of(path).items() if not k.endswith(".partial")}
+    assert found == whole
+
+
+def test_fewer_queries_are_the_best_ones(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+
+    options = HuggingFaceOptions(num_queries=7)
+    run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", limit=2, options=options)
+    few, full = FeatureCache.open(tmp_path / "c.zarr")[0], FeatureCache.open(drawn_cache)[0]
+    best = np.sort(np.argsort(-full.class_logits.max(1))[:7])
+    assert (few.queries == full.queries[best]).all()
+    with pytest.raises(DetectorError, match="--num-queries 21: this detector has 1 to 20"):
+        run(
+            scenes_folder,
+            rtdetr_folder,
+            tmp_path / "d.zarr",
+            options=HuggingFaceOptions(num_queries=21),
+        )
+
+
+@pytest.fixture
+def faulty_folder(tmp_path: Path) -> Path:
+    """Image 2 is cut off, image 5 is not on disk."""
+    folder = tmp_path / "faulty"
+    document = scenes.write_scenes(folder, count=6, seed=1)
+    cut = folder / "images" / document["images"][2]["file_name"]
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder / "images" / document["images"][5]["file_name"]).unlink()
+    return folder
+
+
+def test_a_bad_image_stops_and_what_was_sealed_stays(
+    tmp_path: Path, faulty_folder: Path, rtdetr_folder: Path
+) -> None:
+    with pytest.raises(ImageError, match=r"cannot be decoded.*--on-bad-image skip"):
+        run(faulty_folder, rtdetr_folder, tmp_path / "c.zarr")
+    summary, messages = run(faulty_folder, rtdetr_folder, tmp_path / "c.zarr", on_bad_image="skip")
+    assert [s["row"] for s in summary.skipped] == [2, 5]
+    assert summary.num_images == 4
+    assert sum("skipped:" in m for m in messages) == 2
+    cache = FeatureCache.open(tmp_path / "c.zarr")
+    assert cache.rows == (0, 1, 3, 4)
+    assert cache.is_complete
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_gray_and_cmyk_images_go_through(tmp_path: Path, rtdetr_folder: Path, mode: str) -> None:
+    folder = tmp_path / "scene"
+    document = scenes.write_scenes(folder, count=1, seed=2)
+    entry = document["images"][0]
+    picture = Image.open(folder / "images" / entry["file_name"]).convert(mode)
+    entry["file_name"] = "image.jpg"
+    picture.save(folder / "images/image.jpg")
+    scenes.save_annotations(folder, document)
+    assert run(folder, rtdetr_folder, tmp_path / "c.zarr")[0].num_images == 1
+
+
+def test_one_pixel_wide_and_crowd_only_images_go_through(tmp_path: Path, rtdetr_folder: Path) -> None:
+    folder = tmp_path / "scene"
+    document = scenes.write_scenes(folder, count=2, seed=2)
+    thin, crowd = document["images"]
+    Image.new("RGB", (1, 90)).save(folder / "images" / thin["file_name"])
+    thin["width"], thin["height"] = 1, 90
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] == crowd["id"]]
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    scenes.save_annotations(folder, document)
+    assert run(folder, rtdetr_folder, tmp_path / "c.zarr")[0].num_images == 2
+
+
+def test_wrong_input_is_one_clear_line(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    cache = tmp_path / "c.zarr"
+    with pytest.raises(DatasetError, match="image folder .*absent does not exist"):
+        run(scenes_folder, rtdetr_folder, cache, images=tmp_path / "absent")
+    with pytest.raises(DatasetError, match="--limit 0"):
+        run(scenes_folder, rtdetr_folder, cache, limit=0)
+    with pytest.raises(DetectorError, match=r"is no detector: it has no config\.json"):
+        run(scenes_folder, tmp_path, cache)
+    with pytest.raises(DetectorError, match="no hub id"):
+        run(scenes_folder, tmp_path / "absent", cache)
+    with pytest.raises(DetectorError, match="unknown detector 'hff'; did you mean 'hf'"):
+        run(scenes_folder, rtdetr_folder, cache, detector="hff")
+    with pytest.raises(DetectorError, match="is no device"):
+        run(scenes_folder, rtdetr_folder, cache, device="gpu")
+    shutil.rmtree(cache)
+    with pytest.raises(CacheError, match=r"needs up to .* are free"):
+        _needs_more_than_there_is(scenes_folder, rtdetr_folder, cache)
+    assert not cache.exists()
+
+
+def _needs_more_than_there_is(folder: Path, weights: Path, cache: Path) -> None:
+    from mfdetr_pipelines import extract
+
+    real = extract.shutil.disk_usage
+    extract.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10, 10, 10)  # type: ignore[attr-defined]
+    try:
+        run(folder, weights, cache)
+    finally:
+        extract.shutil.disk_usage = real
+
+
+def test_the_same_cache_is_not_made_twice(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    cache = tmp_path / "c.zarr"
+    run(scenes_folder, rtdetr_folder, cache)
+    before = files_of(cache)
+    summary, _ = run(scenes_folder, rtdetr_folder, cache)
+    assert summary.num_extracted == 0
+    assert files_of(cache) == before
+    other = tmp_path / "other"
+    detectors.save_rtdetr(other, seed=5)
+    with pytest.raises(CacheError, match=r"already holds another cache: detector\.weights_sha256"):
+        run(scenes_folder, other, cache)
+    with pytest.raises(CacheError, match=r"already holds another cache: dataset\.num_images"):
+        run(scenes_folder, rtdetr_folder, cache, limit=4)
+    assert files_of(cache) == before
+
+
+def test_no_cuda_is_one_clear_line(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(DetectorError, match="no CUDA GPU is available here; use --device cpu"):
+        run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", device="cuda")
