@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mfdetr_pipelines.extract import ExtractConfig, run_extract
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,7 +26,6 @@ from transformers import (
 from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.training.memory import keep_freed_memory
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
 
 SIDE = 160
 # Seeds below this belong to the demo's own splits and are never trained on.
@@ -34,6 +34,7 @@ HELD_OUT_SEED, HELD_OUT = 50_000, 300
 
 
 def build_model() -> RTDetrForObjectDetection:
+    """A small RT-DETR: two-stage queries, deformable decoder, batch norms that learn."""
     backbone = RTDetrResNetConfig(
         embedding_size=24,
         hidden_sizes=[32, 64, 96, 128],
@@ -76,6 +77,7 @@ def load_sample(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def main() -> None:
+    """Train for the given time, save, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--out", type=Path, required=True)
@@ -95,6 +97,7 @@ def main() -> None:
     average = {k: v.clone() for k, v in model.state_dict().items()}
     started, seed, step = time.monotonic(), FIRST_TRAIN_SEED, 0
     with ThreadPoolExecutor(2) as pool:
+
         def order(first: int) -> list:
             return [pool.submit(load_sample, s) for s in range(first, first + arguments.batch_size)]
 
@@ -123,7 +126,9 @@ def main() -> None:
                 print(f"step {step}, {done:.0%}, loss {output.loss.item():.3f}", flush=True)
     model.load_state_dict(average)
     save(model, arguments.out)
-    print(f"{step} steps, {step * arguments.batch_size} scenes; box AP {measure(arguments.out):.3f}")
+    print(
+        f"{step} steps, {step * arguments.batch_size} scenes; box AP {measure(arguments.out):.3f}"
+    )
 
 
 def save(model: RTDetrForObjectDetection, out: Path) -> None:

@@ -65,8 +65,9 @@ def drawn_cache(
     tmp_path_factory: pytest.TempPathFactory, scenes_folder: Path, rtdetr_folder: Path
 ) -> Path:
     """A complete cache of the drawn images through the small RT-DETR; do not change it."""
-    from mfdetr_cache.protocols import SilentReporter
     from mfdetr_pipelines.extract import run_extract
+
+    from mfdetr_cache.protocols import SilentReporter
 
     path = tmp_path_factory.mktemp("caches") / "drawn.zarr"
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)

@@ -8,6 +8,7 @@ import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError
 from mfdetr_cli.cache import cache_app
 from mfdetr_cli.console import print_error
+from mfdetr_cli.demo import demo
 from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
 from mfdetr_cli.extract import extract
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(extract)
 app.command(name="train-head")(train_head)
 app.command()(evaluate)
+app.command()(demo)
 app.command()(detectors)
 app.add_typer(cache_app, name="cache")
 

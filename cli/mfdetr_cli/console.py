@@ -34,7 +34,7 @@ class ConsoleReporter:
 
     def _reset(self, task: str, total: int, unit: str, done: int) -> None:
         self._task, self._total, self._unit = task, total, unit
-        self._first, self._done, self._bytes = done, done, 0
+        self._first, self._done, self._shown, self._bytes = done, done, done, 0
         self._note = ""
         self._started = time.monotonic()
         self._last_line = self._started
@@ -101,7 +101,7 @@ class ConsoleReporter:
                 note=self._note,
             )
         elif time.monotonic() - self._last_line >= _PLAIN_EVERY:
-            self._last_line = time.monotonic()
+            self._last_line, self._shown = time.monotonic(), self._done
             self.say(self._line())
 
     def finish(self) -> None:
@@ -109,7 +109,7 @@ class ConsoleReporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        elif self._done > self._first:
+        elif self._done > self._shown:
             self.say(self._line())
 
     def _rate(self) -> str:

@@ -51,8 +51,8 @@ class BoxToObject(nn.Module):
 
     Keys and values are linear in the region features, so their projections are applied to the
     query and to the attended sum instead of to all r x r cells: q.(W_k R + b_k) = (W_k^T q).R +
-    const, and the constant leaves the softmax as it is. That is the same function with 1/60 of the
-    multiplications at r = 32, d = 128.
+    const, and the constant leaves the softmax as it is. That is the same function with a thirtieth
+    of the multiplications at r = 32, d = 128.
 
     Args:
         query_width: Channels of the queries.

@@ -39,8 +39,6 @@ class TrainConfig:
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches.
         checkpoint_minutes: Time between checkpoints.
-        validate_epochs: Validate each time so many epochs are done, where there is a validation
-            cache; 0 validates at the end only.
     """
 
     steps: int = 88_500
@@ -71,7 +69,6 @@ class TrainConfig:
     seed: int = 0
     num_threads: int = 2
     checkpoint_minutes: float = 5.0
-    validate_epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.num_threads < 1 or self.target_scale < 1:

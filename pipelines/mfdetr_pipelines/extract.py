@@ -111,6 +111,9 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     if config.limit is not None and config.limit < 1:
         raise DatasetError(f"--limit {config.limit}: give 1 or more images")
     split = load_coco_split(config.annotations).first(config.limit)
+    _require_images(config, split)
+    # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
+    torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
     content = plan_cache(split, detector)
     _announce(config, content, reporter)
@@ -216,6 +219,18 @@ def raw_bytes(cache: FeatureCache) -> int:
             2 * spec.query_dim + 4 * (spec.num_labels + 4)
         )
     return total
+
+
+def _require_images(config: ExtractConfig, split: CocoSplit) -> None:
+    """Refuse at once what would otherwise be noticed after hours."""
+    if config.on_bad_image == "skip":
+        return
+    missing = [e for e in split.images if not (config.images / e.file_name).is_file()]
+    if missing:
+        raise ImageError(
+            f"{len(missing)} of {len(split.images)} images are not in {config.images}, the first "
+            f"is {missing[0].file_name}; check --images, or leave them out with --on-bad-image skip"
+        )
 
 
 def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) -> None:

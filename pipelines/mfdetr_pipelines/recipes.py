@@ -1,7 +1,7 @@
 """Named configurations: one function per recipe; its docstring says where it comes from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mfdetr_cache.config import nearest, override
 from mfdetr_cache.errors import ConfigError
@@ -51,7 +51,15 @@ def fast() -> Recipe:
     return Recipe("fast", head, train)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (paper, fast)}
+def demo() -> Recipe:
+    """The head of ``mfdetr demo``: ``fast`` on a 16 x 16 grid, for scenes of 160 pixels."""
+    recipe = fast()
+    head = replace(recipe.head, roi_size=16)
+    train = replace(recipe.train, steps=240)
+    return Recipe("demo", head, train)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (paper, fast, demo)}
 
 
 def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:

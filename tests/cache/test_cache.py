@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,9 @@ def make_output(spec: DetectorSpec, size_hw: tuple[int, int], seed: int) -> Dete
     )
 
 
-def fill(path: Path, content: CacheContent, sizes: list[tuple[int, int]], stop_after: int = 99) -> None:
+def fill(
+    path: Path, content: CacheContent, sizes: list[tuple[int, int]], stop_after: int = 99
+) -> None:
     """Write parts; row 4 is skipped. Parts do not depend on the order they are written in."""
     with CacheWriter.open_or_create(path, content) as writer:
         for part in writer.pending_parts()[:stop_after]:
@@ -89,9 +90,9 @@ def content(spec: DetectorSpec) -> CacheContent:
 
 
 @pytest.fixture
-def filled(tmp_path: Path, content: CacheContent) -> Iterator[Path]:
+def filled(tmp_path: Path, content: CacheContent) -> Path:
     fill(tmp_path / "c.zarr", content, SIZES)
-    yield tmp_path / "c.zarr"
+    return tmp_path / "c.zarr"
 
 
 def test_everything_comes_back(filled: Path, content: CacheContent, spec: DetectorSpec) -> None:
@@ -115,7 +116,9 @@ def test_everything_comes_back(filled: Path, content: CacheContent, spec: Detect
         truth = content.ground_truth[image.row]
         assert (image.ground_truth.boxes_xyxy == truth.boxes_xyxy).all()
         assert (image.ground_truth.areas == truth.areas).all()
-        for found, wanted_runs in zip(image.ground_truth.run_lengths, truth.run_lengths, strict=True):
+        for found, wanted_runs in zip(
+            image.ground_truth.run_lengths, truth.run_lengths, strict=True
+        ):
             assert (found == wanted_runs).all()
 
 
@@ -166,7 +169,9 @@ def test_resumed_equals_uninterrupted_byte_for_byte(
     assert files_of(path) == files_of(filled)
 
 
-def test_an_unsealed_part_leaves_no_trace(tmp_path: Path, filled: Path, content: CacheContent) -> None:
+def test_an_unsealed_part_leaves_no_trace(
+    tmp_path: Path, filled: Path, content: CacheContent
+) -> None:
     path = tmp_path / "again.zarr"
     with CacheWriter.open_or_create(path, content) as writer:
         writer.begin_part(0)
@@ -304,7 +309,9 @@ def test_values_that_do_not_fit_float16_are_refused(tmp_path: Path, content: Cac
 
 
 def test_parts_stay_below_their_bound() -> None:
-    big = make_spec(width=256, c1_channels=256, strides=(8, 16, 32, 64), num_queries=300, num_labels=91)
+    big = make_spec(
+        width=256, c1_channels=256, strides=(8, 16, 32, 64), num_queries=300, num_labels=91
+    )
     layout = plan_layout(big, [(800, 1066)] * 1000, "fp16")
     tokens = sum(layout.maps[m.name].part_tokens * m.channels * 2 for m in big.maps)
     assert layout.images_per_part >= 4

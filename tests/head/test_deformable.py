@@ -19,14 +19,19 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     return value, locations, weights
 
 
-def by_definition(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def by_definition(
+    value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """Equation 3 of Deformable DETR, cell by cell."""
     batch, _, heads, width = value.shape
     out = torch.zeros(batch, locations.shape[1], heads, width, dtype=value.dtype)
     start = 0
     for level, (height, breadth) in enumerate(SIZES):
         for index in torch.cartesian_prod(
-            torch.arange(batch), torch.arange(locations.shape[1]), torch.arange(heads), torch.arange(3)
+            torch.arange(batch),
+            torch.arange(locations.shape[1]),
+            torch.arange(heads),
+            torch.arange(3),
         ):
             b, n, h, p = index.tolist()
             x = locations[b, n, h, level, p, 0].item() * breadth - 0.5

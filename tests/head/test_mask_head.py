@@ -132,9 +132,7 @@ def test_output_follows_the_order_of_the_queries(o2o: bool) -> None:
     shuffled = HeadBatch(
         batch.groups, batch.queries[order], batch.boxes_xyxy[order], batch.image_index[order]
     )
-    assert torch.allclose(
-        head(shuffled).mask_logits, head(batch).mask_logits[order], atol=1e-10
-    )
+    assert torch.allclose(head(shuffled).mask_logits, head(batch).mask_logits[order], atol=1e-10)
 
 
 def test_no_region_gives_no_mask() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -17,7 +18,6 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageError
 from mfdetr_cache.protocols import SilentReporter
-from mfdetr_pipelines.extract import run_extract
 from tests.support import detectors, scenes
 
 
@@ -40,9 +40,7 @@ def test_cached_values_are_the_detectors(
     cache = FeatureCache.open(drawn_cache)
     assert len(cache) == 8
     for image in cache:
-        picture = load_image(
-            scenes_folder / "images" / image.file_name, image.geometry.original_hw
-        )
+        picture = load_image(scenes_folder / "images" / image.file_name, image.geometry.original_hw)
         output = detector.forward(detector.preprocess(picture)[None])
         assert (image.class_logits == output.class_logits[0].numpy()).all()
         assert (image.boxes_cxcywh_norm == output.boxes_cxcywh_norm[0].numpy()).all()
@@ -133,8 +131,11 @@ def faulty_folder(tmp_path: Path) -> Path:
 def test_a_bad_image_stops_and_what_was_sealed_stays(
     tmp_path: Path, faulty_folder: Path, rtdetr_folder: Path
 ) -> None:
-    with pytest.raises(ImageError, match=r"cannot be decoded.*--on-bad-image skip"):
+    with pytest.raises(ImageError, match=r"1 of 6 images are not in .*, the first is 0*125\.png"):
         run(faulty_folder, rtdetr_folder, tmp_path / "c.zarr")
+    assert not (tmp_path / "c.zarr").exists()
+    with pytest.raises(ImageError, match=r"cannot be decoded.*--on-bad-image skip"):
+        run(faulty_folder, rtdetr_folder, tmp_path / "d.zarr", limit=5)
     summary, messages = run(faulty_folder, rtdetr_folder, tmp_path / "c.zarr", on_bad_image="skip")
     assert [s["row"] for s in summary.skipped] == [2, 5]
     assert summary.num_images == 4
@@ -156,7 +157,9 @@ def test_gray_and_cmyk_images_go_through(tmp_path: Path, rtdetr_folder: Path, mo
     assert run(folder, rtdetr_folder, tmp_path / "c.zarr")[0].num_images == 1
 
 
-def test_one_pixel_wide_and_crowd_only_images_go_through(tmp_path: Path, rtdetr_folder: Path) -> None:
+def test_one_pixel_wide_and_crowd_only_images_go_through(
+    tmp_path: Path, rtdetr_folder: Path
+) -> None:
     folder = tmp_path / "scene"
     document = scenes.write_scenes(folder, count=2, seed=2)
     thin, crowd = document["images"]

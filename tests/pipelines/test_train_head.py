@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines import train_head as train_head_module
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.recipes import Recipe, build_recipe
+from mfdetr_pipelines.train_head import TrainHeadConfig, loss_of_batch, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry
@@ -24,11 +29,6 @@ from mfdetr_cache.training.batches import (
 )
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
-from mfdetr_pipelines import train_head as train_head_module
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
-from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.train_head import TrainHeadConfig, loss_of_batch, run_train_head
 from tests.support import detectors, scenes
 
 SMALL = {
@@ -66,7 +66,9 @@ def test_trains_without_a_detector_and_twice_from_one_cache(
         summary = train(drawn_cache, tmp_path / name, small_recipe(name))
         assert summary.steps == 4
         assert np.isfinite(summary.loss)
-        lines = [json.loads(s) for s in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(s) for s in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert lines[-1]["step"] == 4
         measured = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / name), SilentReporter())
         assert 0 <= measured.mask.AP <= 1

@@ -61,7 +61,9 @@ def make_batch(
     for size in dict.fromkeys(sizes_hw):
         members = [i for i, s in enumerate(sizes_hw) if s == size]
         maps = {
-            m.name: random(len(members), m.channels, -(-size[0] // m.stride), -(-size[1] // m.stride))
+            m.name: random(
+                len(members), m.channels, -(-size[0] // m.stride), -(-size[1] // m.stride)
+            )
             for m in spec.maps
         }
         groups.append(MapGroup(maps, size, torch.tensor(members)))
@@ -72,7 +74,9 @@ def make_batch(
         boxes.append(torch.cat((corner * scale, (corner + extent) * scale), dim=1))
         owner.append(torch.full((regions_per_image,), index))
     count = regions_per_image * len(sizes_hw)
-    return HeadBatch(tuple(groups), random(count, spec.query_dim), torch.cat(boxes), torch.cat(owner))
+    return HeadBatch(
+        tuple(groups), random(count, spec.query_dim), torch.cat(boxes), torch.cat(owner)
+    )
 
 
 def make_ground_truth(size_hw: tuple[int, int], count: int = 2, seed: int = 0) -> GroundTruth:
@@ -115,7 +119,12 @@ def make_image(
     height, width = original_hw
     for index, box in enumerate(truth.boxes_xyxy[: spec.num_queries]):
         x0, y0, x1, y1 = box
-        boxes[index] = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
+        boxes[index] = (
+            (x0 + x1) / 2 / width,
+            (y0 + y1) / 2 / height,
+            (x1 - x0) / width,
+            (y1 - y0) / height,
+        )
     logits = random.normal(-3, 1, (spec.num_queries, spec.num_labels)).astype(np.float32)
     logits[: len(truth), 0] = 3.0
     maps = {

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
-
 from mfdetr_pipelines.extract import ExtractConfig
+from PIL import Image, ImageDraw
 
 CATEGORIES = [{"id": 3, "name": "ellipse"}, {"id": 7, "name": "box"}, {"id": 11, "name": "crowd"}]
 

@@ -119,9 +119,7 @@ def test_regions_carry_the_mask_inside_the_predicted_box() -> None:
     regions = build_regions(image, config, 8, np.random.default_rng(0))
     assert sorted(regions.query_index.tolist()) == [0, 1]
     for region, query in enumerate(regions.query_index):
-        mask = decode_run_lengths(
-            image.ground_truth.run_lengths[query], image.geometry.original_hw
-        )
+        mask = decode_run_lengths(image.ground_truth.run_lengths[query], image.geometry.original_hw)
         # The queries' boxes are the objects' own, so nothing is outside.
         assert regions.outside[region] < 0.05
         x0, y0, x1, y1 = image.ground_truth.boxes_xyxy[query].astype(int)

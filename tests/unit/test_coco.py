@@ -30,7 +30,9 @@ def test_ground_truth_is_complete(scenes_folder: Path, document: dict[str, Any])
     assert truth.category_ids.tolist() == [3, 7]
     x, y, w, h = document["annotations"][0]["bbox"]
     assert truth.boxes_xyxy[0].tolist() == [x, y, x + w, y + h]
-    assert np.isclose(truth.run_lengths[1][1::2].sum(), document["annotations"][1]["area"], rtol=0.1)
+    assert np.isclose(
+        truth.run_lengths[1][1::2].sum(), document["annotations"][1]["area"], rtol=0.1
+    )
 
 
 def test_categories_the_detector_lacks_have_label_minus_one(scenes_folder: Path) -> None:
@@ -90,7 +92,9 @@ def drop_height(document: dict[str, Any]) -> None:
         (drop_height, "lacks 'height'"),
     ],
 )
-def test_faults_are_named(tmp_path: Path, document: dict[str, Any], change: Any, message: str) -> None:
+def test_faults_are_named(
+    tmp_path: Path, document: dict[str, Any], change: Any, message: str
+) -> None:
     change(document)
     with pytest.raises(DatasetError, match=message):
         load_coco_split(written(tmp_path, document))
@@ -99,7 +103,9 @@ def test_faults_are_named(tmp_path: Path, document: dict[str, Any], change: Any,
 def test_boxes_only_annotations_are_named(tmp_path: Path, document: dict[str, Any]) -> None:
     del document["annotations"][0]["segmentation"]
     split = load_coco_split(written(tmp_path, document))
-    with pytest.raises(DatasetError, match="annotation 1000 of image 100 has no usable bbox and seg"):
+    with pytest.raises(
+        DatasetError, match="annotation 1000 of image 100 has no usable bbox and seg"
+    ):
         split.ground_truth(split.images[0], {})
 
 

@@ -1,13 +1,15 @@
 import pytest
+from mfdetr_pipelines.recipes import RECIPES, build_recipe
 
 from mfdetr_cache.config import from_dict, override, to_dict
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_pipelines.recipes import RECIPES, build_recipe
 
 
-@pytest.mark.parametrize("config", [HeadConfig(), TrainConfig(drops=(0.5,)), HeadConfig(roi_size=8)])
+@pytest.mark.parametrize(
+    "config", [HeadConfig(), TrainConfig(drops=(0.5,)), HeadConfig(roi_size=8)]
+)
 def test_json_round_trip(config: object) -> None:
     assert from_dict(type(config), to_dict(config), "test") == config
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mfdetr_cache.config import nearest
@@ -270,7 +271,7 @@ def load_huggingface_detector(weights: str, options: HuggingFaceOptions) -> Hugg
             model, info = transformers.AutoModelForObjectDetection.from_pretrained(
                 weights, output_loading_info=True, use_safetensors=True, dtype=torch.float32
             )
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
     _check_loaded(weights, info)

@@ -1,0 +1,56 @@
+"""``mfdetr demo``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from mfdetr_pipelines.demo import run_demo
+
+from mfdetr_cli.console import (
+    ConsoleReporter,
+    human_bytes,
+    human_time,
+    metric_rows,
+    print_facts,
+    print_table,
+    write_json,
+)
+from mfdetr_cli.options import JsonOption
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where data, caches, head and pictures go.")] = Path(
+        "mfdetr-demo"
+    ),
+    json: JsonOption = None,
+) -> None:
+    """Go the whole way on a drawn dataset: extract, train, evaluate, pictures. Needs no network.
+
+    Example:
+    mfdetr demo --out mfdetr-demo
+    """
+    summary = run_demo(out, ConsoleReporter())
+    result = summary.evaluation
+    metrics = {
+        "mask": result.mask.to_dict(),
+        "box": result.box.to_dict(),
+        "floor": result.floor.to_dict() if result.floor else None,
+        "ceiling": result.ceiling.to_dict() if result.ceiling else None,
+    }
+    names = {
+        "mask": "mask",
+        "box": "box (detector)",
+        "floor": "floor: box as mask",
+        "ceiling": "ceiling: annotated mask in box",
+    }
+    rows = metric_rows({names[k]: v for k, v in metrics.items()})
+    title = f"{result.num_images} scenes nobody trained on, in percent"
+    print_table(title, ["", *result.mask.to_dict()], rows)
+    total = sum(summary.seconds.values())
+    facts = {stage: human_time(s) for stage, s in summary.seconds.items()}
+    facts |= {"in all": human_time(total), "caches": human_bytes(summary.cache_bytes)}
+    print_facts("What it took", facts)
+    print_facts("Look at", {p.name: str(p) for p in summary.pictures})
+    document: dict[str, object] = {**asdict(result), **metrics, "seconds": summary.seconds}
+    write_json(json, {**document, "pictures": [str(p) for p in summary.pictures]})

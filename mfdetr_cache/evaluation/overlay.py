@@ -1,0 +1,111 @@
+"""Pictures of masks and boxes over an image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
+
+# Okabe and Ito's palette for colour-blind readers, without black, and lighter tints of it.
+PALETTE = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+    (148, 203, 120),
+    (180, 160, 255),
+    (255, 140, 140),
+)
+_FILL = 0.45
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayItem:
+    """One object to draw.
+
+    Attributes:
+        text: Label shown at the box; empty for none.
+        box_xyxy: In pixels of the image; None draws no box.
+        mask: True inside, shape of the image; None draws no mask.
+    """
+
+    text: str
+    box_xyxy: tuple[float, float, float, float] | None
+    mask: NDArray[np.bool_] | None
+
+
+def draw_overlay(image: Image.Image, items: Sequence[OverlayItem]) -> Image.Image:
+    """An image with masks, outlines, boxes and labels on it.
+
+    Args:
+        image: RGB.
+        items: What to draw, the most important last; each gets the next colour of the palette.
+
+    Returns:
+        A new image of the same size.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
+    for index, item in enumerate(items):
+        if item.mask is None or not item.mask.any():
+            continue
+        colour = np.array(PALETTE[index % len(PALETTE)], dtype=np.float32)
+        pixels[item.mask] = (1 - _FILL) * pixels[item.mask] + _FILL * colour
+        width = max(1, round(max(image.size) / 400))
+        pixels[item.mask & ~binary_erosion(item.mask, iterations=width)] = colour
+    drawn = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
+    font = ImageFont.load_default(size=max(10, round(max(image.size) / 45)))
+    for index, item in enumerate(items):
+        if item.box_xyxy is not None:
+            _draw_box(draw, item, PALETTE[index % len(PALETTE)], font, image.size)
+    return drawn
+
+
+def _draw_box(
+    draw: ImageDraw.ImageDraw,
+    item: OverlayItem,
+    colour: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size_wh: tuple[int, int],
+) -> None:
+    assert item.box_xyxy is not None
+    x0, y0, x1, y1 = item.box_xyxy
+    draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour)
+    if not item.text:
+        return
+    left, top, right, bottom = draw.textbbox((0, 0), item.text, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    # Above the box where there is room, else inside it; never off the image.
+    x = min(max(x0, 0), size_wh[0] - width)
+    y = y0 - height if y0 >= height else max(y0, 0)
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x + 2 - left, y + 2 - top), item.text, fill=(0, 0, 0), font=font)
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]], height: int = 360) -> Image.Image:
+    """Pictures beside each other under their titles.
+
+    Args:
+        panels: Title and picture.
+        height: Height of the pictures in the result, in pixels.
+
+    Returns:
+        One picture.
+    """
+    title_height, gap = 26, 8
+    scaled = [(t, p.resize((round(p.width * height / p.height), height))) for t, p in panels]
+    width = sum(p.width for _, p in scaled) + gap * (len(scaled) + 1)
+    sheet = Image.new("RGB", (width, height + title_height + gap), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+    x = gap
+    for title, picture in scaled:
+        draw.text((x, 5), title, fill=(0, 0, 0), font=font)
+        sheet.paste(picture, (x, title_height))
+        x += picture.width + gap
+    return sheet

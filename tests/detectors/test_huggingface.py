@@ -1,0 +1,164 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+from mfdetr_cache.detectors.registry import list_detectors, load_detector
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.protocols import Detector
+from tests.support import detectors
+
+
+def save_two_stage(folder: Path) -> None:
+    detectors.save_deformable_detr(folder, two_stage=True)
+
+
+FAMILIES: list[tuple[str, Callable[[Path], None], list[tuple[str, int]]]] = [
+    (
+        "rt_detr",
+        detectors.save_rtdetr,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
+    ),
+    (
+        "d_fine",
+        detectors.save_dfine,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
+    ),
+    (
+        "deimv2",
+        detectors.save_deimv2,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
+    ),
+    (
+        "deformable_detr",
+        detectors.save_deformable_detr,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32), ("encoder64", 64)],
+    ),
+    (
+        "deformable_detr",
+        save_two_stage,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32), ("encoder64", 64)],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "save", "maps"), FAMILIES, ids=lambda v: getattr(v, "__name__", None)
+)
+def test_every_family_keeps_the_protocol(
+    tmp_path: Path, model_type: str, save: Callable[[Path], None], maps: list[tuple[str, int]]
+) -> None:
+    save(tmp_path)
+    detector = load_detector("hf", str(tmp_path))
+    assert isinstance(detector, Detector)
+    spec = detector.spec
+    assert spec.name == f"hf:{model_type}"
+    assert [(m.name, m.stride) for m in spec.maps] == maps
+    assert spec.label_names == ("ellipse", "box", "other")
+    image = Image.effect_noise((130, 90), 60).convert("RGB")
+    pixels = detector.preprocess(image)
+    geometry = detector.input_geometry((90, 130))
+    assert pixels.shape[1:] == geometry.input_hw
+    output = detector.forward(pixels[None])
+    assert output.class_logits.shape == (1, spec.num_queries, 3)
+    assert output.queries.shape == (1, spec.num_queries, spec.query_dim)
+    assert output.boxes_cxcywh_norm.min() >= 0
+    for m in spec.maps:
+        _, channels, height, width = output.maps[m.name].shape
+        assert channels == m.channels
+        assert height == -(-geometry.input_hw[0] // m.stride)
+        assert width == -(-geometry.input_hw[1] // m.stride)
+    # The same image again gives the same numbers, and its neighbours do not matter.
+    other = detector.preprocess(Image.effect_noise((130, 90), 20).convert("RGB"))
+    both = detector.forward(torch.stack((pixels, other)))
+    assert torch.equal(detector.forward(pixels[None]).class_logits, output.class_logits)
+    assert torch.allclose(both.class_logits[:1], output.class_logits, atol=1e-4)
+    # What the heads see is what is kept: the class head applied to the queries gives the logits.
+    assert not any(p.requires_grad for p in detector.parameters())  # type: ignore[attr-defined]
+
+
+def test_encoder_maps_are_those_of_the_chosen_layer(tmp_path: Path) -> None:
+    detectors.save_deformable_detr(tmp_path)
+    pixels = torch.rand(1, 3, 96, 128)
+    from transformers import DeformableDetrForObjectDetection
+
+    model = DeformableDetrForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True).encoder_hidden_states
+    for layer in (2, 4, 5):
+        detector = load_detector("hf", str(tmp_path), HuggingFaceOptions(encoder_layer=layer))
+        assert detector.spec.settings["encoder_layer"] == layer
+        maps = detector.forward(pixels).maps
+        tokens = torch.cat(
+            [maps[f"encoder{s}"].flatten(2).transpose(1, 2) for s in (8, 16, 32, 64)], 1
+        )
+        assert torch.equal(tokens, states[layer])
+    assert load_detector("hf", str(tmp_path)).spec.settings["encoder_layer"] == 4
+    with pytest.raises(DetectorError, match="--encoder-layer 6: Deformable DETR has 1 to 5"):
+        load_detector("hf", str(tmp_path), HuggingFaceOptions(encoder_layer=6))
+
+
+def test_level_embedding_is_the_detectors(tmp_path: Path) -> None:
+    detectors.save_deformable_detr(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embed = load_detector("hf", str(tmp_path)).spec.encoder_level_embed
+    assert embed is not None
+    assert torch.equal(torch.tensor(embed), weights["model.level_embed"])
+
+
+def test_hash_is_of_the_weights_and_not_of_the_file(tmp_path: Path, rtdetr_folder: Path) -> None:
+    before = load_detector("hf", str(rtdetr_folder)).spec.weights_sha256
+    copy = tmp_path / "copy"
+    shutil.copytree(rtdetr_folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    save_file(
+        dict(reversed(weights.items())), copy / "model.safetensors", {"format": "pt", "x": "y"}
+    )
+    assert load_detector("hf", str(copy)).spec.weights_sha256 == before
+    name = next(k for k, v in weights.items() if v.dtype == torch.float32)
+    weights[name].flatten()[0] += 1e-3
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert load_detector("hf", str(copy)).spec.weights_sha256 != before
+
+
+def test_missing_weights_are_named(tmp_path: Path, rtdetr_folder: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(rtdetr_folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    gone = [k for k in weights if "enc_score_head" in k]
+    save_file(
+        {k: v for k, v in weights.items() if k not in gone},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(DetectorError, match=r"missing keys in its weights: .*enc_score_head"):
+        load_detector("hf", str(copy))
+
+
+def test_damaged_weights_and_other_models_are_named(tmp_path: Path, rtdetr_folder: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(rtdetr_folder, copy)
+    (copy / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(DetectorError, match="cannot load the detector"):
+        load_detector("hf", str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(DetectorError, match="model type 'bert' has no adapter"):
+        load_detector("hf", str(copy))
+    (copy / "config.json").write_text("{")
+    with pytest.raises(DetectorError, match="cannot load the detector"):
+        load_detector("hf", str(copy))
+    with pytest.raises(DetectorError, match="needs --weights"):
+        load_detector("hf")
+
+
+def test_every_family_is_listed() -> None:
+    listed = list_detectors()
+    assert {d.model for d in listed} == {"DEIMv2", "RT-DETR", "D-FINE", "Deformable DETR"}
+    assert all(d.checked for d in listed)

@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mfdetr_pipelines.evaluate import EvaluateConfig, cached_detections, run_evaluate
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import CacheError, HeadError
+from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
+from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
+from mfdetr_cache.evaluation.results import box_results, mask_results
+from mfdetr_cache.masks import compress_run_lengths
+from mfdetr_cache.protocols import SilentReporter
+from tests.pipelines.test_train_head import small_recipe
+from tests.support import scenes
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, drawn_cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "head"
+    run_train_head(TrainHeadConfig(drawn_cache, out, small_recipe()), SilentReporter())
+    return out
+
+
+def test_metrics_are_pycocotools_own(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, head: Path
+) -> None:
+    """The written results, scored by pycocotools against the user's own JSON, give our numbers."""
+    results = tmp_path / "results.json"
+    summary = run_evaluate(EvaluateConfig(drawn_cache, head, results=results), SilentReporter())
+    truth = COCO(str(scenes_folder / "instances.json"))
+    evaluation = COCOeval(truth, truth.loadRes(str(results)), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert list(summary.mask.to_dict().values()) == pytest.approx(
+        list(evaluation.stats[:6]), abs=1e-12
+    )
+    first = json.loads(results.read_text())[0]
+    assert set(first) == {"image_id", "category_id", "segmentation", "score"}
+
+
+def test_perfect_results_have_an_ap_of_one(drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    results = []
+    for row in cache.rows:
+        truth, size = cache.ground_truth(row), cache.geometry(row).original_hw
+        for index in range(len(truth)):
+            x0, y0, x1, y1 = (float(v) for v in truth.boxes_xyxy[index])
+            results.append(
+                {
+                    "image_id": cache.image_id(row),
+                    "category_id": int(truth.category_ids[index]),
+                    "score": 0.9,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": compress_run_lengths(truth.run_lengths[index], size),
+                }
+            )
+    coco = coco_ground_truth(
+        (
+            (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
+            for r in cache.rows
+        ),
+        cache.categories,
+    )
+    assert pytest.approx(1) == evaluate_results(coco, results, "segm").AP
+    assert pytest.approx(1) == evaluate_results(coco, results, "bbox").AP
+    assert evaluate_results(coco, [], "segm").AP == 0
+
+
+def test_oracle_is_at_least_the_box_where_both_hit(drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    image = cache[0]
+    detections, size = cached_detections(cache, image), image.geometry.original_hw
+    floor = box_masks(detections, size)
+    ceiling = oracle_masks(detections, image.ground_truth, cache.label_categories, size)
+    assert len(floor) == len(ceiling) == len(detections)
+    scores = detections.class_scores.double().numpy()
+    listed = mask_results(1, detections, cache.label_categories, floor, scores)
+    # The detector's third label has no category in this dataset.
+    known = sum(cache.label_categories[int(v)] >= 0 for v in detections.labels)
+    assert 0 < len(listed) == len(box_results(1, detections, cache.label_categories)) == known
+    assert known < len(detections)
+    assert np.all(np.diff(scores) <= 0)
+
+
+def test_wrong_input_is_one_clear_line(
+    tmp_path: Path, drawn_cache: Path, head: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    with pytest.raises(CacheError, match="does not exist; make it with: mfdetr extract"):
+        run_evaluate(EvaluateConfig(tmp_path / "absent", head), SilentReporter())
+    with pytest.raises(HeadError, match="is no trained head"):
+        run_evaluate(EvaluateConfig(drawn_cache, tmp_path), SilentReporter())
+    import shutil
+
+    torn = tmp_path / "torn.zarr"
+    shutil.copytree(drawn_cache, torn)
+    next(torn.glob("manifest/base/*.json")).unlink()
+    with pytest.raises(CacheError, match="is not finished: 1 of 1 parts are missing; run the same"):
+        run_evaluate(EvaluateConfig(torn, head), SilentReporter())
+    assert scenes.load_annotations(scenes_folder)
+    assert rtdetr_folder.is_dir()

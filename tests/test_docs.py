@@ -1,0 +1,100 @@
+"""What the documents say is what the code does."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import typer
+import zarr
+from mfdetr_cli.app import app
+from mfdetr_pipelines.recipes import build_recipe
+
+from mfdetr_cache.cache.reader import FeatureCache
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fenced(path: Path) -> list[str]:
+    return re.findall(r"^```[a-z]*\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    found = []
+    for document in DOCUMENTS:
+        for block in fenced(document):
+            joined = block.replace("\\\n", " ")
+            found += [line.strip() for line in joined.splitlines() if line.startswith("mfdetr ")]
+    return list(dict.fromkeys(found))
+
+
+def parse(line: str) -> dict[str, object]:
+    """Parse a command line without running it; unknown options raise."""
+    command: click.Command = typer.main.get_command(app)
+    arguments = shlex.split(line.split(" # ")[0])[1:]
+    while hasattr(command, "get_command"):
+        context = command.make_context("mfdetr", [arguments[0]], resilient_parsing=True)
+        found = command.get_command(context, arguments.pop(0))
+        assert found is not None, line
+        command = found
+    return command.make_context(command.name, arguments).params
+
+
+@pytest.mark.parametrize("line", commands())
+def test_documented_commands_exist_with_these_options(line: str) -> None:
+    parameters = parse(line)
+    if "recipe" in parameters:
+        assignments = dict(a.split("=", 1) for a in parameters["set_"] or [])  # type: ignore[attr-defined]
+        build_recipe(str(parameters["recipe"]), assignments)
+
+
+def test_there_are_documented_commands() -> None:
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("target", ["test", "check", "demo", "fmt"])
+def test_make_targets_exist(target: str) -> None:
+    finished = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_format_page_reads_a_cache(drawn_cache: Path) -> None:
+    """The reading example of docs/cache-format.md, run as it stands."""
+    code = next(b for b in fenced(ROOT / "docs/cache-format.md") if "zarr.open_group" in b)
+    code = code.replace('"val2017.zarr"', repr(str(drawn_cache)))
+    names: dict[str, object] = {"row": 3}
+    exec(code, names)
+    wanted = FeatureCache.open(drawn_cache).read(3).maps["c1"]
+    assert np.array_equal(np.asarray(names["cells"]), wanted)
+
+
+def test_the_format_page_lists_every_array(drawn_cache: Path) -> None:
+    text = (ROOT / "docs/cache-format.md").read_text()
+    group = zarr.open_group(str(drawn_cache), mode="r")
+    for name, member in group.members(max_depth=None):
+        if isinstance(member, zarr.Array):
+            assert name.rsplit("/", 1)[-1] in text, name
+
+
+def test_recipes_of_the_help_exist() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "mfdetr_cli", "train-head", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "fast" in finished.stdout
