@@ -36,8 +36,8 @@ HELD_OUT_SEED, HELD_OUT = 50_000, 300
 def build_model() -> RTDetrForObjectDetection:
     """A small RT-DETR: two-stage queries, deformable decoder, batch norms that learn."""
     backbone = RTDetrResNetConfig(
-        embedding_size=24,
-        hidden_sizes=[32, 64, 96, 128],
+        embedding_size=40,
+        hidden_sizes=[40, 72, 112, 144],
         depths=[1, 2, 2, 1],
         layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
@@ -47,7 +47,7 @@ def build_model() -> RTDetrForObjectDetection:
         freeze_backbone_batch_norms=False,
         d_model=96,
         encoder_hidden_dim=96,
-        encoder_in_channels=[64, 96, 128],
+        encoder_in_channels=[72, 112, 144],
         decoder_in_channels=[96, 96, 96],
         encoder_ffn_dim=192,
         decoder_ffn_dim=192,

@@ -118,7 +118,7 @@ class CacheWriter:
                     )
                 _create(path, content)
             _require_same_content(path, content)
-            lock = (path / ".writer.lock").open("w")
+            lock = (_status_folder(path) / ".writer.lock").open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -311,7 +311,16 @@ def manifest_path(path: Path, part: int) -> Path:
     Returns:
         Path of a JSON file.
     """
-    return path / "manifest" / BASE_VIEW / f"{part:06d}.json"
+    return _status_folder(path) / "manifest" / f"{part:06d}.json"
+
+
+def _status_folder(path: Path) -> Path:
+    """Folder of the status array.
+
+    Zarr readers that list a group do not look inside arrays, so files of ours that are no Zarr
+    nodes disturb nobody there.
+    """
+    return path / "views" / BASE_VIEW / "status"
 
 
 def read_manifest(path: Path, part: int) -> dict[str, Any] | None:

@@ -117,7 +117,8 @@ def _texture(
         pattern = np.sin(along * scale) * np.sin(across * scale)
     strength = random.uniform(5, 40) * random.choice([-1, 1], 3)
     noise = random.normal(0, random.uniform(2, 10), (*size_hw, 1))
-    return np.clip(colour + pattern[..., None] * strength + noise, 0, 255)
+    texture: NDArray[np.float64] = colour + pattern[..., None] * strength + noise
+    return texture.clip(0, 255)
 
 
 def _shape_mask(

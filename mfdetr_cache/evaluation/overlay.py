@@ -75,7 +75,8 @@ def _draw_box(
 ) -> None:
     assert item.box_xyxy is not None
     x0, y0, x1, y1 = item.box_xyxy
-    draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour)
+    line = max(1, round(max(size_wh) / 320))
+    draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
     if not item.text:
         return
     left, top, right, bottom = draw.textbbox((0, 0), item.text, font=font)

@@ -85,7 +85,7 @@ run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "insta
     for parts in (1, 4):
         process = start(path)
         deadline = time.monotonic() + 120
-        while len(list(path.glob("manifest/base/*.json"))) < parts:
+        while len(list(path.glob("views/base/status/manifest/*.json"))) < parts:
             assert time.monotonic() < deadline
             assert process.poll() is None or process.returncode == 0
             if process.poll() is not None:
