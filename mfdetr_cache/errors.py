@@ -5,6 +5,10 @@ class MfdetrError(Exception):
     """The input cannot be used as given; the command line prints one line and exits with 2."""
 
 
+class StoppedError(MfdetrError):
+    """Somebody asked to stop; what was done is kept. The command line exits with 130."""
+
+
 class CheckFailedError(MfdetrError):
     """A check ran and found a fault. The command line exits with 1."""
 

@@ -5,8 +5,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import numpy as np
 import pytest
 import typer
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 def parse(line: str) -> dict[str, object]:
     """Parse a command line without running it; unknown options raise."""
-    command: click.Command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     arguments = shlex.split(line.split(" # ")[0])[1:]
     while hasattr(command, "get_command"):
         context = command.make_context("mfdetr", [arguments[0]], resilient_parsing=True)

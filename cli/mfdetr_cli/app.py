@@ -5,7 +5,7 @@ import sys
 import typer
 
 import mfdetr_cache
-from mfdetr_cache.errors import CheckFailedError, MfdetrError
+from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cli.cache import cache_app
 from mfdetr_cli.console import print_error
 from mfdetr_cli.demo import demo
@@ -44,9 +44,12 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line: exit 0 done, 1 a check found a fault, 2 wrong input."""
+    """Run the command line: exit 0 done, 1 a check found a fault, 2 wrong input, 130 stopped."""
     try:
         app()
+    except StoppedError as error:
+        print_error(error)
+        sys.exit(130)
     except CheckFailedError as error:
         print_error(error)
         sys.exit(1)

@@ -1,12 +1,21 @@
 """``mfdetr cache``."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from mfdetr_pipelines.cache_info import describe_cache
+from mfdetr_pipelines.cache_verify import run_verify
 
-from mfdetr_cli.console import human_bytes, print_facts, print_table, write_json
+from mfdetr_cache.errors import CheckFailedError
+from mfdetr_cli.console import (
+    ConsoleReporter,
+    human_bytes,
+    print_facts,
+    print_table,
+    write_json,
+)
 from mfdetr_cli.options import JsonOption
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after feature caches.")
@@ -59,3 +68,34 @@ def info(
     columns = ["array", "per image", "type", "stored", "share", "source"]
     print_table("What is stored", columns, rows)
     write_json(json, about.to_dict())
+
+
+@cache_app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte and compare its checksum.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Check that a cache is whole. Exit code 1 names what is broken; nothing is changed.
+
+    Looks at sizes and shard indexes, with --full at every checksum.
+
+    Example:
+    mfdetr cache verify val2017.zarr --full
+    """
+    summary = run_verify(cache, ConsoleReporter(), full=full)
+    write_json(json, {"cache": str(cache), **asdict(summary)})
+    for fault in summary.faults[:20]:
+        typer.echo(fault)
+    if summary.faults:
+        raise CheckFailedError(
+            f"{cache}: {len(summary.broken_parts)} of {summary.parts} parts are broken; delete "
+            "their manifests (views/base/status/manifest) and run the same extract again"
+        )
+    how = "every byte read" if full else "sizes and indexes; --full reads every byte"
+    print_facts(
+        f"Cache {cache}",
+        {"whole": f"{summary.parts} parts, {human_bytes(summary.bytes_checked)} ({how})"},
+    )

@@ -21,7 +21,13 @@ from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageError
+from mfdetr_cache.errors import (
+    CacheError,
+    DatasetError,
+    DetectorError,
+    ImageError,
+    StoppedError,
+)
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import select_detections
 from mfdetr_cache.evaluation.results import box_results
@@ -327,6 +333,11 @@ class _Extraction:
             for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
                 self._put((part, row, decoded.geometry, self._result_of(decoded)))
             self._put(None)
+        except KeyboardInterrupt:
+            self._failure = StoppedError(
+                "stopped; sealed parts are kept, the same command goes on from there"
+            )
+            raise self._failure from None
         except BaseException:
             # What is queued belongs to a part that cannot be finished; let the thread go.
             self._failure = self._failure or RuntimeError("extraction stopped")

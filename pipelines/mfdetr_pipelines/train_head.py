@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.config import to_dict
-from mfdetr_cache.errors import ConfigError, HeadError, TrainingError
+from mfdetr_cache.errors import ConfigError, HeadError, StoppedError, TrainingError
 from mfdetr_cache.head.folder import CONFIG_FILE, save_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, identity_hash, require_same
@@ -116,6 +116,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
         IdentityError: If the two caches come from different detectors.
         HeadError: If the run folder is taken, or there is nothing to resume.
         TrainingError: If there is nothing to learn from, or the loss is not finite.
+        StoppedError: If a signal ended it early; the run can be resumed.
     """
     cache = FeatureCache.open(config.cache)
     cache.require_complete()
@@ -362,7 +363,7 @@ class _Training:
         self.reporter.finish()
         self.save()
         if self._stop.is_set():
-            raise TrainingError(
+            raise StoppedError(
                 f"stopped by a signal at step {self.step}; go on with the same command and --resume"
             )
 

@@ -9,6 +9,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mfdetr_pipelines.cache_verify import run_verify
 
 from mfdetr_cache.cache import writer as writer_module
 from mfdetr_cache.cache.reader import FeatureCache
@@ -16,6 +17,7 @@ from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, plan_l
 from mfdetr_cache.cache.writer import CacheContent, CacheWriter, manifest_path, part_is_whole
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 from tests.support.images import make_ground_truth, make_spec
 
@@ -323,3 +325,35 @@ def test_parts_stay_below_their_bound() -> None:
 def test_moving_a_cache_changes_nothing(tmp_path: Path, filled: Path) -> None:
     moved = shutil.move(filled, tmp_path / "elsewhere")
     assert len(FeatureCache.open(moved)) == 6
+
+
+def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
+    def faults(*, full: bool) -> tuple[str, ...]:
+        return run_verify(filled, SilentReporter(), full=full).faults
+
+    assert faults(full=False) == faults(full=True) == ()
+    shard = filled / "views/base/maps/c1/values/c/1/0"
+    whole = shard.read_bytes()
+
+    def damaged(position: int) -> bytes:
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        return bytes(changed)
+
+    # A flipped byte of data is seen by --full and by reading, one of the index always.
+    shard.write_bytes(damaged(40))
+    assert faults(full=False) == ()
+    assert "part 1: views/base/maps/c1/values/c/1/0 has a wrong checksum" in faults(full=True)[0]
+    with pytest.raises(CacheError, match="has a wrong checksum: its bytes changed on disk"):
+        FeatureCache.open(filled).read(3)
+    shard.write_bytes(damaged(len(whole) - 20))
+    assert "has a damaged index" in faults(full=False)[0]
+    shard.write_bytes(b"")
+    assert "has 0 bytes instead of" in faults(full=False)[0]
+    shard.unlink()
+    assert "is missing" in faults(full=False)[0]
+    shard.write_bytes(whole)
+    manifest_path(filled, 2).unlink()
+    summary = run_verify(filled, SilentReporter(), full=True)
+    assert summary.broken_parts == (2,)
+    assert "part 2 was never sealed" in summary.faults[0]

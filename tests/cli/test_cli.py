@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,19 @@ from mfdetr_cli import app as app_module
 from mfdetr_cli.app import app
 from typer.testing import CliRunner
 
-from mfdetr_cache.errors import CheckFailedError, MfdetrError
+from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from tests.pipelines.test_train_head import SMALL
 from tests.support import scenes
 
-COMMANDS = [["extract"], ["train-head"], ["evaluate"], ["detectors"], ["demo"], ["cache", "info"]]
+COMMANDS = [
+    ["extract"],
+    ["train-head"],
+    ["evaluate"],
+    ["detectors"],
+    ["demo"],
+    ["cache", "info"],
+    ["cache", "verify"],
+]
 
 
 def run(*arguments: object) -> Any:
@@ -76,6 +85,18 @@ def test_the_whole_way(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path)
     assert measured["box"] == extracted["box"]
 
 
+def test_verify_has_exit_code_1_for_a_fault(tmp_path: Path, drawn_cache: Path) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(drawn_cache, copy)
+    assert mfdetr("cache", "verify", copy, "--full").returncode == 0
+    next(copy.glob("views/base/queries/c/0/0/0")).write_bytes(b"torn")
+    finished = mfdetr("cache", "verify", copy, "--json", tmp_path / "v.json")
+    assert finished.returncode == 1
+    assert "1 of 1 parts are broken" in finished.stderr
+    assert json.loads((tmp_path / "v.json").read_text())["broken_parts"] == [0]
+    assert mfdetr("cache", "verify", tmp_path / "absent").returncode == 2
+
+
 def test_detectors_lists_and_writes(tmp_path: Path) -> None:
     assert "DEIMv2" in run("detectors", "--json", tmp_path / "d.json").output
     assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 4
@@ -107,7 +128,9 @@ def test_unknown_options_are_exit_code_2() -> None:
     assert mfdetr("extract", "--weight", "x").returncode == 2
 
 
-@pytest.mark.parametrize(("error", "code"), [(MfdetrError, 2), (CheckFailedError, 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(MfdetrError, 2), (CheckFailedError, 1), (StoppedError, 130)]
+)
 def test_errors_have_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -13,10 +13,17 @@ import torch
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
+from mfdetr_cache.cache import schema
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import CacheError, DatasetError, DetectorError, ImageError
+from mfdetr_cache.errors import (
+    CacheError,
+    DatasetError,
+    DetectorError,
+    ImageError,
+    StoppedError,
+)
 from mfdetr_cache.protocols import SilentReporter
 from tests.support import detectors, scenes
 
@@ -96,6 +103,30 @@ run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "insta
     assert start(path).wait() == 0
     found = {k: v for k, v in files_of(path).items() if not k.endswith(".partial")}
     assert found == whole
+
+
+def test_ctrl_c_keeps_what_was_sealed(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mfdetr_pipelines import extract
+
+    real = extract._Extraction._result_of
+    calls = []
+
+    def interrupted(self: Any, decoded: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, decoded)
+
+    monkeypatch.setattr(schema, "PART_BYTES", 1)
+    monkeypatch.setattr(extract._Extraction, "_result_of", interrupted)
+    with pytest.raises(StoppedError, match="sealed parts are kept"):
+        run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
+    monkeypatch.setattr(extract._Extraction, "_result_of", real)
+    summary, _ = run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
+    assert summary.num_images == 8
+    assert 4 <= summary.num_extracted < 8
 
 
 def test_fewer_queries_are_the_best_ones(

@@ -16,7 +16,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, TrainingError
+from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, StoppedError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
@@ -95,7 +95,7 @@ def test_resumed_weights_are_bit_identical(
             self._stop.set()
 
     monkeypatch.setattr(train_head_module._Training, "_step", stop)
-    with pytest.raises(TrainingError, match=f"stopped by a signal at step {stop_at}; go on with"):
+    with pytest.raises(StoppedError, match=f"stopped by a signal at step {stop_at}; go on with"):
         train(drawn_cache, tmp_path / "parts", recipe)
     monkeypatch.undo()
     summary = train(drawn_cache, tmp_path / "parts", recipe, resume=True)

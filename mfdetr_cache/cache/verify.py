@@ -1,0 +1,96 @@
+"""Checks a cache against its manifests: sizes and indexes, or every checksum."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import BASE_VIEW, row_arrays
+from mfdetr_cache.cache.shards import ShardReader
+from mfdetr_cache.cache.writer import manifest_path, read_manifest
+from mfdetr_cache.errors import CacheError
+
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class PartCheck:
+    """What was found in one part.
+
+    Attributes:
+        part: Number of the part.
+        num_bytes: Bytes of its files.
+        faults: One line per fault; empty when it is whole.
+    """
+
+    part: int
+    num_bytes: int
+    faults: tuple[str, ...]
+
+
+def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
+    """Check every part of a cache.
+
+    Args:
+        cache: The cache.
+        full: Read every byte and compare its checksum with the manifest's; else only sizes and
+            shard indexes are looked at.
+
+    Yields:
+        One result per part.
+    """
+    arrays = row_arrays(cache.spec, cache.layout, BASE_VIEW)
+    indexed = {a.path: a.chunks_per_part for a in arrays.values() if a.shard is not None}
+    for part in range(cache.layout.num_parts):
+        yield _check_part(cache.path, part, indexed, full=full)
+
+
+def _check_part(path: Path, part: int, indexed: dict[str, int], *, full: bool) -> PartCheck:
+    try:
+        manifest = read_manifest(path, part)
+    except CacheError as error:
+        return PartCheck(part, 0, (str(error),))
+    if manifest is None:
+        where = manifest_path(path, part).relative_to(path)
+        return PartCheck(part, 0, (f"part {part} was never sealed ({where} is missing)",))
+    faults: list[str] = []
+    total = 0
+    for key, expected in sorted(manifest["files"].items()):
+        total += expected["bytes"]
+        fault = _check_file(path / key, expected, full=full)
+        if fault is None and not full:
+            fault = _check_index(path / key, indexed.get(key.split("/c/")[0]))
+        if fault is not None:
+            faults.append(f"part {part}: {key} {fault}")
+    return PartCheck(part, total, tuple(faults))
+
+
+def _check_file(file: Path, expected: dict[str, int], *, full: bool) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        return f"has {size} bytes instead of {expected['bytes']}"
+    if full and _crc32c_of(file) != expected["crc32c"]:
+        return "has a wrong checksum: its bytes changed on disk"
+    return None
+
+
+def _check_index(file: Path, num_chunks: int | None) -> str | None:
+    if num_chunks is None:
+        return None
+    try:
+        ShardReader.open(file, num_chunks)
+    except CacheError:
+        return "has a damaged index"
+    return None
+
+
+def _crc32c_of(file: Path) -> int:
+    checksum = google_crc32c.Checksum()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            checksum.update(block)
+    return int.from_bytes(checksum.digest(), "big")
