@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mfdetr_pipelines.cache_info import describe_cache
-from mfdetr_pipelines.cache_verify import run_verify
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import (
@@ -36,6 +34,9 @@ def info(
     Example:
     mfdetr cache info val2017.zarr
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_info import describe_cache
+
     about = describe_cache(cache)
     whole = (
         "complete" if about.complete else f"{about.parts_missing} of {about.parts} parts missing"
@@ -85,6 +86,9 @@ def verify(
     Example:
     mfdetr cache verify val2017.zarr --full
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_verify import run_verify
+
     summary = run_verify(cache, ConsoleReporter(), full=full)
     write_json(json, {"cache": str(cache), **asdict(summary)})
     for fault in summary.faults[:20]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mfdetr_pipelines.demo import run_demo
 
 from mfdetr_cli.console import (
     ConsoleReporter,
@@ -30,6 +29,9 @@ def demo(
     Example:
     mfdetr demo --out mfdetr-demo
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.demo import run_demo
+
     summary = run_demo(out, ConsoleReporter())
     result = summary.evaluation
     metrics = {

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-from mfdetr_cache.detectors.registry import list_detectors
 from mfdetr_cli.console import print_table, write_json
 from mfdetr_cli.options import JsonOption
 
@@ -13,6 +12,9 @@ def detectors(json: JsonOption = None) -> None:
     Example:
     mfdetr detectors
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_cache.detectors.registry import list_detectors
+
     listed = list_detectors()
     rows = [[d.name, d.model, d.weights, d.encoder_maps, d.checked] for d in listed]
     columns = ["--detector", "model", "--weights", "encoder maps", "checked against"]

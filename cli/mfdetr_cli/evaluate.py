@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 
 from mfdetr_cli.console import (
     ConsoleReporter,
@@ -35,6 +34,9 @@ def evaluate(
     Example:
     mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+
     config = EvaluateConfig(cache, head, device, baselines, results)
     summary = run_evaluate(config, ConsoleReporter())
     metrics = {

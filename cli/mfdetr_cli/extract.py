@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
 
-from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_bytes,
@@ -56,6 +54,11 @@ def extract(
     mfdetr extract --weights PekingU/rtdetr_r50vd --images val2017
     --annotations annotations/instances_val2017.json --cache val2017.zarr
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.extract import ExtractConfig, run_extract
+
+    from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+
     config = ExtractConfig(
         detector=detector,
         weights=weights,

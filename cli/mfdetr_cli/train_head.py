@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from mfdetr_pipelines.recipes import RECIPES, build_recipe
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cli.console import (
     ConsoleReporter,
@@ -46,6 +45,9 @@ def train_head(
     mfdetr train-head --cache train2017.zarr --val-cache val2017.zarr
     --out runs/fast --recipe fast --set lr=5e-4
     """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+
     config = TrainHeadConfig(
         cache=cache,
         out=out,
