@@ -12,6 +12,7 @@ from mfdetr_cli.demo import demo
 from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
 from mfdetr_cli.extract import extract
+from mfdetr_cli.predict import predict
 from mfdetr_cli.train_head import train_head
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(extract)
 app.command(name="train-head")(train_head)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(demo)
 app.command()(detectors)
 app.add_typer(cache_app, name="cache")

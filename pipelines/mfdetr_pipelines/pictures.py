@@ -1,9 +1,12 @@
 """Pictures: what a head makes of cached images, beside the annotated masks."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -21,7 +24,7 @@ def picture_of_path(
     head: MaskHead,
     images: Path,
     device: torch.device,
-    threshold: float = 0.3,
+    threshold: float = 0.25,
 ) -> Image.Image:
     """One image on its way: as it is, with the detector's boxes, with masks, with the annotation.
 
@@ -31,7 +34,7 @@ def picture_of_path(
         head: A trained head, on the device, in evaluation mode.
         images: Image folder.
         device: Where the head is.
-        threshold: Least class score of what is shown.
+        threshold: Least confidence of what is shown.
 
     Returns:
         Four panels side by side.
@@ -40,7 +43,10 @@ def picture_of_path(
     size_hw = cached.geometry.original_hw
     image = load_image(images / cached.file_name, size_hw)
     prediction = predict_masks(head, cached, cache.spec, device)
-    shown = _items(cache, prediction, size_hw, threshold)
+    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)
+    # The most confident is drawn last, on top.
+    shown = [o.to_item() for o in reversed(found)]
     boxes = [OverlayItem(i.text, i.box_xyxy, None) for i in shown]
     masks = [OverlayItem("", None, i.mask) for i in shown]
     return side_by_side(
@@ -53,26 +59,67 @@ def picture_of_path(
     )
 
 
-def _items(
-    cache: FeatureCache, prediction: MaskPrediction, size_hw: tuple[int, int], threshold: float
-) -> list[OverlayItem]:
-    """Detections above the threshold, one per query, the most confident last."""
-    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
-    items: list[OverlayItem] = []
+@dataclass(frozen=True, slots=True)
+class ShownObject:
+    """One detected object worth showing.
+
+    Attributes:
+        category_id: Its category.
+        name: Name of the category.
+        confidence: Final score s_i.
+        box_xyxy: In original image pixels.
+        mask: True inside, at the original size.
+    """
+
+    category_id: int
+    name: str
+    confidence: float
+    box_xyxy: tuple[float, float, float, float]
+    mask: NDArray[np.bool_]
+
+    def to_item(self) -> OverlayItem:
+        """The object as something to draw."""
+        return OverlayItem(f"{self.name} {self.confidence:.2f}", self.box_xyxy, self.mask)
+
+
+def shown_objects(
+    prediction: MaskPrediction,
+    label_categories: Sequence[int],
+    names: Mapping[int, str],
+    size_hw: tuple[int, int],
+    threshold: float,
+    top_k: int = 100,
+) -> list[ShownObject]:
+    """The most confident label of every query, above a threshold.
+
+    Args:
+        prediction: Detections and masks of one image.
+        label_categories: Category id of each label, -1 for none.
+        names: Category id to name.
+        size_hw: Height and width of the original image in pixels.
+        threshold: Least confidence.
+        top_k: At most so many.
+
+    Returns:
+        Objects by falling confidence.
+    """
+    shown: list[ShownObject] = []
     seen: set[int] = set()
-    for index in range(len(prediction.detections)):
-        score = float(prediction.detections.class_scores[index])
+    for index in np.argsort(-prediction.confidences, kind="stable").tolist():
+        confidence = float(prediction.confidences[index])
         mask_index = int(prediction.mask_index[index])
-        if score < threshold or mask_index in seen:
+        category_id = label_categories[int(prediction.detections.labels[index])]
+        if confidence < threshold or len(shown) == top_k:
+            break
+        if mask_index in seen or category_id < 0:
             continue
         seen.add(mask_index)
         box = prediction.boxes_xyxy[mask_index].double().numpy()
         mask = paste_mask_in_image(prediction.mask_probs[mask_index].numpy(), box, size_hw)
-        category = cache.label_categories[int(prediction.detections.labels[index])]
-        text = f"{names.get(category, '?')} {score:.2f}"
         x0, y0, x1, y1 = (float(v) for v in box)
-        items.append(OverlayItem(text, (x0, y0, x1, y1), mask))
-    return items[::-1]
+        name = names.get(category_id, str(category_id))
+        shown.append(ShownObject(category_id, name, confidence, (x0, y0, x1, y1), mask))
+    return shown
 
 
 def _annotated(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:

@@ -19,6 +19,7 @@ COMMANDS = [
     ["extract"],
     ["train-head"],
     ["evaluate"],
+    ["predict"],
     ["detectors"],
     ["demo"],
     ["cache", "info"],

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.predict import PredictConfig, find_images, picture_names, run_predict
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import DatasetError, HeadError, IdentityError
+from mfdetr_cache.protocols import SilentReporter
+from tests.pipelines.test_train_head import small_recipe
+from tests.support import detectors
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, drawn_cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "head"
+    run_train_head(TrainHeadConfig(drawn_cache, out, small_recipe(steps=2)), SilentReporter())
+    return out
+
+
+def test_masks_are_those_of_the_evaluation(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    """From a file, live, and from the cache: the same scores but for float16 rounding."""
+    config = PredictConfig(
+        (str(scenes_folder / "images"),), "hf", str(rtdetr_folder), head, tmp_path / "out", 0.0, 5
+    )
+    summary = run_predict(config, SilentReporter())
+    assert len(summary.images) == 8
+    assert all(i.num_objects == 5 for i in summary.images)
+    results = json.loads(summary.results.read_text())
+    assert len(results) == 40
+    run_evaluate(
+        EvaluateConfig(drawn_cache, head, results=tmp_path / "cached.json"), SilentReporter()
+    )
+    cached = json.loads((tmp_path / "cached.json").read_text())
+    cache = FeatureCache.open(drawn_cache)
+    for image in cache:
+        ours = [r for r in results if r["file_name"].endswith(image.file_name)]
+        size = image.geometry.original_hw
+        assert coco_mask.decode(ours[0]["segmentation"]).shape == size
+        best = max(r["score"] for r in cached if r["image_id"] == image.image_id)
+        assert ours[0]["score"] == pytest.approx(best, rel=0.02)
+        with Image.open(tmp_path / "out" / f"{Path(image.file_name).stem}.png") as picture:
+            assert (picture.height, picture.width) == size
+
+
+def test_an_unreadable_image_does_not_stop_the_others(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    good = next((scenes_folder / "images").glob("*.png"))
+    reporter = SilentReporter()
+    files = (str(tmp_path / "broken.jpg"), str(good))
+    config = PredictConfig(files, "hf", str(rtdetr_folder), head, tmp_path / "out")
+    summary = run_predict(config, reporter)
+    assert len(summary.images) == len(summary.unreadable) == 1
+    assert sum("broken.jpg cannot be decoded" in m for m in reporter.messages) == 1
+    only_bad = PredictConfig(files[:1], "hf", str(rtdetr_folder), head, tmp_path / "out")
+    with pytest.raises(DatasetError, match="none of 1 images could be read"):
+        run_predict(only_bad, reporter)
+
+
+def test_files_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("b/2.JPG", "b/1.png", "b/notes.txt", "a.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([str(tmp_path / "a.webp"), str(tmp_path / "b"), str(tmp_path / "*.webp")])
+    assert [f.name for f in found] == ["a.webp", "1.png", "2.JPG"]
+    with pytest.raises(DatasetError, match="no image there"):
+        find_images([str(tmp_path / "*.gif")])
+    assert picture_names([Path("x/1.png"), Path("y/1.jpg"), Path("2.png")]) == [
+        "1.png",
+        "1-2.png",
+        "2.png",
+    ]
+
+
+def test_wrong_input_is_one_clear_line(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    images = (str(scenes_folder / "images"),)
+    detectors.save_rtdetr(tmp_path / "other", seed=3)
+    with pytest.raises(IdentityError, match="come from different detectors: weights_sha256"):
+        run_predict(
+            PredictConfig(images, "hf", str(tmp_path / "other"), head, tmp_path / "out"),
+            SilentReporter(),
+        )
+    with pytest.raises(HeadError, match="is no trained head"):
+        run_predict(
+            PredictConfig(images, "hf", str(rtdetr_folder), tmp_path, tmp_path / "out"),
+            SilentReporter(),
+        )
+    assert np.array_equal(sorted(p.name for p in tmp_path.iterdir()), ["other"])
