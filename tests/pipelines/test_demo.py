@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from mfdetr_pipelines import demo
+from mfdetr_pipelines.extract import ExtractConfig, run_extract
+from mfdetr_pipelines.recipes import build_recipe
+from PIL import Image
+
+from mfdetr_cache.coco.synthetic import write_synthetic_split
+from mfdetr_cache.errors import MfdetrError
+from mfdetr_cache.protocols import SilentReporter
+
+
+def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
+    """On scenes that neither its training nor the demo uses."""
+    annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 60)
+    config = ExtractConfig(
+        "hf", str(demo.demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
+    )
+    assert run_extract(config, SilentReporter()).box.AP > 0.5
+
+
+def test_the_detector_is_small() -> None:
+    size = sum(f.stat().st_size for f in demo.demo_detector().iterdir())
+    assert size < 8 * 2**20
+
+
+def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages, on fewer scenes and steps."""
+    monkeypatch.setattr(demo, "_TRAIN_SCENES", 16)
+    monkeypatch.setattr(demo, "_VAL_SCENES", 6)
+    short = build_recipe("demo", {"steps": "4"})
+    monkeypatch.setattr(demo, "build_recipe", lambda *_: short)
+    summary = demo.run_demo(tmp_path / "demo", SilentReporter())
+    assert summary.evaluation.num_images == 6
+    assert summary.evaluation.box.AP > 0.3
+    assert set(summary.seconds) >= {"extract train", "train the head", "evaluate"}
+    assert len(summary.pictures) == 6
+    with Image.open(summary.pictures[0]) as picture:
+        assert picture.width > 2 * picture.height
+    with pytest.raises(MfdetrError, match="is not empty; nothing was touched"):
+        demo.run_demo(tmp_path / "demo", SilentReporter())
