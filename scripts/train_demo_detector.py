@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (

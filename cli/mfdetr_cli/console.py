@@ -223,6 +223,26 @@ def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[st
     return rows
 
 
+_METRIC_NAMES = {
+    "mask": "mask",
+    "box": "box (detector)",
+    "floor": "floor: box as mask",
+    "ceiling": "ceiling: annotated mask in box",
+}
+
+
+def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | None]) -> None:
+    """Print the metrics of an evaluation, in percent.
+
+    Args:
+        title: What was measured on.
+        metrics: ``EvaluateSummary.metrics()``.
+    """
+    rows = metric_rows({_METRIC_NAMES[name]: values for name, values in metrics.items()})
+    columns = list(metrics["mask"] or {})
+    print_table(title, ["", *columns], rows)
+
+
 def write_json(path: Path | None, document: Mapping[str, object]) -> None:
     """Write a command's result, if asked for.
 

@@ -10,9 +10,8 @@ from mfdetr_cli.console import (
     ConsoleReporter,
     human_bytes,
     human_time,
-    metric_rows,
+    print_evaluation,
     print_facts,
-    print_table,
     write_json,
 )
 from mfdetr_cli.options import JsonOption
@@ -34,21 +33,9 @@ def demo(
 
     summary = run_demo(out, ConsoleReporter())
     result = summary.evaluation
-    metrics = {
-        "mask": result.mask.to_dict(),
-        "box": result.box.to_dict(),
-        "floor": result.floor.to_dict() if result.floor else None,
-        "ceiling": result.ceiling.to_dict() if result.ceiling else None,
-    }
-    names = {
-        "mask": "mask",
-        "box": "box (detector)",
-        "floor": "floor: box as mask",
-        "ceiling": "ceiling: annotated mask in box",
-    }
-    rows = metric_rows({names[k]: v for k, v in metrics.items()})
+    metrics = result.metrics()
     title = f"{result.num_images} scenes nobody trained on, in percent"
-    print_table(title, ["", *result.mask.to_dict()], rows)
+    print_evaluation(title, metrics)
     total = sum(summary.seconds.values())
     facts = {stage: human_time(s) for stage, s in summary.seconds.items()}
     facts |= {"in all": human_time(total), "caches": human_bytes(summary.cache_bytes)}

@@ -9,9 +9,8 @@ import typer
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,
-    metric_rows,
+    print_evaluation,
     print_facts,
-    print_table,
     write_json,
 )
 from mfdetr_cli.options import DeviceOption, JsonOption
@@ -39,20 +38,8 @@ def evaluate(
 
     config = EvaluateConfig(cache, head, device, baselines, results)
     summary = run_evaluate(config, ConsoleReporter())
-    metrics = {
-        "mask": summary.mask.to_dict(),
-        "box": summary.box.to_dict(),
-        "floor": summary.floor.to_dict() if summary.floor else None,
-        "ceiling": summary.ceiling.to_dict() if summary.ceiling else None,
-    }
-    names = {
-        "mask": "mask",
-        "box": "box (detector)",
-        "floor": "floor: box as mask",
-        "ceiling": "ceiling: annotated mask in box",
-    }
-    rows = metric_rows({names[key]: values for key, values in metrics.items()})
-    print_table(f"{cache}, in percent", ["", *summary.mask.to_dict()], rows)
+    metrics = summary.metrics()
+    print_evaluation(f"{cache}, in percent", metrics)
     head_ms = 1000 * summary.head_seconds / max(summary.num_images, 1)
     print_facts(
         "",

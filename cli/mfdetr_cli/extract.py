@@ -55,7 +55,8 @@ def extract(
     --annotations annotations/instances_val2017.json --cache val2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.extract import ExtractConfig, run_extract
+    from mfdetr_pipelines.extract import run_extract
+    from mfdetr_pipelines.extraction import ExtractConfig
 
     from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 

@@ -10,9 +10,8 @@ from mfdetr_pipelines.recipes import RECIPES, build_recipe
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,
-    metric_rows,
+    print_evaluation,
     print_facts,
-    print_table,
     write_json,
 )
 from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
@@ -46,7 +45,8 @@ def train_head(
     --out runs/fast --recipe fast --set lr=5e-4
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+    from mfdetr_pipelines.run_folder import TrainHeadConfig
+    from mfdetr_pipelines.train_head import run_train_head
 
     config = TrainHeadConfig(
         cache=cache,
@@ -72,8 +72,7 @@ def train_head(
     )
     document: dict[str, object] = {**asdict(summary), "recipe": recipe}
     if summary.validation is not None:
-        mask, box = summary.validation.mask.to_dict(), summary.validation.box.to_dict()
-        rows = metric_rows({"mask": mask, "box": box})
-        print_table("Validation, in percent", ["", *mask], rows)
-        document["validation"] = {"mask": mask, "box": box}
+        metrics = summary.validation.metrics()
+        print_evaluation("Validation, in percent", metrics)
+        document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
     write_json(json, document)

@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.manifest import part_is_whole, read_manifest
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
@@ -22,7 +23,6 @@ from mfdetr_cache.cache.schema import (
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
-from mfdetr_cache.cache.writer import part_is_whole, read_manifest
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.types import CachedImage, DetectorSpec, GroundTruth, ImageGeometry

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import google_crc32c
 
+from mfdetr_cache.cache.manifest import manifest_path, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, row_arrays
 from mfdetr_cache.cache.shards import ShardReader
-from mfdetr_cache.cache.writer import manifest_path, read_manifest
 from mfdetr_cache.errors import CacheError
 
 _BLOCK = 2**22

@@ -8,62 +8,29 @@ other, so what a killed run leaves is what an uninterrupted run would have writt
 import errno
 import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from mfdetr_cache.cache.creation import CacheContent, create_cache
+from mfdetr_cache.cache.manifest import manifest_path, part_is_whole, status_folder
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     ROW_OK,
     ROW_SKIPPED,
     ArraySpec,
-    CacheLayout,
     row_arrays,
 )
-from mfdetr_cache.cache.shards import ZSTD_LEVEL, ShardBuilder, encode_chunk, publish
+from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk, publish
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.identity import Identity, differences, identity_hash
-from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageGeometry
-
-_UPFRONT_CHUNK = 2**16
-
-
-@dataclass(frozen=True)
-class CacheContent:
-    """Everything that is known about a cache before the detector has run.
-
-    Attributes:
-        identity: What decides the content; ``detector`` inside it is the detector's own.
-        spec: The detector.
-        layout: Rows, parts and tokens.
-        image_ids: COCO ids in row order.
-        file_names: Names relative to the image folder, in row order.
-        original_sizes_hw: Annotated sizes in row order.
-        categories: ``{"id", "name"}`` of the dataset's categories.
-        label_categories: Category id of each detector label, -1 for none.
-        ground_truth: The objects of each row.
-    """
-
-    identity: Identity
-    spec: DetectorSpec
-    layout: CacheLayout
-    image_ids: list[int]
-    file_names: list[str]
-    original_sizes_hw: list[tuple[int, int]]
-    categories: list[dict[str, Any]]
-    label_categories: tuple[int, ...]
-    ground_truth: list[GroundTruth]
+from mfdetr_cache.identity import differences
+from mfdetr_cache.types import DetectorOutput, ImageGeometry
 
 
 @dataclass
@@ -116,9 +83,9 @@ class CacheWriter:
                     raise CacheError(
                         f"{path} exists and is no cache; nothing was touched, use another --cache"
                     )
-                _create(path, content)
+                create_cache(path, content)
             _require_same_content(path, content)
-            lock = (_status_folder(path) / ".writer.lock").open("w")
+            lock = (status_folder(path) / ".writer.lock").open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -301,75 +268,6 @@ def _to_stored(values: NDArray[Any], spec: ArraySpec, row: int, name: str) -> ND
     return stored
 
 
-def manifest_path(path: Path, part: int) -> Path:
-    """Where the manifest of a part is.
-
-    Args:
-        path: The cache.
-        part: Number of the part.
-
-    Returns:
-        Path of a JSON file.
-    """
-    return _status_folder(path) / "manifest" / f"{part:06d}.json"
-
-
-def _status_folder(path: Path) -> Path:
-    """Folder of the status array.
-
-    Zarr readers that list a group do not look inside arrays, so files of ours that are no Zarr
-    nodes disturb nobody there.
-    """
-    return path / "views" / BASE_VIEW / "status"
-
-
-def read_manifest(path: Path, part: int) -> dict[str, Any] | None:
-    """The manifest of a part.
-
-    Args:
-        path: The cache.
-        part: Number of the part.
-
-    Returns:
-        Its content, or None if the part was never sealed.
-
-    Raises:
-        CacheError: If it is there but damaged.
-    """
-    file = manifest_path(path, part)
-    try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise CacheError(
-            f"{file} is damaged; delete this file and run the same extract again"
-        ) from None
-    return content
-
-
-def part_is_whole(path: Path, part: int) -> bool:
-    """Whether a part was sealed and its files still have the size they were sealed with.
-
-    Args:
-        path: The cache.
-        part: Number of the part.
-
-    Returns:
-        True if nothing of it has to be extracted again.
-    """
-    manifest = read_manifest(path, part)
-    if manifest is None:
-        return False
-    for key, expected in manifest["files"].items():
-        try:
-            if (path / key).stat().st_size != expected["bytes"]:
-                return False
-        except FileNotFoundError:
-            return False
-    return True
-
-
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn what an operating system says about a disk into a line a person can act on.
@@ -394,100 +292,6 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise CacheError(f"cannot write to {path}: {error.strerror}") from error
         raise
-
-
-def _codecs() -> dict[str, Any]:
-    return {
-        "serializer": BytesCodec(endian="little"),
-        "compressors": [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        "filters": None,
-    }
-
-
-def _create(path: Path, content: CacheContent) -> None:
-    """Write metadata and everything known beforehand, then make it appear with one rename."""
-    partial = path.with_name(path.name + ".creating")
-    if path.is_dir():
-        path.rmdir()  # it is empty
-    partial.mkdir(parents=True, exist_ok=True)
-    root = zarr.create_group(store=str(partial), overwrite=True)
-    root.attrs[ATTRIBUTES_KEY] = {
-        "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
-        "cache_id": identity_hash(content.identity),
-        "identity": content.identity,
-        "layout": content.layout.to_dict(),
-        "categories": content.categories,
-        "label_categories": list(content.label_categories),
-    }
-    _write_images(root, content)
-    _write_ground_truth(root, content.ground_truth)
-    for spec in row_arrays(content.spec, content.layout, BASE_VIEW).values():
-        array = root.create_array(
-            spec.path,
-            shape=spec.shape,
-            dtype=spec.dtype,
-            chunks=spec.chunk,
-            shards=spec.shard,
-            dimension_names=spec.dimension_names,
-            fill_value=0,
-            **_codecs(),
-        )
-        array.attrs.update(spec.attributes)
-    for folder, _, files in os.walk(partial):
-        for name in files:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def _upfront(root: zarr.Group, name: str, values: NDArray[Any], dims: Iterable[str]) -> None:
-    chunk = (max(1, min(len(values), _UPFRONT_CHUNK)), *values.shape[1:])
-    array = root.create_array(
-        name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=chunk,
-        dimension_names=tuple(dims),
-        fill_value=0,
-        config={"write_empty_chunks": True},
-        **_codecs(),
-    )
-    if len(values):
-        array[...] = values
-
-
-def _write_images(root: zarr.Group, content: CacheContent) -> None:
-    encoded = [name.encode() for name in content.file_names]
-    offsets = np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64)
-    names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    sizes = np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2)
-    _upfront(root, "images/image_id", np.array(content.image_ids, dtype=np.int64), ["row"])
-    _upfront(root, "images/original_hw", sizes, ["row", "hw"])
-    _upfront(root, "images/file_name_utf8", names, ["byte"])
-    _upfront(root, "images/file_name_offset", offsets, ["row_bound"])
-
-
-def _write_ground_truth(root: zarr.Group, per_row: list[GroundTruth]) -> None:
-    base = f"views/{BASE_VIEW}/ground_truth"
-
-    def column(name: str, dtype: str, tail: tuple[int, ...] = ()) -> NDArray[Any]:
-        parts = [getattr(g, name) for g in per_row if len(g)]
-        return np.concatenate(parts).astype(dtype) if parts else np.zeros((0, *tail), dtype)
-
-    runs = [r for g in per_row for r in g.run_lengths]
-    objects = np.cumsum([0, *(len(g) for g in per_row)], dtype=np.int64)
-    run_offsets = np.cumsum([0, *(len(r) for r in runs)], dtype=np.int64)
-    flat = np.concatenate(runs) if runs else np.zeros(0, dtype=np.uint32)
-    _upfront(root, f"{base}/offset", objects, ["row_bound"])
-    _upfront(root, f"{base}/annotation_id", column("annotation_ids", "int64"), ["object"])
-    _upfront(root, f"{base}/category_id", column("category_ids", "int64"), ["object"])
-    _upfront(root, f"{base}/label", column("labels", "int64"), ["object"])
-    _upfront(root, f"{base}/box_xyxy", column("boxes_xyxy", "float32", (4,)), ["object", "xyxy"])
-    _upfront(root, f"{base}/area", column("areas", "float64"), ["object"])
-    _upfront(root, f"{base}/is_crowd", column("is_crowd", "uint8"), ["object"])
-    _upfront(root, f"{base}/run_length_offset", run_offsets, ["object_bound"])
-    _upfront(root, f"{base}/run_length", flat.astype(np.uint32), ["run"])
 
 
 def _require_same_content(path: Path, content: CacheContent) -> None:

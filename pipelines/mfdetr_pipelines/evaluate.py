@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.devices import torch_device
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
@@ -27,7 +28,6 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
-from mfdetr_pipelines.extract import torch_device
 
 _READ_AHEAD = 4
 
@@ -72,6 +72,16 @@ class EvaluateSummary:
     ceiling: CocoMetrics | None
     seconds: float
     head_seconds: float
+
+    def metrics(self) -> dict[str, dict[str, float] | None]:
+        """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
+        sets = {
+            "mask": self.mask,
+            "box": self.box,
+            "floor": self.floor,
+            "ceiling": self.ceiling,
+        }
+        return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
 
 
 @dataclass

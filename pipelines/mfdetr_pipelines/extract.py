@@ -1,73 +1,33 @@
 """Extract: every image through the frozen detector once, into a cache."""
 
-import queue
 import shutil
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
-from mfdetr_cache.cache.writer import CacheContent, CacheWriter
-from mfdetr_cache.coco.annotations import CocoSplit, ImageEntry, load_coco_split
+from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.categories import categories_of_labels
-from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
-from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
     CacheError,
     DatasetError,
-    DetectorError,
     ImageError,
-    StoppedError,
 )
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import select_detections
 from mfdetr_cache.evaluation.results import box_results
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Detector, Reporter
-from mfdetr_cache.types import DetectorOutput, ImageGeometry
+from mfdetr_pipelines.extraction import ExtractConfig, Extraction
 
 # A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh
 # dataset's hard categories may pull a right one down, so this warns and does not stop.
 IMPLAUSIBLE_BOX_AP = 0.10
-_PREFETCH = 8
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractConfig:
-    """What ``mfdetr extract`` is told.
-
-    Attributes:
-        detector: Name of the detector.
-        weights: Its folder, file or hub id.
-        images: Image folder.
-        annotations: COCO instances JSON.
-        cache: Where the cache goes.
-        limit: Only the first so many images.
-        device: Where the detector runs.
-        options: What the user chose about the detector.
-        on_bad_image: Stop at an unreadable image, or leave it out.
-        force: Start although the disk looks too small.
-    """
-
-    detector: str
-    weights: str
-    images: Path
-    annotations: Path
-    cache: Path
-    limit: int | None = None
-    device: str = "cpu"
-    options: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    on_bad_image: Literal["stop", "skip"] = "stop"
-    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +85,7 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     _announce(config, content, reporter)
     started = time.perf_counter()
     with CacheWriter.open_or_create(config.cache, content) as writer:
-        worker = _Extraction(config, split, detector, writer, reporter)
+        worker = Extraction(config, split, detector, writer, reporter)
         worker.run()
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
@@ -285,160 +245,3 @@ def _judge(box: CocoMetrics, cache: FeatureCache, reporter: Reporter) -> None:
             "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "
             "a mask network cannot be better than its boxes"
         )
-
-
-@dataclass
-class _Decoded:
-    """An image on its way to the detector, or the reason why there is none."""
-
-    geometry: ImageGeometry
-    pixel_values: Tensor | None
-    problem: str
-
-
-class _Extraction:
-    """Decoding ahead, the detector in this thread, encoding and writing behind it."""
-
-    def __init__(
-        self,
-        config: ExtractConfig,
-        split: CocoSplit,
-        detector: Detector,
-        writer: CacheWriter,
-        reporter: Reporter,
-    ) -> None:
-        self._config = config
-        self._split = split
-        self._device = torch_device(config.device)
-        self._detector = detector.to(self._device)
-        self._writer = writer
-        self._reporter = reporter
-        self._work: queue.Queue[tuple[int, int, ImageGeometry, DetectorOutput | str] | None]
-        self._work = queue.Queue(maxsize=_PREFETCH)
-        self._failure: BaseException | None = None
-        self.num_extracted = 0
-        self.detector_seconds = 0.0
-
-    def run(self) -> None:
-        """Extract every part that is not there yet."""
-        pending = self._writer.pending_parts()
-        entries = self._split.images
-        layout_rows = [self._writer.rows_of_part(part) for part in pending]
-        todo = sum(len(rows) for rows in layout_rows)
-        self._reporter.start("extract", len(entries), "images", done=len(entries) - todo)
-        writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
-        writing.start()
-        try:
-            ordered = [(p, r) for p, rows in zip(pending, layout_rows, strict=True) for r in rows]
-            for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
-                self._put((part, row, decoded.geometry, self._result_of(decoded)))
-            self._put(None)
-        except KeyboardInterrupt:
-            self._failure = StoppedError(
-                "stopped; sealed parts are kept, the same command goes on from there"
-            )
-            raise self._failure from None
-        except BaseException:
-            # What is queued belongs to a part that cannot be finished; let the thread go.
-            self._failure = self._failure or RuntimeError("extraction stopped")
-            raise
-        finally:
-            writing.join()
-            self._reporter.finish()
-        if self._failure is not None:
-            raise self._failure
-
-    def _put(self, item: tuple[int, int, ImageGeometry, DetectorOutput | str] | None) -> None:
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            try:
-                self._work.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return
-
-    def _decode(self, entry: ImageEntry) -> _Decoded:
-        geometry = self._detector.input_geometry(entry.size_hw)
-        try:
-            image = load_image(self._config.images / entry.file_name, entry.size_hw)
-        except ImageError as error:
-            return _Decoded(geometry, None, str(error))
-        return _Decoded(geometry, self._detector.preprocess(image), "")
-
-    def _decode_ahead(self, ordered: list[tuple[int, int]]) -> Iterator[_Decoded]:
-        with ThreadPoolExecutor(2, "decode") as pool:
-            waiting: list[Future[_Decoded]] = []
-            for _, row in ordered:
-                waiting.append(pool.submit(self._decode, self._split.images[row]))
-                if len(waiting) >= _PREFETCH:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
-
-    def _result_of(self, decoded: _Decoded) -> DetectorOutput | str:
-        if decoded.pixel_values is None:
-            if self._config.on_bad_image == "stop":
-                raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
-            self._reporter.warn(f"skipped: {decoded.problem}")
-            return decoded.problem
-        started = time.perf_counter()
-        output = self._detector.forward(decoded.pixel_values[None].to(self._device))
-        on_cpu = DetectorOutput(
-            output.class_logits.cpu(),
-            output.boxes_cxcywh_norm.cpu(),
-            output.queries.cpu(),
-            {name: values.cpu() for name, values in output.maps.items()},
-        )
-        self.detector_seconds += time.perf_counter() - started
-        self.num_extracted += 1
-        return on_cpu
-
-    def _write(self) -> None:
-        """The writer thread: one part after the other, sealed when its last row is in."""
-        open_part: int | None = None
-        try:
-            while self._failure is None:
-                try:
-                    item = self._work.get(timeout=0.2)
-                except queue.Empty:
-                    continue
-                if item is None or item[0] != open_part:
-                    if open_part is not None:
-                        self._writer.seal_part()
-                    if item is None:
-                        return
-                    open_part = item[0]
-                    self._writer.begin_part(open_part)
-                _, row, geometry, result = item
-                if isinstance(result, str):
-                    self._writer.skip(row, result)
-                    self._reporter.advance()
-                else:
-                    added = self._writer.append(row, geometry, result)
-                    self._reporter.advance(num_bytes=added)
-        except BaseException as error:
-            self._failure = error
-
-
-def torch_device(name: str) -> torch.device:
-    """A device by name, checked.
-
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one.
-
-    Returns:
-        The device.
-
-    Raises:
-        DetectorError: If there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DetectorError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DetectorError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
-    return device

@@ -14,6 +14,7 @@ from PIL import Image
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.overlay import draw_overlay
@@ -22,7 +23,6 @@ from mfdetr_cache.identity import Identity, detector_identity, require_same
 from mfdetr_cache.masks import encode_mask
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.types import CachedImage, GroundTruth
-from mfdetr_pipelines.extract import torch_device
 from mfdetr_pipelines.pictures import ShownObject, shown_objects
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}

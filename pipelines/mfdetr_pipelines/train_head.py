@@ -1,31 +1,25 @@
 """Train a mask network from a cache; the detector is never built."""
 
 import dataclasses
-import json
-import platform
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
-import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.config import to_dict
+from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError, HeadError, StoppedError, TrainingError
-from mfdetr_cache.head.folder import CONFIG_FILE, save_head, save_run_config
+from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.identity import detector_identity, differences, identity_hash, require_same
+from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.training.batches import (
     TrainBatch,
@@ -42,36 +36,9 @@ from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_cache.training.regions import build_regions, trainable_objects
 from mfdetr_cache.training.schedule import learning_rate
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
-from mfdetr_pipelines.extract import torch_device
-from mfdetr_pipelines.recipes import Recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig, log_line, prepare_folder, run_document
 
-METRICS_FILE = "metrics.jsonl"
 _LOG_EVERY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class TrainHeadConfig:
-    """What ``mfdetr train-head`` is told.
-
-    Attributes:
-        cache: Cache of the training split.
-        out: Run folder.
-        recipe: Head and training settings.
-        val_cache: Cache of the validation split, measured at the end.
-        epochs: Replaces the recipe's number of steps.
-        max_steps: Stop after so many steps of the recipe's schedule shortened to them.
-        resume: Go on with the run in ``out``.
-        device: Where to train.
-    """
-
-    cache: Path
-    out: Path
-    recipe: Recipe
-    val_cache: Path | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    resume: bool = False
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +94,9 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
         keep_freed_memory()
     torch.manual_seed(train.seed)
     head = MaskHead(config.recipe.head, cache.spec).to(device)
-    document = _document(config, train, cache, validation)
+    document = run_document(config, train, cache, validation)
     training = _Training(config, train, cache, head, device, reporter)
-    _prepare_folder(config, document)
+    prepare_folder(config, document)
     if config.resume:
         training.restore(load_checkpoint(config.out))
     parameters = sum(p.numel() for p in head.parameters())
@@ -144,7 +111,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     if validation is not None:
         head.load_state_dict(training.result_weights())
         measured, _ = measure(validation, head, device, reporter, baselines=False)
-        _log(config.out, {"step": training.step, "validation": _metrics_of(measured)})
+        log_line(config.out, {"step": training.step, "validation": _metrics_of(measured)})
     return TrainSummary(
         out=str(config.out),
         parameters=parameters,
@@ -236,66 +203,6 @@ def _trainable_rows(cache: FeatureCache) -> list[int]:
             "detector does not know, or nothing); extract a split with instance masks"
         )
     return rows
-
-
-def _document(
-    config: TrainHeadConfig,
-    train: TrainConfig,
-    cache: FeatureCache,
-    validation: FeatureCache | None,
-) -> dict[str, Any]:
-    return {
-        "recipe": config.recipe.name,
-        "train": to_dict(train),
-        "detector": detector_identity(cache.spec),
-        "cache": {
-            "path": str(config.cache),
-            "cache_id": cache.cache_id,
-            "identity_of_detector": identity_hash(detector_identity(cache.spec)),
-            "dataset": cache.identity["dataset"],
-        },
-        "val_cache": None if validation is None else str(config.val_cache),
-        "categories": cache.categories,
-        "label_categories": list(cache.label_categories),
-        "command": sys.argv,
-        "versions": {
-            "mfdetr_cache": mfdetr_cache.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
-    }
-
-
-def _prepare_folder(config: TrainHeadConfig, document: dict[str, Any]) -> None:
-    path = config.out / CONFIG_FILE
-    if config.resume:
-        try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise HeadError(f"{config.out} holds no run to resume ({error})") from error
-        now = {"head": to_dict(config.recipe.head), **document}
-        for name in ("head", "train", "detector"):
-            found = differences(before.get(name), now[name])
-            if found:
-                key, theirs, ours = found[0]
-                raise HeadError(
-                    f"cannot resume {config.out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
-                    "give the same settings, or another --out"
-                )
-        return
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise HeadError(
-            f"{config.out} is not empty; nothing was touched. Pass --resume to go on with that "
-            "run, or another --out"
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    save_run_config(config.out, config.recipe.head, document)
-
-
-def _log(folder: Path, line: Mapping[str, object]) -> None:
-    with (folder / METRICS_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _metrics_of(measured: EvaluateSummary) -> dict[str, object]:
@@ -424,7 +331,7 @@ class _Training:
                 "seconds": round(self.seconds, 3),
                 "waiting_seconds": round(self.waiting_seconds, 3),
             }
-            _log(self.config.out, line)
+            log_line(self.config.out, line)
 
     def _follow(self) -> None:
         """Move the averaged weights; early on they follow faster, so that they start in place."""

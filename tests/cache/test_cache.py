@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from mfdetr_pipelines.cache_verify import run_verify
 
 from mfdetr_cache.cache import writer as writer_module
+from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.manifest import manifest_path, part_is_whole
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, plan_layout
-from mfdetr_cache.cache.writer import CacheContent, CacheWriter, manifest_path, part_is_whole
+from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import SilentReporter

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 from mfdetr_pipelines import demo
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
 from mfdetr_pipelines.recipes import build_recipe
 from PIL import Image
 

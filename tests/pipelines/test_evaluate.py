@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mfdetr_pipelines.evaluate import EvaluateConfig, cached_detections, run_evaluate
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 

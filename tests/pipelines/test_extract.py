@@ -19,6 +19,7 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
     CacheError,
+    ConfigError,
     DatasetError,
     DetectorError,
     ImageError,
@@ -74,7 +75,8 @@ from pathlib import Path
 from mfdetr_cache.cache import schema
 schema.PART_BYTES = 1
 from mfdetr_cache.protocols import SilentReporter
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
 folder, weights, cache = map(Path, sys.argv[1:4])
 run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "instances.json", cache),
             SilentReporter())
@@ -108,9 +110,9 @@ run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "insta
 def test_ctrl_c_keeps_what_was_sealed(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mfdetr_pipelines import extract
+    from mfdetr_pipelines.extraction import Extraction
 
-    real = extract._Extraction._result_of
+    real = Extraction._result_of
     calls = []
 
     def interrupted(self: Any, decoded: Any) -> Any:
@@ -120,10 +122,10 @@ def test_ctrl_c_keeps_what_was_sealed(
         return real(self, decoded)
 
     monkeypatch.setattr(schema, "PART_BYTES", 1)
-    monkeypatch.setattr(extract._Extraction, "_result_of", interrupted)
+    monkeypatch.setattr(Extraction, "_result_of", interrupted)
     with pytest.raises(StoppedError, match="sealed parts are kept"):
         run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
-    monkeypatch.setattr(extract._Extraction, "_result_of", real)
+    monkeypatch.setattr(Extraction, "_result_of", real)
     summary, _ = run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
     assert summary.num_images == 8
     assert 4 <= summary.num_extracted < 8
@@ -217,7 +219,7 @@ def test_wrong_input_is_one_clear_line(
         run(scenes_folder, tmp_path / "absent", cache)
     with pytest.raises(DetectorError, match="unknown detector 'hff'; did you mean 'hf'"):
         run(scenes_folder, rtdetr_folder, cache, detector="hff")
-    with pytest.raises(DetectorError, match="is no device"):
+    with pytest.raises(ConfigError, match="is no device"):
         run(scenes_folder, rtdetr_folder, cache, device="gpu")
     shutil.rmtree(cache)
     with pytest.raises(CacheError, match=r"needs up to .* are free"):
@@ -259,5 +261,5 @@ def test_no_cuda_is_one_clear_line(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    with pytest.raises(DetectorError, match="no CUDA GPU is available here; use --device cpu"):
+    with pytest.raises(ConfigError, match="no CUDA GPU is available here; use --device cpu"):
         run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", device="cuda")

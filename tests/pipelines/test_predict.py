@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.predict import PredictConfig, find_images, picture_names, run_predict
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
 

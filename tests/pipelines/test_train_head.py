@@ -10,7 +10,8 @@ from mfdetr_pipelines import train_head as train_head_module
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.train_head import TrainHeadConfig, loss_of_batch, run_train_head
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import loss_of_batch, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.evaluate import cached_detections
-from mfdetr_pipelines.extract import ExtractConfig, run_extract
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mfdetr_pipelines.extract import ExtractConfig
+from mfdetr_pipelines.extraction import ExtractConfig
 from PIL import Image, ImageDraw
 
 CATEGORIES = [{"id": 3, "name": "ellipse"}, {"id": 7, "name": "box"}, {"id": 11, "name": "crowd"}]

@@ -1,0 +1,152 @@
+"""A new cache: its metadata and everything known before the detector runs, made in one go."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from mfdetr_cache.cache.schema import (
+    ATTRIBUTES_KEY,
+    BASE_VIEW,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CacheLayout,
+    row_arrays,
+)
+from mfdetr_cache.cache.shards import ZSTD_LEVEL
+from mfdetr_cache.identity import Identity, identity_hash
+from mfdetr_cache.types import DetectorSpec, GroundTruth
+
+_UPFRONT_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class CacheContent:
+    """Everything that is known about a cache before the detector has run.
+
+    Attributes:
+        identity: What decides the content; ``detector`` inside it is the detector's own.
+        spec: The detector.
+        layout: Rows, parts and tokens.
+        image_ids: COCO ids in row order.
+        file_names: Names relative to the image folder, in row order.
+        original_sizes_hw: Annotated sizes in row order.
+        categories: ``{"id", "name"}`` of the dataset's categories.
+        label_categories: Category id of each detector label, -1 for none.
+        ground_truth: The objects of each row.
+    """
+
+    identity: Identity
+    spec: DetectorSpec
+    layout: CacheLayout
+    image_ids: list[int]
+    file_names: list[str]
+    original_sizes_hw: list[tuple[int, int]]
+    categories: list[dict[str, Any]]
+    label_categories: tuple[int, ...]
+    ground_truth: list[GroundTruth]
+
+
+def _codecs() -> dict[str, Any]:
+    return {
+        "serializer": BytesCodec(endian="little"),
+        "compressors": [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        "filters": None,
+    }
+
+
+def create_cache(path: Path, content: CacheContent) -> None:
+    """Write metadata and everything known beforehand, then make it appear with one rename.
+
+    Args:
+        path: Where the cache goes; absent or an empty folder.
+        content: What the cache is of.
+    """
+    partial = path.with_name(path.name + ".creating")
+    if path.is_dir():
+        path.rmdir()  # it is empty
+    partial.mkdir(parents=True, exist_ok=True)
+    root = zarr.create_group(store=str(partial), overwrite=True)
+    root.attrs[ATTRIBUTES_KEY] = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "cache_id": identity_hash(content.identity),
+        "identity": content.identity,
+        "layout": content.layout.to_dict(),
+        "categories": content.categories,
+        "label_categories": list(content.label_categories),
+    }
+    _write_images(root, content)
+    _write_ground_truth(root, content.ground_truth)
+    for spec in row_arrays(content.spec, content.layout, BASE_VIEW).values():
+        array = root.create_array(
+            spec.path,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            chunks=spec.chunk,
+            shards=spec.shard,
+            dimension_names=spec.dimension_names,
+            fill_value=0,
+            **_codecs(),
+        )
+        array.attrs.update(spec.attributes)
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _upfront(root: zarr.Group, name: str, values: NDArray[Any], dims: Iterable[str]) -> None:
+    chunk = (max(1, min(len(values), _UPFRONT_CHUNK)), *values.shape[1:])
+    array = root.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunk,
+        dimension_names=tuple(dims),
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        **_codecs(),
+    )
+    if len(values):
+        array[...] = values
+
+
+def _write_images(root: zarr.Group, content: CacheContent) -> None:
+    encoded = [name.encode() for name in content.file_names]
+    offsets = np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64)
+    names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    sizes = np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2)
+    _upfront(root, "images/image_id", np.array(content.image_ids, dtype=np.int64), ["row"])
+    _upfront(root, "images/original_hw", sizes, ["row", "hw"])
+    _upfront(root, "images/file_name_utf8", names, ["byte"])
+    _upfront(root, "images/file_name_offset", offsets, ["row_bound"])
+
+
+def _write_ground_truth(root: zarr.Group, per_row: list[GroundTruth]) -> None:
+    base = f"views/{BASE_VIEW}/ground_truth"
+
+    def column(name: str, dtype: str, tail: tuple[int, ...] = ()) -> NDArray[Any]:
+        parts = [getattr(g, name) for g in per_row if len(g)]
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros((0, *tail), dtype)
+
+    runs = [r for g in per_row for r in g.run_lengths]
+    objects = np.cumsum([0, *(len(g) for g in per_row)], dtype=np.int64)
+    run_offsets = np.cumsum([0, *(len(r) for r in runs)], dtype=np.int64)
+    flat = np.concatenate(runs) if runs else np.zeros(0, dtype=np.uint32)
+    _upfront(root, f"{base}/offset", objects, ["row_bound"])
+    _upfront(root, f"{base}/annotation_id", column("annotation_ids", "int64"), ["object"])
+    _upfront(root, f"{base}/category_id", column("category_ids", "int64"), ["object"])
+    _upfront(root, f"{base}/label", column("labels", "int64"), ["object"])
+    _upfront(root, f"{base}/box_xyxy", column("boxes_xyxy", "float32", (4,)), ["object", "xyxy"])
+    _upfront(root, f"{base}/area", column("areas", "float64"), ["object"])
+    _upfront(root, f"{base}/is_crowd", column("is_crowd", "uint8"), ["object"])
+    _upfront(root, f"{base}/run_length_offset", run_offsets, ["object_bound"])
+    _upfront(root, f"{base}/run_length", flat.astype(np.uint32), ["run"])

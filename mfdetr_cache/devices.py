@@ -1,0 +1,28 @@
+"""Where to compute: a device by name, or one clear line."""
+
+import torch
+
+from mfdetr_cache.errors import ConfigError
+
+
+def torch_device(name: str) -> torch.device:
+    """A device by name, checked.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
+    return device

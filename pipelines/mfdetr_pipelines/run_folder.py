@@ -1,0 +1,134 @@
+"""The folder of a training run: what was asked for, with what, and what came of it."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import mfdetr_cache
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.config import to_dict
+from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
+from mfdetr_cache.identity import detector_identity, differences, identity_hash
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_pipelines.recipes import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainHeadConfig:
+    """What ``mfdetr train-head`` is told.
+
+    Attributes:
+        cache: Cache of the training split.
+        out: Run folder.
+        recipe: Head and training settings.
+        val_cache: Cache of the validation split, measured at the end.
+        epochs: Replaces the recipe's number of steps.
+        max_steps: Stop after so many steps of the recipe's schedule shortened to them.
+        resume: Go on with the run in ``out``.
+        device: Where to train.
+    """
+
+    cache: Path
+    out: Path
+    recipe: Recipe
+    val_cache: Path | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    resume: bool = False
+    device: str = "cpu"
+
+
+def run_document(
+    config: TrainHeadConfig,
+    train: TrainConfig,
+    cache: FeatureCache,
+    validation: FeatureCache | None,
+) -> dict[str, Any]:
+    """What a run's ``config.json`` says beside the architecture.
+
+    Args:
+        config: What the user asked for.
+        train: The settled training settings.
+        cache: Cache of the training split.
+        validation: Cache of the validation split, if any.
+
+    Returns:
+        Plain values: settings, identities, command, versions.
+    """
+    return {
+        "recipe": config.recipe.name,
+        "train": to_dict(train),
+        "detector": detector_identity(cache.spec),
+        "cache": {
+            "path": str(config.cache),
+            "cache_id": cache.cache_id,
+            "identity_of_detector": identity_hash(detector_identity(cache.spec)),
+            "dataset": cache.identity["dataset"],
+        },
+        "val_cache": None if validation is None else str(config.val_cache),
+        "categories": cache.categories,
+        "label_categories": list(cache.label_categories),
+        "command": sys.argv,
+        "versions": {
+            "mfdetr_cache": mfdetr_cache.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+
+
+def prepare_folder(config: TrainHeadConfig, document: dict[str, Any]) -> None:
+    """Begin a run folder, or make sure that an old one is the same run.
+
+    Args:
+        config: What the user asked for.
+        document: From :func:`run_document`.
+
+    Raises:
+        HeadError: If the folder is in use, or another run would be resumed.
+    """
+    path = config.out / CONFIG_FILE
+    if config.resume:
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise HeadError(f"{config.out} holds no run to resume ({error})") from error
+        now = {"head": to_dict(config.recipe.head), **document}
+        for name in ("head", "train", "detector"):
+            found = differences(before.get(name), now[name])
+            if found:
+                key, theirs, ours = found[0]
+                raise HeadError(
+                    f"cannot resume {config.out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
+                    "give the same settings, or another --out"
+                )
+        return
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise HeadError(
+            f"{config.out} is not empty; nothing was touched. Pass --resume to go on with that "
+            "run, or another --out"
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    save_run_config(config.out, config.recipe.head, document)
+
+
+def log_line(folder: Path, line: Mapping[str, object]) -> None:
+    """Add a line to a run's metrics.
+
+    Args:
+        folder: The run folder.
+        line: Plain values.
+    """
+    with (folder / METRICS_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
