@@ -1,6 +1,7 @@
 """Trains the small detector of ``mfdetr demo`` from nothing on drawn scenes.
 
-Rerunnable: ``python scripts/train_demo_detector.py --minutes 40 --out mfdetr_cache/demo/detector``.
+Rerunnable: ``python scripts/train_demo_detector.py --minutes 60 --out mfdetr_cache/demo/detector``.
+With ``--init FOLDER --first-seed N`` it goes on from an earlier result with other scenes.
 Writes a Hugging Face folder with half-precision weights and prints the box AP on held-out scenes.
 """
 
@@ -84,10 +85,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--first-seed", type=int, default=FIRST_TRAIN_SEED)
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    model = build_model().train()
+    if arguments.init is not None:
+        model = RTDetrForObjectDetection.from_pretrained(arguments.init, dtype=torch.float32)
+    else:
+        model = build_model()
+    model.train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -96,7 +103,7 @@ def main() -> None:
         lr=arguments.lr,
     )
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    started, seed, step = time.monotonic(), FIRST_TRAIN_SEED, 0
+    started, seed, step = time.monotonic(), max(arguments.first_seed, FIRST_TRAIN_SEED), 0
     with ThreadPoolExecutor(2) as pool:
 
         def order(first: int) -> list:

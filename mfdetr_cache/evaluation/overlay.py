@@ -39,16 +39,20 @@ class OverlayItem:
     mask: NDArray[np.bool_] | None
 
 
-def draw_overlay(image: Image.Image, items: Sequence[OverlayItem]) -> Image.Image:
+def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 1) -> Image.Image:
     """An image with masks, outlines, boxes and labels on it.
 
     Args:
         image: RGB.
         items: What to draw, the most important last; each gets the next colour of the palette.
+        scale: Enlarge the image so many times first, so that labels do not hide small ones.
 
     Returns:
-        A new image of the same size.
+        A new image, ``scale`` times the size.
     """
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+        items = [_enlarged(item, scale) for item in items]
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
     for index, item in enumerate(items):
         if item.mask is None or not item.mask.any():
@@ -64,6 +68,15 @@ def draw_overlay(image: Image.Image, items: Sequence[OverlayItem]) -> Image.Imag
         if item.box_xyxy is not None:
             _draw_box(draw, item, PALETTE[index % len(PALETTE)], font, image.size)
     return drawn
+
+
+def _enlarged(item: OverlayItem, scale: int) -> OverlayItem:
+    box, mask = item.box_xyxy, item.mask
+    if box is not None:
+        box = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+    if mask is not None:
+        mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
+    return OverlayItem(item.text, box, mask)
 
 
 def _draw_box(

@@ -17,6 +17,9 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.masks import decode_run_lengths, paste_mask_in_image
 from mfdetr_cache.types import CachedImage
 
+# Panels are drawn about this large, in pixels of the longer side.
+_PANEL_SIDE = 560
+
 
 def picture_of_path(
     cache: FeatureCache,
@@ -47,14 +50,15 @@ def picture_of_path(
     found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)
     # The most confident is drawn last, on top.
     shown = [o.to_item() for o in reversed(found)]
+    scale = max(1, round(_PANEL_SIDE / max(size_hw)))
     boxes = [OverlayItem(i.text, i.box_xyxy, None) for i in shown]
     masks = [OverlayItem("", None, i.mask) for i in shown]
     return side_by_side(
         [
             ("image", image),
-            (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes)),
-            ("masks from the cache", draw_overlay(image, masks)),
-            ("annotation", draw_overlay(image, _annotated(cache, cached))),
+            (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, scale)),
+            ("masks from the cache", draw_overlay(image, masks, scale)),
+            ("annotation", draw_overlay(image, _annotated(cache, cached), scale)),
         ]
     )
 
