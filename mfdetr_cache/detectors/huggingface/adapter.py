@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,7 +310,8 @@ def _quiet() -> Iterator[None]:
     # Loading writes a bar through tqdm directly in some versions.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
