@@ -63,7 +63,7 @@ def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 
         pixels[item.mask & ~binary_erosion(item.mask, iterations=width)] = colour
     drawn = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(drawn)
-    font = ImageFont.load_default(size=max(10, round(max(image.size) / 45)))
+    font = ImageFont.load_default(size=max(13, round(max(image.size) / 42)))
     for index, item in enumerate(items):
         if item.box_xyxy is not None:
             _draw_box(draw, item, PALETTE[index % len(PALETTE)], font, image.size)

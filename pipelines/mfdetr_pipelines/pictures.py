@@ -18,7 +18,7 @@ from mfdetr_cache.masks import decode_run_lengths, paste_mask_in_image
 from mfdetr_cache.types import CachedImage
 
 # Panels are drawn about this large, in pixels of the longer side.
-_PANEL_SIDE = 560
+_PANEL_SIDE = 400
 
 
 def picture_of_path(
