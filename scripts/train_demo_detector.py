@@ -67,7 +67,7 @@ def build_model() -> RTDetrForObjectDetection:
 
 
 def load_sample(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A scene with a random flip, as the network takes it, and its targets."""
+    """A scene as the network takes it, and its targets; every scene is drawn once, none flipped."""
     image, objects = draw_scene(seed)
     resized = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
