@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
-from mfdetr_cache.types import DetectorSpec
+from mfdetr_cache.types import CachedImage, DetectorSpec
 
 # COCO evaluates at most this many detections per image.
 MAX_DETECTIONS = 100
@@ -72,3 +73,21 @@ def select_detections(
     query_index = torch.div(index, scores.shape[-1], rounding_mode="floor")
     boxes = scale_boxes(cxcywh_to_xyxy(boxes_cxcywh_norm), original_hw)
     return Detections(query_index, index % scores.shape[-1], best, boxes[query_index])
+
+
+def detections_of(image: CachedImage, spec: DetectorSpec) -> Detections:
+    """The detections of a cached image.
+
+    Args:
+        image: As cached; its maps are not needed.
+        spec: The detector.
+
+    Returns:
+        Its best (query, label) pairs, at original size.
+    """
+    return select_detections(
+        torch.from_numpy(np.array(image.class_logits)),
+        torch.from_numpy(np.array(image.boxes_cxcywh_norm)),
+        image.geometry.original_hw,
+        spec,
+    )

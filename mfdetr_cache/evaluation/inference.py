@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
-from mfdetr_cache.evaluation.detections import Detections, select_detections
+from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
@@ -51,9 +51,8 @@ def predict_masks(
     Returns:
         Detections, masks and final scores.
     """
-    logits = torch.from_numpy(np.array(image.class_logits))
     boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
-    detections = select_detections(logits, boxes, image.geometry.original_hw, spec)
+    detections = detections_of(image, spec)
     queries, position = detections.query_index.unique(return_inverse=True)
     corners = cxcywh_to_xyxy(boxes)[queries]
     batch = HeadBatch(

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -20,7 +19,6 @@ from mfdetr_cache.evaluation.coco_metrics import (
     coco_ground_truth,
     evaluate_results,
 )
-from mfdetr_cache.evaluation.detections import Detections, select_detections
 from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head, write_atomically
@@ -206,24 +204,6 @@ def _collect(
         ceiling = oracle_masks(detections, image.ground_truth, labels, size_hw)
         collected.floor += mask_results(image_id, detections, labels, floor, scores)
         collected.ceiling += mask_results(image_id, detections, labels, ceiling, scores)
-
-
-def cached_detections(cache: FeatureCache, image: CachedImage) -> Detections:
-    """The detections a cache holds for an image.
-
-    Args:
-        cache: The cache.
-        image: One of its images.
-
-    Returns:
-        Its best (query, label) pairs.
-    """
-    return select_detections(
-        torch.from_numpy(np.array(image.class_logits)),
-        torch.from_numpy(np.array(image.boxes_cxcywh_norm)),
-        image.geometry.original_hw,
-        cache.spec,
-    )
 
 
 def _json_results(results: list[Result]) -> bytes:

@@ -19,7 +19,7 @@ from mfdetr_cache.errors import (
     ImageError,
 )
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
-from mfdetr_cache.evaluation.detections import select_detections
+from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Detector, Reporter
@@ -156,12 +156,7 @@ def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
     results = []
     for row in cache.rows:
         image = cache.read(row, map_names=())
-        detections = select_detections(
-            torch.from_numpy(image.class_logits.copy()),
-            torch.from_numpy(image.boxes_cxcywh_norm.copy()),
-            image.geometry.original_hw,
-            cache.spec,
-        )
+        detections = detections_of(image, cache.spec)
         results += box_results(image.image_id, detections, cache.label_categories)
     truth = (
         (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))

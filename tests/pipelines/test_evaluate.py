@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.evaluate import EvaluateConfig, cached_detections, run_evaluate
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
@@ -13,6 +13,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, HeadError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
+from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.masks import compress_run_lengths
 from mfdetr_cache.protocols import SilentReporter
@@ -76,7 +77,7 @@ def test_perfect_results_have_an_ap_of_one(drawn_cache: Path) -> None:
 def test_oracle_is_at_least_the_box_where_both_hit(drawn_cache: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
     image = cache[0]
-    detections, size = cached_detections(cache, image), image.geometry.original_hw
+    detections, size = detections_of(image, cache.spec), image.geometry.original_hw
     floor = box_masks(detections, size)
     ceiling = oracle_masks(detections, image.ground_truth, cache.label_categories, size)
     assert len(floor) == len(ceiling) == len(detections)

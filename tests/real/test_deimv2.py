@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.evaluate import cached_detections
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.extraction import ExtractConfig
 
@@ -16,7 +15,7 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
-from mfdetr_cache.evaluation.detections import select_detections
+from mfdetr_cache.evaluation.detections import detections_of, select_detections
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.protocols import Detector, SilentReporter
 
@@ -99,7 +98,7 @@ def test_cached_box_ap_is_the_live_models(
         live += box_results(entry.image_id, found, cache.label_categories)
         cached = cache.read(row, ())
         stored += box_results(
-            cached.image_id, cached_detections(cache, cached), cache.label_categories
+            cached.image_id, detections_of(cached, cache.spec), cache.label_categories
         )
     truth = COCO(str(path))
     live_ap = evaluate_results(truth, live, "bbox").AP
@@ -112,7 +111,7 @@ def test_floor_and_ceiling_are_reproduced(val_cache: Path) -> None:
     floor, ceiling = [], []
     for row in cache.rows:
         image = cache.read(row, ())
-        found, size = cached_detections(cache, image), image.geometry.original_hw
+        found, size = detections_of(image, cache.spec), image.geometry.original_hw
         scores, labels = found.class_scores.double().numpy(), cache.label_categories
         floor += mask_results(image.image_id, found, labels, box_masks(found, size), scores)
         best = oracle_masks(found, image.ground_truth, labels, size)
