@@ -105,6 +105,48 @@ def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDA
     return mask
 
 
+def crop_run_lengths(
+    run_lengths: RunLengths,
+    size_hw: tuple[int, int],
+    window_xyxy: tuple[int, int, int, int],
+    *,
+    flip: bool = False,
+) -> RunLengths:
+    """The mask inside a window, mirrored if asked for; only the window's columns are drawn.
+
+    Args:
+        run_lengths: Run lengths of one mask.
+        size_hw: Height and width of its image in pixels.
+        window_xyxy: The window in whole pixels; outside the image it is background.
+        flip: Mirror the window left to right.
+
+    Returns:
+        Run lengths of an image of the window's size.
+
+    Examples:
+        >>> runs = np.array([1, 2, 1], dtype=np.uint32)  # columns (0, 1) and (1, 0)
+        >>> crop_run_lengths(runs, (2, 2), (0, 0, 2, 2), flip=True).tolist()
+        [0, 1, 2, 1]
+    """
+    height, width = size_hw
+    x0, y0, x1, y1 = window_xyxy
+    ends: NDArray[np.int64] = np.cumsum(run_lengths, dtype=np.int64)
+    # Runs that touch the window's columns, as a bitmap of these columns alone.
+    first, last = max(x0, 0) * height, min(x1, width) * height
+    clipped: NDArray[np.int64] = np.clip(ends, first, max(first, last))
+    lengths: NDArray[np.int64] = np.diff(clipped, prepend=first)
+    inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    columns = np.zeros((x1 - x0, y1 - y0), dtype=np.bool_)
+    if inside.size:
+        part = inside.reshape(-1, height)[:, max(y0, 0) : max(min(y1, height), 0)]
+        top, left = max(-y0, 0), max(-x0, 0)
+        columns[left : left + part.shape[0], top : top + part.shape[1]] = part
+    flat = (columns[::-1] if flip else columns).ravel()
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    runs: RunLengths = np.diff(changes, prepend=0, append=flat.size).astype(np.uint32)
+    return runs
+
+
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A bitmap as a COCO RLE dictionary.
 

@@ -21,21 +21,24 @@ class Detector(Protocol):
     def spec(self) -> DetectorSpec:
         """What this detector is and gives."""
 
-    def input_geometry(self, original_hw: tuple[int, int]) -> ImageGeometry:
+    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """Sizes an image of the given size gets on its way into the network.
 
         Args:
             original_hw: Height and width of the image in pixels.
+            shortest_edge: Shorter side of the input for multi-scale views; 0 for the detector's
+                own, and without effect where the input has one fixed size.
 
         Returns:
             The geometry.
         """
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one RGB image, float32, shape (3, H, W), without padding.
 
         Args:
             image: An RGB image at its original size.
+            shortest_edge: As in :meth:`input_geometry`.
 
         Returns:
             float32, shape (3, H, W).

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.quantisation import StoredMap
 
 MapRole = Literal["encoder", "backbone", "c1"]
 
@@ -177,8 +178,9 @@ class CachedImage:
         class_logits: float32, shape (Q, K).
         boxes_cxcywh_norm: float32, shape (Q, 4).
         queries: As stored, shape (Q, d).
-        maps: Map name to array of shape (h, w, C), as stored.
+        maps: Map name to the map as stored; ``np.asarray`` gives its values, shape (h, w, C).
         ground_truth: The annotated objects.
+        view: Name of the view; sizes, boxes and ground truth are those of the view's image.
     """
 
     row: int
@@ -188,5 +190,6 @@ class CachedImage:
     class_logits: NDArray[np.float32]
     boxes_cxcywh_norm: NDArray[np.float32]
     queries: NDArray[np.generic]
-    maps: dict[str, NDArray[np.generic]]
+    maps: dict[str, StoredMap]
     ground_truth: GroundTruth
+    view: str = "base"

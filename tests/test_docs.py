@@ -12,9 +12,12 @@ import pytest
 import typer
 import zarr
 from mfdetr_cli.app import app
+from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.protocols import SilentReporter
+from tests.support.scenes import extract_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,13 +75,19 @@ def test_make_targets_exist(target: str) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_the_format_page_reads_a_cache(drawn_cache: Path) -> None:
+@pytest.mark.parametrize("preset", ["fp16", "int8", "int8-small", "int4"])
+def test_the_format_page_reads_a_cache(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, preset: str
+) -> None:
     """The reading example of docs/cache-format.md, run as it stands."""
+    path = tmp_path / "c.zarr"
+    config = extract_config(scenes_folder, str(rtdetr_folder), path, preset=preset, limit=4)
+    run_extract(config, SilentReporter())
     code = next(b for b in fenced(ROOT / "docs/cache-format.md") if "zarr.open_group" in b)
-    code = code.replace('"val2017.zarr"', repr(str(drawn_cache)))
     names: dict[str, object] = {"row": 3}
-    exec(code, names)
-    wanted = FeatureCache.open(drawn_cache).read(3).maps["c1"]
+    exec(code.replace('"val2017.zarr"', repr(str(path))), names)
+    wanted = FeatureCache.open(path).read(3).maps["c1"].to_array()
+    # The page multiplies and adds in the same order, in float32: equal to the last bit.
     assert np.array_equal(np.asarray(names["cells"]), wanted)
 
 

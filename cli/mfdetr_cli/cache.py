@@ -43,14 +43,15 @@ def info(
     )
     facts = {
         "cache id": about.cache_id,
-        "format": f"version {about.format_version}, maps as {about.preset}",
+        "format": f"version {about.format_version}, maps as {about.preset}, {about.compression}",
         "detector": f"{about.detector}, weights {about.weights_sha256[:16]}",
         "dataset": f"{about.dataset}, annotations {about.annotations_sha256[:16]}",
         "images": f"{about.images} of {about.rows} ({len(about.skipped)} skipped), "
         f"{about.objects} objects",
+        "views": ", ".join(about.views),
         "state": whole,
         "size": f"{human_bytes(about.stored_bytes)}, {human_bytes(about.bytes_per_image)} each, "
-        f"{about.ratio:.2f} x smaller than uncompressed",
+        f"{about.ratio:.2f} x smaller than float16",
     }
     for skip in about.skipped[:10]:
         facts[f"skipped {skip['image_id']}"] = str(skip["reason"])

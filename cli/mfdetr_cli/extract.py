@@ -38,6 +38,23 @@ def extract(
         bool,
         typer.Option(help="Add the backbone's stride-8 map where the encoder has no such level."),
     ] = True,
+    dtype: Annotated[
+        Literal["fp16", "int8", "int8-small", "int4"],
+        typer.Option(help="How maps are stored; docs/choosing-a-cache.md has GB against AP."),
+    ] = "fp16",
+    compression: Annotated[
+        Literal["zstd", "raw"], typer.Option(help="Compress chunks, or leave them as they are.")
+    ] = "zstd",
+    views: Annotated[
+        int, typer.Option(help="Augmented passes per image beside the plain one; for training.")
+    ] = 0,
+    view_policy: Annotated[
+        Literal["deformable-detr", "large-scale-jitter"],
+        typer.Option(
+            help="Flip, multi-scale resize and crop; or large-scale jittering (Table 11)."
+        ),
+    ] = "deformable-detr",
+    view_seed: Annotated[int, typer.Option(help="Seed of the augmentation.")] = 0,
     on_bad_image: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="What to do with an image that cannot be read."),
@@ -69,6 +86,11 @@ def extract(
         limit=limit,
         device=device,
         options=HuggingFaceOptions(num_queries, encoder_layer, backbone_stride8),
+        preset=dtype,
+        compression=compression,
+        views=views,
+        policy=view_policy,
+        view_seed=view_seed,
         on_bad_image=on_bad_image,
         force=force,
     )
@@ -78,7 +100,7 @@ def extract(
         "cache id": summary.cache_id,
         "images": f"{summary.num_images} ({summary.num_extracted} extracted now)",
         "size": f"{human_bytes(summary.stored_bytes)} "
-        f"({summary.raw_bytes / max(summary.stored_bytes, 1):.2f} x smaller than uncompressed)",
+        f"({summary.raw_bytes / max(summary.stored_bytes, 1):.2f} x smaller than float16)",
         "time": f"{human_time(summary.seconds)}, {100 * share:.0f} % of it in the detector",
     }
     if summary.skipped:

@@ -13,17 +13,31 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
-    BASE_VIEW,
     FORMAT_NAME,
     FORMAT_VERSION,
     CacheLayout,
+    Compression,
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ZSTD_LEVEL
+from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
 _UPFRONT_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class ViewContent:
+    """What is known about a view before the detector has run.
+
+    Attributes:
+        transforms: How the picture of each row is made.
+        ground_truth: The objects of each row, in pixels of that picture.
+    """
+
+    transforms: list[ViewTransform]
+    ground_truth: list[GroundTruth]
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class CacheContent:
         original_sizes_hw: Annotated sizes in row order.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
-        ground_truth: The objects of each row.
+        views: Every view by name, in the order of the layout.
     """
 
     identity: Identity
@@ -50,13 +64,14 @@ class CacheContent:
     original_sizes_hw: list[tuple[int, int]]
     categories: list[dict[str, Any]]
     label_categories: tuple[int, ...]
-    ground_truth: list[GroundTruth]
+    views: dict[str, ViewContent]
 
 
-def _codecs() -> dict[str, Any]:
+def _codecs(compression: Compression = "zstd") -> dict[str, Any]:
+    packed = [ZstdCodec(level=ZSTD_LEVEL)] if compression == "zstd" else []
     return {
         "serializer": BytesCodec(endian="little"),
-        "compressors": [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        "compressors": [*packed, Crc32cCodec()],
         "filters": None,
     }
 
@@ -83,19 +98,21 @@ def create_cache(path: Path, content: CacheContent) -> None:
         "label_categories": list(content.label_categories),
     }
     _write_images(root, content)
-    _write_ground_truth(root, content.ground_truth)
-    for spec in row_arrays(content.spec, content.layout, BASE_VIEW).values():
-        array = root.create_array(
-            spec.path,
-            shape=spec.shape,
-            dtype=spec.dtype,
-            chunks=spec.chunk,
-            shards=spec.shard,
-            dimension_names=spec.dimension_names,
-            fill_value=0,
-            **_codecs(),
-        )
-        array.attrs.update(spec.attributes)
+    for view, known in content.views.items():
+        _write_transforms(root, view, known.transforms)
+        _write_ground_truth(root, view, known.ground_truth)
+        for spec in row_arrays(content.spec, content.layout, view).values():
+            array = root.create_array(
+                spec.path,
+                shape=spec.shape,
+                dtype=spec.dtype,
+                chunks=spec.chunk,
+                shards=spec.shard,
+                dimension_names=spec.dimension_names,
+                fill_value=0,
+                **_codecs(content.layout.compression),
+            )
+            array.attrs.update(spec.attributes)
     for folder, _, files in os.walk(partial):
         for name in files:
             with (Path(folder) / name).open("rb") as file:
@@ -130,8 +147,18 @@ def _write_images(root: zarr.Group, content: CacheContent) -> None:
     _upfront(root, "images/file_name_offset", offsets, ["row_bound"])
 
 
-def _write_ground_truth(root: zarr.Group, per_row: list[GroundTruth]) -> None:
-    base = f"views/{BASE_VIEW}/ground_truth"
+def _write_transforms(root: zarr.Group, view: str, transforms: list[ViewTransform]) -> None:
+    base = f"views/{view}/transform"
+    crops = np.array([t.crop_xyxy for t in transforms], dtype=np.int32).reshape(-1, 4)
+    flips = np.array([t.flip for t in transforms], dtype=np.uint8)
+    edges = np.array([t.shortest_edge for t in transforms], dtype=np.int32)
+    _upfront(root, f"{base}/crop_xyxy", crops, ["row", "xyxy"])
+    _upfront(root, f"{base}/flip", flips, ["row"])
+    _upfront(root, f"{base}/shortest_edge", edges, ["row"])
+
+
+def _write_ground_truth(root: zarr.Group, view: str, per_row: list[GroundTruth]) -> None:
+    base = f"views/{view}/ground_truth"
 
     def column(name: str, dtype: str, tail: tuple[int, ...] = ()) -> NDArray[Any]:
         parts = [getattr(g, name) for g in per_row if len(g)]

@@ -4,44 +4,45 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfdetr_cache.cache.schema import BASE_VIEW
+from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.errors import CacheError
 
 
-def manifest_path(path: Path, part: int) -> Path:
+def manifest_path(path: Path, part: Part) -> Path:
     """Where the manifest of a part is.
 
     Args:
         path: The cache.
-        part: Number of the part.
+        part: The part.
 
     Returns:
         Path of a JSON file.
     """
-    return status_folder(path) / "manifest" / f"{part:06d}.json"
+    return status_folder(path, part.view) / "manifest" / f"{part.number:06d}.json"
 
 
-def status_folder(path: Path) -> Path:
-    """Folder of the status array, where manifests and the writer's lock are.
+def status_folder(path: Path, view: str = BASE_VIEW) -> Path:
+    """Folder of a view's status array, where its manifests are; the writer's lock is in base's.
 
     Zarr readers that list a group do not look inside arrays, so files of ours that are no Zarr
     nodes disturb nobody there.
 
     Args:
         path: The cache.
+        view: Name of the view.
 
     Returns:
         The folder.
     """
-    return path / "views" / BASE_VIEW / "status"
+    return path / "views" / view / "status"
 
 
-def read_manifest(path: Path, part: int) -> dict[str, Any] | None:
+def read_manifest(path: Path, part: Part) -> dict[str, Any] | None:
     """The manifest of a part.
 
     Args:
         path: The cache.
-        part: Number of the part.
+        part: The part.
 
     Returns:
         Its content, or None if the part was never sealed.
@@ -61,12 +62,12 @@ def read_manifest(path: Path, part: int) -> dict[str, Any] | None:
     return content
 
 
-def part_is_whole(path: Path, part: int) -> bool:
+def part_is_whole(path: Path, part: Part) -> bool:
     """Whether a part was sealed and its files still have the size they were sealed with.
 
     Args:
         path: The cache.
-        part: Number of the part.
+        part: The part.
 
     Returns:
         True if nothing of it has to be extracted again.

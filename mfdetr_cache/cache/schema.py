@@ -1,9 +1,10 @@
 """What is in a cache and under which name: the format of ``docs/cache-format.md`` as data."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.quantisation import ENCODINGS, Preset
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 FORMAT_NAME = "mfdetr-cache"
@@ -17,8 +18,25 @@ ROW_MISSING, ROW_OK, ROW_SKIPPED = 0, 1, 2
 # while it is built, large enough that train2017 becomes some thousand files and not millions.
 PART_BYTES = 256 * 2**20
 CHUNK_BYTES = 2**20
+# Chunks hold whole blocks of every preset.
+TOKEN_MULTIPLE = 64
 
-Preset = Literal["fp16"]
+Compression = Literal["zstd", "raw"]
+
+
+class Part(NamedTuple):
+    """The unit that is written whole or not at all: a range of rows of one view.
+
+    Attributes:
+        view: Name of the view.
+        number: Position among the view's parts, from 0.
+    """
+
+    view: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"part {self.number} of view {self.view}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +102,33 @@ class CacheLayout:
         num_rows: Images in the split, skipped ones included.
         images_per_part: Rows of one part.
         preset: How the maps are stored.
-        maps: Layout of every map by name.
+        compression: How chunks are compressed.
+        views: Names of the views, ``base`` first.
+        maps: Layout of every map by name, the same in every view.
     """
 
     num_rows: int
     images_per_part: int
     preset: Preset
+    compression: Compression
+    views: tuple[str, ...]
     maps: dict[str, MapLayout]
 
     @property
-    def num_parts(self) -> int:
-        """How many parts the cache has."""
+    def parts_per_view(self) -> int:
+        """How many parts each view has."""
         return -(-self.num_rows // self.images_per_part)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, view by view."""
+        return tuple(Part(v, n) for v in self.views for n in range(self.parts_per_view))
 
     def rows_of_part(self, part: int) -> range:
         """The rows of one part.
 
         Args:
-            part: Number of the part.
+            part: Number of the part inside its view.
 
         Returns:
             Consecutive rows.
@@ -115,6 +142,8 @@ class CacheLayout:
             "num_rows": self.num_rows,
             "images_per_part": self.images_per_part,
             "preset": self.preset,
+            "compression": self.compression,
+            "views": list(self.views),
             "maps": {
                 name: {"chunk_tokens": m.chunk_tokens, "part_tokens": m.part_tokens}
                 for name, m in self.maps.items()
@@ -132,12 +161,20 @@ class CacheLayout:
             The layout.
 
         Raises:
-            CacheError: If the preset is unknown to this version.
+            CacheError: If the preset or the compression is unknown to this version.
         """
-        if values["preset"] != "fp16":
+        if values["preset"] not in ENCODINGS:
             raise CacheError(f"the cache stores its maps as {values['preset']!r}, unknown here")
-        maps = {name: MapLayout(**m) for name, m in values["maps"].items()}
-        return cls(values["num_rows"], values["images_per_part"], "fp16", maps)
+        if values["compression"] not in ("zstd", "raw"):
+            raise CacheError(f"the cache is compressed by {values['compression']!r}, unknown here")
+        return cls(
+            values["num_rows"],
+            values["images_per_part"],
+            values["preset"],
+            values["compression"],
+            tuple(values["views"]),
+            {name: MapLayout(**m) for name, m in values["maps"].items()},
+        )
 
 
 def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
@@ -156,31 +193,41 @@ def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
 
 
 def plan_layout(
-    spec: DetectorSpec, input_sizes_hw: list[tuple[int, int]], preset: Preset
+    spec: DetectorSpec,
+    input_sizes_hw: set[tuple[int, int]],
+    num_rows: int,
+    preset: Preset,
+    compression: Compression = "zstd",
+    views: tuple[str, ...] = (BASE_VIEW,),
 ) -> CacheLayout:
     """Decide chunks and parts for a detector and the input sizes of a dataset.
 
     Args:
         spec: The detector.
-        input_sizes_hw: Network input size of every image.
+        input_sizes_hw: Every network input size that occurs, over all views.
+        num_rows: Images in the split.
         preset: How the maps are stored.
+        compression: How chunks are compressed.
+        views: Names of the views.
 
     Returns:
         The layout; the same arguments always give the same one.
     """
-    itemsize = 2
-    cells = {m.name: max(map_size_bound(m, hw) for hw in set(input_sizes_hw)) for m in spec.maps}
-    image_bytes = sum(cells[m.name] * m.channels * itemsize for m in spec.maps)
-    image_bytes += spec.num_queries * (spec.query_dim * itemsize + 4 * (spec.num_labels + 4))
-    images_per_part = max(1, min(256, PART_BYTES // image_bytes))
-    images_per_part = min(images_per_part, len(input_sizes_hw))
+    encoding = ENCODINGS[preset]
+    cells = {m.name: max(map_size_bound(m, hw) for hw in input_sizes_hw) for m in spec.maps}
+    token_bytes = {
+        m.name: encoding.columns(m.channels) * (1 if encoding.is_affine else 2) for m in spec.maps
+    }
+    image_bytes = sum(cells[m.name] * token_bytes[m.name] for m in spec.maps)
+    image_bytes += spec.num_queries * (spec.query_dim * 2 + 4 * (spec.num_labels + 4))
+    images_per_part = max(1, min(256, PART_BYTES // image_bytes, num_rows))
     maps = {}
     for m in spec.maps:
         # Chunks near CHUNK_BYTES that divide the largest image evenly, so that little is padding.
-        chunks = max(1, -(-cells[m.name] * m.channels * itemsize // CHUNK_BYTES))
-        chunk_tokens = -(-cells[m.name] // chunks)
+        chunks = max(1, -(-cells[m.name] * token_bytes[m.name] // CHUNK_BYTES))
+        chunk_tokens = -(-cells[m.name] // (chunks * TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
         maps[m.name] = MapLayout(chunk_tokens, chunks * chunk_tokens * images_per_part)
-    return CacheLayout(len(input_sizes_hw), images_per_part, preset, maps)
+    return CacheLayout(num_rows, images_per_part, preset, compression, views, maps)
 
 
 def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
@@ -258,19 +305,41 @@ def _add_map(
         ("row",),
         {"description": "first token of each row; its cells follow row-major"},
     )
+    encoding = ENCODINGS[layout.preset]
     attributes = {
         "role": spec_map.role,
         "stride": spec_map.stride,
         "channels": spec_map.channels,
         "source": spec_map.source,
-        "encoding": layout.preset,
+        "encoding": "affine" if encoding.is_affine else "float",
+        "bits": encoding.bits,
+        "block_tokens": encoding.block_tokens,
     }
+    columns = encoding.columns(spec_map.channels)
     arrays[f"{base}/values"] = ArraySpec(
         f"views/{view}/{base}/values",
-        "float16",
-        (layout.num_parts * place.part_tokens, spec_map.channels),
-        (place.chunk_tokens, spec_map.channels),
-        (place.part_tokens, spec_map.channels),
-        ("token", "channel"),
+        "uint8" if encoding.is_affine else "float16",
+        (layout.parts_per_view * place.part_tokens, columns),
+        (place.chunk_tokens, columns),
+        (place.part_tokens, columns),
+        ("token", "channel" if encoding.bits != 4 else "channel_pair"),
         attributes,
+    )
+    if not encoding.is_affine:
+        return
+    tail = (2, spec_map.channels)
+    if encoding.block_tokens:
+        size, axis = encoding.block_tokens, "block"
+        whole = layout.parts_per_view * place.part_tokens // size
+        chunk, shard = place.chunk_tokens // size, place.part_tokens // size
+    else:
+        whole, axis, chunk, shard = rows, "row", 1, per_part
+    arrays[f"{base}/affine"] = ArraySpec(
+        f"views/{view}/{base}/affine",
+        "float16",
+        (whole, *tail),
+        (chunk, *tail),
+        (shard, *tail),
+        (axis, "low_step", "channel"),
+        {"description": "value = low + step * code"},
     )

@@ -37,22 +37,29 @@ def crc32c(data: bytes | memoryview) -> int:
     return value
 
 
-def encode_chunk(values: NDArray[np.generic]) -> bytes:
+def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
     """One chunk through the codecs bytes (little endian), zstd and crc32c.
 
     Args:
         values: The whole chunk.
+        raw: Leave zstd out.
 
     Returns:
         Its bytes as they stand in a shard.
     """
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    packed: bytes = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(little))
+    plain = np.ascontiguousarray(little)
+    packed: bytes = plain.tobytes() if raw else Zstd(level=ZSTD_LEVEL).encode(plain)
     return packed + struct.pack("<I", crc32c(packed))
 
 
 def decode_chunk(
-    data: bytes | memoryview, dtype: np.dtype[np.generic], count: int, where: str
+    data: bytes | memoryview,
+    dtype: np.dtype[np.generic],
+    count: int,
+    where: str,
+    *,
+    raw: bool = False,
 ) -> NDArray[np.generic]:
     """The values of one chunk; the inverse of :func:`encode_chunk`.
 
@@ -61,6 +68,7 @@ def decode_chunk(
         dtype: Type of the values.
         count: How many values there must be.
         where: File and chunk, for the message.
+        raw: The chunk was written without zstd.
 
     Returns:
         The values, flat.
@@ -72,15 +80,15 @@ def decode_chunk(
     if len(view) <= _CRC_BYTES:
         raise CacheError(f"{where} is cut off; {_AGAIN}")
     body = bytes(view[:-_CRC_BYTES])
-    if struct.unpack("<I", view[-_CRC_BYTES:])[0] != crc32c(body):
+    if struct.unpack("<I", view[-_CRC_BYTES:])[0] != google_crc32c.value(body):
         raise CacheError(f"{where} has a wrong checksum: its bytes changed on disk; {_AGAIN}")
-    values = np.frombuffer(Zstd().decode(body), dtype=dtype.newbyteorder("<"))
+    values = np.frombuffer(body if raw else Zstd().decode(body), dtype=dtype.newbyteorder("<"))
     if len(values) != count:
         raise CacheError(f"{where} holds {len(values)} values instead of {count}; {_AGAIN}")
     return values
 
 
-_AGAIN = "delete this part's manifest and run the same extract again"
+_AGAIN = "mend it with: mfdetr cache repair"
 
 
 class ShardBuilder:

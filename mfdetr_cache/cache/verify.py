@@ -8,7 +8,7 @@ import google_crc32c
 
 from mfdetr_cache.cache.manifest import manifest_path, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import BASE_VIEW, row_arrays
+from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader
 from mfdetr_cache.errors import CacheError
 
@@ -20,12 +20,12 @@ class PartCheck:
     """What was found in one part.
 
     Attributes:
-        part: Number of the part.
+        part: The part.
         num_bytes: Bytes of its files.
         faults: One line per fault; empty when it is whole.
     """
 
-    part: int
+    part: Part
     num_bytes: int
     faults: tuple[str, ...]
 
@@ -41,20 +41,24 @@ def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
     Yields:
         One result per part.
     """
-    arrays = row_arrays(cache.spec, cache.layout, BASE_VIEW)
-    indexed = {a.path: a.chunks_per_part for a in arrays.values() if a.shard is not None}
-    for part in range(cache.layout.num_parts):
+    indexed = {
+        a.path: a.chunks_per_part
+        for view in cache.views.values()
+        for a in view.arrays.values()
+        if a.shard is not None
+    }
+    for part in cache.layout.parts:
         yield _check_part(cache.path, part, indexed, full=full)
 
 
-def _check_part(path: Path, part: int, indexed: dict[str, int], *, full: bool) -> PartCheck:
+def _check_part(path: Path, part: Part, indexed: dict[str, int], *, full: bool) -> PartCheck:
     try:
         manifest = read_manifest(path, part)
     except CacheError as error:
         return PartCheck(part, 0, (str(error),))
     if manifest is None:
         where = manifest_path(path, part).relative_to(path)
-        return PartCheck(part, 0, (f"part {part} was never sealed ({where} is missing)",))
+        return PartCheck(part, 0, (f"{part} was never sealed ({where} is missing)",))
     faults: list[str] = []
     total = 0
     for key, expected in sorted(manifest["files"].items()):
@@ -63,7 +67,7 @@ def _check_part(path: Path, part: int, indexed: dict[str, int], *, full: bool) -
         if fault is None and not full:
             fault = _check_index(path / key, indexed.get(key.split("/c/")[0]))
         if fault is not None:
-            faults.append(f"part {part}: {key} {fault}")
+            faults.append(f"{part}: {key} {fault}")
     return PartCheck(part, total, tuple(faults))
 
 

@@ -21,15 +21,16 @@ from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.manifest import manifest_path, part_is_whole, status_folder
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
-    BASE_VIEW,
     ROW_OK,
     ROW_SKIPPED,
     ArraySpec,
+    Part,
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk, publish
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
+from mfdetr_cache.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.types import DetectorOutput, ImageGeometry
 
 
@@ -37,8 +38,9 @@ from mfdetr_cache.types import DetectorOutput, ImageGeometry
 class _OpenPart:
     """The arrays of the part that is being filled."""
 
-    part: int
+    part: Part
     rows: range
+    arrays: dict[str, ArraySpec]
     tables: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     shards: dict[str, ShardBuilder] = field(default_factory=dict)
     next_chunk: dict[str, int] = field(default_factory=dict)
@@ -59,7 +61,10 @@ class CacheWriter:
         self.path = path
         self._content = content
         self._lock = lock
-        self._arrays = row_arrays(content.spec, content.layout, BASE_VIEW)
+        layout = content.layout
+        self._encoding = ENCODINGS[layout.preset]
+        self._raw = layout.compression == "raw"
+        self._arrays = {v: row_arrays(content.spec, layout, v) for v in layout.views}
         self._open: _OpenPart | None = None
 
     @classmethod
@@ -106,31 +111,29 @@ class CacheWriter:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def pending_parts(self) -> list[int]:
+    def pending_parts(self) -> list[Part]:
         """Parts that are not whole: no manifest, or a file of another size than it says."""
-        layout = self._content.layout
-        return [p for p in range(layout.num_parts) if not part_is_whole(self.path, p)]
+        return [p for p in self._content.layout.parts if not part_is_whole(self.path, p)]
 
-    def rows_of_part(self, part: int) -> range:
+    def rows_of_part(self, part: Part) -> range:
         """The rows of one part.
 
         Args:
-            part: Its number.
+            part: The part.
 
         Returns:
             Consecutive rows.
         """
-        return self._content.layout.rows_of_part(part)
+        return self._content.layout.rows_of_part(part.number)
 
-    def begin_part(self, part: int) -> None:
+    def begin_part(self, part: Part) -> None:
         """Start filling a part; every one of its rows is then appended or skipped.
 
         Args:
-            part: Its number.
+            part: The part.
         """
-        rows = self.rows_of_part(part)
-        opened = _OpenPart(part, rows)
-        for name, spec in self._arrays.items():
+        opened = _OpenPart(part, self.rows_of_part(part), self._arrays[part.view])
+        for name, spec in opened.arrays.items():
             if spec.shard is None:
                 opened.tables[name] = np.zeros(spec.chunk, dtype=spec.dtype)
             else:
@@ -190,16 +193,17 @@ class CacheWriter:
         part = self._require_open()
         files: dict[str, dict[str, int]] = {}
         with explained(self.path):
-            for name, spec in self._arrays.items():
-                key = spec.key_of_part(part.part)
+            for name, spec in part.arrays.items():
+                key = spec.key_of_part(part.part.number)
                 if spec.shard is None:
-                    pieces = [encode_chunk(part.tables[name])]
+                    pieces = [encode_chunk(part.tables[name], raw=self._raw)]
                 else:
                     pieces = part.shards[name].finish()
                 size, checksum = publish(self.path / key, pieces)
                 files[key] = {"bytes": size, "crc32c": checksum}
             manifest = {
-                "part": part.part,
+                "view": part.part.view,
+                "part": part.part.number,
                 "rows": [part.rows.start, part.rows.stop],
                 "skipped": part.skipped,
                 "files": files,
@@ -217,10 +221,24 @@ class CacheWriter:
     def _add_row(
         self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
     ) -> None:
-        spec = self._arrays[name]
+        spec = part.arrays[name]
         if values.shape != spec.shape[1:]:
             raise ValueError(f"{name} of row {row} is {values.shape}, declared {spec.shape[1:]}")
-        encoded = encode_chunk(_to_stored(values[None], spec, row, name))
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values[None], dtype=spec.dtype)
+        _require_finite(values, stored, row, name)
+        self._add_chunk(part, name, index, stored)
+
+    def _add_chunk(
+        self, part: _OpenPart, name: str, index: int, values: NDArray[np.generic]
+    ) -> None:
+        """Encode one chunk, filled up with zeros to its full size."""
+        chunk = part.arrays[name].chunk
+        if values.shape != chunk:
+            padded = np.zeros(chunk, dtype=values.dtype)
+            padded[: len(values)] = values
+            values = padded
+        encoded = encode_chunk(values, raw=self._raw)
         part.shards[name].add(index, encoded)
         part.num_bytes += len(encoded)
 
@@ -228,44 +246,51 @@ class CacheWriter:
         self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
     ) -> None:
         """Cut a (C, h, w) map into chunks of tokens; the last chunk is padded with zeros."""
-        key = f"maps/{name}/values"
-        spec = self._arrays[key]
+        base = f"maps/{name}"
+        spec = part.arrays[f"{base}/values"]
         channels, height, width = values.shape
-        if channels != spec.shape[1]:
+        if channels != spec.attributes["channels"]:
             raise ValueError(
-                f"map {name} of row {row} has {channels} channels, not {spec.shape[1]}"
+                f"map {name} of row {row} has {channels} channels, "
+                f"not {spec.attributes['channels']}"
             )
         tokens = values.reshape(channels, height * width).T
-        stored = _to_stored(tokens, spec, row, f"map {name}")
-        first, step = part.next_chunk[key], spec.chunk[0]
+        _require_finite(tokens, _half(tokens), row, f"map {name}")
+        stored, affine = encode_map(tokens, self._encoding)
+        first, step = part.next_chunk[f"{base}/values"], spec.chunk[0]
         count = -(-len(stored) // step)
         if first + count > spec.chunks_per_part:
             raise ValueError(f"map {name} of row {row} is larger than planned: {height} x {width}")
-        part.tables[f"maps/{name}/hw"][index] = (height, width)
+        part.tables[f"{base}/hw"][index] = (height, width)
         assert spec.shard is not None
-        part.tables[f"maps/{name}/offset"][index] = part.part * spec.shard[0] + first * step
+        part.tables[f"{base}/offset"][index] = part.part.number * spec.shard[0] + first * step
         for chunk in range(count):
             piece = stored[chunk * step : (chunk + 1) * step]
-            if len(piece) < step:
-                padded = np.zeros(spec.chunk, dtype=stored.dtype)
-                padded[: len(piece)] = piece
-                piece = padded
-            encoded = encode_chunk(piece)
-            part.shards[key].add(first + chunk, encoded)
-            part.num_bytes += len(encoded)
-        part.next_chunk[key] = first + count
+            self._add_chunk(part, f"{base}/values", first + chunk, piece)
+        part.next_chunk[f"{base}/values"] = first + count
+        if affine is None:
+            return
+        if self._encoding.block_tokens:
+            blocks = step // self._encoding.block_tokens
+            for chunk in range(count):
+                piece = affine[chunk * blocks : (chunk + 1) * blocks]
+                self._add_chunk(part, f"{base}/affine", first + chunk, piece)
+        else:
+            self._add_chunk(part, f"{base}/affine", index, affine)
 
 
-def _to_stored(values: NDArray[Any], spec: ArraySpec, row: int, name: str) -> NDArray[np.generic]:
+def _half(values: NDArray[Any]) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(values, dtype=spec.dtype)
+        return values.astype(np.float16)
+
+
+def _require_finite(values: NDArray[Any], stored: NDArray[np.generic], row: int, name: str) -> None:
     if not np.isfinite(stored).all():
         largest = float(np.nanmax(np.abs(values)))
         raise CacheError(
-            f"{name} of row {row} is not finite as {spec.dtype} (largest value {largest:.3g}); "
+            f"{name} of row {row} is not finite as {stored.dtype} (largest value {largest:.3g}); "
             "the detector or its input is broken"
         )
-    return stored
 
 
 @contextmanager

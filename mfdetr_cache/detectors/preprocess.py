@@ -83,11 +83,13 @@ class Preprocessing:
         """The settings as plain values, for a cache's identity."""
         return {"resize": "PIL", **asdict(self)}
 
-    def input_geometry(self, original_hw: tuple[int, int]) -> ImageGeometry:
+    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """Sizes an image gets.
 
         Args:
             original_hw: Height and width of the image in pixels.
+            shortest_edge: Replaces the target of the shorter side; 0 keeps it. A fixed input size
+                stays as it is.
 
         Returns:
             The geometry; nothing is padded, since images run one by one.
@@ -97,19 +99,21 @@ class Preprocessing:
         else:
             assert self.shortest_edge is not None
             assert self.longest_edge is not None
-            resized = shortest_edge_size(original_hw, self.shortest_edge, self.longest_edge)
+            edge = shortest_edge or self.shortest_edge
+            resized = shortest_edge_size(original_hw, edge, self.longest_edge)
         return ImageGeometry(original_hw, resized, resized)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one image.
 
         Args:
             image: RGB, at its original size.
+            shortest_edge: As in :meth:`input_geometry`.
 
         Returns:
             float32, shape (3, H, W).
         """
-        height, width = self.input_geometry((image.height, image.width)).resized_hw
+        height, width = self.input_geometry((image.height, image.width), shortest_edge).resized_hw
         if (image.height, image.width) != (height, width):
             image = image.resize((width, height), Image.Resampling(self.resample))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)

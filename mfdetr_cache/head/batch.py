@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mfdetr_cache.quantisation import decode_maps
 from mfdetr_cache.types import CachedImage
 
 
@@ -79,9 +79,6 @@ def map_groups(
     for input_hw, members in by_size.items():
         maps = {}
         for name in map_names:
-            stacked = np.stack([images[i].maps[name] for i in members])
-            # Stored type over the bus, float32 on the device. Cells stay channels-last.
-            values = torch.from_numpy(stacked).to(device).float()
-            maps[name] = values.permute(0, 3, 1, 2)
+            maps[name] = decode_maps([images[i].maps[name] for i in members], device)
         groups.append(MapGroup(maps, input_hw, torch.tensor(members, device=device)))
     return tuple(groups)

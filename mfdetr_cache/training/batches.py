@@ -83,6 +83,23 @@ def rows_of_step(rows: Sequence[int], batch_size: int, seed: int, step: int) -> 
     return [rows[i] for i in chosen]
 
 
+def view_of_epoch(views: Sequence[str], seed: int, row: int, epoch: int) -> str:
+    """Which view of an image an epoch shows: as many epochs as there are views show each once.
+
+    Args:
+        views: Names of the views.
+        seed: Of the training.
+        row: Row of the image.
+        epoch: Counted from 0.
+
+    Returns:
+        Name of the view.
+    """
+    cycle, position = divmod(epoch, len(views))
+    order = np.random.default_rng((seed, row, cycle)).permutation(len(views))
+    return views[int(order[position])]
+
+
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     """Steps that show every row once.
 

@@ -21,6 +21,7 @@ class TrainConfig:
         clip_norm: Largest gradient norm; 0 for no clipping.
         ema_decay: Decay of an exponential moving average of the weights, used as the result; 0 for
             none.
+        views: Walk through all views of the cache, or train on ``base`` alone.
         match: ``hungarian`` as the detectors train (one query per object), or ``iou``: every query
             among the best ``iou_candidates`` whose box overlaps an object enough, its best one.
         min_match_iou: Matches whose predicted box overlaps the object less are not trained on.
@@ -52,6 +53,7 @@ class TrainConfig:
     beta2: float = 0.999
     clip_norm: float = 0.1
     ema_decay: float = 0.0
+    views: Literal["all", "base"] = "all"
     match: Literal["hungarian", "iou"] = "hungarian"
     min_match_iou: float = 0.0
     iou_candidates: int = 100

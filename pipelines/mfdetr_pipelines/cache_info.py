@@ -37,6 +37,8 @@ class CacheInfo:
         cache_id: Hash of the identity.
         format_version: Of the cache.
         preset: How maps are stored.
+        compression: How chunks are compressed.
+        views: Names of the views.
         detector: Its name.
         weights_sha256: Hash of its weights.
         dataset: Name of the annotation file.
@@ -58,6 +60,8 @@ class CacheInfo:
     cache_id: str
     format_version: int
     preset: str
+    compression: str
+    views: tuple[str, ...]
     detector: str
     weights_sha256: str
     dataset: str
@@ -104,6 +108,8 @@ def describe_cache(path: Path) -> CacheInfo:
         cache_id=cache.cache_id,
         format_version=cache.format_version,
         preset=cache.layout.preset,
+        compression=cache.layout.compression,
+        views=cache.layout.views,
         detector=cache.spec.name,
         weights_sha256=cache.spec.weights_sha256,
         dataset=dataset["name"],
@@ -113,7 +119,7 @@ def describe_cache(path: Path) -> CacheInfo:
         objects=sum(len(cache.ground_truth(r)) for r in cache.rows),
         skipped=cache.skipped,
         complete=cache.is_complete,
-        parts=cache.layout.num_parts,
+        parts=len(cache.layout.parts),
         parts_missing=len(cache.missing_parts),
         stored_bytes=stored,
         bytes_per_image=stored / max(len(cache), 1),

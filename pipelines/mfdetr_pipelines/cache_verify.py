@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.verify import check_parts
 from mfdetr_cache.protocols import Reporter
 
@@ -24,7 +25,7 @@ class VerifySummary:
     bytes_checked: int
     full: bool
     faults: tuple[str, ...]
-    broken_parts: tuple[int, ...]
+    broken_parts: tuple[Part, ...]
 
 
 def run_verify(path: Path, reporter: Reporter, *, full: bool) -> VerifySummary:
@@ -42,9 +43,9 @@ def run_verify(path: Path, reporter: Reporter, *, full: bool) -> VerifySummary:
         CacheError: If there is no cache at the path.
     """
     cache = FeatureCache.open(path)
-    reporter.start("verify", cache.layout.num_parts, "parts")
+    reporter.start("verify", len(cache.layout.parts), "parts")
     faults: list[str] = []
-    broken: list[int] = []
+    broken: list[Part] = []
     total = 0
     for check in check_parts(cache, full=full):
         total += check.num_bytes
@@ -53,4 +54,4 @@ def run_verify(path: Path, reporter: Reporter, *, full: bool) -> VerifySummary:
             broken.append(check.part)
         reporter.advance(num_bytes=check.num_bytes)
     reporter.finish()
-    return VerifySummary(cache.layout.num_parts, total, full, tuple(faults), tuple(broken))
+    return VerifySummary(len(cache.layout.parts), total, full, tuple(faults), tuple(broken))

@@ -1,16 +1,23 @@
 """Extract: every image through the frozen detector once, into a cache."""
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.augmentation import (
+    identity_transform,
+    sample_transform,
+    transform_ground_truth,
+)
 from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
@@ -76,16 +83,18 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         raise DatasetError(f"image folder {config.images} does not exist; check --images")
     if config.limit is not None and config.limit < 1:
         raise DatasetError(f"--limit {config.limit}: give 1 or more images")
+    if config.views < 0:
+        raise DatasetError(f"--views {config.views}: give 0 or more augmented views")
     split = load_coco_split(config.annotations).first(config.limit)
     _require_images(config, split)
     # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
     torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
-    content = plan_cache(split, detector)
+    content = plan_cache(split, detector, config)
     _announce(config, content, reporter)
     started = time.perf_counter()
     with CacheWriter.open_or_create(config.cache, content) as writer:
-        worker = Extraction(config, split, detector, writer, reporter)
+        worker = Extraction(config, split, content, detector, writer, reporter)
         worker.run()
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
@@ -105,12 +114,13 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     )
 
 
-def plan_cache(split: CocoSplit, detector: Detector) -> CacheContent:
+def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> CacheContent:
     """Everything about a cache that is known before the detector runs.
 
     Args:
         split: The images and their ground truth.
         detector: The detector.
+        config: Preset and views.
 
     Returns:
         Identity, layout and ground truth.
@@ -118,8 +128,32 @@ def plan_cache(split: CocoSplit, detector: Detector) -> CacheContent:
     spec = detector.spec
     label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
     label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
-    sizes = [detector.input_geometry(e.size_hw).input_hw for e in split.images]
-    layout = plan_layout(spec, sizes, "fp16")
+    truth = [split.ground_truth(e, label_of) for e in split.images]
+    base = [identity_transform(e.size_hw) for e in split.images]
+    views = {BASE_VIEW: ViewContent(base, truth)}
+    # A detector with one input size sees scales only through the window that is cut out.
+    fixed = detector.input_geometry((64, 64)).input_hw == detector.input_geometry((64, 96)).input_hw
+    for number in range(config.views):
+        name = f"{config.policy}-{number}"
+        transforms = [
+            sample_transform(
+                config.policy, config.view_seed, name, e.image_id, e.size_hw, fixed=fixed
+            )
+            for e in split.images
+        ]
+        moved = [
+            transform_ground_truth(t, e.size_hw, transform)
+            for t, e, transform in zip(truth, split.images, transforms, strict=True)
+        ]
+        views[name] = ViewContent(transforms, moved)
+    sizes = {
+        detector.input_geometry(t.size_hw, t.shortest_edge).input_hw
+        for view in views.values()
+        for t in view.transforms
+    }
+    layout = plan_layout(
+        spec, sizes, len(split.images), config.preset, config.compression, tuple(views)
+    )
     identity = {
         "format_version": FORMAT_VERSION,
         "detector": detector_identity(spec),
@@ -128,8 +162,10 @@ def plan_cache(split: CocoSplit, detector: Detector) -> CacheContent:
             "annotations_sha256": split.sha256,
             "num_images": len(split.images),
         },
-        "views": [BASE_VIEW],
+        "views": list(views),
+        "view_seed": config.view_seed if config.views else None,
         "preset": layout.preset,
+        "compression": layout.compression,
     }
     return CacheContent(
         identity=identity,
@@ -140,7 +176,7 @@ def plan_cache(split: CocoSplit, detector: Detector) -> CacheContent:
         original_sizes_hw=[e.size_hw for e in split.images],
         categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
         label_categories=label_categories,
-        ground_truth=[split.ground_truth(e, label_of) for e in split.images],
+        views=views,
     )
 
 
@@ -166,7 +202,7 @@ def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
 
 
 def raw_bytes(cache: FeatureCache) -> int:
-    """Bytes of the stored maps, queries and detections without compression.
+    """Bytes of maps and queries as float16 and detections as float32, over all views.
 
     Args:
         cache: A complete cache.
@@ -175,10 +211,11 @@ def raw_bytes(cache: FeatureCache) -> int:
         Bytes over all stored images, padding of chunks not counted.
     """
     spec, total = cache.spec, 0
-    for row in cache.rows:
-        total += cache.map_bytes(row) + spec.num_queries * (
-            2 * spec.query_dim + 4 * (spec.num_labels + 4)
-        )
+    for view in cache.views.values():
+        for row in view.rows:
+            total += view.map_bytes(row) + spec.num_queries * (
+                2 * spec.query_dim + 4 * (spec.num_labels + 4)
+            )
     return total
 
 
@@ -203,9 +240,10 @@ def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) 
     free = shutil.disk_usage(folder).free
     ours = sum(f.stat().st_size for f in config.cache.rglob("*") if f.is_file())
     reporter.say(
-        f"{len(content.image_ids)} images of {content.identity['dataset']['name']} through "
-        f"{content.spec.name}; at most {needed / 1e9:.2f} GB (before compression), "
-        f"{free / 1e9:.1f} GB free"
+        f"{len(content.image_ids)} images of {content.identity['dataset']['name']}"
+        f"{f' in {len(content.views)} views' if len(content.views) > 1 else ''} through "
+        f"{content.spec.name} as {content.layout.preset}; at most "
+        f"{needed / 1e9:.2f} GB (before compression), {free / 1e9:.1f} GB free"
     )
     if needed > free + ours and not config.force:
         raise CacheError(
@@ -223,13 +261,9 @@ def estimated_bytes(content: CacheContent) -> int:
     Returns:
         Bytes of all parts, every image as large as the largest.
     """
-    total = 0
-    for array in row_arrays(content.spec, content.layout, BASE_VIEW).values():
-        size = 1
-        for length in array.shape:
-            size *= length
-        total += size * torch.empty(0, dtype=getattr(torch, array.dtype)).element_size()
-    return total
+    arrays = row_arrays(content.spec, content.layout, BASE_VIEW).values()
+    each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
+    return each * len(content.views)
 
 
 def _judge(box: CocoMetrics, cache: FeatureCache, reporter: Reporter) -> None:

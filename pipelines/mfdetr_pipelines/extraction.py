@@ -11,8 +11,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.schema import Compression, Part
 from mfdetr_cache.cache.writer import CacheWriter
-from mfdetr_cache.coco.annotations import CocoSplit, ImageEntry
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.augmentation import Policy, transform_image
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.devices import torch_device
@@ -21,6 +24,7 @@ from mfdetr_cache.errors import (
     StoppedError,
 )
 from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.quantisation import Preset
 from mfdetr_cache.types import DetectorOutput, ImageGeometry
 
 _PREFETCH = 8
@@ -39,6 +43,11 @@ class ExtractConfig:
         limit: Only the first so many images.
         device: Where the detector runs.
         options: What the user chose about the detector.
+        preset: How the maps are stored.
+        compression: How chunks are compressed.
+        views: How many augmented passes beside the plain one.
+        policy: How the pictures of these are made.
+        view_seed: Of the augmentation.
         on_bad_image: Stop at an unreadable image, or leave it out.
         force: Start although the disk looks too small.
     """
@@ -51,6 +60,11 @@ class ExtractConfig:
     limit: int | None = None
     device: str = "cpu"
     options: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
+    preset: Preset = "fp16"
+    compression: Compression = "zstd"
+    views: int = 0
+    policy: Policy = "deformable-detr"
+    view_seed: int = 0
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False
 
@@ -71,17 +85,19 @@ class Extraction:
         self,
         config: ExtractConfig,
         split: CocoSplit,
+        content: CacheContent,
         detector: Detector,
         writer: CacheWriter,
         reporter: Reporter,
     ) -> None:
         self._config = config
         self._split = split
+        self._content = content
         self._device = torch_device(config.device)
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter
-        self._work: queue.Queue[tuple[int, int, ImageGeometry, DetectorOutput | str] | None]
+        self._work: queue.Queue[tuple[Part, int, ImageGeometry, DetectorOutput | str] | None]
         self._work = queue.Queue(maxsize=_PREFETCH)
         self._failure: BaseException | None = None
         self.num_extracted = 0
@@ -90,10 +106,10 @@ class Extraction:
     def run(self) -> None:
         """Extract every part that is not there yet."""
         pending = self._writer.pending_parts()
-        entries = self._split.images
+        total = len(self._split.images) * len(self._content.views)
         layout_rows = [self._writer.rows_of_part(part) for part in pending]
         todo = sum(len(rows) for rows in layout_rows)
-        self._reporter.start("extract", len(entries), "images", done=len(entries) - todo)
+        self._reporter.start("extract", total, "images", done=total - todo)
         writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
         writing.start()
         try:
@@ -116,7 +132,7 @@ class Extraction:
         if self._failure is not None:
             raise self._failure
 
-    def _put(self, item: tuple[int, int, ImageGeometry, DetectorOutput | str] | None) -> None:
+    def _put(self, item: tuple[Part, int, ImageGeometry, DetectorOutput | str] | None) -> None:
         while True:
             if self._failure is not None:
                 raise self._failure
@@ -126,19 +142,23 @@ class Extraction:
                 continue
             return
 
-    def _decode(self, entry: ImageEntry) -> _Decoded:
-        geometry = self._detector.input_geometry(entry.size_hw)
+    def _decode(self, view: str, row: int) -> _Decoded:
+        entry = self._split.images[row]
+        transform = self._content.views[view].transforms[row]
+        edge = transform.shortest_edge
+        geometry = self._detector.input_geometry(transform.size_hw, edge)
         try:
             image = load_image(self._config.images / entry.file_name, entry.size_hw)
         except ImageError as error:
             return _Decoded(geometry, None, str(error))
-        return _Decoded(geometry, self._detector.preprocess(image), "")
+        pixels = self._detector.preprocess(transform_image(image, transform), edge)
+        return _Decoded(geometry, pixels, "")
 
-    def _decode_ahead(self, ordered: list[tuple[int, int]]) -> Iterator[_Decoded]:
+    def _decode_ahead(self, ordered: list[tuple[Part, int]]) -> Iterator[_Decoded]:
         with ThreadPoolExecutor(2, "decode") as pool:
             waiting: list[Future[_Decoded]] = []
-            for _, row in ordered:
-                waiting.append(pool.submit(self._decode, self._split.images[row]))
+            for part, row in ordered:
+                waiting.append(pool.submit(self._decode, part.view, row))
                 if len(waiting) >= _PREFETCH:
                     yield waiting.pop(0).result()
             for future in waiting:
@@ -164,7 +184,7 @@ class Extraction:
 
     def _write(self) -> None:
         """The writer thread: one part after the other, sealed when its last row is in."""
-        open_part: int | None = None
+        open_part: Part | None = None
         try:
             while self._failure is None:
                 try:

@@ -22,6 +22,7 @@ from mfdetr_cache.head.folder import load_head, write_atomically
 from mfdetr_cache.identity import Identity, detector_identity, require_same
 from mfdetr_cache.masks import encode_mask
 from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.quantisation import StoredMap
 from mfdetr_cache.types import CachedImage, GroundTruth
 from mfdetr_pipelines.pictures import ShownObject, shown_objects
 
@@ -241,7 +242,9 @@ def live_image(
         class_logits=output.class_logits[0].cpu().numpy(),
         boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].cpu().numpy(),
         queries=output.queries[0].cpu().numpy(),
-        maps={k: v[0].permute(1, 2, 0).cpu().numpy() for k, v in output.maps.items()},
+        maps={
+            k: StoredMap.plain(v[0].permute(1, 2, 0).cpu().numpy()) for k, v in output.maps.items()
+        },
         ground_truth=GroundTruth(
             annotation_ids=np.zeros(0, np.int64),
             category_ids=np.zeros(0, np.int64),

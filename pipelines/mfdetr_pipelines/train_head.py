@@ -28,6 +28,7 @@ from mfdetr_cache.training.batches import (
     read_ahead,
     rows_of_step,
     steps_per_epoch,
+    view_of_epoch,
 )
 from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import TrainConfig
@@ -228,6 +229,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.rows = _trainable_rows(self.cache)
+        layout = self.cache.layout
+        self.views = layout.views if self.train.views == "all" else layout.views[:1]
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.head, self.train.weight_decay),
             lr=self.train.lr,
@@ -284,7 +287,9 @@ class _Training:
         )
 
     def _load(self, row: int, step: int) -> TrainSample:
-        image = self.cache.read(row, self.head.map_names)
+        epoch = step // steps_per_epoch(len(self.rows), self.train.batch_size)
+        view = view_of_epoch(self.views, self.train.seed, row, epoch)
+        image = self.cache.read(row, self.head.map_names, view)
         random = np.random.default_rng((self.train.seed, step, row))
         regions = build_regions(image, self.train, self.config.recipe.head.roi_size, random)
         return TrainSample(image, regions)

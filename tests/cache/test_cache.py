@@ -12,22 +12,37 @@ from hypothesis import strategies as st
 from mfdetr_pipelines.cache_verify import run_verify
 
 from mfdetr_cache.cache import writer as writer_module
-from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.manifest import manifest_path, part_is_whole
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, plan_layout
+from mfdetr_cache.cache.schema import (
+    PART_BYTES,
+    CacheLayout,
+    Compression,
+    MapLayout,
+    Part,
+    plan_layout,
+)
 from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.quantisation import ENCODINGS, Preset, encode_map
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 from tests.support.images import make_ground_truth, make_spec
 
+VIEWS = ("base", "moved")
 SIZES = [(96, 128), (64, 64), (128, 96), (96, 128), (33, 97), (96, 96), (8, 128)]
 
 
+ALL_PARTS = tuple(Part(v, n) for v in VIEWS for n in range(3))
+
+
 def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: Any) -> CacheContent:
-    layout = plan_layout(spec, sizes, "fp16")
+    preset: Preset = changes.pop("preset", "fp16")
+    compression: Compression = changes.pop("compression", "zstd")
+    layout = plan_layout(spec, set(sizes), len(sizes), preset)
     # Small parts, so that there are several.
     maps = {
         name: MapLayout(m.chunk_tokens, m.part_tokens // layout.images_per_part * 3)
@@ -36,15 +51,22 @@ def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: An
     settings: dict[str, Any] = {
         "identity": {"detector": detector_identity(spec), "dataset": {"name": "test"}},
         "spec": spec,
-        "layout": CacheLayout(len(sizes), 3, "fp16", maps),
+        "layout": CacheLayout(len(sizes), 3, preset, compression, VIEWS, maps),
         "image_ids": [10 * i + 1 for i in range(len(sizes))],
         "file_names": [f"folder/ü{i}.jpg" for i in range(len(sizes))],
         "original_sizes_hw": [(2 * h, 2 * w) for h, w in sizes],
         "categories": [{"id": 1, "name": "thing"}],
         "label_categories": (1, -1, -1),
-        "ground_truth": [
-            make_ground_truth((2 * h, 2 * w), count=i % 3, seed=i) for i, (h, w) in enumerate(sizes)
-        ],
+        "views": {
+            view: ViewContent(
+                [identity_transform((2 * h, 2 * w)) for h, w in sizes],
+                [
+                    make_ground_truth((2 * h, 2 * w), count=i % 3, seed=i + 50 * number)
+                    for i, (h, w) in enumerate(sizes)
+                ],
+            )
+            for number, view in enumerate(VIEWS)
+        },
         **changes,
     }
     return CacheContent(**settings)
@@ -79,7 +101,8 @@ def fill(
                     writer.skip(row, "broken")
                     continue
                 geometry = ImageGeometry(content.original_sizes_hw[row], sizes[row], sizes[row])
-                writer.append(row, geometry, make_output(content.spec, sizes[row], row))
+                seed = row + 100 * VIEWS.index(part.view)
+                writer.append(row, geometry, make_output(content.spec, sizes[row], seed))
             writer.seal_part()
 
 
@@ -116,8 +139,8 @@ def test_everything_comes_back(filled: Path, content: CacheContent, spec: Detect
         assert (image.queries == output.queries[0].half().numpy()).all()
         for m in spec.maps:
             wanted = output.maps[m.name][0].permute(1, 2, 0).half().numpy()
-            assert (image.maps[m.name] == wanted).all()
-        truth = content.ground_truth[image.row]
+            assert (image.maps[m.name].to_array() == wanted).all()
+        truth = content.views["base"].ground_truth[image.row]
         assert (image.ground_truth.boxes_xyxy == truth.boxes_xyxy).all()
         assert (image.ground_truth.areas == truth.areas).all()
         for found, wanted_runs in zip(
@@ -155,19 +178,43 @@ def test_a_stranger_reads_every_value_with_zarr_alone(filled: Path, spec: Detect
     assert mask.sum() == height * width
 
 
+@pytest.mark.parametrize("compression", ["zstd", "raw"])
+@pytest.mark.parametrize("preset", ["fp16", "int8", "int8-small", "int4"])
+def test_every_preset_comes_back_bit_exact(
+    tmp_path: Path, spec: DetectorSpec, preset: Preset, compression: Compression
+) -> None:
+    """Every view of every row gives the codes that the encoder makes of the detector's maps."""
+    content = make_content(spec, SIZES, preset=preset, compression=compression)
+    fill(tmp_path / "c.zarr", content, SIZES)
+    cache = FeatureCache.open(tmp_path / "c.zarr")
+    for number, view in enumerate(VIEWS):
+        for row in cache.views[view].rows:
+            image = cache.read(row, view=view)
+            output = make_output(spec, SIZES[row], row + 100 * number)
+            assert (image.class_logits == output.class_logits[0].numpy()).all()
+            for m in spec.maps:
+                tokens = output.maps[m.name][0].flatten(1).T.numpy()
+                values, affine = encode_map(tokens, ENCODINGS[preset])
+                stored = image.maps[m.name]
+                assert (stored.values[: len(values)] == values).all()
+                assert stored.affine is None if affine is None else (stored.affine == affine).all()
+            wanted = content.views[view].ground_truth[row]
+            assert (image.ground_truth.boxes_xyxy == wanted.boxes_xyxy).all()
+
+
 def files_of(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 2])
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
 def test_resumed_equals_uninterrupted_byte_for_byte(
     tmp_path: Path, filled: Path, content: CacheContent, stop_after: int
 ) -> None:
     path = tmp_path / "again.zarr"
     fill(path, content, SIZES, stop_after)
     cache = FeatureCache.open(path)
-    assert len(cache.missing_parts) == 3 - stop_after
-    with pytest.raises(CacheError, match=f"{3 - stop_after} of 3 parts are missing"):
+    assert len(cache.missing_parts) == 6 - stop_after
+    with pytest.raises(CacheError, match=f"{6 - stop_after} of 6 parts are missing"):
         cache.require_complete()
     fill(path, content, SIZES)
     assert files_of(path) == files_of(filled)
@@ -178,7 +225,7 @@ def test_an_unsealed_part_leaves_no_trace(
 ) -> None:
     path = tmp_path / "again.zarr"
     with CacheWriter.open_or_create(path, content) as writer:
-        writer.begin_part(0)
+        writer.begin_part(Part("base", 0))
         geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
         writer.append(0, geometry, make_output(content.spec, SIZES[0], 7))
     assert FeatureCache.open(path).rows == ()
@@ -282,7 +329,7 @@ def test_a_full_disk_keeps_what_was_sealed(
     with pytest.raises(CacheError, match="is full; sealed parts are kept, make room"):
         fill(path, content, SIZES)
     monkeypatch.undo()
-    assert FeatureCache.open(path).missing_parts == (1, 2)
+    assert FeatureCache.open(path).missing_parts == ALL_PARTS[1:]
     fill(path, content, SIZES)
     assert files_of(path) == files_of(filled)
 
@@ -290,14 +337,14 @@ def test_a_full_disk_keeps_what_was_sealed(
 def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheContent) -> None:
     whole = files_of(filled)
     (filled / "views/base/maps/c1/values/c/1/0").unlink()
-    assert not part_is_whole(filled, 1)
-    assert FeatureCache.open(filled).missing_parts == (1,)
+    assert not part_is_whole(filled, Part("base", 1))
+    assert FeatureCache.open(filled).missing_parts == (Part("base", 1),)
     fill(filled, content, SIZES)
     assert files_of(filled) == whole
 
 
 def test_a_damaged_manifest_is_named(filled: Path) -> None:
-    manifest_path(filled, 1).write_text("{")
+    manifest_path(filled, Part("base", 1)).write_text("{")
     with pytest.raises(CacheError, match=r"000001\.json is damaged; delete this file"):
         FeatureCache.open(filled).require_complete()
 
@@ -306,7 +353,7 @@ def test_values_that_do_not_fit_float16_are_refused(tmp_path: Path, content: Cac
     output = make_output(content.spec, SIZES[0], 0)
     output.maps["c1"][0, 0, 0, 0] = 1e6
     with CacheWriter.open_or_create(tmp_path / "c.zarr", content) as writer:
-        writer.begin_part(0)
+        writer.begin_part(Part("base", 0))
         geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
         with pytest.raises(CacheError, match=r"map c1 of row 0 is not finite as float16 .*1e\+06"):
             writer.append(0, geometry, output)
@@ -316,7 +363,7 @@ def test_parts_stay_below_their_bound() -> None:
     big = make_spec(
         width=256, c1_channels=256, strides=(8, 16, 32, 64), num_queries=300, num_labels=91
     )
-    layout = plan_layout(big, [(800, 1066)] * 1000, "fp16")
+    layout = plan_layout(big, {(800, 1066)}, 1000, "fp16")
     tokens = sum(layout.maps[m.name].part_tokens * m.channels * 2 for m in big.maps)
     assert layout.images_per_part >= 4
     assert tokens < 1.2 * PART_BYTES
@@ -345,7 +392,10 @@ def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     # A flipped byte of data is seen by --full and by reading, one of the index always.
     shard.write_bytes(damaged(40))
     assert faults(full=False) == ()
-    assert "part 1: views/base/maps/c1/values/c/1/0 has a wrong checksum" in faults(full=True)[0]
+    assert (
+        "part 1 of view base: views/base/maps/c1/values/c/1/0 has a wrong checksum"
+        in faults(full=True)[0]
+    )
     with pytest.raises(CacheError, match="has a wrong checksum: its bytes changed on disk"):
         FeatureCache.open(filled).read(3)
     shard.write_bytes(damaged(len(whole) - 20))
@@ -355,7 +405,7 @@ def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     shard.unlink()
     assert "is missing" in faults(full=False)[0]
     shard.write_bytes(whole)
-    manifest_path(filled, 2).unlink()
+    manifest_path(filled, Part("base", 2)).unlink()
     summary = run_verify(filled, SilentReporter(), full=True)
-    assert summary.broken_parts == (2,)
-    assert "part 2 was never sealed" in summary.faults[0]
+    assert summary.broken_parts == (Part("base", 2),)
+    assert "part 2 of view base was never sealed" in summary.faults[0]

@@ -21,6 +21,7 @@ from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, StoppedEr
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.quantisation import StoredMap
 from mfdetr_cache.training.batches import (
     TrainSample,
     collate,
@@ -141,7 +142,10 @@ def live_image(cached: CachedImage, output: Any) -> CachedImage:
         class_logits=output.class_logits[0].numpy(),
         boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].numpy(),
         queries=output.queries[0].numpy(),
-        maps={k: v[0].permute(1, 2, 0).contiguous().numpy() for k, v in output.maps.items()},
+        maps={
+            k: StoredMap.plain(v[0].permute(1, 2, 0).contiguous().numpy())
+            for k, v in output.maps.items()
+        },
     )
 
 
@@ -190,7 +194,7 @@ def test_a_step_from_the_cache_equals_a_step_from_the_live_detector(
         return dataclasses.replace(
             image,
             queries=shake(image.queries),
-            maps={k: shake(v) for k, v in image.maps.items()},
+            maps={k: StoredMap.plain(shake(v.to_array())) for k, v in image.maps.items()},
         )
 
     live_loss, live_gradient = step(live)

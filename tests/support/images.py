@@ -5,6 +5,7 @@ import torch
 
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.masks import encode_mask, run_lengths_of_segmentation
+from mfdetr_cache.quantisation import StoredMap
 from mfdetr_cache.types import (
     CachedImage,
     DetectorSpec,
@@ -128,9 +129,11 @@ def make_image(
     logits = random.normal(-3, 1, (spec.num_queries, spec.num_labels)).astype(np.float32)
     logits[: len(truth), 0] = 3.0
     maps = {
-        m.name: random.normal(
-            size=(-(-input_hw[0] // m.stride), -(-input_hw[1] // m.stride), m.channels)
-        ).astype(np.float16)
+        m.name: StoredMap.plain(
+            random.normal(
+                size=(-(-input_hw[0] // m.stride), -(-input_hw[1] // m.stride), m.channels)
+            ).astype(np.float16)
+        )
         for m in spec.maps
     }
     return CachedImage(

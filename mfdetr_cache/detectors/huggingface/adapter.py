@@ -85,27 +85,29 @@ class HuggingFaceDetector(nn.Module):
         """What this detector is and gives."""
         return self._spec
 
-    def input_geometry(self, original_hw: tuple[int, int]) -> ImageGeometry:
+    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """Sizes an image of the given size gets on its way into the network.
 
         Args:
             original_hw: Height and width of the image in pixels.
+            shortest_edge: Shorter side of the input; 0 for the detector's own.
 
         Returns:
             The geometry.
         """
-        return self._preprocessing.input_geometry(original_hw)
+        return self._preprocessing.input_geometry(original_hw, shortest_edge)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one RGB image.
 
         Args:
             image: An RGB image at its original size.
+            shortest_edge: Shorter side of the input; 0 for the detector's own.
 
         Returns:
             float32, shape (3, H, W).
         """
-        return self._preprocessing(image)
+        return self._preprocessing(image, shortest_edge)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:

@@ -1,0 +1,248 @@
+"""One view of a cache: what one pass of the detector over the dataset left."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from mfdetr_cache.cache.manifest import part_is_whole
+from mfdetr_cache.cache.schema import ROW_OK, ArraySpec, Part, row_arrays
+from mfdetr_cache.cache.shards import ShardReader, decode_chunk
+from mfdetr_cache.coco.augmentation import ViewTransform
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.quantisation import ENCODINGS, StoredMap
+from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.reader import FeatureCache
+
+
+class Columns:
+    """Small arrays that were written when the cache was created, read once and kept in memory.
+
+    Args:
+        group: The cache.
+        path: Where it is, for messages.
+    """
+
+    def __init__(self, group: zarr.Group, path: Path) -> None:
+        self._group = group
+        self._path = path
+        self._known: dict[str, NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._known:
+            try:
+                self._known[name] = np.asarray(self._group[name][...])  # type: ignore[index]
+            except (KeyError, ValueError, OSError, RuntimeError) as error:
+                raise CacheError(f"{self._path}: array {name} is damaged ({error})") from error
+        return self._known[name]
+
+
+class CacheView:
+    """One pass of the detector, by row.
+
+    Args:
+        cache: The cache it belongs to.
+        name: Its name.
+        columns: Arrays of the cache that are kept in memory.
+        group: The cache as Zarr sees it.
+
+    Attributes:
+        name: Its name.
+        arrays: Every array that was written part by part, by its name below the view.
+    """
+
+    def __init__(
+        self, cache: "FeatureCache", name: str, columns: Columns, group: zarr.Group
+    ) -> None:
+        self.name = name
+        self.arrays = row_arrays(cache.spec, cache.layout, name)
+        self._cache = cache
+        self._columns = columns
+        self._group = group
+        self._tables: dict[str, NDArray[Any]] = {}
+        self._encoding = ENCODINGS[cache.layout.preset]
+        self._raw = cache.layout.compression == "raw"
+        # Bounded by the number of parts and arrays: an index is 16 bytes a chunk.
+        self._shards: dict[tuple[str, int], ShardReader] = {}
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Rows with content, in order; skipped images are not among them."""
+        return tuple(int(r) for r in np.flatnonzero(self._table("status") == ROW_OK))
+
+    def transform(self, row: int) -> ViewTransform:
+        """How the picture of a row was made from the original.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            The transform.
+        """
+        base = f"views/{self.name}/transform"
+        x0, y0, x1, y1 = (int(v) for v in self._columns[f"{base}/crop_xyxy"][row])
+        flip = bool(self._columns[f"{base}/flip"][row])
+        return ViewTransform(
+            (x0, y0, x1, y1), flip, int(self._columns[f"{base}/shortest_edge"][row])
+        )
+
+    def geometry(self, row: int) -> ImageGeometry:
+        """Sizes of a row's picture in this view.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            Size of the picture in original pixels, resized and input size.
+        """
+
+        def pair(values: NDArray[Any]) -> tuple[int, int]:
+            return int(values[0]), int(values[1])
+
+        return ImageGeometry(
+            self.transform(row).size_hw,
+            pair(self._table("resized_hw")[row]),
+            pair(self._table("input_hw")[row]),
+        )
+
+    def map_bytes(self, row: int) -> int:
+        """Bytes of a row's maps as float16, before quantisation and compression.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            Bytes, padding of chunks not counted.
+        """
+        total = 0
+        for m in self._cache.spec.maps:
+            height, width = (int(v) for v in self._table(f"maps/{m.name}/hw")[row])
+            total += height * width * m.channels * 2
+        return total
+
+    def ground_truth(self, row: int) -> GroundTruth:
+        """The annotated objects of a row.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            The objects in pixels of the view's picture, masks as run lengths.
+        """
+        base = f"views/{self.name}/ground_truth"
+        first, last = (int(v) for v in self._columns[f"{base}/offset"][row : row + 2])
+        bounds = self._columns[f"{base}/run_length_offset"][first : last + 1]
+        runs: tuple[NDArray[np.uint32], ...] = ()
+        if last > first:
+            start, stop = int(bounds[0]), int(bounds[-1])
+            # Read by slice: the run lengths of a whole dataset need not fit in memory.
+            flat = np.asarray(self._group[f"{base}/run_length"][start:stop])  # type: ignore[index]
+            runs = tuple(np.split(flat.astype(np.uint32), (bounds[1:-1] - start).tolist()))
+
+        def column(name: str) -> NDArray[Any]:
+            return self._columns[f"{base}/{name}"][first:last]
+
+        return GroundTruth(
+            annotation_ids=column("annotation_id"),
+            category_ids=column("category_id"),
+            labels=column("label"),
+            boxes_xyxy=column("box_xyxy"),
+            areas=column("area"),
+            is_crowd=column("is_crowd").astype(np.bool_),
+            run_lengths=runs,
+        )
+
+    def read(self, row: int, map_names: tuple[str, ...] | None = None) -> CachedImage:
+        """Everything stored for one row.
+
+        Args:
+            row: Row in the cache.
+            map_names: Which maps to read; None reads all.
+
+        Returns:
+            The image as the detector saw it.
+
+        Raises:
+            CacheError: If the row has no content, or its bytes are damaged.
+        """
+        cache = self._cache
+        if self._table("status")[row] != ROW_OK:
+            raise CacheError(f"{cache.path}: row {row} has no content (skipped or not extracted)")
+        if map_names is None:
+            map_names = tuple(m.name for m in cache.spec.maps)
+        return CachedImage(
+            row=row,
+            image_id=cache.image_id(row),
+            file_name=cache.file_name(row),
+            geometry=self.geometry(row),
+            class_logits=self._row_values("class_logits", row),
+            boxes_cxcywh_norm=self._row_values("boxes_cxcywh_norm", row),
+            queries=self._row_values("queries", row),
+            maps={name: self._stored_map(name, row) for name in map_names},
+            ground_truth=self.ground_truth(row),
+            view=self.name,
+        )
+
+    def _table(self, name: str) -> NDArray[Any]:
+        """A column over all rows, read chunk by chunk; rows of missing parts are zero."""
+        if name not in self._tables:
+            spec, layout = self.arrays[name], self._cache.layout
+            full = np.zeros((layout.parts_per_view * spec.chunk[0], *spec.shape[1:]), spec.dtype)
+            count, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
+            for number in range(layout.parts_per_view):
+                if not part_is_whole(self._cache.path, Part(self.name, number)):
+                    continue
+                file = self._cache.path / spec.key_of_part(number)
+                values = decode_chunk(file.read_bytes(), dtype, count, str(file), raw=self._raw)
+                place = slice(number * spec.chunk[0], (number + 1) * spec.chunk[0])
+                full[place] = values.reshape(spec.chunk)
+            self._tables[name] = full[: layout.num_rows]
+        return self._tables[name]
+
+    def _shard(self, name: str, number: int) -> ShardReader:
+        key = (name, number)
+        if key not in self._shards:
+            spec = self.arrays[name]
+            file = self._cache.path / spec.key_of_part(number)
+            self._shards[key] = ShardReader.open(file, spec.chunks_per_part)
+        return self._shards[key]
+
+    def _row_values(self, name: str, row: int) -> NDArray[Any]:
+        part, index = divmod(row, self._cache.layout.images_per_part)
+        return self._chunks(name, part, index, 1).reshape(self.arrays[name].shape[1:])
+
+    def _stored_map(self, name: str, row: int) -> StoredMap:
+        base = f"maps/{name}"
+        spec = self.arrays[f"{base}/values"]
+        height, width = (int(v) for v in self._table(f"{base}/hw")[row])
+        part = row // self._cache.layout.images_per_part
+        assert spec.shard is not None
+        first = int(self._table(f"{base}/offset")[row]) - part * spec.shard[0]
+        chunk, count = first // spec.chunk[0], -(-height * width // spec.chunk[0])
+        values = self._chunks(f"{base}/values", part, chunk, count).reshape(-1, spec.shape[1])
+        affine = None
+        if self._encoding.is_affine:
+            key = f"{base}/affine"
+            if self._encoding.block_tokens:
+                affine = self._chunks(key, part, chunk, count)
+            else:
+                affine = self._chunks(key, part, row % self._cache.layout.images_per_part, 1)
+            affine = affine.reshape(-1, *self.arrays[key].shape[1:])
+            affine = affine[: self._encoding.blocks(height * width)]
+        channels = int(spec.attributes["channels"])
+        return StoredMap((height, width), channels, self._encoding, values, affine)
+
+    def _chunks(self, name: str, part: int, first: int, count: int) -> NDArray[Any]:
+        spec: ArraySpec = self.arrays[name]
+        shard = self._shard(name, part)
+        length, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
+        decoded = [
+            decode_chunk(piece, dtype, length, f"{shard.path}, chunk {first + i}", raw=self._raw)
+            for i, piece in enumerate(shard.read(first, count))
+        ]
+        return decoded[0] if count == 1 else np.concatenate(decoded)

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from mfdetr_cache.quantisation import ENCODINGS, Preset, StoredMap, decode_maps, encode_map
+
+TOKENS = arrays(
+    np.float32,
+    array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=140),
+    elements=st.floats(-6e4, 6e4, width=32),
+)
+
+
+def stored(tokens: np.ndarray, preset: Preset) -> StoredMap:
+    encoding = ENCODINGS[preset]
+    return StoredMap((1, len(tokens)), tokens.shape[1], encoding, *encode_map(tokens, encoding))
+
+
+@given(TOKENS)
+@pytest.mark.parametrize("preset", ["int8", "int8-small", "int4"])
+def test_no_value_is_off_by_more_than_half_a_step(preset: Preset, tokens: np.ndarray) -> None:
+    """Plus float32 rounding of low + step * code: three roundings of the block's largest value."""
+    found = stored(tokens, preset)
+    decoded = found.to_array()[0]
+    encoding = ENCODINGS[preset]
+    block = encoding.block_tokens or len(tokens)
+    assert found.affine is not None
+    step = np.repeat(found.affine[:, 1].astype(np.float32), block, axis=0)[: len(tokens)]
+    largest = np.abs(tokens).max(initial=0) + np.abs(step).max(initial=0)
+    bound = step / 2 * (1 + 1e-5) + 3 * np.float32(2.0**-23) * largest
+    assert (np.abs(decoded - tokens) <= bound).all()
+
+
+@given(TOKENS)
+@pytest.mark.parametrize("preset", ["int8", "int8-small", "int4"])
+def test_zeros_of_a_post_relu_map_stay_zero(preset: Preset, tokens: np.ndarray) -> None:
+    tokens = np.maximum(tokens, 0)
+    tokens[0] = 0
+    first = ENCODINGS[preset].block_tokens or len(tokens)
+    decoded = stored(tokens, preset).to_array()[0]
+    assert (decoded[:first][tokens[:first] == 0] == 0).all()
+
+
+def test_a_finer_preset_is_nearer() -> None:
+    """Blocks follow the outliers of a channel; fewer bits cost sixteen times the error."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(4096, 16)).astype(np.float32)
+    tokens[random.integers(0, 4096, 4), random.integers(0, 16, 4)] = 60
+    error = {p: np.abs(stored(tokens, p).to_array()[0] - tokens).mean() for p in ENCODINGS}
+    assert error["fp16"] < error["int8"] < error["int8-small"] < error["int4"]
+
+
+def test_a_batch_decodes_as_its_maps_do() -> None:
+    random = np.random.default_rng(0)
+    for preset in ENCODINGS:
+        maps = [stored(random.normal(size=(100, 5)).astype(np.float32), preset) for _ in range(3)]
+        batch = decode_maps(maps)
+        assert batch.shape == (3, 5, 1, 100)
+        for index, one in enumerate(maps):
+            assert (batch[index].permute(1, 2, 0).numpy() == one.to_array()).all()
