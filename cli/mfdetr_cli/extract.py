@@ -75,7 +75,7 @@ def extract(
     from mfdetr_pipelines.extract import run_extract
     from mfdetr_pipelines.extraction import ExtractConfig
 
-    from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+    from mfdetr_cache.detectors.options import DetectorOptions
 
     config = ExtractConfig(
         detector=detector,
@@ -85,7 +85,7 @@ def extract(
         cache=cache,
         limit=limit,
         device=device,
-        options=HuggingFaceOptions(num_queries, encoder_layer, backbone_stride8),
+        options=DetectorOptions(num_queries, encoder_layer, backbone_stride8),
         preset=dtype,
         compression=compression,
         views=views,

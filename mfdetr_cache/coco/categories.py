@@ -1,5 +1,6 @@
 """Which category of a dataset each output of a detector stands for."""
 
+import re
 from collections.abc import Sequence
 
 from mfdetr_cache.coco.annotations import Category
@@ -11,9 +12,9 @@ def categories_of_labels(
 ) -> tuple[int, ...]:
     """The category id of every label of a detector, -1 where the dataset has none.
 
-    Names decide where the detector has real ones. Otherwise 91 outputs are indexed by category id,
-    as the original COCO checkpoints of Deformable DETR, H-DETR and DINO are, and as many outputs
-    as there are categories follow the categories by ascending id.
+    Names decide where the detector has real ones. Otherwise as many outputs as there are
+    categories follow the categories by ascending id; 91 outputs, or one more than the largest id,
+    are indexed by category id, as Deformable DETR, H-DETR and DINO are trained.
 
     Args:
         label_names: The detector's names, in the order of its outputs.
@@ -31,10 +32,13 @@ def categories_of_labels(
     if any(category_id >= 0 for category_id in named):
         return named
     ids = sorted(c.category_id for c in categories)
-    if len(label_names) == 91 and ids[-1] <= 90:
-        return tuple(i if i in ids else -1 for i in range(91))
     if len(label_names) == len(ids):
         return tuple(ids)
+    if len(label_names) == 91 and ids[-1] <= 90:
+        return tuple(i if i in ids else -1 for i in range(91))
+    placeholders = all(re.fullmatch(r"label \d+", _plain(name)) for name in label_names)
+    if placeholders and len(label_names) == ids[-1] + 1:
+        return tuple(i if i in ids else -1 for i in range(len(label_names)))
     raise DatasetError(
         f"{detector} has {len(label_names)} labels ({', '.join(label_names[:3])}, ...) and the "
         f"dataset {len(ids)} categories ({', '.join(c.name for c in categories[:3])}, ...): no "

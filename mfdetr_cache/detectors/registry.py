@@ -1,15 +1,30 @@
 """The one door to every detector: a name and its weights become a frozen Detector."""
 
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 
 from mfdetr_cache.config import nearest
-from mfdetr_cache.detectors.huggingface.adapter import (
-    HuggingFaceOptions,
-    load_huggingface_detector,
-)
+from mfdetr_cache.detectors.huggingface.adapter import load_huggingface_detector
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
+from mfdetr_cache.detectors.official.architecture import ARCHITECTURES
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.protocols import Detector
+
+_SCHEME_NAMES = {
+    "deformable-detr": "Deformable DETR",
+    "h-detr": "H-DETR",
+    "dino": "DINO",
+}
+_OFFICIAL_NUMBERS = "numbers of the official code: 1e-5 in logits, 1e-6 in boxes"
+_CHECKED = {
+    "h-detr-r50": _OFFICIAL_NUMBERS,
+    "h-detr-swin-t": _OFFICIAL_NUMBERS,
+    "deformable-detr-r50": _OFFICIAL_NUMBERS,
+    "dino-r50": _OFFICIAL_NUMBERS,
+    "dino-focalnet-l": f"a small FocalNet: {_OFFICIAL_NUMBERS}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +54,7 @@ def list_detectors() -> tuple[DetectorListing, ...]:
     Returns:
         One entry per family.
     """
-    return tuple(
+    transformers = [
         DetectorListing(
             name="hf",
             model=family.label,
@@ -51,27 +66,58 @@ def list_detectors() -> tuple[DetectorListing, ...]:
             checked=family.checked,
         )
         for family in FAMILIES.values()
-    )
+    ]
+    official = [
+        DetectorListing(
+            name=name,
+            model=f"{_SCHEME_NAMES[a.scheme]}, {a.backbone.label}",
+            weights="official .pth",
+            encoder_maps=f"{a.num_levels} levels, layer N (default 4)",
+            c1=f"{a.backbone.width} channels",
+            checked=_CHECKED.get(name, "keys and shapes of the official checkpoint"),
+        )
+        for name, a in ARCHITECTURES.items()
+    ]
+    plugins = [
+        DetectorListing(name, f"plugin {p.value}", "see the plugin", "", "", "by its authors")
+        for name, p in _plugins().items()
+    ]
+    return (*official, *transformers, *plugins)
 
 
 def load_detector(
-    name: str, weights: str | None = None, options: HuggingFaceOptions | None = None
+    name: str, weights: str | None = None, options: DetectorOptions | None = None
 ) -> Detector:
     """A frozen detector.
 
     Args:
-        name: Its name; ``mfdetr detectors`` lists them.
-        weights: Folder, file or hub id, as its listing says.
+        name: Its name; ``mfdetr detectors`` lists them. ``deformable-detr``, ``h-detr`` and
+            ``dino`` alone read the backbone off the checkpoint.
+        weights: Checkpoint file, folder or hub id, as its listing says. None builds an official
+            detector with untrained weights, for looking at shapes and speed.
         options: What the user chose.
 
     Returns:
-        The detector, on the CPU, in evaluation mode.
+        The detector, on the CPU, in evaluation mode. Its ``forward(pixel_values, padding_mask)``
+        gives logits, boxes, queries and the maps that ``spec.maps`` lists.
 
     Raises:
         DetectorError: If the name is unknown, or the weights are missing or do not fit.
     """
+    options = options or DetectorOptions()
+    if name in ARCHITECTURES or name in SCHEMES:
+        return load_official_detector(name, None if weights is None else str(weights), options)
+    plugin = _plugins().get(name)
+    if plugin is not None:
+        return plugin.load()(weights, options)  # type: ignore[no-any-return]
     if name != "hf":
-        raise DetectorError(f"unknown detector {name!r}{nearest(name, ['hf'])}")
+        known = ["hf", *ARCHITECTURES, *SCHEMES, *_plugins()]
+        raise DetectorError(f"unknown detector {name!r}{nearest(name, known)}")
     if weights is None:
         raise DetectorError("--detector hf needs --weights: a folder or a hub id")
-    return load_huggingface_detector(weights, options or HuggingFaceOptions())
+    return load_huggingface_detector(str(weights), options)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """Detectors of other packages: entry points of the group ``mfdetr_cache.detectors``."""
+    return {p.name: p for p in entry_points(group="mfdetr_cache.detectors")}

@@ -16,8 +16,8 @@ from mfdetr_cache.cache.schema import Compression, Part
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import Policy, transform_image
-from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import (
     ImageError,
@@ -59,7 +59,7 @@ class ExtractConfig:
     cache: Path
     limit: int | None = None
     device: str = "cpu"
-    options: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
+    options: DetectorOptions = field(default_factory=DetectorOptions)
     preset: Preset = "fp16"
     compression: Compression = "zstd"
     views: int = 0

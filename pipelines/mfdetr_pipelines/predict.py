@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
@@ -201,7 +201,7 @@ def picture_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def options_of(identity: Identity) -> HuggingFaceOptions:
+def options_of(identity: Identity) -> DetectorOptions:
     """The detector options a head was trained with.
 
     Args:
@@ -211,7 +211,7 @@ def options_of(identity: Identity) -> HuggingFaceOptions:
         Options that give the same queries and maps.
     """
     settings = identity["settings"]
-    return HuggingFaceOptions(
+    return DetectorOptions(
         num_queries=identity["num_queries"],
         encoder_layer=settings.get("encoder_layer"),
         backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),

@@ -135,9 +135,9 @@ def test_ctrl_c_keeps_what_was_sealed(
 def test_fewer_queries_are_the_best_ones(
     tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
-    from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceOptions
+    from mfdetr_cache.detectors.options import DetectorOptions
 
-    options = HuggingFaceOptions(num_queries=7)
+    options = DetectorOptions(num_queries=7)
     run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", limit=2, options=options)
     few, full = FeatureCache.open(tmp_path / "c.zarr")[0], FeatureCache.open(drawn_cache)[0]
     best = np.sort(np.argsort(-full.class_logits.max(1))[:7])
@@ -147,7 +147,7 @@ def test_fewer_queries_are_the_best_ones(
             scenes_folder,
             rtdetr_folder,
             tmp_path / "d.zarr",
-            options=HuggingFaceOptions(num_queries=21),
+            options=DetectorOptions(num_queries=21),
         )
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,13 @@ from mfdetr_cache.detectors.huggingface.families import (
     Family,
     backbone_stages,
     first_tensor,
-    tokens_to_maps,
 )
+from mfdetr_cache.detectors.maps import tokens_to_maps
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.weights import freeze, weights_sha256
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
-
-
-@dataclass(frozen=True, slots=True)
-class HuggingFaceOptions:
-    """What a user may choose about a transformers detector.
-
-    Attributes:
-        num_queries: Keep the queries with the highest class score; None keeps all.
-        encoder_layer: Which encoder layer supplies the encoder maps, counted from 1, where the
-            encoder is a stack of layers (Table 14; the paper takes the fourth of six); None is 4
-            or the last. Encoders that end in a feature pyramid give their final maps.
-        backbone_stride8: Also give the backbone's stride-8 map when the encoder has none.
-    """
-
-    num_queries: int | None = None
-    encoder_layer: int | None = None
-    backbone_stride8: bool = True
 
 
 class HuggingFaceDetector(nn.Module):
@@ -65,10 +48,11 @@ class HuggingFaceDetector(nn.Module):
         model: nn.Module,
         family: Family,
         preprocessing: Preprocessing,
-        options: HuggingFaceOptions,
+        options: DetectorOptions,
     ) -> None:
         super().__init__()
         self.model = freeze(model)
+        self.eval()
         self._family = family
         self._preprocessing = preprocessing
         self._options = options
@@ -245,7 +229,7 @@ class HuggingFaceDetector(nn.Module):
         return sorted(chosen, key=lambda item: (item[0].stride, item[0].role))
 
 
-def load_huggingface_detector(weights: str, options: HuggingFaceOptions) -> HuggingFaceDetector:
+def load_huggingface_detector(weights: str, options: DetectorOptions) -> HuggingFaceDetector:
     """A transformers detector from a folder or a hub id, frozen, on the CPU.
 
     Args:

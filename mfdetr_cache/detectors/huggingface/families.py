@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.huggingface.deimv2 import restore_original_deimv2
@@ -82,7 +81,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=True,
-            checked="random weights only",
+            checked="this package's Deformable DETR: 1e-4 in logits, 1e-5 in boxes",
         ),
     )
 }
@@ -122,19 +121,3 @@ def first_tensor(output: object) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(f"no tensor in {type(output).__name__}")
-
-
-def tokens_to_maps(tokens: Tensor, sizes_hw: list[tuple[int, int]]) -> list[Tensor]:
-    """Flattened multi-scale tokens as one map per level.
-
-    Args:
-        tokens: Levels one after the other, row-major, shape (B, S, C).
-        sizes_hw: Height and width of each level; their areas sum to S.
-
-    Returns:
-        Maps of shape (B, C, h, w).
-    """
-    parts = torch.split(tokens, [h * w for h, w in sizes_hw], dim=1)
-    return [
-        part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes_hw, strict=True)
-    ]

@@ -1,0 +1,91 @@
+"""Multi-scale deformable attention, the core without projections, in plain PyTorch.
+
+One implementation serves the mask network and the detectors' own layers; the official goldens of
+H-DETR, Deformable DETR and DINO go through it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SizesHw = tuple[tuple[int, int], ...]
+
+
+class _SampleAndWeigh(torch.autograd.Function):
+    """Bilinear samples of one level, weighted and summed, without keeping the samples.
+
+    Autograd would keep every sample of every head for the backward pass, by far the largest
+    tensors of the network. Sampling again costs less than moving them through memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grid: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401
+        """Sum over P of weight times sample.
+
+        Args:
+            ctx: Keeps the inputs.
+            maps: Shape (M, C, h, w).
+            grid: Sampling points in [-1, 1], shape (M, P, N, 2).
+            weights: Shape (M, P, N).
+
+        Returns:
+            Shape (M, C, N).
+        """
+        ctx.save_for_backward(maps, grid, weights)
+        samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
+        return samples.mul_(weights[:, None]).sum(dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        """Gradients with respect to maps, grid and weights.
+
+        Args:
+            ctx: The inputs.
+            grad: Shape (M, C, N).
+
+        Returns:
+            One gradient per input.
+        """
+        maps, grid, weights = ctx.saved_tensors
+        spread = grad[:, :, None] * weights[:, None]
+        grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+            spread, maps, grid, 0, 0, False, [True, True]
+        )
+        samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
+        grad_weights = samples.mul_(grad[:, :, None]).sum(dim=1)
+        return grad_maps, grad_grid, grad_weights
+
+
+def deformable_attention(
+    value: Tensor, sizes_hw: SizesHw, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Weighted sums of bilinear samples (Zhu et al., 2021, Eq. 3). Outside a map values are zero.
+
+    Args:
+        value: Projected values, shape (B, S, H, D / H).
+        sizes_hw: Height and width of each level; their areas sum to S.
+        locations: Sampling points in normalised coordinates, shape (B, N, H, L, P, 2).
+        weights: Attention weights, summing to one over L and P, shape (B, N, H, L, P).
+
+    Returns:
+        Shape (B, N, D).
+    """
+    batch, _, heads, width = value.shape
+    num_queries = locations.shape[1]
+    # Points before queries: the innermost axis is then long, and sums over points run along it.
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # (L, B*H, P, N, 2)
+    shares = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # (L, B*H, P, N)
+    mixed: Tensor | None = None
+    parts = value.split([h * w for h, w in sizes_hw], dim=1)
+    for level, (part, size_hw) in enumerate(zip(parts, sizes_hw, strict=True)):
+        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, *size_hw)
+        found: Tensor = _SampleAndWeigh.apply(
+            maps,
+            grids[level].to(maps.dtype).contiguous(),
+            shares[level].to(maps.dtype).contiguous(),
+        )
+        mixed = found if mixed is None else mixed + found
+    assert mixed is not None
+    return mixed.view(batch, heads * width, num_queries).transpose(1, 2)

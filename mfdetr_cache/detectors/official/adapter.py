@@ -1,0 +1,232 @@
+"""An official detector behind the Detector protocol."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mfdetr_cache.detectors.maps import tokens_to_maps
+from mfdetr_cache.detectors.official.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    Scheme,
+    read_architecture,
+)
+from mfdetr_cache.detectors.official.checkpoint import load_official_weights
+from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.preprocess import Preprocessing
+from mfdetr_cache.detectors.weights import freeze, weights_sha256
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
+
+# The same for all of them, training and test; mean and deviation of ImageNet.
+OFFICIAL_PREPROCESSING = Preprocessing(
+    height=None,
+    width=None,
+    shortest_edge=800,
+    longest_edge=1333,
+    resample=2,
+    rescale=1 / 255,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
+
+
+class OfficialDetector(nn.Module):
+    """Deformable DETR, H-DETR or DINO, frozen.
+
+    Args:
+        name: What it was asked for as.
+        model: The detector with its weights.
+        options: What the user chose.
+
+    Raises:
+        DetectorError: If an option does not fit the model.
+    """
+
+    def __init__(self, name: str, model: OfficialDetr, options: DetectorOptions) -> None:
+        super().__init__()
+        self.model = freeze(model)
+        architecture = model.architecture
+        layer = options.encoder_layer or min(4, architecture.num_layers)
+        if not 1 <= layer <= architecture.num_layers:
+            raise DetectorError(
+                f"--encoder-layer {layer}: {name} has 1 to {architecture.num_layers}"
+            )
+        queries = options.num_queries or architecture.num_queries
+        most = architecture.table_rows or 900
+        if not 1 <= queries <= most:
+            raise DetectorError(f"--num-queries {queries}: {name} has 1 to {most}")
+        model.num_queries = queries
+        self.eval()
+        self._layer = layer
+        self._maps = _map_specs(architecture, layer)
+        self._spec = DetectorSpec(
+            name=name,
+            weights_sha256=weights_sha256(model),
+            num_queries=queries,
+            query_dim=WIDTH,
+            num_labels=architecture.num_labels,
+            score_function="sigmoid",
+            label_names=tuple(f"LABEL_{i}" for i in range(architecture.num_labels)),
+            maps=self._maps,
+            encoder_level_embed=tuple(map(tuple, model.transformer.level_embed.tolist())),
+            preprocessing=OFFICIAL_PREPROCESSING.to_dict(),
+            settings={
+                "scheme": architecture.scheme,
+                "backbone": architecture.backbone.label,
+                "encoder_layer": layer,
+                "precision": "float32",
+                "batch_size": 1,
+            },
+        )
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """What this detector is and gives."""
+        return self._spec
+
+    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
+        """Sizes an image of the given size gets on its way into the network.
+
+        Args:
+            original_hw: Height and width of the image in pixels.
+            shortest_edge: Shorter side of the input; 0 for the detector's own.
+
+        Returns:
+            The geometry.
+        """
+        return OFFICIAL_PREPROCESSING.input_geometry(original_hw, shortest_edge)
+
+    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
+        """The network input of one RGB image.
+
+        Args:
+            image: An RGB image at its original size.
+            shortest_edge: Shorter side of the input; 0 for the detector's own.
+
+        Returns:
+            float32, shape (3, H, W).
+        """
+        return OFFICIAL_PREPROCESSING(image, shortest_edge)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
+        """Run the frozen detector.
+
+        Args:
+            pixel_values: Normalised images, zero where padded, shape (B, 3, H, W).
+            padding_mask: True where a pixel is padding, shape (B, H, W).
+
+        Returns:
+            Logits, boxes, queries; maps ``encoder4`` to ``encoder64`` and ``c1``.
+        """
+        output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
+        levels = tokens_to_maps(output.encoder_tokens[self._layer], output.sizes_hw)
+        encoder = [m.name for m in self._maps if m.role == "encoder"]
+        maps = {"c1": output.stages[0], **dict(zip(encoder, levels, strict=True))}
+        return DetectorOutput(output.class_logits, output.boxes_cxcywh_norm, output.queries, maps)
+
+
+def _map_specs(architecture: Architecture, layer: int) -> tuple[MapSpec, ...]:
+    backbone = architecture.backbone
+    first = 4 << backbone.first_stage
+    source = f"encoder layer {layer}"
+    levels = [
+        MapSpec(f"encoder{first << i}", "encoder", first << i, WIDTH, source)
+        for i in range(architecture.num_levels)
+    ]
+    after = "layer1, after its ReLU" if backbone.kind == "resnet" else "stage 1, without norm"
+    return (MapSpec("c1", "c1", 4, backbone.width, f"backbone {after}"), *levels)
+
+
+def load_official_detector(
+    name: str, weights: str | None, options: DetectorOptions
+) -> OfficialDetector:
+    """A detector of the paper from its published checkpoint, frozen, on the CPU.
+
+    Args:
+        name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any.
+        weights: The checkpoint file; None builds the named architecture with untrained weights.
+        options: What the user chose.
+
+    Returns:
+        The detector.
+
+    Raises:
+        DetectorError: If the checkpoint is of another detector, or its keys do not fit.
+    """
+    if weights is None:
+        if name not in ARCHITECTURES:
+            raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
+        torch.manual_seed(0)
+        return OfficialDetector(name, OfficialDetr(ARCHITECTURES[name]), options)
+    tensors = load_official_weights(Path(weights))
+    architecture = read_architecture(tensors, weights)
+    _require_named(name, architecture, weights)
+    with torch.device("meta"):
+        model = OfficialDetr(architecture)
+    model = model.to_empty(device="cpu")
+    _load(model, tensors, weights)
+    return OfficialDetector(name, model, options)
+
+
+def _require_named(name: str, architecture: Architecture, weights: str) -> None:
+    """Refuse a checkpoint of another scheme or another family of backbones than was named."""
+    wanted = ARCHITECTURES.get(name)
+    scheme = wanted.scheme if wanted is not None else name
+    same = scheme == architecture.scheme
+    if wanted is not None:
+        same = same and wanted.backbone.kind == architecture.backbone.kind
+    if not same:
+        raise DetectorError(
+            f"{weights} holds {architecture.scheme} with {architecture.backbone.label}, not "
+            f"{name}; pass --detector {architecture.scheme}"
+        )
+
+
+def _load(model: OfficialDetr, tensors: Mapping[str, Tensor], weights: str) -> None:
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    # Computed, not learned; some files leave it out.
+    missing = {k for k in missing if not k.endswith("relative_position_index")}
+    for kind, keys in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise DetectorError(
+                f"{weights}: {kind} keys: {shown}; the result would be partly random"
+            )
+    indices = {k: v for k, v in _window_indices(model.architecture).items() if k in expected}
+    merged = {k: v.to(expected[k].dtype) for k, v in tensors.items()} | indices
+    wrong = [k for k, v in merged.items() if v.shape != expected[k].shape]
+    if wrong:
+        key = wrong[0]
+        raise DetectorError(
+            f"{weights}: {key} is {tuple(merged[key].shape)}, expected {tuple(expected[key].shape)}"
+        )
+    _require_tied(model, tensors, weights)
+    model.load_state_dict(merged)
+
+
+def _window_indices(architecture: Architecture) -> dict[str, Tensor]:
+    """Swin's integer tables, computed: they are not weights, and may be damaged in a file."""
+    if architecture.backbone.kind != "swin":
+        return {}
+    full = OfficialDetr(replace(architecture, num_layers=0, num_labels=1, table_rows=1))
+    return {k: v for k, v in full.state_dict().items() if k.endswith("relative_position_index")}
+
+
+def _require_tied(model: OfficialDetr, tensors: Mapping[str, Tensor], weights: str) -> None:
+    """Heads that are one module under several names must have one value."""
+    first: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        canonical = first.setdefault(id(tensor), key)
+        if canonical != key and not torch.equal(tensors[key], tensors[canonical]):
+            raise DetectorError(
+                f"{weights}: {key} and {canonical} are shared in this detector, but differ here"
+            )

@@ -1,0 +1,156 @@
+"""What an official checkpoint is made of, by name or read off its shapes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
+from mfdetr_cache.errors import DetectorError
+
+Scheme = Literal["deformable-detr", "h-detr", "dino"]
+
+# One-to-many queries of every published H-DETR; the rest of its query table is one-to-one.
+_ONE_TO_MANY = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Everything a detector is built from.
+
+    Attributes:
+        scheme: How proposals, queries and boxes are made.
+        backbone: The backbone.
+        num_levels: Encoder levels.
+        num_points: Sampling points of deformable attention.
+        num_labels: Class outputs.
+        num_queries: Queries at test time.
+        table_rows: Rows of the query table in the checkpoint (H-DETR: one-to-many ones too); 0
+            where there is none.
+        hidden: Channels inside the FFNs.
+        num_layers: Encoder and decoder layers.
+        two_stage: Whether queries start from encoder proposals.
+        box_refine: Whether every decoder layer refines the boxes.
+    """
+
+    scheme: Scheme
+    backbone: BackboneArchitecture
+    num_levels: int = 4
+    num_points: int = 4
+    num_labels: int = 91
+    num_queries: int = 300
+    table_rows: int = 0
+    hidden: int = 2048
+    num_layers: int = 6
+    two_stage: bool = True
+    box_refine: bool = True
+
+
+_R50 = BackboneArchitecture("resnet", (3, 4, 6, 3), 256)
+_SWIN_T = BackboneArchitecture("swin", (2, 2, 6, 2), 96, (3, 6, 12, 24), 7)
+_SWIN_L7 = BackboneArchitecture("swin", (2, 2, 18, 2), 192, (6, 12, 24, 48), 7)
+_SWIN_L12 = BackboneArchitecture("swin", (2, 2, 18, 2), 192, (6, 12, 24, 48), 12)
+_FOCAL_L = BackboneArchitecture("focalnet", (2, 2, 18, 2), 192, kernels=(3, 5, 7, 9), first_stage=0)
+
+# Name to its default; a checkpoint's shapes decide queries, levels, widths and depths.
+ARCHITECTURES: dict[str, Architecture] = {
+    "h-detr-r50": Architecture("h-detr", _R50, table_rows=1800),
+    "h-detr-swin-t": Architecture("h-detr", _SWIN_T, table_rows=1800),
+    "h-detr-swin-l": Architecture("h-detr", _SWIN_L7, num_queries=900, table_rows=2400),
+    "dino-r50": Architecture("dino", _R50, num_queries=900, table_rows=900),
+    "dino-swin-l": Architecture("dino", _SWIN_L12, num_queries=900, table_rows=900),
+    "dino-focalnet-l": Architecture(
+        "dino", _FOCAL_L, num_levels=5, num_queries=900, table_rows=900
+    ),
+    "deformable-detr-r50": Architecture("deformable-detr", _R50, hidden=1024),
+}
+
+
+def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
+    """The architecture of a checkpoint.
+
+    Args:
+        weights: Its state dict.
+        where: The file, for messages.
+
+    Returns:
+        What to build for it.
+
+    Raises:
+        DetectorError: If it is none of the known detectors.
+    """
+    try:
+        encoder = "transformer.encoder.layers.0"
+        num_levels = weights["transformer.level_embed"].shape[0]
+        samples = weights[f"{encoder}.self_attn.attention_weights.bias"].shape[0]
+        two_stage = "transformer.enc_output.weight" in weights
+        scheme: Scheme = "deformable-detr"
+        table = weights.get("query_embed.weight")
+        if "transformer.tgt_embed.weight" in weights:
+            scheme, table = "dino", weights["transformer.tgt_embed.weight"]
+        elif table is not None and two_stage:
+            scheme = "h-detr"
+        rows = 0 if table is None else table.shape[0]
+        return Architecture(
+            scheme=scheme,
+            backbone=_read_backbone(weights),
+            num_levels=num_levels,
+            num_points=samples // (8 * num_levels),
+            num_labels=weights["class_embed.0.bias"].shape[0],
+            num_queries=_test_queries(scheme, rows),
+            table_rows=rows,
+            hidden=weights[f"{encoder}.linear1.bias"].shape[0],
+            num_layers=_count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
+            two_stage=two_stage,
+            box_refine="transformer.decoder.bbox_embed.0.layers.0.weight" in weights,
+        )
+    except KeyError as error:
+        raise DetectorError(
+            f"{where} is no checkpoint of Deformable DETR, H-DETR or DINO in the official layout: "
+            f"it has no {error.args[0]}"
+        ) from None
+
+
+def _test_queries(scheme: Scheme, rows: int) -> int:
+    if scheme == "h-detr":
+        # Fewer rows than the one-to-many group: a table that was cut to the one-to-one queries.
+        return rows - _ONE_TO_MANY if rows > _ONE_TO_MANY else rows
+    return rows or 300
+
+
+def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
+    found = {int(m.group(1)) for key in weights if (m := re.match(pattern, key))}
+    return max(found, default=-1) + 1
+
+
+def _read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
+    body = "backbone.0.body." if any(k.startswith("backbone.0.body.") for k in weights) else ""
+    body = body or "backbone.0."
+    plain = re.escape(body)
+    first_width = weights["input_proj.0.0.weight"].shape[1]
+    if f"{body}layer1.0.conv1.weight" in weights:
+        depths = tuple(_count(weights, rf"{plain}layer{i}\.(\d+)\.") for i in range(1, 5))
+        width = weights[f"{body}layer1.0.conv3.weight"].shape[0]
+        first_stage = 0 if first_width == width else 1
+        return BackboneArchitecture("resnet", depths, width, first_stage=first_stage)
+    depths = tuple(_count(weights, rf"{plain}layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
+    width = weights[f"{body}patch_embed.proj.weight"].shape[0]
+    first_stage = 0 if first_width == width else 1
+    block = f"{body}layers.0.blocks.0"
+    if f"{block}.modulation.f.weight" in weights:
+        levels = _count(weights, rf"{re.escape(block)}\.modulation\.focal_layers\.(\d+)\.")
+        kernels = tuple(
+            weights[f"{block}.modulation.focal_layers.{i}.0.weight"].shape[-1]
+            for i in range(levels)
+        )
+        return BackboneArchitecture(
+            "focalnet", depths, width, kernels=kernels, first_stage=first_stage
+        )
+    tables = [
+        weights[f"{body}layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(4)
+    ]
+    window = (round(tables[0].shape[0] ** 0.5) + 1) // 2
+    heads = tuple(t.shape[1] for t in tables)
+    return BackboneArchitecture("swin", depths, width, heads, window, first_stage=first_stage)

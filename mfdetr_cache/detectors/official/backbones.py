@@ -1,0 +1,148 @@
+"""The backbones of the official checkpoints, with the checkpoints' own parameter names.
+
+Each gives the raw output of its four stages (strides 4 to 32) and what enters the encoder.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50, resnet101
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from mfdetr_cache.detectors.official.focalnet import FocalNet
+from mfdetr_cache.detectors.official.swin import Swin
+
+BackboneKind = Literal["resnet", "swin", "focalnet"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneArchitecture:
+    """What a backbone is made of; all of it can be read off a checkpoint's shapes.
+
+    Attributes:
+        kind: Family.
+        depths: Blocks of each stage.
+        width: Channels of the first stage (ResNet: 256).
+        heads: Attention heads of each stage (Swin).
+        window: Side of the attention window (Swin).
+        kernels: Focal kernel sizes of the first stage (FocalNet).
+        first_stage: First stage that enters the encoder: 1 for 4-scale, 0 for 5-scale detectors.
+    """
+
+    kind: BackboneKind
+    depths: tuple[int, ...]
+    width: int
+    heads: tuple[int, ...] = ()
+    window: int = 0
+    kernels: tuple[int, ...] = ()
+    first_stage: int = 1
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels of the four stages."""
+        return tuple(self.width << i for i in range(4))
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        if self.kind == "resnet":
+            return "ResNet-50" if self.depths[2] == 6 else "ResNet-101"
+        name = "Swin" if self.kind == "swin" else f"FocalNet fl{len(self.kernels)}"
+        return f"{name} of width {self.width}, depths {'-'.join(map(str, self.depths))}"
+
+
+class ResNetBody(nn.Module):
+    """torchvision's ResNet v1.5 with frozen batch norm, without its classifier.
+
+    Args:
+        depths: Blocks of each stage: those of ResNet-50 or ResNet-101.
+    """
+
+    def __init__(self, depths: tuple[int, ...]) -> None:
+        super().__init__()
+        full = (resnet101 if depths[2] == 23 else resnet50)(
+            weights=None, norm_layer=FrozenBatchNorm2d
+        )
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, getattr(full, name))
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """The four stages.
+
+        Args:
+            pixel_values: Shape (B, 3, H, W).
+
+        Returns:
+            Maps at strides 4, 8, 16, 32; the first is C1, after its ReLU.
+        """
+        values = pixel_values
+        stages = []
+        for name, module in self.named_children():
+            values = module(values)
+            if name.startswith("layer"):
+                stages.append(values)
+        return stages
+
+
+class Backbone(nn.Module):
+    """A backbone where the checkpoints have it: below ``body``, or (DINO's Swin, FocalNet) not.
+
+    Args:
+        architecture: What it is made of.
+    """
+
+    def __init__(self, architecture: BackboneArchitecture) -> None:
+        super().__init__()
+        self.first_stage = architecture.first_stage
+        if architecture.kind == "resnet":
+            self.body: nn.Module = ResNetBody(architecture.depths)
+        elif architecture.kind == "swin":
+            self.body = Swin(
+                architecture.width,
+                architecture.depths,
+                architecture.heads,
+                architecture.window,
+                architecture.first_stage,
+            )
+        else:
+            self.body = FocalNet(
+                architecture.width,
+                architecture.depths,
+                architecture.kernels,
+                architecture.first_stage,
+            )
+
+    def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Stages, and what enters the encoder.
+
+        Args:
+            pixel_values: Shape (B, 3, H, W).
+
+        Returns:
+            The raw outputs of the four stages, and those from ``first_stage`` on, normalised where
+            the backbone has output norms.
+        """
+        stages = self.body(pixel_values)
+        outputs = []
+        for index in range(self.first_stage, 4):
+            norm = getattr(self.body, f"norm{index}", None)
+            values = stages[index]
+            if norm is not None:
+                values = norm(values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            outputs.append(values.contiguous())
+        return stages, outputs
+
+
+def no_padding(pixel_values: Tensor) -> Tensor:
+    """A padding mask that says nothing is padding.
+
+    Args:
+        pixel_values: Shape (B, 3, H, W).
+
+    Returns:
+        bool, shape (B, H, W).
+    """
+    batch, _, height, width = pixel_values.shape
+    return torch.zeros((batch, height, width), dtype=torch.bool, device=pixel_values.device)

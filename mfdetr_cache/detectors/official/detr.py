@@ -1,0 +1,294 @@
+"""Deformable DETR, H-DETR and DINO at test time, with the official parameter names.
+
+Every module stands where the published state dicts have it, so a checkpoint loads as it is.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mfdetr_cache.detectors.official.architecture import Architecture
+from mfdetr_cache.detectors.official.backbones import Backbone, no_padding
+from mfdetr_cache.detectors.official.positions import (
+    box_position,
+    inverse_sigmoid,
+    map_position,
+    valid_ratio,
+)
+from mfdetr_cache.detectors.official.transformer import (
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    Memory,
+    Mlp,
+    encoder_proposals,
+)
+
+WIDTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class OfficialOutput:
+    """What a detector computed; B images, Q queries, K labels, S tokens.
+
+    Attributes:
+        class_logits: Shape (B, Q, K).
+        boxes_cxcywh_norm: Relative to the valid area, shape (B, Q, 4).
+        queries: What the class head sees, shape (B, Q, 256).
+        references: Reference boxes before the first and after every decoder layer.
+        stages: Raw backbone stages at strides 4 to 32.
+        sizes_hw: Height and width of each encoder level.
+        projected: Encoder input, shape (B, S, 256).
+        encoder_tokens: Output of the wanted encoder layers, by number from 1.
+        proposal_scores: What proposals are ranked by, shape (B, S); None in one stage.
+        proposal_index: Token of each query by rank, shape (B, Q); None in one stage.
+    """
+
+    class_logits: Tensor
+    boxes_cxcywh_norm: Tensor
+    queries: Tensor
+    references: list[Tensor]
+    stages: list[Tensor]
+    sizes_hw: tuple[tuple[int, int], ...]
+    projected: Tensor
+    encoder_tokens: dict[int, Tensor]
+    proposal_scores: Tensor | None
+    proposal_index: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How the decoder begins."""
+
+    queries: Tensor
+    reference: Tensor
+    position: Tensor | None
+    scores: Tensor | None = None
+    index: Tensor | None = None
+
+
+class _Decoder(nn.Module):
+    """Holds what the state dict has below ``transformer.decoder``."""
+
+    def __init__(self, layers: list[DecoderLayer], architecture: Architecture) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        if architecture.scheme == "dino":
+            self.norm = nn.LayerNorm(WIDTH)
+            self.ref_point_head = Mlp(2 * WIDTH, WIDTH, WIDTH)
+
+
+class _Transformer(nn.Module):
+    """Holds what the state dict has below ``transformer``."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        shape = (WIDTH, architecture.hidden, architecture.num_levels, architecture.num_points)
+        count = architecture.num_layers
+        self.encoder = Encoder([EncoderLayer(*shape) for _ in range(count)])
+        self.decoder = _Decoder([DecoderLayer(*shape) for _ in range(count)], architecture)
+        self.level_embed = nn.Parameter(torch.randn(architecture.num_levels, WIDTH))
+        if architecture.two_stage:
+            self.enc_output = nn.Linear(WIDTH, WIDTH)
+            self.enc_output_norm = nn.LayerNorm(WIDTH)
+        if architecture.scheme == "dino":
+            self.tgt_embed = nn.Embedding(architecture.table_rows, WIDTH)
+            self.enc_out_bbox_embed = Mlp(WIDTH, WIDTH, WIDTH, 4)
+            self.enc_out_class_embed = nn.Linear(WIDTH, architecture.num_labels)
+        elif architecture.two_stage:
+            self.pos_trans = nn.Linear(2 * WIDTH, 2 * WIDTH)
+            self.pos_trans_norm = nn.LayerNorm(2 * WIDTH)
+        else:
+            self.reference_points = nn.Linear(WIDTH, 2)
+
+
+class OfficialDetr(nn.Module):
+    """A frozen detector of the paper.
+
+    Args:
+        architecture: What it is made of.
+    """
+
+    transformer: Any
+    backbone: Any
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        a = architecture
+        self.num_queries = a.num_queries
+        # DINO's Swin and FocalNet have no "body" in their keys, H-DETR's Swin and ResNets have.
+        self.bare_backbone = a.scheme == "dino" and a.backbone.kind != "resnet"
+        self._backbone = [Backbone(a.backbone)]
+        holder = self._backbone[0].body if self.bare_backbone else self._backbone[0]
+        self.backbone = nn.ModuleList([holder])
+        channels = a.backbone.stage_channels[a.backbone.first_stage :]
+        projections = [nn.Conv2d(c, WIDTH, 1) for c in channels]
+        width = channels[-1]
+        for _ in range(a.num_levels - len(channels)):
+            projections.append(nn.Conv2d(width, WIDTH, 3, 2, 1))
+            width = WIDTH
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(conv, nn.GroupNorm(32, WIDTH)) for conv in projections
+        )
+        self.transformer = _Transformer(a)
+        if a.scheme == "dino":
+            self.label_enc = nn.Embedding(a.num_labels + 1, WIDTH)  # denoising, training only
+        elif a.scheme == "h-detr":
+            self.query_embed = nn.Embedding(a.table_rows, WIDTH)
+        elif not a.two_stage:
+            self.query_embed = nn.Embedding(a.table_rows or a.num_queries, 2 * WIDTH)
+        self._add_heads()
+
+    def _add_heads(self) -> None:
+        a = self.architecture
+        label, box = nn.Linear(WIDTH, a.num_labels), Mlp(WIDTH, WIDTH, WIDTH, 4)
+        own = a.scheme != "dino" and a.box_refine
+        count = a.num_layers + (1 if a.scheme != "dino" and a.two_stage else 0)
+
+        def heads(head: nn.Module) -> nn.ModuleList:
+            return nn.ModuleList(copy.deepcopy(head) if own else head for _ in range(count))
+
+        self.class_embed, self.bbox_embed = heads(label), heads(box)
+        # The published state dicts list the same heads again below the decoder.
+        if a.box_refine:
+            self.transformer.decoder.bbox_embed = self.bbox_embed
+        if a.two_stage:
+            self.transformer.decoder.class_embed = self.class_embed
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        padding_mask: Tensor | None = None,
+        keep_layers: tuple[int, ...] = (),
+    ) -> OfficialOutput:
+        """Run the detector.
+
+        Args:
+            pixel_values: Normalised images, zero where padded, shape (B, 3, H, W).
+            padding_mask: True where a pixel is padding, shape (B, H, W).
+            keep_layers: Encoder layers whose output is wanted, from 1.
+
+        Returns:
+            Everything a mask network may ask for.
+        """
+        if padding_mask is None:
+            padding_mask = no_padding(pixel_values)
+        stages, outputs = self._backbone[0](pixel_values)
+        memory, position = self._levels(outputs, padding_mask)
+        projected = memory.tokens
+        memory, kept = self.transformer.encoder(memory, position, keep_layers)
+        start = self._start(memory)
+        queries, references, logits, boxes = self._decode(start, memory)
+        return OfficialOutput(
+            class_logits=logits,
+            boxes_cxcywh_norm=boxes,
+            queries=queries,
+            references=references,
+            stages=stages,
+            sizes_hw=memory.sizes_hw,
+            projected=projected,
+            encoder_tokens=kept,
+            proposal_scores=start.scores,
+            proposal_index=start.index,
+        )
+
+    @property
+    def _eps(self) -> float:
+        return 1e-3 if self.architecture.scheme == "dino" else 1e-5
+
+    def _levels(self, outputs: list[Tensor], padding_mask: Tensor) -> tuple[Memory, Tensor]:
+        """Projected levels with masks, and position plus level embedding."""
+        temperature, offset = (20.0, 0.0) if self.architecture.scheme == "dino" else (10000.0, 0.5)
+        maps = [p(o) for p, o in zip(self.input_proj, outputs, strict=False)]
+        source = outputs[-1]
+        for extra in self.input_proj[len(outputs) :]:
+            source = extra(source)
+            maps.append(source)
+        masks = [
+            functional.interpolate(padding_mask[:, None].float(), size=m.shape[-2:])[:, 0] > 0.5
+            for m in maps
+        ]
+        like = maps[0]
+        position = torch.cat(
+            [
+                map_position(mask, temperature, offset, like) + self.transformer.level_embed[level]
+                for level, mask in enumerate(masks)
+            ],
+            dim=1,
+        )
+        memory = Memory(
+            torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1),
+            tuple((int(m.shape[-2]), int(m.shape[-1])) for m in maps),
+            torch.cat([m.flatten(1) for m in masks], dim=1),
+            torch.stack([valid_ratio(m, like) for m in masks], dim=1),
+        )
+        return memory, position
+
+    def _start(self, memory: Memory) -> _Start:
+        """Queries, their positions and their first reference boxes."""
+        batch, a, t = memory.tokens.shape[0], self.architecture, self.transformer
+        if not a.two_stage:
+            position, queries = self.query_embed.weight[: self.num_queries].split(WIDTH, dim=1)
+            position = position.expand(batch, -1, -1)
+            reference = t.reference_points(position).sigmoid()
+            return _Start(queries.expand(batch, -1, -1), reference, position)
+
+        def project(tokens: Tensor) -> Tensor:
+            projected: Tensor = t.enc_output_norm(t.enc_output(tokens))
+            return projected
+
+        features, proposals = encoder_proposals(memory, project)
+        if a.scheme == "dino":
+            scores = t.enc_out_class_embed(features).max(-1).values
+            logits = t.enc_out_bbox_embed(features) + proposals
+        else:
+            scores = self.class_embed[-1](features)[..., 0]
+            logits = self.bbox_embed[-1](features) + proposals
+        index = scores.topk(self.num_queries, dim=1).indices
+        reference = torch.take_along_dim(logits, index[..., None], dim=1).sigmoid()
+        if a.scheme == "dino":
+            table = t.tgt_embed.weight[: self.num_queries]
+            return _Start(table.expand(batch, -1, -1), reference, None, scores, index)
+        both = t.pos_trans_norm(t.pos_trans(box_position(reference, (0, 1, 2, 3))))
+        position, queries = both.split(WIDTH, dim=2)
+        if a.scheme == "h-detr":
+            # Mixed selection: learned content, by rank, at the position of the proposal.
+            queries = self.query_embed.weight[: self.num_queries].expand(batch, -1, -1)
+        return _Start(queries, reference, position, scores, index)
+
+    def _decode(self, start: _Start, memory: Memory) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """All decoder layers; the last one's queries give classes and boxes."""
+        dino = self.architecture.scheme == "dino"
+        queries, reference = start.queries, start.reference
+        references = [reference]
+        before = reference
+        decoder = self.transformer.decoder
+        for number, layer in enumerate(decoder.layers):
+            ratios = memory.valid_ratios[:, None]
+            scaled = reference[:, :, None] * ratios.repeat(1, 1, 1, reference.shape[-1] // 2)
+            position = start.position
+            if dino:
+                position = decoder.ref_point_head(box_position(scaled[:, :, 0], (1, 0, 2, 3)))
+            queries = layer(queries, position, scaled, memory)
+            before = reference
+            if self.architecture.box_refine:
+                reference = self._boxes(number, queries, reference)
+            references.append(reference)
+        queries = decoder.norm(queries) if dino else queries
+        last = len(decoder.layers) - 1
+        logits = self.class_embed[last](queries)
+        return queries, references, logits, self._boxes(last, queries, before)
+
+    def _boxes(self, layer: int, queries: Tensor, reference: Tensor) -> Tensor:
+        """Boxes relative to a reference, which may be a point."""
+        delta = self.bbox_embed[layer](queries)
+        base = inverse_sigmoid(reference, self._eps)
+        if base.shape[-1] == 2:
+            base = functional.pad(base, (0, 2))
+        boxes: Tensor = (delta + base).sigmoid()
+        return boxes

@@ -1,0 +1,102 @@
+"""Sine encodings and box arithmetic as the official detectors compute them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sine_frequencies(width: int, temperature: float, like: Tensor) -> Tensor:
+    """The divisors of an axis: T ** (2 * floor(i / 2) / width).
+
+    Args:
+        width: Channels of the axis.
+        temperature: T.
+        like: Gives dtype and device.
+
+    Returns:
+        Shape (width,).
+    """
+    steps = torch.arange(width, dtype=torch.float32, device=like.device)
+    exponent = 2 * torch.div(steps, 2, rounding_mode="floor") / width
+    return (temperature**exponent).to(like.dtype)
+
+
+def interleaved_sine(values: Tensor, width: int, temperature: float) -> Tensor:
+    """Sine and cosine pairs of values in radians.
+
+    Args:
+        values: Any shape.
+        width: Channels per value.
+        temperature: Of the frequencies.
+
+    Returns:
+        Shape (..., width).
+    """
+    angles = values[..., None] / sine_frequencies(width, temperature, values)
+    pairs = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1)
+    return pairs.flatten(-2)
+
+
+def map_position(padding_mask: Tensor, temperature: float, offset: float, like: Tensor) -> Tensor:
+    """Position encoding of a map, y half before x half, 128 channels each.
+
+    Args:
+        padding_mask: True where a cell is padding, shape (B, h, w).
+        temperature: 10000 (Deformable DETR, H-DETR) or 20 (DINO).
+        offset: Subtracted from the cell count: 0.5 (Deformable DETR, H-DETR) or 0 (DINO).
+        like: Gives the dtype.
+
+    Returns:
+        Shape (B, h * w, 256).
+    """
+    valid = (~padding_mask).to(like.dtype)
+    y, x = valid.cumsum(1), valid.cumsum(2)
+    y = (y - offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+    x = (x - offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+    parts = [interleaved_sine(axis, 128, temperature) for axis in (y, x)]
+    return torch.cat(parts, dim=-1).flatten(1, 2)
+
+
+def box_position(boxes_norm: Tensor, order: tuple[int, int, int, int]) -> Tensor:
+    """Position encoding of boxes, 128 channels per coordinate.
+
+    Args:
+        boxes_norm: Centre and size in [0, 1], shape (B, Q, 4).
+        order: Which coordinate comes first: (0, 1, 2, 3), or (1, 0, 2, 3) for DINO.
+
+    Returns:
+        Shape (B, Q, 512).
+    """
+    angles = boxes_norm[..., list(order)] * (2 * math.pi)
+    return interleaved_sine(angles, 128, 10000).flatten(-2)
+
+
+def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
+    """Logits of values in [0, 1].
+
+    Args:
+        values: Any shape.
+        eps: Least distance from 0 and 1: 1e-5 (Deformable DETR, H-DETR) or 1e-3 (DINO).
+
+    Returns:
+        The same shape.
+    """
+    values = values.clamp(0, 1)
+    return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
+
+
+def valid_ratio(padding_mask: Tensor, like: Tensor) -> Tensor:
+    """Valid share of a map along x and y.
+
+    Args:
+        padding_mask: Shape (B, h, w).
+        like: Gives the dtype.
+
+    Returns:
+        Shape (B, 2), width first.
+    """
+    _, height, width = padding_mask.shape
+    rows = (~padding_mask[:, :, 0]).sum(1).to(like.dtype) / height
+    columns = (~padding_mask[:, 0, :]).sum(1).to(like.dtype) / width
+    return torch.stack((columns, rows), dim=-1)
