@@ -6,6 +6,7 @@ import typer
 
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
+from mfdetr_cli.ablate import ablate
 from mfdetr_cli.cache import cache_app
 from mfdetr_cli.console import print_error
 from mfdetr_cli.demo import demo
@@ -25,6 +26,7 @@ app.command()(extract)
 app.command(name="train-head")(train_head)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(ablate)
 app.command()(demo)
 app.command()(detectors)
 app.add_typer(cache_app, name="cache")

@@ -68,6 +68,9 @@ def predict_masks(
         confidences = mask_iou_confidence(detections.class_scores, iou)
     else:
         confidences = mask_confidence(detections.class_scores, probs[position])
+    if not head.config.roialign:
+        # These masks lie over the whole image.
+        corners = corners.new_tensor([0, 0, 1, 1]).expand_as(corners)
     original = scale_boxes(corners, image.geometry.original_hw)
     return MaskPrediction(detections, confidences.double().numpy(), position, probs, original)
 

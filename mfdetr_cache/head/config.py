@@ -16,9 +16,12 @@ class HeadConfig:
         box_block: Block of the box feature encoder (Eq. 9, Table 3).
         box_layers: Its number of layers.
         hidden_dim: Channels after the channel mapper (Table 4).
+        roialign: Cut regions out of the fused map (Eq. 3). Without it the query is compared with
+            every cell of the image, as in two training-free rows of Table 1.
         roi_size: Output size of RoIAlign (Table 9); 8 or a larger multiple of 8.
         roi_sampling_ratio: Samples per RoIAlign bin along an axis; 0 adapts to the box.
         use_c1: Fuse the backbone's stride-4 map (Eq. 1, Table 1) where the cache has it.
+        upsample_without_c1: Without C1, bring the fused level to stride 4 all the same (Table 1).
         use_backbone_levels: Give backbone maps that stand in for missing encoder levels to the
             image encoder.
         fuse_stride: Stride of the level that is fused; 0 takes the finest. The paper's text has
@@ -37,9 +40,11 @@ class HeadConfig:
     box_block: BlockKind = "deformable"
     box_layers: int = 2
     hidden_dim: int = 128
+    roialign: bool = True
     roi_size: int = 32
     roi_sampling_ratio: int = 0
     use_c1: bool = True
+    upsample_without_c1: bool = False
     use_backbone_levels: bool = True
     fuse_stride: int = 0
     neck: bool = True
@@ -56,5 +61,10 @@ class HeadConfig:
             raise ValueError(f"hidden_dim must be a positive multiple of 8, not {self.hidden_dim}")
         if not 0 <= self.image_layers <= 8 or not 0 <= self.box_layers <= 8:
             raise ValueError("image_layers and box_layers must be 0 to 8")
+        if not self.roialign and (self.box_layers or self.query_b2o or self.mask_scoring):
+            raise ValueError(
+                "roialign=false leaves no regions for box_layers, query_b2o or mask_scoring; "
+                "switch them off"
+            )
         if self.roi_sampling_ratio < 0:
             raise ValueError("roi_sampling_ratio must be 0 (adaptive) or more")

@@ -43,23 +43,26 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.neck = neck
 
-    def forward(self, c1: Tensor | None, refined: Tensor) -> Tensor:
+    def forward(
+        self, c1: Tensor | None, refined: Tensor, size_hw: tuple[int, int] | None = None
+    ) -> Tensor:
         """Fuse the maps of equal-sized images.
 
         Args:
             c1: Backbone stage-1 map, shape (B, C1, H/4, W/4); None where there is none.
             refined: Refined encoder level, shape (B, D, h, w).
+            size_hw: Height and width of the result without C1; None keeps those of ``refined``.
 
         Returns:
-            The fused map, at the resolution of C1, or of ``refined`` without C1.
+            The fused map, at the resolution of C1 where there is one.
         """
+        if c1 is not None:
+            size_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
+        if size_hw is not None and tuple(refined.shape[-2:]) != size_hw:
+            refined = functional.interpolate(
+                refined, size=size_hw, mode="bilinear", align_corners=False
+            )
         if c1 is None:
             return refined
-        base = self.neck(c1) if self.neck is not None else c1
-        size = (int(c1.shape[-2]), int(c1.shape[-1]))
-        if refined.shape[-2:] != c1.shape[-2:]:
-            refined = functional.interpolate(
-                refined, size=size, mode="bilinear", align_corners=False
-            )
-        fused: Tensor = base + refined
+        fused: Tensor = (self.neck(c1) if self.neck is not None else c1) + refined
         return fused

@@ -16,6 +16,8 @@ class DeformableImageEncoder(nn.Module):
     """Deformable layers over all levels; gives back the one level that is fused.
 
     The last layer refines only that level's tokens: the others would be computed and thrown away.
+    Setting ``every_token`` computes them all the same, which changes nothing in the result; the
+    paper's MAC column counts them.
 
     Args:
         width: Channels of all levels.
@@ -37,6 +39,7 @@ class DeformableImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.fused_level = fused_level
+        self.every_token = False
         self.layers = nn.ModuleList(DeformableLayer(width, num_levels) for _ in range(num_layers))
         if level_embed is not None:
             self.register_buffer("level_embed", level_embed.clone())
@@ -70,9 +73,11 @@ class DeformableImageEncoder(nn.Module):
         wanted = slice(first, first + counts[self.fused_level])
         for layer in self.layers[:-1]:
             memory = layer(memory, position, centres, memory, sizes_hw)
+        chosen = slice(None) if self.every_token else wanted
         tokens: Tensor = self.layers[-1](
-            memory[:, wanted], position[wanted], centres[wanted], memory, sizes_hw
+            memory[:, chosen], position[chosen], centres[chosen], memory, sizes_hw
         )
+        tokens = tokens[:, wanted] if self.every_token else tokens
         refined: Tensor = tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
         return refined
 

@@ -41,7 +41,9 @@ class MaskHead(nn.Module):
         self.c1 = next((m for m in spec.maps if m.role == "c1"), None) if config.use_c1 else None
         width = max(m.channels for m in self.levels if m.role == "encoder")
         fused = _fused_level(config, self.levels)
-        self.fused_stride = self.c1.stride if self.c1 is not None else self.levels[fused].stride
+        self.fused_stride = self.levels[fused].stride
+        if self.c1 is not None or config.upsample_without_c1:
+            self.fused_stride = 4
         self.projections = nn.ModuleDict(
             {
                 m.name: Projection(m.channels, width)
@@ -99,11 +101,42 @@ class MaskHead(nn.Module):
         """
         if not len(batch.queries):
             return self._nothing(batch.queries)
-        regions = self.box_encoder(self.regions(batch))  # (R, r, r, d)
-        queries = self.query_encoder(batch.queries, regions.flatten(1, 2), batch.image_index)
+        if not self.config.roialign:
+            if len(batch.groups) != 1 or len(batch.groups[0].image_index) != 1:
+                raise HeadError("a head without RoIAlign takes one image at a time")
+            fused = self.fuse(batch.groups[0])
+            return HeadOutput(self.compare_with_image(fused, batch.queries), None)
+        return self.decode(self.regions(batch), batch.queries, batch.image_index)
+
+    def decode(self, regions: Tensor, queries: Tensor, image_index: Tensor) -> HeadOutput:
+        """From region features to masks (Eq. 4, 9-13).
+
+        Args:
+            regions: Shape (R, r, r, d).
+            queries: Shape (R, query_dim).
+            image_index: Image of each region, shape (R,).
+
+        Returns:
+            Mask logits and predicted IoUs.
+        """
+        regions = self.box_encoder(regions)
+        queries = self.query_encoder(queries, regions.flatten(1, 2), image_index)
         logits = self.predictor(self.map_query(queries), regions)
         iou = self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
         return HeadOutput(logits, iou)
+
+    def compare_with_image(self, fused: Tensor, queries: Tensor) -> Tensor:
+        """Each query with every cell of one image: Table 1 without RoIAlign.
+
+        Args:
+            fused: The fused map, shape (1, d, h, w).
+            queries: Shape (R, query_dim).
+
+        Returns:
+            Mask logits over the whole image, shape (R, h, w).
+        """
+        queries = self.map_query(self.query_encoder(queries, queries[:, None], queries[:, 0]))
+        return torch.einsum("rd,dhw->rhw", queries, fused[0])
 
     def _nothing(self, queries: Tensor) -> HeadOutput:
         """The output for no region at all."""
@@ -125,8 +158,32 @@ class MaskHead(nn.Module):
             maps = group.maps[m.name]
             levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
         c1 = group.maps[self.c1.name] if self.c1 is not None else None
-        fused: Tensor = self.map_features(self.fusion(c1, self.image_encoder(levels)))
+        height, width = group.input_hw
+        size = (-(-height // 4), -(-width // 4)) if self.config.upsample_without_c1 else None
+        refined = self.image_encoder(levels)
+        fused: Tensor = self.map_features(self.fusion(c1, refined, size))
         return fused
+
+    def align(self, fused: Tensor, rois: Tensor) -> Tensor:
+        """RoIAlign of a fused map (Eq. 3).
+
+        Args:
+            fused: Shape (B, d, h, w).
+            rois: Index of the image, then x0, y0, x1, y1 in network input pixels, shape (R, 5).
+
+        Returns:
+            Shape (R, r, r, d).
+        """
+        size = self.config.roi_size
+        aligned: Tensor = roi_align(
+            fused.contiguous(),
+            rois.to(fused.dtype),
+            (size, size),
+            spatial_scale=1 / self.fused_stride,
+            sampling_ratio=self.config.roi_sampling_ratio or -1,
+            aligned=True,
+        )
+        return aligned.permute(0, 2, 3, 1)
 
     def regions(self, batch: HeadBatch) -> Tensor:
         """Region features R_i (Eq. 3).
@@ -137,7 +194,6 @@ class MaskHead(nn.Module):
         Returns:
             RoIAlign of the fused map over each box, shape (R, r, r, d).
         """
-        size = self.config.roi_size
         parts, order = [], []
         for group in batch.groups:
             inside = torch.isin(batch.image_index, group.image_index).nonzero()[:, 0]
@@ -145,17 +201,8 @@ class MaskHead(nn.Module):
                 continue
             position = torch.searchsorted(group.image_index, batch.image_index[inside])
             boxes = batch.boxes_xyxy[inside]
-            fused = self.fuse(group)
-            rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1).to(fused.dtype)
-            aligned = roi_align(
-                fused.contiguous(),
-                rois,
-                (size, size),
-                spatial_scale=1 / self.fused_stride,
-                sampling_ratio=self.config.roi_sampling_ratio or -1,
-                aligned=True,
-            )
-            parts.append(aligned.permute(0, 2, 3, 1))
+            rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
+            parts.append(self.align(self.fuse(group), rois))
             order.append(inside)
         return torch.cat(parts)[torch.cat(order).argsort()]
 

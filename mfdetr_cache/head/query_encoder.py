@@ -52,7 +52,8 @@ class BoxToObject(nn.Module):
     Keys and values are linear in the region features, so their projections are applied to the
     query and to the attended sum instead of to all r x r cells: q.(W_k R + b_k) = (W_k^T q).R +
     const, and the constant leaves the softmax as it is. That is the same function with a thirtieth
-    of the multiplications at r = 32, d = 128.
+    of the multiplications at r = 32, d = 128. Setting ``folded`` to False projects all cells, as
+    the paper's MAC column counts.
 
     Args:
         query_width: Channels of the queries.
@@ -62,6 +63,7 @@ class BoxToObject(nn.Module):
     def __init__(self, query_width: int, region_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads_for(query_width)
+        self.folded = True
         self.query = _xavier(nn.Linear(query_width, query_width))
         self.key = _xavier(nn.Linear(region_width, query_width))
         self.value = _xavier(nn.Linear(region_width, query_width))
@@ -78,6 +80,11 @@ class BoxToObject(nn.Module):
         """
         heads = self.num_heads
         query = self.query(queries).unflatten(-1, (heads, -1))  # (R, H, D/H)
+        if not self.folded:
+            key = self.key(regions).unflatten(-1, (heads, -1)).transpose(1, 2)  # (R, H, cells, .)
+            value = self.value(regions).unflatten(-1, (heads, -1)).transpose(1, 2)
+            plain = functional.scaled_dot_product_attention(query[:, :, None], key, value)
+            return plain[:, :, 0].flatten(1)
         scale = query.shape[-1] ** -0.5
         key_weight = self.key.weight.unflatten(0, (heads, -1))  # (H, D/H, d)
         key_bias = self.key.bias.unflatten(0, (heads, -1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from mfdetr_cache.config import nearest, override
 from mfdetr_cache.errors import ConfigError
@@ -78,12 +79,38 @@ def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"--recipe: unknown recipe {name!r}{nearest(name, list(RECIPES))}")
     recipe = RECIPES[name]()
+    head_changes, train_changes = _split(assignments)
+    head = override(recipe.head, head_changes, "--set")
+    return Recipe(recipe.name, head, override(recipe.train, train_changes, "--set"))
+
+
+def split_settings(assignments: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of head and training from what was typed, checked.
+
+    Args:
+        assignments: Setting names to values as typed with ``--set``.
+
+    Returns:
+        Fields of HeadConfig and fields of TrainConfig, converted to their types.
+
+    Raises:
+        ConfigError: If a setting is unknown or a value cannot be used.
+    """
+    head, train = _split(assignments)
+    full_head = override(HeadConfig(), head, "--set")
+    full_train = override(TrainConfig(), train, "--set")
+    return (
+        {name: getattr(full_head, name) for name in head},
+        {name: getattr(full_train, name) for name in train},
+    )
+
+
+def _split(assignments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     of_head = {f.name for f in fields(HeadConfig)}
     of_train = {f.name for f in fields(TrainConfig)}
     for key in assignments:
         if key not in of_head | of_train:
             hint = nearest(key, sorted(of_head | of_train))
             raise ConfigError(f"--set: unknown setting {key!r}{hint}")
-    head = override(recipe.head, {k: v for k, v in assignments.items() if k in of_head}, "--set")
-    train = override(recipe.train, {k: v for k, v in assignments.items() if k in of_train}, "--set")
-    return Recipe(recipe.name, head, train)
+    head = {k: v for k, v in assignments.items() if k in of_head}
+    return head, {k: v for k, v in assignments.items() if k in of_train}

@@ -95,12 +95,14 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
         keep_freed_memory()
     torch.manual_seed(train.seed)
     head = MaskHead(config.recipe.head, cache.spec).to(device)
+    parameters = sum(p.numel() for p in head.parameters())
     document = run_document(config, train, cache, validation)
     training = _Training(config, train, cache, head, device, reporter)
     prepare_folder(config, document)
-    if config.resume:
+    if config.resume and (config.out / CHECKPOINT_FILE).is_file():
         training.restore(load_checkpoint(config.out))
-    parameters = sum(p.numel() for p in head.parameters())
+    if not parameters:
+        raise TrainingError("this head has no parameter to train; measure it with mfdetr ablate")
     reporter.say(
         f"recipe {config.recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} steps of "
         f"{train.batch_size} images ({training.epochs_of(train.steps):.1f} epochs of "

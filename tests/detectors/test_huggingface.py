@@ -160,5 +160,10 @@ def test_damaged_weights_and_other_models_are_named(tmp_path: Path, rtdetr_folde
 
 def test_every_family_is_listed() -> None:
     listed = list_detectors()
-    assert {d.model for d in listed if d.name == "hf"} == {"DEIMv2", "RT-DETR", "D-FINE", "Deformable DETR"}
+    assert {d.model for d in listed if d.name == "hf"} == {
+        "DEIMv2",
+        "RT-DETR",
+        "D-FINE",
+        "Deformable DETR",
+    }
     assert all(d.checked for d in listed)

@@ -1,0 +1,159 @@
+"""Parameters and multiply-adds of a mask network, counted while its modules run.
+
+The rule is the one under which the paper's columns agree with its architecture: a multiply-add of
+a linear layer, convolution, attention or dot product counts one, bilinear up-sampling 4 per output
+element, RoIAlign 17, and every residual, layer-scale or fusion step 1. Biases, activations,
+norms, softmax and the sampling of deformable attention are not counted. One image with 100 boxes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfdetr_cache.head.batch import MapGroup
+from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock
+from mfdetr_cache.head.blocks.deformable import DeformableLayer
+from mfdetr_cache.head.blocks.swin import SwinBlock
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.fusion import FeatureFusion
+from mfdetr_cache.head.image_encoder import DeformableImageEncoder
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.query_encoder import BoxToObject
+from mfdetr_cache.types import DetectorSpec, MapSpec
+
+BOXES = 100
+# Its maps have the mean sizes of COCO val2017 at a shorter side of 800: 56,200 cells at stride 4,
+# 14,100 at stride 8 and 18,784 tokens in four levels, each within 0.9 % of the mean.
+MEAN_COCO_INPUT_HW = (800, 1124)
+
+# Element-wise steps per output element: residuals, q scaling (Swin), layer scale (ConvNeXt).
+_STEPS: dict[type[nn.Module], int] = {DeformableLayer: 2, SwinBlock: 3, ConvNeXtBlock: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCost:
+    """What a mask network costs for one image with 100 boxes.
+
+    Attributes:
+        parameters: Trained parameters.
+        macs: Multiply-adds by the paper's rule, of the network as the paper describes it.
+        executed_macs: The same rule for what is computed here: no token of the last image-encoder
+            layer that nobody reads, and box-to-object attention with folded projections.
+    """
+
+    parameters: int
+    macs: int
+    executed_macs: int
+
+
+def hdetr_r50_spec() -> DetectorSpec:
+    """H-DETR with ResNet-50, the detector of the paper's ablations, as far as a head asks.
+
+    Returns:
+        Its maps, widths and outputs; no weights.
+    """
+    levels = [MapSpec(f"encoder{s}", "encoder", s, 256, "encoder layer 4") for s in (8, 16, 32, 64)]
+    return DetectorSpec(
+        name="h-detr-r50",
+        weights_sha256="",
+        num_queries=300,
+        query_dim=256,
+        num_labels=91,
+        score_function="sigmoid",
+        label_names=tuple(f"LABEL_{i}" for i in range(91)),
+        maps=(MapSpec("c1", "c1", 4, 256, "layer1"), *levels),
+        encoder_level_embed=((0.0,) * 256,) * 4,
+    )
+
+
+def head_cost(
+    config: HeadConfig, spec: DetectorSpec, input_hw: tuple[int, int] = MEAN_COCO_INPUT_HW
+) -> HeadCost:
+    """Count a head; nothing is computed, tensors have shapes only.
+
+    Args:
+        config: Its architecture.
+        spec: The detector.
+        input_hw: Network input size in pixels.
+
+    Returns:
+        Parameters and multiply-adds.
+    """
+    with torch.device("meta"):
+        head = MaskHead(config, spec).eval()
+        parameters = sum(p.numel() for p in head.parameters())
+        executed = _count(head, spec, input_hw)
+        for module in head.modules():
+            if isinstance(module, DeformableImageEncoder):
+                module.every_token = True
+            elif isinstance(module, BoxToObject):
+                module.folded = False
+        macs = _count(head, spec, input_hw)
+    return HeadCost(parameters, macs, executed)
+
+
+@torch.no_grad()
+def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int:
+    maps = {
+        m.name: torch.empty(1, m.channels, *(-(-side // m.stride) for side in input_hw))
+        for m in spec.maps
+    }
+    group = MapGroup(maps, input_hw, torch.zeros(1, dtype=torch.long))
+    queries = torch.empty(BOXES, spec.query_dim)
+    extra = [0]
+    counter = FlopCounterMode(display=False, custom_mapping=_SAMPLING)
+    with counter, _element_wise(head, extra):
+        fused = head.fuse(group)
+        if head.config.roialign:
+            regions = head.align(fused, torch.empty(BOXES, 5))
+            head.decode(regions, queries, torch.zeros(BOXES, dtype=torch.long))
+        else:
+            head.compare_with_image(fused, queries)
+    # The counter speaks of flops, two for a multiply-add.
+    return counter.get_total_flops() // 2 + extra[0]
+
+
+def _upsampling(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:  # noqa: ANN401
+    return 2 * 4 * math.prod(out_shape)
+
+
+def _alignment(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:  # noqa: ANN401
+    return 2 * 17 * math.prod(out_shape)
+
+
+_SAMPLING = {
+    torch.ops.aten.upsample_bilinear2d: _upsampling,
+    torch.ops.torchvision.roi_align: _alignment,
+}
+
+
+@contextmanager
+def _element_wise(head: MaskHead, total: list[int]) -> Iterator[None]:
+    """Add the residual, scaling and fusion steps of the blocks that run."""
+
+    def steps_of(steps: int) -> Any:  # noqa: ANN401
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            total[0] += steps * output.numel()
+
+        return hook
+
+    def fusion(_module: nn.Module, args: tuple[Tensor | None, ...], output: Tensor) -> None:
+        total[0] += output.numel() if args[0] is not None else 0
+
+    handles = []
+    for module in head.modules():
+        if type(module) in _STEPS:
+            handles.append(module.register_forward_hook(steps_of(_STEPS[type(module)])))
+        elif isinstance(module, FeatureFusion):
+            handles.append(module.register_forward_hook(fusion))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
