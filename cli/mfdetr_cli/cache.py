@@ -14,7 +14,7 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
-from mfdetr_cli.options import JsonOption
+from mfdetr_cli.options import DeviceOption, JsonOption
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after feature caches.")
 
@@ -78,29 +78,70 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte and compare its checksum.")
     ] = False,
+    live: Annotated[int, typer.Option(help="Run the detector again on N images and compare.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="The detector, for --live.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The images, for --live.")] = None,
+    device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
     """Check that a cache is whole. Exit code 1 names what is broken; nothing is changed.
 
-    Looks at sizes and shard indexes, with --full at every checksum.
+    Looks at sizes and shard indexes, with --full at every checksum, with --live at the detector.
 
     Example:
     mfdetr cache verify val2017.zarr --full
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_verify import run_verify
+    from mfdetr_pipelines.cache_verify import LiveSource, run_verify
 
-    summary = run_verify(cache, ConsoleReporter(), full=full)
+    source = LiveSource(weights, images, device) if weights and images else None
+    summary = run_verify(cache, ConsoleReporter(), full=full, live=live, source=source)
     write_json(json, {"cache": str(cache), **asdict(summary)})
     for fault in summary.faults[:20]:
         typer.echo(fault)
     if summary.faults:
         raise CheckFailedError(
-            f"{cache}: {len(summary.broken_parts)} of {summary.parts} parts are broken; delete "
-            "their manifests (views/base/status/manifest) and run the same extract again"
+            f"{cache}: {len(summary.faults)} faults, {len(summary.broken_parts)} of "
+            f"{summary.parts} parts are broken; mend them with: mfdetr cache repair {cache}"
         )
     how = "every byte read" if full else "sizes and indexes; --full reads every byte"
-    print_facts(
-        f"Cache {cache}",
-        {"whole": f"{summary.parts} parts, {human_bytes(summary.bytes_checked)} ({how})"},
-    )
+    facts = {"whole": f"{summary.parts} parts, {human_bytes(summary.bytes_checked)} ({how})"}
+    if summary.live_images:
+        facts["live"] = (
+            f"{summary.live_images} images as the detector gives them now, largest mean "
+            f"difference {summary.live_difference:.1e} of a map's spread"
+        )
+    print_facts(f"Cache {cache}", facts)
+
+
+@cache_app.command()
+def repair(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    weights: Annotated[str, typer.Option(help="The detector it was made with.")],
+    images: Annotated[Path, typer.Option(help="Its image folder.")],
+    annotations: Annotated[Path, typer.Option(help="Its annotation file.")],
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Extract again what is broken or missing, and nothing else.
+
+    Example:
+    mfdetr cache repair val2017.zarr --weights PekingU/rtdetr_r50vd --images val2017
+    --annotations annotations/instances_val2017.json
+    """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_repair import run_repair
+
+    summary = run_repair(cache, weights, images, annotations, ConsoleReporter(), device=device)
+    write_json(json, {"cache": str(cache), **asdict(summary)})
+    for fault in summary.faults[:20]:
+        typer.echo(fault)
+    if not summary.whole:
+        raise CheckFailedError(f"{cache} still has faults; see: mfdetr cache verify --full {cache}")
+    mended = "nothing was broken"
+    if summary.faults:
+        mended = (
+            f"{len(summary.parts)} parts extracted again ({summary.num_images} images), "
+            f"{summary.foundation_files} files of the foundation rewritten"
+        )
+    print_facts(f"Cache {cache}", {"whole": mended})

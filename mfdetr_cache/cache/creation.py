@@ -1,5 +1,6 @@
 """A new cache: its metadata and everything known before the detector runs, made in one go."""
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from mfdetr_cache.cache.manifest import foundation_path
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     FORMAT_NAME,
@@ -19,7 +21,7 @@ from mfdetr_cache.cache.schema import (
     Compression,
     row_arrays,
 )
-from mfdetr_cache.cache.shards import ZSTD_LEVEL
+from mfdetr_cache.cache.shards import ZSTD_LEVEL, crc32c, publish
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
@@ -113,10 +115,15 @@ def create_cache(path: Path, content: CacheContent) -> None:
                 **_codecs(content.layout.compression),
             )
             array.attrs.update(spec.attributes)
-    for folder, _, files in os.walk(partial):
-        for name in files:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
+    files: dict[str, dict[str, int]] = {}
+    for file in sorted(f for f in partial.rglob("*") if f.is_file()):
+        with file.open("rb") as opened:
+            data = opened.read()
+            os.fsync(opened.fileno())
+        key = file.relative_to(partial).as_posix()
+        files[key] = {"bytes": len(data), "crc32c": crc32c(data)}
+    text = json.dumps({"files": files}, indent=1, sort_keys=True)
+    publish(foundation_path(partial), [text.encode()])
     partial.rename(path)
 
 

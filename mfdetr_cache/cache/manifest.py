@@ -7,6 +7,8 @@ from typing import Any
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.errors import CacheError
 
+MEND = "mend it with: mfdetr cache repair"
+
 
 def manifest_path(path: Path, part: Part) -> Path:
     """Where the manifest of a part is.
@@ -37,6 +39,38 @@ def status_folder(path: Path, view: str = BASE_VIEW) -> Path:
     return path / "views" / view / "status"
 
 
+def foundation_path(path: Path) -> Path:
+    """Where the sizes and checksums of everything written at creation are kept.
+
+    Args:
+        path: The cache.
+
+    Returns:
+        Path of a JSON file.
+    """
+    return status_folder(path) / "manifest" / "foundation.json"
+
+
+def read_foundation(path: Path) -> dict[str, dict[str, int]]:
+    """Size and CRC-32C of every file written at creation, by store key.
+
+    Args:
+        path: The cache.
+
+    Returns:
+        Key to ``bytes`` and ``crc32c``.
+
+    Raises:
+        CacheError: If it is missing or damaged.
+    """
+    file = foundation_path(path)
+    try:
+        content: dict[str, dict[str, int]] = json.loads(file.read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CacheError(f"{file} is missing or damaged; {MEND}") from None
+    return content
+
+
 def read_manifest(path: Path, part: Part) -> dict[str, Any] | None:
     """The manifest of a part.
 
@@ -56,9 +90,7 @@ def read_manifest(path: Path, part: Part) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise CacheError(
-            f"{file} is damaged; delete this file and run the same extract again"
-        ) from None
+        raise CacheError(f"{file} is damaged; {MEND}") from None
     return content
 
 

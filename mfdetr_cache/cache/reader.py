@@ -214,6 +214,18 @@ class FeatureCache:
         first, last = self._columns["images/file_name_offset"][row : row + 2]
         return bytes(self._columns["images/file_name_utf8"][first:last]).decode()
 
+    def original_hw(self, row: int) -> tuple[int, int]:
+        """Annotated height and width of a row's image in pixels.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            Height and width.
+        """
+        height, width = self._columns["images/original_hw"][row]
+        return int(height), int(width)
+
     def geometry(self, row: int) -> ImageGeometry:
         """Sizes of a row's image in the view ``base``.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from mfdetr_cache.cache.manifest import manifest_path, read_manifest
+from mfdetr_cache.cache.manifest import manifest_path, read_foundation, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader
@@ -49,6 +49,26 @@ def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
     }
     for part in cache.layout.parts:
         yield _check_part(cache.path, part, indexed, full=full)
+
+
+def check_foundation(path: Path, *, full: bool) -> tuple[str, ...]:
+    """Check what was written when the cache was created: metadata, ground truth, transforms.
+
+    Args:
+        path: The cache.
+        full: Compare checksums too.
+
+    Returns:
+        One line per fault.
+    """
+    try:
+        files = read_foundation(path)
+    except CacheError as error:
+        return (str(error),)
+    faults = (
+        (key, _check_file(path / key, expected, full=full)) for key, expected in files.items()
+    )
+    return tuple(f"{key} {fault}" for key, fault in faults if fault is not None)
 
 
 def _check_part(path: Path, part: Part, indexed: dict[str, int], *, full: bool) -> PartCheck:

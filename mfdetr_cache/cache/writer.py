@@ -10,7 +10,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.manifest import manifest_path, part_is_whole, status_folder
+from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     ROW_OK,
@@ -89,7 +90,9 @@ class CacheWriter:
                         f"{path} exists and is no cache; nothing was touched, use another --cache"
                     )
                 create_cache(path, content)
-            _require_same_content(path, content)
+            require_same_content(path, content)
+            # A cache keeps the parts it was created with, whatever this version would choose.
+            content = replace(content, layout=FeatureCache.open(path).layout)
             lock = (status_folder(path) / ".writer.lock").open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,7 +322,16 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _require_same_content(path: Path, content: CacheContent) -> None:
+def require_same_content(path: Path, content: CacheContent) -> None:
+    """Refuse to write into a cache of something else.
+
+    Args:
+        path: The cache.
+        content: What would be written.
+
+    Raises:
+        CacheError: Naming the field that differs, or if there is no cache.
+    """
     try:
         attributes = json.loads((path / "zarr.json").read_bytes())["attributes"][ATTRIBUTES_KEY]
         identity = attributes["identity"]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mfdetr_cache.identity import Identity
+
 
 @dataclass(frozen=True, slots=True)
 class DetectorOptions:
@@ -20,3 +22,20 @@ class DetectorOptions:
     num_queries: int | None = None
     encoder_layer: int | None = None
     backbone_stride8: bool = True
+
+
+def options_of(identity: Identity) -> DetectorOptions:
+    """The options a cache or a head was made with.
+
+    Args:
+        identity: The detector identity kept with it.
+
+    Returns:
+        Options that give the same queries and maps.
+    """
+    settings = identity["settings"]
+    return DetectorOptions(
+        num_queries=identity["num_queries"],
+        encoder_layer=settings.get("encoder_layer"),
+        backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),
+    )

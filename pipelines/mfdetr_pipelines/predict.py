@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.head.folder import load_head, write_atomically
-from mfdetr_cache.identity import Identity, detector_identity, require_same
+from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.masks import encode_mask
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import StoredMap
@@ -199,23 +199,6 @@ def picture_names(files: Sequence[Path]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def options_of(identity: Identity) -> DetectorOptions:
-    """The detector options a head was trained with.
-
-    Args:
-        identity: The detector identity kept with the head.
-
-    Returns:
-        Options that give the same queries and maps.
-    """
-    settings = identity["settings"]
-    return DetectorOptions(
-        num_queries=identity["num_queries"],
-        encoder_layer=settings.get("encoder_layer"),
-        backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),
-    )
 
 
 def live_image(

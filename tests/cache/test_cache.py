@@ -345,7 +345,9 @@ def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheCo
 
 def test_a_damaged_manifest_is_named(filled: Path) -> None:
     manifest_path(filled, Part("base", 1)).write_text("{")
-    with pytest.raises(CacheError, match=r"000001\.json is damaged; delete this file"):
+    with pytest.raises(
+        CacheError, match=r"000001\.json is damaged; mend it with: mfdetr cache repair"
+    ):
         FeatureCache.open(filled).require_complete()
 
 

@@ -94,13 +94,13 @@ def test_verify_has_exit_code_1_for_a_fault(tmp_path: Path, drawn_cache: Path) -
     finished = mfdetr("cache", "verify", copy, "--json", tmp_path / "v.json")
     assert finished.returncode == 1
     assert "1 of 1 parts are broken" in finished.stderr
-    assert json.loads((tmp_path / "v.json").read_text())["broken_parts"] == [0]
+    assert json.loads((tmp_path / "v.json").read_text())["broken_parts"] == [["base", 0]]
     assert mfdetr("cache", "verify", tmp_path / "absent").returncode == 2
 
 
 def test_detectors_lists_and_writes(tmp_path: Path) -> None:
     assert "DEIMv2" in run("detectors", "--json", tmp_path / "d.json").output
-    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 4
+    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 11
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: Path) -> None:

@@ -1,0 +1,157 @@
+"""Cache repair: extract again what is broken or missing, and nothing else."""
+
+import contextlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mfdetr_cache.cache.creation import CacheContent, create_cache
+from mfdetr_cache.cache.manifest import foundation_path, manifest_path, read_manifest
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.verify import check_foundation
+from mfdetr_cache.cache.writer import require_same_content
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.protocols import Reporter
+from mfdetr_pipelines.cache_verify import run_verify
+from mfdetr_pipelines.extract import plan_cache, run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RepairSummary:
+    """What was mended.
+
+    Attributes:
+        faults: What was wrong, one line each.
+        parts: Parts that were extracted again.
+        foundation_files: Files from the creation of the cache that were written again.
+        num_images: Images that went through the detector again.
+        whole: Whether a full check found no fault afterwards.
+    """
+
+    faults: tuple[str, ...]
+    parts: tuple[Part, ...]
+    foundation_files: int
+    num_images: int
+    whole: bool
+
+
+def run_repair(
+    path: Path,
+    weights: str,
+    images: Path,
+    annotations: Path,
+    reporter: Reporter,
+    *,
+    device: str = "cpu",
+) -> RepairSummary:
+    """Find every fault, then run the cache's own extraction for these parts.
+
+    Args:
+        path: The cache.
+        weights: Folder, file or hub id of the detector it was made with.
+        images: Its image folder.
+        annotations: Its annotation file.
+        reporter: Who is told about progress.
+        device: Where the detector runs.
+
+    Returns:
+        What was mended.
+
+    Raises:
+        CacheError: If weights or annotations are not those of the cache; nothing was changed then.
+    """
+    cache = FeatureCache.open(path)
+    found = run_verify(path, reporter, full=True)
+    if not found.faults:
+        return RepairSummary((), (), 0, 0, whole=True)
+    config = config_of(cache, weights, images, annotations, device)
+    content = _content_of(config)
+    # Before anything is touched: another detector or dataset could only make it worse.
+    require_same_content(path, content)
+    mended = _mend_foundation(path, replace(content, layout=cache.layout))
+    for part in found.broken_parts:
+        manifest_path(path, part).unlink(missing_ok=True)
+    again = 0
+    if found.broken_parts:
+        again = run_extract(config, reporter).num_extracted
+    whole = not run_verify(path, reporter, full=True).faults
+    return RepairSummary(found.faults, found.broken_parts, mended, again, whole)
+
+
+def config_of(
+    cache: FeatureCache, weights: str, images: Path, annotations: Path, device: str
+) -> ExtractConfig:
+    """The extraction that made a cache.
+
+    Args:
+        cache: The cache.
+        weights: Folder, file or hub id of its detector.
+        images: Its image folder.
+        annotations: Its annotation file.
+        device: Where to run.
+
+    Returns:
+        The same settings.
+    """
+    identity, extra = cache.identity, cache.layout.views[1:]
+    return ExtractConfig(
+        detector=cache.spec.name.split(":")[0],
+        weights=weights,
+        images=images,
+        annotations=annotations,
+        cache=cache.path,
+        limit=cache.layout.num_rows,
+        device=device,
+        options=options_of(detector_identity(cache.spec)),
+        preset=cache.layout.preset,
+        compression=cache.layout.compression,
+        views=len(extra),
+        policy=extra[0].rsplit("-", 1)[0] if extra else "deformable-detr",  # type: ignore[arg-type]
+        view_seed=identity["view_seed"] or 0,
+        on_bad_image="skip" if _has_skipped(cache) else "stop",
+        force=True,
+    )
+
+
+def _has_skipped(cache: FeatureCache) -> bool:
+    """Whether images were left out, as far as the manifests can still be read."""
+    for part in cache.layout.parts:
+        with contextlib.suppress(CacheError):
+            if (read_manifest(cache.path, part) or {}).get("skipped"):
+                return True
+    return False
+
+
+def _content_of(config: ExtractConfig) -> CacheContent:
+    split = load_coco_split(config.annotations).first(config.limit)
+    return plan_cache(split, load_detector(config.detector, config.weights, config.options), config)
+
+
+def _mend_foundation(path: Path, content: CacheContent) -> int:
+    """Write what creation wrote again, elsewhere, and take over the files that are broken."""
+    if not check_foundation(path, full=True):
+        return 0
+    fresh = path.with_name(path.name + ".repair")
+    if fresh.exists():
+        raise CacheError(f"{fresh} is in the way; move it and run repair again")
+    create_cache(fresh, content)
+    mended = 0
+    try:
+        for file in (f for f in fresh.rglob("*") if f.is_file()):
+            target = path / file.relative_to(fresh)
+            if not target.is_file() or target.read_bytes() != file.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(target.name + ".partial")
+                shutil.copyfile(file, partial)
+                partial.replace(target)
+                mended += 1
+    finally:
+        shutil.rmtree(fresh)
+    assert foundation_path(path).is_file()
+    return mended

@@ -1,0 +1,138 @@
+"""verify --live and repair on a real extraction of drawn images."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mfdetr_pipelines.cache_repair import run_repair
+from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.extract import run_extract
+
+from mfdetr_cache.cache import schema
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.protocols import SilentReporter
+from tests.support.detectors import save_rtdetr
+from tests.support.scenes import extract_config
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, scenes_folder: Path, rtdetr_folder: Path
+) -> Path:
+    """Two views in four parts, int8. Repairing must keep these parts, not plan its own."""
+    path = tmp_path_factory.mktemp("repair") / "whole.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "PART_BYTES", 100_000)
+        config = extract_config(scenes_folder, str(rtdetr_folder), path, preset="int8", views=1)
+        run_extract(config, SilentReporter())
+    assert len(FeatureCache.open(path).layout.parts) == 4
+    return path
+
+
+@pytest.fixture
+def copy(tmp_path: Path, whole: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy.zarr"))
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def flip(file: Path, position: int = 60) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 4
+    file.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, Any] = {
+    "byte in a shard": lambda p: flip(p / "views/base/maps/c1/values/c/0/0"),
+    "byte in an index": lambda p: flip(p / "views/base/maps/c1/affine/c/1/0/0", -9),
+    "byte in a manifest": lambda p: flip(p / "views/base/status/manifest/000001.json", 2),
+    "no manifest": lambda p: (p / "views/base/status/manifest/000000.json").unlink(),
+    "no shard": lambda p: (p / "views/deformable-detr-0/queries/c/1/0/0").unlink(),
+    "empty shard": lambda p: (p / "views/base/class_logits/c/0/0/0").write_bytes(b""),
+    "byte in a column": lambda p: flip(p / "views/base/status/c/0", 8),
+    "byte in the ground truth": lambda p: flip(p / "views/base/ground_truth/run_length/c/0"),
+    "no file names": lambda p: (p / "images/file_name_utf8/c/0").unlink(),
+    "byte in the foundation": lambda p: flip(p / "views/base/status/manifest/foundation.json", 3),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_whatever_is_broken_is_found_and_mended(
+    copy: Path, whole: Path, scenes_folder: Path, rtdetr_folder: Path, damage: str
+) -> None:
+    DAMAGES[damage](copy)
+    assert run_verify(copy, SilentReporter(), full=True).faults
+    summary = run_repair(
+        copy,
+        str(rtdetr_folder),
+        scenes_folder / "images",
+        scenes_folder / "instances.json",
+        SilentReporter(),
+    )
+    assert summary.whole
+    assert summary.faults
+    # Only what was broken went through the detector again.
+    layout = FeatureCache.open(whole).layout
+    assert summary.num_images == sum(len(layout.rows_of_part(p.number)) for p in summary.parts)
+    assert len(summary.parts) == (0 if summary.foundation_files else 1)
+    assert files_of(copy) == files_of(whole)
+
+
+def test_a_whole_cache_is_left_alone(
+    copy: Path, whole: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
+    assert run_repair(copy, str(rtdetr_folder), *arguments).faults == ()
+    assert files_of(copy) == files_of(whole)
+
+
+def test_repair_with_another_detector_is_refused_and_changes_nothing(
+    copy: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    save_rtdetr(tmp_path / "other", seed=1)
+    DAMAGES["no shard"](copy)
+    before = files_of(copy)
+    with pytest.raises(CacheError, match=r"another cache: detector\.weights_sha256"):
+        run_repair(
+            copy,
+            str(tmp_path / "other"),
+            scenes_folder / "images",
+            scenes_folder / "instances.json",
+            SilentReporter(),
+        )
+    assert files_of(copy) == before
+
+
+def test_live_runs_the_detector_again(
+    whole: Path, scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
+) -> None:
+    source = LiveSource(str(rtdetr_folder), scenes_folder / "images")
+    summary = run_verify(whole, SilentReporter(), full=False, live=6, source=source)
+    assert summary.faults == ()
+    assert summary.live_images == 6
+    assert summary.live_difference < 1e-3
+    save_rtdetr(tmp_path / "other", seed=1)
+    other = LiveSource(str(tmp_path / "other"), scenes_folder / "images")
+    found = run_verify(whole, SilentReporter(), full=False, live=2, source=other).faults
+    assert "another detector: weights_sha256 is" in found[0]
+    with pytest.raises(CacheError, match="--live runs the detector again: give --weights"):
+        run_verify(whole, SilentReporter(), full=False, live=2)
+
+
+def test_live_notices_other_images(
+    whole: Path, scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
+) -> None:
+    """The one change no hash of the cache can see: pictures replaced under the same names."""
+    from PIL import Image, ImageOps
+
+    images = Path(shutil.copytree(scenes_folder / "images", tmp_path / "images"))
+    for file in images.iterdir():
+        ImageOps.invert(Image.open(file).convert("RGB")).save(file)
+    source = LiveSource(str(rtdetr_folder), images)
+    summary = run_verify(whole, SilentReporter(), full=False, live=2, source=source)
+    assert len(summary.faults) == 2
+    assert "is off by" in summary.faults[0]
