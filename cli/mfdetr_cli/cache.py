@@ -53,6 +53,12 @@ def info(
         "size": f"{human_bytes(about.stored_bytes)}, {human_bytes(about.bytes_per_image)} each, "
         f"{about.ratio:.2f} x smaller than float16",
     }
+    for found in about.certificates:
+        facts[f"certified {found.head[:8]}"] = (
+            f"mask AP {100 * found.AP:.2f}, {100 * found.AP_reference:.2f} on {found.reference} "
+            f"features: {100 * found.difference:+.2f} "
+            f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+        )
     for skip in about.skipped[:10]:
         facts[f"skipped {skip['image_id']}"] = str(skip["reason"])
     print_facts(f"Cache {cache}", facts)
@@ -145,3 +151,80 @@ def repair(
             f"{summary.foundation_files} files of the foundation rewritten"
         )
     print_facts(f"Cache {cache}", {"whole": mended})
+
+
+@cache_app.command()
+def certify(
+    cache: Annotated[Path, typer.Argument(help="The cache whose preset is measured.")],
+    head: Annotated[Path, typer.Option(help="Run folder of a trained head.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="A cache of the same images with finer features.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Compare with the live detector instead: its weights.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Its image folder.")] = None,
+    samples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 1000,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Measure what a preset costs in mask AP, and keep the result in the cache.
+
+    Example:
+    mfdetr cache certify val-int8.zarr --head runs/paper --reference val-fp16.zarr
+    """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_certify import CertifyConfig, run_certify
+    from mfdetr_pipelines.cache_verify import LiveSource
+
+    source = LiveSource(weights, images, device) if weights and images else None
+    config = CertifyConfig(cache, head, reference, source, samples, device)
+    found = run_certify(config, ConsoleReporter())
+    print_facts(
+        f"Cache {cache}",
+        {
+            f"AP on {found.reference}": f"{100 * found.AP_reference:.2f}",
+            f"AP on {found.preset}": f"{100 * found.AP:.2f}",
+            "difference": f"{100 * found.difference:+.2f}, 95 % interval "
+            f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}] over {found.images} images",
+        },
+    )
+    write_json(json, {"cache": str(cache), **asdict(found)})
+
+
+@cache_app.command()
+def bench(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    images: Annotated[int, typer.Option(help="How many random images are read.")] = 64,
+    json: JsonOption = None,
+) -> None:
+    """Measure how fast a cache is read on this disk, beside a plain read of the same bytes.
+
+    Example:
+    mfdetr cache bench train2017.zarr
+    """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_bench import run_bench
+
+    found = run_bench(cache, ConsoleReporter(), images=images)
+    rows = [
+        [
+            s.what,
+            str(s.threads),
+            "cold" if s.cold else "warm",
+            f"{s.images_per_second:.1f}",
+            f"{s.megabytes_per_second:.0f}",
+        ]
+        for s in sorted(found.speeds, key=lambda s: (s.cold, s.threads, s.what))
+    ]
+    columns = ["read by", "threads", "from", "images/s", "MB/s"]
+    print_table(f"{found.images} images, {human_bytes(found.bytes_per_image)} each", columns, rows)
+    print_facts(
+        "Against the floor",
+        {
+            "decoded": f"{found.ratio_decode:.2f} of a plain read and decode, warm",
+            "cold": f"{found.ratio_cold:.2f} of a plain read",
+            "recommended": f"--set num_threads={found.num_threads}",
+        },
+    )
+    write_json(json, {"cache": str(cache), **asdict(found)})

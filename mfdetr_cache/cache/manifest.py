@@ -39,6 +39,18 @@ def status_folder(path: Path, view: str = BASE_VIEW) -> Path:
     return path / "views" / view / "status"
 
 
+def certificates_folder(path: Path) -> Path:
+    """Where a cache keeps what was measured about its preset.
+
+    Args:
+        path: The cache.
+
+    Returns:
+        A folder, perhaps absent.
+    """
+    return status_folder(path) / "certificates"
+
+
 def foundation_path(path: Path) -> Path:
     """Where the sizes and checksums of everything written at creation are kept.
 

@@ -1,6 +1,7 @@
 """One view of a cache: what one pass of the detector over the dataset left."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,27 @@ class Columns:
             except (KeyError, ValueError, OSError, RuntimeError) as error:
                 raise CacheError(f"{self._path}: array {name} is damaged ({error})") from error
         return self._known[name]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Neighbouring chunks of one shard file that are read together.
+
+    Attributes:
+        path: The file.
+        offset: First byte.
+        size: Bytes.
+        chunks: Start and size of each chunk inside the range.
+        dtype: Type of the decoded values.
+        chunk_values: Values of a decoded chunk.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    chunks: tuple[tuple[int, int], ...]
+    dtype: np.dtype[Any]
+    chunk_values: int
 
 
 class CacheView:
@@ -188,6 +210,40 @@ class CacheView:
             view=self.name,
         )
 
+    def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
+        """What :meth:`read` reads from disk for a row, for measuring.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            One range per array.
+        """
+        part, index = divmod(row, self._cache.layout.images_per_part)
+        wanted = [(n, index, 1) for n in ("class_logits", "boxes_cxcywh_norm", "queries")]
+        for m in self._cache.spec.maps:
+            first, count = self._chunks_of_map(m.name, row)
+            wanted.append((f"maps/{m.name}/values", first, count))
+            if self._encoding.block_tokens:
+                wanted.append((f"maps/{m.name}/affine", first, count))
+            elif self._encoding.is_affine:
+                wanted.append((f"maps/{m.name}/affine", index, 1))
+        return tuple(self._byte_range(name, part, first, count) for name, first, count in wanted)
+
+    def _byte_range(self, name: str, part: int, first: int, count: int) -> ByteRange:
+        spec, shard = self.arrays[name], self._shard(name, part)
+        entries = [(int(o), int(n)) for o, n in shard.index[first : first + count]]
+        start = min(o for o, _ in entries)
+        size = max(o + n for o, n in entries) - start
+        return ByteRange(
+            shard.path,
+            start,
+            size,
+            tuple((o - start, n) for o, n in entries),
+            np.dtype(spec.dtype),
+            int(np.prod(spec.chunk)),
+        )
+
     def _table(self, name: str) -> NDArray[Any]:
         """A column over all rows, read chunk by chunk; rows of missing parts are zero."""
         if name not in self._tables:
@@ -221,9 +277,7 @@ class CacheView:
         spec = self.arrays[f"{base}/values"]
         height, width = (int(v) for v in self._table(f"{base}/hw")[row])
         part = row // self._cache.layout.images_per_part
-        assert spec.shard is not None
-        first = int(self._table(f"{base}/offset")[row]) - part * spec.shard[0]
-        chunk, count = first // spec.chunk[0], -(-height * width // spec.chunk[0])
+        chunk, count = self._chunks_of_map(name, row)
         values = self._chunks(f"{base}/values", part, chunk, count).reshape(-1, spec.shape[1])
         affine = None
         if self._encoding.is_affine:
@@ -236,6 +290,15 @@ class CacheView:
             affine = affine[: self._encoding.blocks(height * width)]
         channels = int(spec.attributes["channels"])
         return StoredMap((height, width), channels, self._encoding, values, affine)
+
+    def _chunks_of_map(self, name: str, row: int) -> tuple[int, int]:
+        """First chunk of a row inside its part, and how many there are."""
+        spec = self.arrays[f"maps/{name}/values"]
+        height, width = (int(v) for v in self._table(f"maps/{name}/hw")[row])
+        assert spec.shard is not None
+        part = row // self._cache.layout.images_per_part
+        first = int(self._table(f"maps/{name}/offset")[row]) - part * spec.shard[0]
+        return first // spec.chunk[0], -(-height * width // spec.chunk[0])
 
     def _chunks(self, name: str, part: int, first: int, count: int) -> NDArray[Any]:
         spec: ArraySpec = self.arrays[name]

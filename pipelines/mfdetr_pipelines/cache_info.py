@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_pipelines.cache_certify import Certificate, read_certificates
 from mfdetr_pipelines.extract import raw_bytes
 
 
@@ -55,6 +56,7 @@ class CacheInfo:
         ratio: Uncompressed bytes over stored ones.
         arrays: The large arrays.
         identity: The whole identity.
+        certificates: What its preset was measured to cost.
     """
 
     cache_id: str
@@ -78,6 +80,7 @@ class CacheInfo:
     ratio: float
     arrays: tuple[ArrayInfo, ...]
     identity: dict[str, Any]
+    certificates: tuple[Certificate, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -126,4 +129,5 @@ def describe_cache(path: Path) -> CacheInfo:
         ratio=raw_bytes(cache) / max(stored, 1),
         arrays=arrays,
         identity=cache.identity,
+        certificates=read_certificates(path),
     )

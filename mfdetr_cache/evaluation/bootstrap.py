@@ -1,0 +1,161 @@
+"""How sure a difference of two APs is: a paired bootstrap over images."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from mfdetr_cache.evaluation.coco_metrics import Result
+
+_RECALLS = np.linspace(0.0, 1.0, 101)
+
+
+@dataclass(frozen=True)
+class _CategoryMatches:
+    """Detections of one category by falling score, matched at ten IoU thresholds."""
+
+    image: NDArray[np.int64]  # (D,)
+    hit: NDArray[np.bool_]  # (T, D)
+    counted: NDArray[np.bool_]  # (T, D): not matched to a crowd
+    objects: NDArray[np.int64]  # (images,): objects to be found in each image
+
+
+class WeightedAP:
+    """AP of one list of results for any multiplicity of the images.
+
+    Args:
+        ground_truth: From ``coco_ground_truth``.
+        results: COCO results.
+        kind: Boxes or masks.
+    """
+
+    def __init__(
+        self, ground_truth: COCO, results: Sequence[Result], kind: Literal["bbox", "segm"]
+    ) -> None:
+        wanted = "bbox" if kind == "bbox" else "segmentation"
+        fields = ("image_id", "category_id", "score", wanted)
+        plain = [{key: r[key] for key in fields} for r in results]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(ground_truth, ground_truth.loadRes(plain), kind)
+            evaluation.params.areaRng = evaluation.params.areaRng[:1]
+            evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
+            evaluation.evaluate()
+        self.image_ids = tuple(int(i) for i in evaluation.params.imgIds)
+        count = len(self.image_ids)
+        found = evaluation.evalImgs
+        self._categories = [
+            matches
+            for start in range(0, len(found), count)
+            if (matches := _category(found[start : start + count])) is not None
+        ]
+
+    def __call__(self, multiplicity: NDArray[np.float64]) -> float:
+        """The AP when every image occurs so many times.
+
+        Args:
+            multiplicity: Shape (images,).
+
+        Returns:
+            COCO's AP in [0, 1]; -1 without any object.
+        """
+        values = [v for c in self._categories if (v := _average(c, multiplicity)) is not None]
+        return float(np.mean(values)) if values else -1.0
+
+
+def _category(images: list[dict[str, NDArray[np.float64]] | None]) -> _CategoryMatches | None:
+    scores, index, hits, counted = [], [], [], []
+    objects = np.zeros(len(images), dtype=np.int64)
+    for number, found in enumerate(images):
+        if found is None:
+            continue
+        objects[number] = int((np.asarray(found["gtIgnore"]) == 0).sum())
+        scores.append(np.asarray(found["dtScores"]))
+        index.append(np.full(len(found["dtScores"]), number))
+        ignored = np.asarray(found["dtIgnore"]).astype(bool)
+        hits.append(np.asarray(found["dtMatches"]) > 0)
+        counted.append(~ignored)
+    if not objects.any():
+        return None
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")
+    return _CategoryMatches(
+        np.concatenate(index)[order],
+        np.concatenate(hits, axis=1)[:, order],
+        np.concatenate(counted, axis=1)[:, order],
+        objects,
+    )
+
+
+def _average(matches: _CategoryMatches, multiplicity: NDArray[np.float64]) -> float | None:
+    """Mean over thresholds of precision at 101 recalls, as COCOeval accumulates it."""
+    total = float((matches.objects * multiplicity).sum())
+    if total == 0:
+        return None
+    weight = multiplicity[matches.image] * matches.counted
+    true = np.cumsum(weight * matches.hit, axis=1)
+    false = np.cumsum(weight * ~matches.hit, axis=1)
+    precision = true / np.maximum(true + false, np.spacing(1))
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    mean = 0.0
+    for recall, values in zip(true / total, envelope, strict=True):
+        place = np.searchsorted(recall, _RECALLS, side="left")
+        inside = place < len(values)
+        mean += float(values[place[inside]].sum()) / len(_RECALLS)
+    return mean / len(precision)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """The difference of two APs on the same images.
+
+    Attributes:
+        first: AP of the first results, in [0, 1].
+        second: AP of the second.
+        difference: Second minus first.
+        low: Lower end of the 95 % interval of the difference.
+        high: Its upper end.
+        samples: Bootstrap samples.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    samples: int
+
+
+def paired_bootstrap(
+    first: WeightedAP, second: WeightedAP, samples: int, seed: int = 0
+) -> PairedDifference:
+    """Draw images with replacement, the same for both, and look at the difference of the APs.
+
+    Args:
+        first: Results of one.
+        second: Results of the other, on the same images.
+        samples: How many draws.
+        seed: Of the draws.
+
+    Returns:
+        The difference with its 95 % percentile interval.
+
+    Raises:
+        ValueError: If the two are of different images.
+    """
+    if first.image_ids != second.image_ids:
+        raise ValueError("a paired bootstrap needs two results of the same images")
+    count = len(first.image_ids)
+    whole = np.ones(count)
+    random = np.random.default_rng(seed)
+    differences = []
+    for _ in range(samples):
+        drawn = np.bincount(random.integers(0, count, count), minlength=count).astype(np.float64)
+        differences.append(second(drawn) - first(drawn))
+    low, high = np.percentile(differences, (2.5, 97.5))
+    ours, theirs = first(whole), second(whole)
+    return PairedDifference(ours, theirs, theirs - ours, float(low), float(high), samples)
