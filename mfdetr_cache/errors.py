@@ -43,3 +43,7 @@ class HeadError(MfdetrError):
 
 class TrainingError(MfdetrError):
     """Training cannot go on (a loss that is not finite, nothing to learn from)."""
+
+
+# The end of every message about a damaged cache.
+MEND = "mend it with: mfdetr cache repair"

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
-from mfdetr_cache.errors import CacheError
-
-MEND = "mend it with: mfdetr cache repair"
+from mfdetr_cache.errors import MEND, CacheError
 
 
 def manifest_path(path: Path, part: Part) -> Path:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zarr
-
+from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.manifest import part_is_whole, read_manifest
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
@@ -18,7 +17,7 @@ from mfdetr_cache.cache.schema import (
     CacheLayout,
     Part,
 )
-from mfdetr_cache.cache.view import CacheView, Columns
+from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.types import CachedImage, DetectorSpec, GroundTruth, ImageGeometry
@@ -69,11 +68,8 @@ class FeatureCache:
         self.layout = CacheLayout.from_dict(attributes["layout"])
         self.categories: list[dict[str, Any]] = attributes["categories"]
         self.label_categories = tuple(int(c) for c in attributes["label_categories"])
-        self._group = zarr.open_group(str(path), mode="r")
-        self._columns = Columns(self._group, path)
-        self.views = {
-            view: CacheView(self, view, self._columns, self._group) for view in self.layout.views
-        }
+        self._columns = Columns(path)
+        self.views = {view: CacheView(self, view, self._columns) for view in self.layout.views}
 
     @classmethod
     def open(cls, path: Path | str) -> "FeatureCache":

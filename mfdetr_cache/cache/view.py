@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.manifest import part_is_whole
 from mfdetr_cache.cache.schema import ROW_OK, ArraySpec, Part, row_arrays
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
@@ -19,28 +19,6 @@ from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.reader import FeatureCache
-
-
-class Columns:
-    """Small arrays that were written when the cache was created, read once and kept in memory.
-
-    Args:
-        group: The cache.
-        path: Where it is, for messages.
-    """
-
-    def __init__(self, group: zarr.Group, path: Path) -> None:
-        self._group = group
-        self._path = path
-        self._known: dict[str, NDArray[Any]] = {}
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._known:
-            try:
-                self._known[name] = np.asarray(self._group[name][...])  # type: ignore[index]
-            except (KeyError, ValueError, OSError, RuntimeError) as error:
-                raise CacheError(f"{self._path}: array {name} is damaged ({error})") from error
-        return self._known[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +48,18 @@ class CacheView:
     Args:
         cache: The cache it belongs to.
         name: Its name.
-        columns: Arrays of the cache that are kept in memory.
-        group: The cache as Zarr sees it.
+        columns: The arrays the cache was created with.
 
     Attributes:
         name: Its name.
         arrays: Every array that was written part by part, by its name below the view.
     """
 
-    def __init__(
-        self, cache: "FeatureCache", name: str, columns: Columns, group: zarr.Group
-    ) -> None:
+    def __init__(self, cache: "FeatureCache", name: str, columns: Columns) -> None:
         self.name = name
         self.arrays = row_arrays(cache.spec, cache.layout, name)
         self._cache = cache
         self._columns = columns
-        self._group = group
         self._tables: dict[str, NDArray[Any]] = {}
         self._encoding = ENCODINGS[cache.layout.preset]
         self._raw = cache.layout.compression == "raw"
@@ -162,8 +136,8 @@ class CacheView:
         runs: tuple[NDArray[np.uint32], ...] = ()
         if last > first:
             start, stop = int(bounds[0]), int(bounds[-1])
-            # Read by slice: the run lengths of a whole dataset need not fit in memory.
-            flat = np.asarray(self._group[f"{base}/run_length"][start:stop])  # type: ignore[index]
+            # By slice: the run lengths of a whole dataset need not fit in memory.
+            flat = self._columns.slice(f"{base}/run_length", start, stop)
             runs = tuple(np.split(flat.astype(np.uint32), (bounds[1:-1] - start).tolist()))
 
         def column(name: str) -> NDArray[Any]:
@@ -304,8 +278,12 @@ class CacheView:
         spec: ArraySpec = self.arrays[name]
         shard = self._shard(name, part)
         length, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
-        decoded = [
-            decode_chunk(piece, dtype, length, f"{shard.path}, chunk {first + i}", raw=self._raw)
-            for i, piece in enumerate(shard.read(first, count))
-        ]
-        return decoded[0] if count == 1 else np.concatenate(decoded)
+        pieces = shard.read(first, count)
+        where = f"{shard.path}, chunk"
+        if count == 1:
+            return decode_chunk(pieces[0], dtype, length, f"{where} {first}", raw=self._raw)
+        values = np.empty(count * length, dtype)
+        for i, piece in enumerate(pieces):
+            place = values[i * length : (i + 1) * length]
+            decode_chunk(piece, dtype, length, f"{where} {first + i}", raw=self._raw, out=place)
+        return values

@@ -1,0 +1,103 @@
+"""A made-up cache in the geometry of H-DETR R50 at COCO sizes, for benchmarks."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.schema import Compression, plan_layout
+from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.coco.augmentation import identity_transform
+from mfdetr_cache.detectors.preprocess import shortest_edge_size
+from mfdetr_cache.head.cost import hdetr_r50_spec
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.masks import encode_mask, run_lengths_of_segmentation
+from mfdetr_cache.quantisation import Preset
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageGeometry
+
+# Common sizes of COCO images, height and width.
+COCO_SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (500, 375), (375, 500))
+
+
+def made_output(spec: DetectorSpec, input_hw: tuple[int, int], seed: int) -> DetectorOutput:
+    """Smooth random maps: C1 after a ReLU, encoder levels after a layer norm."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = {}
+    for m in spec.maps:
+        size = [-(-side // m.stride) for side in input_hw]
+        coarse = torch.randn(1, m.channels, *(-(-s // 3) for s in size), generator=generator)
+        values = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
+        values += 0.3 * torch.randn(values.shape, generator=generator)
+        maps[m.name] = values.relu() if m.role == "c1" else values
+    queries = spec.num_queries
+    return DetectorOutput(
+        torch.randn(1, queries, spec.num_labels, generator=generator) - 4,
+        torch.rand(1, queries, 4, generator=generator) * 0.4 + 0.3,
+        torch.randn(1, queries, spec.query_dim, generator=generator),
+        maps,
+    )
+
+
+def made_ground_truth(size_hw: tuple[int, int], count: int, seed: int) -> GroundTruth:
+    """Ellipses; COCO has 7.3 objects an image on average."""
+    random = np.random.default_rng(seed)
+    height, width = size_hw
+    y, x = np.mgrid[:height, :width]
+    boxes, runs, areas = [], [], []
+    for _ in range(count):
+        w, h = random.uniform(0.1, 0.5, 2) * (width, height)
+        x0, y0 = random.uniform(0, 1, 2) * (width - w, height - h)
+        mask = ((x - x0 - w / 2) / w) ** 2 + ((y - y0 - h / 2) / h) ** 2 <= 0.25
+        boxes.append((x0, y0, x0 + w, y0 + h))
+        runs.append(run_lengths_of_segmentation(encode_mask(mask), size_hw))
+        areas.append(float(mask.sum()))
+    return GroundTruth(
+        np.arange(1, count + 1),
+        np.ones(count, np.int64),
+        np.ones(count, np.int64),
+        np.array(boxes, np.float32),
+        np.array(areas),
+        np.zeros(count, np.bool_),
+        tuple(runs),
+    )
+
+
+def made_cache(
+    path: Path, preset: Preset, compression: Compression = "zstd", images: int = 12
+) -> Path:
+    """Write a cache of made-up images unless it is there."""
+    spec = hdetr_r50_spec()
+    sizes = [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
+    inputs = [shortest_edge_size(s, 800, 1333) for s in sizes]
+    content = CacheContent(
+        identity={
+            "detector": detector_identity(spec),
+            "dataset": {"name": "made", "annotations_sha256": "", "num_images": images},
+            "views": ["base"],
+            "view_seed": None,
+            "preset": preset,
+            "compression": compression,
+        },
+        spec=spec,
+        layout=plan_layout(spec, set(inputs), images, preset, compression),
+        image_ids=list(range(1, images + 1)),
+        file_names=[f"{i}.jpg" for i in range(images)],
+        original_sizes_hw=list(sizes),
+        categories=[{"id": 1, "name": "thing"}],
+        label_categories=(-1, 1, *(-1,) * 89),
+        views={
+            "base": ViewContent(
+                [identity_transform(s) for s in sizes],
+                [made_ground_truth(s, 7, i) for i, s in enumerate(sizes)],
+            )
+        },
+    )
+    with CacheWriter.open_or_create(path, content) as writer:
+        for part in writer.pending_parts():
+            writer.begin_part(part)
+            for row in writer.rows_of_part(part):
+                geometry = ImageGeometry(sizes[row], inputs[row], inputs[row])
+                writer.append(row, geometry, made_output(spec, inputs[row], row))
+            writer.seal_part()
+    return path

@@ -1,0 +1,63 @@
+"""Random whole-image reads in the geometry of H-DETR R50, against the floor and zarr-python.
+
+python benchmarks/read_speed.py [--images 12] [--folder DIR]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from geometry import made_cache
+from mfdetr_pipelines.cache_bench import run_bench
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.protocols import SilentReporter
+
+
+def zarr_seconds(path: Path) -> float:
+    """The same images through zarr-python's own reader, one after the other, warm."""
+    cache = FeatureCache.open(path)
+    group: Any = zarr.open_group(str(path), mode="r")["views/base"]
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        for row in np.random.default_rng(0).permutation(cache.rows):
+            group["class_logits"][row], group["boxes_cxcywh_norm"][row], group["queries"][row]
+            for m in cache.spec.maps:
+                place = group[f"maps/{m.name}"]
+                height, width = (int(v) for v in place["hw"][row])
+                first = int(place["offset"][row])
+                place["values"][first : first + height * width]
+                if "affine" in place:
+                    place["affine"][first // 64 : -(-(first + height * width) // 64)]
+        best = min(best, time.perf_counter() - started)
+    return best / len(cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        print("| preset | MB/image | images/s | of read + decode, warm | of pread, cold | zarr |")
+        print("|---|---|---|---|---|---|")
+        for preset, compression in (("int8", "zstd"), ("int8", "raw"), ("fp16", "zstd")):
+            path = folder / f"{preset}-{compression}.zarr"
+            made_cache(path, preset, compression, options.images)  # type: ignore[arg-type]
+            found = run_bench(path, SilentReporter(), images=options.images)
+            fastest = max(s.images_per_second for s in found.speeds if s.what == "cache")
+            print(
+                f"| {preset} {compression} | {found.bytes_per_image / 1e6:.1f} | {fastest:.1f} | "
+                f"{found.ratio_decode:.2f} | {found.ratio_cold:.2f} | "
+                f"{1 / zarr_seconds(path):.1f} images/s |"
+            )
+
+
+if __name__ == "__main__":
+    main()
