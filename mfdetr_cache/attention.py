@@ -81,11 +81,13 @@ def deformable_attention(
     parts = value.split([h * w for h, w in sizes_hw], dim=1)
     for level, (part, size_hw) in enumerate(zip(parts, sizes_hw, strict=True)):
         maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, *size_hw)
+        # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
+        precise = torch.promote_types(maps.dtype, torch.float32)
         found: Tensor = _SampleAndWeigh.apply(
-            maps,
-            grids[level].to(maps.dtype).contiguous(),
-            shares[level].to(maps.dtype).contiguous(),
+            maps.to(precise),
+            grids[level].to(precise).contiguous(),
+            shares[level].to(precise).contiguous(),
         )
         mixed = found if mixed is None else mixed + found
     assert mixed is not None
-    return mixed.view(batch, heads * width, num_queries).transpose(1, 2)
+    return mixed.view(batch, heads * width, num_queries).transpose(1, 2).to(value.dtype)

@@ -13,6 +13,7 @@ from mfdetr_cli.demo import demo
 from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
 from mfdetr_cli.extract import extract
+from mfdetr_cli.plan import plan
 from mfdetr_cli.predict import predict
 from mfdetr_cli.train_head import train_head
 
@@ -27,6 +28,7 @@ app.command(name="train-head")(train_head)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(ablate)
+app.command()(plan)
 app.command()(demo)
 app.command()(detectors)
 app.add_typer(cache_app, name="cache")

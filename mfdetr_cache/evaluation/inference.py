@@ -1,7 +1,7 @@
 """Masks for the detections of an image, from its cached maps and a trained head."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,12 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.errors import HeadError
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.masks import encode_mask, paste_mask_in_image
 from mfdetr_cache.types import CachedImage, DetectorSpec
+
+# The final score of a mask: class score times predicted IoU (Eq. 13), times mean probability inside
+# the mask (Eq. 2), or alone; ``auto`` is Eq. 13 where the head predicts IoUs, else Eq. 2.
+Scoring = Literal["auto", "iou", "mean", "class"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,11 @@ class MaskPrediction:
 
 @torch.no_grad()
 def predict_masks(
-    head: MaskHead, image: CachedImage, spec: DetectorSpec, device: torch.device
+    head: MaskHead,
+    image: CachedImage,
+    spec: DetectorSpec,
+    device: torch.device,
+    scoring: Scoring = "auto",
 ) -> MaskPrediction:
     """Run a head on one image.
 
@@ -47,9 +56,13 @@ def predict_masks(
         image: As cached, or as a live detector gave it.
         spec: The detector.
         device: Where the head is.
+        scoring: How the class score becomes the final one; see ``Scoring``.
 
     Returns:
         Detections, masks and final scores.
+
+    Raises:
+        HeadError: If Eq. 13 is asked for and the head predicts no IoU.
     """
     boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
     detections = detections_of(image, spec)
@@ -63,11 +76,16 @@ def predict_masks(
     )
     output = head(batch)
     probs = output.mask_logits.float().sigmoid().cpu()
-    if output.mask_iou is not None:
+    if scoring == "auto":
+        scoring = "mean" if output.mask_iou is None else "iou"
+    confidences = detections.class_scores
+    if scoring == "mean":
+        confidences = mask_confidence(detections.class_scores, probs[position])
+    elif scoring == "iou":
+        if output.mask_iou is None:
+            raise HeadError("this head predicts no mask IoU; score by mean or class instead")
         iou = output.mask_iou.float().cpu()[position, detections.labels]
         confidences = mask_iou_confidence(detections.class_scores, iou)
-    else:
-        confidences = mask_confidence(detections.class_scores, probs[position])
     if not head.config.roialign:
         # These masks lie over the whole image.
         corners = corners.new_tensor([0, 0, 1, 1]).expand_as(corners)

@@ -19,7 +19,12 @@ from mfdetr_cache.evaluation.coco_metrics import (
     coco_ground_truth,
     evaluate_results,
 )
-from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
+from mfdetr_cache.evaluation.inference import (
+    MaskPrediction,
+    Scoring,
+    masks_in_image,
+    predict_masks,
+)
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
@@ -40,6 +45,7 @@ class EvaluateConfig:
         device: Where the head runs.
         baselines: Also measure the floor and the ceiling.
         results: Write COCO results here.
+        scoring: How the class score becomes the final one.
     """
 
     cache: Path
@@ -47,6 +53,7 @@ class EvaluateConfig:
     device: str = "cpu"
     baselines: bool = True
     results: Path | None = None
+    scoring: Scoring = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,12 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     cache.require_complete()
     device = torch_device(config.device)
     summary, collected = measure(
-        cache, folder.head.to(device), device, reporter, baselines=config.baselines
+        cache,
+        folder.head.to(device),
+        device,
+        reporter,
+        baselines=config.baselines,
+        scoring=config.scoring,
     )
     if config.results is not None:
         write_atomically(config.results, _json_results(collected))
@@ -130,6 +142,7 @@ def measure(
     reporter: Reporter,
     *,
     baselines: bool,
+    scoring: Scoring = "auto",
 ) -> tuple[EvaluateSummary, list[Result]]:
     """Metrics of a head on a complete cache of the same detector.
 
@@ -139,6 +152,7 @@ def measure(
         device: Where it runs.
         reporter: Who is told about progress.
         baselines: Also measure the floor and the ceiling.
+        scoring: How the class score becomes the final one.
 
     Returns:
         The metrics, and the head's COCO mask results.
@@ -148,7 +162,10 @@ def measure(
     collected = _Collected()
     reporter.start("evaluate", len(cache), "images")
     for image in _images(cache, head.map_names):
-        _collect(collected, cache, image, head, device, baselines=baselines)
+        started_head = time.perf_counter()
+        prediction = predict_masks(head, image, cache.spec, device, scoring)
+        collected.head_seconds += time.perf_counter() - started_head
+        _collect(collected, cache, image, prediction, baselines=baselines)
         reporter.advance()
     reporter.finish()
     truth = coco_ground_truth(
@@ -185,15 +202,11 @@ def _collect(
     collected: _Collected,
     cache: FeatureCache,
     image: CachedImage,
-    head: MaskHead,
-    device: torch.device,
+    prediction: MaskPrediction,
     *,
     baselines: bool,
 ) -> None:
     size_hw, labels = image.geometry.original_hw, cache.label_categories
-    started = time.perf_counter()
-    prediction = predict_masks(head, image, cache.spec, device)
-    collected.head_seconds += time.perf_counter() - started
     detections, image_id = prediction.detections, image.image_id
     rles = masks_in_image(prediction, size_hw)
     collected.box += box_results(image_id, detections, labels)

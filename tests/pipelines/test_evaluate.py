@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate_results import run_evaluate_results
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import CacheError, HeadError
+from mfdetr_cache.errors import CacheError, DatasetError, HeadError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
@@ -106,3 +107,52 @@ def test_wrong_input_is_one_clear_line(
         run_evaluate(EvaluateConfig(torn, head), SilentReporter())
     assert scenes.load_annotations(scenes_folder)
     assert rtdetr_folder.is_dir()
+
+
+def test_the_final_score_can_be_chosen(drawn_cache: Path, tmp_path: Path, head: Path) -> None:
+    """Eq. 13, Eq. 2 and the class score alone order the same masks differently."""
+    results = {}
+    for scoring in ("auto", "iou", "mean", "class"):
+        path = tmp_path / f"{scoring}.json"
+        config = EvaluateConfig(drawn_cache, head, baselines=False, results=path, scoring=scoring)
+        run_evaluate(config, SilentReporter())
+        results[scoring] = json.loads(path.read_text())
+    assert results["auto"] == results["iou"]
+    scores = {s: [r["score"] for r in found] for s, found in results.items()}
+    assert scores["iou"] != scores["mean"] != scores["class"]
+    assert all(m <= c for m, c in zip(scores["mean"], scores["class"], strict=True))
+    masks = [[r["segmentation"] for r in found] for found in results.values()]
+    assert masks[0] == masks[1] == masks[2] == masks[3]
+
+
+def test_a_results_file_is_measured_as_the_run_that_wrote_it(
+    drawn_cache: Path, scenes_folder: Path, tmp_path: Path, head: Path
+) -> None:
+    path = tmp_path / "results.json"
+    wanted = run_evaluate(
+        EvaluateConfig(drawn_cache, head, baselines=False, results=path), SilentReporter()
+    )
+    found = run_evaluate_results(path, scenes_folder / "instances.json")
+    assert found.mask == wanted.mask
+    assert found.box is None or found.num_results > 0
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no list of results"),
+        ('[{"image_id": 1}]', "result 0 has no number 'category_id'"),
+        ('[{"image_id": 1, "category_id": 3, "score": 0.5}]', "result 0 is of image 1, which is"),
+        (
+            '[{"image_id": 100, "category_id": 3, "score": 0.5}]',
+            "have neither segmentation nor bbox",
+        ),
+    ],
+)
+def test_results_that_cannot_be_measured_are_named(
+    scenes_folder: Path, tmp_path: Path, document: str, message: str
+) -> None:
+    (tmp_path / "r.json").write_text(document)
+    with pytest.raises(DatasetError, match=message):
+        run_evaluate_results(tmp_path / "r.json", scenes_folder / "instances.json")

@@ -1,0 +1,327 @@
+"""Plan: what a cache of a dataset will cost in bytes and hours, and when it has paid for itself."""
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mfdetr_cache.cache.shards import encode_chunk
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.devices import torch_device
+from mfdetr_cache.errors import CacheError, DatasetError
+from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.quantisation import ENCODINGS, Encoding, Preset, encode_map
+from mfdetr_cache.types import DetectorOutput, DetectorSpec
+from mfdetr_pipelines.recipes import Recipe
+
+_BLOCK = 64 * 2**20
+# COCO has 7.3 objects an image; a training step sees about so many regions of each.
+_REGIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PlanConfig:
+    """What ``mfdetr plan`` is told.
+
+    Attributes:
+        detector: Name of the detector.
+        weights: Its folder, file or hub id.
+        annotations: COCO instances JSON.
+        recipe: The head that will be trained.
+        images: Image folder, to measure on real pictures; None measures on noise, whose features
+            compress less.
+        disk: Where the cache would go.
+        sample: Images to measure on.
+        disk_seconds: How long the disk is written to; a drive's write cache must be passed.
+        epochs: Length of one training.
+        views: Augmented views beside the plain one.
+        device: Where detector and head would run.
+        options: What the user chose about the detector.
+    """
+
+    detector: str
+    weights: str
+    annotations: Path
+    recipe: Recipe
+    images: Path | None = None
+    disk: Path | None = None
+    sample: int = 8
+    disk_seconds: float = 10.0
+    epochs: float = 6.0
+    views: int = 0
+    device: str = "cpu"
+    options: DetectorOptions = field(default_factory=DetectorOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class PresetPlan:
+    """What one preset costs.
+
+    Attributes:
+        preset: Its name.
+        ratio: Uncompressed codes over stored bytes, measured.
+        bytes_per_image: Stored bytes per image and view.
+        total_bytes: Of the whole cache.
+        fits: Whether the disk has room for it.
+        extract_hours: To fill it: the slower of detector and disk.
+        cached_hours: Of one training from it: the slower of head and disk.
+        pays_after: The training after which the cache has cost less than training live; None if
+            it never does.
+    """
+
+    preset: Preset
+    ratio: float
+    bytes_per_image: float
+    total_bytes: float
+    fits: bool
+    extract_hours: float
+    cached_hours: float
+    pays_after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        images: Images of the dataset.
+        views: Passes per image.
+        sample: Images measured on.
+        detector_seconds: Of the detector per image, mean.
+        head_seconds: Of a training step of the head per image, mean.
+        disk: Where the cache would go.
+        free_bytes: Room there.
+        write_bytes_per_second: Sustained.
+        read_bytes_per_second: From the disk, not from memory.
+        live_hours: Of one training with the detector in the loop.
+        presets: One plan per preset.
+    """
+
+    images: int
+    views: int
+    sample: int
+    detector_seconds: float
+    head_seconds: float
+    disk: str
+    free_bytes: int
+    write_bytes_per_second: float
+    read_bytes_per_second: float
+    live_hours: float
+    presets: tuple[PresetPlan, ...]
+
+
+def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
+    """Measure detector, head and disk on a sample, and scale up to the dataset.
+
+    Args:
+        config: What is planned.
+        reporter: Who is told about progress.
+
+    Returns:
+        The plan. Nothing is left on disk.
+
+    Raises:
+        DatasetError: If the annotations or images cannot be used.
+        DetectorError: If the detector cannot be loaded.
+        CacheError: If the disk cannot be written.
+    """
+    if config.sample < 1 or config.views < 0 or config.epochs <= 0:
+        raise DatasetError("--sample and --epochs must be above 0, --views 0 or more")
+    split = load_coco_split(config.annotations)
+    device = torch_device(config.device)
+    detector = load_detector(config.detector, config.weights, config.options).to(device)
+    reporter.say(f"measuring on {config.sample} images")
+    outputs, detector_seconds = _sample(config, split, detector, device, reporter)
+    head_seconds = _head_seconds(config.recipe, detector.spec, outputs, device)
+    folder = (config.disk or Path.cwd()).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    reporter.say(f"writing to {folder} for {config.disk_seconds:g} s")
+    write_speed, read_speed = disk_speed(folder, config.disk_seconds)
+    free = shutil.disk_usage(folder).free
+    passes = 1 + config.views
+    count = len(split.images)
+    shown = config.epochs * count
+    live = shown * (detector_seconds + head_seconds) / 3600
+    presets = []
+    for preset, encoding in ENCODINGS.items():
+        ratio = _compression(outputs, detector.spec, encoding)
+        each = _mean_bytes(split, detector, encoding) / ratio
+        total = each * count * passes
+        extract = count * passes * max(detector_seconds, each / write_speed) / 3600
+        cached = shown * max(head_seconds, each / read_speed) / 3600
+        pays = math.ceil(extract / (live - cached)) if live > cached else None
+        presets.append(PresetPlan(preset, ratio, each, total, total < free, extract, cached, pays))
+    return Plan(
+        images=count,
+        views=passes,
+        sample=len(outputs),
+        detector_seconds=detector_seconds,
+        head_seconds=head_seconds,
+        disk=str(folder),
+        free_bytes=free,
+        write_bytes_per_second=write_speed,
+        read_bytes_per_second=read_speed,
+        live_hours=live,
+        presets=tuple(presets),
+    )
+
+
+def _sample(
+    config: PlanConfig,
+    split: CocoSplit,
+    detector: Detector,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[list[DetectorOutput], float]:
+    """Outputs for images spread over the dataset, and the mean time of the detector."""
+    chosen = np.linspace(0, len(split.images) - 1, min(config.sample, len(split.images)))
+    outputs, seconds = [], []
+    reporter.start("detector", len(chosen), "images")
+    for position in chosen:
+        entry = split.images[int(position)]
+        if config.images is not None:
+            image = load_image(config.images / entry.file_name, entry.size_hw)
+            pixels = detector.preprocess(image)[None].to(device)
+        else:
+            size = detector.input_geometry(entry.size_hw).input_hw
+            pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        started = time.perf_counter()
+        output = detector.forward(pixels)
+        on_cpu = {name: values.cpu() for name, values in output.maps.items()}
+        seconds.append(time.perf_counter() - started)
+        outputs.append(
+            DetectorOutput(
+                output.class_logits.cpu(),
+                output.boxes_cxcywh_norm.cpu(),
+                output.queries.cpu(),
+                on_cpu,
+            )
+        )
+        reporter.advance()
+    reporter.finish()
+    # The first call warms up.
+    return outputs, float(np.mean(seconds[1:] or seconds))
+
+
+def _head_seconds(
+    recipe: Recipe, spec: DetectorSpec, outputs: Sequence[DetectorOutput], device: torch.device
+) -> float:
+    """Forward and backward of the head for one image, the fastest of three."""
+    head = MaskHead(recipe.head, spec).to(device).train()
+    output = outputs[-1]
+    maps = {name: values.to(device) for name, values in output.maps.items()}
+    finest = min(spec.maps, key=lambda m: m.stride)
+    height, width = (int(s) * finest.stride for s in maps[finest.name].shape[-2:])
+    boxes = torch.rand(_REGIONS, 2, generator=torch.Generator().manual_seed(0)) * 0.5
+    corners = torch.cat((boxes, boxes + 0.3), dim=1) * torch.tensor([width, height, width, height])
+    batch = HeadBatch(
+        (MapGroup(maps, (height, width), torch.zeros(1, dtype=torch.long, device=device)),),
+        output.queries[0, :_REGIONS].to(device),
+        corners.to(device),
+        torch.zeros(_REGIONS, dtype=torch.long, device=device),
+    )
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        result = head(batch)
+        loss = result.mask_logits.square().mean()
+        if result.mask_iou is not None:
+            loss = loss + result.mask_iou.square().mean()
+        loss.backward()
+        float(loss.detach())  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _row_bytes(spec: DetectorSpec) -> int:
+    """Queries, logits and boxes of one image."""
+    return spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
+
+
+def _mean_bytes(split: CocoSplit, detector: Detector, encoding: Encoding) -> float:
+    """Mean uncompressed bytes of an image, from the real sizes of the dataset."""
+    spec = detector.spec
+    total = 0.0
+    sizes: dict[tuple[int, int], int] = {}
+    for entry in split.images:
+        size = detector.input_geometry(entry.size_hw).input_hw
+        sizes[size] = sizes.get(size, 0) + 1
+    for (height, width), count in sizes.items():
+        each = float(_row_bytes(spec))
+        for m in spec.maps:
+            tokens = -(-height // m.stride) * -(-width // m.stride)
+            each += tokens * encoding.columns(m.channels) * (1 if encoding.is_affine else 2)
+            if encoding.is_affine:
+                each += encoding.blocks(tokens) * m.channels * 4
+        total += count * each
+    return total / len(split.images)
+
+
+def _compression(
+    outputs: Sequence[DetectorOutput], spec: DetectorSpec, encoding: Encoding
+) -> float:
+    """Uncompressed over stored bytes on the sample."""
+    plain = stored = 0
+    for output in outputs:
+        for m in spec.maps:
+            tokens = output.maps[m.name][0].flatten(1).T.numpy()
+            for part in encode_map(tokens, encoding):
+                if part is not None:
+                    plain += part.nbytes
+                    stored += len(encode_chunk(part))
+        row = output.queries.half().numpy()
+        plain += row.nbytes + output.class_logits.nbytes + output.boxes_cxcywh_norm.nbytes
+        stored += len(encode_chunk(row)) + len(encode_chunk(output.class_logits.numpy()))
+        stored += len(encode_chunk(output.boxes_cxcywh_norm.numpy()))
+    return plain / stored
+
+
+def disk_speed(folder: Path, seconds: float) -> tuple[float, float]:
+    """Sustained speed of a disk with data that do not compress.
+
+    Args:
+        folder: Where a temporary file is written, and removed again.
+        seconds: How long to write; at most a tenth of the free room is used.
+
+    Returns:
+        Bytes per second written, and read back from the disk where the system lets us.
+
+    Raises:
+        CacheError: If the folder cannot be written to.
+    """
+    block = np.random.default_rng(0).integers(0, 256, _BLOCK, dtype=np.uint8).tobytes()
+    most = max(1, shutil.disk_usage(folder).free // 10 // _BLOCK)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            written = 0
+            while written < most and time.perf_counter() - started < seconds:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                written += 1
+            write_seconds = time.perf_counter() - started
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            started = time.perf_counter()
+            read = 0
+            while time.perf_counter() - started < seconds / 2 and file.read(_BLOCK):
+                read += 1
+            read_seconds = time.perf_counter() - started
+    except OSError as error:
+        raise CacheError(f"--disk {folder} cannot be written to: {error.strerror}") from error
+    return written * _BLOCK / write_seconds, read * _BLOCK / max(read_seconds, 1e-9)
