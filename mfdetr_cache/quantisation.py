@@ -135,6 +135,9 @@ def encode_map(
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(tokens, dtype=np.float16), None
     count, channels = tokens.shape
+    if not count:
+        columns = encoding.columns(channels)
+        return np.zeros((0, columns), np.uint8), np.zeros((0, 2, channels), np.float16)
     block = encoding.block_tokens or count
     blocks = encoding.blocks(count)
     values = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.float32))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.quantisation import StoredMap
 
-MapRole = Literal["encoder", "backbone", "c1"]
+MapRole = Literal["encoder", "backbone", "c1", "c1_roi"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class MapSpec:
     Attributes:
         name: Its name in a cache, such as ``encoder16`` or ``c1``.
         role: ``encoder`` for the detector's own multi-scale encoder, ``backbone`` for a backbone
-            map added because the encoder has none at that stride, ``c1`` for the first stage.
+            map added because the encoder has none at that stride, ``c1`` for the first stage,
+            ``c1_roi`` for crops of it in a cache.
         stride: Network input pixels per cell, along both axes.
         channels: Number of channels.
         source: Where in the detector it is taken, in words.
@@ -167,6 +168,27 @@ class GroundTruth:
 
 
 @dataclass(frozen=True, slots=True)
+class C1Crops:
+    """What a cache keeps of C1 in place of the map: enough for the same training, exactly.
+
+    RoIAlign is linear in each channel and commutes with a 1x1 convolution; the group norm of the
+    neck needs the map's first two moments only.
+
+    Attributes:
+        query_index: Query of each crop, int64, shape (n,).
+        crops: RoIAlign of C1 over the predicted boxes, one below the other, shape (n * r, r, C).
+        moments: Mean of c c^T over the cells in the first C rows, mean of c in the last; float32,
+            shape (C + 1, C).
+        c1_hw: Height and width of the map in cells.
+    """
+
+    query_index: NDArray[np.int64]
+    crops: StoredMap
+    moments: NDArray[np.float32]
+    c1_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class CachedImage:
     """One image as a cache gives it back. Maps are token-major: row-major cells by channels.
 
@@ -181,6 +203,7 @@ class CachedImage:
         maps: Map name to the map as stored; ``np.asarray`` gives its values, shape (h, w, C).
         ground_truth: The annotated objects.
         view: Name of the view; sizes, boxes and ground truth are those of the view's image.
+        c1_crops: Crops of C1 where the cache keeps these instead of the map.
     """
 
     row: int
@@ -193,3 +216,4 @@ class CachedImage:
     maps: dict[str, StoredMap]
     ground_truth: GroundTruth
     view: str = "base"
+    c1_crops: C1Crops | None = None

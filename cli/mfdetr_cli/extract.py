@@ -45,6 +45,17 @@ def extract(
     compression: Annotated[
         Literal["zstd", "raw"], typer.Option(help="Compress chunks, or leave them as they are.")
     ] = "zstd",
+    c1: Annotated[
+        Literal["full", "roi", "none"],
+        typer.Option(
+            help="Keep the stride-4 map whole; as crops around matched queries (training only); "
+            "or not at all."
+        ),
+    ] = "full",
+    roi_size: Annotated[int, typer.Option(help="Cells of a crop, for --c1 roi.")] = 32,
+    roi_sampling_ratio: Annotated[
+        int, typer.Option(help="RoIAlign samples per bin, for --c1 roi; 0 adapts to the box.")
+    ] = 0,
     views: Annotated[
         int, typer.Option(help="Augmented passes per image beside the plain one; for training.")
     ] = 0,
@@ -88,6 +99,9 @@ def extract(
         options=DetectorOptions(num_queries, encoder_layer, backbone_stride8),
         preset=dtype,
         compression=compression,
+        c1=c1,
+        roi_size=roi_size,
+        roi_sampling_ratio=roi_sampling_ratio,
         views=views,
         policy=view_policy,
         view_seed=view_seed,

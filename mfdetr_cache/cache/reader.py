@@ -16,6 +16,7 @@ from mfdetr_cache.cache.schema import (
     FORMAT_VERSION,
     CacheLayout,
     Part,
+    stored_maps,
 )
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.errors import CacheError
@@ -124,6 +125,21 @@ class FeatureCache:
                 f"{len(self.layout.parts)} parts are missing; run the same extract again"
             )
 
+    def require_c1_map(self, purpose: str) -> None:
+        """Refuse a cache that holds C1 only around matched queries.
+
+        Args:
+            purpose: What the whole map is needed for.
+
+        Raises:
+            CacheError: Naming the mode.
+        """
+        if self.layout.c1 == "roi":
+            raise CacheError(
+                f"{self.path} was extracted with --c1 roi: it holds C1 around matched queries only "
+                f"and cannot serve {purpose}; extract this split with --c1 full"
+            )
+
     @property
     def base(self) -> CacheView:
         """The plain test-time view."""
@@ -170,7 +186,7 @@ class FeatureCache:
                 ("queries", spec.query_dim),
             )
         ]
-        for m in spec.maps:
+        for m in stored_maps(spec, self.layout):
             for kind in ("values", "affine"):
                 name = f"maps/{m.name}/{kind}"
                 if name in arrays:

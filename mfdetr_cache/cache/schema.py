@@ -1,6 +1,6 @@
 """What is in a cache and under which name: the format of ``docs/cache-format.md`` as data."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from mfdetr_cache.errors import CacheError
@@ -22,6 +22,10 @@ CHUNK_BYTES = 2**20
 TOKEN_MULTIPLE = 64
 
 Compression = Literal["zstd", "raw"]
+C1Mode = Literal["full", "roi", "none"]
+C1_ROI = "c1_roi"
+# COCO has 7.3 objects an image; only the size of parts hangs on this.
+_TYPICAL_CROPS = 8
 
 
 class Part(NamedTuple):
@@ -94,6 +98,21 @@ class MapLayout:
     part_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class C1RoiLayout:
+    """How crops of C1 are stored.
+
+    Attributes:
+        roi_size: Cells of a crop along both axes.
+        sampling_ratio: Samples per RoIAlign bin along an axis; 0 adapts to the box.
+        max_crops: Most crops of any row.
+    """
+
+    roi_size: int
+    sampling_ratio: int
+    max_crops: int
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """How rows, parts and tokens hang together; fixed when a cache is created.
@@ -105,6 +124,8 @@ class CacheLayout:
         compression: How chunks are compressed.
         views: Names of the views, ``base`` first.
         maps: Layout of every map by name, the same in every view.
+        c1: Whether C1 is stored whole, as crops around matched queries, or not at all.
+        c1_roi: How the crops are stored, where they are.
     """
 
     num_rows: int
@@ -113,6 +134,8 @@ class CacheLayout:
     compression: Compression
     views: tuple[str, ...]
     maps: dict[str, MapLayout]
+    c1: C1Mode = "full"
+    c1_roi: C1RoiLayout | None = None
 
     @property
     def parts_per_view(self) -> int:
@@ -144,6 +167,8 @@ class CacheLayout:
             "preset": self.preset,
             "compression": self.compression,
             "views": list(self.views),
+            "c1": self.c1,
+            "c1_roi": None if self.c1_roi is None else asdict(self.c1_roi),
             "maps": {
                 name: {"chunk_tokens": m.chunk_tokens, "part_tokens": m.part_tokens}
                 for name, m in self.maps.items()
@@ -174,6 +199,8 @@ class CacheLayout:
             values["compression"],
             tuple(values["views"]),
             {name: MapLayout(**m) for name, m in values["maps"].items()},
+            values["c1"],
+            None if values["c1_roi"] is None else C1RoiLayout(**values["c1_roi"]),
         )
 
 
@@ -199,6 +226,8 @@ def plan_layout(
     preset: Preset,
     compression: Compression = "zstd",
     views: tuple[str, ...] = (BASE_VIEW,),
+    c1: C1Mode = "full",
+    c1_roi: C1RoiLayout | None = None,
 ) -> CacheLayout:
     """Decide chunks and parts for a detector and the input sizes of a dataset.
 
@@ -209,25 +238,78 @@ def plan_layout(
         preset: How the maps are stored.
         compression: How chunks are compressed.
         views: Names of the views.
+        c1: How much of C1 is stored.
+        c1_roi: How crops of C1 are stored, for ``roi``.
 
     Returns:
         The layout; the same arguments always give the same one.
     """
     encoding = ENCODINGS[preset]
-    cells = {m.name: max(map_size_bound(m, hw) for hw in input_sizes_hw) for m in spec.maps}
+    chosen = _kept_maps(spec, c1)
+    cells = {m.name: max(map_size_bound(m, hw) for hw in input_sizes_hw) for m in chosen}
     token_bytes = {
-        m.name: encoding.columns(m.channels) * (1 if encoding.is_affine else 2) for m in spec.maps
+        m.name: encoding.columns(m.channels) * (1 if encoding.is_affine else 2) for m in chosen
     }
-    image_bytes = sum(cells[m.name] * token_bytes[m.name] for m in spec.maps)
+    image_bytes = sum(cells[m.name] * token_bytes[m.name] for m in chosen)
     image_bytes += spec.num_queries * (spec.query_dim * 2 + 4 * (spec.num_labels + 4))
+    if c1_roi is not None:
+        crop = c1_roi.roi_size**2 * encoding.columns(c1_channels(spec))
+        image_bytes += min(c1_roi.max_crops, _TYPICAL_CROPS) * crop * (encoding.bits + 7) // 8
     images_per_part = max(1, min(256, PART_BYTES // image_bytes, num_rows))
     maps = {}
-    for m in spec.maps:
+    for m in chosen:
         # Chunks near CHUNK_BYTES that divide the largest image evenly, so that little is padding.
         chunks = max(1, -(-cells[m.name] * token_bytes[m.name] // CHUNK_BYTES))
         chunk_tokens = -(-cells[m.name] // (chunks * TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
         maps[m.name] = MapLayout(chunk_tokens, chunks * chunk_tokens * images_per_part)
-    return CacheLayout(num_rows, images_per_part, preset, compression, views, maps)
+    if c1_roi is not None:
+        crop_tokens = c1_roi.roi_size**2
+        room = max(c1_roi.max_crops, 1) * crop_tokens * images_per_part
+        maps[C1_ROI] = MapLayout(crop_tokens, room)
+    return CacheLayout(num_rows, images_per_part, preset, compression, views, maps, c1, c1_roi)
+
+
+def c1_channels(spec: DetectorSpec) -> int:
+    """Channels of a detector's C1.
+
+    Args:
+        spec: The detector.
+
+    Returns:
+        Channels.
+
+    Raises:
+        CacheError: If it gives no C1.
+    """
+    for m in spec.maps:
+        if m.role == "c1":
+            return m.channels
+    raise CacheError(f"{spec.name} gives no C1: --c1 roi has nothing to crop; use --c1 none")
+
+
+def _kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
+    return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
+
+
+def stored_maps(spec: DetectorSpec, layout: CacheLayout) -> tuple[MapSpec, ...]:
+    """The maps a cache holds, crops of C1 among them.
+
+    Args:
+        spec: The detector.
+        layout: The layout.
+
+    Returns:
+        Specifications in the order they are written.
+    """
+    maps = _kept_maps(spec, layout.c1)
+    if layout.c1_roi is None:
+        return maps
+    source = next(m.source for m in spec.maps if m.role == "c1")
+    crops = MapSpec(C1_ROI, "c1_roi", 4, c1_channels(spec), f"crops of {source}")
+    return (*maps, crops)
+
+
+_MOMENTS = "mean of c c^T over the cells of C1, then in the last row the mean of c"
 
 
 def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
@@ -276,8 +358,24 @@ def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, 
             ("row", "query", axis),
             {"description": about},
         )
-    for spec_map in spec.maps:
+    for spec_map in stored_maps(spec, layout):
         _add_map(arrays, spec_map, layout, view)
+    if layout.c1_roi is not None:
+        add(f"{C1_ROI}/c1_hw", "int32", (2,), ("hw",), "height and width of C1, in cells")
+        width, most = c1_channels(spec), max(layout.c1_roi.max_crops, 1)
+        for name, dtype, tail, dims, about in (
+            ("query_index", "int32", (most,), ("crop",), "query of each crop; -1: no crop"),
+            ("moments", "float32", (width + 1, width), ("moment", "channel"), _MOMENTS),
+        ):
+            arrays[f"{C1_ROI}/{name}"] = ArraySpec(
+                f"views/{view}/{C1_ROI}/{name}",
+                dtype,
+                (rows, *tail),
+                (1, *tail),
+                (per_part, *tail),
+                ("row", *dims),
+                {"description": about},
+            )
     return arrays
 
 

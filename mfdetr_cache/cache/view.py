@@ -10,12 +10,19 @@ from numpy.typing import NDArray
 
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.manifest import part_is_whole
-from mfdetr_cache.cache.schema import ROW_OK, ArraySpec, Part, row_arrays
+from mfdetr_cache.cache.schema import (
+    C1_ROI,
+    ROW_OK,
+    ArraySpec,
+    Part,
+    row_arrays,
+    stored_maps,
+)
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.quantisation import ENCODINGS, StoredMap
-from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
+from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.reader import FeatureCache
@@ -116,7 +123,7 @@ class CacheView:
             Bytes, padding of chunks not counted.
         """
         total = 0
-        for m in self._cache.spec.maps:
+        for m in stored_maps(self._cache.spec, self._cache.layout):
             height, width = (int(v) for v in self._table(f"maps/{m.name}/hw")[row])
             total += height * width * m.channels * 2
         return total
@@ -170,7 +177,14 @@ class CacheView:
         if self._table("status")[row] != ROW_OK:
             raise CacheError(f"{cache.path}: row {row} has no content (skipped or not extracted)")
         if map_names is None:
-            map_names = tuple(m.name for m in cache.spec.maps)
+            map_names = tuple(m.name for m in stored_maps(cache.spec, cache.layout))
+        c1 = next((m.name for m in cache.spec.maps if m.role == "c1"), "")
+        if c1 in map_names and cache.layout.c1 == "none":
+            raise CacheError(f"{cache.path} was extracted with --c1 none: it has no {c1}")
+        crops = None
+        if cache.layout.c1_roi is not None and {c1, C1_ROI} & set(map_names):
+            crops = self._crops(row)
+        held = [name for name in map_names if crops is None or name not in (c1, C1_ROI)]
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),
@@ -179,9 +193,20 @@ class CacheView:
             class_logits=self._row_values("class_logits", row),
             boxes_cxcywh_norm=self._row_values("boxes_cxcywh_norm", row),
             queries=self._row_values("queries", row),
-            maps={name: self._stored_map(name, row) for name in map_names},
+            maps={name: self._stored_map(name, row) for name in held},
             ground_truth=self.ground_truth(row),
             view=self.name,
+            c1_crops=crops,
+        )
+
+    def _crops(self, row: int) -> C1Crops:
+        queries = self._row_values(f"{C1_ROI}/query_index", row)
+        height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
+        return C1Crops(
+            query_index=queries[queries >= 0].astype(np.int64),
+            crops=self._stored_map(C1_ROI, row),
+            moments=self._row_values(f"{C1_ROI}/moments", row),
+            c1_hw=(height, width),
         )
 
     def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
@@ -195,7 +220,7 @@ class CacheView:
         """
         part, index = divmod(row, self._cache.layout.images_per_part)
         wanted = [(n, index, 1) for n in ("class_logits", "boxes_cxcywh_norm", "queries")]
-        for m in self._cache.spec.maps:
+        for m in stored_maps(self._cache.spec, self._cache.layout):
             first, count = self._chunks_of_map(m.name, row)
             wanted.append((f"maps/{m.name}/values", first, count))
             if self._encoding.block_tokens:
@@ -276,6 +301,8 @@ class CacheView:
 
     def _chunks(self, name: str, part: int, first: int, count: int) -> NDArray[Any]:
         spec: ArraySpec = self.arrays[name]
+        if count == 0:
+            return np.zeros(0, spec.dtype)
         shard = self._shard(name, part)
         length, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
         pieces = shard.read(first, count)

@@ -22,17 +22,19 @@ from mfdetr_cache.cache.manifest import manifest_path, part_is_whole, status_fol
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
+    C1_ROI,
     ROW_OK,
     ROW_SKIPPED,
     ArraySpec,
     Part,
     row_arrays,
+    stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk, publish
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
 from mfdetr_cache.quantisation import ENCODINGS, encode_map
-from mfdetr_cache.types import DetectorOutput, ImageGeometry
+from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 
 @dataclass
@@ -144,13 +146,20 @@ class CacheWriter:
                 opened.next_chunk[name] = 0
         self._open = opened
 
-    def append(self, row: int, geometry: ImageGeometry, output: DetectorOutput) -> int:
+    def append(
+        self,
+        row: int,
+        geometry: ImageGeometry,
+        output: DetectorOutput,
+        crops: C1Crops | None = None,
+    ) -> int:
         """Add one image to the open part. Nothing is visible to readers before the part is sealed.
 
         Args:
             row: Its row, in the open part.
             geometry: How the image became the input.
             output: The detector's output for a batch of this one image, on the CPU.
+            crops: Crops of C1, where the layout keeps these in place of the map.
 
         Returns:
             Compressed bytes added.
@@ -168,8 +177,13 @@ class CacheWriter:
         for name in ("class_logits", "boxes_cxcywh_norm", "queries"):
             values = getattr(output, name)[0].numpy()
             self._add_row(part, name, index, values, row)
-        for spec in self._content.spec.maps:
-            self._add_map(part, spec.name, index, output.maps[spec.name][0].numpy(), row)
+        for spec in stored_maps(self._content.spec, self._content.layout):
+            if spec.role != "c1_roi":
+                self._add_map(part, spec.name, index, output.maps[spec.name][0].numpy(), row)
+        if self._content.layout.c1_roi is not None:
+            if crops is None:
+                raise ValueError(f"row {row} has no crops of C1, which the layout asks for")
+            self._add_crops(part, index, crops, row)
         return part.num_bytes - before
 
     def skip(self, row: int, reason: str) -> None:
@@ -244,6 +258,16 @@ class CacheWriter:
         encoded = encode_chunk(values, raw=self._raw)
         part.shards[name].add(index, encoded)
         part.num_bytes += len(encoded)
+
+    def _add_crops(self, part: _OpenPart, index: int, crops: C1Crops, row: int) -> None:
+        most = part.arrays[f"{C1_ROI}/query_index"].shape[1]
+        queries = np.full(most, -1, dtype=np.int32)
+        queries[: len(crops.query_index)] = crops.query_index
+        part.tables[f"{C1_ROI}/c1_hw"][index] = crops.c1_hw
+        self._add_row(part, f"{C1_ROI}/query_index", index, queries, row)
+        self._add_row(part, f"{C1_ROI}/moments", index, crops.moments, row)
+        values = np.asarray(crops.crops.to_array(), dtype=np.float32).transpose(2, 0, 1)
+        self._add_map(part, C1_ROI, index, values, row)
 
     def _add_map(
         self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +22,15 @@ class MapGroup:
         maps: Map name to (B, C, h, w).
         input_hw: Network input size in pixels.
         image_index: Position of each image in the batch, int64, shape (B,).
+        c1_moments: Moments of C1 where only crops of it are there, float64, shape (B, C + 1, C).
+        c1_hw: Height and width of C1 then.
     """
 
     maps: dict[str, Tensor]
     input_hw: tuple[int, int]
     image_index: Tensor
+    c1_moments: Tensor | None = None
+    c1_hw: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +42,14 @@ class HeadBatch:
         queries: The query of each region, shape (R, query_dim).
         boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4).
         image_index: The image of each region, int64, shape (R,).
+        c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
     """
 
     groups: tuple[MapGroup, ...]
     queries: Tensor
     boxes_xyxy: Tensor
     image_index: Tensor
+    c1_crops: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,14 @@ def map_groups(
         by_size.setdefault(image.geometry.input_hw, []).append(index)
     groups = []
     for input_hw, members in by_size.items():
-        maps = {}
-        for name in map_names:
-            maps[name] = decode_maps([images[i].maps[name] for i in members], device)
-        groups.append(MapGroup(maps, input_hw, torch.tensor(members, device=device)))
+        found = [images[i] for i in members]
+        held = [name for name in map_names if name in found[0].maps]
+        maps = {name: decode_maps([image.maps[name] for image in found], device) for name in held}
+        crops = [image.c1_crops for image in found if image.c1_crops is not None]
+        moments, c1_hw = None, (0, 0)
+        if crops:
+            stacked = np.stack([c.moments for c in crops]).astype(np.float64)
+            moments, c1_hw = torch.from_numpy(stacked).to(device), crops[0].c1_hw
+        place = torch.tensor(members, device=device)
+        groups.append(MapGroup(maps, input_hw, place, moments, c1_hw))
     return tuple(groups)

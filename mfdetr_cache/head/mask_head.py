@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import roi_align
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
 from mfdetr_cache.head.box_encoder import build_box_encoder
+from mfdetr_cache.head.c1_crops import neck_affine
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, Projection
 from mfdetr_cache.head.image_encoder import build_image_encoder
@@ -153,16 +155,37 @@ class MaskHead(nn.Module):
         Returns:
             Shape (B, d, H/s, W/s) at the fused stride s.
         """
+        c1 = group.maps[self.c1.name] if self.c1 is not None else None
+        height, width = group.input_hw
+        size = (-(-height // 4), -(-width // 4)) if self.config.upsample_without_c1 else None
+        fused: Tensor = self.map_features(self.fusion(c1, self._refine(group), size))
+        return fused
+
+    def _refine(self, group: MapGroup) -> Tensor:
+        """The encoder level that is fused, refined by all levels."""
         levels = []
         for m in self.levels:
             maps = group.maps[m.name]
             levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
-        c1 = group.maps[self.c1.name] if self.c1 is not None else None
-        height, width = group.input_hw
-        size = (-(-height // 4), -(-width // 4)) if self.config.upsample_without_c1 else None
-        refined = self.image_encoder(levels)
-        fused: Tensor = self.map_features(self.fusion(c1, refined, size))
-        return fused
+        refined: Tensor = self.image_encoder(levels)
+        return refined
+
+    def _align_crops(self, group: MapGroup, rois: Tensor, crops: Tensor) -> Tensor:
+        """Region features where C1 is there as crops only (see ``head/c1_crops.py``)."""
+        assert group.c1_moments is not None
+        refined = self.fusion(None, self._refine(group), group.c1_hw)
+        matrix, constant = neck_affine(self.fusion.neck, group.c1_moments)
+        if isinstance(self.map_features, nn.Conv2d):
+            weight, bias = self.map_features.weight, self.map_features.bias
+            assert bias is not None
+            refined = functional.conv2d(refined, weight)
+            mapper = weight[:, :, 0, 0].to(matrix.dtype)
+            matrix, constant = mapper @ matrix, constant @ mapper.T + bias.to(matrix.dtype)
+        image = rois[:, 0].long()
+        matrix, constant = matrix.to(crops.dtype), constant.to(crops.dtype)
+        coverage = self.align(refined.new_ones(len(refined), 1, *group.c1_hw), rois)
+        from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix[image])
+        return self.align(refined, rois) + from_c1 + coverage * constant[image][:, None, None]
 
     def align(self, fused: Tensor, rois: Tensor) -> Tensor:
         """RoIAlign of a fused map (Eq. 3).
@@ -202,7 +225,10 @@ class MaskHead(nn.Module):
             position = torch.searchsorted(group.image_index, batch.image_index[inside])
             boxes = batch.boxes_xyxy[inside]
             rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
-            parts.append(self.align(self.fuse(group), rois))
+            if batch.c1_crops is not None and self.c1 is not None:
+                parts.append(self._align_crops(group, rois, batch.c1_crops[inside]))
+            else:
+                parts.append(self.align(self.fuse(group), rois))
             order.append(inside)
         return torch.cat(parts)[torch.cat(order).argsort()]
 

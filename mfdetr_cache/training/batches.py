@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, map_groups
+from mfdetr_cache.quantisation import decode_maps
 from mfdetr_cache.training.regions import RegionTargets
 from mfdetr_cache.types import CachedImage
 
@@ -143,6 +145,7 @@ def collate(
         queries=joined(queries),
         boxes_xyxy=joined(boxes),
         image_index=joined(owner),
+        c1_crops=_crops_of(samples, device),
     )
     return TrainBatch(
         inputs=inputs,
@@ -151,6 +154,30 @@ def collate(
         outside=joined([s.regions.outside for s in samples]),
         image_ids=tuple(s.image.image_id for s in samples),
     )
+
+
+def _crops_of(samples: Sequence[TrainSample], device: torch.device) -> Tensor | None:
+    """The crop of C1 of every region, where the cache holds crops."""
+    parts = []
+    for sample in samples:
+        found = sample.image.c1_crops
+        if found is None:
+            return None
+        count, side = len(found.query_index), found.crops.hw[1]
+        if not len(sample.regions):
+            continue
+        # Queries are stored in rising order, so that a region's crop is found by bisection.
+        place = np.searchsorted(found.query_index, sample.regions.query_index)
+        held = np.minimum(place, max(count - 1, 0))
+        if not count or (found.query_index[held] != sample.regions.query_index).any():
+            raise TrainingError(
+                f"image {sample.image.image_id}: the cache has no crop of C1 for a matched query; "
+                "it holds those of the matching it was extracted with"
+            )
+        decoded = decode_maps([found.crops], device)[0].permute(1, 2, 0)
+        crops = decoded.reshape(count, side, side, -1)
+        parts.append(crops[torch.from_numpy(place).to(device)])
+    return torch.cat(parts) if parts else None
 
 
 def read_ahead(

@@ -82,14 +82,7 @@ def build_regions(
             logits, boxes_xyxy, truth_xyxy, config.iou_candidates, config.min_match_iou
         )
     else:
-        matches = match_hungarian(
-            logits,
-            boxes_xyxy,
-            boxes_cxcywh,
-            torch.from_numpy(labels),
-            truth_xyxy,
-            xyxy_to_cxcywh(truth_xyxy),
-        )
+        matches = _match_one_to_one(logits, boxes_cxcywh, labels, truth_xyxy)
     matches = _choose(matches, config, random)
     if not len(matches.query_index):
         return _no_regions(grid)
@@ -106,6 +99,49 @@ def build_regions(
         share = float(runs[1::2].sum(dtype=np.int64)) / box_area - float(masks[region].mean())
         outside[region] = max(share, 0.0)
     return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)
+
+
+def hungarian_queries(
+    class_logits: torch.Tensor,
+    boxes_cxcywh_norm: torch.Tensor,
+    truth: GroundTruth,
+    original_hw: tuple[int, int],
+) -> NDArray[np.int64]:
+    """The queries Hungarian matching trains on in one image; crops of C1 are kept for these.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh_norm: Shape (Q, 4).
+        truth: The annotated objects.
+        original_hw: Height and width of their picture in pixels.
+
+    Returns:
+        Indices in rising order, one per object that can be learned from.
+    """
+    objects = trainable_objects(truth)
+    if not len(objects):
+        return np.zeros(0, dtype=np.int64)
+    height, width = original_hw
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    target = torch.from_numpy(truth.boxes_xyxy[objects] / scale)
+    matches = _match_one_to_one(class_logits, boxes_cxcywh_norm, truth.labels[objects], target)
+    return matches.query_index
+
+
+def _match_one_to_one(
+    logits: torch.Tensor,
+    boxes_cxcywh: torch.Tensor,
+    labels: NDArray[np.int64],
+    truth_xyxy: torch.Tensor,
+) -> Matches:
+    return match_hungarian(
+        logits,
+        cxcywh_to_xyxy(boxes_cxcywh),
+        boxes_cxcywh,
+        torch.from_numpy(labels),
+        truth_xyxy,
+        xyxy_to_cxcywh(truth_xyxy),
+    )
 
 
 def _no_regions(grid: int) -> RegionTargets:
@@ -143,6 +179,18 @@ def _jitter(
         before = box_iou(torch.from_numpy(boxes), torch.from_numpy(target))[0].diagonal().numpy()
         good = (overlap >= np.minimum(before, 0.5))[:, None]
         boxes = np.where(good, moved, boxes)
-    boxes = boxes.astype(np.float32)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + _MIN_SIDE_NORM)
-    return boxes
+    return with_least_side(boxes.astype(np.float32))
+
+
+def with_least_side(boxes_xyxy_norm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Boxes no thinner than a region may be.
+
+    Args:
+        boxes_xyxy_norm: Shape (R, 4).
+
+    Returns:
+        The same boxes, degenerate ones widened to the right and the bottom.
+    """
+    corner = boxes_xyxy_norm[:, :2]
+    far = np.maximum(boxes_xyxy_norm[:, 2:], corner + np.float32(_MIN_SIDE_NORM))
+    return np.concatenate((corner, far), axis=1)

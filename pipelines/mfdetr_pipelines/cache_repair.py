@@ -111,6 +111,9 @@ def config_of(
         options=options_of(detector_identity(cache.spec)),
         preset=cache.layout.preset,
         compression=cache.layout.compression,
+        c1=cache.layout.c1,
+        roi_size=32 if cache.layout.c1_roi is None else cache.layout.c1_roi.roi_size,
+        roi_sampling_ratio=0 if cache.layout.c1_roi is None else cache.layout.c1_roi.sampling_ratio,
         views=len(extra),
         policy=extra[0].rsplit("-", 1)[0] if extra else "deformable-detr",  # type: ignore[arg-type]
         view_seed=identity["view_seed"] or 0,

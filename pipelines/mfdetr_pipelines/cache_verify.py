@@ -17,6 +17,7 @@ from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity, differences
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import StoredMap, encode_map
+from mfdetr_pipelines.extraction import c1_crops
 
 # A stored map may differ from a new one by what another device or thread count makes of the sums:
 # float32 noise of 1e-5, at most one code or one float16 rounding of a few values. A wrong weight
@@ -159,6 +160,11 @@ def _largest_gap(
         "boxes": _gap(stored.boxes_cxcywh_norm, output.boxes_cxcywh_norm[0].cpu().numpy()),
         "queries": _gap(np.asarray(stored.queries), output.queries[0].cpu().numpy()),
     }
+    if stored.c1_crops is not None:
+        now = c1_crops(output, stored.ground_truth, stored.geometry, cache.layout.c1_roi)  # type: ignore[arg-type]
+        if not np.array_equal(now.query_index, stored.c1_crops.query_index):
+            return float("inf"), "the matching of queries"
+        gaps["moments of C1"] = _gap(stored.c1_crops.moments, now.moments)
     for name, kept in stored.maps.items():
         tokens = output.maps[name][0].flatten(1).T.cpu().numpy()
         again = StoredMap(kept.hw, kept.channels, kept.encoding, *encode_map(tokens, kept.encoding))

@@ -157,6 +157,8 @@ def measure(
     Returns:
         The metrics, and the head's COCO mask results.
     """
+    if head.c1 is not None:
+        cache.require_c1_map("evaluation")
     started = time.perf_counter()
     head.eval()
     collected = _Collected()

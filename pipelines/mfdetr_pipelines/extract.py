@@ -3,14 +3,20 @@
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout, row_arrays
+from mfdetr_cache.cache.schema import (
+    BASE_VIEW,
+    FORMAT_VERSION,
+    C1RoiLayout,
+    plan_layout,
+    row_arrays,
+)
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.augmentation import (
@@ -30,6 +36,7 @@ from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.training.regions import trainable_objects
 from mfdetr_pipelines.extraction import ExtractConfig, Extraction
 
 # A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh
@@ -83,6 +90,8 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         raise DatasetError(f"image folder {config.images} does not exist; check --images")
     if config.limit is not None and config.limit < 1:
         raise DatasetError(f"--limit {config.limit}: give 1 or more images")
+    if config.roi_size < 8 or config.roi_size % 8 or config.roi_sampling_ratio < 0:
+        raise DatasetError("--roi-size must be a multiple of 8, --roi-sampling-ratio 0 or more")
     if config.views < 0:
         raise DatasetError(f"--views {config.views}: give 0 or more augmented views")
     split = load_coco_split(config.annotations).first(config.limit)
@@ -151,8 +160,19 @@ def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> C
         for view in views.values()
         for t in view.transforms
     }
+    c1_roi = None
+    if config.c1 == "roi":
+        most = max(len(trainable_objects(t)) for v in views.values() for t in v.ground_truth)
+        c1_roi = C1RoiLayout(config.roi_size, config.roi_sampling_ratio, most)
     layout = plan_layout(
-        spec, sizes, len(split.images), config.preset, config.compression, tuple(views)
+        spec,
+        sizes,
+        len(split.images),
+        config.preset,
+        config.compression,
+        tuple(views),
+        config.c1,
+        c1_roi,
     )
     identity = {
         "format_version": FORMAT_VERSION,
@@ -166,6 +186,8 @@ def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> C
         "view_seed": config.view_seed if config.views else None,
         "preset": layout.preset,
         "compression": layout.compression,
+        "c1": layout.c1,
+        "c1_roi": None if c1_roi is None else asdict(c1_roi),
     }
     return CacheContent(
         identity=identity,

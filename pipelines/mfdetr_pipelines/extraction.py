@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torchvision.ops import roi_align
 
+from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.cache.creation import CacheContent
-from mfdetr_cache.cache.schema import Compression, Part
+from mfdetr_cache.cache.schema import C1Mode, C1RoiLayout, Compression, Part, stored_maps
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import Policy, transform_image
@@ -23,9 +26,11 @@ from mfdetr_cache.errors import (
     ImageError,
     StoppedError,
 )
+from mfdetr_cache.head.c1_crops import moments_of
 from mfdetr_cache.protocols import Detector, Reporter
-from mfdetr_cache.quantisation import Preset
-from mfdetr_cache.types import DetectorOutput, ImageGeometry
+from mfdetr_cache.quantisation import Preset, StoredMap
+from mfdetr_cache.training.regions import hungarian_queries, with_least_side
+from mfdetr_cache.types import C1Crops, DetectorOutput, GroundTruth, ImageGeometry
 
 _PREFETCH = 8
 
@@ -45,6 +50,9 @@ class ExtractConfig:
         options: What the user chose about the detector.
         preset: How the maps are stored.
         compression: How chunks are compressed.
+        c1: Keep C1 whole, as crops around matched queries, or not at all.
+        roi_size: Cells of a crop, for ``roi``.
+        roi_sampling_ratio: RoIAlign samples per bin, for ``roi``; 0 adapts to the box.
         views: How many augmented passes beside the plain one.
         policy: How the pictures of these are made.
         view_seed: Of the augmentation.
@@ -62,6 +70,9 @@ class ExtractConfig:
     options: DetectorOptions = field(default_factory=DetectorOptions)
     preset: Preset = "fp16"
     compression: Compression = "zstd"
+    c1: C1Mode = "full"
+    roi_size: int = 32
+    roi_sampling_ratio: int = 0
     views: int = 0
     policy: Policy = "deformable-detr"
     view_seed: int = 0
@@ -76,6 +87,49 @@ class _Decoded:
     geometry: ImageGeometry
     pixel_values: Tensor | None
     problem: str
+
+
+@dataclass
+class _Item:
+    """One image on its way to the writer; without output it is left out."""
+
+    part: Part
+    row: int
+    geometry: ImageGeometry
+    output: DetectorOutput | None
+    problem: str = ""
+    crops: C1Crops | None = None
+
+
+def c1_crops(
+    output: DetectorOutput, truth: GroundTruth, geometry: ImageGeometry, layout: C1RoiLayout
+) -> C1Crops:
+    """RoIAligned crops of C1 for the queries that Hungarian matching trains on.
+
+    Args:
+        output: The detector's output for one image.
+        truth: Its annotated objects.
+        geometry: Its sizes.
+        layout: Size and sampling of the crops.
+
+    Returns:
+        Crops, and the moments of the whole map.
+    """
+    c1 = output.maps["c1"]
+    boxes = output.boxes_cxcywh_norm[0].cpu()
+    queries = hungarian_queries(output.class_logits[0].cpu(), boxes, truth, geometry.original_hw)
+    chosen = with_least_side(cxcywh_to_xyxy(boxes)[queries].numpy())
+    corners = scale_boxes(torch.from_numpy(chosen), geometry.resized_hw)
+    rois = torch.cat((torch.zeros(len(queries), 1), corners), dim=1).to(c1)
+    size = layout.roi_size
+    crops = roi_align(c1, rois, (size, size), 1 / 4, layout.sampling_ratio or -1, aligned=True)
+    below = crops.permute(0, 2, 3, 1).reshape(len(queries) * size, size, c1.shape[1])
+    return C1Crops(
+        query_index=queries,
+        crops=StoredMap.plain(below.cpu().numpy()),
+        moments=moments_of(c1[0]).float().cpu().numpy(),
+        c1_hw=(int(c1.shape[-2]), int(c1.shape[-1])),
+    )
 
 
 class Extraction:
@@ -97,7 +151,7 @@ class Extraction:
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter
-        self._work: queue.Queue[tuple[Part, int, ImageGeometry, DetectorOutput | str] | None]
+        self._work: queue.Queue[_Item | None]
         self._work = queue.Queue(maxsize=_PREFETCH)
         self._failure: BaseException | None = None
         self.num_extracted = 0
@@ -115,7 +169,7 @@ class Extraction:
         try:
             ordered = [(p, r) for p, rows in zip(pending, layout_rows, strict=True) for r in rows]
             for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
-                self._put((part, row, decoded.geometry, self._result_of(decoded)))
+                self._put(self._item_of(part, row, decoded))
             self._put(None)
         except KeyboardInterrupt:
             self._failure = StoppedError(
@@ -132,7 +186,7 @@ class Extraction:
         if self._failure is not None:
             raise self._failure
 
-    def _put(self, item: tuple[Part, int, ImageGeometry, DetectorOutput | str] | None) -> None:
+    def _put(self, item: _Item | None) -> None:
         while True:
             if self._failure is not None:
                 raise self._failure
@@ -164,23 +218,28 @@ class Extraction:
             for future in waiting:
                 yield future.result()
 
-    def _result_of(self, decoded: _Decoded) -> DetectorOutput | str:
+    def _item_of(self, part: Part, row: int, decoded: _Decoded) -> _Item:
         if decoded.pixel_values is None:
             if self._config.on_bad_image == "stop":
                 raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
             self._reporter.warn(f"skipped: {decoded.problem}")
-            return decoded.problem
+            return _Item(part, row, decoded.geometry, None, decoded.problem)
         started = time.perf_counter()
         output = self._detector.forward(decoded.pixel_values[None].to(self._device))
+        crops = None
+        if self._content.layout.c1_roi is not None:
+            truth = self._content.views[part.view].ground_truth[row]
+            crops = c1_crops(output, truth, decoded.geometry, self._content.layout.c1_roi)
+        kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
         on_cpu = DetectorOutput(
             output.class_logits.cpu(),
             output.boxes_cxcywh_norm.cpu(),
             output.queries.cpu(),
-            {name: values.cpu() for name, values in output.maps.items()},
+            {name: values.cpu() for name, values in output.maps.items() if name in kept},
         )
         self.detector_seconds += time.perf_counter() - started
         self.num_extracted += 1
-        return on_cpu
+        return _Item(part, row, decoded.geometry, on_cpu, crops=crops)
 
     def _write(self) -> None:
         """The writer thread: one part after the other, sealed when its last row is in."""
@@ -191,19 +250,18 @@ class Extraction:
                     item = self._work.get(timeout=0.2)
                 except queue.Empty:
                     continue
-                if item is None or item[0] != open_part:
+                if item is None or item.part != open_part:
                     if open_part is not None:
                         self._writer.seal_part()
                     if item is None:
                         return
-                    open_part = item[0]
+                    open_part = item.part
                     self._writer.begin_part(open_part)
-                _, row, geometry, result = item
-                if isinstance(result, str):
-                    self._writer.skip(row, result)
+                if item.output is None:
+                    self._writer.skip(item.row, item.problem)
                     self._reporter.advance()
                 else:
-                    added = self._writer.append(row, geometry, result)
+                    added = self._writer.append(item.row, item.geometry, item.output, item.crops)
                     self._reporter.advance(num_bytes=added)
         except BaseException as error:
             self._failure = error

@@ -96,6 +96,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     torch.manual_seed(train.seed)
     head = MaskHead(config.recipe.head, cache.spec).to(device)
     parameters = sum(p.numel() for p in head.parameters())
+    _require_c1(cache, head, train)
     document = run_document(config, train, cache, validation)
     training = _Training(config, train, cache, head, device, reporter)
     prepare_folder(config, document)
@@ -167,6 +168,29 @@ def parameter_groups(head: nn.Module, weight_decay: float) -> list[dict[str, Any
     ]
 
 
+def _require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
+    """Refuse settings that need more of C1 than the cache holds, before anything is begun."""
+    layout = cache.layout
+    if head.c1 is None or layout.c1 == "full":
+        return
+    if layout.c1 == "none":
+        raise ConfigError(f"{cache.path} was extracted with --c1 none: pass --set use_c1=false")
+    assert layout.c1_roi is not None
+    fixed = {
+        "match": (train.match, "hungarian"),
+        "gt_box_share": (train.gt_box_share, 0.0),
+        "box_jitter": (train.box_jitter, 0.0),
+        "roi_size": (head.config.roi_size, layout.c1_roi.roi_size),
+        "roi_sampling_ratio": (head.config.roi_sampling_ratio, layout.c1_roi.sampling_ratio),
+    }
+    wrong = [f"{name}={held}" for name, (asked, held) in fixed.items() if asked != held]
+    if wrong:
+        raise ConfigError(
+            f"{cache.path} holds C1 as crops (--c1 roi), which fix some settings: pass "
+            + " ".join(f"--set {w}" for w in wrong)
+        )
+
+
 def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCache | None:
     if config.val_cache is None:
         return None
@@ -178,6 +202,8 @@ def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCac
         f"--val-cache {validation.path}",
     )
     validation.require_complete()
+    if config.recipe.head.use_c1:
+        validation.require_c1_map("validation")
     return validation
 
 

@@ -1,0 +1,61 @@
+"""Region features from crops of C1 instead of the map: the same training, a tenth of the bytes.
+
+In the full network a region is RoIAlign(m(GN(W c + b) + u) + a): C1 through the neck, the
+up-sampled encoder level u added, the channel mapper m with bias a, then RoIAlign. RoIAlign is
+linear in each channel, so it can come first; the group norm is an affine map per channel once the
+mean and variance of W c + b over the image are known, and these follow from the moments of c.
+A constant does not commute with RoIAlign where samples fall outside the map (zeros there): it is
+multiplied with the region's coverage, RoIAlign of a map of ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def neck_affine(neck: nn.Module | None, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The neck as one affine map per image.
+
+    Args:
+        neck: 1x1 convolution and group norm; None is the identity.
+        moments: Mean of c c^T and of c, float64, shape (B, C + 1, C).
+
+    Returns:
+        Matrices of shape (B, D, C) and constants of shape (B, D), float64.
+    """
+    batch, _, channels = moments.shape
+    if neck is None:
+        identity = torch.eye(channels, dtype=moments.dtype, device=moments.device)
+        return identity.expand(batch, -1, -1), moments.new_zeros(batch, channels)
+    conv, norm = neck[0], neck[1]  # type: ignore[index]
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.GroupNorm)
+    assert conv.bias is not None
+    weight, bias = conv.weight[:, :, 0, 0].to(moments.dtype), conv.bias.to(moments.dtype)
+    second, mean = moments[:, :channels], moments[:, channels]
+    # E[y] and E[y^2] of each output channel, then of each group.
+    linear = mean @ weight.T
+    squares = torch.einsum("dc,bce,de->bd", weight, second, weight)
+    squares = squares + 2 * bias * linear + bias.square()
+    groups = (batch, norm.num_groups, -1)
+    centre = (linear + bias).view(groups).mean(-1, keepdim=True)
+    variance = squares.view(groups).mean(-1, keepdim=True) - centre.square()
+    scale = (variance + norm.eps).rsqrt().expand(groups[0], groups[1], len(bias) // groups[1])
+    scale = scale.reshape(batch, -1) * norm.weight.to(moments.dtype)
+    shift = norm.bias.to(moments.dtype) - scale * centre.expand(
+        batch, groups[1], len(bias) // groups[1]
+    ).reshape(batch, -1)
+    return scale[:, :, None] * weight, scale * bias + shift
+
+
+def moments_of(c1: Tensor) -> Tensor:
+    """What :func:`neck_affine` needs to know of a map.
+
+    Args:
+        c1: Shape (C, h, w).
+
+    Returns:
+        Mean of c c^T in the first C rows, mean of c in the last; float64, shape (C + 1, C).
+    """
+    cells = c1.flatten(1).double()
+    count = cells.shape[1]
+    return torch.cat((cells @ cells.T / count, cells.mean(1, keepdim=True).T))

@@ -1,0 +1,161 @@
+"""--c1 roi and none through extract, train-head and evaluate, on drawn images."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.recipes import Recipe, build_recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import loss_of_batch, run_train_head
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import CacheError, ConfigError
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.training.regions import build_regions
+from tests.support.scenes import extract_config
+
+
+def recipe(**changes: str) -> Recipe:
+    small = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
+    return build_recipe("paper", {**small, "points": "grid", **changes})
+
+
+@pytest.fixture(scope="module")
+def caches(
+    tmp_path_factory: pytest.TempPathFactory, scenes_folder: Path, rtdetr_folder: Path
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("c1")
+    made = {}
+    for name, settings in {
+        "full": {},
+        "roi": {"c1": "roi", "roi_size": 8, "views": 1},
+        "roi-int8": {"c1": "roi", "roi_size": 8, "preset": "int8"},
+        "none": {"c1": "none"},
+    }.items():
+        made[name] = folder / f"{name}.zarr"
+        config = extract_config(scenes_folder, str(rtdetr_folder), made[name], **settings)
+        run_extract(config, SilentReporter())
+    return made
+
+
+def step(path: Path, chosen: Recipe) -> tuple[float, torch.Tensor]:
+    cache = FeatureCache.open(path)
+    torch.manual_seed(0)
+    head = MaskHead(chosen.head, cache.spec)
+    images = [cache.read(row, head.map_names) for row in cache.rows]
+    samples = [
+        TrainSample(i, build_regions(i, chosen.train, 8, np.random.default_rng(0))) for i in images
+    ]
+    batch = collate(samples, head.map_names, torch.device("cpu"))
+    losses = loss_of_batch(head, batch, chosen.train, 0)
+    losses.total.backward()
+    return losses.total.item(), torch.cat(
+        [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+    )
+
+
+def test_a_step_from_crops_is_a_step_from_the_map(caches: dict[str, Path]) -> None:
+    """The crops are rounded to float16 after RoIAlign, the map before: 2^-11 of a value each.
+
+    tests/head/test_c1_crops.py shows equality without rounding.
+    """
+    whole, whole_gradient = step(caches["full"], recipe())
+    crops, gradient = step(caches["roi"], recipe())
+    assert crops == pytest.approx(whole, rel=2e-3)
+    gap = (gradient - whole_gradient).norm() / whole_gradient.norm()
+    assert gap < 0.02
+    coarse, _ = step(caches["roi-int8"], recipe())
+    assert coarse == pytest.approx(whole, rel=2e-2)
+
+
+def test_crops_are_smaller_and_stored_plainly(caches: dict[str, Path]) -> None:
+    """Read with zarr and numpy alone, as docs/cache-format.md says."""
+    sizes = {n: FeatureCache.open(p).stored_bytes_of_arrays() for n, p in caches.items()}
+    assert sizes["roi"]["maps/c1_roi/values"] < sizes["full"]["maps/c1/values"]
+    group: Any = zarr.open_group(str(caches["roi"]), mode="r")
+    view = group["views/base"]
+    cache = FeatureCache.open(caches["roi"])
+    found = cache.read(2).c1_crops
+    assert found is not None
+    queries = view["c1_roi/query_index"][2]
+    assert (queries[queries >= 0] == found.query_index).all()
+    height, width = (int(v) for v in view["maps/c1_roi/hw"][2])
+    assert (height, width) == (8 * len(found.query_index), 8)
+    first = int(view["maps/c1_roi/offset"][2])
+    cells = view["maps/c1_roi/values"][first : first + height * width]
+    assert (cells.reshape(height, width, -1) == found.crops.to_array()).all()
+    assert (view["c1_roi/moments"][2] == found.moments).all()
+    assert tuple(view["c1_roi/c1_hw"][2]) == found.c1_hw
+    # The last row is the mean of the map, which the other cache holds.
+    c1 = FeatureCache.open(caches["full"]).read(2).maps["c1"].to_array()
+    np.testing.assert_allclose(found.moments[-1], c1.astype(np.float64).mean((0, 1)), rtol=1e-3)
+
+
+def test_training_runs_and_evaluation_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(), max_steps=2)
+    assert run_train_head(config, SilentReporter()).steps == 2
+    with pytest.raises(CacheError, match="extracted with --c1 roi.*cannot serve evaluation"):
+        run_evaluate(EvaluateConfig(caches["roi"], tmp_path / "run"), SilentReporter())
+    # The head is a head like any other.
+    run_evaluate(
+        EvaluateConfig(caches["full"], tmp_path / "run", baselines=False), SilentReporter()
+    )
+    with pytest.raises(CacheError, match="cannot serve validation"):
+        run_train_head(
+            TrainHeadConfig(
+                caches["full"], tmp_path / "two", recipe(), val_cache=caches["roi"], max_steps=1
+            ),
+            SilentReporter(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match": "iou"}, "pass --set match=hungarian$"),
+        ({"roi_size": "16", "box_jitter": "0.1"}, "--set box_jitter=0.0 --set roi_size=8$"),
+        ({"roi_sampling_ratio": "2"}, "--set roi_sampling_ratio=0$"),
+    ],
+)
+def test_settings_that_crops_fix_are_named(
+    caches: dict[str, Path], tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(**changes), max_steps=1)
+    with pytest.raises(ConfigError, match=message):
+        run_train_head(config, SilentReporter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_c1_a_head_must_do_without(caches: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--c1 none: pass --set use_c1=false"):
+        run_train_head(
+            TrainHeadConfig(caches["none"], tmp_path / "a", recipe(), max_steps=1),
+            SilentReporter(),
+        )
+    chosen = recipe(use_c1="false")
+    config = TrainHeadConfig(caches["none"], tmp_path / "b", chosen, max_steps=1)
+    run_train_head(config, SilentReporter())
+    run_evaluate(EvaluateConfig(caches["none"], tmp_path / "b", baselines=False), SilentReporter())
+
+
+def test_verify_and_resume_know_crops(
+    caches: dict[str, Path], scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
+) -> None:
+    source = LiveSource(str(rtdetr_folder), scenes_folder / "images")
+    found = run_verify(caches["roi"], SilentReporter(), full=True, live=4, source=source)
+    assert found.faults == ()
+    copy = Path(shutil.copytree(caches["roi"], tmp_path / "copy.zarr"))
+    next((copy / "views/base/status/manifest").glob("0*.json")).unlink()
+    config = extract_config(scenes_folder, str(rtdetr_folder), copy, c1="roi", roi_size=8, views=1)
+    run_extract(config, SilentReporter())
+    for file in (f for f in caches["roi"].rglob("*") if f.is_file()):
+        assert (copy / file.relative_to(caches["roi"])).read_bytes() == file.read_bytes()
