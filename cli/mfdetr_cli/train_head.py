@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from mfdetr_pipelines.recipes import RECIPES, build_recipe
@@ -34,6 +34,10 @@ def train_head(
     epochs: Annotated[
         float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
     ] = None,
+    amp: Annotated[
+        Literal["off", "bf16", "fp16"] | None,
+        typer.Option(help="Half precision; the recipe's own if not given, which is off."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -48,10 +52,11 @@ def train_head(
     from mfdetr_pipelines.run_folder import TrainHeadConfig
     from mfdetr_pipelines.train_head import run_train_head
 
+    settings = parse_assignments(set_ or []) | ({} if amp is None else {"amp": amp})
     config = TrainHeadConfig(
         cache=cache,
         out=out,
-        recipe=build_recipe(recipe, parse_assignments(set_ or [])),
+        recipe=build_recipe(recipe, settings),
         val_cache=val_cache,
         epochs=epochs,
         max_steps=max_steps,

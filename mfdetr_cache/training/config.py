@@ -37,6 +37,8 @@ class TrainConfig:
         bce_weight: Weight of the binary cross entropy.
         dice_weight: Weight of the dice loss.
         scoring_weight: Weight of the mask-IoU regression.
+        amp: Compute the network in bfloat16 or float16 where that is safe; losses, norms and
+            sampling positions stay in float32. ``fp16`` needs a GPU.
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches.
         checkpoint_minutes: Time between checkpoints.
@@ -68,6 +70,7 @@ class TrainConfig:
     bce_weight: float = 5.0
     dice_weight: float = 5.0
     scoring_weight: float = 1.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
     seed: int = 0
     num_threads: int = 2
     checkpoint_minutes: float = 5.0

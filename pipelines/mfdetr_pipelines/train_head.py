@@ -34,6 +34,7 @@ from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, s
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import LossParts, head_losses
 from mfdetr_cache.training.memory import keep_freed_memory
+from mfdetr_cache.training.precision import autocast
 from mfdetr_cache.training.regions import build_regions, trainable_objects
 from mfdetr_cache.training.schedule import learning_rate
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
@@ -93,6 +94,8 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     device = torch_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+        if train.amp == "fp16":
+            raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
     torch.manual_seed(train.seed)
     head = MaskHead(config.recipe.head, cache.spec).to(device)
     parameters = sum(p.numel() for p in head.parameters())
@@ -143,7 +146,8 @@ def loss_of_batch(head: MaskHead, batch: TrainBatch, train: TrainConfig, step: i
     """
     generator = torch.Generator(batch.masks.device)
     generator.manual_seed(train.seed * 1_000_003 + step)
-    output = head(batch.inputs)
+    with autocast(train.amp, batch.masks.device):
+        output = head(batch.inputs)
     return head_losses(output, batch.masks, batch.labels, batch.outside, train, generator)
 
 
@@ -264,6 +268,8 @@ class _Training:
             lr=self.train.lr,
             betas=(self.train.beta1, self.train.beta2),
         )
+        # Only float16 needs its gradients scaled; otherwise this passes everything through.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.amp == "fp16")
         self.average = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
 
     def epochs_of(self, steps: int) -> float:
@@ -340,10 +346,12 @@ class _Training:
                 f"the loss is {total} at step {self.step}; images {list(batch.image_ids)}. Lower "
                 "the learning rate (--set lr=...), or look at these images"
             )
-        losses.total.backward()
+        self.scaler.scale(losses.total).backward()
+        self.scaler.unscale_(self.optimiser)
         if self.train.clip_norm:
             nn.utils.clip_grad_norm_(self.head.parameters(), self.train.clip_norm)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self._follow()
         self.step += 1
         self._losses.append(total)
@@ -389,6 +397,7 @@ class _Training:
                 "head": self.head.state_dict(),
                 "average": self.average,
                 "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
             },
         )
 
@@ -407,6 +416,7 @@ class _Training:
             self.head.load_state_dict(state["head"])
             self.average = {k: v.to(self.device) for k, v in state["average"].items()}
             self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             where = self.config.out / CHECKPOINT_FILE
             raise HeadError(f"{where} does not fit this run ({error})") from error

@@ -100,7 +100,7 @@ def test_verify_has_exit_code_1_for_a_fault(tmp_path: Path, drawn_cache: Path) -
 
 def test_detectors_lists_and_writes(tmp_path: Path) -> None:
     assert "DEIMv2" in run("detectors", "--json", tmp_path / "d.json").output
-    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 11
+    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 12
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: Path) -> None:

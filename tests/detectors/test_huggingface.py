@@ -26,6 +26,11 @@ FAMILIES: list[tuple[str, Callable[[Path], None], list[tuple[str, int]]]] = [
         [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
     ),
     (
+        "rt_detr_v2",
+        detectors.save_rtdetr_v2,
+        [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
+    ),
+    (
         "d_fine",
         detectors.save_dfine,
         [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32)],
@@ -163,6 +168,7 @@ def test_every_family_is_listed() -> None:
     assert {d.model for d in listed if d.name == "hf"} == {
         "DEIMv2",
         "RT-DETR",
+        "RT-DETRv2",
         "D-FINE",
         "Deformable DETR",
     }

@@ -38,11 +38,17 @@ class TestOfficialConformance(DetectorConformance):
 class TestHuggingFaceConformance(DetectorConformance):
     @pytest.fixture(
         autouse=True,
-        params=["save_rtdetr", "save_dfine", "save_deimv2", "save_deformable_detr"],
+        params=[
+            "save_rtdetr",
+            "save_rtdetr_v2",
+            "save_dfine",
+            "save_deimv2",
+            "save_deformable_detr",
+        ],
     )
     def _folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
         self.folder = tmp_path
-        getattr(detectors, request.param)(tmp_path)
+        getattr(detectors, f"save_{request.param}")(tmp_path)
 
     def make_detector(self) -> Detector:
         return load_detector("hf", str(self.folder))

@@ -17,6 +17,8 @@ from transformers import (
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
     RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
 )
 
 LABELS = {0: "ellipse", 1: "box", 2: "other"}
@@ -76,6 +78,27 @@ def save_rtdetr(folder: Path, seed: int = 0) -> None:
         **_SMALL,
     )
     model = RTDetrForObjectDetection(config)
+    _enliven(model)
+    model.save_pretrained(folder)
+    _fixed_processor(96).save_pretrained(folder)
+
+
+def save_rtdetr_v2(folder: Path) -> None:
+    torch.manual_seed(0)
+    backbone = RTDetrResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrV2Config(
+        backbone_config=backbone,
+        encoder_in_channels=[24, 32, 40],
+        decoder_in_channels=[32, 32, 32],
+        **_SMALL,
+    )
+    model = RTDetrV2ForObjectDetection(config)
     _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(96).save_pretrained(folder)

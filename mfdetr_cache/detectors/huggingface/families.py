@@ -66,6 +66,15 @@ FAMILIES: dict[str, Family] = {
             checked="random weights only",
         ),
         Family(
+            "rt_detr_v2",
+            "RT-DETRv2",
+            "outputs",
+            _plain_backbone,
+            None,
+            takes_mask=False,
+            checked="random weights only",
+        ),
+        Family(
             "d_fine",
             "D-FINE",
             "outputs",
