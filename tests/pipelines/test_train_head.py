@@ -28,6 +28,7 @@ from mfdetr_cache.training.batches import (
     epoch_order,
     read_ahead,
     rows_of_step,
+    view_of_epoch,
 )
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
@@ -264,3 +265,34 @@ def test_caches_of_different_detectors_are_refused(
     train(drawn_cache, tmp_path / "run", max_steps=1)
     with pytest.raises(IdentityError, match=r"head .* and cache .* come from different detectors"):
         run_evaluate(EvaluateConfig(other, tmp_path / "run"), SilentReporter())
+
+
+def test_half_precision_trains_and_says_where_it_cannot(drawn_cache: Path, tmp_path: Path) -> None:
+    whole = run_train_head(
+        TrainHeadConfig(drawn_cache, tmp_path / "whole", small_recipe(), max_steps=2),
+        SilentReporter(),
+    )
+    half = run_train_head(
+        TrainHeadConfig(drawn_cache, tmp_path / "half", small_recipe(amp="bf16"), max_steps=2),
+        SilentReporter(),
+    )
+    # bfloat16 has 8 bits: the loss of two steps moves by a few per cent at most, but it moves.
+    assert half.loss != whole.loss
+    assert half.loss == pytest.approx(whole.loss, rel=0.05)
+    with pytest.raises(ConfigError, match="amp=fp16 needs a GPU"):
+        run_train_head(
+            TrainHeadConfig(drawn_cache, tmp_path / "fp16", small_recipe(amp="fp16")),
+            SilentReporter(),
+        )
+
+
+def test_an_epoch_walks_through_the_views() -> None:
+    """Every image once per epoch, in another view each time until all were shown."""
+    views = ("base", "a", "b", "c")
+    for row in range(20):
+        shown = [view_of_epoch(views, 0, row, epoch) for epoch in range(8)]
+        assert sorted(shown[:4]) == sorted(shown[4:]) == sorted(views)
+    first = [view_of_epoch(views, 0, row, 0) for row in range(200)]
+    # Views are mixed inside an epoch: about fifty images of each.
+    assert all(30 < first.count(v) < 70 for v in views)
+    assert first != [view_of_epoch(views, 1, row, 0) for row in range(200)]
