@@ -13,6 +13,7 @@ import typer
 import zarr
 from mfdetr_cli.app import app
 from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.paper_tables import paper_table
 from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -51,9 +52,12 @@ def parse(line: str) -> dict[str, object]:
 @pytest.mark.parametrize("line", commands())
 def test_documented_commands_exist_with_these_options(line: str) -> None:
     parameters = parse(line)
-    if "recipe" in parameters:
-        assignments = dict(a.split("=", 1) for a in parameters["set_"] or [])  # type: ignore[attr-defined]
-        build_recipe(str(parameters["recipe"]), assignments)
+    assignments = dict(a.split("=", 1) for a in parameters.get("set_") or [])  # type: ignore[attr-defined]
+    named = parameters.get("recipe") or ()
+    for recipe in [named] if isinstance(named, str) else named:  # type: ignore[attr-defined]
+        build_recipe(str(recipe), assignments)
+    if parameters.get("table"):
+        paper_table(int(str(parameters["table"])))
 
 
 def test_there_are_documented_commands() -> None:

@@ -61,7 +61,8 @@ class Columns:
         first, last = start // length, (stop - 1) // length
         parts = [self._chunk(name, number) for number in range(first, last + 1)]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return rows[start - first * length : stop - first * length]
+        # A copy: decoded bytes are read-only, and torch warns about such arrays.
+        return np.array(rows[start - first * length : stop - first * length])
 
     def _describe(self, name: str) -> tuple[tuple[int, ...], int, np.dtype[Any]]:
         """Shape, chunk length and type of an array."""

@@ -23,7 +23,12 @@ COMMANDS = [
     ["detectors"],
     ["demo"],
     ["cache", "info"],
+    ["ablate"],
+    ["plan"],
     ["cache", "verify"],
+    ["cache", "repair"],
+    ["cache", "certify"],
+    ["cache", "bench"],
 ]
 
 
@@ -96,6 +101,82 @@ def test_verify_has_exit_code_1_for_a_fault(tmp_path: Path, drawn_cache: Path) -
     assert "1 of 1 parts are broken" in finished.stderr
     assert json.loads((tmp_path / "v.json").read_text())["broken_parts"] == [["base", 0]]
     assert mfdetr("cache", "verify", tmp_path / "absent").returncode == 2
+
+
+def test_repair_mends_what_verify_finds(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(drawn_cache, copy)
+    next(copy.glob("views/base/queries/c/0/0/0")).unlink()
+    arguments = [
+        "cache", "repair", copy, "--weights", rtdetr_folder, "--images", scenes_folder / "images",
+        "--annotations", scenes_folder / "instances.json", "--device", "cpu",
+    ]  # fmt: skip
+    output = run(*arguments, "--json", tmp_path / "r.json").output
+    assert "1 parts extracted again (8 images)" in output
+    assert json.loads((tmp_path / "r.json").read_text())["whole"] is True
+    assert "nothing was broken" in run(*arguments).output
+
+
+def test_a_dry_run_shows_the_papers_figures_beside_ours(tmp_path: Path) -> None:
+    output = run("ablate", "--table", 4, "--dry-run", "--json", tmp_path / "t.json").output
+    assert "66.61 / 66.60" in output
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [r["name"] for r in rows] == ["d=256", "d=128", "d=96", "d=64"]
+    for row in rows:
+        assert round(row["params_m"], 2) == row["paper_params_m"]
+        assert row["macs_g"] == pytest.approx(row["paper_macs_g"], rel=0.01)
+    assert [r["paper_AP"] for r in rows] == pytest.approx([0.449, 0.447, 0.446, 0.445])
+
+
+def test_plan_bench_certify_and_ablate_run(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    run(
+        "plan", "--weights", rtdetr_folder, "--annotations", scenes_folder / "instances.json",
+        "--images", scenes_folder / "images", "--disk", tmp_path, "--disk-seconds", 0.05,
+        "--recipe", "demo", "--sample", 2, "--device", "cpu", "--json", tmp_path / "plan.json",
+    )  # fmt: skip
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [p["preset"] for p in plan["presets"]] == ["fp16", "int8", "int8-small", "int4"]
+    run("cache", "bench", drawn_cache, "--images", 2, "--json", tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["images"] == 2
+    small = [x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")]
+    run(
+        "ablate", "--recipe", "paper", "--cache", drawn_cache, "--val-cache", drawn_cache,
+        "--out", tmp_path / "ab", "--max-steps", 1, *small, "--device", "cpu",
+        "--json", tmp_path / "ab.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "ab.json").read_text())["rows"][0]["problem"] == ""
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(drawn_cache, copy)
+    run(
+        "cache", "certify", copy, "--head", tmp_path / "ab/rows/paper/seed-0", "--reference",
+        drawn_cache, "--samples", 3, "--device", "cpu", "--json", tmp_path / "c.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "c.json").read_text())["difference"] == 0
+    assert "certified" in run("cache", "info", copy).output
+
+
+def test_a_results_file_is_measured(tmp_path: Path, scenes_folder: Path) -> None:
+    annotations = scenes_folder / "instances.json"
+    truth = json.loads(annotations.read_text())
+    results = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "score": 0.9,
+            "bbox": a["bbox"],
+        }
+        for a in truth["annotations"]
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    output = run("evaluate", "--results", tmp_path / "r.json", "--annotations", annotations).output
+    assert "100.0" in output
+    finished = mfdetr("evaluate", "--results", tmp_path / "r.json")
+    assert finished.returncode == 2
+    assert "--results FILE goes with --annotations FILE" in finished.stderr
 
 
 def test_detectors_lists_and_writes(tmp_path: Path) -> None:
