@@ -150,9 +150,10 @@ def test_the_papers_large_detectors_load_and_run(
     torch.save({"model": weights}, tmp_path / "large.pth")
     del weights
     detector = load_detector(name, str(tmp_path / "large.pth"))
-    output = detector.forward(torch.from_numpy(rule.image(160, 224, 0))[None])
+    # 1,700 tokens: proposals for 900 queries.
+    output = detector.forward(torch.from_numpy(rule.image(256, 320, 0))[None])
     assert output.class_logits.shape == (1, queries, 91)
-    assert output.maps["c1"].shape == (1, 192, 40, 56)
+    assert output.maps["c1"].shape == (1, 192, 64, 80)
     assert all(torch.isfinite(m).all() for m in output.maps.values())
 
 
