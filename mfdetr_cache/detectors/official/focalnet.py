@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mfdetr_cache.detectors.official.mlp import GeluMlp
+
 
 class FocalModulation(nn.Module):
     """Query times a modulator gathered by depth-wise convolutions of growing size.
@@ -49,19 +51,6 @@ class FocalModulation(nn.Module):
         return modulated
 
 
-class _Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.fc2(functional.gelu(self.fc1(values)))
-        return result
-
-
 class FocalBlock(nn.Module):
     """Post-norm block with layer scale.
 
@@ -74,7 +63,7 @@ class FocalBlock(nn.Module):
         super().__init__()
         self.modulation = FocalModulation(width, kernels)
         self.norm1 = nn.LayerNorm(width)
-        self.mlp = _Mlp(width)
+        self.mlp = GeluMlp(width)
         self.norm2 = nn.LayerNorm(width)
         self.gamma_1 = nn.Parameter(torch.full((width,), 1e-4))
         self.gamma_2 = nn.Parameter(torch.full((width,), 1e-4))

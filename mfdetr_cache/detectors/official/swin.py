@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mfdetr_cache.detectors.official.mlp import GeluMlp
+
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows with relative position bias.
@@ -52,19 +54,6 @@ class WindowAttention(nn.Module):
         return result
 
 
-class _Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.fc2(functional.gelu(self.fc1(values)))
-        return result
-
-
 class SwinBlock(nn.Module):
     """Pre-norm block: windowed attention, then an MLP.
 
@@ -81,7 +70,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = WindowAttention(width, window, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _Mlp(width, 4 * width)
+        self.mlp = GeluMlp(width)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Refine maps.

@@ -190,6 +190,13 @@ class Encoder(nn.Module):
         return memory, kept
 
 
+def _cell_centres(size_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """X and y of the centres of all cells, in cells, shape (1, h * w, 2)."""
+    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5 for n in size_hw)
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack((grid_x, grid_y), -1).flatten(0, 1)[None]
+
+
 def encoder_references(memory: Memory) -> Tensor:
     """Cell centres relative to the valid area, scaled to every level's valid ratio.
 
@@ -201,11 +208,9 @@ def encoder_references(memory: Memory) -> Tensor:
     """
     ratios, points = memory.valid_ratios, []
     for level, (height, width) in enumerate(memory.sizes_hw):
-        y = torch.arange(height, device=ratios.device, dtype=ratios.dtype) + 0.5
-        x = torch.arange(width, device=ratios.device, dtype=ratios.dtype) + 0.5
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        cells = _cell_centres((height, width), ratios)
         share = ratios[:, None, level] * ratios.new_tensor([width, height])
-        points.append(torch.stack((grid_x, grid_y), -1).flatten(0, 1)[None] / share)
+        points.append(cells / share)
     return torch.cat(points, dim=1)[:, :, None] * ratios[:, None]
 
 
@@ -222,12 +227,10 @@ def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tu
     """
     parts, ratios = [], memory.valid_ratios
     for level, (height, width) in enumerate(memory.sizes_hw):
-        y = torch.arange(height, device=ratios.device, dtype=ratios.dtype) + 0.5
-        x = torch.arange(width, device=ratios.device, dtype=ratios.dtype) + 0.5
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        cells = _cell_centres((height, width), ratios)
         # Counted cells, as the official code has them: ratios times sizes are whole numbers.
-        cells = (ratios[:, None, level] * ratios.new_tensor([width, height])).round()
-        centre = torch.stack((grid_x, grid_y), -1).flatten(0, 1)[None] / cells
+        valid = (ratios[:, None, level] * ratios.new_tensor([width, height])).round()
+        centre = cells / valid
         parts.append(torch.cat((centre, torch.full_like(centre, 0.05 * 2**level)), dim=-1))
     boxes = torch.cat(parts, dim=1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
