@@ -41,7 +41,7 @@ def extract(
     dtype: Annotated[
         Literal["fp16", "int8", "int8-small", "int4"],
         typer.Option(help="How maps are stored; docs/choosing-a-cache.md has GB against AP."),
-    ] = "fp16",
+    ] = "int8",
     compression: Annotated[
         Literal["zstd", "raw"], typer.Option(help="Compress chunks, or leave them as they are.")
     ] = "zstd",

@@ -68,7 +68,7 @@ class ExtractConfig:
     limit: int | None = None
     device: str = "cpu"
     options: DetectorOptions = field(default_factory=DetectorOptions)
-    preset: Preset = "fp16"
+    preset: Preset = "int8"
     compression: Compression = "zstd"
     c1: C1Mode = "full"
     roi_size: int = 32

@@ -90,12 +90,12 @@ run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "insta
 
     assert start(tmp_path / "whole.zarr").wait() == 0
     whole = files_of(tmp_path / "whole.zarr")
-    assert sum("manifest" in name for name in whole) == 8
+    assert sum("manifest/0" in name for name in whole) == 8
     path = tmp_path / "killed.zarr"
     for parts in (1, 4):
         process = start(path)
         deadline = time.monotonic() + 120
-        while len(list(path.glob("views/base/status/manifest/*.json"))) < parts:
+        while len(list(path.glob("views/base/status/manifest/0*.json"))) < parts:
             assert time.monotonic() < deadline
             assert process.poll() is None or process.returncode == 0
             if process.poll() is not None:
@@ -113,20 +113,20 @@ def test_ctrl_c_keeps_what_was_sealed(
 ) -> None:
     from mfdetr_pipelines.extraction import Extraction
 
-    real = Extraction._result_of
+    real = Extraction._item_of
     calls = []
 
-    def interrupted(self: Any, decoded: Any) -> Any:
+    def interrupted(self: Any, part: Any, row: int, decoded: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(self, decoded)
+        return real(self, part, row, decoded)
 
     monkeypatch.setattr(schema, "PART_BYTES", 1)
-    monkeypatch.setattr(Extraction, "_result_of", interrupted)
+    monkeypatch.setattr(Extraction, "_item_of", interrupted)
     with pytest.raises(StoppedError, match="sealed parts are kept"):
         run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
-    monkeypatch.setattr(Extraction, "_result_of", real)
+    monkeypatch.setattr(Extraction, "_item_of", real)
     summary, _ = run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
     assert summary.num_images == 8
     assert 4 <= summary.num_extracted < 8
