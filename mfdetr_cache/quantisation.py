@@ -160,8 +160,11 @@ def encode_map(
 def _affine(lowest: Tensor, highest: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """float16 ``low`` and ``step`` whose codes 0 .. levels cover [lowest, highest]."""
     low = _rounded(lowest, down=True)
-    step = _rounded((highest - low.float()) / levels, down=False)
-    return low, step
+    spread = highest - low.float()
+    step = _rounded(spread / levels, down=False)
+    # A spread so small that the division underflows still needs a step above zero.
+    least = torch.full_like(step, torch.finfo(torch.float16).smallest_normal)
+    return low, torch.where((spread > 0) & (step == 0), least, step)
 
 
 def _rounded(values: Tensor, *, down: bool) -> Tensor:

@@ -39,11 +39,11 @@ class TestHuggingFaceConformance(DetectorConformance):
     @pytest.fixture(
         autouse=True,
         params=[
-            "save_rtdetr",
-            "save_rtdetr_v2",
-            "save_dfine",
-            "save_deimv2",
-            "save_deformable_detr",
+            "rtdetr",
+            "rtdetr_v2",
+            "dfine",
+            "deimv2",
+            "deformable_detr",
         ],
     )
     def _folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:

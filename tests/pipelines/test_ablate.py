@@ -25,7 +25,7 @@ SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": 
 
 
 def rows() -> tuple[AblationRow, ...]:
-    first = build_recipe("fast", {**SMALL, "batch_size": "4"})
+    first = build_recipe("fast", {**SMALL, "batch_size": "4", "mask_scoring": "true"})
     second = replace(first, head=replace(first.head, mask_scoring=False))
     return (AblationRow("with scoring", first), AblationRow("without", second))
 

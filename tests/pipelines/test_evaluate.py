@@ -111,6 +111,11 @@ def test_wrong_input_is_one_clear_line(
 
 def test_the_final_score_can_be_chosen(drawn_cache: Path, tmp_path: Path, head: Path) -> None:
     """Eq. 13, Eq. 2 and the class score alone order the same masks differently."""
+    with pytest.raises(HeadError, match="predicts no mask IoU; score by mean or class"):
+        run_evaluate(EvaluateConfig(drawn_cache, head, scoring="iou"), SilentReporter())
+    head = tmp_path / "scored"
+    recipe = small_recipe(mask_scoring="true")
+    run_train_head(TrainHeadConfig(drawn_cache, head, recipe), SilentReporter())
     results = {}
     for scoring in ("auto", "iou", "mean", "class"):
         path = tmp_path / f"{scoring}.json"
