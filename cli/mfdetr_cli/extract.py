@@ -20,7 +20,7 @@ from mfdetr_cli.options import DeviceOption, JsonOption
 
 def extract(
     weights: Annotated[
-        str, typer.Option(help="The detector: a folder in Hugging Face layout, or a hub id.")
+        str, typer.Option(help="The detector: hub id, folder in its layout, or an official .pth.")
     ],
     images: Annotated[Path, typer.Option(help="Folder with the images.")],
     annotations: Annotated[Path, typer.Option(help="COCO instances JSON of these images.")],

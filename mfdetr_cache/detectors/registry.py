@@ -17,7 +17,7 @@ _SCHEME_NAMES = {
     "h-detr": "H-DETR",
     "dino": "DINO",
 }
-_OFFICIAL_NUMBERS = "numbers of the official code: 1e-5 in logits, 1e-6 in boxes"
+_OFFICIAL_NUMBERS = "numbers of the official code: 1e-4 in logits, 1e-5 in boxes"
 _CHECKED = {
     "h-detr-r50": _OFFICIAL_NUMBERS,
     "h-detr-swin-t": _OFFICIAL_NUMBERS,
