@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import CacheError, DatasetError
@@ -48,7 +47,6 @@ class PlanConfig:
         epochs: Length of one training.
         views: Augmented views beside the plain one.
         device: Where detector and head would run.
-        options: What the user chose about the detector.
     """
 
     detector: str
@@ -62,7 +60,6 @@ class PlanConfig:
     epochs: float = 6.0
     views: int = 0
     device: str = "cpu"
-    options: DetectorOptions = field(default_factory=DetectorOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +138,7 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         raise DatasetError("--sample and --epochs must be above 0, --views 0 or more")
     split = load_coco_split(config.annotations)
     device = torch_device(config.device)
-    detector = load_detector(config.detector, config.weights, config.options).to(device)
+    detector = load_detector(config.detector, config.weights).to(device)
     reporter.say(f"measuring on {config.sample} images")
     outputs, detector_seconds = _sample(config, split, detector, device, reporter)
     head_seconds = _head_seconds(config.recipe, detector.spec, outputs, device)
