@@ -1,6 +1,7 @@
 """What people see: progress, tables and messages, on a terminal or as plain lines."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,11 @@ from mfdetr_cache.errors import MfdetrError
 
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
+
+
+def is_first_process() -> bool:
+    """Whether this process is to print results; of several under ``torchrun``, one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class ConsoleReporter:

@@ -1,7 +1,7 @@
 """Options that several commands share, so that their help cannot drift apart."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,3 +35,22 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
             raise ConfigError(f"--set {assignment!r}: write key=value, such as --set lr=3e-4")
         parsed[key.strip()] = value.strip()
     return parsed
+
+
+def parse_batch_size(text: str | None) -> int | Literal["auto"] | None:
+    """``--batch-size`` as a number or ``auto``.
+
+    Args:
+        text: As typed; None if it was not.
+
+    Returns:
+        The number, ``auto``, or None.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdigit():
+        raise ConfigError(f"--batch-size {text!r}: give a number, or auto")
+    return int(text)

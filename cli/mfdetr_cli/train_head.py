@@ -10,11 +10,12 @@ from mfdetr_pipelines.recipes import RECIPES, build_recipe
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,
+    is_first_process,
     print_evaluation,
     print_facts,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
+from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments, parse_batch_size
 
 
 def train_head(
@@ -22,6 +23,10 @@ def train_head(
     out: Annotated[Path, typer.Option(help="Run folder: head, settings, metrics, checkpoint.")],
     val_cache: Annotated[
         Path | None, typer.Option(help="Cache of the validation split, measured at the end.")
+    ] = None,
+    val_every: Annotated[
+        int | None,
+        typer.Option(help="Measure on --val-cache every N steps too; the best weights are kept."),
     ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "fast",
     set_: Annotated[
@@ -38,6 +43,24 @@ def train_head(
         Literal["off", "bf16", "fp16"] | None,
         typer.Option(help="Half precision; the recipe's own if not given, which is off."),
     ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Images per step instead of the recipe's; auto keeps the recipe's and computes a "
+            "step in as many pieces as the GPU's memory asks for.",
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the network; the first steps take minutes.")
+    ] = False,
+    track: Annotated[
+        str,
+        typer.Option(
+            help="Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with "
+            "commas, or none."
+        ),
+    ] = "tensorboard",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -47,23 +70,33 @@ def train_head(
     Example:
     mfdetr train-head --cache train2017.zarr --val-cache val2017.zarr
     --out runs/fast --recipe fast --set lr=5e-4
+
+    Several GPUs: torchrun --nproc-per-node 4 -m mfdetr_cli train-head ...; a step keeps its batch
+    and is divided among the processes.
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.run_folder import TrainHeadConfig
     from mfdetr_pipelines.train_head import run_train_head
 
     settings = parse_assignments(set_ or []) | ({} if amp is None else {"amp": amp})
+    if compile_:
+        settings["compile"] = "true"
     config = TrainHeadConfig(
         cache=cache,
         out=out,
         recipe=build_recipe(recipe, settings),
         val_cache=val_cache,
+        val_every=val_every,
+        batch_size=parse_batch_size(batch_size),
+        track=tuple(t.strip() for t in track.split(",") if t.strip() not in ("", "none")),  # type: ignore[misc]
         epochs=epochs,
         max_steps=max_steps,
         resume=resume,
         device=device,
     )
     summary = run_train_head(config, ConsoleReporter())
+    if not is_first_process():
+        return
     waiting = summary.waiting_seconds / max(summary.seconds, 1e-9)
     print_facts(
         f"Head {out}",
@@ -76,6 +109,10 @@ def train_head(
         },
     )
     document: dict[str, object] = {**asdict(summary), "recipe": recipe}
+    if summary.best_AP is not None and summary.best_step != summary.steps:
+        print_facts(
+            "", {"best": f"mask AP {100 * summary.best_AP:.1f} at step {summary.best_step}"}
+        )
     if summary.validation is not None:
         metrics = summary.validation.metrics()
         print_evaluation("Validation, in percent", metrics)

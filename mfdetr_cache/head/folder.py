@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import Identity, spec_from_identity
 
 HEAD_FILE = "head.safetensors"
+BEST_HEAD_FILE = "head-best.safetensors"
 CONFIG_FILE = "config.json"
 
 
@@ -51,17 +52,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
+# The weights at the end of a training, or those of its best validation.
+Which = Literal["last", "best"]
+_FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
+
+
+def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last") -> None:
     """Write the weights of a head.
 
     Args:
         folder: The run folder.
         weights: State dict of a MaskHead.
+        which: Those of the end, or of the best validation.
     """
-    partial = folder / (HEAD_FILE + ".partial")
+    target = folder / _FILES[which]
+    partial = target.with_name(target.name + ".partial")
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / HEAD_FILE)
+    partial.replace(target)
 
 
 def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) -> None:
@@ -76,11 +84,12 @@ def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) 
     write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())
 
 
-def load_head(folder: Path) -> HeadFolder:
+def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     """A trained head from its run folder.
 
     Args:
         folder: What ``train-head --out`` wrote.
+        which: The weights of the end, or of the best validation.
 
     Returns:
         The head on the CPU and what it belongs to.
@@ -88,10 +97,16 @@ def load_head(folder: Path) -> HeadFolder:
     Raises:
         HeadError: If something is missing, damaged or does not fit together.
     """
-    for name in (CONFIG_FILE, HEAD_FILE):
-        if not (folder / name).is_file():
+    weights_file = folder / _FILES[which]
+    for file in (folder / CONFIG_FILE, weights_file):
+        if not file.is_file():
+            if which == "best" and (folder / HEAD_FILE).is_file():
+                raise HeadError(
+                    f"{folder} has no {BEST_HEAD_FILE}: it was trained without --val-cache; use "
+                    "--which last"
+                )
             raise HeadError(
-                f"{folder} is no trained head: it has no {name}; pass a train-head --out"
+                f"{folder} is no trained head: it has no {file.name}; pass a train-head --out"
             )
     try:
         document = json.loads((folder / CONFIG_FILE).read_bytes())
@@ -101,12 +116,12 @@ def load_head(folder: Path) -> HeadFolder:
     except (ValueError, KeyError, TypeError) as error:
         raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
     try:
-        weights = load_file(folder / HEAD_FILE)
+        weights = load_file(weights_file)
     except (SafetensorError, OSError) as error:
-        raise HeadError(f"{folder / HEAD_FILE} is damaged ({error})") from error
+        raise HeadError(f"{weights_file} is damaged ({error})") from error
     try:
         head.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise HeadError(f"{folder / HEAD_FILE} does not fit its config.json: {reason}") from error
+        raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
     return HeadFolder(head.eval(), detector, document)

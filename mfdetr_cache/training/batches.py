@@ -1,9 +1,11 @@
 """Batches for training: their order, reading ahead in threads, the way to the device."""
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,13 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import TrainingError
-from mfdetr_cache.head.batch import HeadBatch, map_groups
+from mfdetr_cache.head.batch import HeadBatch, MapGroup, map_groups
 from mfdetr_cache.quantisation import decode_maps
 from mfdetr_cache.training.regions import RegionTargets
 from mfdetr_cache.types import CachedImage
 
+LoadedT = TypeVar("LoadedT")
+
 # Batches being prepared while one is computed; bounds the memory of the reader.
 READ_AHEAD = 3
+# Parts of the cache whose rows are mixed with one another when a training goes part by part.
+PARTS_MIXED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ class TrainBatch:
     image_ids: tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=4)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of one epoch: every row once.
 
@@ -66,7 +73,36 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def rows_of_step(rows: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
+@functools.lru_cache(maxsize=4)
+def epoch_order_by_parts(part_of_row: tuple[int, ...], seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of one epoch, some parts of the cache at a time: every row once.
+
+    Parts are drawn in random order; the rows of ``PARTS_MIXED`` of them at a time are mixed. An
+    image then meets others of its part as rarely as one in ``PARTS_MIXED``, and what is read at a
+    time lies in few files.
+
+    Args:
+        part_of_row: Part of each row.
+        seed: Of the training.
+        epoch: Counted from 0.
+
+    Returns:
+        A permutation that depends on nothing else.
+    """
+    random = np.random.default_rng((seed, epoch))
+    parts = np.array(part_of_row)
+    names = random.permutation(np.unique(parts))
+    groups = [names[i : i + PARTS_MIXED] for i in range(0, len(names), PARTS_MIXED)]
+    return np.concatenate([random.permutation(np.flatnonzero(np.isin(parts, g))) for g in groups])
+
+
+def rows_of_step(
+    rows: Sequence[int],
+    batch_size: int,
+    seed: int,
+    step: int,
+    part_of_row: tuple[int, ...] | None = None,
+) -> list[int]:
     """The rows of one step; the last batch of an epoch may be smaller.
 
     Args:
@@ -74,13 +110,18 @@ def rows_of_step(rows: Sequence[int], batch_size: int, seed: int, step: int) -> 
         batch_size: Rows per step.
         seed: Of the training.
         step: Step, counted from 0 over all epochs.
+        part_of_row: Part of each of these rows, to go through the cache part by part; None mixes
+            all rows.
 
     Returns:
         Rows of the cache.
     """
     per_epoch = steps_per_epoch(len(rows), batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = epoch_order(len(rows), seed, epoch)
+    if part_of_row is None:
+        order = epoch_order(len(rows), seed, epoch)
+    else:
+        order = epoch_order_by_parts(part_of_row, seed, epoch)
     chosen = order[position * batch_size : (position + 1) * batch_size]
     return [rows[i] for i in chosen]
 
@@ -116,7 +157,10 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def collate(
-    samples: Sequence[TrainSample], map_names: Sequence[str], device: torch.device
+    samples: Sequence[TrainSample],
+    map_names: Sequence[str],
+    device: torch.device,
+    groups: tuple[MapGroup, ...] | None = None,
 ) -> TrainBatch:
     """Some samples as one batch.
 
@@ -124,6 +168,7 @@ def collate(
         samples: At least one.
         map_names: Maps the head reads.
         device: Where the batch lives.
+        groups: The maps of the same images where they are on the device already.
 
     Returns:
         The batch; it may have no region.
@@ -141,7 +186,9 @@ def collate(
         return torch.from_numpy(np.concatenate(parts)).to(device)
 
     inputs = HeadBatch(
-        groups=map_groups([s.image for s in samples], map_names, device),
+        groups=map_groups([s.image for s in samples], map_names, device)
+        if groups is None
+        else groups,
         queries=joined(queries),
         boxes_xyxy=joined(boxes),
         image_index=joined(owner),
@@ -181,11 +228,11 @@ def _crops_of(samples: Sequence[TrainSample], device: torch.device) -> Tensor | 
 
 
 def read_ahead(
-    load: Callable[[int, int], TrainSample],
+    load: Callable[[int, int], LoadedT],
     rows_of: Callable[[int], list[int]],
     steps: range,
     num_threads: int,
-) -> Iterator[list[TrainSample]]:
+) -> Generator[list[LoadedT], None, None]:
     """The samples of one step after the other, prepared in threads of this process.
 
     Args:
@@ -195,10 +242,10 @@ def read_ahead(
         num_threads: How many threads.
 
     Yields:
-        The samples of a step, in the order of its rows.
+        What was loaded for a step, in the order of its rows.
     """
     with ThreadPoolExecutor(num_threads, "reader") as pool:
-        ahead: deque[list[Future[TrainSample]]] = deque()
+        ahead: deque[list[Future[LoadedT]]] = deque()
         coming = iter(steps)
         try:
             while True:

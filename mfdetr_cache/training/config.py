@@ -39,6 +39,11 @@ class TrainConfig:
         scoring_weight: Weight of the mask-IoU regression.
         amp: Compute the network in bfloat16 or float16 where that is safe; losses, norms and
             sampling positions stay in float32. ``fp16`` needs a GPU.
+        accumulate: Compute each step in so many pieces, for less memory; the gradient stays that of
+            the whole step.
+        compile: Compile the network with torch.compile; the first steps then take minutes.
+        shuffle: ``images`` in any order, or ``parts``: some parts of the cache at a time, their
+            images mixed, for disks and networks that read neighbours faster.
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches.
         checkpoint_minutes: Time between checkpoints.
@@ -71,13 +76,17 @@ class TrainConfig:
     dice_weight: float = 5.0
     scoring_weight: float = 1.0
     amp: Literal["off", "bf16", "fp16"] = "off"
+    accumulate: int = 1
+    compile: bool = False
+    shuffle: Literal["images", "parts"] = "images"
     seed: int = 0
     num_threads: int = 2
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.num_threads < 1 or self.target_scale < 1:
-            raise ValueError("steps, batch_size, num_threads and target_scale must be 1 or more")
+        for name in ("steps", "batch_size", "num_threads", "target_scale", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):

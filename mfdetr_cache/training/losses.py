@@ -19,7 +19,8 @@ class LossParts:
         total: What is minimised.
         bce: Binary cross entropy, mean over points and regions.
         dice: Dice loss, mean over regions.
-        scoring: Squared error of the predicted mask IoU, mean over scored regions.
+        scoring: Squared error of the predicted mask IoU, mean over regions; a region that has
+            nothing to score adds none.
     """
 
     total: Tensor
@@ -68,6 +69,7 @@ def head_losses(
     outside: Tensor,
     config: TrainConfig,
     generator: torch.Generator,
+    share: tuple[int, int] | None = None,
 ) -> LossParts:
     """The losses of a batch of R regions.
 
@@ -78,6 +80,9 @@ def head_losses(
         outside: Area of each object outside the box, in units of the box's area, shape (R,).
         config: Points and weights.
         generator: Source of the sampled points.
+        share: Where these regions stand in a step that is computed in pieces: index of the first,
+            and how many there are in all. Every mean is then this piece's part of the mean over the
+            step, so that the losses and gradients of the pieces add up to those of the step.
 
     Returns:
         The parts and their weighted sum.
@@ -99,20 +104,19 @@ def head_losses(
             config.oversample_ratio,
             config.importance_sample_ratio,
             generator,
+            share,
         )
         predicted, wanted = sample_at(logits, points), sample_at(masks, points)
-    bce = functional.binary_cross_entropy_with_logits(predicted, wanted)
-    dice = dice_loss(predicted.sigmoid(), wanted).mean()
+    count = len(logits) if share is None else share[1]
+    bce = functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="sum")
+    bce = bce / (count * predicted.shape[1])
+    dice = dice_loss(predicted.sigmoid(), wanted).sum() / count
     scoring = logits.new_zeros(())
     if output.mask_iou is not None:
         target = mask_iou_targets(logits.detach(), masks, outside)
         # Only masks that hit their object say something about quality (Mask Scoring R-CNN).
         scored = (target > 0) & (labels >= 0)
-        if bool(scored.any()):
-            rows = scored.nonzero()[:, 0]
-            guess = output.mask_iou.float()[rows, labels[rows]]
-            scoring = functional.mse_loss(guess, target[rows])
-        else:
-            scoring = output.mask_iou.sum() * 0.0
+        guess = output.mask_iou.float().gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        scoring = ((guess - target) ** 2 * scored).sum() / count
     total = config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
     return LossParts(total, bce.detach(), dice.detach(), scoring.detach())

@@ -31,6 +31,7 @@ def uncertain_points(
     oversample_ratio: float,
     importance_sample_ratio: float,
     generator: torch.Generator,
+    share: tuple[int, int] | None = None,
 ) -> Tensor:
     """Points where a mask is least certain, filled up with uniform ones (section 3.5).
 
@@ -40,17 +41,22 @@ def uncertain_points(
         oversample_ratio: Uniform candidates per point (k of the paper).
         importance_sample_ratio: Share of N taken from the least certain candidates (beta).
         generator: Source of the candidates.
+        share: Where these masks stand among all masks of a step: index of the first, and how many
+            there are. A step in pieces then draws the points of a whole one.
 
     Returns:
         x and y in [0, 1], shape (R, N, 2).
     """
     count, device = len(mask_logits), mask_logits.device
-    candidates = torch.rand(
-        count, int(num_points * oversample_ratio), 2, generator=generator, device=device
-    )
+    first, total = (0, count) if share is None else share
+
+    def uniform_points(number: int) -> Tensor:
+        drawn = torch.rand(total, number, 2, generator=generator, device=device)
+        return drawn[first : first + count]
+
+    candidates = uniform_points(int(num_points * oversample_ratio))
     num_important = int(num_points * importance_sample_ratio)
     uncertainty = -sample_at(mask_logits.detach().float(), candidates).abs()
     best = uncertainty.topk(num_important, dim=1).indices
     important = torch.take_along_dim(candidates, best[..., None], dim=1)
-    uniform = torch.rand(count, num_points - num_important, 2, generator=generator, device=device)
-    return torch.cat((important, uniform), dim=1)
+    return torch.cat((important, uniform_points(num_points - num_important)), dim=1)

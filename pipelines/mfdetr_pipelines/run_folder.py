@@ -3,10 +3,9 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -19,8 +18,7 @@ from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_pipelines.recipes import Recipe
-
-METRICS_FILE = "metrics.jsonl"
+from mfdetr_pipelines.run_log import Tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,10 @@ class TrainHeadConfig:
         out: Run folder.
         recipe: Head and training settings.
         val_cache: Cache of the validation split, measured at the end.
+        val_every: Measure on it every so many steps too, and keep the best weights.
+        batch_size: Images per step instead of the recipe's; ``auto`` keeps the recipe's and
+            computes a step in as many pieces as the GPU's memory asks for.
+        track: Where numbers go beside ``metrics.jsonl``.
         epochs: Replaces the recipe's number of steps.
         max_steps: Stop after so many steps of the recipe's schedule shortened to them.
         resume: Go on with the run in ``out``.
@@ -42,6 +44,9 @@ class TrainHeadConfig:
     out: Path
     recipe: Recipe
     val_cache: Path | None = None
+    val_every: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    track: tuple[Tracker, ...] = ("tensorboard",)
     epochs: float | None = None
     max_steps: int | None = None
     resume: bool = False
@@ -121,14 +126,3 @@ def prepare_folder(config: TrainHeadConfig, document: dict[str, Any]) -> None:
         )
     config.out.mkdir(parents=True, exist_ok=True)
     save_run_config(config.out, config.recipe.head, document)
-
-
-def log_line(folder: Path, line: Mapping[str, object]) -> None:
-    """Add a line to a run's metrics.
-
-    Args:
-        folder: The run folder.
-        line: Plain values.
-    """
-    with (folder / METRICS_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")

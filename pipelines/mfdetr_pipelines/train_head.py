@@ -1,46 +1,28 @@
 """Train a mask network from a cache; the detector is never built."""
 
 import dataclasses
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.devices import torch_device
-from mfdetr_cache.errors import ConfigError, HeadError, StoppedError, TrainingError
+from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.protocols import Reporter
-from mfdetr_cache.training.batches import (
-    TrainBatch,
-    TrainSample,
-    collate,
-    read_ahead,
-    rows_of_step,
-    steps_per_epoch,
-    view_of_epoch,
-)
-from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from mfdetr_cache.protocols import Reporter, SilentReporter
+from mfdetr_cache.training.batches import steps_per_epoch
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.losses import LossParts, head_losses
+from mfdetr_cache.training.distributed import Processes, training_processes
+from mfdetr_cache.training.learner import Learner, build_learner
 from mfdetr_cache.training.memory import keep_freed_memory
-from mfdetr_cache.training.precision import autocast
-from mfdetr_cache.training.regions import build_regions, trainable_objects
-from mfdetr_cache.training.schedule import learning_rate
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
-from mfdetr_pipelines.run_folder import TrainHeadConfig, log_line, prepare_folder, run_document
-
-_LOG_EVERY = 10
+from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
+from mfdetr_pipelines.run_log import RunLog, require_trackers
+from mfdetr_pipelines.training_loop import Run, TrainingLoop, trainable_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +39,8 @@ class TrainSummary:
         images_per_second: Images trained on per second.
         loss: Mean total loss of the last steps.
         validation: Metrics on the validation cache, where one was given.
+        best_AP: Best mask AP of a validation on the way, where there was one.
+        best_step: Step it was seen at.
     """
 
     out: str
@@ -68,10 +52,12 @@ class TrainSummary:
     images_per_second: float
     loss: float
     validation: EvaluateSummary | None
+    best_AP: float | None
+    best_step: int | None
 
 
 def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
-    """Train a head, or go on with one.
+    """Train a head, or go on with one; under ``torchrun``, together with the other processes.
 
     Args:
         config: What to do.
@@ -90,90 +76,102 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
     cache = FeatureCache.open(config.cache)
     cache.require_complete()
     validation = _open_validation(config, cache)
-    train = _settled(config, cache)
-    device = torch_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if train.amp == "fp16":
-            raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
-    torch.manual_seed(train.seed)
-    head = MaskHead(config.recipe.head, cache.spec).to(device)
-    parameters = sum(p.numel() for p in head.parameters())
-    _require_c1(cache, head, train)
-    document = run_document(config, train, cache, validation)
-    training = _Training(config, train, cache, head, device, reporter)
-    prepare_folder(config, document)
-    if config.resume and (config.out / CHECKPOINT_FILE).is_file():
-        training.restore(load_checkpoint(config.out))
-    if not parameters:
-        raise TrainingError("this head has no parameter to train; measure it with mfdetr ablate")
-    reporter.say(
-        f"recipe {config.recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} steps of "
-        f"{train.batch_size} images ({training.epochs_of(train.steps):.1f} epochs of "
-        f"{len(training.rows)} images with objects)"
-    )
-    training.run()
-    save_head(config.out, training.result_weights())
-    measured = None
-    if validation is not None:
-        head.load_state_dict(training.result_weights())
-        measured, _ = measure(validation, head, device, reporter, baselines=False)
-        log_line(config.out, {"step": training.step, "validation": _metrics_of(measured)})
+    require_trackers(config.track)
+    train = settled(config, cache)
+    device = training_device(config.device, train.amp)
+    with training_processes(device) as processes:
+        if not processes.is_first:
+            reporter = SilentReporter()
+        learner = build_learner(
+            train, lambda: MaskHead(config.recipe.head, cache.spec), device, processes
+        )
+        require_c1(cache, learner.head, train)
+        document = run_document(config, train, cache, validation)
+        if processes.is_first:
+            prepare_folder(config, document)
+        processes.wait()
+        log = RunLog(config.out, config.track if processes.is_first else (), document["train"])
+        run = Run(learner, config.out, log)
+        loop = TrainingLoop(
+            cache,
+            [run],
+            device,
+            reporter,
+            processes,
+            split_when_full=config.batch_size == "auto",
+        )
+        if config.resume:
+            run.restore()
+        validator = None
+        if validation is not None:
+            validator = _Validator(config, validation, run, processes)
+            run.after_step = validator.after_step
+        parameters = sum(p.numel() for p in learner.head.parameters())
+        reporter.say(
+            f"recipe {config.recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} "
+            f"steps of {train.batch_size} images ({loop.epochs_of(train.steps):.1f} epochs of "
+            f"{len(loop.rows)} images with objects)"
+        )
+        loop.run()
+        if run.problem is not None:
+            raise run.problem
+        measured = None
+        if processes.is_first:
+            save_head(config.out, learner.result_weights())
+            if validator is not None:
+                measured = validator.finish(reporter)
+        log.close()
+        processes.wait()
     return TrainSummary(
         out=str(config.out),
         parameters=parameters,
-        steps=training.step,
-        epochs=training.epochs_of(training.step),
-        seconds=training.seconds,
-        waiting_seconds=training.waiting_seconds,
-        images_per_second=training.images / max(training.seconds, 1e-9),
-        loss=training.recent_loss(),
+        steps=learner.step,
+        epochs=loop.epochs_of(learner.step),
+        seconds=learner.seconds,
+        waiting_seconds=learner.waiting_seconds,
+        images_per_second=learner.images / max(learner.seconds, 1e-9),
+        loss=learner.recent_loss(),
         validation=measured,
+        best_AP=None if validator is None else validator.best_ap,
+        best_step=None if validator is None else validator.best_step,
     )
 
 
-def loss_of_batch(head: MaskHead, batch: TrainBatch, train: TrainConfig, step: int) -> LossParts:
-    """The losses of one step; the points depend on seed and step alone.
+def training_device(name: str, amp: Literal["off", "bf16", "fp16"]) -> torch.device:
+    """Where a training runs, prepared for it.
 
     Args:
-        head: The mask network.
-        batch: From a cache, or from a live detector.
+        name: As for ``--device``; under ``torchrun``, ``cuda`` is the process's own GPU.
+        amp: Precision asked for.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If there is no such device, or it cannot do what was asked for.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local}"
+    device = torch_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if amp == "fp16":
+            raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
+    return device
+
+
+def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
+    """Refuse settings that need more of C1 than the cache holds, before anything is begun.
+
+    Args:
+        cache: Cache of the training split.
+        head: The head.
         train: Training settings.
-        step: Step, counted from 0.
 
-    Returns:
-        The losses.
+    Raises:
+        ConfigError: Saying which settings the cache fixes.
     """
-    generator = torch.Generator(batch.masks.device)
-    generator.manual_seed(train.seed * 1_000_003 + step)
-    with autocast(train.amp, batch.masks.device):
-        output = head(batch.inputs)
-    return head_losses(output, batch.masks, batch.labels, batch.outside, train, generator)
-
-
-def parameter_groups(head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
-
-    Args:
-        head: The mask network.
-        weight_decay: For matrices; vectors and tables have none.
-
-    Returns:
-        Groups for an optimiser.
-    """
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in head.named_parameters():
-        table = name.endswith(("position", "level_embed", "position_bias"))
-        (plain if parameter.ndim < 2 or table else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-
-
-def _require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
-    """Refuse settings that need more of C1 than the cache holds, before anything is begun."""
     layout = cache.layout
     if head.c1 is None or layout.c1 == "full":
         return
@@ -195,9 +193,45 @@ def _require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None
         )
 
 
+def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
+    """The recipe's training settings with the length and the batch size the user asked for.
+
+    Args:
+        config: What the user asked for.
+        cache: Cache of the training split.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: If they contradict one another.
+    """
+    train = config.recipe.train
+    if isinstance(config.batch_size, int):
+        if config.batch_size < 1:
+            raise ConfigError(f"--batch-size must be 1 or more, not {config.batch_size}")
+        train = dataclasses.replace(train, batch_size=config.batch_size)
+    if config.epochs is not None and config.max_steps is not None:
+        raise ConfigError("give --epochs or --max-steps, not both")
+    if config.max_steps is not None:
+        if config.max_steps < 1:
+            raise ConfigError(f"--max-steps must be 1 or more, not {config.max_steps}")
+        return dataclasses.replace(train, steps=config.max_steps)
+    if config.epochs is not None:
+        if config.epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, not {config.epochs}")
+        per_epoch = steps_per_epoch(len(trainable_rows(cache)), train.batch_size)
+        return dataclasses.replace(train, steps=max(1, round(config.epochs * per_epoch)))
+    return train
+
+
 def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCache | None:
     if config.val_cache is None:
+        if config.val_every is not None:
+            raise ConfigError("--val-every needs --val-cache")
         return None
+    if config.val_every is not None and config.val_every < 1:
+        raise ConfigError(f"--val-every must be 1 or more, not {config.val_every}")
     validation = FeatureCache.open(config.val_cache)
     require_same(
         detector_identity(cache.spec),
@@ -211,229 +245,63 @@ def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCac
     return validation
 
 
-def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
-    """The recipe's training settings with the length the user asked for."""
-    train = config.recipe.train
-    if config.epochs is not None and config.max_steps is not None:
-        raise ConfigError("give --epochs or --max-steps, not both")
-    if config.max_steps is not None:
-        if config.max_steps < 1:
-            raise ConfigError(f"--max-steps must be 1 or more, not {config.max_steps}")
-        return dataclasses.replace(train, steps=config.max_steps)
-    if config.epochs is not None:
-        if config.epochs <= 0:
-            raise ConfigError(f"--epochs must be above 0, not {config.epochs}")
-        per_epoch = steps_per_epoch(len(_trainable_rows(cache)), train.batch_size)
-        return dataclasses.replace(train, steps=max(1, round(config.epochs * per_epoch)))
-    return train
+class _Validator:
+    """Measures a head on the way and at the end; keeps the best weights seen.
 
+    Args:
+        config: What the user asked for.
+        cache: Cache of the validation split.
+        run: The run that is measured.
+        processes: Those that train together; the first one measures, the others wait.
+    """
 
-def _trainable_rows(cache: FeatureCache) -> list[int]:
-    rows = [row for row in cache.rows if len(trainable_objects(cache.ground_truth(row)))]
-    if not rows:
-        raise TrainingError(
-            f"no image of {cache.path} has an object to learn from (only crowds, categories the "
-            "detector does not know, or nothing); extract a split with instance masks"
-        )
-    return rows
+    def __init__(
+        self, config: TrainHeadConfig, cache: FeatureCache, run: Run, processes: Processes
+    ) -> None:
+        self.best_ap: float | None = None
+        self.best_step: int | None = None
+        self._config = config
+        self._cache = cache
+        self._run = run
+        self._processes = processes
+        self._last: float | None = None
 
+    def after_step(self) -> str:
+        """Measure where it is time to; what to show beside the progress."""
+        learner, every = self._run.learner, self._config.val_every
+        if every is not None and learner.step % every == 0 and not learner.is_done:
+            if self._processes.is_first:
+                self._measure(learner, SilentReporter())
+            self._processes.wait()
+        return "" if self._last is None else f", val AP {100 * self._last:.1f}"
 
-def _metrics_of(measured: EvaluateSummary) -> dict[str, object]:
-    return {"mask": measured.mask.to_dict(), "box": measured.box.to_dict()}
-
-
-@dataclass
-class _Training:
-    """The loop and everything it changes."""
-
-    config: TrainHeadConfig
-    train: TrainConfig
-    cache: FeatureCache
-    head: MaskHead
-    device: torch.device
-    reporter: Reporter
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    _losses: list[float] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.rows = _trainable_rows(self.cache)
-        layout = self.cache.layout
-        self.views = layout.views if self.train.views == "all" else layout.views[:1]
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.head, self.train.weight_decay),
-            lr=self.train.lr,
-            betas=(self.train.beta1, self.train.beta2),
-        )
-        # Only float16 needs its gradients scaled; otherwise this passes everything through.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.amp == "fp16")
-        self.average = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
-
-    def epochs_of(self, steps: int) -> float:
-        """How many epochs some steps are."""
-        return steps / steps_per_epoch(len(self.rows), self.train.batch_size)
-
-    def recent_loss(self) -> float:
-        """Mean total loss of the last steps."""
-        return float(np.mean(self._losses[-50:])) if self._losses else float("nan")
-
-    def result_weights(self) -> dict[str, Tensor]:
-        """The averaged weights where averaging is on, else the last ones."""
-        return self.average if self.train.ema_decay else self.head.state_dict()
-
-    def run(self) -> None:
-        """Train until the last step, or until a signal asks to stop."""
-        self.head.train()
-        self.reporter.start("train", self.train.steps, "steps", done=self.step)
-        last_saved = time.monotonic()
-        with self._signals():
-            batches = self._batches()
-            while self.step < self.train.steps and not self._stop.is_set():
-                started = time.perf_counter()
-                samples = next(batches)
-                ready = time.perf_counter()
-                self._step(collate(samples, self.head.map_names, self.device))
-                ended = time.perf_counter()
-                self.waiting_seconds += ready - started
-                self.seconds += ended - started
-                self.images += len(samples)
-                if time.monotonic() - last_saved > 60 * self.train.checkpoint_minutes:
-                    self.save()
-                    last_saved = time.monotonic()
-            batches.close()
-        self.reporter.finish()
-        self.save()
-        if self._stop.is_set():
-            raise StoppedError(
-                f"stopped by a signal at step {self.step}; go on with the same command and --resume"
-            )
-
-    def _batches(self) -> Any:  # noqa: ANN401  a generator, closed by hand
-        train = self.train
-        return read_ahead(
-            self._load,
-            lambda step: rows_of_step(self.rows, train.batch_size, train.seed, step),
-            range(self.step, train.steps),
-            train.num_threads,
-        )
-
-    def _load(self, row: int, step: int) -> TrainSample:
-        epoch = step // steps_per_epoch(len(self.rows), self.train.batch_size)
-        view = view_of_epoch(self.views, self.train.seed, row, epoch)
-        image = self.cache.read(row, self.head.map_names, view)
-        random = np.random.default_rng((self.train.seed, step, row))
-        regions = build_regions(image, self.train, self.config.recipe.head.roi_size, random)
-        return TrainSample(image, regions)
-
-    def _step(self, batch: TrainBatch) -> None:
-        if not len(batch.labels):
-            # No query answers for any object of these images: nothing to learn here.
-            self.step += 1
-            self.reporter.advance()
-            return
-        rate = learning_rate(self.train, self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
-        losses = loss_of_batch(self.head, batch, self.train, self.step)
-        total = float(losses.total.detach())
-        if not np.isfinite(total):
-            self.save()
-            raise TrainingError(
-                f"the loss is {total} at step {self.step}; images {list(batch.image_ids)}. Lower "
-                "the learning rate (--set lr=...), or look at these images"
-            )
-        self.scaler.scale(losses.total).backward()
-        self.scaler.unscale_(self.optimiser)
-        if self.train.clip_norm:
-            nn.utils.clip_grad_norm_(self.head.parameters(), self.train.clip_norm)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self._follow()
-        self.step += 1
-        self._losses.append(total)
-        note = (
-            f"loss {self.recent_loss():.3f} (bce {float(losses.bce):.3f}, dice "
-            f"{float(losses.dice):.3f}, iou {float(losses.scoring):.3f})"
-        )
-        self.reporter.advance(note=note)
-        if self.step % _LOG_EVERY == 0 or self.step == self.train.steps:
-            line = {
-                "step": self.step,
-                "lr": rate,
-                "loss": total,
-                "bce": float(losses.bce),
-                "dice": float(losses.dice),
-                "scoring": float(losses.scoring),
-                "regions": len(batch.labels),
-                "seconds": round(self.seconds, 3),
-                "waiting_seconds": round(self.waiting_seconds, 3),
-            }
-            log_line(self.config.out, line)
-
-    def _follow(self) -> None:
-        """Move the averaged weights; early on they follow faster, so that they start in place."""
-        if not self.train.ema_decay:
-            return
-        decay = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.head.state_dict().items():
-                if value.dtype.is_floating_point:
-                    self.average[name].lerp_(value, 1 - decay)
-
-    def save(self) -> None:
-        """Write a checkpoint."""
-        save_checkpoint(
-            self.config.out,
-            {
-                "step": self.step,
-                "images": self.images,
-                "seconds": self.seconds,
-                "waiting_seconds": self.waiting_seconds,
-                "losses": self._losses[-50:],
-                "head": self.head.state_dict(),
-                "average": self.average,
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            },
-        )
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint.
+    def finish(self, reporter: Reporter) -> EvaluateSummary:
+        """Measure the final weights.
 
         Args:
-            state: What :meth:`save` wrote.
+            reporter: Who is told about progress.
+
+        Returns:
+            The metrics.
         """
+        return self._measure(self._run.learner, reporter)
+
+    def _measure(self, learner: Learner, reporter: Reporter) -> EvaluateSummary:
+        head, weights = learner.head, learner.result_weights()
+        current = {k: v.clone() for k, v in head.state_dict().items()}
+        head.load_state_dict(weights)
         try:
-            self.step = int(state["step"])
-            self.images = int(state["images"])
-            self.seconds = float(state["seconds"])
-            self.waiting_seconds = float(state["waiting_seconds"])
-            self._losses = list(state["losses"])
-            self.head.load_state_dict(state["head"])
-            self.average = {k: v.to(self.device) for k, v in state["average"].items()}
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            where = self.config.out / CHECKPOINT_FILE
-            raise HeadError(f"{where} does not fit this run ({error})") from error
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C end the step that is running and then save."""
-
-        def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
-            self._stop.set()
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
+            found, _ = measure(self._cache, head, learner.device, reporter, baselines=False)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            head.load_state_dict(current)
+            head.train()
+        self._last = found.mask.AP
+        if self.best_ap is None or self.best_ap < found.mask.AP:
+            self.best_ap, self.best_step = found.mask.AP, learner.step
+            save_head(self._config.out, weights, which="best")
+        self._run.log.add({"step": learner.step, "validation": _metrics_of(found)})
+        return found
+
+
+def _metrics_of(measured: EvaluateSummary) -> dict[str, Any]:
+    return {"mask": measured.mask.to_dict(), "box": measured.box.to_dict()}

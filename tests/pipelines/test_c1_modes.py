@@ -13,13 +13,14 @@ from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
-from mfdetr_pipelines.train_head import loss_of_batch, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.training.learner import loss_of_batch
 from mfdetr_cache.training.regions import build_regions
 from tests.support.scenes import extract_config
 

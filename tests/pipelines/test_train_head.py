@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines import train_head as train_head_module
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
-from mfdetr_pipelines.train_head import loss_of_batch, run_train_head
+from mfdetr_pipelines.run_log import RunLog
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry
@@ -22,14 +23,18 @@ from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.quantisation import StoredMap
+from mfdetr_cache.training import learner as learner_module
 from mfdetr_cache.training.batches import (
     TrainSample,
     collate,
     epoch_order,
+    epoch_order_by_parts,
     read_ahead,
     rows_of_step,
     view_of_epoch,
 )
+from mfdetr_cache.training.distributed import split
+from mfdetr_cache.training.learner import build_learner, loss_of_batch
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 from tests.support import detectors, scenes
@@ -90,14 +95,14 @@ def test_resumed_weights_are_bit_identical(
 ) -> None:
     recipe = small_recipe(steps=7, box_jitter=0.1, max_regions=1)
     train(drawn_cache, tmp_path / "whole", recipe)
-    real = train_head_module._Training._step
+    real = TrainingLoop._one_step
 
-    def stop(self: Any, batch: Any) -> None:
-        real(self, batch)
-        if self.step == stop_at:
+    def stop(self: Any, step: int, *arguments: Any) -> bool:
+        if step == stop_at - 1:
             self._stop.set()
+        return real(self, step, *arguments)
 
-    monkeypatch.setattr(train_head_module._Training, "_step", stop)
+    monkeypatch.setattr(TrainingLoop, "_one_step", stop)
     with pytest.raises(StoppedError, match=f"stopped by a signal at step {stop_at}; go on with"):
         train(drawn_cache, tmp_path / "parts", recipe)
     monkeypatch.undo()
@@ -214,13 +219,13 @@ def test_a_step_from_the_cache_equals_a_step_from_the_live_detector(
 def test_a_loss_that_is_not_finite_names_the_images(
     tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_head_module.loss_of_batch
+    real = learner_module.loss_of_batch
 
     def broken(*arguments: Any) -> Any:
         losses = real(*arguments)
         return dataclasses.replace(losses, total=losses.total * float("nan"))
 
-    monkeypatch.setattr(train_head_module, "loss_of_batch", broken)
+    monkeypatch.setattr(learner_module, "loss_of_batch", broken)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 0; images \[1\d\d"):
         train(drawn_cache, tmp_path / "run")
 
@@ -296,3 +301,150 @@ def test_an_epoch_walks_through_the_views() -> None:
     # Views are mixed inside an epoch: about fifty images of each.
     assert all(30 < first.count(v) < 70 for v in views)
     assert first != [view_of_epoch(views, 1, row, 0) for row in range(200)]
+
+
+def test_parts_are_mixed_and_every_image_comes_once() -> None:
+    """Forty parts of fifty rows: neighbours in time come from eight parts, evenly."""
+    parts = tuple(row // 50 for row in range(2000))
+    order = epoch_order_by_parts(parts, 0, 0)
+    assert sorted(order) == list(range(2000))
+    assert (order != epoch_order_by_parts(parts, 0, 1)).any()
+    window = np.array(parts)[order[:400]]
+    assert len(np.unique(window)) == 8
+    # Mixed inside the window: the first half of it already holds about half of each part
+    # (hypergeometric, standard deviation 3.3; six of them).
+    counts = np.array([(window[:200] == p).sum() for p in np.unique(window)])
+    assert (abs(counts - 25) < 20).all()
+    runs = int((np.diff(window) == 0).sum())
+    # In a random order one neighbour in eight is of the same part.
+    assert runs < 100
+
+
+def pieces_of(cache: FeatureCache, train_config: Any, count: int) -> Any:
+    images = [cache[i] for i in range(6)]
+    samples = [
+        TrainSample(i, build_regions(i, train_config, 8, np.random.default_rng(0))) for i in images
+    ]
+    return samples, split(samples, count)
+
+
+@pytest.mark.parametrize("name", ["fast", "paper"])
+def test_a_step_in_pieces_has_the_losses_and_gradients_of_a_whole_one(
+    drawn_cache: Path, name: str
+) -> None:
+    """In float64, where the order of a sum changes nothing that could be seen at 1e-10."""
+    recipe = small_recipe(name)
+    cache = FeatureCache.open(drawn_cache)
+    torch.manual_seed(0)
+    head = MaskHead(recipe.head, cache.spec)
+    samples, pieces = pieces_of(cache, recipe.train, 4)
+    device = torch.device("cpu")
+
+    def gradients(parts: list[Any]) -> tuple[float, torch.Tensor]:
+        head.zero_grad()
+        total, place, loss = sum(len(s.regions) for s in samples), 0, 0.0
+        for part in parts:
+            batch = collate(part, head.map_names, device)
+            count = len(batch.labels)
+            if not count:
+                continue
+            losses = loss_of_batch(head, batch, recipe.train, 3, (place, total))
+            losses.total.backward()
+            loss += losses.total.item()
+            place += count
+        assert place == total
+        return loss, torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
+
+    whole_loss, whole = gradients([samples])
+    loss, gradient = gradients(pieces)
+    # float32: 24 bits, sums of some thousand terms in another order.
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert float((gradient - whole).norm()) < 1e-4 * float(whole.norm())
+    plain = loss_of_batch(head, collate(samples, head.map_names, device), recipe.train, 3)
+    assert plain.total.item() == pytest.approx(whole_loss, rel=1e-6)
+
+
+def test_a_gpu_that_is_full_splits_the_step_or_says_so(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With auto, the step is computed in more pieces and nothing else changes."""
+    real = learner_module.Learner.learn
+
+    def small_memory(self: Any, pieces: Any, *arguments: Any) -> Any:
+        if max(len(p.image_ids) for p in pieces) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pieces, *arguments)
+
+    monkeypatch.setattr(learner_module.Learner, "learn", small_memory)
+    with pytest.raises(TrainingError, match="does not hold 3 images .*--batch-size auto"):
+        train(drawn_cache, tmp_path / "full")
+    split_run = train(drawn_cache, tmp_path / "split", batch_size="auto")
+    monkeypatch.undo()
+    whole = train(drawn_cache, tmp_path / "whole")
+    assert split_run.steps == whole.steps == 4
+    assert split_run.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_validation_on_the_way_keeps_the_best_weights(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path
+) -> None:
+    out = tmp_path / "run"
+    plain = train(drawn_cache, tmp_path / "plain", small_recipe(steps=6))
+    summary = train(drawn_cache, out, small_recipe(steps=6), val_cache=drawn_cache, val_every=2)
+    # Looking does not change what is learned.
+    assert plain.loss == summary.loss
+    last, before = weights_of(out), weights_of(tmp_path / "plain")
+    assert all(torch.equal(last[k], before[k]) for k in last)
+    lines = [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = {s["step"]: s["validation"]["mask"]["AP"] for s in lines if "validation" in s}
+    assert sorted(measured) == [2, 4, 6]
+    assert summary.best_AP == max(measured.values()) == measured[summary.best_step]
+    best = load_head(out, "best").head.state_dict()
+    assert best.keys() == last.keys()
+    with pytest.raises(HeadError, match="has no head-best.safetensors: it was trained without"):
+        load_head(tmp_path / "plain", "best")
+    with pytest.raises(ConfigError, match="--val-every needs --val-cache"):
+        train(drawn_cache, tmp_path / "other", val_every=2)
+
+
+def test_numbers_reach_tensorboard_and_missing_trackers_are_named(
+    tmp_path: Path, drawn_cache: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(drawn_cache, tmp_path / "run", small_recipe(steps=10))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert events.Scalars("loss")[-1].step == line["step"] == 10
+    assert events.Scalars("loss")[-1].value == pytest.approx(line["loss"], rel=1e-6)
+    with pytest.raises(ConfigError, match="--track mlflow: the package is not installed; pip inst"):
+        train(drawn_cache, tmp_path / "other", track=("mlflow",))
+    with pytest.raises(ConfigError, match="--track tensorbord: unknown; use tensorboard, wandb"):
+        train(drawn_cache, tmp_path / "other", track=("tensorbord",))
+    assert not (tmp_path / "other").exists()
+
+
+def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
+    tmp_path: Path, drawn_cache: Path
+) -> None:
+    """Bit for bit, with other widths, grids, lengths and maps beside them."""
+    recipes = {
+        "a": small_recipe(steps=5),
+        "b": small_recipe(steps=3, hidden_dim=24, lr=5e-3),
+        "c": small_recipe("paper", steps=5, roi_size=16, use_c1="false", box_block="convnext"),
+    }
+    cache = FeatureCache.open(drawn_cache)
+    runs = {}
+    for name, recipe in recipes.items():
+        train(drawn_cache, tmp_path / name, recipe)
+        learner = build_learner(
+            recipe.train, lambda r=recipe: MaskHead(r.head, cache.spec), torch.device("cpu")
+        )
+        runs[name] = Run(learner, tmp_path / "side", RunLog(tmp_path))
+    (tmp_path / "side").mkdir()
+    TrainingLoop(cache, list(runs.values()), torch.device("cpu"), SilentReporter()).run()
+    for name, run in runs.items():
+        alone, beside = weights_of(tmp_path / name), run.learner.result_weights()
+        assert run.learner.step == recipes[name].train.steps
+        assert all(torch.equal(alone[k], beside[k]) for k in alone), name

@@ -1,0 +1,148 @@
+"""Several processes that train one head: who they are, and the sums they share."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from mfdetr_cache.errors import ConfigError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of a training.
+
+    Gradients are summed by hand and not by ``DistributedDataParallel``: a process whose images have
+    no region has no backward pass to hook into, and three million gradients are one message.
+
+    Attributes:
+        rank: Its number, from 0.
+        world: How many there are.
+        local_rank: Its number on this machine, which is its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes, logs and validates."""
+        return self.rank == 0
+
+    def share_of(self, items: Sequence[Item]) -> list[Item]:
+        """The consecutive items of a step that are this process's.
+
+        Args:
+            items: All of a step.
+
+        Returns:
+            Its own; the shares of all processes in order are the whole.
+        """
+        return split(items, self.world)[self.rank]
+
+    def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Some integers of every process.
+
+        Args:
+            values: This process's.
+            device: Where the training runs.
+
+        Returns:
+            One list per process, by rank.
+        """
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        distributed.all_gather(found, mine)
+        return [[int(v) for v in one] for one in found]
+
+    def sum_gradients(self, head: nn.Module, extra: Tensor) -> Tensor:
+        """Replace the gradients of all processes by their sum.
+
+        Args:
+            head: The mask network.
+            extra: More numbers to be summed on the way, shape (N,).
+
+        Returns:
+            The sum of ``extra``.
+        """
+        if self.world == 1:
+            return extra
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        pieces = [
+            p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters
+        ]
+        flat = torch.cat([extra.to(pieces[0].dtype), *pieces])
+        distributed.all_reduce(flat)
+        place = len(extra)
+        for parameter in parameters:
+            count = parameter.numel()
+            parameter.grad = flat[place : place + count].view_as(parameter).clone()
+            place += count
+        return flat[: len(extra)]
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+def split(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Consecutive pieces whose lengths differ by one at most.
+
+    Args:
+        items: What is split.
+        count: How many pieces; some are empty when there are more than items.
+
+    Returns:
+        The pieces in order.
+
+    Examples:
+        >>> split([1, 2, 3, 4, 5], 2)
+        [[1, 2, 3], [4, 5]]
+    """
+    length, longer = divmod(len(items), count)
+    bounds = [0]
+    for piece in range(count):
+        bounds.append(bounds[-1] + length + (piece < longer))
+    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+@contextmanager
+def training_processes(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` (or Slurm with its variables) has started.
+
+    Args:
+        device: Where this process trains; decides how they talk.
+
+    Yields:
+        This process among them; alone where nothing was started.
+
+    Raises:
+        ConfigError: If the environment speaks of several processes and is not complete.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes()
+        return
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {world} and {', '.join(missing)} is not set; start several processes "
+            "with torchrun"
+        )
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Processes(distributed.get_rank(), world, local)
+    finally:
+        distributed.destroy_process_group()

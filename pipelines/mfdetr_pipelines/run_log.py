@@ -1,0 +1,140 @@
+"""What a run writes down while it trains: JSON lines, TensorBoard events, and other trackers."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from mfdetr_cache.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class _Sink(Protocol):
+    """Something that keeps numbers by step."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep some numbers."""
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+class RunLog:
+    """The log of one run; every line goes to ``metrics.jsonl`` and its numbers to the trackers.
+
+    Args:
+        folder: The run folder.
+        trackers: Where the numbers go beside the file.
+        settings: What the trackers show as the run's settings.
+
+    Raises:
+        ConfigError: If a tracker's package is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, trackers: Sequence[Tracker] = (), settings: Mapping[str, Any] = {}
+    ) -> None:
+        self._path = folder / METRICS_FILE
+        made: dict[Tracker, Callable[[Path, Mapping[str, Any]], _Sink]]
+        made = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+        self._sinks: list[_Sink] = [made[t](folder, settings) for t in trackers]
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Args:
+            line: Plain values; ``step`` among them. Nested numbers are named ``outer/inner``.
+        """
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = dict(_numbers(line))
+        step = int(numbers.pop("step"))
+        for sink in self._sinks:
+            sink.log(step, numbers)
+
+    def close(self) -> None:
+        """Let the trackers write what they still hold."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def require_trackers(trackers: Sequence[Tracker]) -> None:
+    """Refuse trackers that are not installed before anything is begun.
+
+    Args:
+        trackers: Their names.
+
+    Raises:
+        ConfigError: Saying what to install.
+    """
+    for tracker in trackers:
+        if tracker not in get_args(Tracker):
+            known = ", ".join(get_args(Tracker))
+            raise ConfigError(f"--track {tracker}: unknown; use {known} or none")
+        try:
+            importlib.import_module(tracker)
+        except ImportError:
+            raise ConfigError(
+                f"--track {tracker}: the package is not installed; pip install {tracker}"
+            ) from None
+
+
+def _numbers(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found.append((prefix + key, float(value)))
+    return found
+
+
+class _TensorBoard:
+    """Event files in the run folder; ``tensorboard --logdir`` of its parent compares runs."""
+
+    def __init__(self, folder: Path, _settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run of Weights & Biases, in the folder; offline where WANDB_MODE says so."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        self._run: Any = wandb.init(
+            project="mfdetr", name=folder.name, dir=str(folder), config=dict(settings)
+        )
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    """A run of MLflow, wherever MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._mlflow: Any = importlib.import_module("mlflow")
+        self._mlflow.start_run(run_name=folder.name)
+        self._mlflow.log_params({k: str(v)[:250] for k, v in settings.items()})
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()

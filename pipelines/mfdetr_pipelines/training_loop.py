@@ -1,0 +1,382 @@
+"""The loop: one stream of batches from a cache, one or several heads that learn from it."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import HeadError, StoppedError, TrainingError
+from mfdetr_cache.head.batch import map_groups
+from mfdetr_cache.protocols import Reporter
+from mfdetr_cache.training.batches import (
+    TrainBatch,
+    TrainSample,
+    collate,
+    read_ahead,
+    rows_of_step,
+    steps_per_epoch,
+    view_of_epoch,
+)
+from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.distributed import Processes, split
+from mfdetr_cache.training.learner import Learner, StepReport
+from mfdetr_cache.training.regions import build_regions, trainable_objects
+from mfdetr_cache.types import CachedImage
+from mfdetr_pipelines.run_log import RunLog
+
+_LOG_EVERY = 10
+
+# What decides which regions of an image are trained on, and on which grid.
+RegionKey = tuple[object, ...]
+
+
+@dataclass
+class Run:
+    """One head on its way through a loop.
+
+    Attributes:
+        learner: The head and its optimiser.
+        folder: Its run folder.
+        log: Its log.
+        after_step: Called after each of its steps; what it returns is shown beside the progress.
+        problem: Why it stopped early, if it did.
+    """
+
+    learner: Learner
+    folder: Path
+    log: RunLog
+    after_step: Callable[[], str] | None = None
+    problem: TrainingError | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it has steps left."""
+        return self.problem is None and not self.learner.is_done
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.folder, self.learner.state())
+
+    def restore(self) -> None:
+        """Go back to the checkpoint, where there is one.
+
+        Raises:
+            HeadError: If it is damaged or of another run.
+        """
+        path = self.folder / CHECKPOINT_FILE
+        if not path.is_file():
+            return
+        try:
+            self.learner.restore(load_checkpoint(self.folder))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise HeadError(f"{path} does not fit this run ({error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An image with its regions for every way in which some head wants them."""
+
+    image: CachedImage
+    samples: dict[RegionKey, TrainSample]
+
+
+def stream_key(train: TrainConfig) -> tuple[object, ...]:
+    """What two heads must have in common to learn from one stream of batches.
+
+    Args:
+        train: Training settings.
+
+    Returns:
+        The settings that decide which images make up which step.
+    """
+    return (train.batch_size, train.seed, train.views, train.shuffle, train.accumulate)
+
+
+def trainable_rows(cache: FeatureCache) -> list[int]:
+    """Rows with something to learn from.
+
+    Args:
+        cache: A complete cache.
+
+    Returns:
+        Rows in order.
+
+    Raises:
+        TrainingError: If there is none.
+    """
+    rows = [row for row in cache.rows if len(trainable_objects(cache.ground_truth(row)))]
+    if not rows:
+        raise TrainingError(
+            f"no image of {cache.path} has an object to learn from (only crowds, categories the "
+            "detector does not know, or nothing); extract a split with instance masks"
+        )
+    return rows
+
+
+class TrainingLoop:
+    """Reads every batch once and lets each head learn from it.
+
+    Args:
+        cache: Cache of the training split.
+        runs: The heads; all of one :func:`stream_key`.
+        device: Where they are.
+        reporter: Who is told about progress.
+        processes: Those that train together.
+        split_when_full: Compute a step in more pieces when the GPU's memory does not hold it.
+
+    Attributes:
+        rows: Rows with something to learn from.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        runs: Sequence[Run],
+        device: torch.device,
+        reporter: Reporter,
+        processes: Processes | None = None,
+        *,
+        split_when_full: bool = False,
+    ) -> None:
+        self.rows = trainable_rows(cache)
+        self._cache = cache
+        self._runs = tuple(runs)
+        self._device = device
+        self._reporter = reporter
+        self._processes = processes or Processes()
+        self._split_when_full = split_when_full
+        self._train = runs[0].learner.train
+        assert len({stream_key(r.learner.train) for r in runs}) == 1
+        layout = cache.layout
+        self._views = layout.views if self._train.views == "all" else layout.views[:1]
+        self._parts = None
+        if self._train.shuffle == "parts":
+            self._parts = tuple(row // layout.images_per_part for row in self.rows)
+        self._map_names = tuple(dict.fromkeys(n for r in runs for n in r.learner.head.map_names))
+        self._pieces = self._train.accumulate
+        self._stop = threading.Event()
+
+    def epochs_of(self, steps: int) -> float:
+        """How many epochs some steps are.
+
+        Args:
+            steps: Number of steps.
+
+        Returns:
+            Number of epochs.
+        """
+        return steps / steps_per_epoch(len(self.rows), self._train.batch_size)
+
+    def run(self) -> None:
+        """Train until every head is done or has failed, or until a signal asks to stop.
+
+        Raises:
+            StoppedError: If a signal ended it; checkpoints are written.
+        """
+        active = [r for r in self._runs if r.is_active]
+        if not active:
+            return
+        first = min(r.learner.step for r in active)
+        last = max(r.learner.train.steps for r in active)
+        for run in active:
+            run.learner.head.train()
+        self._reporter.start("train", last, "steps", done=first)
+        saved = time.monotonic()
+        with self._signals():
+            stream = self._stream(first, last)
+            for step in range(first, last):
+                started = time.perf_counter()
+                loaded = next(stream)
+                waited = time.perf_counter() - started
+                going_on = self._one_step(step, loaded, started, waited)
+                if not going_on or not any(r.is_active for r in self._runs):
+                    break
+                if time.monotonic() - saved > 60 * self._train.checkpoint_minutes:
+                    self._save()
+                    saved = time.monotonic()
+            stream.close()
+        self._reporter.finish()
+        self._save()
+        if self._stop.is_set() and any(r.is_active for r in self._runs):
+            step = max(r.learner.step for r in self._runs)
+            raise StoppedError(
+                f"stopped by a signal at step {step}; go on with the same command and --resume"
+            )
+
+    def _stream(self, first: int, last: int) -> Generator[list[_Loaded], None, None]:
+        keys = {region_key(r.learner): r.learner for r in self._runs}
+        train = self._train
+
+        def rows_of(step: int) -> list[int]:
+            rows = rows_of_step(self.rows, train.batch_size, train.seed, step, self._parts)
+            return self._processes.share_of(rows)
+
+        def load(row: int, step: int) -> _Loaded:
+            epoch = step // steps_per_epoch(len(self.rows), train.batch_size)
+            view = view_of_epoch(self._views, train.seed, row, epoch)
+            image = self._cache.read(row, self._map_names, view)
+            samples = {}
+            for key, learner in keys.items():
+                random = np.random.default_rng((train.seed, step, row))
+                size = learner.head.config.roi_size
+                samples[key] = TrainSample(image, build_regions(image, learner.train, size, random))
+            return _Loaded(image, samples)
+
+        return read_ahead(load, rows_of, range(first, last), train.num_threads)
+
+    def _one_step(self, step: int, loaded: list[_Loaded], started: float, waited: float) -> bool:
+        """Every head that is at this step learns from it; whether to go on afterwards."""
+        learning = [r for r in self._runs if r.is_active and r.learner.step == step]
+        keys = list(dict.fromkeys(region_key(r.learner) for r in learning))
+        counts = [sum(len(item.samples[key].regions) for item in loaded) for key in keys]
+        everywhere = self._processes.gather([int(self._stop.is_set()), *counts], self._device)
+        before = everywhere[: self._processes.rank]
+        places = {
+            key: (sum(c[i] for c in before), sum(c[i] for c in everywhere))
+            for i, key in enumerate(keys, 1)
+        }
+        batches = self._batches(loaded, keys)
+        reading = (time.perf_counter() - started) / max(len(learning), 1)
+        notes = []
+        for run in learning:
+            begun = time.perf_counter()
+            run.learner.images += self._images_of(step)
+            key = region_key(run.learner)
+            if places[key][1]:
+                notes.append(self._learn(run, loaded, batches, key, places[key]))
+            else:
+                run.learner.pass_over()
+            # The head's own time, and its part of what was read for all.
+            run.learner.seconds += time.perf_counter() - begun + reading
+            run.learner.waiting_seconds += waited / len(learning)
+        self._reporter.advance(note=notes[0] if notes else "")
+        return not any(flags[0] for flags in everywhere)
+
+    def _images_of(self, step: int) -> int:
+        train = self._train
+        return len(rows_of_step(self.rows, train.batch_size, train.seed, step, self._parts))
+
+    def _batches(
+        self, loaded: list[_Loaded], keys: Sequence[RegionKey]
+    ) -> dict[RegionKey, list[TrainBatch]]:
+        """The pieces of this process's share, decoded once for all heads."""
+        batches: dict[RegionKey, list[TrainBatch]] = {key: [] for key in keys}
+        for piece in split(loaded, self._pieces):
+            if not piece:
+                continue
+            groups = map_groups([p.image for p in piece], self._map_names, self._device)
+            for key in keys:
+                samples = [p.samples[key] for p in piece]
+                batches[key].append(collate(samples, self._map_names, self._device, groups))
+        return batches
+
+    def _learn(
+        self,
+        run: Run,
+        loaded: list[_Loaded],
+        batches: Mapping[RegionKey, list[TrainBatch]],
+        key: RegionKey,
+        place: tuple[int, int],
+    ) -> str:
+        """One step of one head; what to show beside the progress."""
+        pieces = batches[key]
+        while True:
+            try:
+                report = run.learner.learn(pieces, *place)
+                break
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if not self._split_when_full or self._pieces >= len(loaded):
+                    run.problem = TrainingError(
+                        f"the GPU's memory does not hold {len(loaded)} images in {self._pieces} "
+                        "piece(s); pass --batch-size auto, or --set accumulate=N, or --amp bf16"
+                    )
+            except TrainingError as error:
+                run.problem = error
+            if run.problem is not None:
+                if self._processes.is_first:
+                    run.save()
+                return str(run.problem)
+            self._pieces *= 2
+            self._reporter.say(f"the GPU is full: computing each step in {self._pieces} pieces")
+            pieces = self._batches(loaded, [key])[key]
+        return self._report(run, report)
+
+    def _report(self, run: Run, report: StepReport) -> str:
+        learner = run.learner
+        if self._processes.is_first and (learner.step % _LOG_EVERY == 0 or learner.is_done):
+            run.log.add(
+                {
+                    "step": learner.step,
+                    "lr": report.lr,
+                    "loss": report.loss,
+                    "bce": report.bce,
+                    "dice": report.dice,
+                    "scoring": report.scoring,
+                    "regions": report.regions,
+                    "seconds": round(learner.seconds, 3),
+                    "waiting_seconds": round(learner.waiting_seconds, 3),
+                }
+            )
+        extra = run.after_step() if run.after_step is not None else ""
+        speed = learner.images / max(learner.seconds, 1e-9)
+        waiting = 100 * learner.waiting_seconds / max(learner.seconds, 1e-9)
+        return (
+            f"{speed:.1f} images/s, {waiting:.0f} % waiting, loss {learner.recent_loss():.3f} "
+            f"(bce {report.bce:.3f}, dice {report.dice:.3f}, iou {report.scoring:.3f}){extra}"
+        )
+
+    def _save(self) -> None:
+        if self._processes.is_first:
+            for run in self._runs:
+                if run.problem is None:
+                    run.save()
+        self._processes.wait()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGTERM and Ctrl-C end the step that is running and then save."""
+
+        def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+            self._stop.set()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def region_key(learner: Learner) -> RegionKey:
+    """What decides the regions of a head; heads of one key share them.
+
+    Args:
+        learner: The head and its settings.
+
+    Returns:
+        The settings that :func:`build_regions` looks at.
+    """
+    train = learner.train
+    return (
+        train.match,
+        train.min_match_iou,
+        train.iou_candidates,
+        train.max_regions,
+        train.gt_box_share,
+        train.box_jitter,
+        train.target_scale,
+        learner.head.config.roi_size,
+    )
