@@ -1,7 +1,7 @@
 """``mfdetr ablate``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from mfdetr_pipelines.recipes import RECIPES, build_recipe, split_settings
@@ -10,8 +10,15 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cli.console import ConsoleReporter, print_facts, print_table, write_json
 from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
 
+if TYPE_CHECKING:
+    from mfdetr_pipelines.ablation_rows import AblationRow
+
 
 def ablate(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Rows in TOML: [[row]] tables with name, recipe and set."),
+    ] = None,
     table: Annotated[
         int | None, typer.Option(help="A table of the paper: 1-6, 9, 10, 12, 13, 15.")
     ] = None,
@@ -24,6 +31,13 @@ def ablate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("ablation"),
     seeds: Annotated[int, typer.Option(help="Train every row with seeds 0 to N - 1.")] = 1,
+    label_fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="Train every row on the masks of this part of the images; repeatable."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the validation images, for sample masks.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Train every row for N steps.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -37,43 +51,40 @@ def ablate(
 ) -> None:
     """Train and compare many heads from one cache: a table of the paper, or recipes.
 
-    What was trained before is kept: the same command goes on where it stopped. Without --cache, a
-    dry run counts for the paper's H-DETR R50.
+    Rows that go through the cache in the same order learn from one read of it. What was trained
+    before is kept: the same command goes on where it stopped. Without --cache, a dry run counts for
+    the paper's H-DETR R50; with it, a step of every row is timed.
 
     Example:
     mfdetr ablate --table 3 --cache train2017.zarr --val-cache val2017.zarr
     --max-steps 2000 --seeds 3 --out ablations/table3
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.ablate import (
-        AblateConfig,
-        AblationRow,
-        plan_rows,
-        rows_of_table,
-        run_ablate,
-        with_settings,
-    )
+    from mfdetr_pipelines.ablate import AblateConfig, run_ablate, seconds_per_step
+    from mfdetr_pipelines.ablation_pictures import sample_strips
     from mfdetr_pipelines.ablation_report import COLUMNS, report_cells, write_report
-    from mfdetr_pipelines.paper_tables import paper_table
+    from mfdetr_pipelines.ablation_rows import label_fraction_rows, plan_rows, with_settings
 
-    if (table is None) == (not recipe):
-        raise ConfigError("give --table N, or --recipe (one or more), and not both")
-    needs = ""
-    if table is not None:
-        chosen = paper_table(table)
-        rows, title, needs = rows_of_table(chosen), f"Table {table}: {chosen.caption}", chosen.needs
-    else:
-        rows = tuple(AblationRow(name, build_recipe(name, {})) for name in recipe or [])
-        title = "Recipes: " + ", ".join(recipe or [])
+    title, needs, rows = _rows(file, table, recipe or [])
     head, train = split_settings(parse_assignments(set_ or []))
+    if max_steps is not None:
+        train["steps"] = max_steps
     rows = with_settings(rows, head, train)
+    if label_fraction:
+        rows = label_fraction_rows(rows, label_fraction)
     if dry_run:
-        spec = None
+        spec, seconds = None, {}
         if cache is not None:
             from mfdetr_cache.cache.reader import FeatureCache
 
-            spec = FeatureCache.open(cache).spec
+            opened = FeatureCache.open(cache)
+            opened.require_complete()
+            spec = opened.spec
+            seconds = seconds_per_step(plan_rows(rows, spec), opened, device)
         plans = [p.to_dict() for p in plan_rows(rows, spec)]
+        for plan, row in zip(plans, rows, strict=True):
+            each = seconds.get(row.name)
+            plan["seconds"] = None if each is None else each * row.recipe.train.steps * seeds
         _print_plan(title, plans)
         write_json(json, {"table": table, "title": title, "needs": needs, "rows": plans})
         return
@@ -81,16 +92,35 @@ def ablate(
         raise ConfigError(f"--table {table} needs {needs}")
     if cache is None or val_cache is None:
         raise ConfigError("ablate trains from --cache and measures on --val-cache; give both")
-    config = AblateConfig(rows, cache, val_cache, out, seeds, max_steps, device)
+    config = AblateConfig(rows, cache, val_cache, out, seeds, None, device)
     results = run_ablate(config, ConsoleReporter())
-    files = write_report(out, title, results)
-    shown = [c[:9] + c[12:13] for c in map(report_cells, results)]
-    print_table(f"{title}, mask AP in percent", [*COLUMNS[:9], COLUMNS[12]], shown)
+    strips = [] if images is None else sample_strips(config, results, images)
+    files = write_report(out, title, results, strips)
+    shown = [c[:10] + c[13:14] for c in map(report_cells, results)]
+    print_table(f"{title}, mask AP in percent", [*COLUMNS[:10], COLUMNS[13]], shown)
     for result in results:
         if result.problem:
             typer.echo(f"{result.plan.row.name}: {result.problem}")
     print_facts("Written", {p.suffix[1:]: str(p) for p in files})
     write_json(json, {"table": table, "title": title, "rows": [r.to_dict() for r in results]})
+
+
+def _rows(
+    file: Path | None, table: int | None, recipes: list[str]
+) -> "tuple[str, str, tuple[AblationRow, ...]]":
+    """Title, what else is needed, and rows."""
+    from mfdetr_pipelines.ablation_rows import AblationRow, rows_of_file, rows_of_table
+    from mfdetr_pipelines.paper_tables import paper_table
+
+    if sum((file is not None, table is not None, bool(recipes))) != 1:
+        raise ConfigError("give FILE, or --table N, or --recipe (one or more): one of the three")
+    if file is not None:
+        return f"Rows of {file.name}", "", rows_of_file(file)
+    if table is not None:
+        chosen = paper_table(table)
+        return f"Table {table}: {chosen.caption}", chosen.needs, rows_of_table(chosen)
+    made = tuple(AblationRow(name, build_recipe(name, {})) for name in recipes)
+    return "Recipes: " + ", ".join(recipes), "", made
 
 
 def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
@@ -100,6 +130,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     def pair(plan: dict[str, Any], ours: str, paper: str) -> str:
         return f"{text(plan[ours])} / {text(plan[paper])}"
 
+    timed = any(plan["seconds"] is not None for plan in plans)
     rows = [
         [
             plan["name"],
@@ -107,10 +138,11 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
             pair(plan, "macs_g", "paper_macs_g"),
             text(plan["executed_macs_g"]),
             text(plan["paper_AP"], 1, 100),
+            *([text(plan["seconds"], 1, 1 / 60)] if timed else []),
         ]
         for plan in plans
     ]
-    columns = ["row", "M params", "G MACs", "done", "AP"]
+    columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
     print_table(f"{title} (ours / paper)", columns, rows)
     for plan in plans:
         if plan["note"]:

@@ -22,6 +22,10 @@ from mfdetr_cli.options import DeviceOption, JsonOption
 def evaluate(
     cache: Annotated[Path | None, typer.Option(help="Cache of the split to measure on.")] = None,
     head: Annotated[Path | None, typer.Option(help="Run folder of train-head.")] = None,
+    which: Annotated[
+        Literal["last", "best"],
+        typer.Option(help="Weights of the end of the training, or of its best validation."),
+    ] = "last",
     results: Annotated[
         Path | None, typer.Option(help="Measure a COCO results file instead, of any tool.")
     ] = None,
@@ -57,7 +61,7 @@ def evaluate(
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 
-    config = EvaluateConfig(cache, head, device, baselines, save_results, score)
+    config = EvaluateConfig(cache, head, device, baselines, save_results, score, which)
     summary = run_evaluate(config, ConsoleReporter())
     metrics = summary.metrics()
     print_evaluation(f"{cache}, in percent", metrics)

@@ -129,6 +129,11 @@ class PairedDifference:
     high: float
     samples: int
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval holds zero."""
+        return self.low <= 0 <= self.high
+
 
 def paired_bootstrap(
     first: WeightedAP, second: WeightedAP, samples: int, seed: int = 0
@@ -159,3 +164,48 @@ def paired_bootstrap(
     low, high = np.percentile(differences, (2.5, 97.5))
     ours, theirs = first(whole), second(whole)
     return PairedDifference(ours, theirs, theirs - ours, float(low), float(high), samples)
+
+
+def compare_all(
+    curves: Sequence[Sequence[WeightedAP]], samples: int, seed: int = 0
+) -> list[list[PairedDifference]]:
+    """Every row of an ablation against every other, on the same draws of images.
+
+    A row's AP is the mean over its seeds, so that the interval is of the rows as they were trained:
+    it says what other images would change, not what other seeds would.
+
+    Args:
+        curves: The results of each row, one per seed, all of the same images.
+        samples: How many draws.
+        seed: Of the draws.
+
+    Returns:
+        ``[i][j]`` is row j minus row i.
+
+    Raises:
+        ValueError: If the rows are of different images.
+    """
+    ids = curves[0][0].image_ids
+    if any(c.image_ids != ids for row in curves for c in row):
+        raise ValueError("a paired bootstrap needs results of the same images")
+    random = np.random.default_rng(seed)
+    drawn = [np.ones(len(ids))]
+    for _ in range(samples):
+        picked = random.integers(0, len(ids), len(ids))
+        drawn.append(np.bincount(picked, minlength=len(ids)).astype(np.float64))
+    values = np.array([[np.mean([c(d) for c in row]) for d in drawn] for row in curves])
+
+    def difference(first: int, second: int) -> PairedDifference:
+        moved = values[second] - values[first]
+        low, high = np.percentile(moved[1:], (2.5, 97.5))
+        return PairedDifference(
+            float(values[first][0]),
+            float(values[second][0]),
+            float(moved[0]),
+            float(low),
+            float(high),
+            samples,
+        )
+
+    count = range(len(curves))
+    return [[difference(i, j) for j in count] for i in count]

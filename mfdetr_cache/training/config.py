@@ -44,6 +44,7 @@ class TrainConfig:
         compile: Compile the network with torch.compile; the first steps then take minutes.
         shuffle: ``images`` in any order, or ``parts``: some parts of the cache at a time, their
             images mixed, for disks and networks that read neighbours faster.
+        label_fraction: Train on the masks of only this part of the images.
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches.
         checkpoint_minutes: Time between checkpoints.
@@ -79,6 +80,7 @@ class TrainConfig:
     accumulate: int = 1
     compile: bool = False
     shuffle: Literal["images", "parts"] = "images"
+    label_fraction: float = 1.0
     seed: int = 0
     num_threads: int = 2
     checkpoint_minutes: float = 5.0
@@ -92,5 +94,7 @@ class TrainConfig:
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within 0 and 1")
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError("label_fraction must be above 0 and at most 1")
         if not 0 <= self.box_jitter < 0.5:
             raise ValueError("box_jitter must be within 0 and 0.5")

@@ -1,10 +1,12 @@
-"""Ablate: many heads from one cache, each row trained for every seed, one table at the end."""
+"""Ablate: many heads over one read of a cache, every row for every seed, one table at the end."""
 
+import gzip
 import json
 import re
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +15,28 @@ import torch
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.devices import torch_device
-from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
-from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.cost import HeadCost, hdetr_r50_spec, head_cost
-from mfdetr_cache.head.folder import load_head, write_atomically
+from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError
+from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, compare_all
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
+from mfdetr_cache.head.folder import load_head, save_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, require_same
-from mfdetr_cache.protocols import Reporter
-from mfdetr_cache.types import DetectorSpec
-from mfdetr_pipelines.evaluate import measure
-from mfdetr_pipelines.paper_tables import PaperRow, PaperTable
+from mfdetr_cache.protocols import Reporter, SilentReporter
+from mfdetr_cache.training.learner import build_learner
+from mfdetr_pipelines.ablation_rows import AblationRow, RowPlan, plan_rows
+from mfdetr_pipelines.evaluate import ground_truth_of, json_results, measure
 from mfdetr_pipelines.recipes import Recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
+from mfdetr_pipelines.run_log import RunLog
+from mfdetr_pipelines.train_head import require_c1, training_device
+from mfdetr_pipelines.training_loop import Run, TrainingLoop, stream_key
 
 RESULT_FILE = "result.json"
-
-
-@dataclass(frozen=True, slots=True)
-class AblationRow:
-    """One row: what is trained, and what the paper says about it.
-
-    Attributes:
-        name: What distinguishes it.
-        recipe: Head and training.
-        paper: The paper's row, where it is one.
-        note: What had to be changed to fit the detector; empty if nothing.
-    """
-
-    name: str
-    recipe: Recipe
-    paper: PaperRow | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """What a row costs, before anything is trained.
-
-    Attributes:
-        row: The row.
-        cost: Parameters and multiply-adds; None where the head cannot be built.
-        problem: Why it cannot.
-    """
-
-    row: AblationRow
-    cost: HeadCost | None
-    problem: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values; metrics in [0, 1]."""
-        cost, paper = self.cost, self.row.paper
-        return {
-            "name": self.row.name,
-            "params_m": None if cost is None else cost.parameters / 1e6,
-            "macs_g": None if cost is None else cost.macs / 1e9,
-            "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
-            "paper_params_m": None if paper is None else paper.params_m,
-            "paper_macs_g": None if paper is None else paper.macs_g,
-            "paper_AP": None if paper is None else paper.metrics.AP,
-            "note": self.problem or self.row.note,
-        }
+MASKS_FILE = "masks.json.gz"
+# Draws of the paired bootstrap; the interval's ends move by a few hundredths of its width.
+_BOOTSTRAP_SAMPLES = 400
+# Steps that are timed for a dry run, after one that is not.
+_TIMED_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +50,7 @@ class RowResult:
         images_per_second: Mean training speed.
         head_ms: Mean time of the mask network per evaluated image, in milliseconds.
         problem: Why it has no result; empty if it has.
+        against_first: Its AP beside the first row's, with a 95 % interval; None for the first.
     """
 
     plan: RowPlan
@@ -96,6 +59,7 @@ class RowResult:
     images_per_second: float = 0.0
     head_ms: float = 0.0
     problem: str = ""
+    against_first: PairedDifference | None = None
 
     def mean(self, name: str = "AP") -> float | None:
         """Mean of a metric over the seeds.
@@ -133,6 +97,7 @@ class RowResult:
             "images_per_second": self.images_per_second,
             "head_ms": self.head_ms,
             "problem": self.problem,
+            "against_first": None if self.against_first is None else asdict(self.against_first),
         }
 
 
@@ -159,87 +124,20 @@ class AblateConfig:
     device: str = "cpu"
 
 
-def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
-    """The rows of a table of the paper.
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One row with one seed: a head to be trained and measured in a folder of its own."""
 
-    Args:
-        table: The table.
-
-    Returns:
-        Its rows in order.
-    """
-    return tuple(AblationRow(r.name, table.recipe(r), r) for r in table.rows)
-
-
-def with_settings(
-    rows: Sequence[AblationRow], head: Mapping[str, Any], train: Mapping[str, Any]
-) -> tuple[AblationRow, ...]:
-    """Rows with the same settings replaced in all of them.
-
-    Args:
-        rows: Rows.
-        head: Fields of the architecture.
-        train: Fields of the training.
-
-    Returns:
-        New rows.
-    """
-    return tuple(
-        replace(
-            row,
-            recipe=replace(
-                row.recipe,
-                head=replace(row.recipe.head, **head),
-                train=replace(row.recipe.train, **train),
-            ),
-        )
-        for row in rows
-    )
-
-
-def plan_rows(rows: Sequence[AblationRow], spec: DetectorSpec | None = None) -> tuple[RowPlan, ...]:
-    """Parameters and multiply-adds of rows.
-
-    Args:
-        rows: Rows.
-        spec: The detector; None for the paper's H-DETR R50.
-
-    Returns:
-        One plan per row.
-    """
-    plans = []
-    for row in rows:
-        fitted = row if spec is None else fit_row(row, spec)
-        try:
-            cost = head_cost(fitted.recipe.head, spec or hdetr_r50_spec())
-            plans.append(RowPlan(fitted, cost))
-        except HeadError as error:
-            plans.append(RowPlan(fitted, None, str(error)))
-    return tuple(plans)
-
-
-def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
-    """A row of the paper for another detector: what its widths force is changed, and noted.
-
-    Args:
-        row: A row.
-        spec: The detector.
-
-    Returns:
-        The row, with a neck where C1 and the encoder differ in width.
-    """
-    head = row.recipe.head
-    c1 = next((m.channels for m in spec.maps if m.role == "c1"), None)
-    width = max((m.channels for m in spec.maps if m.role == "encoder"), default=0)
-    if head.use_c1 and not head.neck and c1 not in (None, width):
-        recipe = replace(row.recipe, head=replace(head, neck=True))
-        note = f"neck added: C1 has {c1} channels, the encoder {width}"
-        return replace(row, recipe=recipe, note=note)
-    return row
+    plan: RowPlan
+    recipe: Recipe
+    folder: Path
+    identity: dict[str, Any]
 
 
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
     """Train and measure every row; what is done already is not done again.
+
+    Rows that go through the cache in the same order learn from one stream of batches.
 
     Args:
         config: What to do.
@@ -255,6 +153,65 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     """
     if config.seeds < 1:
         raise ConfigError(f"--seeds {config.seeds}: give 1 or more")
+    cache, validation = _open_both(config)
+    plans = plan_rows(config.rows, cache.spec)
+    problems = {p.row.name: p.problem for p in plans if p.problem}
+    for seed in range(config.seeds):
+        jobs = [
+            _job(config, plan, seed, cache, validation)
+            for plan in plans
+            if plan.row.name not in problems
+        ]
+        waiting = []
+        for job in jobs:
+            try:
+                if _read_result(job) is None:
+                    waiting.append(job)
+            except HeadError as error:
+                problems[job.plan.row.name] = str(error)
+        for together in _by_stream(waiting):
+            names = ", ".join(j.plan.row.name for j in together)
+            reporter.say(f"seed {seed}, {len(together)} heads over one read: {names}")
+            problems |= _train_together(config, together, cache, validation, reporter)
+    for name, problem in problems.items():
+        reporter.warn(f"row {name}: {problem}")
+    results = [_collect(config, plan, problems, cache, validation) for plan in plans]
+    return tuple(_compare(config, results, validation))
+
+
+def seconds_per_step(
+    plans: Sequence[RowPlan], cache: FeatureCache, device_name: str
+) -> dict[str, float]:
+    """How long a training step of each row takes here, measured on the first images of the cache.
+
+    Args:
+        plans: Rows.
+        cache: A complete cache of the training split.
+        device_name: Where they would be trained.
+
+    Returns:
+        Seconds by row; rows that cannot be trained are absent.
+    """
+    found = {}
+    for plan in plans:
+        recipe = plan.row.recipe
+        if plan.problem or _is_training_free(recipe, cache):
+            continue
+        device = training_device(device_name, recipe.train.amp)
+        steps = 1 + _TIMED_STEPS
+        train = replace(recipe.train, steps=steps, checkpoint_minutes=1e9)
+        learner = build_learner(train, lambda r=recipe: MaskHead(r.head, cache.spec), device)  # type: ignore[misc]
+        loop = TrainingLoop(cache, [Run(learner)], device, SilentReporter())
+        seconds = []
+        for last in range(1, steps + 1):
+            started = time.perf_counter()
+            loop.run(until=last)
+            seconds.append(time.perf_counter() - started)
+        found[plan.row.name] = statistics.mean(seconds[1:])
+    return found
+
+
+def _open_both(config: AblateConfig) -> tuple[FeatureCache, FeatureCache]:
     cache, validation = FeatureCache.open(config.cache), FeatureCache.open(config.val_cache)
     require_same(
         detector_identity(cache.spec),
@@ -264,55 +221,46 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     )
     cache.require_complete()
     validation.require_complete()
-    results = []
-    plans = plan_rows(config.rows, cache.spec)
-    for number, plan in enumerate(plans, 1):
-        reporter.say(f"row {number} of {len(plans)}: {plan.row.name} {plan.row.note}".rstrip())
-        if plan.problem:
-            results.append(RowResult(plan, problem=plan.problem))
-            continue
-        try:
-            seeds = list(_seeds(config, plan, cache, validation, reporter))
-            results.append(_summarise(plan, seeds))
-        except StoppedError:
-            raise
-        except MfdetrError as error:
-            reporter.warn(f"row {plan.row.name} failed: {error}")
-            results.append(RowResult(plan, problem=str(error)))
-    return tuple(results)
+    return cache, validation
 
 
-def _seeds(
+def _job(
     config: AblateConfig,
     plan: RowPlan,
+    seed: int,
     cache: FeatureCache,
     validation: FeatureCache,
-    reporter: Reporter,
-) -> Iterator[dict[str, Any]]:
-    """The result of every seed of a row, from its file or from a new training."""
-    slug = re.sub(r"[^a-z0-9]+", "-", plan.row.name.lower()).strip("-")
-    for seed in range(config.seeds):
-        folder = config.out / "rows" / slug / f"seed-{seed}"
-        train = replace(plan.row.recipe.train, seed=seed)
-        if config.max_steps is not None:
-            train = replace(train, steps=config.max_steps)
-        recipe = replace(plan.row.recipe, train=train)
-        identity = {
-            "head": to_dict(recipe.head),
-            "train": to_dict(train),
-            "cache": cache.cache_id,
-            "val_cache": validation.cache_id,
-        }
-        done = _read_result(folder / RESULT_FILE, identity)
-        if done is None:
-            done = _run_seed(folder, recipe, config, cache, validation, reporter)
-            done["identity"] = identity
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / RESULT_FILE, json.dumps(done, indent=2).encode())
-        yield done
+) -> _Job:
+    train = replace(plan.row.recipe.train, seed=seed)
+    if config.max_steps is not None:
+        train = replace(train, steps=config.max_steps)
+    recipe = replace(plan.row.recipe, train=train)
+    identity = {
+        "head": to_dict(recipe.head),
+        "train": to_dict(train),
+        "cache": cache.cache_id,
+        "val_cache": validation.cache_id,
+    }
+    return _Job(plan, recipe, folder_of(config, plan.row, seed), identity)
 
 
-def _read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def folder_of(config: AblateConfig, row: AblationRow, seed: int) -> Path:
+    """The run folder of a row with one seed.
+
+    Args:
+        config: The ablation.
+        row: The row.
+        seed: The seed.
+
+    Returns:
+        Below ``--out``.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+    return config.out / "rows" / slug / f"seed-{seed}"
+
+
+def _read_result(job: _Job) -> dict[str, Any] | None:
+    path = job.folder / RESULT_FILE
     try:
         done: dict[str, Any] = json.loads(path.read_bytes())
         before = done["identity"]
@@ -320,7 +268,7 @@ def _read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise HeadError(f"{path} is damaged; remove it to train this row again") from error
-    found = differences(before, json.loads(json.dumps(identity)))
+    found = differences(before, json.loads(json.dumps(job.identity)))
     if found:
         key, theirs, ours = found[0]
         raise HeadError(
@@ -330,45 +278,110 @@ def _read_result(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return done
 
 
-def _run_seed(
-    folder: Path,
-    recipe: Recipe,
+def _by_stream(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Jobs that can share their batches, together."""
+    groups: dict[tuple[object, ...], list[_Job]] = {}
+    for job in jobs:
+        groups.setdefault(stream_key(job.recipe.train), []).append(job)
+    yield from groups.values()
+
+
+def _train_together(
     config: AblateConfig,
+    jobs: Sequence[_Job],
     cache: FeatureCache,
     validation: FeatureCache,
     reporter: Reporter,
-) -> dict[str, Any]:
+) -> dict[str, str]:
+    """Train and measure some jobs; problems by row."""
+    problems: dict[str, str] = {}
+    runs: dict[int, Run] = {}
     device = torch_device(config.device)
-    trained: dict[str, Any] = {"train_seconds": 0.0, "images_per_second": 0.0}
-    if _is_training_free(recipe.head, cache.spec):
-        head = MaskHead(recipe.head, cache.spec)
+    for number, job in enumerate(jobs):
+        try:
+            if not _is_training_free(job.recipe, cache):
+                runs[number] = _start(config, job, cache)
+        except MfdetrError as error:
+            problems[job.plan.row.name] = str(error)
+    if runs:
+        loop = TrainingLoop(cache, list(runs.values()), device, reporter, split_when_full=True)
+        loop.run()
+    for number, job in enumerate(jobs):
+        name = job.plan.row.name
+        if name in problems:
+            continue
+        run = runs.get(number)
+        if run is not None and run.problem is not None:
+            problems[name] = str(run.problem)
+            continue
+        _measure(job, run, cache, validation, device, reporter)
+    return problems
+
+
+def _start(config: AblateConfig, job: _Job, cache: FeatureCache) -> Run:
+    train = job.recipe.train
+    device = training_device(config.device, train.amp)
+    learner = build_learner(train, lambda: MaskHead(job.recipe.head, cache.spec), device)
+    require_c1(cache, learner.head, train)
+    begun = job.folder.exists() and any(job.folder.iterdir())
+    settings = TrainHeadConfig(config.cache, job.folder, job.recipe, resume=begun)
+    prepare_folder(settings, run_document(settings, train, cache, None))
+    run = Run(learner, job.folder, RunLog(job.folder))
+    run.restore()
+    return run
+
+
+def _measure(
+    job: _Job,
+    run: Run | None,
+    cache: FeatureCache,
+    validation: FeatureCache,
+    device: torch.device,
+    reporter: Reporter,
+) -> None:
+    """Measure a trained head, or one that needs no training, and write its result."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    trained = {"train_seconds": 0.0, "images_per_second": 0.0}
+    if run is None:
+        head = MaskHead(job.recipe.head, cache.spec)
     else:
-        summary = run_train_head(
-            TrainHeadConfig(
-                cache=config.cache,
-                out=folder,
-                recipe=recipe,
-                resume=folder.exists() and any(folder.iterdir()),
-                device=config.device,
-            ),
-            reporter,
-        )
-        trained = {
-            "train_seconds": summary.seconds,
-            "images_per_second": summary.images_per_second,
-        }
-        head = load_head(folder).head
-    measured, _ = measure(validation, head.to(device), device, reporter, baselines=False)
+        save_head(job.folder, run.learner.result_weights())
+        head = load_head(job.folder).head
+        seconds = run.learner.seconds
+        speed = run.learner.images / max(seconds, 1e-9)
+        trained = {"train_seconds": seconds, "images_per_second": speed}
+    measured, masks = measure(validation, head.to(device), device, reporter, baselines=False)
+    write_atomically(job.folder / MASKS_FILE, gzip.compress(json_results(masks), 1, mtime=0))
     head_ms = 1000 * measured.head_seconds / max(measured.num_images, 1)
-    return {**trained, "head_ms": head_ms, "mask": measured.mask.to_dict()}
+    result = {
+        **trained,
+        "head_ms": head_ms,
+        "mask": measured.mask.to_dict(),
+        "identity": job.identity,
+    }
+    write_atomically(job.folder / RESULT_FILE, json.dumps(result, indent=2).encode())
 
 
-def _is_training_free(config: HeadConfig, spec: DetectorSpec) -> bool:
+def _is_training_free(recipe: Recipe, cache: FeatureCache) -> bool:
     with torch.device("meta"):
-        return not any(True for _ in MaskHead(config, spec).parameters())
+        return not any(True for _ in MaskHead(recipe.head, cache.spec).parameters())
 
 
-def _summarise(plan: RowPlan, seeds: Sequence[Mapping[str, Any]]) -> RowResult:
+def _collect(
+    config: AblateConfig,
+    plan: RowPlan,
+    problems: Mapping[str, str],
+    cache: FeatureCache,
+    validation: FeatureCache,
+) -> RowResult:
+    if plan.row.name in problems:
+        return RowResult(plan, problem=problems[plan.row.name])
+    seeds = []
+    for seed in range(config.seeds):
+        done = _read_result(_job(config, plan, seed, cache, validation))
+        assert done is not None
+        seeds.append(done)
+
     def mean(name: str) -> float:
         return statistics.mean(float(s[name]) for s in seeds)
 
@@ -379,3 +392,30 @@ def _summarise(plan: RowPlan, seeds: Sequence[Mapping[str, Any]]) -> RowResult:
         images_per_second=mean("images_per_second"),
         head_ms=mean("head_ms"),
     )
+
+
+def _compare(
+    config: AblateConfig, results: Sequence[RowResult], validation: FeatureCache
+) -> Iterator[RowResult]:
+    """Add to every row how it differs from the first one that has a result."""
+    measured = [r for r in results if r.seeds]
+    differences_to_first: dict[str, PairedDifference] = {}
+    if len(measured) > 1:
+        truth = ground_truth_of(validation)
+        curves = [
+            [
+                WeightedAP(truth, _masks(folder_of(config, r.plan.row, seed)), "segm")
+                for seed in range(config.seeds)
+            ]
+            for r in measured
+        ]
+        compared = compare_all(curves, _BOOTSTRAP_SAMPLES)
+        for result, difference in zip(measured[1:], compared[0][1:], strict=True):
+            differences_to_first[result.plan.row.name] = difference
+    for result in results:
+        yield replace(result, against_first=differences_to_first.get(result.plan.row.name))
+
+
+def _masks(folder: Path) -> list[Result]:
+    found: list[Result] = json.loads(gzip.decompress((folder / MASKS_FILE).read_bytes()))
+    return found

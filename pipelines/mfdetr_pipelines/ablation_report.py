@@ -13,6 +13,7 @@ from mfdetr_pipelines.ablate import RowResult
 COLUMNS = (
     "row",
     "AP",
+    "vs first",
     "AP50",
     "AP75",
     "APS",
@@ -54,6 +55,7 @@ def report_cells(result: RowResult) -> list[str]:
     return [
         result.plan.row.name,
         ap,
+        _versus(result),
         *(percent(n) for n in ("AP50", "AP75", "APS", "APM", "APL")),
         number(None if cost is None else cost.parameters / 1e6),
         number(None if cost is None else cost.macs / 1e9),
@@ -66,13 +68,26 @@ def report_cells(result: RowResult) -> list[str]:
     ]
 
 
-def write_report(folder: Path, title: str, results: Sequence[RowResult]) -> list[Path]:
+def _versus(result: RowResult) -> str:
+    """The difference to the first row in points with its 95 % interval; ~ marks noise."""
+    found = result.against_first
+    if found is None:
+        return "-"
+    low, high = 100 * found.low, 100 * found.high
+    mark = "~ " if found.is_noise else ""
+    return f"{mark}{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def write_report(
+    folder: Path, title: str, results: Sequence[RowResult], strips: Sequence[str] = ()
+) -> list[Path]:
     """Write all forms of the table.
 
     Args:
         folder: Where to; made if needed.
         title: What was compared.
         results: One result per row.
+        strips: Pictures of sample masks for the page, as data URLs.
 
     Returns:
         The files.
@@ -84,7 +99,7 @@ def write_report(folder: Path, title: str, results: Sequence[RowResult]) -> list
         "ablation.json": json.dumps(
             {"title": title, "rows": [r.to_dict() for r in results]}, indent=2
         ),
-        "ablation.html": _page(title, results),
+        "ablation.html": _page(title, results, strips),
     }
     paths = []
     for name, text in texts.items():
@@ -101,7 +116,8 @@ def _problems(results: Sequence[RowResult]) -> list[str]:
 def _markdown(title: str, results: Sequence[RowResult]) -> str:
     lines = [f"# {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(report_cells(r)) + " |" for r in results]
-    lines += ["", *(f"* {p}" for p in _problems(results))]
+    note = "vs first: difference in points with its 95 % interval over images; ~ holds zero."
+    lines += ["", note, "", *(f"* {p}" for p in _problems(results))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -114,25 +130,36 @@ def _csv(results: Sequence[RowResult]) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #222 }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
+img { max-width: 100% }
 .ours { fill: #2b6cb0 } .paper { fill: #cbd5e0 } text { font-size: 13px; fill: #222 }
 """
 
 
-def _page(title: str, results: Sequence[RowResult]) -> str:
+_LEGEND = (
+    "AP and its parts in percent, ± one standard deviation over seeds. <b>vs first</b>: difference "
+    "to the first row in points, with the 95 % interval of a paired bootstrap over images; ~ where "
+    "the interval holds zero."
+)
+
+
+def _page(title: str, results: Sequence[RowResult], strips: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in report_cells(r)) + "</tr>"
         for r in results
     )
     notes = "".join(f"<li>{html.escape(p)}</li>" for p in _problems(results))
+    samples = "".join(
+        f"<p><img src='{s}' alt='annotation, then the masks of each row'>" for s in strips
+    )
     return (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{_bars(results)}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><ul>{notes}</ul>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{_LEGEND}</p><ul>{notes}</ul>{samples}"
     )
 
 

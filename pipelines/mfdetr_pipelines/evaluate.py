@@ -3,12 +3,13 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.devices import torch_device
@@ -26,7 +27,7 @@ from mfdetr_cache.evaluation.inference import (
     predict_masks,
 )
 from mfdetr_cache.evaluation.results import box_results, mask_results
-from mfdetr_cache.head.folder import load_head, write_atomically
+from mfdetr_cache.head.folder import Which, load_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
@@ -46,6 +47,7 @@ class EvaluateConfig:
         baselines: Also measure the floor and the ceiling.
         results: Write COCO results here.
         scoring: How the class score becomes the final one.
+        which: Weights of the end of the training, or of its best validation.
     """
 
     cache: Path
@@ -54,6 +56,7 @@ class EvaluateConfig:
     baselines: bool = True
     results: Path | None = None
     scoring: Scoring = "auto"
+    which: Which = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         IdentityError: If head and cache come from different detectors.
     """
     cache = FeatureCache.open(config.cache)
-    folder = load_head(config.head)
+    folder = load_head(config.head, config.which)
     require_same(
         folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
     )
@@ -131,7 +134,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         scoring=config.scoring,
     )
     if config.results is not None:
-        write_atomically(config.results, _json_results(collected))
+        write_atomically(config.results, json_results(collected))
     return summary
 
 
@@ -170,13 +173,7 @@ def measure(
         _collect(collected, cache, image, prediction, baselines=baselines)
         reporter.advance()
     reporter.finish()
-    truth = coco_ground_truth(
-        (
-            (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
-            for r in cache.rows
-        ),
-        cache.categories,
-    )
+    truth = ground_truth_of(cache)
     summary = EvaluateSummary(
         num_images=len(cache),
         mask=evaluate_results(truth, collected.mask, "segm"),
@@ -187,6 +184,22 @@ def measure(
         head_seconds=collected.head_seconds,
     )
     return summary, collected.mask
+
+
+def ground_truth_of(cache: FeatureCache) -> COCO:
+    """The annotated objects of a cache's images, as pycocotools takes them.
+
+    Args:
+        cache: A complete cache.
+
+    Returns:
+        An indexed ``COCO``.
+    """
+    images = (
+        (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
+        for r in cache.rows
+    )
+    return coco_ground_truth(images, cache.categories)
 
 
 def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedImage]:
@@ -221,7 +234,15 @@ def _collect(
         collected.ceiling += mask_results(image_id, detections, labels, ceiling, scores)
 
 
-def _json_results(results: list[Result]) -> bytes:
+def json_results(results: Sequence[Result]) -> bytes:
+    """Mask results as a COCO results file.
+
+    Args:
+        results: With compressed RLE.
+
+    Returns:
+        JSON.
+    """
     plain = []
     for result in results:
         rle = result["segmentation"]

@@ -58,7 +58,7 @@ def picture_of_path(
             ("image", image),
             (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, scale)),
             ("masks from the cache", draw_overlay(image, masks, scale)),
-            ("annotation", draw_overlay(image, _annotated(cache, cached), scale)),
+            ("annotation", draw_overlay(image, annotated_objects(cache, cached), scale)),
         ]
     )
 
@@ -126,7 +126,16 @@ def shown_objects(
     return shown
 
 
-def _annotated(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
+def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
+    """The annotated masks of an image, small ones last, on top.
+
+    Args:
+        cache: The cache.
+        cached: One of its images.
+
+    Returns:
+        Named masks without boxes; crowds are left out.
+    """
     names = {int(c["id"]): str(c["name"]) for c in cache.categories}
     truth, size_hw = cached.ground_truth, cached.geometry.original_hw
     order = np.argsort(-truth.areas)

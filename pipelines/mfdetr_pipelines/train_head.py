@@ -220,7 +220,8 @@ def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
     if config.epochs is not None:
         if config.epochs <= 0:
             raise ConfigError(f"--epochs must be above 0, not {config.epochs}")
-        per_epoch = steps_per_epoch(len(trainable_rows(cache)), train.batch_size)
+        rows = trainable_rows(cache, train.label_fraction, train.seed)
+        per_epoch = steps_per_epoch(len(rows), train.batch_size)
         return dataclasses.replace(train, steps=max(1, round(config.epochs * per_epoch)))
     return train
 
@@ -299,6 +300,7 @@ class _Validator:
         if self.best_ap is None or self.best_ap < found.mask.AP:
             self.best_ap, self.best_step = found.mask.AP, learner.step
             save_head(self._config.out, weights, which="best")
+        assert self._run.log is not None
         self._run.log.add({"step": learner.step, "validation": _metrics_of(found)})
         return found
 

@@ -45,15 +45,15 @@ class Run:
 
     Attributes:
         learner: The head and its optimiser.
-        folder: Its run folder.
+        folder: Its run folder; None keeps nothing.
         log: Its log.
         after_step: Called after each of its steps; what it returns is shown beside the progress.
         problem: Why it stopped early, if it did.
     """
 
     learner: Learner
-    folder: Path
-    log: RunLog
+    folder: Path | None = None
+    log: RunLog | None = None
     after_step: Callable[[], str] | None = None
     problem: TrainingError | None = None
 
@@ -64,7 +64,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        save_checkpoint(self.folder, self.learner.state())
+        if self.folder is not None:
+            save_checkpoint(self.folder, self.learner.state())
 
     def restore(self) -> None:
         """Go back to the checkpoint, where there is one.
@@ -72,8 +73,7 @@ class Run:
         Raises:
             HeadError: If it is damaged or of another run.
         """
-        path = self.folder / CHECKPOINT_FILE
-        if not path.is_file():
+        if self.folder is None or not (path := self.folder / CHECKPOINT_FILE).is_file():
             return
         try:
             self.learner.restore(load_checkpoint(self.folder))
@@ -98,17 +98,21 @@ def stream_key(train: TrainConfig) -> tuple[object, ...]:
     Returns:
         The settings that decide which images make up which step.
     """
-    return (train.batch_size, train.seed, train.views, train.shuffle, train.accumulate)
+    order = (train.batch_size, train.seed, train.views, train.shuffle)
+    return (*order, train.accumulate, train.label_fraction)
 
 
-def trainable_rows(cache: FeatureCache) -> list[int]:
+def trainable_rows(cache: FeatureCache, fraction: float = 1.0, seed: int = 0) -> list[int]:
     """Rows with something to learn from.
 
     Args:
         cache: A complete cache.
+        fraction: Keep the masks of only this part of the images; smaller parts lie inside larger
+            ones of the same seed.
+        seed: Which images these are.
 
     Returns:
-        Rows in order.
+        Rows in order, at least one.
 
     Raises:
         TrainingError: If there is none.
@@ -119,7 +123,9 @@ def trainable_rows(cache: FeatureCache) -> list[int]:
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
             "detector does not know, or nothing); extract a split with instance masks"
         )
-    return rows
+    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
+    kept = order[: max(1, round(fraction * len(rows)))]
+    return [rows[i] for i in sorted(kept)]
 
 
 class TrainingLoop:
@@ -147,14 +153,15 @@ class TrainingLoop:
         *,
         split_when_full: bool = False,
     ) -> None:
-        self.rows = trainable_rows(cache)
+        settings = runs[0].learner.train
+        self.rows = trainable_rows(cache, settings.label_fraction, settings.seed)
         self._cache = cache
         self._runs = tuple(runs)
         self._device = device
         self._reporter = reporter
         self._processes = processes or Processes()
         self._split_when_full = split_when_full
-        self._train = runs[0].learner.train
+        self._train = settings
         assert len({stream_key(r.learner.train) for r in runs}) == 1
         layout = cache.layout
         self._views = layout.views if self._train.views == "all" else layout.views[:1]
@@ -176,8 +183,11 @@ class TrainingLoop:
         """
         return steps / steps_per_epoch(len(self.rows), self._train.batch_size)
 
-    def run(self) -> None:
+    def run(self, until: int | None = None) -> None:
         """Train until every head is done or has failed, or until a signal asks to stop.
+
+        Args:
+            until: Stop before this step; None goes on to the end.
 
         Raises:
             StoppedError: If a signal ended it; checkpoints are written.
@@ -187,6 +197,7 @@ class TrainingLoop:
             return
         first = min(r.learner.step for r in active)
         last = max(r.learner.train.steps for r in active)
+        last = last if until is None else min(last, until)
         for run in active:
             run.learner.head.train()
         self._reporter.start("train", last, "steps", done=first)
@@ -313,7 +324,9 @@ class TrainingLoop:
 
     def _report(self, run: Run, report: StepReport) -> str:
         learner = run.learner
-        if self._processes.is_first and (learner.step % _LOG_EVERY == 0 or learner.is_done):
+        logged = run.log is not None and self._processes.is_first
+        if logged and (learner.step % _LOG_EVERY == 0 or learner.is_done):
+            assert run.log is not None
             run.log.add(
                 {
                     "step": learner.step,

@@ -1,21 +1,26 @@
+import base64
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mfdetr_pipelines import ablate as ablate_module
-from mfdetr_pipelines.ablate import (
-    AblateConfig,
+from mfdetr_pipelines.ablate import AblateConfig, run_ablate, seconds_per_step
+from mfdetr_pipelines.ablation_pictures import sample_strips
+from mfdetr_pipelines.ablation_report import write_report
+from mfdetr_pipelines.ablation_rows import (
     AblationRow,
+    label_fraction_rows,
     plan_rows,
+    rows_of_file,
     rows_of_table,
-    run_ablate,
     with_settings,
 )
-from mfdetr_pipelines.ablation_report import write_report
 from mfdetr_pipelines.paper_tables import PAPER_TABLES, paper_table
 from mfdetr_pipelines.recipes import build_recipe
+from mfdetr_pipelines.training_loop import TrainingLoop, trainable_rows
+from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import ConfigError, StoppedError
@@ -45,33 +50,97 @@ def test_rows_are_trained_measured_and_written(drawn_cache: Path, tmp_path: Path
     assert document["rows"][0]["name"] == "with scoring"
     assert 0 <= document["rows"][0]["AP"] <= 1
     table = (tmp_path / "ablation.md").read_text().splitlines()
-    assert table[2].startswith("| row | AP |")
+    assert table[2].startswith("| row | AP | vs first |")
     assert "±" in table[4]
     assert "<svg" in (tmp_path / "ablation.html").read_text()
+    assert results[0].against_first is None
+    found = results[1].against_first
+    assert found is not None
+    assert found.low <= found.difference <= found.high
+    difference = results[1].mean() - results[0].mean()  # type: ignore[operator]
+    assert found.difference == pytest.approx(difference, abs=1e-9)
+
+
+def test_sample_masks_of_every_row_are_drawn(
+    drawn_cache: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    settings = config(drawn_cache, tmp_path, seeds=1)
+    results = run_ablate(settings, SilentReporter())
+    strips = sample_strips(settings, results, scenes_folder / "images", count=2)
+    assert len(strips) == 2
+    decoded = Image.open(io.BytesIO(base64.b64decode(strips[0].split(",")[1])))
+    # Annotation and two rows beside each other.
+    assert decoded.width > 2.5 * decoded.height * 0.5
+    write_report(tmp_path, "two heads", results, strips)
+    assert strips[1] in (tmp_path / "ablation.html").read_text()
+
+
+def test_rows_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.toml"
+    path.write_text(
+        '[[row]]\nname = "narrow"\nset = { hidden_dim = 32, drops = [0.5, 0.75], mask_scoring = true }'
+        '\n[[row]]\nname = "the paper"\nrecipe = "paper"\n'
+    )
+    narrow, paper = rows_of_file(path)
+    assert narrow.recipe.head.hidden_dim == 32
+    assert narrow.recipe.train.drops == (0.5, 0.75)
+    assert narrow.recipe.head.mask_scoring
+    assert paper.recipe.name == "paper"
+    for text, message in (
+        ("[[row", "is not TOML"),
+        ("x = 1", r"has no \[\[row\]\]"),
+        ("[[row]]\nrecipe = 'fast'", "row 1 has no name"),
+        ("[[row]]\nname = 'a'\nsets = {}", "row 1 has the unknown key 'sets'"),
+        ("[[row]]\nname = 'a'\nset = { lrr = 1 }", "row 'a': --set: unknown setting 'lrr'"),
+        ("[[row]]\nname = 'a'\n[[row]]\nname = 'a'", "two rows are called 'a'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            rows_of_file(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        rows_of_file(tmp_path / "absent.toml")
+
+
+def test_fewer_masks_are_nested_and_every_fraction_is_a_row(drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    kept = {f: set(trainable_rows(cache, f, 3)) for f in (0.01, 0.25, 0.5, 1.0)}
+    assert [len(k) for k in kept.values()] == [1, 2, 4, 8]
+    assert kept[0.01] < kept[0.25] < kept[0.5] < kept[1.0]
+    assert set(trainable_rows(cache, 0.5, 4)) != kept[0.5]
+    made = label_fraction_rows(rows()[:1], [0.1, 1])
+    names = [r.name for r in made]
+    assert names == ["with scoring, 10 % of the masks", "with scoring, 100 % of the masks"]
+    with pytest.raises(ConfigError, match="--label-fraction 0: give a number above 0"):
+        label_fraction_rows(rows(), [0])
+
+
+def test_steps_are_timed_for_a_dry_run(drawn_cache: Path, tmp_path: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    plans = plan_rows(rows(), cache.spec)
+    seconds = seconds_per_step(plans, cache, "cpu")
+    assert set(seconds) == {"with scoring", "without"}
+    assert all(s > 0 for s in seconds.values())
 
 
 def test_the_same_command_goes_on(
     drawn_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the second row: nothing is trained twice, and the results are the same."""
-    real, calls = ablate_module.run_train_head, []
+    """Stopped in the second seed: nothing is trained twice, and the results are the same."""
+    real, steps = TrainingLoop._one_step, []
 
-    def counted(settings: Any, reporter: Any) -> Any:
-        calls.append(settings.out.parent.name)
-        if len(calls) == 3:
-            real(replace(settings, max_steps=1), reporter)
-            raise StoppedError("stopped")
-        return real(settings, reporter)
+    def counted(self: Any, step: int, *arguments: Any) -> bool:
+        steps.append((self._train.seed, step, len(self._runs)))
+        if len(steps) == 3:
+            self._stop.set()
+        return real(self, step, *arguments)
 
-    monkeypatch.setattr(ablate_module, "run_train_head", counted)
+    monkeypatch.setattr(TrainingLoop, "_one_step", counted)
     with pytest.raises(StoppedError):
         run_ablate(config(drawn_cache, tmp_path / "a"), SilentReporter())
-    assert calls == ["with-scoring", "with-scoring", "without"]
-    # What the stopped training left is another length; a killed one leaves its own.
-    for file in (tmp_path / "a/rows/without/seed-0").iterdir():
-        file.unlink()
+    # Two steps of both heads with seed 0, one with seed 1.
+    assert steps == [(0, 0, 2), (0, 1, 2), (1, 0, 2)]
     resumed = run_ablate(config(drawn_cache, tmp_path / "a"), SilentReporter())
-    assert calls[3:] == ["without", "without"]
+    assert steps[3:] == [(1, 1, 2)]
     whole = run_ablate(config(drawn_cache, tmp_path / "b"), SilentReporter())
     assert [r.seeds for r in resumed] == [r.seeds for r in whole]
 
