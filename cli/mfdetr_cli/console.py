@@ -234,6 +234,7 @@ _METRIC_NAMES = {
     "box": "box (detector)",
     "floor": "floor: box as mask",
     "ceiling": "ceiling: annotated mask in box",
+    "boundary": "mask, boundary AP",
 }
 
 
@@ -245,7 +246,7 @@ def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | Non
         metrics: ``EvaluateSummary.metrics()``.
     """
     rows = metric_rows({_METRIC_NAMES[name]: values for name, values in metrics.items()})
-    columns = list(metrics["mask"] or {})
+    columns = list(next(m for m in metrics.values() if m is not None))
     print_table(title, ["", *columns], rows)
 
 

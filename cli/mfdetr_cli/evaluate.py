@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,18 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Also measure the floor and the ceiling of these detections.")
     ] = True,
+    boundary: Annotated[bool, typer.Option(help="Also measure boundary AP.")] = True,
+    per_category: Annotated[
+        bool, typer.Option("--per-category", help="Show the AP of every category.")
+    ] = False,
+    evaluator: Annotated[
+        Literal["fast", "pycocotools"],
+        typer.Option(help="Who computes AP; both give the same numbers."),
+    ] = "fast",
+    weights: Annotated[
+        str | None, typer.Option(help="Time the detector too: its weights, with --images.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder, for --weights.")] = None,
     save_results: Annotated[
         Path | None, typer.Option(help="Write the masks as a COCO results file.")
     ] = None,
@@ -54,39 +66,72 @@ def evaluate(
     mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
     """
     if results is not None:
-        _evaluate_file(results, annotations, json, mixed=cache is not None or head is not None)
+        if annotations is None or cache is not None or head is not None:
+            raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
+        from mfdetr_pipelines.evaluate_results import run_evaluate_results
+
+        found = run_evaluate_results(results, annotations, evaluator, boundary=boundary)
+        title = f"{found.num_results} results on {found.num_images} images, in percent"
+        document = {"num_images": found.num_images, "num_results": found.num_results}
+        _show(title, found.metrics(), found.details(), per_category=per_category)
+        details = found.details()
+        write_json(
+            json, {**document, **found.metrics(), "details": details, "results": str(results)}
+        )
         return
     if cache is None or head is None:
         raise ConfigError("give --cache and --head, or --results and --annotations")
+    if (weights is None) != (images is None):
+        raise ConfigError("--weights and --images go together: they time the live detector")
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 
-    config = EvaluateConfig(cache, head, device, baselines, save_results, score, which)
+    live = None if weights is None or images is None else (weights, images)
+    config = EvaluateConfig(
+        cache,
+        head,
+        device,
+        baselines,
+        save_results,
+        score,
+        which,
+        evaluator,
+        boundary,
+        live,
+    )
     summary = run_evaluate(config, ConsoleReporter())
     metrics = summary.metrics()
-    print_evaluation(f"{cache}, in percent", metrics)
-    head_ms = 1000 * summary.head_seconds / max(summary.num_images, 1)
-    print_facts(
-        "",
-        {
-            "images": f"{summary.num_images} in {human_time(summary.seconds)}",
-            "mask network": f"{head_ms:.0f} ms per image",
-        },
-    )
+    _show(f"{cache}, in percent", metrics, summary.details, per_category=per_category)
+    facts = {"images": f"{summary.num_images} in {human_time(summary.seconds)}"}
+    facts["mask network"] = f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs"
+    for name, latency in summary.latency.items():
+        median, p90 = 1000 * latency.median, 1000 * latency.p90
+        facts[name.replace("_", "-")] = f"{median:.0f} ms per image (median), {p90:.0f} ms (p90)"
+    print_facts("", facts)
     write_json(json, {**asdict(summary), **metrics, "cache": str(cache), "head": str(head)})
 
 
-def _evaluate_file(
-    results: Path, annotations: Path | None, json: Path | None, *, mixed: bool
+def _show(
+    title: str,
+    metrics: dict[str, dict[str, float] | None],
+    details: dict[str, Any],
+    *,
+    per_category: bool,
 ) -> None:
-    if annotations is None or mixed:
-        raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
-    from mfdetr_pipelines.evaluate_results import run_evaluate_results
-
-    summary = run_evaluate_results(results, annotations)
-    metrics = summary.metrics()
-    shown = {name: values for name, values in metrics.items() if values is not None}
-    columns = list(next(iter(shown.values())))
-    title = f"{summary.num_results} results on {summary.num_images} images, in percent"
-    print_table(title, ["", *columns], metric_rows(shown))
-    write_json(json, {**asdict(summary), **metrics, "results": str(results)})
+    """Tables: metrics, recalls, and the categories if asked for."""
+    print_evaluation(title, metrics)
+    recalls = {name: found["recall"] for name, found in details.items()}
+    columns = list(next(iter(recalls.values())))
+    print_table("Average recall", ["", *columns], metric_rows(recalls))
+    if not per_category:
+        return
+    names = list(details)
+    lists = [details[name]["categories"] for name in names]
+    rows = [
+        [same[0]["name"], str(same[0]["objects"])]
+        + [f"{100 * c[key]:.1f}" for c in same for key in ("AP", "AP50")]
+        for same in zip(*lists, strict=True)
+        if same[0]["objects"]
+    ]
+    heads = [f"{name} {key}" for name in names for key in ("AP", "AP50")]
+    print_table("Categories", ["", "objects", *heads], rows)

@@ -48,7 +48,7 @@ class RowResult:
         seeds: Mask metrics of each seed that was trained.
         train_seconds: Mean training time of a seed.
         images_per_second: Mean training speed.
-        head_ms: Mean time of the mask network per evaluated image, in milliseconds.
+        head_ms: Median time of the mask network per evaluated image, in milliseconds.
         problem: Why it has no result; empty if it has.
         against_first: Its AP beside the first row's, with a 95 % interval; None for the first.
     """
@@ -352,7 +352,7 @@ def _measure(
         trained = {"train_seconds": seconds, "images_per_second": speed}
     measured, masks = measure(validation, head.to(device), device, reporter, baselines=False)
     write_atomically(job.folder / MASKS_FILE, gzip.compress(json_results(masks), 1, mtime=0))
-    head_ms = 1000 * measured.head_seconds / max(measured.num_images, 1)
+    head_ms = 1000 * measured.latency["head"].median
     result = {
         **trained,
         "head_ms": head_ms,

@@ -5,20 +5,28 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
+    CocoReport,
+    Evaluator,
+    Kind,
     Result,
     coco_ground_truth,
-    evaluate_results,
+    measure_results,
 )
 from mfdetr_cache.evaluation.inference import (
     MaskPrediction,
@@ -27,6 +35,7 @@ from mfdetr_cache.evaluation.inference import (
     predict_masks,
 )
 from mfdetr_cache.evaluation.results import box_results, mask_results
+from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.folder import Which, load_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
@@ -34,6 +43,9 @@ from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 
 _READ_AHEAD = 4
+# Threads that paste and encode masks while the head is at the next image.
+_WORKERS = 2
+_TIMED_IMAGES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,9 @@ class EvaluateConfig:
         results: Write COCO results here.
         scoring: How the class score becomes the final one.
         which: Weights of the end of the training, or of its best validation.
+        evaluator: Who computes AP.
+        boundary: Measure boundary AP too.
+        live: Weights and image folder, to time the detector beside the head.
     """
 
     cache: Path
@@ -57,6 +72,35 @@ class EvaluateConfig:
     results: Path | None = None
     scoring: Scoring = "auto"
     which: Which = "last"
+    evaluator: Evaluator = "fast"
+    boundary: bool = True
+    live: tuple[str, Path] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Time per image, in seconds.
+
+    Attributes:
+        median: Half of the images took no longer.
+        p90: Nine in ten took no longer.
+    """
+
+    median: float
+    p90: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Latency":
+        """Of some images; the first is left out where there are more, it warms up.
+
+        Args:
+            seconds: Time of each image, at least one.
+
+        Returns:
+            The two quantiles.
+        """
+        timed = np.array(seconds[1:] or seconds)
+        return cls(float(np.median(timed)), float(np.quantile(timed, 0.9)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +113,13 @@ class EvaluateSummary:
         box: Box AP of the detector.
         floor: Mask AP of the box as mask; None if not asked for.
         ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not asked for.
+        boundary: Boundary AP of the head; None if not asked for.
+        details: Recalls and categories of ``mask`` and ``box``.
         seconds: Whole time.
-        head_seconds: Part of it spent in the mask network.
+        latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
+            ``detector`` where it was timed.
+        parameters: Of the head.
+        macs: Multiply-adds of the head for the median input of this cache, 100 queries.
     """
 
     num_images: int
@@ -78,8 +127,12 @@ class EvaluateSummary:
     box: CocoMetrics
     floor: CocoMetrics | None
     ceiling: CocoMetrics | None
+    boundary: CocoMetrics | None
+    details: dict[str, Any]
     seconds: float
-    head_seconds: float
+    latency: dict[str, Latency]
+    parameters: int
+    macs: int
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
         """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
@@ -88,19 +141,20 @@ class EvaluateSummary:
             "box": self.box,
             "floor": self.floor,
             "ceiling": self.ceiling,
+            "boundary": self.boundary,
         }
         return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
 
 
-@dataclass
-class _Collected:
-    """COCO results of all images so far."""
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """COCO results of one image."""
 
-    box: list[Result] = field(default_factory=list)
-    mask: list[Result] = field(default_factory=list)
-    floor: list[Result] = field(default_factory=list)
-    ceiling: list[Result] = field(default_factory=list)
-    head_seconds: float = 0.0
+    box: list[Result]
+    mask: list[Result]
+    floor: list[Result]
+    ceiling: list[Result]
+    seconds: float
 
 
 def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
@@ -125,16 +179,21 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     )
     cache.require_complete()
     device = torch_device(config.device)
-    summary, collected = measure(
+    summary, masks = measure(
         cache,
         folder.head.to(device),
         device,
         reporter,
         baselines=config.baselines,
         scoring=config.scoring,
+        boundary=config.boundary,
+        evaluator=config.evaluator,
     )
+    if config.live is not None:
+        latency = {**summary.latency, "detector": _detector_latency(config, cache)}
+        summary = replace(summary, latency=latency)
     if config.results is not None:
-        write_atomically(config.results, json_results(collected))
+        write_atomically(config.results, json_results(masks))
     return summary
 
 
@@ -146,6 +205,8 @@ def measure(
     *,
     baselines: bool,
     scoring: Scoring = "auto",
+    boundary: bool = False,
+    evaluator: Evaluator = "fast",
 ) -> tuple[EvaluateSummary, list[Result]]:
     """Metrics of a head on a complete cache of the same detector.
 
@@ -156,6 +217,8 @@ def measure(
         reporter: Who is told about progress.
         baselines: Also measure the floor and the ceiling.
         scoring: How the class score becomes the final one.
+        boundary: Also measure boundary AP.
+        evaluator: Who computes AP.
 
     Returns:
         The metrics, and the head's COCO mask results.
@@ -164,26 +227,75 @@ def measure(
         cache.require_c1_map("evaluation")
     started = time.perf_counter()
     head.eval()
-    collected = _Collected()
+    scored: list[_Scored] = []
+    head_seconds: list[float] = []
     reporter.start("evaluate", len(cache), "images")
-    for image in _images(cache, head.map_names):
-        started_head = time.perf_counter()
-        prediction = predict_masks(head, image, cache.spec, device, scoring)
-        collected.head_seconds += time.perf_counter() - started_head
-        _collect(collected, cache, image, prediction, baselines=baselines)
-        reporter.advance()
+    with ThreadPoolExecutor(_WORKERS, "masks") as pool:
+        behind: deque[Future[_Scored]] = deque()
+        for image in _images(cache, head.map_names):
+            begun = time.perf_counter()
+            prediction = predict_masks(head, image, cache.spec, device, scoring)
+            head_seconds.append(time.perf_counter() - begun)
+            behind.append(pool.submit(_score, cache, image, prediction, baselines=baselines))
+            # Bounded, so that memory is that of a few images however many there are.
+            if len(behind) > _WORKERS:
+                scored.append(behind.popleft().result())
+            reporter.advance()
+        scored += [future.result() for future in behind]
     reporter.finish()
     truth = ground_truth_of(cache)
+    masks = [r for s in scored for r in s.mask]
+
+    def metrics(results: list[Result], kind: Kind) -> CocoReport:
+        return measure_results(truth, results, kind, evaluator)
+
+    mask = metrics(masks, "segm")
+    box = metrics([r for s in scored for r in s.box], "bbox")
+    floor = metrics([r for s in scored for r in s.floor], "segm").metrics if baselines else None
+    ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics if baselines else None
+    sizes = sorted(cache.geometry(r).input_hw for r in cache.rows)
+    cost = head_cost(head.config, cache.spec, sizes[len(sizes) // 2])
     summary = EvaluateSummary(
         num_images=len(cache),
-        mask=evaluate_results(truth, collected.mask, "segm"),
-        box=evaluate_results(truth, collected.box, "bbox"),
-        floor=evaluate_results(truth, collected.floor, "segm") if baselines else None,
-        ceiling=evaluate_results(truth, collected.ceiling, "segm") if baselines else None,
+        mask=mask.metrics,
+        box=box.metrics,
+        floor=floor,
+        ceiling=ceiling,
+        boundary=metrics(masks, "boundary").metrics if boundary else None,
+        details={"mask": mask.details(), "box": box.details()},
         seconds=time.perf_counter() - started,
-        head_seconds=collected.head_seconds,
+        latency={
+            "head": Latency.of(head_seconds),
+            "post_processing": Latency.of([s.seconds for s in scored]),
+        },
+        parameters=cost.parameters,
+        macs=cost.macs,
     )
-    return summary, collected.mask
+    return summary, masks
+
+
+def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
+    """Time of the detector's forward on the first images, one at a time."""
+    assert config.live is not None
+    weights, images = config.live
+    kind = cache.spec.name.split(":")[0]
+    detector = load_detector(kind, weights, options_of(detector_identity(cache.spec)))
+    require_same(
+        detector_identity(detector.spec),
+        f"--weights {weights}",
+        detector_identity(cache.spec),
+        f"cache {cache.path}",
+    )
+    device = torch_device(config.device)
+    detector.to(device)
+    seconds = []
+    for row in cache.rows[:_TIMED_IMAGES]:
+        picture = load_image(images / cache.file_name(row), cache.geometry(row).original_hw)
+        pixels = detector.preprocess(picture)[None].to(device)
+        begun = time.perf_counter()
+        detector.forward(pixels).class_logits.cpu()
+        seconds.append(time.perf_counter() - begun)
+    return Latency.of(seconds)
 
 
 def ground_truth_of(cache: FeatureCache) -> COCO:
@@ -213,25 +325,24 @@ def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedI
             yield ahead.popleft().result()
 
 
-def _collect(
-    collected: _Collected,
-    cache: FeatureCache,
-    image: CachedImage,
-    prediction: MaskPrediction,
-    *,
-    baselines: bool,
-) -> None:
+def _score(
+    cache: FeatureCache, image: CachedImage, prediction: MaskPrediction, *, baselines: bool
+) -> _Scored:
+    """Masks of one image at the original size and everything else COCO wants to know."""
     size_hw, labels = image.geometry.original_hw, cache.label_categories
     detections, image_id = prediction.detections, image.image_id
+    begun = time.perf_counter()
     rles = masks_in_image(prediction, size_hw)
-    collected.box += box_results(image_id, detections, labels)
-    collected.mask += mask_results(image_id, detections, labels, rles, prediction.confidences)
+    seconds = time.perf_counter() - begun
+    mask = mask_results(image_id, detections, labels, rles, prediction.confidences)
+    floor, ceiling = [], []
     if baselines:
         scores = detections.class_scores.double().numpy()
-        floor = box_masks(detections, size_hw)
-        ceiling = oracle_masks(detections, image.ground_truth, labels, size_hw)
-        collected.floor += mask_results(image_id, detections, labels, floor, scores)
-        collected.ceiling += mask_results(image_id, detections, labels, ceiling, scores)
+        squares = box_masks(detections, size_hw)
+        annotated = oracle_masks(detections, image.ground_truth, labels, size_hw)
+        floor = mask_results(image_id, detections, labels, squares, scores)
+        ceiling = mask_results(image_id, detections, labels, annotated, scores)
+    return _Scored(box_results(image_id, detections, labels), mask, floor, ceiling, seconds)
 
 
 def json_results(results: Sequence[Result]) -> bytes:

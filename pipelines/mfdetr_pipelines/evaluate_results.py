@@ -11,7 +11,16 @@ from pycocotools.coco import COCO
 
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, evaluate_results
+from mfdetr_cache.evaluation.coco_metrics import (
+    CocoMetrics,
+    CocoReport,
+    Evaluator,
+    Kind,
+    Result,
+    measure_results,
+)
+
+_FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,30 +30,53 @@ class ResultsSummary:
     Attributes:
         num_images: Images in the annotation file.
         num_results: Detections in the results file.
-        mask: Mask AP; None where the results have no masks.
-        box: Box AP; None where they have no boxes.
+        reports: What was measured; what the file does not have is absent.
     """
 
     num_images: int
     num_results: int
-    mask: CocoMetrics | None
-    box: CocoMetrics | None
+    reports: dict[Kind, CocoReport]
+
+    @property
+    def mask(self) -> CocoMetrics | None:
+        """Mask AP; None where the results have no masks."""
+        return self._metrics("segm")
+
+    @property
+    def box(self) -> CocoMetrics | None:
+        """Box AP; None where they have no boxes."""
+        return self._metrics("bbox")
+
+    @property
+    def boundary(self) -> CocoMetrics | None:
+        """Boundary AP; None where it was not asked for or there are no masks."""
+        return self._metrics("boundary")
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
-        """Both sets of metrics by name, in [0, 1]; None for what the file does not have."""
-        return {
-            "mask": None if self.mask is None else self.mask.to_dict(),
-            "box": None if self.box is None else self.box.to_dict(),
-        }
+        """All sets of metrics by name, in [0, 1]; None for what the file does not have."""
+        found = {"mask": self.mask, "box": self.box, "boundary": self.boundary}
+        return {name: None if m is None else m.to_dict() for name, m in found.items()}
+
+    def details(self) -> dict[str, Any]:
+        """Recalls and categories of masks and boxes."""
+        names: dict[Kind, str] = {"segm": "mask", "bbox": "box"}
+        return {n: self.reports[k].details() for k, n in names.items() if k in self.reports}
+
+    def _metrics(self, kind: Kind) -> CocoMetrics | None:
+        return self.reports[kind].metrics if kind in self.reports else None
 
 
-def run_evaluate_results(results: Path, annotations: Path) -> ResultsSummary:
+def run_evaluate_results(
+    results: Path, annotations: Path, evaluator: Evaluator = "fast", *, boundary: bool = True
+) -> ResultsSummary:
     """Measure a results file.
 
     Args:
         results: COCO results: a list of ``image_id``, ``category_id``, ``score``, and ``bbox``
             (xywh) or ``segmentation`` (RLE).
         annotations: COCO instances JSON of the same images.
+        evaluator: Who computes.
+        boundary: Measure boundary AP too.
 
     Returns:
         Its metrics.
@@ -63,14 +95,14 @@ def run_evaluate_results(results: Path, annotations: Path) -> ResultsSummary:
             )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-    kinds = {"segmentation": "segm", "bbox": "bbox"}
-    measured: dict[str, CocoMetrics | None] = {}
-    for field, kind in kinds.items():
-        has = bool(found) and all(field in r for r in found)
-        measured[kind] = evaluate_results(truth, found, kind) if has else None  # type: ignore[arg-type]
-    if not any(measured.values()):
+    reports: dict[Kind, CocoReport] = {}
+    for kind, field in _FIELDS.items():
+        asked = kind != "boundary" or boundary
+        if asked and all(field in r for r in found):
+            reports[kind] = measure_results(truth, found, kind, evaluator)
+    if not reports:
         raise DatasetError(f"{results}: its results have neither segmentation nor bbox throughout")
-    return ResultsSummary(len(split.images), len(found), measured["segm"], measured["bbox"])
+    return ResultsSummary(len(split.images), len(found), reports)
 
 
 def _load_results(path: Path) -> list[Result]:

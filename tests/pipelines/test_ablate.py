@@ -78,8 +78,9 @@ def test_sample_masks_of_every_row_are_drawn(
 def test_rows_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.toml"
     path.write_text(
-        '[[row]]\nname = "narrow"\nset = { hidden_dim = 32, drops = [0.5, 0.75], mask_scoring = true }'
-        '\n[[row]]\nname = "the paper"\nrecipe = "paper"\n'
+        '[[row]]\nname = "narrow"\n'
+        "set = { hidden_dim = 32, drops = [0.5, 0.75], mask_scoring = true }\n"
+        '[[row]]\nname = "the paper"\nrecipe = "paper"\n'
     )
     narrow, paper = rows_of_file(path)
     assert narrow.recipe.head.hidden_dim == 32

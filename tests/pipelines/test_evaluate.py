@@ -1,14 +1,16 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import EvaluateConfig, Latency, ground_truth_of, run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import binary_erosion
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, DatasetError, HeadError
@@ -16,7 +18,8 @@ from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results, mask_results
-from mfdetr_cache.masks import compress_run_lengths
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.protocols import SilentReporter
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
@@ -35,6 +38,23 @@ def test_metrics_are_pycocotools_own(
     """The written results, scored by pycocotools against the user's own JSON, give our numbers."""
     results = tmp_path / "results.json"
     summary = run_evaluate(EvaluateConfig(drawn_cache, head, results=results), SilentReporter())
+    referee = run_evaluate(
+        EvaluateConfig(drawn_cache, head, evaluator="pycocotools"), SilentReporter()
+    )
+    assert {k: v for k, v in summary.metrics().items() if v is not None} == {
+        k: pytest.approx(v, abs=1e-12) for k, v in referee.metrics().items() if v is not None
+    }
+    for name in ("mask", "box"):
+        ours, theirs = summary.details[name], referee.details[name]
+        assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-12)
+        for our, their in zip(ours["categories"], theirs["categories"], strict=True):
+            assert our == {
+                k: v if isinstance(v, str) else pytest.approx(v, abs=1e-12)
+                for k, v in their.items()
+            }
+        # COCO's AP is the mean over categories that have objects.
+        aps = [c["AP"] for c in ours["categories"] if c["objects"]]
+        assert np.mean(aps) == pytest.approx(summary.metrics()[name]["AP"], abs=1e-12)  # type: ignore[index]
     truth = COCO(str(scenes_folder / "instances.json"))
     evaluation = COCOeval(truth, truth.loadRes(str(results)), "segm")
     evaluation.evaluate()
@@ -161,3 +181,80 @@ def test_results_that_cannot_be_measured_are_named(
     (tmp_path / "r.json").write_text(document)
     with pytest.raises(DatasetError, match=message):
         run_evaluate_results(tmp_path / "r.json", scenes_folder / "instances.json")
+
+
+class BoundaryEval(COCOeval):
+    """Boundary AP from its definition, with scipy's erosion and COCOeval's matching."""
+
+    def computeIoU(self, image_id: int, category_id: int) -> Any:
+        plain = super().computeIoU(image_id, category_id)
+        if not len(plain):
+            return plain
+        truth = self._gts[image_id, category_id]
+        found = sorted(self._dts[image_id, category_id], key=lambda d: -d["score"])[:100]
+        for i, detection in enumerate(found):
+            for j, target in enumerate(truth):
+                if target["iscrowd"]:
+                    continue
+                a, b = (
+                    self.boundary(coco, r)
+                    for coco, r in ((self.cocoDt, detection), (self.cocoGt, target))
+                )
+                union = (a | b).sum()
+                plain[i, j] = min(plain[i, j], (a & b).sum() / union if union else 0.0)
+        return plain
+
+    @staticmethod
+    def boundary(coco: Any, annotation: Any) -> Any:
+        mask = coco.annToMask(annotation).astype(bool)
+        width = max(1, round(0.02 * float(np.hypot(*mask.shape))))
+        padded = np.pad(mask, 1)
+        inner = binary_erosion(padded, np.ones((3, 3), bool), iterations=width)
+        return mask & ~inner[1:-1, 1:-1]
+
+
+def test_boundary_ap_is_what_its_definition_gives(drawn_cache: Path, tmp_path: Path) -> None:
+    """Annotated masks moved by up to a pixel: their boundaries overlap by anything from 0 to 1."""
+    cache = FeatureCache.open(drawn_cache)
+    truth = ground_truth_of(cache)
+    random = np.random.default_rng(0)
+    results = []
+    for row in cache.rows:
+        size = cache.geometry(row).original_hw
+        objects = cache.ground_truth(row)
+        for index in range(len(objects)):
+            mask = decode_run_lengths(objects.run_lengths[index], size)
+            moved = np.roll(mask, tuple(random.integers(-1, 2, 2)), (0, 1))
+            results.append(
+                {
+                    "image_id": cache.image_id(row),
+                    "category_id": int(objects.category_ids[index]),
+                    "segmentation": encode_mask(moved),
+                    "score": float(random.random()),
+                }
+            )
+    found = evaluate_results(truth, results, "boundary")
+    independent = BoundaryEval(truth, truth.loadRes([dict(r) for r in results]), "segm")
+    independent.evaluate()
+    independent.accumulate()
+    independent.summarize()
+    assert 0.05 < found.AP < 0.95
+    assert list(found.to_dict().values()) == pytest.approx(list(independent.stats[:6]), abs=1e-9)
+    assert found.AP < evaluate_results(truth, results, "segm").AP
+
+
+def test_latency_of_head_masks_and_detector(
+    drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    live = (str(rtdetr_folder), scenes_folder / "images")
+    summary = run_evaluate(
+        EvaluateConfig(drawn_cache, head, baselines=False, boundary=False, live=live),
+        SilentReporter(),
+    )
+    assert set(summary.latency) == {"head", "post_processing", "detector"}
+    assert all(0 < t.median <= t.p90 < 60 for t in summary.latency.values())
+    loaded = load_head(head).head
+    assert summary.parameters == sum(p.numel() for p in loaded.parameters())
+    assert summary.macs > 0
+    assert summary.boundary is None
+    assert Latency.of([9.0, 1.0, 2.0, 3.0]).median == 2
