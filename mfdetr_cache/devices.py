@@ -1,5 +1,7 @@
 """Where to compute: a device by name, or one clear line."""
 
+import os
+
 import torch
 
 from mfdetr_cache.errors import ConfigError
@@ -9,7 +11,8 @@ def torch_device(name: str) -> torch.device:
     """A device by name, checked.
 
     Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one.
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one. Of several
+            processes on a machine (``LOCAL_RANK``), each one gets its own by ``auto`` or ``cuda``.
 
     Returns:
         The device.
@@ -18,7 +21,9 @@ def torch_device(name: str) -> torch.device:
         ConfigError: If there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

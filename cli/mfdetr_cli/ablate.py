@@ -8,7 +8,14 @@ from mfdetr_pipelines.recipes import RECIPES, build_recipe, split_settings
 
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cli.console import ConsoleReporter, print_facts, print_table, write_json
-from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
+from mfdetr_cli.options import (
+    DeviceOption,
+    JsonOption,
+    LocalCacheOption,
+    LocalCacheSizeOption,
+    parse_assignments,
+    storage_at,
+)
 
 if TYPE_CHECKING:
     from mfdetr_pipelines.ablation_rows import AblationRow
@@ -25,10 +32,8 @@ def ablate(
     recipe: Annotated[
         list[str] | None, typer.Option(help=f"A recipe; may be repeated: {', '.join(RECIPES)}.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Cache of the training split.")] = None,
-    val_cache: Annotated[
-        Path | None, typer.Option(help="Cache of the split to measure on.")
-    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Cache of the training split.")] = None,
+    val_cache: Annotated[str | None, typer.Option(help="Cache of the split to measure on.")] = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("ablation"),
     seeds: Annotated[int, typer.Option(help="Train every row with seeds 0 to N - 1.")] = 1,
     label_fraction: Annotated[
@@ -46,6 +51,8 @@ def ablate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show rows, parameters and MACs; train nothing.")
     ] = False,
+    local_cache: LocalCacheOption = None,
+    local_cache_size: LocalCacheSizeOption = "100GB",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
@@ -60,10 +67,10 @@ def ablate(
     --max-steps 2000 --seeds 3 --out ablations/table3
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.ablate import AblateConfig, run_ablate, seconds_per_step
+    from mfdetr_pipelines.ablate import AblateConfig, run_ablate
     from mfdetr_pipelines.ablation_pictures import sample_strips
     from mfdetr_pipelines.ablation_report import COLUMNS, report_cells, write_report
-    from mfdetr_pipelines.ablation_rows import label_fraction_rows, plan_rows, with_settings
+    from mfdetr_pipelines.ablation_rows import label_fraction_rows, with_settings
 
     title, needs, rows = _rows(file, table, recipe or [])
     head, train = split_settings(parse_assignments(set_ or []))
@@ -73,18 +80,7 @@ def ablate(
     if label_fraction:
         rows = label_fraction_rows(rows, label_fraction)
     if dry_run:
-        spec, seconds = None, {}
-        if cache is not None:
-            from mfdetr_cache.cache.reader import FeatureCache
-
-            opened = FeatureCache.open(cache)
-            opened.require_complete()
-            spec = opened.spec
-            seconds = seconds_per_step(plan_rows(rows, spec), opened, device)
-        plans = [p.to_dict() for p in plan_rows(rows, spec)]
-        for plan, row in zip(plans, rows, strict=True):
-            each = seconds.get(row.name)
-            plan["seconds"] = None if each is None else each * row.recipe.train.steps * seeds
+        plans = _plan(rows, cache, seeds, device)
         _print_plan(title, plans)
         write_json(json, {"table": table, "title": title, "needs": needs, "rows": plans})
         return
@@ -92,7 +88,9 @@ def ablate(
         raise ConfigError(f"--table {table} needs {needs}")
     if cache is None or val_cache is None:
         raise ConfigError("ablate trains from --cache and measures on --val-cache; give both")
-    config = AblateConfig(rows, cache, val_cache, out, seeds, None, device)
+    training = storage_at(cache, local_cache, local_cache_size)
+    measured = storage_at(val_cache, local_cache, local_cache_size)
+    config = AblateConfig(rows, training, measured, out, seeds, None, device)
     results = run_ablate(config, ConsoleReporter())
     strips = [] if images is None else sample_strips(config, results, images)
     files = write_report(out, title, results, strips)
@@ -121,6 +119,28 @@ def _rows(
         return f"Table {table}: {chosen.caption}", chosen.needs, rows_of_table(chosen)
     made = tuple(AblationRow(name, build_recipe(name, {})) for name in recipes)
     return "Recipes: " + ", ".join(recipes), "", made
+
+
+def _plan(
+    rows: "tuple[AblationRow, ...]", cache: str | None, seeds: int, device: str
+) -> list[dict[str, Any]]:
+    """What the rows cost; with a cache, a step of each is timed."""
+    from mfdetr_pipelines.ablate import seconds_per_step
+    from mfdetr_pipelines.ablation_rows import plan_rows
+
+    spec, seconds = None, {}
+    if cache is not None:
+        from mfdetr_cache.cache.reader import FeatureCache
+
+        opened = FeatureCache.open(cache)
+        opened.require_complete()
+        spec = opened.spec
+        seconds = seconds_per_step(plan_rows(rows, spec), opened, device)
+    plans = [p.to_dict() for p in plan_rows(rows, spec)]
+    for plan, row in zip(plans, rows, strict=True):
+        each = seconds.get(row.name)
+        plan["seconds"] = None if each is None else each * row.recipe.train.steps * seeds
+    return plans
 
 
 def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:

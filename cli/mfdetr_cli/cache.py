@@ -10,11 +10,12 @@ from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_bytes,
+    metric_rows,
     print_facts,
     print_table,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption
+from mfdetr_cli.options import CacheArgument, DeviceOption, JsonOption
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look after feature caches.")
 
@@ -26,7 +27,7 @@ def _group() -> None:
 
 @cache_app.command()
 def info(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: CacheArgument,
     json: JsonOption = None,
 ) -> None:
     """Tell what a cache is, what made it, how large it is and whether it is whole.
@@ -80,7 +81,7 @@ def info(
 
 @cache_app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: CacheArgument,
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte and compare its checksum.")
     ] = False,
@@ -121,8 +122,38 @@ def verify(
 
 
 @cache_app.command()
+def finish(
+    cache: CacheArgument,
+    json: JsonOption = None,
+) -> None:
+    """Say whether a cache that several processes fill is whole, and which parts are missing.
+
+    Exit code 1 names them. When nothing is missing, shows the box AP of what is cached, as extract
+    does. Parts need no merging: each is whole from the moment its manifest is there.
+
+    Example:
+    mfdetr cache finish train2017.zarr
+    """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_finish import run_finish
+
+    found = run_finish(cache, ConsoleReporter())
+    write_json(json, {"cache": cache, **asdict(found)})
+    if found.missing:
+        for line in found.missing[:20]:
+            typer.echo(line)
+        raise CheckFailedError(
+            f"{cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
+            "processes that fill them again"
+        )
+    assert found.box is not None
+    box = found.box.to_dict()
+    print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+
+
+@cache_app.command()
 def repair(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: CacheArgument,
     weights: Annotated[str, typer.Option(help="The detector it was made with.")],
     images: Annotated[Path, typer.Option(help="Its image folder.")],
     annotations: Annotated[Path, typer.Option(help="Its annotation file.")],
@@ -155,10 +186,10 @@ def repair(
 
 @cache_app.command()
 def certify(
-    cache: Annotated[Path, typer.Argument(help="The cache whose preset is measured.")],
+    cache: CacheArgument,
     head: Annotated[Path, typer.Option(help="Run folder of a trained head.")],
     reference: Annotated[
-        Path | None, typer.Option(help="A cache of the same images with finer features.")
+        str | None, typer.Option(help="A cache of the same images with finer features.")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Compare with the live detector instead: its weights.")
@@ -194,7 +225,7 @@ def certify(
 
 @cache_app.command()
 def bench(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: CacheArgument,
     images: Annotated[int, typer.Option(help="How many random images are read.")] = 64,
     json: JsonOption = None,
 ) -> None:

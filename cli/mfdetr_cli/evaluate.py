@@ -16,11 +16,17 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption
+from mfdetr_cli.options import (
+    DeviceOption,
+    JsonOption,
+    LocalCacheOption,
+    LocalCacheSizeOption,
+    storage_at,
+)
 
 
 def evaluate(
-    cache: Annotated[Path | None, typer.Option(help="Cache of the split to measure on.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Cache of the split to measure on.")] = None,
     head: Annotated[Path | None, typer.Option(help="Run folder of train-head.")] = None,
     which: Annotated[
         Literal["last", "best"],
@@ -57,6 +63,8 @@ def evaluate(
     save_results: Annotated[
         Path | None, typer.Option(help="Write the masks as a COCO results file.")
     ] = None,
+    local_cache: LocalCacheOption = None,
+    local_cache_size: LocalCacheSizeOption = "100GB",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
@@ -88,7 +96,7 @@ def evaluate(
 
     live = None if weights is None or images is None else (weights, images)
     config = EvaluateConfig(
-        cache,
+        storage_at(cache, local_cache, local_cache_size),
         head,
         device,
         baselines,

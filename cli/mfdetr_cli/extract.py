@@ -15,7 +15,7 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption
+from mfdetr_cli.options import DeviceOption, JsonOption, parse_partition
 
 
 def extract(
@@ -24,7 +24,9 @@ def extract(
     ],
     images: Annotated[Path, typer.Option(help="Folder with the images.")],
     annotations: Annotated[Path, typer.Option(help="COCO instances JSON of these images.")],
-    cache: Annotated[Path, typer.Option(help="Where the cache goes, such as val2017.zarr.")],
+    cache: Annotated[
+        str, typer.Option(help="Where the cache goes: a folder such as val2017.zarr, or a URL.")
+    ],
     detector: Annotated[str, typer.Option(help="See: mfdetr detectors.")] = "hf",
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
     num_queries: Annotated[
@@ -66,6 +68,14 @@ def extract(
         ),
     ] = "deformable-detr",
     view_seed: Annotated[int, typer.Option(help="Seed of the augmentation.")] = 0,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Fill every N-th part of the cache only; several such processes fill it "
+            "together. Without it, torchrun's or a Slurm array's variables decide.",
+        ),
+    ] = None,
     on_bad_image: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="What to do with an image that cannot be read."),
@@ -77,6 +87,8 @@ def extract(
     """Run a frozen detector over a dataset once and keep what it saw.
 
     The same command goes on where a stopped one left off.
+
+    The work can be divided: see --part, and docs/scale.md.
 
     Example:
     mfdetr extract --weights PekingU/rtdetr_r50vd --images val2017
@@ -107,6 +119,7 @@ def extract(
         view_seed=view_seed,
         on_bad_image=on_bad_image,
         force=force,
+        partition=parse_partition(part),
     )
     summary = run_extract(config, ConsoleReporter())
     share = summary.detector_seconds / summary.seconds if summary.num_extracted else 0.0
@@ -121,6 +134,12 @@ def extract(
         names = ", ".join(str(s["image_id"]) for s in summary.skipped[:10])
         facts["skipped"] = f"{len(summary.skipped)} images: {names}"
     print_facts(f"Cache {cache}", facts)
-    box = summary.box.to_dict()
-    print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+    if summary.box is not None:
+        box = summary.box.to_dict()
+        print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+    if summary.parts_missing:
+        typer.echo(
+            f"{summary.parts_missing} parts of the cache are not there yet; when the other "
+            f"processes are done: mfdetr cache finish {cache}"
+        )
     write_json(json, {**asdict(summary), "cache": str(cache)})

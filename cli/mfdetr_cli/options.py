@@ -1,11 +1,16 @@
 """Options that several commands share, so that their help cannot drift apart."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mfdetr_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.storage import Storage
+    from mfdetr_cache.cache.writer import Partition
 
 JsonOption = Annotated[
     Path | None,
@@ -14,6 +19,89 @@ JsonOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
 ]
+CacheArgument = Annotated[str, typer.Argument(help="The cache: a folder, or a URL.")]
+LocalCacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Keep what is read from an object store in this folder."),
+]
+LocalCacheSizeOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="Most bytes kept there, such as 200GB.")
+]
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as people write it.
+
+    Args:
+        text: Such as ``200GB`` or ``1.5 TB``.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ConfigError: If it is no size.
+
+    Examples:
+        >>> parse_size("1.5 GB")
+        1500000000
+    """
+    plain = text.strip().upper()
+    unit = next((u for u in ("KB", "MB", "GB", "TB", "B") if plain.endswith(u)), "")
+    try:
+        return int(float(plain.removesuffix(unit)) * _UNITS[unit or "B"])
+    except ValueError:
+        raise ConfigError(f"{text!r} is no size; write 200GB, 500MB or 2TB") from None
+
+
+def storage_at(location: str, local_cache: Path | None, local_cache_size: str) -> "Storage":
+    """Where a cache is, with a local folder in front of an object store if one is asked for.
+
+    Args:
+        location: Folder or URL.
+        local_cache: The local folder.
+        local_cache_size: Its size.
+
+    Returns:
+        The storage.
+    """
+    from mfdetr_cache.cache.storage import MirroredStorage, open_storage
+
+    storage = open_storage(location)
+    if local_cache is None or storage.folder is not None:
+        return storage
+    return MirroredStorage(storage, local_cache, parse_size(local_cache_size))
+
+
+def parse_partition(text: str | None) -> "Partition":
+    """``--part K/N``, or what torchrun or a Slurm array says.
+
+    Args:
+        text: As typed; None looks at the environment.
+
+    Returns:
+        The partition.
+
+    Raises:
+        ConfigError: If it cannot be understood.
+    """
+    from mfdetr_cache.cache.writer import Partition
+
+    found = os.environ.get
+    if text is None:
+        if int(found("WORLD_SIZE", "1")) > 1:
+            return Partition(int(found("RANK", "0")) + 1, int(found("WORLD_SIZE", "1")))
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            first = int(found("SLURM_ARRAY_TASK_MIN", "0"))
+            step = int(found("SLURM_ARRAY_TASK_STEP", "1"))
+            number = (int(found("SLURM_ARRAY_TASK_ID", "0")) - first) // step + 1
+            return Partition(number, int(found("SLURM_ARRAY_TASK_COUNT", "1")))
+        return Partition()
+    which, _, count = text.partition("/")
+    if not which.isdigit() or not count.isdigit():
+        raise ConfigError(f"--part {text!r}: write K/N, such as --part 3/16")
+    return Partition(int(which), int(count))
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, str]:

@@ -15,14 +15,22 @@ from mfdetr_cli.console import (
     print_facts,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments, parse_batch_size
+from mfdetr_cli.options import (
+    DeviceOption,
+    JsonOption,
+    LocalCacheOption,
+    LocalCacheSizeOption,
+    parse_assignments,
+    parse_batch_size,
+    storage_at,
+)
 
 
 def train_head(
-    cache: Annotated[Path, typer.Option(help="Cache of the training split.")],
+    cache: Annotated[str, typer.Option(help="Cache of the training split: a folder, or a URL.")],
     out: Annotated[Path, typer.Option(help="Run folder: head, settings, metrics, checkpoint.")],
     val_cache: Annotated[
-        Path | None, typer.Option(help="Cache of the validation split, measured at the end.")
+        str | None, typer.Option(help="Cache of the validation split, measured at the end.")
     ] = None,
     val_every: Annotated[
         int | None,
@@ -62,6 +70,8 @@ def train_head(
         ),
     ] = "tensorboard",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    local_cache: LocalCacheOption = None,
+    local_cache_size: LocalCacheSizeOption = "100GB",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
@@ -82,10 +92,12 @@ def train_head(
     if compile_:
         settings["compile"] = "true"
     config = TrainHeadConfig(
-        cache=cache,
+        cache=storage_at(cache, local_cache, local_cache_size),
         out=out,
         recipe=build_recipe(recipe, settings),
-        val_cache=val_cache,
+        val_cache=None
+        if val_cache is None
+        else storage_at(val_cache, local_cache, local_cache_size),
         val_every=val_every,
         batch_size=parse_batch_size(batch_size),
         track=tuple(t.strip() for t in track.split(",") if t.strip() not in ("", "none")),  # type: ignore[misc]

@@ -8,13 +8,13 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.shards import decode_chunk
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 # Chunks of run lengths kept decoded, 256 kB each.
@@ -25,11 +25,11 @@ class Columns:
     """Arrays that are chunked along their first axis only, by path inside the cache.
 
     Args:
-        path: The cache.
+        storage: Where the cache is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._whole: dict[str, NDArray[Any]] = {}
         self._about: dict[str, tuple[tuple[int, ...], int, np.dtype[Any]]] = {}
         self._chunks: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
@@ -68,12 +68,14 @@ class Columns:
         """Shape, chunk length and type of an array."""
         if name not in self._about:
             try:
-                about = json.loads((self._path / name / "zarr.json").read_bytes())
+                about = json.loads(self._storage.read(f"{name}/zarr.json"))
                 shape = tuple(int(s) for s in about["shape"])
                 length = int(about["chunk_grid"]["configuration"]["chunk_shape"][0])
                 self._about[name] = (shape, length, np.dtype(about["data_type"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CacheError(f"{self._path}: array {name} is damaged; {MEND}") from error
+                raise CacheError(
+                    f"{self._storage.name}: array {name} is damaged; {MEND}"
+                ) from error
         return self._about[name]
 
     def _chunk(self, name: str, number: int) -> NDArray[Any]:
@@ -83,12 +85,13 @@ class Columns:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
         shape, length, dtype = self._describe(name)
-        file = self._path / name / "c" / "/".join([str(number), *("0" for _ in shape[1:])])
+        key_in_store = "/".join([name, "c", str(number), *("0" for _ in shape[1:])])
+        where = f"{self._storage.name}/{key_in_store}"
         try:
-            data = file.read_bytes()
+            data = self._storage.read(key_in_store)
         except OSError:
-            raise CacheError(f"{file} is missing from the cache; {MEND}") from None
-        values = decode_chunk(data, dtype, length * math.prod(shape[1:]), str(file))
+            raise CacheError(f"{where} is missing from the cache; {MEND}") from None
+        values = decode_chunk(data, dtype, length * math.prod(shape[1:]), where)
         rows = values.reshape(length, *shape[1:])
         with self._lock:
             self._chunks[key] = rows

@@ -1,7 +1,10 @@
 """A new cache: its metadata and everything known before the detector runs, made in one go."""
 
+import contextlib
+import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from mfdetr_cache.cache.manifest import foundation_path
+from mfdetr_cache.cache.manifest import FOUNDATION_KEY
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     FORMAT_NAME,
@@ -21,12 +24,15 @@ from mfdetr_cache.cache.schema import (
     Compression,
     row_arrays,
 )
-from mfdetr_cache.cache.shards import ZSTD_LEVEL, crc32c, publish
+from mfdetr_cache.cache.shards import ZSTD_LEVEL, crc32c
+from mfdetr_cache.cache.storage import LocalStorage, Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
 _UPFRONT_CHUNK = 2**16
+# The file that makes a folder a cache.
+ROOT_KEY = "zarr.json"
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,48 @@ def _codecs(compression: Compression = "zstd") -> dict[str, Any]:
     }
 
 
-def create_cache(path: Path, content: CacheContent) -> None:
-    """Write metadata and everything known beforehand, then make it appear with one rename.
+def create_cache(storage: Storage, content: CacheContent) -> None:
+    """Write metadata and everything known beforehand; it appears as a whole.
 
     Args:
-        path: Where the cache goes; absent or an empty folder.
+        storage: Where the cache goes; nothing, or an empty folder.
         content: What the cache is of.
     """
-    partial = path.with_name(path.name + ".creating")
-    if path.is_dir():
-        path.rmdir()  # it is empty
-    partial.mkdir(parents=True, exist_ok=True)
-    root = zarr.create_group(store=str(partial), overwrite=True)
+    if storage.folder is not None:
+        _create_folder(storage.folder, content)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        local = LocalStorage(Path(temporary) / "cache")
+        _fill(local, content)
+        keys = [k for k in local.sizes("") if k != ROOT_KEY]
+        # The root's metadata makes it a cache: it goes last.
+        for key in [*keys, ROOT_KEY]:
+            storage.write(key, [local.read(key)])
+
+
+def _create_folder(path: Path, content: CacheContent) -> None:
+    """Fill a folder beside the cache and rename it; of several processes, the first one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network disk may know no locks
+            fcntl.flock(parent, fcntl.LOCK_EX)
+        if (path / ROOT_KEY).is_file():
+            return
+        partial = path.with_name(path.name + ".creating")
+        if path.is_dir():
+            path.rmdir()  # it is empty
+        _fill(LocalStorage(partial), content)
+        partial.rename(path)
+    finally:
+        os.close(parent)
+
+
+def _fill(storage: LocalStorage, content: CacheContent) -> None:
+    folder = storage.folder
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    root = zarr.create_group(store=str(folder), overwrite=True)
     root.attrs[ATTRIBUTES_KEY] = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -116,15 +152,13 @@ def create_cache(path: Path, content: CacheContent) -> None:
             )
             array.attrs.update(spec.attributes)
     files: dict[str, dict[str, int]] = {}
-    for file in sorted(f for f in partial.rglob("*") if f.is_file()):
-        with file.open("rb") as opened:
+    for key in storage.sizes(""):
+        with (folder / key).open("rb") as opened:
             data = opened.read()
             os.fsync(opened.fileno())
-        key = file.relative_to(partial).as_posix()
         files[key] = {"bytes": len(data), "crc32c": crc32c(data)}
     text = json.dumps({"files": files}, indent=1, sort_keys=True)
-    publish(foundation_path(partial), [text.encode()])
-    partial.rename(path)
+    storage.write(FOUNDATION_KEY, [text.encode()])
 
 
 def _upfront(root: zarr.Group, name: str, values: NDArray[Any], dims: Iterable[str]) -> None:

@@ -4,11 +4,10 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.cache.columns import Columns
-from mfdetr_cache.cache.manifest import part_is_whole, read_manifest
+from mfdetr_cache.cache.manifest import read_manifest, whole_parts
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
@@ -18,6 +17,7 @@ from mfdetr_cache.cache.schema import (
     Part,
     stored_maps,
 )
+from mfdetr_cache.cache.storage import Location, Storage, open_storage
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import Identity, spec_from_identity
@@ -45,11 +45,12 @@ class FeatureCache:
     """A cache, open for reading. Iterating and indexing go over the stored images of ``base``.
 
     Args:
-        path: The cache.
+        storage: Where the cache is.
         attributes: Its root attributes, checked.
 
     Attributes:
-        path: The cache.
+        storage: Where it is.
+        path: What people call that place.
         cache_id: Hash of its identity.
         format_version: Version of the format it is written in.
         identity: What decides its content.
@@ -60,8 +61,9 @@ class FeatureCache:
         views: The passes of the detector by name, ``base`` first.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, attributes: dict[str, Any]) -> None:
+        self.storage = storage
+        self.path = storage.name
         self.cache_id: str = attributes["cache_id"]
         self.format_version: int = attributes["format_version"]
         self.identity: Identity = attributes["identity"]
@@ -69,15 +71,15 @@ class FeatureCache:
         self.layout = CacheLayout.from_dict(attributes["layout"])
         self.categories: list[dict[str, Any]] = attributes["categories"]
         self.label_categories = tuple(int(c) for c in attributes["label_categories"])
-        self._columns = Columns(path)
+        self._columns = Columns(storage)
         self.views = {view: CacheView(self, view, self._columns) for view in self.layout.views}
 
     @classmethod
-    def open(cls, path: Path | str) -> "FeatureCache":
+    def open(cls, location: Location) -> "FeatureCache":
         """Open a cache for reading.
 
         Args:
-            path: The cache.
+            location: Its folder, or the URL of an object store.
 
         Returns:
             The cache; parts may be missing, see :meth:`require_complete`.
@@ -85,11 +87,12 @@ class FeatureCache:
         Raises:
             CacheError: If there is none, or its format is newer than this version reads.
         """
-        path = Path(path)
-        if not path.exists():
+        storage = open_storage(location)
+        path = storage.name
+        if storage.folder is not None and not storage.folder.exists():
             raise CacheError(f"cache {path} does not exist; make it with: mfdetr extract")
         try:
-            document = json.loads((path / "zarr.json").read_bytes())
+            document = json.loads(storage.read("zarr.json"))
             attributes = document["attributes"][ATTRIBUTES_KEY]
             name, version = attributes["format"], attributes["format_version"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -101,12 +104,19 @@ class FeatureCache:
                 f"{path} has cache format {version}, this version reads up to {FORMAT_VERSION}; "
                 "update mfdetr-cache"
             )
-        return cls(path, attributes)
+        try:
+            return cls(storage, attributes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"{path}/zarr.json lacks or distorts {error}: it is damaged, or was written by a "
+                "development version before the format was released"
+            ) from error
 
     @functools.cached_property
     def missing_parts(self) -> tuple[Part, ...]:
         """Parts that were never sealed or have lost a file."""
-        return tuple(p for p in self.layout.parts if not part_is_whole(self.path, p))
+        whole = whole_parts(self.storage, self.layout.parts)
+        return tuple(p for p in self.layout.parts if p not in whole)
 
     @property
     def is_complete(self) -> bool:
@@ -152,7 +162,7 @@ class FeatureCache:
 
     @functools.cached_property
     def _manifests(self) -> dict[Part, dict[str, Any]]:
-        found = {p: read_manifest(self.path, p) for p in self.layout.parts}
+        found = {p: read_manifest(self.storage, p) for p in self.layout.parts}
         return {p: m for p, m in found.items() if m is not None}
 
     @property

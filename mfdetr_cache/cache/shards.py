@@ -7,16 +7,15 @@ is an error on reading, where zarr's readers return zeros. The result is plain `
 read every array with zarr-python.
 """
 
-import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 ZSTD_LEVEL = 1
@@ -152,22 +151,25 @@ class ShardBuilder:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Random access to the chunks of one shard file; safe to use from several threads.
+    """Random access to the chunks of one shard; safe to use from several threads.
 
     Attributes:
-        path: The shard file.
+        storage: Where it is.
+        key: Its key there.
         index: Offset and length of every chunk, shape (chunks, 2).
     """
 
-    path: Path
+    storage: Storage
+    key: str
     index: NDArray[np.uint64]
 
     @classmethod
-    def open(cls, path: Path, num_chunks: int) -> "ShardReader":
+    def open(cls, storage: Storage, key: str, num_chunks: int) -> "ShardReader":
         """Read and check a shard's index.
 
         Args:
-            path: The shard file.
+            storage: Where it is.
+            key: Its key there.
             num_chunks: How many chunks the array's metadata gives a shard.
 
         Returns:
@@ -176,19 +178,23 @@ class ShardReader:
         Raises:
             CacheError: If the file is missing, too short, or its index is damaged.
         """
-        length = num_chunks * 16
-        try:
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                if size < length + _CRC_BYTES:
-                    raise CacheError(f"{path} is cut off ({size} bytes); {MEND}")
-                file.seek(size - length - _CRC_BYTES)
-                tail = file.read(length + _CRC_BYTES)
-        except FileNotFoundError:
-            raise CacheError(f"{path} is missing from the cache; {MEND}") from None
-        if struct.unpack("<I", tail[length:])[0] != crc32c(tail[:length]):
-            raise CacheError(f"{path} has a damaged index; {MEND}")
-        return cls(path, np.frombuffer(tail[:length], dtype="<u8").reshape(num_chunks, 2))
+        where = f"{storage.name}/{key}"
+        length = num_chunks * 16 + _CRC_BYTES
+        size = storage.size(key)
+        if size is None:
+            raise CacheError(f"{where} is missing from the cache; {MEND}")
+        if size < length:
+            raise CacheError(f"{where} is cut off ({size} bytes); {MEND}")
+        tail = storage.read_ranges(key, [(size - length, length)])[0]
+        entries, checksum = tail[:-_CRC_BYTES], tail[-_CRC_BYTES:]
+        if struct.unpack("<I", checksum)[0] != crc32c(entries):
+            raise CacheError(f"{where} has a damaged index; {MEND}")
+        return cls(storage, key, np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2))
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.storage.name}/{self.key}"
 
     def read(self, first: int, count: int) -> list[bytes]:
         """The encoded bytes of neighbouring chunks.
@@ -205,44 +211,11 @@ class ShardReader:
         """
         entries = [(int(o), int(n)) for o, n in self.index[first : first + count]]
         if any(offset == _EMPTY for offset, _ in entries):
-            raise CacheError(f"{self.path}: chunk {first} is missing; {MEND}")
-        # One read per chunk, so that no byte is copied again; neighbours are asked for ahead.
-        with self.path.open("rb", buffering=0) as file:
-            descriptor = file.fileno()
-            if count > 1 and hasattr(os, "posix_fadvise"):
-                start, stop = entries[0][0], entries[-1][0] + entries[-1][1]
-                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-            pieces = [os.pread(descriptor, size, offset) for offset, size in entries]
+            raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
+        try:
+            pieces = self.storage.read_ranges(self.key, entries)
+        except FileNotFoundError:
+            raise CacheError(f"{self.name} is missing from the cache; {MEND}") from None
         if any(len(piece) != size for piece, (_, size) in zip(pieces, entries, strict=True)):
-            raise CacheError(f"{self.path} is cut off; {MEND}")
+            raise CacheError(f"{self.name} is cut off; {MEND}")
         return pieces
-
-
-def publish(path: Path, pieces: list[bytes]) -> tuple[int, int]:
-    """Write a file so that it is either absent or whole, even after a power cut.
-
-    Args:
-        path: Where it goes; folders are made as needed.
-        pieces: Its bytes, in order.
-
-    Returns:
-        Size in bytes and CRC-32C of the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    checksum = google_crc32c.Checksum()
-    size = 0
-    with partial.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            checksum.update(piece)
-            size += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return size, int.from_bytes(checksum.digest(), "big")

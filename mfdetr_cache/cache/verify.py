@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import google_crc32c
 
-from mfdetr_cache.cache.manifest import manifest_path, read_foundation, read_manifest
+from mfdetr_cache.cache.manifest import manifest_key, read_foundation, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import CacheError
 
-_BLOCK = 2**22
+_BLOCK = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,73 +48,73 @@ def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
         if a.shard is not None
     }
     for part in cache.layout.parts:
-        yield _check_part(cache.path, part, indexed, full=full)
+        yield _check_part(cache.storage, part, indexed, full=full)
 
 
-def check_foundation(path: Path, *, full: bool) -> tuple[str, ...]:
+def check_foundation(storage: Storage, *, full: bool) -> tuple[str, ...]:
     """Check what was written when the cache was created: metadata, ground truth, transforms.
 
     Args:
-        path: The cache.
+        storage: Where the cache is.
         full: Compare checksums too.
 
     Returns:
         One line per fault.
     """
     try:
-        files = read_foundation(path)
+        files = read_foundation(storage)
     except CacheError as error:
         return (str(error),)
     faults = (
-        (key, _check_file(path / key, expected, full=full)) for key, expected in files.items()
+        (key, _check_file(storage, key, expected, full=full)) for key, expected in files.items()
     )
     return tuple(f"{key} {fault}" for key, fault in faults if fault is not None)
 
 
-def _check_part(path: Path, part: Part, indexed: dict[str, int], *, full: bool) -> PartCheck:
+def _check_part(storage: Storage, part: Part, indexed: dict[str, int], *, full: bool) -> PartCheck:
     try:
-        manifest = read_manifest(path, part)
+        manifest = read_manifest(storage, part)
     except CacheError as error:
         return PartCheck(part, 0, (str(error),))
     if manifest is None:
-        where = manifest_path(path, part).relative_to(path)
+        where = manifest_key(part)
         return PartCheck(part, 0, (f"{part} was never sealed ({where} is missing)",))
     faults: list[str] = []
     total = 0
     for key, expected in sorted(manifest["files"].items()):
         total += expected["bytes"]
-        fault = _check_file(path / key, expected, full=full)
+        fault = _check_file(storage, key, expected, full=full)
         if fault is None and not full:
-            fault = _check_index(path / key, indexed.get(key.split("/c/")[0]))
+            fault = _check_index(storage, key, indexed.get(key.split("/c/")[0]))
         if fault is not None:
             faults.append(f"{part}: {key} {fault}")
     return PartCheck(part, total, tuple(faults))
 
 
-def _check_file(file: Path, expected: dict[str, int], *, full: bool) -> str | None:
-    if not file.is_file():
+def _check_file(storage: Storage, key: str, expected: dict[str, int], *, full: bool) -> str | None:
+    size = storage.size(key)
+    if size is None:
         return "is missing"
-    size = file.stat().st_size
     if size != expected["bytes"]:
         return f"has {size} bytes instead of {expected['bytes']}"
-    if full and _crc32c_of(file) != expected["crc32c"]:
+    if full and _crc32c_of(storage, key, size) != expected["crc32c"]:
         return "has a wrong checksum: its bytes changed on disk"
     return None
 
 
-def _check_index(file: Path, num_chunks: int | None) -> str | None:
+def _check_index(storage: Storage, key: str, num_chunks: int | None) -> str | None:
     if num_chunks is None:
         return None
     try:
-        ShardReader.open(file, num_chunks)
+        ShardReader.open(storage, key, num_chunks)
     except CacheError:
         return "has a damaged index"
     return None
 
 
-def _crc32c_of(file: Path) -> int:
+def _crc32c_of(storage: Storage, key: str, size: int) -> int:
     checksum = google_crc32c.Checksum()
-    with file.open("rb") as opened:
-        while block := opened.read(_BLOCK):
-            checksum.update(block)
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        checksum.update(storage.read_ranges(key, [(start, length)])[0])
     return int.from_bytes(checksum.digest(), "big")

@@ -2,14 +2,12 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.columns import Columns
-from mfdetr_cache.cache.manifest import part_is_whole
 from mfdetr_cache.cache.schema import (
     C1_ROI,
     ROW_OK,
@@ -19,6 +17,7 @@ from mfdetr_cache.cache.schema import (
     stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.quantisation import ENCODINGS, StoredMap
@@ -33,7 +32,8 @@ class ByteRange:
     """Neighbouring chunks of one shard file that are read together.
 
     Attributes:
-        path: The file.
+        storage: Where the shard is.
+        key: Its key there.
         offset: First byte.
         size: Bytes.
         chunks: Start and size of each chunk inside the range.
@@ -41,7 +41,8 @@ class ByteRange:
         chunk_values: Values of a decoded chunk.
     """
 
-    path: Path
+    storage: Storage
+    key: str
     offset: int
     size: int
     chunks: tuple[tuple[int, int], ...]
@@ -235,7 +236,8 @@ class CacheView:
         start = min(o for o, _ in entries)
         size = max(o + n for o, n in entries) - start
         return ByteRange(
-            shard.path,
+            shard.storage,
+            shard.key,
             start,
             size,
             tuple((o - start, n) for o, n in entries),
@@ -249,11 +251,14 @@ class CacheView:
             spec, layout = self.arrays[name], self._cache.layout
             full = np.zeros((layout.parts_per_view * spec.chunk[0], *spec.shape[1:]), spec.dtype)
             count, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
+            missing = set(self._cache.missing_parts)
             for number in range(layout.parts_per_view):
-                if not part_is_whole(self._cache.path, Part(self.name, number)):
+                if Part(self.name, number) in missing:
                     continue
-                file = self._cache.path / spec.key_of_part(number)
-                values = decode_chunk(file.read_bytes(), dtype, count, str(file), raw=self._raw)
+                key = spec.key_of_part(number)
+                where = f"{self._cache.path}/{key}"
+                data = self._cache.storage.read(key)
+                values = decode_chunk(data, dtype, count, where, raw=self._raw)
                 place = slice(number * spec.chunk[0], (number + 1) * spec.chunk[0])
                 full[place] = values.reshape(spec.chunk)
             self._tables[name] = full[: layout.num_rows]
@@ -263,8 +268,9 @@ class CacheView:
         key = (name, number)
         if key not in self._shards:
             spec = self.arrays[name]
-            file = self._cache.path / spec.key_of_part(number)
-            self._shards[key] = ShardReader.open(file, spec.chunks_per_part)
+            self._shards[key] = ShardReader.open(
+                self._cache.storage, spec.key_of_part(number), spec.chunks_per_part
+            )
         return self._shards[key]
 
     def _row_values(self, name: str, row: int) -> NDArray[Any]:
@@ -306,7 +312,7 @@ class CacheView:
         shard = self._shard(name, part)
         length, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
         pieces = shard.read(first, count)
-        where = f"{shard.path}, chunk"
+        where = f"{shard.name}, chunk"
         if count == 1:
             return decode_chunk(pieces[0], dtype, length, f"{where} {first}", raw=self._raw)
         values = np.empty(count * length, dtype)

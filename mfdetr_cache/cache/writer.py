@@ -8,17 +8,16 @@ other, so what a killed run leaves is what an uninterrupted run would have writt
 import errno
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.creation import CacheContent, create_cache
-from mfdetr_cache.cache.manifest import manifest_path, part_is_whole, status_folder
+from mfdetr_cache.cache.creation import ROOT_KEY, CacheContent, create_cache
+from mfdetr_cache.cache.manifest import manifest_key, status_key, whole_parts
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
@@ -30,7 +29,8 @@ from mfdetr_cache.cache.schema import (
     row_arrays,
     stored_maps,
 )
-from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk, publish
+from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk
+from mfdetr_cache.cache.storage import Location, Storage, open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
 from mfdetr_cache.quantisation import ENCODINGS, encode_map
@@ -51,19 +51,64 @@ class _OpenPart:
     num_bytes: int = 0
 
 
-class CacheWriter:
-    """Fills a cache. Use :meth:`open_or_create`; holds a lock until :meth:`close`.
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Every ``count``-th part of a cache, for one of several processes that fill it.
 
-    Args:
-        path: The cache.
-        content: What the cache is of.
-        lock: The open lock file.
+    Which parts these are follows from the two numbers alone, so that the processes need nothing in
+    common but the cache.
+
+    Attributes:
+        number: Which of them, from 1.
+        count: How many there are.
     """
 
-    def __init__(self, path: Path, content: CacheContent, lock: IO[str]) -> None:
-        self.path = path
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise CacheError(f"part {self.number}/{self.count}: give K/N with K from 1 to N")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, parts: Sequence[Part]) -> list[Part]:
+        """Its parts.
+
+        Args:
+            parts: All parts of a cache.
+
+        Returns:
+            Every ``count``-th of them.
+        """
+        return list(parts[self.number - 1 :: self.count])
+
+
+WHOLE = Partition()
+
+
+class CacheWriter:
+    """Fills a cache. Use :meth:`open_or_create`; holds its locks until :meth:`close`.
+
+    Args:
+        storage: Where the cache is.
+        content: What the cache is of.
+        locks: Open lock files.
+        partition: The parts it owns.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        content: CacheContent,
+        locks: Sequence[IO[str]] = (),
+        partition: Partition = WHOLE,
+    ) -> None:
+        self.storage = storage
         self._content = content
-        self._lock = lock
+        self._locks = tuple(locks)
+        self._partition = partition
         layout = content.layout
         self._encoding = ENCODINGS[layout.preset]
         self._raw = layout.compression == "raw"
@@ -71,44 +116,40 @@ class CacheWriter:
         self._open: _OpenPart | None = None
 
     @classmethod
-    def open_or_create(cls, path: Path, content: CacheContent) -> "CacheWriter":
+    def open_or_create(
+        cls, location: Location, content: CacheContent, partition: Partition = WHOLE
+    ) -> "CacheWriter":
         """Begin a cache, or go on with one that the same command began.
 
         Args:
-            path: Where the cache is or will be.
+            location: Where the cache is or will be.
             content: What the cache is of.
+            partition: Which of its parts this process fills.
 
         Returns:
-            A writer that owns the cache.
+            A writer that owns these parts. In a folder, locks see to it; in an object store there
+            are none, and two writers of one part would write the same bytes twice.
 
         Raises:
-            CacheError: If the path holds something else, a cache of other content, or a cache
+            CacheError: If the place holds something else, a cache of other content, or parts that
                 another process is writing, or cannot be written to.
         """
-        with explained(path):
-            if not (path / "zarr.json").is_file():
-                if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                    raise CacheError(
-                        f"{path} exists and is no cache; nothing was touched, use another --cache"
-                    )
-                create_cache(path, content)
-            require_same_content(path, content)
+        storage = open_storage(location)
+        with explained(storage):
+            if storage.size(ROOT_KEY) is None:
+                _require_free(storage)
+                create_cache(storage, content)
+            require_same_content(storage, content)
             # A cache keeps the parts it was created with, whatever this version would choose.
-            content = replace(content, layout=FeatureCache.open(path).layout)
-            lock = (status_folder(path) / ".writer.lock").open("w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise CacheError(
-                    f"{path} is being written by another process; wait for it"
-                ) from None
-        return cls(path, content, lock)
+            content = replace(content, layout=FeatureCache.open(storage).layout)
+            locks = _lock(storage, partition)
+        return cls(storage, content, locks, partition)
 
     def close(self) -> None:
         """Give the cache back. A part that is not sealed is forgotten."""
         self._open = None
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -117,8 +158,10 @@ class CacheWriter:
         self.close()
 
     def pending_parts(self) -> list[Part]:
-        """Parts that are not whole: no manifest, or a file of another size than it says."""
-        return [p for p in self._content.layout.parts if not part_is_whole(self.path, p)]
+        """Its parts that are not whole: no manifest, or a file of another size than it says."""
+        parts = tuple(self._partition.of(self._content.layout.parts))
+        whole = whole_parts(self.storage, parts)
+        return [p for p in parts if p not in whole]
 
     def rows_of_part(self, part: Part) -> range:
         """The rows of one part.
@@ -209,14 +252,14 @@ class CacheWriter:
         """
         part = self._require_open()
         files: dict[str, dict[str, int]] = {}
-        with explained(self.path):
+        with explained(self.storage):
             for name, spec in part.arrays.items():
                 key = spec.key_of_part(part.part.number)
                 if spec.shard is None:
                     pieces = [encode_chunk(part.tables[name], raw=self._raw)]
                 else:
                     pieces = part.shards[name].finish()
-                size, checksum = publish(self.path / key, pieces)
+                size, checksum = self.storage.write(key, pieces)
                 files[key] = {"bytes": size, "crc32c": checksum}
             manifest = {
                 "view": part.part.view,
@@ -226,7 +269,7 @@ class CacheWriter:
                 "files": files,
             }
             text = json.dumps(manifest, indent=1, sort_keys=True)
-            publish(manifest_path(self.path, part.part), [text.encode()])
+            self.storage.write(manifest_key(part.part), [text.encode()])
         self._open = None
         return sum(f["bytes"] for f in files.values())
 
@@ -321,11 +364,11 @@ def _require_finite(values: NDArray[Any], stored: NDArray[np.generic], row: int,
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(storage: Storage) -> Iterator[None]:
     """Turn what an operating system says about a disk into a line a person can act on.
 
     Args:
-        path: The cache, for the message.
+        storage: Where the cache is, for the message.
 
     Yields:
         Nothing.
@@ -338,33 +381,71 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CacheError(
-                f"the disk under {path} is full; sealed parts are kept, make room and run the "
-                "same command again to go on"
+                f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
+                "the same command again to go on"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise CacheError(f"cannot write to {path}: {error.strerror}") from error
+            raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
         raise
 
 
-def require_same_content(path: Path, content: CacheContent) -> None:
+def require_same_content(storage: Storage, content: CacheContent) -> None:
     """Refuse to write into a cache of something else.
 
     Args:
-        path: The cache.
+        storage: Where the cache is.
         content: What would be written.
 
     Raises:
         CacheError: Naming the field that differs, or if there is no cache.
     """
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"][ATTRIBUTES_KEY]
+        attributes = json.loads(storage.read(ROOT_KEY))["attributes"][ATTRIBUTES_KEY]
         identity = attributes["identity"]
     except (ValueError, KeyError, TypeError):
-        raise CacheError(f"{path} is no feature cache; choose another --cache") from None
+        raise CacheError(f"{storage.name} is no feature cache; choose another --cache") from None
     found = differences(identity, json.loads(json.dumps(content.identity)))
     if found:
         field_name, theirs, ours = found[0]
         raise CacheError(
-            f"{path} already holds another cache: {field_name} is {theirs!r} there and {ours!r} "
-            "now; nothing was changed, choose another --cache"
+            f"{storage.name} already holds another cache: {field_name} is {theirs!r} there and "
+            f"{ours!r} now; nothing was changed, choose another --cache"
         )
+
+
+def _require_free(storage: Storage) -> None:
+    folder = storage.folder
+    if folder is None:
+        taken = bool(storage.sizes(""))
+    else:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
+        raise CacheError(
+            f"{storage.name} exists and is no cache; nothing was touched, use another --cache"
+        )
+
+
+def _lock(storage: Storage, partition: Partition) -> list[IO[str]]:
+    """Own the parts of a partition; all parts, when it is the only one."""
+    if storage.folder is None:
+        return []
+    folder = storage.folder / status_key()
+    shared = partition.count > 1
+    # Partitions share the cache's lock among each other and not with a writer of everything.
+    wanted = [(".writer.lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX)]
+    if shared:
+        name = f".writer-{partition.number}-of-{partition.count}.lock"
+        wanted.append((name, fcntl.LOCK_EX))
+    locks: list[IO[str]] = []
+    for name, kind in wanted:
+        lock = (folder / name).open("w")
+        locks.append(lock)
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for held in locks:
+                held.close()
+            raise CacheError(
+                f"{storage.name} is being written by another process; wait for it"
+            ) from None
+    return locks

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError
@@ -116,8 +117,8 @@ class AblateConfig:
     """
 
     rows: tuple[AblationRow, ...]
-    cache: Path
-    val_cache: Path
+    cache: Location
+    val_cache: Location
     out: Path
     seeds: int = 1
     max_steps: int | None = None

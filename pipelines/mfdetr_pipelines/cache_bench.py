@@ -12,7 +12,9 @@ import numpy as np
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.cache.view import ByteRange
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.protocols import Reporter
 
 
@@ -66,7 +68,7 @@ class _Job:
 
 
 def run_bench(
-    path: Path, reporter: Reporter, *, images: int = 64, repeats: int = 3, seed: int = 0
+    path: Location, reporter: Reporter, *, images: int = 64, repeats: int = 3, seed: int = 0
 ) -> BenchSummary:
     """Read random whole images in several ways, interleaved, and compare.
 
@@ -86,6 +88,8 @@ def run_bench(
     """
     cache = FeatureCache.open(path)
     cache.require_complete()
+    if cache.storage.folder is None:
+        raise CacheError(f"{cache.path}: bench compares with plain reads of a local disk")
     pairs = [(v, r) for v, opened in cache.views.items() for r in opened.rows]
     random = np.random.default_rng(seed)
     chosen = [pairs[int(i)] for i in random.permutation(len(pairs))[:images]]
@@ -143,7 +147,7 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
 def _measure(
     way: Callable[[_Job], None], jobs: Sequence[_Job], threads: int, *, cold: bool
 ) -> float:
-    files = {found.path for job in jobs for found in job.ranges}
+    files = {_file(found) for job in jobs for found in job.ranges}
     if cold:
         for file in files:
             _forget(file)
@@ -155,8 +159,14 @@ def _measure(
 
 
 def _pread(found: ByteRange) -> bytes:
-    with found.path.open("rb", buffering=0) as file:
+    with _file(found).open("rb", buffering=0) as file:
         return os.pread(file.fileno(), found.size, found.offset)
+
+
+def _file(found: ByteRange) -> Path:
+    folder = found.storage.folder
+    assert folder is not None
+    return folder / found.key
 
 
 def _forget(file: Path) -> None:

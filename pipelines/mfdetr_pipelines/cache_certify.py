@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from mfdetr_cache.cache.manifest import certificates_folder
+from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Location, open_storage
 from mfdetr_cache.cache.writer import explained
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
@@ -21,7 +22,7 @@ from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, pair
 from mfdetr_cache.evaluation.coco_metrics import Result, coco_ground_truth
 from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
 from mfdetr_cache.evaluation.results import mask_results
-from mfdetr_cache.head.folder import HEAD_FILE, load_head, write_atomically
+from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
@@ -72,9 +73,9 @@ class CertifyConfig:
         device: Where the head runs.
     """
 
-    cache: Path
+    cache: Location
     head: Path
-    reference: Path | None = None
+    reference: Location | None = None
     source: LiveSource | None = None
     samples: int = 1000
     device: str = "cpu"
@@ -133,18 +134,17 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
         high=found.high,
         samples=found.samples,
     )
-    with explained(cache.path):
-        target = certificates_folder(cache.path) / f"{weights}-{name}.json"
-        target.parent.mkdir(exist_ok=True)
-        write_atomically(target, json.dumps(asdict(certificate), indent=1).encode())
+    with explained(cache.storage):
+        key = f"{CERTIFICATES_KEY}/{weights}-{name}.json"
+        cache.storage.write(key, [json.dumps(asdict(certificate), indent=1).encode()])
     return certificate
 
 
-def read_certificates(path: Path) -> tuple[Certificate, ...]:
+def read_certificates(location: Location) -> tuple[Certificate, ...]:
     """The certificates kept in a cache.
 
     Args:
-        path: The cache.
+        location: The cache.
 
     Returns:
         Certificates, by head.
@@ -153,11 +153,13 @@ def read_certificates(path: Path) -> tuple[Certificate, ...]:
         CacheError: If one is damaged.
     """
     found = []
-    for file in sorted(certificates_folder(path).glob("*.json")):
+    storage = open_storage(location)
+    for key in storage.sizes(CERTIFICATES_KEY):
         try:
-            found.append(Certificate(**json.loads(file.read_bytes())))
+            found.append(Certificate(**json.loads(storage.read(key))))
         except (ValueError, TypeError) as error:
-            raise CacheError(f"{file} is damaged; remove it and certify again") from error
+            where = f"{storage.name}/{key}"
+            raise CacheError(f"{where} is damaged; remove it and certify again") from error
     return tuple(found)
 
 

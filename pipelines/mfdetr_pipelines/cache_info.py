@@ -1,10 +1,10 @@
 """Cache info: what a cache is, from its metadata and manifests alone."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Location
 from mfdetr_pipelines.cache_certify import Certificate, read_certificates
 from mfdetr_pipelines.extract import raw_bytes
 
@@ -87,7 +87,7 @@ class CacheInfo:
         return asdict(self)
 
 
-def describe_cache(path: Path) -> CacheInfo:
+def describe_cache(path: Location) -> CacheInfo:
     """What a cache is, whole or not.
 
     Args:
@@ -129,5 +129,5 @@ def describe_cache(path: Path) -> CacheInfo:
         ratio=raw_bytes(cache) / max(stored, 1),
         arrays=arrays,
         identity=cache.identity,
-        certificates=read_certificates(path),
+        certificates=read_certificates(cache.storage),
     )

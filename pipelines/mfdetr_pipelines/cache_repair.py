@@ -1,14 +1,15 @@
 """Cache repair: extract again what is broken or missing, and nothing else."""
 
 import contextlib
-import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mfdetr_cache.cache.creation import CacheContent, create_cache
-from mfdetr_cache.cache.manifest import foundation_path, manifest_path, read_manifest
+from mfdetr_cache.cache.manifest import manifest_key, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.storage import LocalStorage, Location, Storage
 from mfdetr_cache.cache.verify import check_foundation
 from mfdetr_cache.cache.writer import require_same_content
 from mfdetr_cache.coco.annotations import load_coco_split
@@ -42,7 +43,7 @@ class RepairSummary:
 
 
 def run_repair(
-    path: Path,
+    path: Location,
     weights: str,
     images: Path,
     annotations: Path,
@@ -73,10 +74,10 @@ def run_repair(
     config = config_of(cache, weights, images, annotations, device)
     content = _content_of(config)
     # Before anything is touched: another detector or dataset could only make it worse.
-    require_same_content(path, content)
-    mended = _mend_foundation(path, replace(content, layout=cache.layout))
+    require_same_content(cache.storage, content)
+    mended = _mend_foundation(cache.storage, replace(content, layout=cache.layout))
     for part in found.broken_parts:
-        manifest_path(path, part).unlink(missing_ok=True)
+        cache.storage.delete(manifest_key(part))
     again = 0
     if found.broken_parts:
         again = run_extract(config, reporter).num_extracted
@@ -105,7 +106,7 @@ def config_of(
         weights=weights,
         images=images,
         annotations=annotations,
-        cache=cache.path,
+        cache=cache.storage,
         limit=cache.layout.num_rows,
         device=device,
         options=options_of(detector_identity(cache.spec)),
@@ -126,7 +127,7 @@ def _has_skipped(cache: FeatureCache) -> bool:
     """Whether images were left out, as far as the manifests can still be read."""
     for part in cache.layout.parts:
         with contextlib.suppress(CacheError):
-            if (read_manifest(cache.path, part) or {}).get("skipped"):
+            if (read_manifest(cache.storage, part) or {}).get("skipped"):
                 return True
     return False
 
@@ -136,25 +137,17 @@ def _content_of(config: ExtractConfig) -> CacheContent:
     return plan_cache(split, load_detector(config.detector, config.weights, config.options), config)
 
 
-def _mend_foundation(path: Path, content: CacheContent) -> int:
+def _mend_foundation(storage: Storage, content: CacheContent) -> int:
     """Write what creation wrote again, elsewhere, and take over the files that are broken."""
-    if not check_foundation(path, full=True):
+    if not check_foundation(storage, full=True):
         return 0
-    fresh = path.with_name(path.name + ".repair")
-    if fresh.exists():
-        raise CacheError(f"{fresh} is in the way; move it and run repair again")
-    create_cache(fresh, content)
     mended = 0
-    try:
-        for file in (f for f in fresh.rglob("*") if f.is_file()):
-            target = path / file.relative_to(fresh)
-            if not target.is_file() or target.read_bytes() != file.read_bytes():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(target.name + ".partial")
-                shutil.copyfile(file, partial)
-                partial.replace(target)
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = LocalStorage(Path(temporary) / "cache")
+        create_cache(fresh, content)
+        for key in fresh.sizes(""):
+            wanted = fresh.read(key)
+            if storage.size(key) != len(wanted) or storage.read(key) != wanted:
+                storage.write(key, [wanted])
                 mended += 1
-    finally:
-        shutil.rmtree(fresh)
-    assert foundation_path(path).is_file()
     return mended

@@ -7,6 +7,7 @@ import numpy as np
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.cache.verify import check_foundation, check_parts
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
@@ -64,7 +65,7 @@ class VerifySummary:
 
 
 def run_verify(
-    path: Path,
+    path: Location,
     reporter: Reporter,
     *,
     full: bool,
@@ -88,7 +89,7 @@ def run_verify(
     """
     cache = FeatureCache.open(path)
     reporter.start("verify", len(cache.layout.parts), "parts")
-    faults = list(check_foundation(path, full=full))
+    faults = list(check_foundation(cache.storage, full=full))
     broken: list[Part] = []
     total = 0
     for check in check_parts(cache, full=full):

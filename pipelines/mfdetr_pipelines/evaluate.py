@@ -14,6 +14,7 @@ import torch
 from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
@@ -65,7 +66,7 @@ class EvaluateConfig:
         live: Weights and image folder, to time the detector beside the head.
     """
 
-    cache: Path
+    cache: Location
     head: Path
     device: str = "cpu"
     baselines: bool = True

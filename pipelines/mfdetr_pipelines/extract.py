@@ -17,6 +17,7 @@ from mfdetr_cache.cache.schema import (
     plan_layout,
     row_arrays,
 )
+from mfdetr_cache.cache.storage import open_storage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.augmentation import (
@@ -57,7 +58,8 @@ class ExtractSummary:
         raw_bytes: Bytes of the same values uncompressed.
         seconds: Time of this run, without the final check.
         detector_seconds: Part of it spent in the detector's forward.
-        box: Box AP of what is cached.
+        box: Box AP of what is cached; None while other processes still fill the cache.
+        parts_missing: Parts that other processes have not filled yet.
     """
 
     cache_id: str
@@ -68,7 +70,8 @@ class ExtractSummary:
     raw_bytes: int
     seconds: float
     detector_seconds: float
-    box: CocoMetrics
+    box: CocoMetrics | None
+    parts_missing: int = 0
 
 
 def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
@@ -102,14 +105,16 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     content = plan_cache(split, detector, config)
     _announce(config, content, reporter)
     started = time.perf_counter()
-    with CacheWriter.open_or_create(config.cache, content) as writer:
+    with CacheWriter.open_or_create(config.cache, content, config.partition) as writer:
         worker = Extraction(config, split, content, detector, writer, reporter)
         worker.run()
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
-    cache.require_complete()
-    box = cached_box_metrics(cache)
-    _judge(box, cache, reporter)
+    box = None
+    if config.partition.count == 1:
+        cache.require_complete()
+    if cache.is_complete:
+        box = judged_box_metrics(cache, reporter)
     return ExtractSummary(
         cache_id=cache.cache_id,
         num_images=len(cache),
@@ -120,6 +125,7 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         seconds=seconds,
         detector_seconds=worker.detector_seconds,
         box=box,
+        parts_missing=len(cache.missing_parts),
     )
 
 
@@ -256,20 +262,27 @@ def _require_images(config: ExtractConfig, split: CocoSplit) -> None:
 def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) -> None:
     """Say what is coming and refuse a disk that cannot hold it."""
     needed = estimated_bytes(content)
-    folder = config.cache.absolute()
+    storage = open_storage(config.cache)
+    views = f" in {len(content.views)} views" if len(content.views) > 1 else ""
+    line = (
+        f"{len(content.image_ids)} images of {content.identity['dataset']['name']}{views} through "
+        f"{content.spec.name} as {content.layout.preset}; at most {needed / 1e9:.2f} GB (before "
+        "compression)"
+    )
+    if config.partition.count > 1:
+        line += f"; this is part {config.partition} of the work"
+    if storage.folder is None:
+        reporter.say(f"{line}, into {storage.name}")
+        return
+    folder = storage.folder.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    ours = sum(f.stat().st_size for f in config.cache.rglob("*") if f.is_file())
-    reporter.say(
-        f"{len(content.image_ids)} images of {content.identity['dataset']['name']}"
-        f"{f' in {len(content.views)} views' if len(content.views) > 1 else ''} through "
-        f"{content.spec.name} as {content.layout.preset}; at most "
-        f"{needed / 1e9:.2f} GB (before compression), {free / 1e9:.1f} GB free"
-    )
+    ours = sum(storage.sizes("").values())
+    reporter.say(f"{line}, {free / 1e9:.1f} GB free")
     if needed > free + ours and not config.force:
         raise CacheError(
-            f"{config.cache} needs up to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"{storage.name} needs up to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
             "choose another disk, use --limit, or pass --force"
         )
 
@@ -288,7 +301,17 @@ def estimated_bytes(content: CacheContent) -> int:
     return each * len(content.views)
 
 
-def _judge(box: CocoMetrics, cache: FeatureCache, reporter: Reporter) -> None:
+def judged_box_metrics(cache: FeatureCache, reporter: Reporter) -> CocoMetrics:
+    """Box AP of a cache, with a warning where it is too low to be true.
+
+    Args:
+        cache: A complete cache.
+        reporter: Who is warned.
+
+    Returns:
+        COCO's summary for boxes.
+    """
+    box = cached_box_metrics(cache)
     objects = sum(len(cache.ground_truth(r)) for r in cache.rows)
     if box.AP < IMPLAUSIBLE_BOX_AP and objects:
         reporter.warn(
@@ -296,3 +319,4 @@ def _judge(box: CocoMetrics, cache: FeatureCache, reporter: Reporter) -> None:
             "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "
             "a mask network cannot be better than its boxes"
         )
+    return box

@@ -16,7 +16,8 @@ from torchvision.ops import roi_align
 from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.schema import C1Mode, C1RoiLayout, Compression, Part, stored_maps
-from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.cache.storage import Location
+from mfdetr_cache.cache.writer import WHOLE, CacheWriter, Partition
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import Policy, transform_image
 from mfdetr_cache.detectors.images import load_image
@@ -58,13 +59,14 @@ class ExtractConfig:
         view_seed: Of the augmentation.
         on_bad_image: Stop at an unreadable image, or leave it out.
         force: Start although the disk looks too small.
+        partition: Which parts of the cache this process fills.
     """
 
     detector: str
     weights: str
     images: Path
     annotations: Path
-    cache: Path
+    cache: Location
     limit: int | None = None
     device: str = "cpu"
     options: DetectorOptions = field(default_factory=DetectorOptions)
@@ -78,6 +80,7 @@ class ExtractConfig:
     view_seed: int = 0
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False
+    partition: Partition = WHOLE
 
 
 @dataclass
@@ -160,7 +163,8 @@ class Extraction:
     def run(self) -> None:
         """Extract every part that is not there yet."""
         pending = self._writer.pending_parts()
-        total = len(self._split.images) * len(self._content.views)
+        mine = self._config.partition.of(self._content.layout.parts)
+        total = sum(len(self._writer.rows_of_part(part)) for part in mine)
         layout_rows = [self._writer.rows_of_part(part) for part in pending]
         todo = sum(len(rows) for rows in layout_rows)
         self._reporter.start("extract", total, "images", done=total - todo)

@@ -12,6 +12,7 @@ import torchvision
 
 import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
@@ -40,10 +41,10 @@ class TrainHeadConfig:
         device: Where to train.
     """
 
-    cache: Path
+    cache: Location
     out: Path
     recipe: Recipe
-    val_cache: Path | None = None
+    val_cache: Location | None = None
     val_every: int | None = None
     batch_size: int | Literal["auto"] | None = None
     track: tuple[Tracker, ...] = ("tensorboard",)
@@ -75,12 +76,12 @@ def run_document(
         "train": to_dict(train),
         "detector": detector_identity(cache.spec),
         "cache": {
-            "path": str(config.cache),
+            "path": cache.path,
             "cache_id": cache.cache_id,
             "identity_of_detector": identity_hash(detector_identity(cache.spec)),
             "dataset": cache.identity["dataset"],
         },
-        "val_cache": None if validation is None else str(config.val_cache),
+        "val_cache": None if validation is None else validation.path,
         "categories": cache.categories,
         "label_categories": list(cache.label_categories),
         "command": sys.argv,

@@ -1,7 +1,6 @@
 """Train a mask network from a cache; the detector is never built."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,7 +140,7 @@ def training_device(name: str, amp: Literal["off", "bf16", "fp16"]) -> torch.dev
     """Where a training runs, prepared for it.
 
     Args:
-        name: As for ``--device``; under ``torchrun``, ``cuda`` is the process's own GPU.
+        name: As for ``--device``.
         amp: Precision asked for.
 
     Returns:
@@ -150,9 +149,6 @@ def training_device(name: str, amp: Literal["off", "bf16", "fp16"]) -> torch.dev
     Raises:
         ConfigError: If there is no such device, or it cannot do what was asked for.
     """
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local}"
     device = torch_device(name)
     if device.type == "cpu":
         keep_freed_memory()

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache_verify import run_verify
 
-from mfdetr_cache.cache import writer as writer_module
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
-from mfdetr_cache.cache.manifest import manifest_path, part_is_whole
+from mfdetr_cache.cache.manifest import manifest_key, part_is_whole
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     PART_BYTES,
@@ -23,6 +22,7 @@ from mfdetr_cache.cache.schema import (
     Part,
     plan_layout,
 )
+from mfdetr_cache.cache.storage import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.errors import CacheError
@@ -318,14 +318,14 @@ def test_a_full_disk_keeps_what_was_sealed(
 ) -> None:
     path = tmp_path / "again.zarr"
     fill(path, content, SIZES, stop_after=1)
-    real = writer_module.publish
+    real = LocalStorage.write
 
-    def full(target: Path, pieces: list[bytes]) -> tuple[int, int]:
-        if "queries" in str(target):
+    def full(self: LocalStorage, key: str, pieces: list[bytes]) -> tuple[int, int]:
+        if "queries" in key:
             raise OSError(28, "No space left on device")
-        return real(target, pieces)
+        return real(self, key, pieces)
 
-    monkeypatch.setattr(writer_module, "publish", full)
+    monkeypatch.setattr(LocalStorage, "write", full)
     with pytest.raises(CacheError, match="is full; sealed parts are kept, make room"):
         fill(path, content, SIZES)
     monkeypatch.undo()
@@ -337,14 +337,14 @@ def test_a_full_disk_keeps_what_was_sealed(
 def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheContent) -> None:
     whole = files_of(filled)
     (filled / "views/base/maps/c1/values/c/1/0").unlink()
-    assert not part_is_whole(filled, Part("base", 1))
+    assert not part_is_whole(LocalStorage(filled), Part("base", 1))
     assert FeatureCache.open(filled).missing_parts == (Part("base", 1),)
     fill(filled, content, SIZES)
     assert files_of(filled) == whole
 
 
 def test_a_damaged_manifest_is_named(filled: Path) -> None:
-    manifest_path(filled, Part("base", 1)).write_text("{")
+    (filled / manifest_key(Part("base", 1))).write_text("{")
     with pytest.raises(
         CacheError, match=r"000001\.json is damaged; mend it with: mfdetr cache repair"
     ):
@@ -407,7 +407,7 @@ def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     shard.unlink()
     assert "is missing" in faults(full=False)[0]
     shard.write_bytes(whole)
-    manifest_path(filled, Part("base", 2)).unlink()
+    (filled / manifest_key(Part("base", 2))).unlink()
     summary = run_verify(filled, SilentReporter(), full=True)
     assert summary.broken_parts == (Part("base", 2),)
     assert "part 2 of view base was never sealed" in summary.faults[0]

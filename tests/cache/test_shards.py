@@ -5,7 +5,8 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from mfdetr_cache.cache.shards import ShardBuilder, ShardReader, decode_chunk, encode_chunk, publish
+from mfdetr_cache.cache.shards import ShardBuilder, ShardReader, decode_chunk, encode_chunk
+from mfdetr_cache.cache.storage import LocalStorage
 from mfdetr_cache.errors import CacheError
 
 
@@ -26,8 +27,12 @@ def write_array(folder: Path, values: np.ndarray, chunk: int, leave_out: set[int
         if index not in leave_out:
             builder.add(index, encode_chunk(values[index * chunk : (index + 1) * chunk]))
     path = folder / "c/0/0"
-    publish(path, builder.finish())
+    LocalStorage(folder).write("c/0/0", builder.finish())
     return path
+
+
+def opened(path: Path, num_chunks: int) -> ShardReader:
+    return ShardReader.open(LocalStorage(path.parent), path.name, num_chunks)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
@@ -43,7 +48,7 @@ def test_we_read_zarrs_shards(tmp_path: Path) -> None:
     write_array(tmp_path / "a", np.zeros_like(values), 4, set())
     array = zarr.open_array(str(tmp_path / "a"), mode="r+")
     array[...] = values
-    reader = ShardReader.open(tmp_path / "a/c/0/0", 6)
+    reader = opened(tmp_path / "a/c/0/0", 6)
     pieces = reader.read(2, 3)
     found = np.concatenate([decode_chunk(p, values.dtype, 20, "x") for p in pieces])
     assert (found.reshape(12, 5) == values[8:20]).all()
@@ -55,7 +60,7 @@ def test_a_missing_chunk_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     # The behaviour this guards against:
     assert (np.asarray(zarr.open_array(str(tmp_path / "a"), mode="r")[12:16]) == 0).all()
     with pytest.raises(CacheError, match="chunk 3 is missing"):
-        ShardReader.open(path, 6).read(3, 1)
+        opened(path, 6).read(3, 1)
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -64,7 +69,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     whole = path.read_bytes()
 
     def read_all() -> np.ndarray:
-        pieces = ShardReader.open(path, 2).read(0, 2)
+        pieces = opened(path, 2).read(0, 2)
         return np.concatenate([decode_chunk(p, values.dtype, 20, "x") for p in pieces])
 
     assert (read_all() == values.ravel()).all()
@@ -82,9 +87,9 @@ def test_torn_files_are_noticed(tmp_path: Path, keep: int) -> None:
     path = write_array(tmp_path / "a", values, 4, set())
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CacheError, match=r"cut off|damaged index"):
-        ShardReader.open(path, 2).read(0, 2)
+        opened(path, 2).read(0, 2)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="absent is missing from the cache"):
-        ShardReader.open(tmp_path / "absent", 2)
+        opened(tmp_path / "absent", 2)

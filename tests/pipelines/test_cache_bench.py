@@ -28,7 +28,7 @@ def test_the_floor_reads_the_bytes_the_reader_reads(drawn_cache: Path) -> None:
     assert len(ranges) == 3 + len(cache.spec.maps)
     values = []
     for found in ranges:
-        data = found.path.read_bytes()[found.offset : found.offset + found.size]
+        data = found.storage.read(found.key)[found.offset :][: found.size]
         parts = [
             decode_chunk(data[start : start + size], found.dtype, found.chunk_values, "test")
             for start, size in found.chunks

@@ -1,0 +1,395 @@
+"""Where the files of a cache are: a local folder, or an object store behind a URL.
+
+Keys are relative paths with ``/``. A file is there whole or not at all, in a folder by rename
+after fsync, in an object store because a put is. Credentials come from the environment or the
+store's own configuration; they are never part of a name here, and never written.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import google_crc32c
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import MemoryStore, from_url
+
+from mfdetr_cache.errors import CacheError
+
+_MEMORY: dict[str, MemoryStore] = {}
+_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "http", "https", "memory", "file")
+
+
+class Storage(Protocol):
+    """Files by key.
+
+    Attributes:
+        name: What people call the place; for messages.
+    """
+
+    name: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None where there is none."""
+
+    def read(self, key: str) -> bytes:
+        """A whole file.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some parts of a file; shorter than asked for where the file ends early.
+
+        Args:
+            key: Its key.
+            ranges: Offset and length of each part, in bytes, neighbours in order.
+
+        Returns:
+            One piece per range.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None if there is none.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Bytes.
+        """
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Files below a prefix.
+
+        Args:
+            prefix: Such as ``views/base``; empty for all.
+
+        Returns:
+            Key to bytes.
+        """
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+        """Write a file so that it is either absent or whole.
+
+        Args:
+            key: Its key.
+            pieces: Its bytes, in order.
+
+        Returns:
+            Size in bytes and CRC-32C of the file.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove a file; nothing happens where there is none.
+
+        Args:
+            key: Its key.
+        """
+
+
+Location = str | Path | Storage
+
+
+def open_storage(location: Location) -> Storage:
+    """The place a path or a URL speaks of; nothing is touched yet.
+
+    Args:
+        location: A folder, a URL such as ``s3://bucket/train.zarr``, or a storage.
+
+    Returns:
+        The storage.
+
+    Raises:
+        CacheError: If the URL cannot be used.
+    """
+    if not isinstance(location, (str, Path)):
+        return location
+    text = str(location)
+    scheme, separator, rest = text.partition("://")
+    if isinstance(location, Path) or not separator:
+        return LocalStorage(Path(location))
+    if scheme == "file":
+        return LocalStorage(Path(rest))
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{s}://" for s in _SCHEMES)
+        raise CacheError(f"{text}: unknown kind of store {scheme}://; use a folder, or {known}")
+    return ObjectStorage(text.rstrip("/"))
+
+
+def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:
+    """Size and CRC-32C of a file.
+
+    Args:
+        pieces: Its bytes, in order.
+
+    Returns:
+        Bytes and checksum.
+    """
+    checksum = google_crc32c.Checksum()
+    for piece in pieces:
+        checksum.update(piece)
+    return sum(map(len, pieces)), int.from_bytes(checksum.digest(), "big")
+
+
+class LocalStorage:
+    """Files below a local folder.
+
+    Args:
+        folder: The folder; it need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.name = str(folder)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder."""
+        return self._folder
+
+    def read(self, key: str) -> bytes:
+        """A whole file; see :class:`Storage`."""
+        return (self._folder / key).read_bytes()
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some parts of a file; see :class:`Storage`."""
+        # One read per part, so that no byte is copied again; neighbours are asked for ahead.
+        with (self._folder / key).open("rb", buffering=0) as file:
+            descriptor = file.fileno()
+            if len(ranges) > 1 and hasattr(os, "posix_fadvise"):
+                start, stop = ranges[0][0], sum(ranges[-1])
+                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            return [os.pread(descriptor, size, offset) for offset, size in ranges]
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; see :class:`Storage`."""
+        try:
+            return (self._folder / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Files below a prefix; see :class:`Storage`."""
+        files = sorted(f for f in (self._folder / prefix).rglob("*") if f.is_file())
+        return {f.relative_to(self._folder).as_posix(): f.stat().st_size for f in files}
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+        """Write a file and make it survive a power cut; see :class:`Storage`."""
+        path = self._folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        parent = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+        return checksum_of(pieces)
+
+    def delete(self, key: str) -> None:
+        """Remove a file; see :class:`Storage`."""
+        (self._folder / key).unlink(missing_ok=True)
+
+
+class ObjectStorage:
+    """Objects below a URL, through obstore; it asks again when a connection breaks.
+
+    Args:
+        url: Such as ``s3://bucket/train.zarr``.
+        max_retries: How often a request is sent again after a broken connection.
+
+    Raises:
+        CacheError: If the URL or the environment's settings cannot be used.
+    """
+
+    def __init__(self, url: str, max_retries: int = 10) -> None:
+        self.name = url
+        if url.startswith("memory://"):
+            self._store: Any = _MEMORY.setdefault(url, MemoryStore())
+            return
+        with self._explained():
+            # A store on this machine or in a private network often speaks plain HTTP.
+            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+            options: Any = {"allow_http": True} if plain else {}
+            retry: Any = {"max_retries": max_retries}
+            self._store = from_url(url, client_options=options, retry_config=retry)
+
+    @property
+    def folder(self) -> Path | None:
+        """None: there is no folder."""
+        return None
+
+    def read(self, key: str) -> bytes:
+        """A whole object; see :class:`Storage`."""
+        with self._explained():
+            return bytes(obstore.get(self._store, key).bytes())
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some parts of an object; see :class:`Storage`."""
+        starts, lengths = [r[0] for r in ranges], [r[1] for r in ranges]
+        with self._explained():
+            found = obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
+        return [bytes(piece) for piece in found]
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; see :class:`Storage`."""
+        try:
+            with self._explained():
+                return int(obstore.head(self._store, key)["size"])
+        except FileNotFoundError:
+            return None
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Objects below a prefix; see :class:`Storage`."""
+        found: dict[str, int] = {}
+        with self._explained():
+            for page in obstore.list(self._store, prefix or None):
+                found |= {str(o["path"]): int(o["size"]) for o in page}
+        return dict(sorted(found.items()))
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+        """Put an object; see :class:`Storage`."""
+        with self._explained():
+            obstore.put(self._store, key, b"".join(pieces))
+        return checksum_of(pieces)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; see :class:`Storage`."""
+        with self._explained():
+            obstore.delete(self._store, key)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what a store says into a line a person can act on."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (BaseError, ValueError) as error:
+            # The store's own words are long and repeat themselves; the first line says it.
+            reason = str(error).splitlines()[0][:300]
+            raise CacheError(
+                f"{self.name} cannot be used: {reason}; check the URL, the network and the "
+                "credentials in the environment"
+            ) from error
+
+
+class MirroredStorage:
+    """A storage whose parts are kept in a local folder once they were read, up to a size.
+
+    Files are never changed after they were written, so a copy stays right; what was used longest
+    ago goes first. Several processes may share the folder.
+
+    Args:
+        source: The storage, usually an object store.
+        mirror: The local folder.
+        max_bytes: Most bytes kept there.
+    """
+
+    def __init__(self, source: Storage, mirror: Path, max_bytes: int) -> None:
+        self.name = source.name
+        self._source = source
+        self._mirror = LocalStorage(mirror)
+        self._root = mirror
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        mirror.mkdir(parents=True, exist_ok=True)
+        self._held = sum(self._mirror.sizes("").values())
+
+    @property
+    def folder(self) -> Path | None:
+        """None: what is in the mirror is only a part."""
+        return None
+
+    def read(self, key: str) -> bytes:
+        """A whole file; metadata is small and may be repaired, so it is never mirrored."""
+        return self._source.read(key)
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some parts of a file, from the mirror where they are there."""
+        names = [f"{_flat(self.name)}/{_flat(key)}/{start}-{size}" for start, size in ranges]
+        pieces = [
+            self._from_mirror(name, size) for name, (_, size) in zip(names, ranges, strict=True)
+        ]
+        absent = [i for i, piece in enumerate(pieces) if piece is None]
+        if absent:
+            fetched = self._source.read_ranges(key, [ranges[i] for i in absent])
+            for i, piece in zip(absent, fetched, strict=True):
+                pieces[i] = piece
+                self._keep(names[i], piece)
+        return [piece for piece in pieces if piece is not None]
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; see :class:`Storage`."""
+        return self._source.size(key)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Files below a prefix; see :class:`Storage`."""
+        return self._source.sizes(prefix)
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+        """Write to the source; see :class:`Storage`."""
+        return self._source.write(key, pieces)
+
+    def delete(self, key: str) -> None:
+        """Remove from the source; see :class:`Storage`."""
+        self._source.delete(key)
+
+    def _from_mirror(self, name: str, size: int) -> bytes | None:
+        try:
+            piece = self._mirror.read(name)
+            os.utime(self._root / name)
+        except OSError:
+            return None
+        return piece if len(piece) == size else None
+
+    def _keep(self, name: str, piece: bytes) -> None:
+        if len(piece) > self._max_bytes:
+            return
+        with self._lock:
+            if self._held + len(piece) > self._max_bytes:
+                self._make_room(len(piece))
+            self._mirror.write(name, [piece])
+            self._held += len(piece)
+
+    def _make_room(self, needed: int) -> None:
+        """Drop what was used longest ago, a tenth of the room at a time."""
+        files = [f for f in self._root.rglob("*") if f.is_file()]
+        found = []
+        for file in files:
+            try:
+                found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+            except FileNotFoundError:
+                continue
+        self._held = sum(size for _, size, _ in found)
+        goal = self._max_bytes - max(needed, self._max_bytes // 10)
+        for _, size, file in sorted(found, key=lambda f: f[0]):
+            if self._held <= goal:
+                return
+            file.unlink(missing_ok=True)
+            self._held -= size
+
+
+def _flat(name: str) -> str:
+    """A name as one path component."""
+    return name.replace("%", "%25").replace("/", "%2F").replace(":", "%3A")

@@ -1,0 +1,246 @@
+"""Caches in object stores: an in-memory one, and a real S3-speaking server on loopback."""
+
+import contextlib
+import json
+import socket
+import socketserver
+import threading
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mfdetr_pipelines.cache_finish import run_finish
+from mfdetr_pipelines.cache_verify import run_verify
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import (
+    LocalStorage,
+    MirroredStorage,
+    ObjectStorage,
+    checksum_of,
+    open_storage,
+)
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.protocols import SilentReporter
+from tests.pipelines.test_train_head import small_recipe, weights_of
+from tests.support import scenes
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint of a moto server."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+class _Cutting(socketserver.StreamRequestHandler):
+    """Passes bytes on to a server; cuts the connections whose turn it is after some bytes."""
+
+    def handle(self) -> None:
+        server: Any = self.server
+        with server.lock:
+            server.connections += 1
+            cut = server.connections in server.cut
+        with socket.create_connection(server.upstream) as upstream:
+            sender = threading.Thread(target=self._pump, args=(self.connection, upstream))
+            sender.start()
+            self._pump(upstream, self.connection, 20_000 if cut else None)
+            if cut:
+                server.cuts += 1
+            for end in (self.connection, upstream):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            sender.join()
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket, most: int | None = None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(65536):
+                passed += len(data)
+                target.sendall(data)
+                if most is not None and passed > most:
+                    return
+        except OSError:
+            return
+
+
+class _Proxy(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), _Cutting)
+        self.upstream, self.lock = upstream, threading.Lock()
+        self.connections, self.cuts, self.cut = 0, 0, set[int]()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, _Proxy]]:
+    """An empty bucket behind a proxy that can cut connections."""
+    host, port = s3_server.removeprefix("http://").split(":")
+    proxy = _Proxy((host, int(port)))
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    name = f"b{uuid.uuid4().hex[:12]}"
+    for key, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "never-to-be-shown",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}",
+    }.items():
+        monkeypatch.setenv(key, value)
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT"))
+    yield f"s3://{name}", proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def contents(location: str | Path) -> dict[str, bytes]:
+    storage = open_storage(location)
+    return {k: storage.read(k) for k in storage.sizes("") if not k.endswith(".lock")}
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "mirror"])
+def test_every_storage_keeps_what_was_written(tmp_path: Path, kind: str) -> None:
+    storage = {
+        "folder": lambda: LocalStorage(tmp_path / "a"),
+        "memory": lambda: ObjectStorage(f"memory://{uuid.uuid4()}"),
+        "mirror": lambda: MirroredStorage(
+            ObjectStorage(f"memory://{uuid.uuid4()}"), tmp_path / "mirror", 1000
+        ),
+    }[kind]()
+    data = bytes(range(256))
+    assert storage.write("x/y", [data[:100], data[100:]]) == checksum_of([data])
+    assert storage.read("x/y") == data
+    for _ in range(2):
+        assert storage.read_ranges("x/y", [(0, 10), (10, 20)]) == [data[:10], data[10:30]]
+    assert storage.size("x/y") == 256
+    assert storage.size("x/z") is None
+    assert storage.sizes("") == storage.sizes("x") == {"x/y": 256}
+    storage.delete("x/y")
+    storage.delete("x/y")
+    assert storage.size("x/y") is None
+    with pytest.raises(FileNotFoundError):
+        storage.read("x/y")
+
+
+def test_a_mirror_reads_once_and_stays_within_its_size(tmp_path: Path) -> None:
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    random = np.random.default_rng(0)
+    data = random.bytes(4000)
+    source.write("a", [data])
+    mirror = MirroredStorage(source, tmp_path / "m", 1000)
+    for start in random.permutation(40).tolist() * 2:
+        assert mirror.read_ranges("a", [(100 * start, 100)]) == [data[100 * start :][:100]]
+        held = sum(f.stat().st_size for f in (tmp_path / "m").rglob("*") if f.is_file())
+        assert held <= 1000
+    kept = MirroredStorage(source, tmp_path / "m2", 10_000)
+    first = kept.read_ranges("a", [(5, 7), (50, 9)])
+    source.delete("a")
+    assert kept.read_ranges("a", [(5, 7), (50, 9)]) == first
+    again = MirroredStorage(source, tmp_path / "m2", 10_000)
+    assert again.read_ranges("a", [(50, 9)]) == first[1:]
+    with pytest.raises(FileNotFoundError):
+        again.read_ranges("a", [(50, 10)])
+
+
+def test_urls_that_cannot_be_used_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CacheError, match="ftp://x: unknown kind of store ftp://; use a folder, or"):
+        open_storage("ftp://x")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never-to-be-shown")
+    storage = ObjectStorage("s3://bucket/x.zarr", max_retries=0)
+    with pytest.raises(CacheError, match="s3://bucket/x.zarr cannot be used") as caught:
+        storage.read("zarr.json")
+    assert "\n" not in str(caught.value)
+    assert "never-to-be-shown" not in str(caught.value)
+
+
+def test_a_cache_in_s3_is_filled_trained_from_and_evaluated(
+    bucket: tuple[str, _Proxy],
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    drawn_cache: Path,
+) -> None:
+    """Byte for byte the cache of a folder, with connections cut on the way."""
+    url, proxy = bucket
+    location = f"{url}/caches/val.zarr"
+    proxy.cut = {5, 9, 14, 20, 31}
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), location)
+    summary = run_extract(config, SilentReporter())
+    assert summary.num_extracted == summary.num_images == 8
+    assert contents(location) == contents(drawn_cache)
+    assert run_verify(location, SilentReporter(), full=True).faults == ()
+    # The same command finds everything done.
+    assert run_extract(config, SilentReporter()).num_extracted == 0
+    recipe = small_recipe(steps=3)
+    for name, cache in (("s3", location), ("folder", drawn_cache)):
+        settings = TrainHeadConfig(cache, tmp_path / name, recipe)
+        run_train_head(settings, SilentReporter())
+    remote, local = weights_of(tmp_path / "s3"), weights_of(tmp_path / "folder")
+    assert all((remote[k] == local[k]).all() for k in local)
+    found = run_evaluate(EvaluateConfig(location, tmp_path / "s3"), SilentReporter())
+    wanted = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "folder"), SilentReporter())
+    assert found.metrics() == wanted.metrics()
+    assert proxy.cuts >= 1
+    # Nothing that was written names a credential.
+    written = b"".join(f.read_bytes() for f in (tmp_path / "s3").rglob("*") if f.is_file())
+    assert b"never-to-be-shown" not in written
+
+
+def test_a_lost_object_is_noticed(scenes_folder: Path, rtdetr_folder: Path) -> None:
+    location = f"memory://{uuid.uuid4()}"
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), location)
+    run_extract(config, SilentReporter())
+    storage = open_storage(location)
+    key = next(k for k in storage.sizes("views/base/maps") if "/values/c/" in k)
+    storage.delete(key)
+    assert not FeatureCache.open(location).is_complete
+    faults = run_verify(location, SilentReporter(), full=False).faults
+    assert any("is missing" in f for f in faults)
+    found = run_finish(location, SilentReporter())
+    assert found.missing == ("view base: parts 0",)
+    assert run_extract(config, SilentReporter()).num_extracted == 8
+    assert run_finish(location, SilentReporter()).missing == ()
+
+
+def test_training_through_a_mirror_reads_the_store_once(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"memory://{uuid.uuid4()}"
+    run_extract(
+        scenes.extract_config(scenes_folder, str(rtdetr_folder), location), SilentReporter()
+    )
+    asked: list[tuple[str, tuple[int, int]]] = []
+    real = ObjectStorage.read_ranges
+
+    def counted(self: Any, key: str, ranges: Any) -> Any:
+        asked.extend((key, tuple(r)) for r in ranges)
+        return real(self, key, ranges)
+
+    monkeypatch.setattr(ObjectStorage, "read_ranges", counted)
+    mirror = MirroredStorage(open_storage(location), tmp_path / "mirror", 10**9)
+    recipe = small_recipe(steps=9)
+    run_train_head(TrainHeadConfig(mirror, tmp_path / "run", recipe), SilentReporter())
+    # Three epochs; two readers may ask for the same piece at the same moment.
+    assert len(asked) <= 1.2 * len(set(asked))
+    document = json.loads((tmp_path / "run/config.json").read_text())
+    assert document["cache"]["path"] == location
+    assert any((tmp_path / "mirror").iterdir())

@@ -1,0 +1,152 @@
+"""Several processes that fill one cache: shares, locks, what is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mfdetr_cli.options import parse_partition
+from mfdetr_pipelines.cache_finish import run_finish
+from mfdetr_pipelines.extract import run_extract
+
+from mfdetr_cache.cache import schema
+from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.writer import CacheWriter, Partition
+from mfdetr_cache.errors import CacheError, ConfigError
+from mfdetr_cache.protocols import SilentReporter
+from tests.support import scenes
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    files = (f for f in path.rglob("*") if f.is_file() and f.suffix != ".lock")
+    return {str(f.relative_to(path)): f.read_bytes() for f in files}
+
+
+def test_partitions_are_disjoint_and_whole() -> None:
+    parts = [Part("base", n) for n in range(11)]
+    shares = [Partition(k, 4).of(parts) for k in range(1, 5)]
+    assert sorted(p for share in shares for p in share) == parts
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for wrong in ((0, 4), (5, 4), (1, 0)):
+        with pytest.raises(CacheError, match="give K/N with K from 1 to N"):
+            Partition(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "wanted"),
+    [
+        (None, {}, Partition()),
+        ("3/16", {}, Partition(3, 16)),
+        (None, {"RANK": "2", "WORLD_SIZE": "8"}, Partition(3, 8)),
+        ("1/1", {"RANK": "2", "WORLD_SIZE": "8"}, Partition()),
+        (
+            None,
+            {
+                "SLURM_ARRAY_TASK_ID": "12",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+            },
+            Partition(2, 4),
+        ),
+    ],
+)
+def test_shares_come_from_the_option_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, environment: dict[str, str], wanted: Any
+) -> None:
+    for key in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert parse_partition(text) == wanted
+    with pytest.raises(ConfigError, match="--part '3': write K/N, such as --part 3/16"):
+        parse_partition("3")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image a part, so that eight images are eight parts."""
+    monkeypatch.setattr(schema, "PART_BYTES", 1)
+
+
+def test_shares_in_any_order_make_the_cache_of_one_process(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
+) -> None:
+    def extract(name: str, **changes: Any) -> Any:
+        config = scenes.extract_config(
+            scenes_folder, str(rtdetr_folder), tmp_path / name, **{"views": 1, **changes}
+        )
+        return run_extract(config, SilentReporter())
+
+    whole = extract("whole.zarr")
+    assert whole.box is not None
+    total = 0
+    for number in (3, 1, 2):
+        summary = extract("shared.zarr", partition=Partition(number, 3))
+        total += summary.num_extracted
+        missing = run_finish(tmp_path / "shared.zarr", SilentReporter())
+        assert missing.parts_missing == summary.parts_missing
+        assert (summary.box is None) == (number != 2)
+    assert total == 16
+    assert summary.box == whole.box == missing.box
+    assert files_of(tmp_path / "shared.zarr") == files_of(tmp_path / "whole.zarr")
+
+
+def test_parts_that_are_being_written_are_refused(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
+) -> None:
+    from mfdetr_pipelines.extract import plan_cache
+
+    from mfdetr_cache.coco.annotations import load_coco_split
+    from mfdetr_cache.detectors.registry import load_detector
+
+    path = tmp_path / "a.zarr"
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)
+    detector = load_detector("hf", str(rtdetr_folder))
+    content = plan_cache(load_coco_split(config.annotations), detector, config)
+    with CacheWriter.open_or_create(path, content, Partition(1, 2)):
+        with pytest.raises(CacheError, match="is being written by another process"):
+            CacheWriter.open_or_create(path, content, Partition(1, 2))
+        with pytest.raises(CacheError, match="is being written by another process"):
+            CacheWriter.open_or_create(path, content)
+        CacheWriter.open_or_create(path, content, Partition(2, 2)).close()
+    CacheWriter.open_or_create(path, content).close()
+
+
+def test_four_processes_at_once_make_the_cache_of_one(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """Started together on nothing: one creates the cache, the others find it."""
+    code = (
+        "import sys; from mfdetr_cache.cache import schema; schema.PART_BYTES = 1;"
+        "from mfdetr_cli.app import main; main()"
+    )
+
+    def command(cache: str, *extra: str) -> list[str]:
+        arguments = [
+            *("--weights", str(rtdetr_folder), "--images", str(scenes_folder / "images")),
+            *("--annotations", str(scenes_folder / "instances.json")),
+            *("--cache", str(tmp_path / cache), "--device", "cpu"),
+        ]
+        return [sys.executable, "-c", code, "extract", *arguments, *extra]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(command("shared.zarr", "--part", f"{k}/4"), env=environment)
+        for k in range(1, 5)
+    ]
+    assert [p.wait(timeout=300) for p in running] == [0, 0, 0, 0]
+    subprocess.run(command("whole.zarr"), env=environment, check=True, timeout=300)
+    assert files_of(tmp_path / "shared.zarr") == files_of(tmp_path / "whole.zarr")
+    finish = [sys.executable, "-m", "mfdetr_cli", "cache", "finish"]
+    assert subprocess.run([*finish, str(tmp_path / "shared.zarr")], check=False).returncode == 0
+    manifest = tmp_path / "shared.zarr/views/base/status/manifest/000001.json"
+    manifest.unlink()
+    found = subprocess.run(
+        [*finish, str(tmp_path / "shared.zarr")], check=False, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "view base: parts 1" in found.stdout
+    assert "1 of 8 parts are missing" in found.stderr
