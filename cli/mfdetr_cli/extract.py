@@ -76,6 +76,16 @@ def extract(
             "together. Without it, torchrun's or a Slurm array's variables decide.",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Here, or as tasks on a Ray cluster."),
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as auto or ray://host:10001.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Ray tasks at a time; 0 for one per GPU, or per two CPUs.")
+    ] = 0,
     on_bad_image: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="What to do with an image that cannot be read."),
@@ -95,6 +105,7 @@ def extract(
     --annotations annotations/instances_val2017.json --cache val2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cluster import Cluster
     from mfdetr_pipelines.extract import run_extract
     from mfdetr_pipelines.extraction import ExtractConfig
 
@@ -120,6 +131,8 @@ def extract(
         on_bad_image=on_bad_image,
         force=force,
         partition=parse_partition(part),
+        engine=engine,
+        cluster=Cluster(address, workers),
     )
     summary = run_extract(config, ConsoleReporter())
     share = summary.detector_seconds / summary.seconds if summary.num_extracted else 0.0

@@ -163,6 +163,12 @@ class CacheWriter:
         whole = whole_parts(self.storage, parts)
         return [p for p in parts if p not in whole]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts this writer owns."""
+        parts = self._partition.of(self._content.layout.parts)
+        return sum(len(self.rows_of_part(part)) for part in parts)
+
     def rows_of_part(self, part: Part) -> range:
         """The rows of one part.
 

@@ -50,12 +50,7 @@ def run_finish(location: Location, reporter: Reporter) -> FinishSummary:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in rising order as people write them.
-
-    Examples:
-        >>> _ranges([0, 1, 2, 5])
-        '0-2, 5'
-    """
+    """Numbers in rising order as people write them: 0-2, 5."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

@@ -18,8 +18,9 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Reporter
+from mfdetr_pipelines.cache_content import plan_cache
 from mfdetr_pipelines.cache_verify import run_verify
-from mfdetr_pipelines.extract import plan_cache, run_extract
+from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.extraction import ExtractConfig
 
 

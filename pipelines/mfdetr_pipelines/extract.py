@@ -3,29 +3,20 @@
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     BASE_VIEW,
-    FORMAT_VERSION,
-    C1RoiLayout,
-    plan_layout,
     row_arrays,
 )
 from mfdetr_cache.cache.storage import open_storage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
-from mfdetr_cache.coco.augmentation import (
-    identity_transform,
-    sample_transform,
-    transform_ground_truth,
-)
-from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
     CacheError,
@@ -35,10 +26,10 @@ from mfdetr_cache.errors import (
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results
-from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.protocols import Detector, Reporter
-from mfdetr_cache.training.regions import trainable_objects
+from mfdetr_cache.protocols import Reporter
+from mfdetr_pipelines.cache_content import plan_cache
 from mfdetr_pipelines.extraction import ExtractConfig, Extraction
+from mfdetr_pipelines.ray_engine import fill_parts
 
 # A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh
 # dataset's hard categories may pull a right one down, so this warns and does not stop.
@@ -106,8 +97,12 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     _announce(config, content, reporter)
     started = time.perf_counter()
     with CacheWriter.open_or_create(config.cache, content, config.partition) as writer:
-        worker = Extraction(config, split, content, detector, writer, reporter)
-        worker.run()
+        if config.engine == "ray":
+            extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
+        else:
+            worker = Extraction(config, split, content, detector, writer, reporter)
+            worker.run(writer.pending_parts())
+            extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
     box = None
@@ -118,94 +113,32 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     return ExtractSummary(
         cache_id=cache.cache_id,
         num_images=len(cache),
-        num_extracted=worker.num_extracted,
+        num_extracted=extracted,
         skipped=cache.skipped,
         stored_bytes=cache.stored_bytes,
         raw_bytes=raw_bytes(cache),
         seconds=seconds,
-        detector_seconds=worker.detector_seconds,
+        detector_seconds=detector_seconds,
         box=box,
         parts_missing=len(cache.missing_parts),
     )
 
 
-def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> CacheContent:
-    """Everything about a cache that is known before the detector runs.
-
-    Args:
-        split: The images and their ground truth.
-        detector: The detector.
-        config: Preset and views.
-
-    Returns:
-        Identity, layout and ground truth.
-    """
-    spec = detector.spec
-    label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
-    label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
-    truth = [split.ground_truth(e, label_of) for e in split.images]
-    base = [identity_transform(e.size_hw) for e in split.images]
-    views = {BASE_VIEW: ViewContent(base, truth)}
-    # A detector with one input size sees scales only through the window that is cut out.
-    fixed = detector.input_geometry((64, 64)).input_hw == detector.input_geometry((64, 96)).input_hw
-    for number in range(config.views):
-        name = f"{config.policy}-{number}"
-        transforms = [
-            sample_transform(
-                config.policy, config.view_seed, name, e.image_id, e.size_hw, fixed=fixed
-            )
-            for e in split.images
-        ]
-        moved = [
-            transform_ground_truth(t, e.size_hw, transform)
-            for t, e, transform in zip(truth, split.images, transforms, strict=True)
-        ]
-        views[name] = ViewContent(transforms, moved)
-    sizes = {
-        detector.input_geometry(t.size_hw, t.shortest_edge).input_hw
-        for view in views.values()
-        for t in view.transforms
-    }
-    c1_roi = None
-    if config.c1 == "roi":
-        most = max(len(trainable_objects(t)) for v in views.values() for t in v.ground_truth)
-        c1_roi = C1RoiLayout(config.roi_size, config.roi_sampling_ratio, most)
-    layout = plan_layout(
-        spec,
-        sizes,
-        len(split.images),
-        config.preset,
-        config.compression,
-        tuple(views),
-        config.c1,
-        c1_roi,
-    )
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "detector": detector_identity(spec),
-        "dataset": {
-            "name": split.name,
-            "annotations_sha256": split.sha256,
-            "num_images": len(split.images),
-        },
-        "views": list(views),
-        "view_seed": config.view_seed if config.views else None,
-        "preset": layout.preset,
-        "compression": layout.compression,
-        "c1": layout.c1,
-        "c1_roi": None if c1_roi is None else asdict(c1_roi),
-    }
-    return CacheContent(
-        identity=identity,
-        spec=spec,
-        layout=layout,
-        image_ids=[e.image_id for e in split.images],
-        file_names=[e.file_name for e in split.images],
-        original_sizes_hw=[e.size_hw for e in split.images],
-        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=label_categories,
-        views=views,
-    )
+def _fill_on_cluster(
+    config: ExtractConfig, writer: CacheWriter, reporter: Reporter
+) -> tuple[int, float]:
+    """Every pending part as a task; images extracted and seconds in the detector."""
+    pending = writer.pending_parts()
+    sizes = {part: len(writer.rows_of_part(part)) for part in pending}
+    total = writer.num_rows
+    reporter.start("extract", total, "images", done=total - sum(sizes.values()))
+    extracted, seconds = 0, 0.0
+    for part, done in fill_parts(config, pending, config.cluster):
+        extracted += done.images
+        seconds += done.detector_seconds
+        reporter.advance(sizes[part], num_bytes=done.num_bytes)
+    reporter.finish()
+    return extracted, seconds
 
 
 def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import Preset, StoredMap
 from mfdetr_cache.training.regions import hungarian_queries, with_least_side
 from mfdetr_cache.types import C1Crops, DetectorOutput, GroundTruth, ImageGeometry
+from mfdetr_pipelines.cluster import Cluster
 
 _PREFETCH = 8
 
@@ -60,6 +61,8 @@ class ExtractConfig:
         on_bad_image: Stop at an unreadable image, or leave it out.
         force: Start although the disk looks too small.
         partition: Which parts of the cache this process fills.
+        engine: Fill them in this process, or as tasks on a Ray cluster.
+        cluster: Which cluster.
     """
 
     detector: str
@@ -81,6 +84,8 @@ class ExtractConfig:
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False
     partition: Partition = WHOLE
+    engine: Literal["local", "ray"] = "local"
+    cluster: Cluster = field(default_factory=Cluster)
 
 
 @dataclass
@@ -158,13 +163,16 @@ class Extraction:
         self._work = queue.Queue(maxsize=_PREFETCH)
         self._failure: BaseException | None = None
         self.num_extracted = 0
+        self.num_bytes = 0
         self.detector_seconds = 0.0
 
-    def run(self) -> None:
-        """Extract every part that is not there yet."""
-        pending = self._writer.pending_parts()
-        mine = self._config.partition.of(self._content.layout.parts)
-        total = sum(len(self._writer.rows_of_part(part)) for part in mine)
+    def run(self, pending: Sequence[Part]) -> None:
+        """Extract some parts.
+
+        Args:
+            pending: Which.
+        """
+        total = self._writer.num_rows
         layout_rows = [self._writer.rows_of_part(part) for part in pending]
         todo = sum(len(rows) for rows in layout_rows)
         self._reporter.start("extract", total, "images", done=total - todo)
@@ -266,6 +274,7 @@ class Extraction:
                     self._reporter.advance()
                 else:
                     added = self._writer.append(item.row, item.geometry, item.output, item.crops)
+                    self.num_bytes += added
                     self._reporter.advance(num_bytes=added)
         except BaseException as error:
             self._failure = error

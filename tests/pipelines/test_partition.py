@@ -97,7 +97,7 @@ def test_shares_in_any_order_make_the_cache_of_one_process(
 def test_parts_that_are_being_written_are_refused(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
 ) -> None:
-    from mfdetr_pipelines.extract import plan_cache
+    from mfdetr_pipelines.cache_content import plan_cache
 
     from mfdetr_cache.coco.annotations import load_coco_split
     from mfdetr_cache.detectors.registry import load_detector
