@@ -1,7 +1,7 @@
 """``mfdetr ablate``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from mfdetr_pipelines.recipes import RECIPES, build_recipe, split_settings
@@ -53,6 +53,15 @@ def ablate(
     ] = False,
     local_cache: LocalCacheOption = None,
     local_cache_size: LocalCacheSizeOption = "100GB",
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Here, or as tasks on a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as auto or ray://host:10001.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Ray tasks at a time; 0 for one per GPU, or per two CPUs.")
+    ] = 0,
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
@@ -71,6 +80,7 @@ def ablate(
     from mfdetr_pipelines.ablation_pictures import sample_strips
     from mfdetr_pipelines.ablation_report import COLUMNS, report_cells, write_report
     from mfdetr_pipelines.ablation_rows import label_fraction_rows, with_settings
+    from mfdetr_pipelines.cluster import Cluster
 
     title, needs, rows = _rows(file, table, recipe or [])
     head, train = split_settings(parse_assignments(set_ or []))
@@ -90,7 +100,9 @@ def ablate(
         raise ConfigError("ablate trains from --cache and measures on --val-cache; give both")
     training = storage_at(cache, local_cache, local_cache_size)
     measured = storage_at(val_cache, local_cache, local_cache_size)
-    config = AblateConfig(rows, training, measured, out, seeds, None, device)
+    config = AblateConfig(
+        rows, training, measured, out, seeds, None, device, engine, Cluster(address, workers)
+    )
     results = run_ablate(config, ConsoleReporter())
     strips = [] if images is None else sample_strips(config, results, images)
     files = write_report(out, title, results, strips)

@@ -224,6 +224,7 @@ class ObjectStorage:
 
     def __init__(self, url: str, max_retries: int = 10) -> None:
         self.name = url
+        self._max_retries = max_retries
         if url.startswith("memory://"):
             self._store: Any = _MEMORY.setdefault(url, MemoryStore())
             return
@@ -233,6 +234,10 @@ class ObjectStorage:
             options: Any = {"allow_http": True} if plain else {}
             retry: Any = {"max_retries": max_retries}
             self._store = from_url(url, client_options=options, retry_config=retry)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process connects by itself, with the credentials of its own environment.
+        return ObjectStorage, (self.name, self._max_retries)
 
     @property
     def folder(self) -> Path | None:
@@ -315,6 +320,9 @@ class MirroredStorage:
         self._lock = threading.Lock()
         mirror.mkdir(parents=True, exist_ok=True)
         self._held = sum(self._mirror.sizes("").values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MirroredStorage, (self._source, self._root, self._max_bytes)
 
     @property
     def folder(self) -> Path | None:

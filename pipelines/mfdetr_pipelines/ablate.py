@@ -1,14 +1,15 @@
 """Ablate: many heads over one read of a cache, every row for every seed, one table at the end."""
 
+import functools
 import gzip
 import json
 import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,9 +24,12 @@ from mfdetr_cache.head.folder import load_head, save_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, require_same
 from mfdetr_cache.protocols import Reporter, SilentReporter
+from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_pipelines.ablation_rows import AblationRow, RowPlan, plan_rows
+from mfdetr_pipelines.cluster import Cluster
 from mfdetr_pipelines.evaluate import ground_truth_of, json_results, measure
+from mfdetr_pipelines.ray_engine import on_cluster
 from mfdetr_pipelines.recipes import Recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
 from mfdetr_pipelines.run_log import RunLog
@@ -114,6 +118,8 @@ class AblateConfig:
         seeds: Seeds 0 to N - 1 of every row.
         max_steps: Steps of every row; None keeps each recipe's own.
         device: Where to train.
+        engine: Here, or groups of heads as tasks on a Ray cluster whose nodes share the folders.
+        cluster: Which cluster.
     """
 
     rows: tuple[AblationRow, ...]
@@ -123,6 +129,8 @@ class AblateConfig:
     seeds: int = 1
     max_steps: int | None = None
     device: str = "cpu"
+    engine: Literal["local", "ray"] = "local"
+    cluster: Cluster = field(default_factory=Cluster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +165,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     cache, validation = _open_both(config)
     plans = plan_rows(config.rows, cache.spec)
     problems = {p.row.name: p.problem for p in plans if p.problem}
+    groups: list[_Group] = []
     for seed in range(config.seeds):
         jobs = [
             _job(config, plan, seed, cache, validation)
@@ -170,14 +179,57 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
                     waiting.append(job)
             except HeadError as error:
                 problems[job.plan.row.name] = str(error)
-        for together in _by_stream(waiting):
-            names = ", ".join(j.plan.row.name for j in together)
-            reporter.say(f"seed {seed}, {len(together)} heads over one read: {names}")
-            problems |= _train_together(config, together, cache, validation, reporter)
+        groups += [(seed, tuple(j.plan.row.name for j in g)) for g in _by_stream(waiting)]
+    if config.engine == "ray":
+        problems |= _on_cluster(config, groups, reporter)
+    else:
+        for group in groups:
+            problems |= _train_group(config, group, reporter)
     for name, problem in problems.items():
         reporter.warn(f"row {name}: {problem}")
     results = [_collect(config, plan, problems, cache, validation) for plan in plans]
     return tuple(_compare(config, results, validation))
+
+
+# Rows, by name, that learn from one read of the cache with one seed.
+_Group = tuple[int, tuple[str, ...]]
+
+
+def _train_group(config: AblateConfig, group: _Group, reporter: Reporter) -> dict[str, str]:
+    """Train and measure a group; problems by row."""
+    seed, names = group
+    cache, validation = _open_both(config)
+    plans = [p for p in plan_rows(config.rows, cache.spec) if p.row.name in names]
+    jobs = [_job(config, plan, seed, cache, validation) for plan in plans]
+    reporter.say(f"seed {seed}, {len(jobs)} heads over one read: {', '.join(names)}")
+    return _train_together(config, jobs, cache, validation, reporter)
+
+
+def _train_silently(config: AblateConfig, group: _Group) -> dict[str, str]:
+    """The same on a worker of a cluster, whose messages nobody sees."""
+    return _train_group(config, group, SilentReporter())
+
+
+def _on_cluster(
+    config: AblateConfig, groups: Sequence[_Group], reporter: Reporter
+) -> dict[str, str]:
+    """Groups as tasks; they are halved until every worker has one."""
+    pieces = list(groups)
+    while pieces and len(pieces) < config.cluster.workers:
+        pieces.sort(key=lambda g: len(g[1]))
+        seed, names = pieces.pop()
+        if len(names) == 1:
+            pieces.append((seed, names))
+            break
+        pieces += [(seed, tuple(half)) for half in split(names, 2)]
+    problems: dict[str, str] = {}
+    reporter.start("ablate", sum(len(names) for _, names in pieces), "heads")
+    train = functools.partial(_train_silently, config)
+    for (_, names), found in on_cluster(train, pieces, config.cluster):
+        problems |= found
+        reporter.advance(len(names))
+    reporter.finish()
+    return problems
 
 
 def seconds_per_step(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import socket
 import socketserver
 import threading
@@ -154,6 +155,17 @@ def test_a_mirror_reads_once_and_stays_within_its_size(tmp_path: Path) -> None:
     assert again.read_ranges("a", [(50, 9)]) == first[1:]
     with pytest.raises(FileNotFoundError):
         again.read_ranges("a", [(50, 10)])
+
+
+def test_storages_travel_to_other_processes(
+    tmp_path: Path, bucket: tuple[str, _Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = ObjectStorage(f"{bucket[0]}/x")
+    far.write("a", [b"abc"])
+    for storage in (far, MirroredStorage(far, tmp_path / "m", 100)):
+        travelled = pickle.dumps(storage)
+        assert b"never-to-be-shown" not in travelled
+        assert pickle.loads(travelled).read("a") == b"abc"
 
 
 def test_urls_that_cannot_be_used_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

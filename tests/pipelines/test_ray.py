@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from mfdetr_pipelines import ray_engine
+from mfdetr_pipelines.ablate import run_ablate
 from mfdetr_pipelines.cluster import Cluster as Address
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.ray_engine import on_cluster
@@ -14,6 +15,7 @@ from mfdetr_pipelines.ray_engine import on_cluster
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, ImageError
 from mfdetr_cache.protocols import SilentReporter
+from tests.pipelines.test_ablate import config as ablation
 from tests.pipelines.test_partition import files_of
 from tests.support import scenes
 
@@ -92,6 +94,17 @@ def test_a_reason_from_a_worker_arrives_as_it_is(
     )
     with pytest.raises(ImageError, match="on-bad-image skip leaves such images out"):
         run_extract(config, SilentReporter())
+
+
+def test_rows_of_an_ablation_are_trained_on_the_cluster(
+    cluster: Any, tmp_path: Path, drawn_cache: Path
+) -> None:
+    """Two rows with two seeds over two workers give what one process gives."""
+    on_ray = {"engine": "ray", "cluster": Address(cluster.address, 4)}
+    there = run_ablate(ablation(drawn_cache, tmp_path / "ray", **on_ray), SilentReporter())
+    here = run_ablate(ablation(drawn_cache, tmp_path / "local"), SilentReporter())
+    assert [r.seeds for r in there] == [r.seeds for r in here]
+    assert all(r.problem == "" for r in there)
 
 
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
