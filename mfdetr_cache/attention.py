@@ -72,15 +72,15 @@ def deformable_attention(
     Returns:
         Shape (B, N, D).
     """
-    batch, _, heads, width = value.shape
-    num_queries = locations.shape[1]
+    # Sizes of batch and queries are never named, so that an exported graph takes any of them.
+    heads = value.shape[2]
     # Points before queries: the innermost axis is then long, and sums over points run along it.
     grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # (L, B*H, P, N, 2)
     shares = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # (L, B*H, P, N)
     mixed: Tensor | None = None
     parts = value.split([h * w for h, w in sizes_hw], dim=1)
     for level, (part, size_hw) in enumerate(zip(parts, sizes_hw, strict=True)):
-        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, *size_hw)
+        maps = part.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, size_hw)
         # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
         precise = torch.promote_types(maps.dtype, torch.float32)
         found: Tensor = _SampleAndWeigh.apply(
@@ -90,4 +90,5 @@ def deformable_attention(
         )
         mixed = found if mixed is None else mixed + found
     assert mixed is not None
-    return mixed.view(batch, heads * width, num_queries).transpose(1, 2).to(value.dtype)
+    joined: Tensor = mixed.unflatten(0, (-1, heads)).flatten(1, 2)
+    return joined.transpose(1, 2).to(value.dtype)

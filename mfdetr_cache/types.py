@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
+import torch.onnx
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -120,6 +122,8 @@ class DetectorOutput:
     maps: dict[str, Tensor]
 
     def __post_init__(self) -> None:
+        if torch.onnx.is_in_onnx_export():
+            return  # sizes are tensors then, and never equal as keys
         heads = {self.class_logits.shape[:2], self.boxes_cxcywh_norm.shape[:2]}
         if heads != {self.queries.shape[:2]}:
             raise ValueError("class_logits, boxes and queries disagree on (B, Q)")

@@ -12,6 +12,7 @@ from mfdetr_cli.console import print_error
 from mfdetr_cli.demo import demo
 from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
+from mfdetr_cli.export import export
 from mfdetr_cli.extract import extract
 from mfdetr_cli.plan import plan
 from mfdetr_cli.predict import predict
@@ -29,6 +30,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(ablate)
 app.command()(plan)
+app.command()(export)
 app.command()(demo)
 app.command()(detectors)
 app.add_typer(cache_app, name="cache")

@@ -122,6 +122,29 @@ def verify(
 
 
 @cache_app.command()
+def view(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("cache.html"),
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder; without it, boxes stand on grey.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many images.")] = 6,
+    json: JsonOption = None,
+) -> None:
+    """Draw a page of what is in a cache: detections, maps as colours, histograms, sizes.
+
+    Example:
+    mfdetr cache view val2017.zarr --images val2017 --out val2017.html
+    """
+    # torch takes seconds to import; --help and a mistyped option need not wait for it.
+    from mfdetr_pipelines.cache_view import run_view
+
+    summary = run_view(cache, out, ConsoleReporter(), images=images, count=count)
+    print_facts(f"Cache {cache}", {"page": str(summary.page), "images": str(summary.images)})
+    write_json(json, {"cache": cache, "page": str(summary.page), "images": summary.images})
+
+
+@cache_app.command()
 def finish(
     cache: CacheArgument,
     json: JsonOption = None,

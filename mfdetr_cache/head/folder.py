@@ -30,11 +30,13 @@ class HeadFolder:
         head: The mask network, in evaluation mode.
         detector: Identity of the detector it was trained for.
         document: The whole ``config.json``.
+        path: The folder.
     """
 
     head: MaskHead
     detector: Identity
     document: dict[str, Any]
+    path: Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -124,4 +126,4 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
-    return HeadFolder(head.eval(), detector, document)
+    return HeadFolder(head.eval(), detector, document, folder)

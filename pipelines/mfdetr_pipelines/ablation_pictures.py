@@ -11,11 +11,12 @@ from PIL import Image
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay, side_by_side
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_pipelines.ablate import AblateConfig, RowResult, folder_of
-from mfdetr_pipelines.pictures import annotated_objects, shown_objects
+from mfdetr_pipelines.pictures import annotated_objects
 from mfdetr_pipelines.training_loop import trainable_rows
 
 _THRESHOLD = 0.25

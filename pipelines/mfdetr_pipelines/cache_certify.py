@@ -14,6 +14,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location, open_storage
 from mfdetr_cache.cache.writer import explained
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
@@ -28,7 +29,6 @@ from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.cache_verify import LiveSource
-from mfdetr_pipelines.predict import live_image
 
 
 @dataclass(frozen=True, slots=True)

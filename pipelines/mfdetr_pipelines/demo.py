@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.synthetic import write_synthetic_split
+from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.head.folder import load_head
@@ -90,15 +90,6 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
     pictures = timed("pictures", lambda: _pictures(folder, val_cache, head, data / "val"))
     cache_bytes = sum(FeatureCache.open(c).stored_bytes for c in (train_cache, val_cache))
     return DemoSummary(folder, pictures, seconds, cache_bytes, evaluation)
-
-
-def demo_detector() -> Path:
-    """The folder of the detector that comes with the package.
-
-    Returns:
-        A Hugging Face folder, made by ``scripts/train_demo_detector.py``.
-    """
-    return Path(str(resources.files("mfdetr_cache"))) / "demo" / "detector"
 
 
 def _draw(data: Path, reporter: Reporter) -> None:

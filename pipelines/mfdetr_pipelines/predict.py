@@ -7,24 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
 from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
 from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.head.folder import load_head, write_atomically
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.masks import encode_mask
-from mfdetr_cache.protocols import Detector, Reporter
-from mfdetr_cache.quantisation import StoredMap
-from mfdetr_cache.types import CachedImage, GroundTruth
-from mfdetr_pipelines.pictures import ShownObject, shown_objects
+from mfdetr_cache.protocols import Reporter
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
@@ -199,45 +194,6 @@ def picture_names(files: Sequence[Path]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def live_image(
-    detector: Detector, image: Image.Image, name: str, device: torch.device
-) -> CachedImage:
-    """What a cache would hold of an image, computed now and not rounded.
-
-    Args:
-        detector: The frozen detector, on the device.
-        image: An RGB image.
-        name: Its file name.
-        device: Where the detector is.
-
-    Returns:
-        The image without ground truth.
-    """
-    size_hw = (image.height, image.width)
-    output = detector.forward(detector.preprocess(image)[None].to(device))
-    return CachedImage(
-        row=0,
-        image_id=0,
-        file_name=name,
-        geometry=detector.input_geometry(size_hw),
-        class_logits=output.class_logits[0].cpu().numpy(),
-        boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].cpu().numpy(),
-        queries=output.queries[0].cpu().numpy(),
-        maps={
-            k: StoredMap.plain(v[0].permute(1, 2, 0).cpu().numpy()) for k, v in output.maps.items()
-        },
-        ground_truth=GroundTruth(
-            annotation_ids=np.zeros(0, np.int64),
-            category_ids=np.zeros(0, np.int64),
-            labels=np.zeros(0, np.int64),
-            boxes_xyxy=np.zeros((0, 4), np.float32),
-            areas=np.zeros(0, np.float64),
-            is_crowd=np.zeros(0, np.bool_),
-            run_lengths=(),
-        ),
-    )
 
 
 def _make_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ from mfdetr_pipelines.recipes import build_recipe
 from PIL import Image
 
 from mfdetr_cache.coco.synthetic import write_synthetic_split
+from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.protocols import SilentReporter
 
@@ -16,13 +17,13 @@ def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
     """On scenes that neither its training nor the demo uses."""
     annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 60)
     config = ExtractConfig(
-        "hf", str(demo.demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
+        "hf", str(demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
     )
     assert run_extract(config, SilentReporter()).box.AP > 0.45
 
 
 def test_the_detector_is_small() -> None:
-    size = sum(f.stat().st_size for f in demo.demo_detector().iterdir())
+    size = sum(f.stat().st_size for f in demo_detector().iterdir())
     assert size < 8 * 2**20
 
 

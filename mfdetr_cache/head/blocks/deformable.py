@@ -93,12 +93,11 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             Shape (B, N, D).
         """
-        batch, num_queries, _ = query.shape
         samples = (self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(memory).unflatten(2, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).view(batch, num_queries, *samples, 2)
-        weights = self.attention_weights(query).view(batch, num_queries, self.num_heads, -1)
-        weights = weights.softmax(-1).view(batch, num_queries, *samples)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        weights = weights.softmax(-1).flatten(-2).unflatten(-1, samples)
         scale = offsets.new_tensor([[1 / w, 1 / h] for h, w in sizes_hw])
         locations = centres[None, :, None, None, None] + offsets * scale[:, None]
         mixed: Tensor = self.output_proj(deformable_attention(value, sizes_hw, locations, weights))

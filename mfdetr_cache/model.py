@@ -1,0 +1,274 @@
+"""A frozen detector and a trained mask network as one model, for use from Python."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import live_image
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.devices import torch_device
+from mfdetr_cache.errors import ConfigError, HeadError
+from mfdetr_cache.evaluation.inference import Scoring, predict_masks
+from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
+from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
+from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.masks import encode_mask
+from mfdetr_cache.protocols import Detector
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The objects of one image, by falling score.
+
+    Attributes:
+        masks: True inside, at the image's size, shape (N, H, W).
+        boxes_xyxy: In pixels of the image, float32, shape (N, 4).
+        scores: Final scores s_i in [0, 1], float32, shape (N,).
+        category_ids: Of the dataset the head was trained on, int64, shape (N,).
+        names: Names of the categories, length N.
+    """
+
+    masks: NDArray[np.bool_]
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    category_ids: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """The objects on their image.
+
+        Args:
+            image: The image that was segmented.
+
+        Returns:
+            A new image with masks, outlines, boxes and labels.
+        """
+        return draw_overlay(image, [o.to_item() for o in reversed(self._objects())])
+
+    def to_torchvision(self) -> dict[str, torch.Tensor]:
+        """The same as a dictionary in the form of torchvision's detection models.
+
+        Returns:
+            ``boxes`` (N, 4), ``labels`` (N,), ``scores`` (N,) and ``masks`` (N, 1, H, W) as 0 or 1.
+        """
+        return {
+            "boxes": torch.from_numpy(self.boxes_xyxy),
+            "labels": torch.from_numpy(self.category_ids),
+            "scores": torch.from_numpy(self.scores),
+            "masks": torch.from_numpy(self.masks[:, None].astype(np.float32)),
+        }
+
+    def to_supervision(self) -> Any:  # noqa: ANN401  an optional package
+        """The same as ``supervision.Detections``; needs the package ``supervision``.
+
+        Returns:
+            Detections with masks; names are in ``data["class_name"]``.
+
+        Raises:
+            ConfigError: If the package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise ConfigError("to_supervision needs: pip install supervision") from None
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.category_ids.astype(int),
+            data={"class_name": np.array(self.names)},
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """The same as COCO results.
+
+        Args:
+            image_id: COCO id of the image.
+
+        Returns:
+            One result per object, masks as compressed RLE.
+        """
+        results = []
+        for found in self._objects():
+            rle = encode_mask(found.mask)
+            x0, y0, x1, y1 = found.box_xyxy
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": found.category_id,
+                    "score": found.confidence,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+        return results
+
+    def _objects(self) -> list[ShownObject]:
+        found = []
+        for index, (name, mask) in enumerate(zip(self.names, self.masks, strict=True)):
+            x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
+            category_id, score = int(self.category_ids[index]), float(self.scores[index])
+            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), mask))
+        return found
+
+
+class MaskFrozenDETR:
+    """A frozen DETR with a mask network on top: an image in, instance masks out.
+
+    Args:
+        detector: The detector, on the device.
+        head: The trained mask network and what it belongs to.
+        device: Where both compute.
+
+    Examples:
+        >>> from mfdetr_cache.coco.synthetic import draw_scene
+        >>> from mfdetr_cache.demo import demo_detector, demo_head
+        >>> model = MaskFrozenDETR.from_pretrained(demo_detector(), demo_head())
+        >>> image, _ = draw_scene(seed=7)
+        >>> found = model(image)
+        >>> found.masks.shape == (len(found), image.height, image.width)
+        True
+        >>> sorted(found.to_torchvision())
+        ['boxes', 'labels', 'masks', 'scores']
+    """
+
+    def __init__(self, detector: Detector, head: HeadFolder, device: torch.device) -> None:
+        self.device = device
+        self.detector = detector.to(device)
+        self.head = head.head.to(device).eval()
+        self._folder = head
+        self._label_categories = [int(c) for c in head.document["label_categories"]]
+        self._names = {int(c["id"]): str(c["name"]) for c in head.document["categories"]}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        detector: str | Path,
+        head: str | Path,
+        *,
+        kind: str = "hf",
+        device: str = "auto",
+    ) -> "MaskFrozenDETR":
+        """A model from a detector's weights and a head.
+
+        Args:
+            detector: Hub id, folder, or an official ``.pth`` file.
+            head: What ``train-head --out`` or :meth:`save_pretrained` wrote, or a hub id.
+            kind: Name of the detector as ``mfdetr detectors`` lists it.
+            device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+
+        Returns:
+            The model.
+
+        Raises:
+            DetectorError: If the detector cannot be loaded.
+            HeadError: If the head is missing or damaged.
+            IdentityError: If the head was trained with another detector.
+        """
+        folder = load_head(_local_folder(head))
+        loaded = load_detector(kind, str(detector), options_of(folder.detector))
+        require_same(
+            folder.detector, f"head {head}", detector_identity(loaded.spec), f"detector {detector}"
+        )
+        return cls(loaded, folder, torch_device(device))
+
+    def __call__(
+        self,
+        image: Image.Image | NDArray[np.uint8] | str | Path,
+        threshold: float = 0.25,
+        top_k: int = 100,
+        scoring: Scoring = "auto",
+    ) -> Segmentation:
+        """Segment one image.
+
+        Args:
+            image: A PIL image, an RGB array of shape (H, W, 3), or a file.
+            threshold: Least score of what is kept.
+            top_k: At most so many objects.
+            scoring: How the class score becomes the final one.
+
+        Returns:
+            Its objects; the best label of each query.
+
+        Raises:
+            ImageError: If a file cannot be read.
+        """
+        if isinstance(image, (str, Path)):
+            picture = load_image(Path(image))
+        elif isinstance(image, np.ndarray):
+            picture = Image.fromarray(image)
+        else:
+            picture = image.convert("RGB")
+        live = live_image(self.detector, picture, "", self.device)
+        prediction = predict_masks(self.head, live, self.detector.spec, self.device, scoring)
+        size_hw = live.geometry.original_hw
+        found = shown_objects(
+            prediction, self._label_categories, self._names, size_hw, threshold, top_k
+        )
+        return Segmentation(
+            masks=np.array([o.mask for o in found]).reshape(-1, *size_hw).astype(np.bool_),
+            boxes_xyxy=np.array([o.box_xyxy for o in found], np.float32).reshape(-1, 4),
+            scores=np.array([o.confidence for o in found], np.float32),
+            category_ids=np.array([o.category_id for o in found], np.int64),
+            names=tuple(o.name for o in found),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the head so that :meth:`from_pretrained` reads it; the detector is not copied.
+
+        Args:
+            folder: Where to; made if needed.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_FILE, HEAD_FILE):
+            source = self._folder.path / name
+            if source.resolve() != (target / name).resolve():
+                shutil.copyfile(source, target / name)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the head to the Hugging Face hub, with the token of the environment.
+
+        Args:
+            repo_id: Such as ``me/mask-head``.
+            private: Make a new repository private.
+
+        Returns:
+            URL of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        uploaded = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(self._folder.path),
+            allow_patterns=[CONFIG_FILE, HEAD_FILE],
+        )
+        return str(uploaded)
+
+
+def _local_folder(head: str | Path) -> Path:
+    """The folder of a head; one on the hub is downloaded, or found where it was before."""
+    folder = Path(head)
+    if folder.is_dir() or isinstance(head, Path) or str(head).count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(head), allow_patterns=[CONFIG_FILE, HEAD_FILE]))
+    except Exception as error:  # the hub's client raises its own, requests' and the system's
+        reason = str(error).splitlines()[0]
+        raise HeadError(f"{head} is no folder and not on the hub: {reason}") from error

@@ -1,0 +1,299 @@
+"""Export: a mask network, or detector and mask network together, as an ONNX graph."""
+
+import importlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.boxes import cxcywh_to_xyxy
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import ConfigError, DetectorError
+from mfdetr_cache.evaluation.detections import class_probabilities
+from mfdetr_cache.head.batch import MapGroup
+from mfdetr_cache.head.folder import HeadFolder, load_head
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity, require_same, spec_from_identity
+from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.types import DetectorSpec
+
+# Has grid_sample with border handling as torch has it, and RoIAlign with half-pixel offsets.
+_OPSET = 17
+# The first run of a check uses the sizes the graph was traced with, the others do not.
+_CHECKED_REGIONS = (20, 7, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """What ``mfdetr export`` is told.
+
+    Attributes:
+        head: Run folder of a trained head.
+        out: The ONNX file.
+        input_hw: Height and width of the network input; the graph is for this size.
+        weights: Put the detector into the graph too: its folder, file or hub id.
+        detector: Name of the detector.
+        top_k: With the detector, compute masks for the best queries only.
+    """
+
+    head: Path
+    out: Path
+    input_hw: tuple[int, int] | None = None
+    weights: str | None = None
+    detector: str = "hf"
+    top_k: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """What was written.
+
+    Attributes:
+        out: The file.
+        num_bytes: Its size.
+        inputs: Name and shape of every input; a word stands for any size.
+        outputs: Name and shape of every output.
+        largest_difference: Of onnxruntime's outputs from torch's, relative to the largest value.
+    """
+
+    out: Path
+    num_bytes: int
+    inputs: dict[str, list[str]]
+    outputs: dict[str, list[str]]
+    largest_difference: float
+
+
+class _HeadGraph(nn.Module):
+    """The mask network for one image: boxes and queries of any number, maps of one size."""
+
+    def __init__(self, head: MaskHead, input_hw: tuple[int, int]) -> None:
+        super().__init__()
+        self.head = head
+        self.input_hw = input_hw
+
+    def forward(self, boxes_xyxy: Tensor, queries: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        """Mask logits, and predicted IoUs where the head has them."""
+        named = dict(zip(self.head.map_names, maps, strict=True))
+        group = MapGroup(named, self.input_hw, torch.zeros(1, dtype=torch.long))
+        first = boxes_xyxy[:, :1] * 0
+        rois = torch.cat((first, boxes_xyxy), dim=1)
+        regions = self.head.align(self.head.fuse(group), rois)
+        output = self.head.decode(regions, queries, first[:, 0].long())
+        if output.mask_iou is None:
+            return (output.mask_logits,)
+        return output.mask_logits, output.mask_iou
+
+
+class _FullGraph(nn.Module):
+    """Detector and mask network: pixels in, detections and masks of the best queries out."""
+
+    size: Tensor
+
+    def __init__(
+        self, detector: Detector, head: MaskHead, input_hw: tuple[int, int], top_k: int
+    ) -> None:
+        super().__init__()
+        # Registered where it is a module, so that the exporter sees its weights.
+        self.detector: Any = detector
+        self.head = _HeadGraph(head, input_hw)
+        self.top_k = min(top_k, detector.spec.num_queries)
+        height, width = input_hw
+        self.register_buffer("size", torch.tensor([width, height, width, height]).float())
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Class scores, boxes and mask logits of the best queries."""
+        output = self.detector.forward(pixel_values)
+        scores = class_probabilities(output.class_logits[0], self.detector.spec)
+        best = scores.amax(-1).topk(self.top_k).indices
+        boxes = cxcywh_to_xyxy(output.boxes_cxcywh_norm[0][best])
+        maps = [output.maps[name] for name in self.head.head.map_names]
+        masks = self.head(boxes * self.size, output.queries[0][best], *maps)
+        return scores[best], boxes, *masks
+
+
+def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
+    """Write an ONNX file and compare what onnxruntime makes of it with torch.
+
+    Args:
+        config: What to do.
+        reporter: Who is told about progress.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: If a needed package or size is missing, or the graph cannot be traced.
+        HeadError: If there is no trained head.
+        IdentityError: If head and detector do not belong together.
+    """
+    runtime = _packages()
+    folder = load_head(config.head)
+    if not folder.head.config.roialign:
+        raise ConfigError("export needs a head with RoIAlign")
+    if config.weights is None:
+        graph, inputs, names = _head_graph(config, folder)
+        outputs = ["mask_logits", "mask_iou"]
+        free = {"boxes_xyxy": {0: "regions"}, "queries": {0: "regions"}}
+        free |= {name: {0: "regions"} for name in outputs}
+    else:
+        graph, inputs, names = _full_graph(config, folder)
+        outputs = ["scores", "boxes_xyxy_norm", "mask_logits", "mask_iou"]
+        free = {}
+    with torch.no_grad():
+        given = len(graph(*inputs))
+    outputs = outputs[: len(outputs) - (folder.head.scoring is None)]
+    assert given == len(outputs)
+    reporter.say(f"tracing {'head' if config.weights is None else 'detector and head'}")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = config.out.with_name(config.out.name + ".partial")
+    _trace(graph, inputs, names, outputs, free, partial)
+    _describe(partial, folder)
+    session = runtime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+    difference = _largest_difference(graph, session, inputs, names, free=bool(free))
+    partial.replace(config.out)
+    return ExportSummary(
+        out=config.out,
+        num_bytes=config.out.stat().st_size,
+        inputs={i.name: [str(s) for s in i.shape] for i in session.get_inputs()},
+        outputs={o.name: [str(s) for s in o.shape] for o in session.get_outputs()},
+        largest_difference=difference,
+    )
+
+
+def _packages() -> Any:  # noqa: ANN401  a module
+    try:
+        importlib.import_module("onnx")
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise ConfigError(f"export: {error}; pip install 'mfdetr-cache[onnx]'") from None
+
+
+def _head_graph(
+    config: ExportConfig, folder: HeadFolder
+) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+    if config.input_hw is None:
+        raise ConfigError("give --input-size HxW, or --weights of a detector with one input size")
+    head, spec = folder.head, spec_from_identity(folder.detector)
+    graph = _HeadGraph(head, config.input_hw).eval()
+    return graph, _example(head, spec, config.input_hw), ["boxes_xyxy", "queries", *head.map_names]
+
+
+def _example(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Boxes, queries and maps of plausible values."""
+    random = torch.Generator().manual_seed(0)
+    height, width = input_hw
+    corners = torch.rand(_CHECKED_REGIONS[0], 2, 2, generator=random).sort(dim=1).values
+    boxes = (corners * torch.tensor([width, height])).flatten(1)
+    queries = torch.randn(len(boxes), spec.query_dim, generator=random)
+    by_name = {m.name: m for m in spec.maps}
+    maps = [
+        torch.randn(
+            1,
+            by_name[name].channels,
+            *(-(-side // by_name[name].stride) for side in input_hw),
+            generator=random,
+        )
+        for name in head.map_names
+    ]
+    return boxes, queries, *maps
+
+
+def _full_graph(
+    config: ExportConfig, folder: HeadFolder
+) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+    assert config.weights is not None
+    detector = load_detector(config.detector, config.weights, options_of(folder.detector))
+    require_same(
+        folder.detector,
+        f"head {config.head}",
+        detector_identity(detector.spec),
+        f"detector {config.weights}",
+    )
+    input_hw = config.input_hw or _own_size(detector)
+    pixels = torch.rand(1, 3, *input_hw, generator=torch.Generator().manual_seed(0))
+    graph = _FullGraph(detector, folder.head, input_hw, config.top_k).eval()
+    return graph, (pixels,), ["pixel_values"]
+
+
+def _own_size(detector: Detector) -> tuple[int, int]:
+    sizes = {detector.input_geometry(hw).input_hw for hw in ((480, 640), (640, 480), (100, 100))}
+    if len(sizes) > 1:
+        raise ConfigError("this detector's input size follows the image: give --input-size HxW")
+    return sizes.pop()
+
+
+def _trace(
+    graph: nn.Module,
+    inputs: tuple[Tensor, ...],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    free: dict[str, dict[int, str]],
+    path: Path,
+) -> None:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Tracing warns about every size that becomes a constant; that is what is wanted.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph,
+                inputs,
+                str(path),
+                input_names=list(names),
+                output_names=list(outputs),
+                dynamic_axes={k: v for k, v in free.items() if k in {*names, *outputs}},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+    except (RuntimeError, torch.onnx.OnnxExporterError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise DetectorError(
+            f"this cannot be traced to ONNX ({reason}); without --weights the head alone can"
+        ) from error
+
+
+def _describe(path: Path, folder: HeadFolder) -> None:
+    """Keep in the file what a user of it needs: categories, detector, how to read the outputs."""
+    onnx = importlib.import_module("onnx")
+    model = onnx.load(str(path))
+    notes = {
+        "detector": str(folder.detector["name"]),
+        "weights_sha256": str(folder.detector["weights_sha256"]),
+        "label_categories": json.dumps(folder.document["label_categories"]),
+        "categories": json.dumps(folder.document["categories"]),
+        "mask_logits": "over each box; sigmoid, resize to the box, threshold 0.5",
+    }
+    for key, value in notes.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _largest_difference(
+    graph: nn.Module,
+    session: Any,  # noqa: ANN401  onnxruntime ships no types
+    inputs: tuple[Tensor, ...],
+    names: Sequence[str],
+    *,
+    free: bool,
+) -> float:
+    """Relative to the largest value, over all outputs and several numbers of regions."""
+    wanted = {i.name for i in session.get_inputs()}
+    worst = 0.0
+    for count in _CHECKED_REGIONS if free else (0,):
+        some = (inputs[0][:count], inputs[1][:count], *inputs[2:]) if count else inputs
+        fed = {n: t.numpy() for n, t in zip(names, some, strict=True) if n in wanted}
+        found = session.run(None, fed)
+        with torch.no_grad():
+            expected = graph(*some)
+        for ours, theirs in zip(expected, found, strict=True):
+            scale = max(float(ours.abs().max()), 1e-12)
+            worst = max(worst, float(np.abs(ours.numpy() - theirs).max()) / scale)
+    return worst

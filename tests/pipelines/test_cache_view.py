@@ -1,0 +1,48 @@
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mfdetr_pipelines.cache_view import principal_colours, run_view
+from PIL import Image
+
+from mfdetr_cache.errors import CacheError, ConfigError
+from mfdetr_cache.protocols import SilentReporter
+
+
+def test_regions_of_different_features_get_different_colours() -> None:
+    random = np.random.default_rng(0)
+    directions = np.linalg.qr(random.standard_normal((32, 4)))[0].T
+    quarter = np.kron(np.array([[0, 1], [2, 3]]), np.ones((8, 8), int))
+    features = 5 * directions[quarter] + random.normal(0, 0.1, (16, 16, 32))
+    colours = principal_colours(features.astype(np.float32)).astype(int)
+    means = np.array([colours[quarter == q].mean(axis=0) for q in range(4)])
+    within = max(colours[quarter == q].std(axis=0).max() for q in range(4))
+    between = min(np.abs(means[a] - means[b]).max() for a in range(4) for b in range(a))
+    assert between > 4 * within
+    assert principal_colours(features[..., :2].astype(np.float32)).shape == (16, 16, 3)
+
+
+def test_the_page_shows_every_map_of_some_images(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path
+) -> None:
+    page = tmp_path / "page.html"
+    images = scenes_folder / "images"
+    summary = run_view(drawn_cache, page, SilentReporter(), images=images, count=3)
+    assert summary.images == 3
+    text = page.read_text()
+    pictures = re.findall(r"data:image/jpeg;base64,([^']+)", text)
+    assert len(pictures) == 3
+    sheet = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
+    # Detections, three or more maps, side by side.
+    assert sheet.width > 3 * 260 * 0.7
+    assert text.count("<svg") >= 4
+    assert "encoder" in text
+    without = run_view(drawn_cache, tmp_path / "b.html", SilentReporter(), images=None, count=1)
+    assert without.images == 1
+    with pytest.raises(ConfigError, match="--count 0: give 1 or more"):
+        run_view(drawn_cache, page, SilentReporter(), images=None, count=0)
+    with pytest.raises(CacheError, match="does not exist"):
+        run_view(tmp_path / "absent", page, SilentReporter(), images=None, count=1)

@@ -1,0 +1,96 @@
+"""ONNX files give what torch gives, to what float32 can tell apart."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from mfdetr_pipelines.export import ExportConfig, run_export
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import live_image
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import ConfigError, HeadError
+from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.protocols import SilentReporter
+from tests.pipelines.test_train_head import small_recipe
+
+# float32 has 24 bits; a graph of some hundred operations, each rounding once, stays within some
+# hundred times 2^-24 of the largest value, and an operation done in another way shows at 1e-3.
+TOLERANCE = 500 * 2**-24
+
+
+def trained(cache: Path, out: Path, **settings: Any) -> Path:
+    recipe = small_recipe("paper", steps=2, **settings)
+    run_train_head(TrainHeadConfig(cache, out, recipe), SilentReporter())
+    return out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mask_scoring": "false", "use_c1": "false", "query_o2o": "true"},
+        {"image_block": "swin", "box_block": "swin"},
+        {"image_block": "convnext", "box_block": "convnext", "mask_predictor": "segmenter"},
+    ],
+    ids=["paper", "plain", "swin", "convnext"],
+)
+def test_a_head_of_any_kind_and_number_of_regions(
+    tmp_path: Path, drawn_cache: Path, settings: dict[str, str]
+) -> None:
+    head = trained(drawn_cache, tmp_path / "head", **settings)
+    config = ExportConfig(head, tmp_path / "head.onnx", input_hw=(160, 160))
+    summary = run_export(config, SilentReporter())
+    assert summary.largest_difference < TOLERANCE
+    assert summary.inputs["boxes_xyxy"] == ["regions", "4"]
+    assert summary.outputs["mask_logits"][0] == "regions"
+    assert ("mask_iou" in summary.outputs) == (settings.get("mask_scoring") != "false")
+
+
+def test_detector_and_head_give_the_masks_of_predict(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    head = trained(drawn_cache, tmp_path / "head")
+    config = ExportConfig(head, tmp_path / "model.onnx", weights=str(rtdetr_folder), top_k=10)
+    summary = run_export(config, SilentReporter())
+    assert summary.largest_difference < TOLERANCE
+    detector = load_detector("hf", str(rtdetr_folder))
+    picture = load_image(sorted((scenes_folder / "images").iterdir())[0])
+    pixels = detector.preprocess(picture)[None].numpy()
+    session = onnxruntime.InferenceSession(str(summary.out), providers=["CPUExecutionProvider"])
+    scores, boxes, logits, iou = session.run(None, {"pixel_values": pixels})
+    live = live_image(detector, picture, "", torch.device("cpu"))
+    wanted = predict_masks(
+        load_head(head).head, live, detector.spec, torch.device("cpu"), scoring="class"
+    )
+    best = wanted.detections.class_scores.max()
+    place = np.unravel_index(scores.argmax(), scores.shape)
+    assert scores[place] == pytest.approx(float(best), abs=1e-5)
+    mask = 1 / (1 + np.exp(-logits[place[0]]))
+    reference = wanted.mask_probs[int(wanted.mask_index[0])].numpy()
+    assert np.abs(mask - reference).max() < 1e-3
+    assert boxes.shape == (10, 4)
+    assert iou.shape[0] == 10
+    notes = session.get_modelmeta().custom_metadata_map
+    assert notes["weights_sha256"] == detector.spec.weights_sha256
+
+
+def test_wrong_input_is_named(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HeadError, match="is no trained head"):
+        run_export(ExportConfig(tmp_path, tmp_path / "a.onnx"), SilentReporter())
+    head = trained(drawn_cache, tmp_path / "head")
+    with pytest.raises(ConfigError, match="give --input-size HxW, or --weights"):
+        run_export(ExportConfig(head, tmp_path / "a.onnx"), SilentReporter())
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mfdetr-cache\[onnx\]'"):
+        run_export(ExportConfig(head, tmp_path / "a.onnx"), SilentReporter())
+    assert not (tmp_path / "a.onnx").exists()
