@@ -1,5 +1,6 @@
 """What the documents say is what the code does."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -111,3 +112,31 @@ def test_recipes_of_the_help_exist() -> None:
         check=True,
     )
     assert "fast" in finished.stdout
+
+
+def strings_of_the_code() -> str:
+    """Every text in the code, f-strings with their holes left out."""
+    found = []
+    for folder in ("mfdetr_cache", "pipelines", "cli"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                    found.append("".join(str(p) for p in parts))
+    return "\n".join(found)
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Every quoted message, between its capital placeholders, is a text of the code."""
+    texts = strings_of_the_code()
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    messages = [m for row in rows for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(messages) > 20
+    for message in messages:
+        pieces = re.split(r"'X'|s3://|\b[A-Z][A-Z:]*\b|\[?\.\.\.\]?|\(s\)", message)
+        for piece in (p.strip(" ;:[],.") for p in pieces):
+            if len(piece) > 3:
+                assert piece in texts, f"{message!r}: no message says {piece!r}"
