@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.huggingface.adapter import load_huggingface_detector
-from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
 from mfdetr_cache.detectors.official.architecture import ARCHITECTURES
 from mfdetr_cache.detectors.options import DetectorOptions
@@ -59,10 +59,8 @@ def list_detectors() -> tuple[DetectorListing, ...]:
             name="hf",
             model=family.label,
             weights="folder or hub id",
-            encoder_maps="layer N of the encoder (default 4)"
-            if family.encoder_maps == "layers"
-            else "final maps",
-            c1="backbone stage at stride 4",
+            encoder_maps=ENCODER_MAPS[family.encoder_maps],
+            c1="none: a plain ViT" if family.encoder_maps == "projector" else "backbone, stride 4",
             checked=family.checked,
         )
         for family in FAMILIES.values()

@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import list_detectors, load_detector
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.evaluation.detections import class_probabilities
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import Detector
 from tests.support import detectors
 
@@ -19,6 +22,7 @@ def save_two_stage(folder: Path) -> None:
     detectors.save_deformable_detr(folder, two_stage=True)
 
 
+SINGLE_LEVEL = [("c1", 4), ("backbone8", 8), ("encoder32", 32)]
 FAMILIES: list[tuple[str, Callable[[Path], None], list[tuple[str, int]]]] = [
     (
         "rt_detr",
@@ -50,6 +54,11 @@ FAMILIES: list[tuple[str, Callable[[Path], None], list[tuple[str, int]]]] = [
         save_two_stage,
         [("c1", 4), ("encoder8", 8), ("encoder16", 16), ("encoder32", 32), ("encoder64", 64)],
     ),
+    ("detr", detectors.save_detr, SINGLE_LEVEL),
+    ("conditional_detr", detectors.save_conditional_detr, SINGLE_LEVEL),
+    ("dab-detr", detectors.save_dab_detr, SINGLE_LEVEL),
+    ("lw_detr", detectors.save_lw_detr, [("encoder16", 16)]),
+    ("rf_detr", detectors.save_rf_detr, [("encoder16", 16)]),
 ]
 
 
@@ -65,13 +74,14 @@ def test_every_family_keeps_the_protocol(
     spec = detector.spec
     assert spec.name == f"hf:{model_type}"
     assert [(m.name, m.stride) for m in spec.maps] == maps
-    assert spec.label_names == ("ellipse", "box", "other")
+    nothing = ("no object",) if spec.score_function == "softmax" else ()
+    assert spec.label_names == ("ellipse", "box", "other", *nothing)
     image = Image.effect_noise((130, 90), 60).convert("RGB")
     pixels = detector.preprocess(image)
     geometry = detector.input_geometry((90, 130))
     assert pixels.shape[1:] == geometry.input_hw
     output = detector.forward(pixels[None])
-    assert output.class_logits.shape == (1, spec.num_queries, 3)
+    assert output.class_logits.shape == (1, spec.num_queries, len(spec.label_names))
     assert output.queries.shape == (1, spec.num_queries, spec.query_dim)
     assert output.boxes_cxcywh_norm.min() >= 0
     for m in spec.maps:
@@ -171,5 +181,50 @@ def test_every_family_is_listed() -> None:
         "RT-DETRv2",
         "D-FINE",
         "Deformable DETR",
+        "DETR",
+        "Conditional DETR",
+        "DAB-DETR",
+        "LW-DETR",
+        "RF-DETR",
     }
     assert all(d.checked for d in listed)
+
+
+def test_one_level_encoders_give_the_chosen_layer(tmp_path: Path) -> None:
+    """The last layer is what transformers returns as the encoder's output."""
+    detectors.save_conditional_detr(tmp_path)
+    last = load_detector("hf", str(tmp_path), DetectorOptions(encoder_layer=5))
+    fourth = load_detector("hf", str(tmp_path))
+    assert fourth.spec.settings["encoder_layer"] == 4
+    pixels = last.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
+    model = last.model  # type: ignore[attr-defined]
+    whole = model.model(pixels, pixel_mask=torch.ones_like(pixels[:, 0], dtype=torch.long))
+    found = last.forward(pixels).maps["encoder32"]
+    encoded = model.model.encoder
+    kept: list[torch.Tensor] = []
+    encoded.register_forward_hook(lambda _m, _a, output: kept.append(output[0]))
+    last.forward(pixels)
+    assert torch.equal(found.flatten(2).transpose(1, 2), kept[0])
+    assert not torch.equal(found, fourth.forward(pixels).maps["encoder32"])
+    assert torch.equal(whole.last_hidden_state, last.forward(pixels).queries)
+
+
+def test_a_softmax_detector_never_finds_nothing(tmp_path: Path) -> None:
+    """DETR's last class is no object: it takes probability and is no label."""
+    detectors.save_detr(tmp_path)
+    detector = load_detector("hf", str(tmp_path))
+    pixels = detector.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
+    logits = detector.forward(pixels).class_logits
+    scores = class_probabilities(logits, detector.spec)
+    assert scores.shape[-1] == len(detector.spec.label_names) - 1
+    assert (scores.sum(-1) < 1).all()
+
+
+def test_a_patch_of_14_pixels_is_a_stride_of_14(tmp_path: Path) -> None:
+    detectors.save_rf_detr(tmp_path, patch=14, side=112)
+    detector = load_detector("hf", str(tmp_path))
+    (only,) = detector.spec.maps
+    assert (only.name, only.stride) == ("encoder14", 14)
+    head = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), detector.spec)
+    assert head.fused_stride == 14
+    assert head.c1 is None

@@ -1,18 +1,31 @@
 """Small detectors with random weights, saved as a user would have them on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    DabDetrConfig,
+    DabDetrForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     DeformableDetrImageProcessor,
     Deimv2Config,
     Deimv2ForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
     DFineConfig,
     DFineForObjectDetection,
     HGNetV2Config,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
     ResNetConfig,
+    RfDetrConfig,
+    RfDetrForObjectDetection,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
@@ -20,6 +33,7 @@ from transformers import (
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
 LABELS = {0: "ellipse", 1: "box", 2: "other"}
 _SMALL = {
@@ -150,6 +164,116 @@ def save_deimv2(folder: Path) -> None:
     _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(96).save_pretrained(folder)
+
+
+def _plain_resnet() -> ResNetConfig:
+    return ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+
+
+def _save_single_level(folder: Path, config_class: Any, model_class: Any) -> None:
+    """DETR and its nearest descendants: one level at stride 32."""
+    torch.manual_seed(0)
+    width = "hidden_size" if config_class is DabDetrConfig else "d_model"
+    config = config_class(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=_plain_resnet(),
+        encoder_layers=5,
+        decoder_layers=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=20,
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+        **{width: 32},
+    )
+    model = model_class(config)
+    _enliven(model)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 96, "longest_edge": 160}
+    DetrImageProcessor(size=size).save_pretrained(folder)
+
+
+def save_detr(folder: Path) -> None:
+    _save_single_level(folder, DetrConfig, DetrForObjectDetection)
+
+
+def save_conditional_detr(folder: Path) -> None:
+    _save_single_level(folder, ConditionalDetrConfig, ConditionalDetrForObjectDetection)
+
+
+def save_dab_detr(folder: Path) -> None:
+    _save_single_level(folder, DabDetrConfig, DabDetrForObjectDetection)
+
+
+def save_lw_detr(folder: Path) -> None:
+    torch.manual_seed(0)
+    backbone = LwDetrViTConfig(
+        image_size=96,
+        pretrain_image_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        window_block_indices=[0],
+        out_indices=[0, 1],
+        num_windows=4,
+    )
+    config = LwDetrConfig(
+        backbone_config=backbone,
+        projector_scale_factors=[1.0],
+        d_model=32,
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=4,
+        num_queries=20,
+        group_detr=1,
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+    )
+    model = LwDetrForObjectDetection(config)
+    _enliven(model)
+    model.save_pretrained(folder)
+    _fixed_processor(96).save_pretrained(folder)
+
+
+def save_rf_detr(folder: Path, patch: int = 16, side: int = 96) -> None:
+    torch.manual_seed(0)
+    backbone = RfDetrDinov2Config(
+        image_size=side,
+        patch_size=patch,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        out_indices=[1, 2],
+        num_windows=1,
+    )
+    config = RfDetrConfig(
+        backbone_config=backbone,
+        projector_scale_factors=[1.0],
+        d_model=32,
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=4,
+        num_queries=20,
+        group_detr=1,
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+    )
+    model = RfDetrForObjectDetection(config)
+    _enliven(model)
+    model.save_pretrained(folder)
+    _fixed_processor(side).save_pretrained(folder)
 
 
 def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:

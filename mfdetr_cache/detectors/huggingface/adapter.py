@@ -59,7 +59,8 @@ class HuggingFaceDetector(nn.Module):
         self._stage_maps: dict[int, Tensor] = {}
         self._layer_tokens: Tensor | None = None
         self._level_sizes: list[tuple[int, int]] = []
-        self._encoder_layer = self._hook_encoder() if family.encoder_maps == "layers" else None
+        self._projected: list[Tensor] = []
+        self._encoder_layer = self._hook_encoder()
         self._hook_backbone()
         self._map_keys: list[tuple[MapSpec, str, int]] = []
         self._spec = self._probe()
@@ -124,6 +125,7 @@ class HuggingFaceDetector(nn.Module):
             )
         self._stage_maps = {}
         self._layer_tokens = None
+        self._projected = []
         return DetectorOutput(logits, boxes, queries, maps)
 
     def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:
@@ -138,7 +140,12 @@ class HuggingFaceDetector(nn.Module):
         outputs = self.model(pixel_values, **arguments)
         if self._family.encoder_maps == "outputs":
             return outputs, list(outputs.encoder_last_hidden_state)
+        if self._family.encoder_maps == "projector":
+            return outputs, self._projected
         assert self._layer_tokens is not None
+        if self._family.encoder_maps == "tokens":
+            last = self._stage_maps[max(self._stage_maps)]
+            self._level_sizes = [(int(last.shape[-2]), int(last.shape[-1]))]
         return outputs, tokens_to_maps(self._layer_tokens, self._level_sizes)
 
     def _hook_backbone(self) -> None:
@@ -151,8 +158,19 @@ class HuggingFaceDetector(nn.Module):
         for index, stage in enumerate(backbone_stages(self._family.backbone(self.model))):
             stage.register_forward_hook(keep(index))
 
-    def _hook_encoder(self) -> int:
-        encoder: Any = self.model.model.encoder  # type: ignore[union-attr]
+    def _hook_encoder(self) -> int | None:
+        """Collect what stands for the encoder; the layer, where it has layers."""
+        inner: Any = self.model.model
+        if self._family.encoder_maps == "projector":
+
+            def keep_projected(_module: nn.Module, _args: object, output: object) -> None:
+                several = isinstance(output, (tuple, list))
+                self._projected = list(output) if several else [first_tensor(output)]  # type: ignore[call-overload]
+
+            inner.backbone.projector.register_forward_hook(keep_projected)
+        if self._family.encoder_maps in ("outputs", "projector"):
+            return None
+        encoder = inner.encoder
         count = len(encoder.layers)
         layer = self._options.encoder_layer or min(4, count)
         if not 1 <= layer <= count:
@@ -164,7 +182,8 @@ class HuggingFaceDetector(nn.Module):
         def keep_tokens(_module: nn.Module, _args: object, output: object) -> None:
             self._layer_tokens = first_tensor(output)
 
-        encoder.register_forward_pre_hook(keep_sizes, with_kwargs=True)
+        if self._family.encoder_maps == "layers":
+            encoder.register_forward_pre_hook(keep_sizes, with_kwargs=True)
         encoder.layers[layer - 1].register_forward_hook(keep_tokens)
         return layer
 
@@ -182,6 +201,8 @@ class HuggingFaceDetector(nn.Module):
             raise DetectorError(f"--num-queries {kept}: this detector has 1 to {num_queries}")
         names = {int(i): str(name) for i, name in config.id2label.items()}
         num_labels = int(outputs.logits.shape[-1])
+        if self._family.score_function == "softmax":
+            names[num_labels - 1] = "no object"
         embed = getattr(self.model.model, "level_embed", None)
         settings: dict[str, object] = {
             "transformers_class": type(self.model).__name__,
@@ -197,7 +218,7 @@ class HuggingFaceDetector(nn.Module):
             num_queries=kept,
             query_dim=int(outputs.last_hidden_state.shape[-1]),
             num_labels=num_labels,
-            score_function="sigmoid",
+            score_function=self._family.score_function,
             label_names=tuple(names.get(i, f"LABEL_{i}") for i in range(num_labels)),
             maps=tuple(spec for spec, _, _ in self._map_keys),
             encoder_level_embed=tuple(map(tuple, embed.tolist())) if embed is not None else None,
@@ -209,9 +230,15 @@ class HuggingFaceDetector(nn.Module):
         self, encoder_maps: list[Tensor], height: int
     ) -> list[tuple[MapSpec, str, int]]:
         def stride_of(feature: Tensor) -> int:
-            return 1 << round(math.log2(height / feature.shape[-2]))
+            ratio = height / feature.shape[-2]
+            # A ViT's patches divide its input; strided convolutions round, but halve each time.
+            if self._family.encoder_maps == "projector":
+                return round(ratio)
+            return 1 << round(math.log2(ratio))
 
         layer = f"encoder layer {self._encoder_layer}" if self._encoder_layer else "encoder output"
+        if self._family.encoder_maps == "projector":
+            layer = "projector"
         chosen: list[tuple[MapSpec, str, int]] = []
         for index, feature in enumerate(encoder_maps):
             stride = stride_of(feature)

@@ -8,6 +8,14 @@ from torch import Tensor, nn
 
 from mfdetr_cache.detectors.huggingface.deimv2 import restore_original_deimv2
 
+EncoderMaps = Literal["outputs", "layers", "tokens", "projector"]
+ENCODER_MAPS: dict[EncoderMaps, str] = {
+    "outputs": "final maps",
+    "layers": "layer N of the encoder (default 4)",
+    "tokens": "one level at stride 32, layer N (default 4)",
+    "projector": "the projector's maps",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -17,21 +25,25 @@ class Family:
         model_type: ``config.model_type``.
         label: Its name for people.
         encoder_maps: ``outputs`` when the forward returns the final maps as a list, ``layers``
-            when the encoder is a stack of transformer layers over flattened levels.
+            when the encoder is a stack of transformer layers over flattened levels, ``tokens``
+            when it is such a stack over the backbone's last map alone, ``projector`` when a plain
+            ViT's projector takes the encoder's place.
         backbone: The backbone module inside the model.
         correct: Changes a loaded model to compute what its authors' code computes; None if it
             already does.
         takes_mask: Whether padding is respected (else the input has one fixed size).
         checked: Against what the numbers were checked.
+        score_function: ``softmax`` where the last class is "no object".
     """
 
     model_type: str
     label: str
-    encoder_maps: Literal["outputs", "layers"]
+    encoder_maps: EncoderMaps
     backbone: Callable[[nn.Module], nn.Module]
     correct: Callable[[nn.Module], None] | None
     takes_mask: bool
     checked: str
+    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
 
 
 def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
@@ -41,6 +53,16 @@ def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
 
 def _plain_backbone(model: Any) -> nn.Module:  # noqa: ANN401
     backbone: nn.Module = model.model.backbone.model
+    return backbone
+
+
+def _dab_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+    backbone: nn.Module = model.model.backbone.conv_encoder.model
+    return backbone
+
+
+def _vit_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+    backbone: nn.Module = model.model.backbone.backbone
     return backbone
 
 
@@ -91,6 +113,52 @@ FAMILIES: dict[str, Family] = {
             None,
             takes_mask=True,
             checked="this package's Deformable DETR: 1e-4 in logits, 1e-5 in boxes",
+        ),
+        Family(
+            "detr",
+            "DETR",
+            "tokens",
+            _plain_backbone,
+            None,
+            takes_mask=True,
+            checked="random weights only",
+            score_function="softmax",
+        ),
+        Family(
+            "conditional_detr",
+            "Conditional DETR",
+            "tokens",
+            _plain_backbone,
+            None,
+            takes_mask=True,
+            checked="random weights only",
+        ),
+        Family(
+            "dab-detr",
+            "DAB-DETR",
+            "tokens",
+            _dab_backbone,
+            None,
+            takes_mask=True,
+            checked="random weights only",
+        ),
+        Family(
+            "lw_detr",
+            "LW-DETR",
+            "projector",
+            _vit_backbone,
+            None,
+            takes_mask=False,
+            checked="random weights only",
+        ),
+        Family(
+            "rf_detr",
+            "RF-DETR",
+            "projector",
+            _vit_backbone,
+            None,
+            takes_mask=False,
+            checked="random weights only",
         ),
     )
 }
