@@ -239,19 +239,67 @@ def paste_mask_in_image(
     Returns:
         The mask, shape (height, width); empty when no pixel centre is in the box.
     """
+    mask = np.zeros(size_hw, dtype=np.bool_)
+    rows, columns, inside = _paste(mask_probs, box_xyxy, size_hw, threshold)
+    mask[rows, columns] = inside
+    return mask
+
+
+def run_lengths_in_box(
+    mask_probs: NDArray[np.float32],
+    box_xyxy: NDArray[np.float64],
+    size_hw: tuple[int, int],
+    threshold: float = 0.5,
+) -> RunLengths:
+    """What :func:`paste_mask_in_image` gives, as run lengths and without a bitmap of the image.
+
+    The cost is that of the box, not of the image.
+
+    Args:
+        mask_probs: Probabilities, shape (r, r).
+        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
+        size_hw: Height and width of the image in pixels.
+        threshold: Probability from which on a pixel is inside.
+
+    Returns:
+        Run lengths of the whole image, column by column, beginning with background.
+    """
+    height, width = size_hw
+    rows, columns, inside = _paste(mask_probs, box_xyxy, size_hw, threshold)
+    bounds = [0, height * width]
+    if inside.any():
+        # Per column, the rows at which the mask begins or ends; a column ends what it began.
+        edges = np.zeros((inside.shape[1], inside.shape[0] + 1), dtype=np.int8)
+        edges[:, :-1] = inside.T
+        edges[:, 1:] -= inside.T.astype(np.int8)
+        column, row = np.nonzero(edges)
+        places = (column + columns.start) * height + row + rows.start
+        # A run that reaches the bottom and one that begins at the top of the next column are one.
+        same = np.flatnonzero(places[1:] == places[:-1])
+        places = np.delete(places, np.concatenate((same, same + 1)))
+        bounds = [0, *places.tolist(), height * width]
+    runs = np.diff(bounds).astype(np.uint32)
+    return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
+
+
+def _paste(
+    mask_probs: NDArray[np.float32],
+    box_xyxy: NDArray[np.float64],
+    size_hw: tuple[int, int],
+    threshold: float,
+) -> tuple[slice, slice, NDArray[np.bool_]]:
+    """Rows and columns of the image that a box covers, and which of its pixels are inside."""
     height, width = size_hw
     x0, y0, x1, y1 = (float(v) for v in box_xyxy)
-    mask = np.zeros(size_hw, dtype=np.bool_)
     rows, row_low, row_high, row_weight = _interpolation(y0, y1, height, mask_probs.shape[0])
-    cols, col_low, col_high, col_weight = _interpolation(x0, x1, width, mask_probs.shape[1])
-    if rows.stop <= rows.start or cols.stop <= cols.start:
-        return mask
+    columns, col_low, col_high, col_weight = _interpolation(x0, x1, width, mask_probs.shape[1])
+    if rows.stop <= rows.start or columns.stop <= columns.start:
+        return slice(0, 0), slice(0, 0), np.zeros((0, 0), dtype=np.bool_)
     down = (
         mask_probs[row_low] * (1 - row_weight)[:, None] + mask_probs[row_high] * row_weight[:, None]
     )
     full = down[:, col_low] * (1 - col_weight) + down[:, col_high] * col_weight
-    mask[rows, cols] = full >= threshold
-    return mask
+    return rows, columns, full >= threshold
 
 
 def _interpolation(

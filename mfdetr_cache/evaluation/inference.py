@@ -14,7 +14,7 @@ from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.masks import encode_mask, paste_mask_in_image
+from mfdetr_cache.masks import compress_run_lengths, run_lengths_in_box
 from mfdetr_cache.types import CachedImage, DetectorSpec
 
 # The final score of a mask: class score times predicted IoU (Eq. 13), times mean probability inside
@@ -96,7 +96,7 @@ def predict_masks(
 def masks_in_image(
     prediction: MaskPrediction, original_hw: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """The mask of every detection at the original size, as COCO RLE; one bitmap at a time.
+    """The mask of every detection at the original size, as COCO RLE; no bitmap is made.
 
     Args:
         prediction: From :func:`predict_masks`.
@@ -108,7 +108,7 @@ def masks_in_image(
     probs = prediction.mask_probs.numpy()
     boxes = prediction.boxes_xyxy.double().numpy()
     rles = [
-        encode_mask(paste_mask_in_image(mask, box, original_hw))
+        compress_run_lengths(run_lengths_in_box(mask, box, original_hw), original_hw)
         for mask, box in zip(probs, boxes, strict=True)
     ]
     return [rles[int(i)] for i in prediction.mask_index]

@@ -10,6 +10,7 @@ from mfdetr_cache.masks import (
     encode_mask,
     paste_mask_in_image,
     rasterise_in_box,
+    run_lengths_in_box,
     run_lengths_of_segmentation,
     sample_run_lengths,
 )
@@ -125,3 +126,21 @@ def test_pasting_equals_bilinear_interpolation_pixel_by_pixel(seed: int) -> None
 def test_boxes_without_a_pixel_give_an_empty_mask(box: tuple[float, ...]) -> None:
     pasted = paste_mask_in_image(np.ones((4, 4), dtype=np.float32), np.array(box), (20, 20))
     assert not pasted.any()
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    corners=st.tuples(*[st.floats(-10, 50)] * 4),
+    seed=st.integers(0, 2**16),
+    share=st.floats(0.05, 2),
+)
+def test_run_lengths_in_a_box_are_those_of_the_pasted_bitmap(
+    size: tuple[int, int], corners: tuple[float, ...], seed: int, share: float
+) -> None:
+    """Boxes inside, across and outside the border; full, empty and speckled masks."""
+    x0, x1 = sorted(corners[:2])
+    y0, y1 = sorted(corners[2:])
+    box = np.array([x0, y0, x1, y1])
+    probs = (np.random.default_rng(seed).random((8, 8)) ** share).astype(np.float32)
+    wanted = encode_mask(paste_mask_in_image(probs, box, size))
+    assert compress_run_lengths(run_lengths_in_box(probs, box, size), size) == wanted
