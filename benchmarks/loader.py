@@ -1,0 +1,70 @@
+"""The training loader alone against reading and decoding the same chunks by hand.
+
+python benchmarks/loader.py [--cache DIR] [--images 64] [--threads 2]
+
+Without --cache, a made-up one in the geometry of H-DETR R50.
+"""
+
+import argparse
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from geometry import made_cache
+from mfdetr_pipelines.recipes import build_recipe
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.shards import decompress
+from mfdetr_cache.training.batches import TrainSample, read_ahead
+from mfdetr_cache.training.regions import build_regions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    recipe = build_recipe("paper", {})
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.cache or made_cache(Path(scratch) / "a.zarr", "int8", images=12)
+        cache = FeatureCache.open(path)
+        order = np.random.default_rng(0).permutation(options.images) % len(cache)
+        rows = [cache.rows[int(i)] for i in order]
+        ranges = {row: cache.base.byte_ranges(row) for row in set(rows)}
+
+        def load(row: int, step: int) -> TrainSample:
+            image = cache.read(row)
+            random = np.random.default_rng((step, row))
+            return TrainSample(image, build_regions(image, recipe.train, 32, random))
+
+        def floor(row: int) -> None:
+            for found in ranges[row]:
+                data = memoryview(
+                    found.storage.read_ranges(found.key, [(found.offset, found.size)])[0]
+                )
+                for start, size in found.chunks:
+                    decompress(data[start : start + size])
+
+        best = {"loader": float("inf"), "floor": float("inf")}
+        for _ in range(3):
+            started = time.perf_counter()
+            steps = range(len(rows))
+            for _batch in read_ahead(load, lambda step: [rows[step]], steps, options.threads):
+                pass
+            best["loader"] = min(best["loader"], time.perf_counter() - started)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(options.threads) as pool:
+                list(pool.map(floor, rows))
+            best["floor"] = min(best["floor"], time.perf_counter() - started)
+    print(
+        f"{len(rows)} images, {options.threads} threads: loader with matching and targets "
+        f"{len(rows) / best['loader']:.1f} images/s, read and decode alone "
+        f"{len(rows) / best['floor']:.1f}, ratio {best['floor'] / best['loader']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Eight heads over one read against eight runs of one head.
+
+python benchmarks/side_by_side.py [--cache DIR] [--heads 8] [--steps 4] [--recipe fast]
+
+Without --cache, a made-up one in the geometry of H-DETR R50.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from geometry import made_cache
+from mfdetr_pipelines.recipes import Recipe, build_recipe
+from mfdetr_pipelines.training_loop import Run, TrainingLoop
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.memory import keep_freed_memory
+
+
+def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) -> float:
+    runs = [
+        Run(build_learner(r.train, lambda r=r: MaskHead(r.head, cache.spec), device))  # type: ignore[misc]
+        for r in recipes
+    ]
+    loop = TrainingLoop(cache, runs, device, SilentReporter())
+    loop.run(until=1)
+    started = time.perf_counter()
+    loop.run()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    keep_freed_memory()
+    device = torch.device(options.device)
+    settings = {"steps": str(options.steps + 1), "batch_size": str(options.batch)}
+    # Widths differ, so that these are eight heads and not one.
+    recipes = [
+        build_recipe(options.recipe, {**settings, "hidden_dim": str(16 + 8 * i)})
+        for i in range(options.heads)
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.cache or made_cache(Path(scratch) / "a.zarr", "int8", images=8)
+        cache = FeatureCache.open(path)
+        together = seconds(cache, recipes, device)
+        alone = [seconds(cache, [r], device) for r in recipes]
+    print(
+        f"{options.heads} heads, {options.steps} steps of {options.batch}: over one read "
+        f"{together:.1f} s, one after the other {sum(alone):.1f} s, ratio "
+        f"{sum(alone) / together:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
