@@ -18,7 +18,7 @@ from mfdetr_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mfdetr_pipelines.ablation_rows import AblationRow
+    from mfdetr_pipelines.ablation_rows import AblationRow, Baseline
 
 
 def ablate(
@@ -36,6 +36,13 @@ def ablate(
     val_cache: Annotated[str | None, typer.Option(help="Cache of the split to measure on.")] = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("ablation"),
     seeds: Annotated[int, typer.Option(help="Train every row with seeds 0 to N - 1.")] = 1,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="A row without a head: box, ellipse, oracle or sam; repeatable."),
+    ] = None,
+    sam_weights: Annotated[
+        str | None, typer.Option(help="SAM, SAM 2 or HQ-SAM of transformers, for --baseline sam.")
+    ] = None,
     label_fraction: Annotated[
         list[float] | None,
         typer.Option(help="Train every row on the masks of this part of the images; repeatable."),
@@ -79,10 +86,12 @@ def ablate(
     from mfdetr_pipelines.ablate import AblateConfig, run_ablate
     from mfdetr_pipelines.ablation_pictures import sample_strips
     from mfdetr_pipelines.ablation_report import COLUMNS, report_cells, write_report
-    from mfdetr_pipelines.ablation_rows import label_fraction_rows, with_settings
+    from mfdetr_pipelines.ablation_rows import baseline_rows, label_fraction_rows, with_settings
+    from mfdetr_pipelines.baselines import SamSource
     from mfdetr_pipelines.cluster import Cluster
 
     title, needs, rows = _rows(file, table, recipe or [])
+    rows = (*rows, *baseline_rows(_baselines(baseline or [])))
     head, train = split_settings(parse_assignments(set_ or []))
     if max_steps is not None:
         train["steps"] = max_steps
@@ -100,9 +109,9 @@ def ablate(
         raise ConfigError("ablate trains from --cache and measures on --val-cache; give both")
     training = storage_at(cache, local_cache, local_cache_size)
     measured = storage_at(val_cache, local_cache, local_cache_size)
-    config = AblateConfig(
-        rows, training, measured, out, seeds, None, device, engine, Cluster(address, workers)
-    )
+    sam = SamSource(sam_weights, images) if sam_weights and images else None
+    cluster = Cluster(address, workers)
+    config = AblateConfig(rows, training, measured, out, seeds, None, device, engine, cluster, sam)
     results = run_ablate(config, ConsoleReporter())
     strips = [] if images is None else sample_strips(config, results, images)
     files = write_report(out, title, results, strips)
@@ -113,6 +122,16 @@ def ablate(
             typer.echo(f"{result.plan.row.name}: {result.problem}")
     print_facts("Written", {p.suffix[1:]: str(p) for p in files})
     write_json(json, {"table": table, "title": title, "rows": [r.to_dict() for r in results]})
+
+
+def _baselines(names: list[str]) -> "list[Baseline]":
+    """The baselines asked for, checked."""
+    from mfdetr_pipelines.ablation_rows import BASELINES
+
+    for name in names:
+        if name not in BASELINES:
+            raise ConfigError(f"--baseline {name}: unknown; use {', '.join(BASELINES)}")
+    return names  # type: ignore[return-value]
 
 
 def _rows(

@@ -30,6 +30,26 @@ def box_masks(detections: Detections, original_hw: tuple[int, int]) -> list[dict
     return [encode_mask(_pixels_in_box(box, original_hw, slack=0.0)) for box in boxes]
 
 
+def ellipse_masks(detections: Detections, original_hw: tuple[int, int]) -> list[dict[str, Any]]:
+    """The ellipse inscribed in the box as mask.
+
+    Args:
+        detections: Detections of one image.
+        original_hw: Height and width of the image in pixels.
+
+    Returns:
+        COCO RLE of each detection: the pixels whose centre is in the ellipse.
+    """
+    x = np.arange(original_hw[1]) + 0.5
+    y = np.arange(original_hw[0]) + 0.5
+    rles = []
+    for x0, y0, x1, y1 in detections.boxes_xyxy.tolist():
+        across = (2 * x - x0 - x1) / max(x1 - x0, 1e-9)
+        down = (2 * y - y0 - y1) / max(y1 - y0, 1e-9)
+        rles.append(encode_mask(across[None] ** 2 + down[:, None] ** 2 <= 1))
+    return rles
+
+
 def oracle_masks(
     detections: Detections,
     truth: GroundTruth,

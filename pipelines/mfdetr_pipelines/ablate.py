@@ -27,6 +27,7 @@ from mfdetr_cache.protocols import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_pipelines.ablation_rows import AblationRow, RowPlan, plan_rows
+from mfdetr_pipelines.baselines import SamSource, measure_baseline
 from mfdetr_pipelines.cluster import Cluster
 from mfdetr_pipelines.evaluate import ground_truth_of, json_results, measure
 from mfdetr_pipelines.ray_engine import on_cluster
@@ -120,6 +121,7 @@ class AblateConfig:
         device: Where to train.
         engine: Here, or groups of heads as tasks on a Ray cluster whose nodes share the folders.
         cluster: Which cluster.
+        sam: Weights and images for the baseline ``sam``.
     """
 
     rows: tuple[AblationRow, ...]
@@ -131,6 +133,7 @@ class AblateConfig:
     device: str = "cpu"
     engine: Literal["local", "ray"] = "local"
     cluster: Cluster = field(default_factory=Cluster)
+    sam: SamSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,7 @@ def seconds_per_step(
     found = {}
     for plan in plans:
         recipe = plan.row.recipe
-        if plan.problem or _is_training_free(recipe, cache):
+        if plan.problem or plan.row.baseline or _is_training_free(recipe, cache):
             continue
         device = training_device(device_name, recipe.train.amp)
         steps = 1 + _TIMED_STEPS
@@ -293,6 +296,7 @@ def _job(
         "train": to_dict(train),
         "cache": cache.cache_id,
         "val_cache": validation.cache_id,
+        "baseline": plan.row.baseline,
     }
     return _Job(plan, recipe, folder_of(config, plan.row, seed), identity)
 
@@ -352,7 +356,7 @@ def _train_together(
     device = torch_device(config.device)
     for number, job in enumerate(jobs):
         try:
-            if not _is_training_free(job.recipe, cache):
+            if not job.plan.row.baseline and not _is_training_free(job.recipe, cache):
                 runs[number] = _start(config, job, cache)
         except MfdetrError as error:
             problems[job.plan.row.name] = str(error)
@@ -367,7 +371,13 @@ def _train_together(
         if run is not None and run.problem is not None:
             problems[name] = str(run.problem)
             continue
-        _measure(job, run, cache, validation, device, reporter)
+        try:
+            if job.plan.row.baseline:
+                _measure_baseline(config, job, validation, device, reporter)
+            else:
+                _measure(job, run, cache, validation, device, reporter)
+        except MfdetrError as error:
+            problems[name] = str(error)
     return problems
 
 
@@ -404,15 +414,29 @@ def _measure(
         speed = run.learner.images / max(seconds, 1e-9)
         trained = {"train_seconds": seconds, "images_per_second": speed}
     measured, masks = measure(validation, head.to(device), device, reporter, baselines=False)
-    write_atomically(job.folder / MASKS_FILE, gzip.compress(json_results(masks), 1, mtime=0))
     head_ms = 1000 * measured.latency["head"].median
-    result = {
-        **trained,
-        "head_ms": head_ms,
-        "mask": measured.mask.to_dict(),
-        "identity": job.identity,
-    }
-    write_atomically(job.folder / RESULT_FILE, json.dumps(result, indent=2).encode())
+    _write_result(job, {**trained, "head_ms": head_ms, "mask": measured.mask.to_dict()}, masks)
+
+
+def _measure_baseline(
+    config: AblateConfig,
+    job: _Job,
+    validation: FeatureCache,
+    device: torch.device,
+    reporter: Reporter,
+) -> None:
+    baseline = job.plan.row.baseline
+    assert baseline
+    metrics, masks = measure_baseline(validation, baseline, reporter, sam=config.sam, device=device)
+    nothing = {"train_seconds": 0.0, "images_per_second": 0.0, "head_ms": 0.0}
+    _write_result(job, {**nothing, "mask": metrics.to_dict()}, masks)
+
+
+def _write_result(job: _Job, result: dict[str, Any], masks: Sequence[Result]) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.folder / MASKS_FILE, gzip.compress(json_results(masks), 1, mtime=0))
+    document = {**result, "identity": job.identity}
+    write_atomically(job.folder / RESULT_FILE, json.dumps(document, indent=2).encode())
 
 
 def _is_training_free(recipe: Recipe, cache: FeatureCache) -> bool:

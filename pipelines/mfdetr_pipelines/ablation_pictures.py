@@ -38,7 +38,11 @@ def sample_strips(
         JPEG data URLs, one per image.
     """
     validation = FeatureCache.open(config.val_cache)
-    heads = [(r.plan.row.name, _head(config, r, validation)) for r in results if r.seeds]
+    heads = [
+        (r.plan.row.name, _head(config, r, validation))
+        for r in results
+        if r.seeds and not r.plan.row.baseline
+    ]
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation)
     chosen = rows[:: max(1, len(rows) // count)][:count]

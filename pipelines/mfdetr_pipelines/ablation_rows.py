@@ -4,13 +4,21 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.head.cost import HeadCost, hdetr_r50_spec, head_cost
 from mfdetr_cache.types import DetectorSpec
 from mfdetr_pipelines.paper_tables import PaperRow, PaperTable
 from mfdetr_pipelines.recipes import Recipe, build_recipe
+
+Baseline = Literal["box", "ellipse", "oracle", "sam"]
+BASELINES: dict[Baseline, str] = {
+    "box": "box as mask",
+    "ellipse": "ellipse in the box",
+    "oracle": "annotated mask in the box",
+    "sam": "SAM, prompted with the boxes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +30,14 @@ class AblationRow:
         recipe: Head and training.
         paper: The paper's row, where it is one.
         note: What had to be changed to fit the detector; empty if nothing.
+        baseline: Masks that need no head of ours, in place of a training; empty for a head.
     """
 
     name: str
     recipe: Recipe
     paper: PaperRow | None = None
     note: str = ""
+    baseline: Baseline | Literal[""] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,9 @@ def plan_rows(rows: Sequence[AblationRow], spec: DetectorSpec | None = None) -> 
     """
     plans = []
     for row in rows:
+        if row.baseline:
+            plans.append(RowPlan(row, None))
+            continue
         fitted = row if spec is None else fit_row(row, spec)
         try:
             cost = head_cost(fitted.recipe.head, spec or hdetr_r50_spec())
@@ -136,6 +149,20 @@ def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
         note = f"neck added: C1 has {c1} channels, the encoder {width}"
         return replace(row, recipe=recipe, note=note)
     return row
+
+
+def baseline_rows(names: Sequence[Baseline]) -> tuple[AblationRow, ...]:
+    """Rows of masks that need no head.
+
+    Args:
+        names: Which.
+
+    Returns:
+        One row each.
+    """
+    return tuple(
+        AblationRow(BASELINES[name], build_recipe("fast", {}), baseline=name) for name in names
+    )
 
 
 def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
@@ -195,6 +222,9 @@ def label_fraction_rows(
     """
     made = []
     for row in rows:
+        if row.baseline:
+            made.append(row)
+            continue
         for fraction in fractions:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"--label-fraction {fraction}: give a number above 0, up to 1")

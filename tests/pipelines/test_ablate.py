@@ -5,25 +5,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from mfdetr_pipelines.ablate import AblateConfig, run_ablate, seconds_per_step
 from mfdetr_pipelines.ablation_pictures import sample_strips
 from mfdetr_pipelines.ablation_report import write_report
 from mfdetr_pipelines.ablation_rows import (
     AblationRow,
+    baseline_rows,
     label_fraction_rows,
     plan_rows,
     rows_of_file,
     rows_of_table,
     with_settings,
 )
+from mfdetr_pipelines.baselines import SamSource
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.paper_tables import PAPER_TABLES, paper_table
 from mfdetr_pipelines.recipes import build_recipe
 from mfdetr_pipelines.training_loop import TrainingLoop, trainable_rows
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import ConfigError, StoppedError
+from mfdetr_cache.evaluation.baselines import ellipse_masks
+from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.protocols import SilentReporter
 
 SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
@@ -189,3 +197,72 @@ def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "rows/with-scoring/seed-0/result.json").write_text("{")
     results = run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
     assert "result.json is damaged" in results[0].problem
+
+
+def save_sam(folder: Path) -> None:
+    """A SAM with random weights, small enough to run in a test."""
+    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
+
+    torch.manual_seed(0)
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "mlp_dim": 16,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 8,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16},
+        mask_decoder_config={
+            "hidden_size": 16,
+            "mlp_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+    )
+    SamModel(config).save_pretrained(folder)
+    sizes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    SamProcessor(SamImageProcessor(**sizes)).save_pretrained(folder)
+
+
+def test_baselines_are_rows_on_the_same_detections(
+    drawn_cache: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    save_sam(tmp_path / "sam")
+    chosen = baseline_rows(("box", "ellipse", "oracle", "sam"))
+    sam = SamSource(str(tmp_path / "sam"), scenes_folder / "images")
+    results = run_ablate(
+        config(drawn_cache, tmp_path / "a", rows=chosen, seeds=1, sam=sam), SilentReporter()
+    )
+    assert [r.problem for r in results] == [""] * 4
+    found = dict(zip(("box", "ellipse", "oracle", "sam"), (r.mean() for r in results), strict=True))
+    head = build_recipe("fast", {**SMALL, "batch_size": "4"})
+    other = config(drawn_cache, tmp_path / "b", rows=(AblationRow("h", head),), seeds=1)
+    run_ablate(other, SilentReporter())
+    evaluated = run_evaluate(
+        EvaluateConfig(drawn_cache, tmp_path / "b/rows/h/seed-0"), SilentReporter()
+    )
+    assert evaluated.floor is not None
+    assert evaluated.ceiling is not None
+    assert found["box"] == evaluated.floor.AP
+    assert found["oracle"] == evaluated.ceiling.AP
+    assert all(f is not None and 0 <= f <= 1 for f in found.values())
+    write_report(tmp_path, "baselines", results)
+    without = run_ablate(
+        config(drawn_cache, tmp_path / "c", rows=chosen[3:], seeds=1), SilentReporter()
+    )
+    assert without[0].problem == "--baseline sam needs --sam-weights and --images"
+
+
+def test_an_ellipse_has_its_area() -> None:
+    boxes = torch.tensor([[10.0, 20.0, 90.0, 60.0]])
+    one = torch.zeros(1, dtype=torch.long)
+    rle = ellipse_masks(Detections(one, one, torch.ones(1), boxes), (100, 120))[0]
+    # pi a b; the outline of some 200 pixels is right to a pixel on average.
+    assert abs(coco_mask.area(rle) - np.pi * 40 * 20) < 20
+    assert coco_mask.toBbox(rle).tolist() == [10, 20, 80, 40]
