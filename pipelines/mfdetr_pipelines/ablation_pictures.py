@@ -38,11 +38,8 @@ def sample_strips(
         JPEG data URLs, one per image.
     """
     validation = FeatureCache.open(config.val_cache)
-    heads = [
-        (r.plan.row.name, _head(config, r, validation))
-        for r in results
-        if r.seeds and not r.plan.row.baseline
-    ]
+    shown = [r for r in results if r.seeds and not r.plan.row.baseline]
+    heads = [(r.plan.row.name, _head(config, r, validation)) for r in shown]
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation)
     chosen = rows[:: max(1, len(rows) // count)][:count]

@@ -83,7 +83,7 @@ def _maker(
     if baseline == "sam":
         if sam is None:
             raise ConfigError("--baseline sam needs --sam-weights and --images")
-        return _sam_masks(cache, sam, device)
+        return _sam_masks(sam, device)
 
     def simple(image: CachedImage, detections: Detections) -> Masks:
         size_hw = image.geometry.original_hw
@@ -100,7 +100,7 @@ def _maker(
 
 
 def _sam_masks(
-    cache: FeatureCache, source: SamSource, device: torch.device
+    source: SamSource, device: torch.device
 ) -> Callable[[CachedImage, Detections], Masks]:
     """SAM with one prompt per query; the score is the class score times SAM's IoU (as Eq. 13)."""
     prompter = SamPrompter(source.weights, device)
