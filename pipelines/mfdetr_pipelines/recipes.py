@@ -60,7 +60,7 @@ def demo() -> Recipe:
     """The head of ``mfdetr demo``: ``fast`` on a 16 x 16 grid, for scenes of 160 pixels."""
     recipe = fast()
     head = replace(recipe.head, roi_size=16)
-    train = replace(recipe.train, steps=240)
+    train = replace(recipe.train, steps=900)
     return Recipe("demo", head, train)
 
 
