@@ -110,8 +110,12 @@ def evaluate(
     summary = run_evaluate(config, ConsoleReporter())
     metrics = summary.metrics()
     _show(f"{cache}, in percent", metrics, summary.details, per_category=per_category)
+    parts = summary.details.get("held_out")
     facts = {"images": f"{summary.num_images} in {human_time(summary.seconds)}"}
     facts["mask network"] = f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs"
+    if parts is not None:
+        seen, unseen = (f"{100 * parts[k]:.1f}" for k in ("seen_AP", "unseen_AP"))
+        facts["categories"] = f"mask AP {seen} of those seen in training, {unseen} of the others"
     for name, latency in summary.latency.items():
         median, p90 = 1000 * latency.median, 1000 * latency.p90
         facts[name.replace("_", "-")] = f"{median:.0f} ms per image (median), {p90:.0f} ms (p90)"
@@ -128,6 +132,7 @@ def _show(
 ) -> None:
     """Tables: metrics, recalls, and the categories if asked for."""
     print_evaluation(title, metrics)
+    details = {name: details[name] for name in ("mask", "box") if name in details}
     recalls = {name: found["recall"] for name, found in details.items()}
     columns = list(next(iter(recalls.values())))
     print_table("Average recall", ["", *columns], metric_rows(recalls))

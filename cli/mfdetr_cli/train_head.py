@@ -51,6 +51,13 @@ def train_head(
         Literal["off", "bf16", "fp16"] | None,
         typer.Option(help="Half precision; the recipe's own if not given, which is off."),
     ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hide the masks of this category from training; evaluate then tells seen from "
+            "unseen categories. Repeatable."
+        ),
+    ] = None,
     batch_size: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +107,7 @@ def train_head(
         else storage_at(val_cache, local_cache, local_cache_size),
         val_every=val_every,
         batch_size=parse_batch_size(batch_size),
+        hold_out=tuple(hold_out or ()),
         track=tuple(t.strip() for t in track.split(",") if t.strip() not in ("", "none")),  # type: ignore[misc]
         epochs=epochs,
         max_steps=max_steps,

@@ -45,6 +45,8 @@ class TrainConfig:
         shuffle: ``images`` in any order, or ``parts``: some parts of the cache at a time, their
             images mixed, for disks and networks that read neighbours faster.
         label_fraction: Train on the masks of only this part of the images.
+        held_out: Category ids whose masks are hidden from training, to see how masks of classes
+            come out that the head never saw (its masks do not depend on the class).
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches.
         checkpoint_minutes: Time between checkpoints.
@@ -81,6 +83,7 @@ class TrainConfig:
     compile: bool = False
     shuffle: Literal["images", "parts"] = "images"
     label_fraction: float = 1.0
+    held_out: tuple[int, ...] = ()
     seed: int = 0
     num_threads: int = 2
     checkpoint_minutes: float = 5.0

@@ -1,5 +1,6 @@
 """From one cached image to regions with targets: matched queries, their boxes, what is inside."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +39,20 @@ class RegionTargets:
         return len(self.query_index)
 
 
-def trainable_objects(truth: GroundTruth) -> NDArray[np.int64]:
+def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArray[np.int64]:
     """Objects that can be learned from: no crowd, with area, of a label the detector has.
 
     Args:
         truth: The annotated objects of an image.
+        held_out: Category ids that are hidden.
 
     Returns:
         Indices into them.
     """
     size = truth.boxes_xyxy[:, 2:] - truth.boxes_xyxy[:, :2]
     usable = ~truth.is_crowd & (truth.labels >= 0) & (truth.areas > 0) & (size > 0).all(axis=1)
+    if held_out:
+        usable &= ~np.isin(truth.category_ids, held_out)
     return np.flatnonzero(usable)
 
 
@@ -66,7 +70,7 @@ def build_regions(
     Returns:
         The regions, none where the image has no object that a query answers for.
     """
-    objects = trainable_objects(image.ground_truth)
+    objects = trainable_objects(image.ground_truth, config.held_out)
     grid = roi_size * config.target_scale
     if not len(objects):
         return _no_regions(grid)

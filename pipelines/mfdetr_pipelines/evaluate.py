@@ -190,6 +190,10 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         boundary=config.boundary,
         evaluator=config.evaluator,
     )
+    held_out = folder.document.get("train", {}).get("held_out", [])
+    if held_out:
+        parts = seen_and_unseen(summary.details["mask"]["categories"], held_out)
+        summary = replace(summary, details={**summary.details, "held_out": parts})
     if config.live is not None:
         latency = {**summary.latency, "detector": _detector_latency(config, cache)}
         summary = replace(summary, latency=latency)
@@ -273,6 +277,28 @@ def measure(
         macs=cost.macs,
     )
     return summary, masks
+
+
+def seen_and_unseen(
+    categories: Sequence[dict[str, Any]], held_out: Sequence[int]
+) -> dict[str, float]:
+    """Mask AP of the categories a head was trained on, and of those it never saw.
+
+    Args:
+        categories: Per-category metrics.
+        held_out: Ids of the hidden ones.
+
+    Returns:
+        ``seen_AP`` and ``unseen_AP``, means over categories with objects, in [0, 1]; -1 for none.
+    """
+
+    def mean(unseen: bool) -> float:  # noqa: FBT001
+        values = [
+            c["AP"] for c in categories if c["objects"] and (c["category_id"] in held_out) == unseen
+        ]
+        return float(np.mean(values)) if values else -1.0
+
+    return {"seen_AP": mean(False), "unseen_AP": mean(True)}
 
 
 def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:

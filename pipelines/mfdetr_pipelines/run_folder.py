@@ -34,6 +34,7 @@ class TrainHeadConfig:
         val_every: Measure on it every so many steps too, and keep the best weights.
         batch_size: Images per step instead of the recipe's; ``auto`` keeps the recipe's and
             computes a step in as many pieces as the GPU's memory asks for.
+        hold_out: Names or ids of categories whose masks are hidden from training.
         track: Where numbers go beside ``metrics.jsonl``.
         epochs: Replaces the recipe's number of steps.
         max_steps: Stop after so many steps of the recipe's schedule shortened to them.
@@ -47,6 +48,7 @@ class TrainHeadConfig:
     val_cache: Location | None = None
     val_every: int | None = None
     batch_size: int | Literal["auto"] | None = None
+    hold_out: tuple[str, ...] = ()
     track: tuple[Tracker, ...] = ("tensorboard",)
     epochs: float | None = None
     max_steps: int | None = None

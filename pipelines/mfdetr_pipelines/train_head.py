@@ -1,12 +1,14 @@
 """Train a mask network from a cache; the detector is never built."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.config import nearest
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.folder import save_head
@@ -207,6 +209,9 @@ def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
         if config.batch_size < 1:
             raise ConfigError(f"--batch-size must be 1 or more, not {config.batch_size}")
         train = dataclasses.replace(train, batch_size=config.batch_size)
+    if config.hold_out:
+        ids = category_ids(config.hold_out, cache.categories)
+        train = dataclasses.replace(train, held_out=ids)
     if config.epochs is not None and config.max_steps is not None:
         raise ConfigError("give --epochs or --max-steps, not both")
     if config.max_steps is not None:
@@ -216,10 +221,35 @@ def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
     if config.epochs is not None:
         if config.epochs <= 0:
             raise ConfigError(f"--epochs must be above 0, not {config.epochs}")
-        rows = trainable_rows(cache, train.label_fraction, train.seed)
+        rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
         per_epoch = steps_per_epoch(len(rows), train.batch_size)
         return dataclasses.replace(train, steps=max(1, round(config.epochs * per_epoch)))
     return train
+
+
+def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """Ids of categories given by name or id.
+
+    Args:
+        names: As typed.
+        categories: ``{"id", "name"}`` of the dataset.
+
+    Returns:
+        Ids in rising order.
+
+    Raises:
+        ConfigError: If one is unknown.
+    """
+    by_name = {str(c["name"]).lower(): int(c["id"]) for c in categories}
+    known = set(by_name.values())
+    found = set()
+    for name in names:
+        plain = name.strip().lower()
+        number = int(plain) if plain.isdigit() else by_name.get(plain)
+        if number not in known:
+            raise ConfigError(f"--hold-out {name}: no such category{nearest(plain, list(by_name))}")
+        found.add(number)
+    return tuple(sorted(found))
 
 
 def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCache | None:

@@ -99,10 +99,12 @@ def stream_key(train: TrainConfig) -> tuple[object, ...]:
         The settings that decide which images make up which step.
     """
     order = (train.batch_size, train.seed, train.views, train.shuffle)
-    return (*order, train.accumulate, train.label_fraction)
+    return (*order, train.accumulate, train.label_fraction, train.held_out)
 
 
-def trainable_rows(cache: FeatureCache, fraction: float = 1.0, seed: int = 0) -> list[int]:
+def trainable_rows(
+    cache: FeatureCache, fraction: float = 1.0, seed: int = 0, held_out: Sequence[int] = ()
+) -> list[int]:
     """Rows with something to learn from.
 
     Args:
@@ -110,6 +112,7 @@ def trainable_rows(cache: FeatureCache, fraction: float = 1.0, seed: int = 0) ->
         fraction: Keep the masks of only this part of the images; smaller parts lie inside larger
             ones of the same seed.
         seed: Which images these are.
+        held_out: Category ids whose masks are hidden.
 
     Returns:
         Rows in order, at least one.
@@ -117,7 +120,7 @@ def trainable_rows(cache: FeatureCache, fraction: float = 1.0, seed: int = 0) ->
     Raises:
         TrainingError: If there is none.
     """
-    rows = [row for row in cache.rows if len(trainable_objects(cache.ground_truth(row)))]
+    rows = [row for row in cache.rows if _can_teach(cache, row, held_out)]
     if not rows:
         raise TrainingError(
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
@@ -126,6 +129,10 @@ def trainable_rows(cache: FeatureCache, fraction: float = 1.0, seed: int = 0) ->
     order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
     kept = order[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(kept)]
+
+
+def _can_teach(cache: FeatureCache, row: int, held_out: Sequence[int]) -> bool:
+    return bool(len(trainable_objects(cache.ground_truth(row), held_out)))
 
 
 class TrainingLoop:
@@ -154,7 +161,7 @@ class TrainingLoop:
         split_when_full: bool = False,
     ) -> None:
         settings = runs[0].learner.train
-        self.rows = trainable_rows(cache, settings.label_fraction, settings.seed)
+        self.rows = trainable_rows(cache, settings.label_fraction, settings.seed, settings.held_out)
         self._cache = cache
         self._runs = tuple(runs)
         self._device = device
@@ -391,5 +398,6 @@ def region_key(learner: Learner) -> RegionKey:
         train.gt_box_share,
         train.box_jitter,
         train.target_scale,
+        train.held_out,
         learner.head.config.roi_size,
     )

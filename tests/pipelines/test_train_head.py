@@ -448,3 +448,25 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
         alone, beside = weights_of(tmp_path / name), run.learner.result_weights()
         assert run.learner.step == recipes[name].train.steps
         assert all(torch.equal(alone[k], beside[k]) for k in alone), name
+
+
+def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    names = {str(c["name"]): int(c["id"]) for c in cache.categories}
+    hidden, number = next(iter(names.items()))
+    summary = train(drawn_cache, tmp_path / "run", hold_out=(hidden,))
+    assert summary.steps == 4
+    document = json.loads((tmp_path / "run/config.json").read_text())
+    assert document["train"]["held_out"] == [number]
+    config = dataclasses.replace(small_recipe().train, held_out=(number,), max_regions=0)
+    label_of = {c: label for label, c in enumerate(cache.label_categories) if c >= 0}
+    for row in cache.rows:
+        regions = build_regions(cache.read(row, ()), config, 8, np.random.default_rng(0))
+        assert label_of[number] not in regions.labels
+    found = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "run"), SilentReporter())
+    by_id = {c["category_id"]: c["AP"] for c in found.details["mask"]["categories"]}
+    assert found.details["held_out"]["unseen_AP"] == by_id[number]
+    others = [ap for c, ap in by_id.items() if c != number and ap >= 0]
+    assert found.details["held_out"]["seen_AP"] == pytest.approx(np.mean(others))
+    with pytest.raises(ConfigError, match="--hold-out elipse: no such category; did you mean"):
+        train(drawn_cache, tmp_path / "other", hold_out=("elipse",))
