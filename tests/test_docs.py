@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mfdetr_pipelines.paper_tables import paper_table
 from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.synthetic import draw_scene
+from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.protocols import SilentReporter
 from tests.support.scenes import extract_config
 
@@ -141,3 +144,20 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
         words = [p.strip(" ;:[],.") for p in pieces]
         missing += [(message, w) for w in words if len(w) > 3 and w not in texts]
     assert missing == []
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, with the demo's detector and head in place of the reader's."""
+    (code,) = [b for b in fenced(ROOT / "README.md") if "from mfdetr_cache.model" in b]
+    assert '("hdetr_r50.pth", "runs/paper", kind="h-detr-r50")' in code
+    code = code.replace(
+        '("hdetr_r50.pth", "runs/paper", kind="h-detr-r50")', "(demo_detector(), demo_head())"
+    )
+    image, _ = draw_scene(3)
+    image.save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"demo_detector": demo_detector, "demo_head": demo_head}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # supervision speaks of OpenCV
+        exec(code, names)
+    assert len(names["found"]) >= 1
