@@ -31,7 +31,8 @@ class HeadConfig:
         query_ffn: FFN of the query encoder (Table 5).
         query_o2o: Object-to-object attention (Eq. 10, Table 5).
         query_b2o: Box-to-object attention (Eq. 11, Table 5).
-        mask_predictor: Dot product (Eq. 4) or the segmenter head (Table 12).
+        mask_predictor: Dot product (Eq. 4), the segmenter head (Table 12), or ``fcn``: Mask R-CNN's
+            convolutions, as a baseline that does not see the query.
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
     """
 
@@ -51,7 +52,7 @@ class HeadConfig:
     query_ffn: bool = True
     query_o2o: bool = False
     query_b2o: bool = True
-    mask_predictor: Literal["dot", "segmenter"] = "dot"
+    mask_predictor: Literal["dot", "segmenter", "fcn"] = "dot"
     mask_scoring: bool = True
 
     def __post_init__(self) -> None:

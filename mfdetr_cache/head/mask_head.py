@@ -12,7 +12,7 @@ from mfdetr_cache.head.c1_crops import neck_affine
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, Projection
 from mfdetr_cache.head.image_encoder import build_image_encoder
-from mfdetr_cache.head.mask_predictor import DotProductPredictor, SegmenterPredictor
+from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.types import DetectorSpec, MapSpec
@@ -67,7 +67,8 @@ class MaskHead(nn.Module):
         d = config.hidden_dim
         # Paper: Table 4's row at the detector's own width has no mapper.
         self.map_features = nn.Identity() if d == width else nn.Conv2d(width, d, 1)
-        self.map_query = nn.Identity() if d == spec.query_dim else nn.Linear(spec.query_dim, d)
+        same = d == spec.query_dim or config.mask_predictor == "fcn"  # which has no use for it
+        self.map_query = nn.Identity() if same else nn.Linear(spec.query_dim, d)
         for mapper, gain in ((self.map_features, 1.0), (self.map_query, _QUERY_GAIN)):
             if isinstance(mapper, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(mapper.weight, gain)
@@ -77,10 +78,7 @@ class MaskHead(nn.Module):
         self.query_encoder = QueryEncoder(
             spec.query_dim, d, ffn=config.query_ffn, o2o=config.query_o2o, b2o=config.query_b2o
         )
-        self.predictor: nn.Module
-        self.predictor = (
-            SegmenterPredictor(d) if config.mask_predictor == "segmenter" else DotProductPredictor()
-        )
+        self.predictor = _predictor(config)
         self.scoring: MaskScoring | None
         self.scoring = (
             MaskScoring(d, config.roi_size, spec.num_labels) if config.mask_scoring else None
@@ -231,6 +229,14 @@ class MaskHead(nn.Module):
                 parts.append(self.align(self.fuse(group), rois))
             order.append(inside)
         return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _predictor(config: HeadConfig) -> nn.Module:
+    if config.mask_predictor == "segmenter":
+        return SegmenterPredictor(config.hidden_dim)
+    if config.mask_predictor == "fcn":
+        return FcnPredictor(config.hidden_dim)
+    return DotProductPredictor()
 
 
 def _choose_levels(config: HeadConfig, spec: DetectorSpec) -> tuple[MapSpec, ...]:

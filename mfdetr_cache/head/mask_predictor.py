@@ -50,3 +50,41 @@ class SegmenterPredictor(nn.Module):
         query = functional.normalize(self.project_query(queries), dim=-1)
         region = functional.normalize(self.project_region(regions), dim=-1)
         return self.temperature * torch.einsum("rd,rhwd->rhw", query, region)
+
+
+class FcnPredictor(nn.Module):
+    """Mask R-CNN's head on the same region features, class-agnostic; it does not see the query.
+
+    Four 3x3 convolutions and a 1x1 (He et al., 2017, Fig. 4), without the deconvolution: regions
+    are as fine as the mask already.
+
+    Args:
+        width: Channels d.
+        depth: How many 3x3 convolutions.
+    """
+
+    def __init__(self, width: int, depth: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.last = nn.Conv2d(width, 1, 1)
+        for conv in (*self.layers, self.last):
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, _queries: Tensor, regions: Tensor) -> Tensor:
+        """Mask logits.
+
+        Args:
+            _queries: Not looked at.
+            regions: Shape (R, r, r, d).
+
+        Returns:
+            Shape (R, r, r).
+        """
+        maps = regions.permute(0, 3, 1, 2)
+        for layer in self.layers:
+            maps = functional.relu(layer(maps))
+        logits: Tensor = self.last(maps)[:, 0]
+        return logits

@@ -56,6 +56,22 @@ def fast() -> Recipe:
     return Recipe("fast", head, train)
 
 
+def fcn() -> Recipe:
+    """A baseline: Mask R-CNN's FCN head on the same region features, trained as ``fast``."""
+    recipe = fast()
+    head = replace(
+        recipe.head, box_layers=0, query_ffn=False, query_b2o=False, mask_predictor="fcn"
+    )
+    return Recipe("fcn", head, recipe.train)
+
+
+def ffn() -> Recipe:
+    """A baseline: a two-layer FFN on the query, nothing learned inside the box (Table 5)."""
+    recipe = fast()
+    head = replace(recipe.head, box_layers=0, query_ffn=True, query_b2o=False)
+    return Recipe("ffn", head, recipe.train)
+
+
 def demo() -> Recipe:
     """The head of ``mfdetr demo``: ``fast`` on a 16 x 16 grid, for scenes of 160 pixels."""
     recipe = fast()
@@ -64,7 +80,7 @@ def demo() -> Recipe:
     return Recipe("demo", head, train)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (paper, fast, demo)}
+RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (paper, fast, fcn, ffn, demo)}
 
 
 def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:
