@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from mfdetr_pipelines.recipes import RECIPES, build_recipe
@@ -29,6 +29,12 @@ def plan(
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "paper",
     epochs: Annotated[float, typer.Option(help="Length of one training.")] = 6.0,
     views: Annotated[int, typer.Option(help="Augmented views beside the plain one.")] = 0,
+    c1: Annotated[
+        Literal["full", "roi", "none"], typer.Option(help="How much of C1 would be kept.")
+    ] = "full",
+    roi_size: Annotated[int, typer.Option(help="Cells of a crop, for --c1 roi.")] = 32,
+    num_queries: Annotated[int | None, typer.Option(help="Keep the N best queries.")] = None,
+    encoder_layer: Annotated[int | None, typer.Option(help="Encoder layer, from 1.")] = None,
     sample: Annotated[int, typer.Option(help="Images to measure on.")] = 8,
     disk_seconds: Annotated[
         float, typer.Option(help="Seconds to write; longer than the drive's write cache lasts.")
@@ -45,6 +51,8 @@ def plan(
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.plan import PlanConfig, run_plan
 
+    from mfdetr_cache.detectors.options import DetectorOptions
+
     config = PlanConfig(
         detector=detector,
         weights=weights,
@@ -56,6 +64,9 @@ def plan(
         disk_seconds=disk_seconds,
         epochs=epochs,
         views=views,
+        options=DetectorOptions(num_queries, encoder_layer),
+        c1=c1,
+        roi_size=roi_size,
         device=device,
     )
     found = run_plan(config, ConsoleReporter())

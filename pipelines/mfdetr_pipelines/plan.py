@@ -5,16 +5,19 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mfdetr_cache.cache.schema import C1Mode, c1_channels
 from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import CacheError, DatasetError
@@ -22,7 +25,7 @@ from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import ENCODINGS, Encoding, Preset, encode_map
-from mfdetr_cache.types import DetectorOutput, DetectorSpec
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
 from mfdetr_pipelines.recipes import Recipe
 
 _BLOCK = 64 * 2**20
@@ -46,6 +49,9 @@ class PlanConfig:
         disk_seconds: How long the disk is written to; a drive's write cache must be passed.
         epochs: Length of one training.
         views: Augmented views beside the plain one.
+        options: What would be chosen about the detector.
+        c1: How much of C1 would be kept.
+        roi_size: Cells of a crop of C1, for ``roi``.
         device: Where detector and head would run.
     """
 
@@ -59,6 +65,9 @@ class PlanConfig:
     disk_seconds: float = 10.0
     epochs: float = 6.0
     views: int = 0
+    options: DetectorOptions = field(default_factory=DetectorOptions)
+    c1: C1Mode = "full"
+    roi_size: int = 32
     device: str = "cpu"
 
 
@@ -138,7 +147,7 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         raise DatasetError("--sample and --epochs must be above 0, --views 0 or more")
     split = load_coco_split(config.annotations)
     device = torch_device(config.device)
-    detector = load_detector(config.detector, config.weights).to(device)
+    detector = load_detector(config.detector, config.weights, config.options).to(device)
     reporter.say(f"measuring on {config.sample} images")
     outputs, detector_seconds = _sample(config, split, detector, device, reporter)
     head_seconds = _head_seconds(config.recipe, detector.spec, outputs, device)
@@ -154,8 +163,8 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     live = shown * (detector_seconds + head_seconds) / 3600
     presets = []
     for preset, encoding in ENCODINGS.items():
-        ratio = _compression(outputs, detector.spec, encoding)
-        each = _mean_bytes(split, detector, encoding) / ratio
+        ratio = _compression(outputs, kept_maps(detector.spec, config.c1), encoding)
+        each = _mean_bytes(split, detector, encoding, config) / ratio
         total = each * count * passes
         extract = count * passes * max(detector_seconds, each / write_speed) / 3600
         cached = shown * max(head_seconds, each / read_speed) / 3600
@@ -248,32 +257,58 @@ def _row_bytes(spec: DetectorSpec) -> int:
     return spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
 
 
-def _mean_bytes(split: CocoSplit, detector: Detector, encoding: Encoding) -> float:
+def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
+    """The maps that are stored whole.
+
+    Args:
+        spec: The detector.
+        c1: How much of C1 is kept.
+
+    Returns:
+        All, or all but C1.
+    """
+    return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
+
+
+def _mean_bytes(
+    split: CocoSplit, detector: Detector, encoding: Encoding, config: PlanConfig
+) -> float:
     """Mean uncompressed bytes of an image, from the real sizes of the dataset."""
     spec = detector.spec
     total = 0.0
-    sizes: dict[tuple[int, int], int] = {}
-    for entry in split.images:
-        size = detector.input_geometry(entry.size_hw).input_hw
-        sizes[size] = sizes.get(size, 0) + 1
+    sizes = Counter(detector.input_geometry(entry.size_hw).input_hw for entry in split.images)
     for (height, width), count in sizes.items():
         each = float(_row_bytes(spec))
-        for m in spec.maps:
+        for m in kept_maps(spec, config.c1):
             tokens = -(-height // m.stride) * -(-width // m.stride)
-            each += tokens * encoding.columns(m.channels) * (1 if encoding.is_affine else 2)
-            if encoding.is_affine:
-                each += encoding.blocks(tokens) * m.channels * 4
+            each += _map_bytes(tokens, m.channels, encoding)
         total += count * each
-    return total / len(split.images)
+    mean = total / len(split.images)
+    if config.c1 == "roi":
+        # One crop for every object that Hungarian matching gives a query, and the moments.
+        channels = c1_channels(spec)
+        objects = sum(
+            not a.get("iscrowd", 0) for found in split.annotations.values() for a in found
+        )
+        crops = min(objects / len(split.images), spec.num_queries)
+        mean += crops * _map_bytes(config.roi_size**2, channels, encoding)
+        mean += 4 * (channels + 1) * channels
+    return mean
+
+
+def _map_bytes(tokens: int, channels: int, encoding: Encoding) -> float:
+    """Uncompressed bytes of the cells of a map, with the scales they are decoded by."""
+    values = tokens * encoding.columns(channels) * (1 if encoding.is_affine else 2)
+    return values + (encoding.blocks(tokens) * channels * 4 if encoding.is_affine else 0)
 
 
 def _compression(
-    outputs: Sequence[DetectorOutput], spec: DetectorSpec, encoding: Encoding
+    outputs: Sequence[DetectorOutput], maps: Sequence[MapSpec], encoding: Encoding
 ) -> float:
     """Uncompressed over stored bytes on the sample."""
     plain = stored = 0
     for output in outputs:
-        for m in spec.maps:
+        for m in maps:
             tokens = output.maps[m.name][0].flatten(1).T.numpy()
             for part in encode_map(tokens, encoding):
                 if part is not None:

@@ -51,6 +51,24 @@ def test_a_plan_foretells_the_cache(
     assert all(p.fits and p.extract_hours > 0 and p.cached_hours > 0 for p in plan.presets)
 
 
+@pytest.mark.parametrize("c1", ["roi", "none"])
+def test_a_plan_foretells_a_cache_without_the_whole_of_c1(
+    scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path, c1: str
+) -> None:
+    settings = config(scenes_folder, rtdetr_folder, disk=tmp_path, c1=c1, roi_size=8)
+    plan = run_plan(settings, SilentReporter())
+    path = tmp_path / "a.zarr"
+    extraction = extract_config(
+        scenes_folder, str(rtdetr_folder), path, preset="fp16", c1=c1, roi_size=8
+    )
+    run_extract(extraction, SilentReporter())
+    arrays = FeatureCache.open(path).stored_bytes_of_arrays()
+    stored = sum(s for n, s in arrays.items() if "/hw" not in n and "offset" not in n)
+    fp16 = next(p for p in plan.presets if p.preset == "fp16")
+    # Crops are counted by objects; a few objects share a query's crop or have none.
+    assert fp16.total_bytes == pytest.approx(stored, rel=0.2)
+
+
 def test_live_training_costs_the_detector_too(scenes_folder: Path, rtdetr_folder: Path) -> None:
     plan = run_plan(config(scenes_folder, rtdetr_folder, epochs=3.0, views=2), SilentReporter())
     each = plan.detector_seconds + plan.head_seconds
