@@ -13,7 +13,7 @@ _SHOWN = 20
 
 
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, glob patterns.")],
+    images: Annotated[list[str], typer.Argument(help="Image and video files, folders, patterns.")],
     weights: Annotated[str, typer.Option(help="The detector the head was trained with.")],
     head: Annotated[Path, typer.Option(help="Run folder of train-head.")],
     out: Annotated[Path, typer.Option(help="Where pictures and predictions.json go.")],
@@ -23,7 +23,7 @@ def predict(
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Segment images: pictures with masks on them, and the masks as COCO RLE.
+    """Segment images and videos: pictures with masks on them, and the masks as COCO RLE.
 
     Example:
     mfdetr predict photos/ --weights PekingU/rtdetr_r50vd --head runs/paper --out masks

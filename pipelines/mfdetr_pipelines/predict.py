@@ -1,25 +1,17 @@
-"""Predict: masks for image files, by the frozen detector and a trained head."""
+"""Predict: masks for image and video files, by the frozen detector and a trained head."""
 
 import glob
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.live import live_image
-from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
-from mfdetr_cache.evaluation.inference import predict_masks
-from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
-from mfdetr_cache.evaluation.overlay import draw_overlay
-from mfdetr_cache.head.folder import load_head, write_atomically
-from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.masks import encode_mask
+from mfdetr_cache.head.folder import write_atomically
+from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.protocols import Reporter
+from mfdetr_pipelines.video import VIDEO_SUFFIXES, Video
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
@@ -60,6 +52,7 @@ class PredictedImage:
         num_objects: How many objects were kept.
         detector_ms: Milliseconds in the detector.
         head_ms: Milliseconds in the mask network.
+        frames: How many pictures; more than one for a video, whose times are means.
     """
 
     file: str
@@ -67,6 +60,7 @@ class PredictedImage:
     num_objects: int
     detector_ms: float
     head_ms: float
+    frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,47 +93,27 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         IdentityError: If the head was trained with another detector.
     """
     files = find_images(config.images)
-    folder = load_head(config.head)
-    detector = load_detector(config.detector, config.weights, options_of(folder.detector))
-    require_same(
-        folder.detector,
-        f"head {config.head}",
-        detector_identity(detector.spec),
-        f"detector {config.weights}",
+    model = MaskFrozenDETR.from_pretrained(
+        config.weights, config.head, kind=config.detector, device=config.device
     )
-    device = torch_device(config.device)
-    detector, head = detector.to(device), folder.head.to(device)
     _make_folder(config.out)
     done: list[PredictedImage] = []
     unreadable: list[str] = []
     results: list[dict[str, object]] = []
-    reporter.start("predict", len(files), "images")
+    reporter.start("predict", len(files), "files")
     for file, name in zip(files, picture_names(files), strict=True):
         try:
-            image = load_image(file)
+            if file.suffix.lower() in VIDEO_SUFFIXES:
+                done.append(_video(config, model, file, config.out / name, results, reporter))
+            else:
+                image = load_image(file)
+                found = model.timed(image, config.threshold, config.top_k)
+                found.result.draw(image).save(config.out / name)
+                results += _results(file, found.result)
+                done.append(_entry(file, config.out / name, [found]))
         except ImageError as error:
             unreadable.append(str(error))
             reporter.warn(str(error))
-            reporter.advance()
-            continue
-        started = time.perf_counter()
-        live = live_image(detector, image, file.name, device)
-        between = time.perf_counter()
-        prediction = predict_masks(head, live, detector.spec, device)
-        ended = time.perf_counter()
-        objects = shown_objects(
-            prediction,
-            folder.document["label_categories"],
-            {int(c["id"]): str(c["name"]) for c in folder.document["categories"]},
-            live.geometry.original_hw,
-            config.threshold,
-            config.top_k,
-        )
-        picture = config.out / name
-        draw_overlay(image, [o.to_item() for o in reversed(objects)]).save(picture)
-        results += [_result(file, o) for o in objects]
-        times = (1000 * (between - started), 1000 * (ended - between))
-        done.append(PredictedImage(str(file), str(picture), len(objects), *times))
         reporter.advance()
     reporter.finish()
     if not done:
@@ -149,8 +123,41 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     return PredictSummary(tuple(done), tuple(unreadable), path)
 
 
+def _video(
+    config: PredictConfig,
+    model: MaskFrozenDETR,
+    file: Path,
+    out: Path,
+    results: list[dict[str, object]],
+    reporter: Reporter,
+) -> PredictedImage:
+    """Every picture of a video, and a copy of it with masks."""
+    timed = []
+    with Video(file, out) as video:
+        reporter.say(f"{file}: {video.frames or 'some'} pictures")
+        for number, image in enumerate(video):
+            found = model.timed(image, config.threshold, config.top_k)
+            video.add(found.result.draw(image))
+            results += [{**r, "frame": number} for r in _results(file, found.result)]
+            timed.append(found)
+    if not timed:
+        raise ImageError(f"video {file} holds no picture")
+    return _entry(file, out, timed)
+
+
+def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> PredictedImage:
+    return PredictedImage(
+        str(file),
+        str(picture),
+        sum(len(f.result) for f in found),
+        1000 * sum(f.detector_seconds for f in found) / len(found),
+        1000 * sum(f.head_seconds for f in found) / len(found),
+        len(found),
+    )
+
+
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image files that files, folders and glob patterns stand for.
+    """The image and video files that files, folders, glob patterns and file:// URLs stand for.
 
     Args:
         patterns: As typed.
@@ -163,9 +170,11 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern)
+        path = Path(pattern.removeprefix("file://"))
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES)
+            files = sorted(
+                f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | VIDEO_SUFFIXES
+            )
         elif path.is_file():
             files = [path]
         else:
@@ -183,14 +192,15 @@ def picture_names(files: Sequence[Path]) -> list[str]:
         files: The images.
 
     Returns:
-        File names ending in ``.png``, all different.
+        File names ending in ``.png``, or ``.mp4`` for a video, all different.
     """
     taken: set[str] = set()
     names = []
     for file in files:
-        name, number = f"{file.stem}.png", 2
+        ending = ".mp4" if file.suffix.lower() in VIDEO_SUFFIXES else ".png"
+        name, number = file.stem + ending, 2
         while name in taken:
-            name, number = f"{file.stem}-{number}.png", number + 1
+            name, number = f"{file.stem}-{number}{ending}", number + 1
         taken.add(name)
         names.append(name)
     return names
@@ -203,14 +213,9 @@ def _make_folder(path: Path) -> None:
         raise MfdetrError(f"--out {path} cannot be made: {error.strerror}") from error
 
 
-def _result(file: Path, found: ShownObject) -> dict[str, object]:
-    rle = encode_mask(found.mask)
-    x0, y0, x1, y1 = found.box_xyxy
-    return {
-        "file_name": str(file),
-        "category_id": found.category_id,
-        "category": found.name,
-        "score": found.confidence,
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-    }
+def _results(file: Path, found: Segmentation) -> list[dict[str, object]]:
+    entries = []
+    for name, result in zip(found.names, found.to_coco(image_id=0), strict=True):
+        del result["image_id"]
+        entries.append({"file_name": str(file), "category": name, **result})
+    return entries

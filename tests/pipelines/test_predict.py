@@ -1,6 +1,8 @@
 import json
+import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
@@ -11,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import DatasetError, HeadError, IdentityError
+from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError
 from mfdetr_cache.protocols import SilentReporter
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import detectors
@@ -98,3 +100,39 @@ def test_wrong_input_is_one_clear_line(
             SilentReporter(),
         )
     assert np.array_equal(sorted(p.name for p in tmp_path.iterdir()), ["other"])
+
+
+def test_a_video_becomes_a_video(
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    head: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 160, 121, "yuv420p"
+        for file in sorted((scenes_folder / "images").iterdir())[:3]:
+            with Image.open(file) as image:
+                frame = av.VideoFrame.from_image(image.convert("RGB").resize((160, 121)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    files = (f"file://{tmp_path / 'clip.mp4'}",)
+    config = PredictConfig(files, "hf", str(rtdetr_folder), head, tmp_path / "out", 0.0, 2)
+    summary = run_predict(config, SilentReporter())
+    (only,) = summary.images
+    assert (only.frames, only.num_objects) == (3, 6)
+    results = json.loads(summary.results.read_text())
+    assert [r["frame"] for r in results] == [0, 0, 1, 1, 2, 2]
+    with av.open(only.picture) as drawn:
+        pictures = [f.to_image() for f in drawn.decode(video=0)]
+    assert [p.size for p in pictures] == [(160, 120)] * 3
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    broken = PredictConfig(
+        (str(tmp_path / "bad.mp4"),), "hf", str(rtdetr_folder), head, tmp_path / "out"
+    )
+    with pytest.raises(DatasetError, match="bad.mp4 cannot be decoded"):
+        run_predict(broken, SilentReporter())
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match=r"no decoder is installed; pip install 'mfdetr-cache\["):
+        run_predict(config, SilentReporter())

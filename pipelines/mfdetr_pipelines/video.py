@@ -1,0 +1,83 @@
+"""Video files as pictures one after the other, where a decoder (PyAV) is installed."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+
+from mfdetr_cache.errors import ConfigError, ImageError
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+
+
+class Video:
+    """A video file, opened for reading and for a copy with other pictures.
+
+    Args:
+        path: The video.
+        copy: Where the copy goes; same size and rate, without sound.
+
+    Raises:
+        ConfigError: If no decoder is installed.
+        ImageError: If the file cannot be read.
+    """
+
+    def __init__(self, path: Path, copy: Path) -> None:
+        self._av = _decoder(path)
+        self._path = path
+        try:
+            self._source: Any = self._av.open(str(path))
+            self._stream = self._source.streams.video[0]
+        except (OSError, IndexError, self._av.FFmpegError) as error:
+            raise ImageError(f"video {path} cannot be decoded: {error}") from error
+        self.frames = int(self._stream.frames or 0)
+        self._copy: Any = self._av.open(str(copy), "w")
+        codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
+        self._out = self._copy.add_stream(codec, rate=self._stream.average_rate or 25)
+        self._out.pix_fmt = "yuv420p"
+        # This way of storing colour takes even sizes only.
+        self._out.width = self._stream.width // 2 * 2
+        self._out.height = self._stream.height // 2 * 2
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        for packet in self._out.encode():
+            self._copy.mux(packet)
+        self._copy.close()
+        self._source.close()
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        try:
+            for frame in self._source.decode(self._stream):
+                yield frame.to_image().convert("RGB")
+        except self._av.FFmpegError as error:
+            raise ImageError(f"video {self._path} cannot be decoded: {error}") from error
+
+    def add(self, picture: Image.Image) -> None:
+        """Append a picture to the copy.
+
+        Args:
+            picture: RGB, of the size of the video.
+        """
+        kept = picture.crop((0, 0, self._out.width, self._out.height))
+        for packet in self._out.encode(self._av.VideoFrame.from_image(kept)):
+            self._copy.mux(packet)
+
+
+def _decoder(path: Path) -> Any:  # noqa: ANN401  an optional package
+    try:
+        return importlib.import_module("av")
+    except ImportError:
+        raise ConfigError(
+            f"{path} is a video and no decoder is installed; pip install 'mfdetr-cache[video]'"
+        ) from None
