@@ -18,6 +18,7 @@ from mfdetr_pipelines.recipes import build_recipe
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
 from mfdetr_cache.training.batches import TrainSample, read_ahead
+from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_cache.training.regions import build_regions
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    keep_freed_memory()  # as a training does
     recipe = build_recipe("paper", {})
     with tempfile.TemporaryDirectory() as scratch:
         path = options.cache or made_cache(Path(scratch) / "a.zarr", "int8", images=12)

@@ -209,10 +209,22 @@ def rasterise_in_box(
     Returns:
         Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
     """
+    height, width = size_hw
     x0, y0, x1, y1 = (float(v) for v in box_xyxy)
     steps = (np.arange(grid_size * subsamples) + 0.5) / (grid_size * subsamples)
-    x, y = np.meshgrid(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
-    inside = sample_run_lengths(run_lengths, size_hw, x, y)
+    columns = np.floor(x0 + steps * (x1 - x0)).astype(np.int64)
+    rows = np.floor(y0 + steps * (y1 - y0)).astype(np.int64)
+    in_columns = (columns >= 0) & (columns < width)
+    in_rows = (rows >= 0) & (rows < height)
+    # Column by column the points rise as the runs do, so the few ends of runs are looked up among
+    # the points and not every point among the runs.
+    once, again = np.unique(columns.clip(0, width - 1), return_inverse=True)
+    places = once[:, None] * height + rows.clip(0, height - 1)
+    flips = np.searchsorted(places.ravel(), np.cumsum(run_lengths, dtype=np.int64))
+    lengths = np.diff(flips, prepend=0, append=places.size)
+    values = np.arange(len(lengths)) % 2 == 1
+    inside = np.repeat(values, lengths).reshape(places.shape)[again].T
+    inside = inside & in_columns & in_rows[:, None]
     # Strided sums: a mean over two axes of booleans takes numpy's slow road.
     counts = np.zeros((grid_size, grid_size), dtype=np.float32)
     for row in range(subsamples):

@@ -152,10 +152,9 @@ def training_device(name: str, amp: Literal["off", "bf16", "fp16"]) -> torch.dev
         ConfigError: If there is no such device, or it cannot do what was asked for.
     """
     device = torch_device(name)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if amp == "fp16":
-            raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
+    keep_freed_memory()
+    if device.type == "cpu" and amp == "fp16":
+        raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
     return device
 
 
