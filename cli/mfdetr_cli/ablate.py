@@ -115,8 +115,14 @@ def ablate(
     results = run_ablate(config, ConsoleReporter())
     strips = [] if images is None else sample_strips(config, results, images)
     files = write_report(out, title, results, strips)
-    shown = [c[:10] + c[13:14] for c in map(report_cells, results)]
-    print_table(f"{title}, mask AP in percent", [*COLUMNS[:10], COLUMNS[13]], shown)
+    cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
+    # Two tables, since eighty columns do not hold one; what no row has is left out.
+    for title_, wanted in (
+        (f"{title}, mask AP in percent", ("AP", "vs first", "AP50", "AP75", "paper AP")),
+        ("By size, and what each costs", ("APS", "APM", "APL", "params M", "MACs G", "head ms")),
+    ):
+        names = [n for n in wanted if any(c[n] != "-" for c in cells)]
+        print_table(title_, ["row", *names], [[c["row"], *(c[n] for n in names)] for c in cells])
     for result in results:
         if result.problem:
             typer.echo(f"{result.plan.row.name}: {result.problem}")
