@@ -85,7 +85,8 @@ def on_cluster(
     with _connected(cluster) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        workers = cluster.workers or gpus or max(1, cpus // 2)
+        # As many as were asked for; else twice as many as run, so that no worker waits for work.
+        most = cluster.workers or 2 * (gpus or max(1, cpus // 2))
         needs = {"num_gpus": 1 if gpus else 0, "num_cpus": 1}
 
         def call(item: ItemT) -> ResultT:
@@ -96,8 +97,7 @@ def on_cluster(
         running: dict[Any, ItemT] = {}
         try:
             while waiting or running:
-                # Twice as many as can run, so that no worker waits for the next one.
-                while waiting and len(running) < 2 * workers:
+                while waiting and len(running) < most:
                     item = waiting.pop()
                     running[task.remote(item)] = item
                 done, _ = ray.wait(list(running), num_returns=1)
