@@ -25,14 +25,12 @@ from mfdetr_cache.cache.schema import (
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ZSTD_LEVEL, crc32c
-from mfdetr_cache.cache.storage import LocalStorage, Storage
+from mfdetr_cache.cache.storage import ROOT_KEY, LocalStorage, Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
 _UPFRONT_CHUNK = 2**16
-# The file that makes a folder a cache.
-ROOT_KEY = "zarr.json"
 
 
 @dataclass(frozen=True)

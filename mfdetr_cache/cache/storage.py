@@ -19,6 +19,8 @@ from obstore.store import MemoryStore, from_url
 
 from mfdetr_cache.errors import CacheError
 
+# The file that makes a place a cache.
+ROOT_KEY = "zarr.json"
 _MEMORY: dict[str, MemoryStore] = {}
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "http", "https", "memory", "file")
 
@@ -302,8 +304,9 @@ class ObjectStorage:
 class MirroredStorage:
     """A storage whose parts are kept in a local folder once they were read, up to a size.
 
-    Files are never changed after they were written, so a copy stays right; what was used longest
-    ago goes first. Several processes may share the folder.
+    Copies are kept under the checksum of the source's root metadata, which holds the cache's
+    identity: another cache under the same URL never meets the copies of the old one. What was used
+    longest ago goes first. Several processes may share the folder.
 
     Args:
         source: The storage, usually an object store.
@@ -318,6 +321,7 @@ class MirroredStorage:
         self._root = mirror
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._place = ""
         mirror.mkdir(parents=True, exist_ok=True)
         self._held = sum(self._mirror.sizes("").values())
 
@@ -335,7 +339,8 @@ class MirroredStorage:
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file, from the mirror where they are there."""
-        names = [f"{_flat(self.name)}/{_flat(key)}/{start}-{size}" for start, size in ranges]
+        place = f"{self._cache_place()}/{_flat(key)}"
+        names = [f"{place}/{start}-{size}" for start, size in ranges]
         pieces = [
             self._from_mirror(name, size) for name, (_, size) in zip(names, ranges, strict=True)
         ]
@@ -362,6 +367,13 @@ class MirroredStorage:
     def delete(self, key: str) -> None:
         """Remove from the source; see :class:`Storage`."""
         self._source.delete(key)
+
+    def _cache_place(self) -> str:
+        """Folder of this very cache in the mirror."""
+        if not self._place:
+            root = checksum_of([self._source.read(ROOT_KEY)])[1]
+            self._place = f"{_flat(self.name)}-{root:08x}"
+        return self._place
 
     def _from_mirror(self, name: str, size: int) -> bytes | None:
         try:

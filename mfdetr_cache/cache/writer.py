@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.creation import ROOT_KEY, CacheContent, create_cache
+from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.manifest import manifest_key, status_key, whole_parts
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
@@ -30,7 +30,7 @@ from mfdetr_cache.cache.schema import (
     stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk
-from mfdetr_cache.cache.storage import Location, Storage, open_storage
+from mfdetr_cache.cache.storage import ROOT_KEY, Location, Storage, open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
 from mfdetr_cache.quantisation import ENCODINGS, encode_map

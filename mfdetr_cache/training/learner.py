@@ -246,7 +246,8 @@ def loss_of_batch(
     generator = torch.Generator(batch.masks.device)
     generator.manual_seed(train.seed * 1_000_003 + step)
     with autocast(train.amp, batch.masks.device):
-        output = (forward or head)(batch.inputs)
+        # A compiled module has no truth value of its own.
+        output = (head if forward is None else forward)(batch.inputs)
     return head_losses(output, batch.masks, batch.labels, batch.outside, train, generator, share)
 
 

@@ -1,5 +1,6 @@
 """What a run writes down while it trains: JSON lines, TensorBoard events, and other trackers."""
 
+import contextlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,23 @@ class RunLog:
         """Let the trackers write what they still hold."""
         for sink in self._sinks:
             sink.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that a kill has torn is left out.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        Plain values, in the order they were written.
+    """
+    path = folder / METRICS_FILE
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:

@@ -22,7 +22,7 @@ from mfdetr_cache.training.learner import Learner, build_learner
 from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
 from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
-from mfdetr_pipelines.run_log import RunLog, require_trackers
+from mfdetr_pipelines.run_log import RunLog, read_log, require_trackers
 from mfdetr_pipelines.training_loop import Run, TrainingLoop, trainable_rows
 
 
@@ -291,6 +291,8 @@ class _Validator:
         self._run = run
         self._processes = processes
         self._last: float | None = None
+        if config.resume:
+            self._remember()
 
     def after_step(self) -> str:
         """Measure where it is time to; what to show beside the progress."""
@@ -311,6 +313,16 @@ class _Validator:
             The metrics.
         """
         return self._measure(self._run.learner, reporter)
+
+    def _remember(self) -> None:
+        """The best validation before the run was stopped, from its log."""
+        for line in read_log(self._config.out):
+            # A validation later than the checkpoint is made again.
+            if "validation" in line and line["step"] <= self._run.learner.step:
+                ap = float(line["validation"]["mask"]["AP"])
+                self._last = ap
+                if self.best_ap is None or ap > self.best_ap:
+                    self.best_ap, self.best_step = ap, int(line["step"])
 
     def _measure(self, learner: Learner, reporter: Reporter) -> EvaluateSummary:
         head, weights = learner.head, learner.result_weights()

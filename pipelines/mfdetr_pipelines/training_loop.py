@@ -269,13 +269,17 @@ class TrainingLoop:
             begun = time.perf_counter()
             run.learner.images += self._images_of(step)
             key = region_key(run.learner)
+            note = ""
             if places[key][1]:
-                notes.append(self._learn(run, loaded, batches, key, places[key]))
+                note = self._learn(run, loaded, batches, key, places[key])
             else:
                 run.learner.pass_over()
             # The head's own time, and its part of what was read for all.
             run.learner.seconds += time.perf_counter() - begun + reading
             run.learner.waiting_seconds += waited / len(learning)
+            if run.after_step is not None and run.problem is None:
+                note += run.after_step()
+            notes.append(note)
         self._reporter.advance(note=notes[0] if notes else "")
         return not any(flags[0] for flags in everywhere)
 
@@ -347,12 +351,11 @@ class TrainingLoop:
                     "waiting_seconds": round(learner.waiting_seconds, 3),
                 }
             )
-        extra = run.after_step() if run.after_step is not None else ""
         speed = learner.images / max(learner.seconds, 1e-9)
         waiting = 100 * learner.waiting_seconds / max(learner.seconds, 1e-9)
         return (
             f"{speed:.1f} images/s, {waiting:.0f} % waiting, loss {learner.recent_loss():.3f} "
-            f"(bce {report.bce:.3f}, dice {report.dice:.3f}, iou {report.scoring:.3f}){extra}"
+            f"(bce {report.bce:.3f}, dice {report.dice:.3f}, iou {report.scoring:.3f})"
         )
 
     def _save(self) -> None:
@@ -360,7 +363,9 @@ class TrainingLoop:
             for run in self._runs:
                 if run.problem is None:
                     run.save()
-        self._processes.wait()
+        # After a failure the others may be in the middle of a step; torchrun stops them.
+        if all(run.problem is None for run in self._runs):
+            self._processes.wait()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -123,13 +123,15 @@ def test_every_storage_keeps_what_was_written(tmp_path: Path, kind: str) -> None
         ),
     }[kind]()
     data = bytes(range(256))
+    storage.write("zarr.json", [b"{}"])
     assert storage.write("x/y", [data[:100], data[100:]]) == checksum_of([data])
     assert storage.read("x/y") == data
     for _ in range(2):
         assert storage.read_ranges("x/y", [(0, 10), (10, 20)]) == [data[:10], data[10:30]]
     assert storage.size("x/y") == 256
     assert storage.size("x/z") is None
-    assert storage.sizes("") == storage.sizes("x") == {"x/y": 256}
+    assert storage.sizes("") == {"x/y": 256, "zarr.json": 2}
+    assert storage.sizes("x") == {"x/y": 256}
     storage.delete("x/y")
     storage.delete("x/y")
     assert storage.size("x/y") is None
@@ -141,6 +143,7 @@ def test_a_mirror_reads_once_and_stays_within_its_size(tmp_path: Path) -> None:
     source = ObjectStorage(f"memory://{uuid.uuid4()}")
     random = np.random.default_rng(0)
     data = random.bytes(4000)
+    source.write("zarr.json", [b"{}"])
     source.write("a", [data])
     mirror = MirroredStorage(source, tmp_path / "m", 1000)
     for start in random.permutation(40).tolist() * 2:
@@ -155,12 +158,18 @@ def test_a_mirror_reads_once_and_stays_within_its_size(tmp_path: Path) -> None:
     assert again.read_ranges("a", [(50, 9)]) == first[1:]
     with pytest.raises(FileNotFoundError):
         again.read_ranges("a", [(50, 10)])
+    # Another cache under the same URL: what is kept of the old one is not its.
+    source.write("zarr.json", [b'{"another": "cache"}'])
+    source.write("a", [data[::-1]])
+    other = MirroredStorage(source, tmp_path / "m2", 10_000)
+    assert other.read_ranges("a", [(5, 7), (50, 9)]) == [data[::-1][5:12], data[::-1][50:59]]
 
 
 def test_storages_travel_to_other_processes(
     tmp_path: Path, bucket: tuple[str, _Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far = ObjectStorage(f"{bucket[0]}/x")
+    far.write("zarr.json", [b"{}"])
     far.write("a", [b"abc"])
     for storage in (far, MirroredStorage(far, tmp_path / "m", 100)):
         travelled = pickle.dumps(storage)

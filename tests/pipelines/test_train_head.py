@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines import train_head as train_head_module
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
@@ -470,3 +472,67 @@ def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: P
     assert found.details["held_out"]["seen_AP"] == pytest.approx(np.mean(others))
     with pytest.raises(ConfigError, match="--hold-out elipse: no such category; did you mean"):
         train(drawn_cache, tmp_path / "other", hold_out=("elipse",))
+
+
+def test_the_best_weights_survive_a_stop(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worse validation after a resume does not replace a better one before it."""
+    values = iter([0.5, 0.1, 0.2])
+    real = train_head_module.measure
+
+    def scripted(*arguments: Any, **options: Any) -> Any:
+        found, masks = real(*arguments, **options)
+        return dataclasses.replace(
+            found, mask=dataclasses.replace(found.mask, AP=next(values))
+        ), masks
+
+    monkeypatch.setattr(train_head_module, "measure", scripted)
+    step = TrainingLoop._one_step
+
+    def stop(self: Any, number: int, *arguments: Any) -> bool:
+        if number == 2:
+            self._stop.set()
+        return step(self, number, *arguments)
+
+    recipe, out = small_recipe(steps=6), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_one_step", stop)
+        with pytest.raises(StoppedError, match="at step 3"):
+            train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2)
+    best = (out / "head-best.safetensors").read_bytes()
+    summary = train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2, resume=True)
+    assert (summary.best_AP, summary.best_step) == (0.5, 2)
+    assert (out / "head-best.safetensors").read_bytes() == best
+
+
+def test_time_spent_validating_is_not_time_spent_training(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        train_head_module._Validator, "after_step", lambda self: time.sleep(0.5) or ""
+    )
+    started = time.perf_counter()
+    summary = train(drawn_cache, tmp_path / "run", val_cache=drawn_cache)
+    assert summary.seconds < time.perf_counter() - started - 4 * 0.5
+
+
+def test_compiled_training_gives_the_same_losses(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is captured and run as torch runs it; code generation alone takes minutes."""
+    plain = train(drawn_cache, tmp_path / "plain", max_steps=2)
+    asked = []
+
+    def capture(head: Any, **options: Any) -> Any:
+        asked.append(options)
+        return compile_(head, backend="eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", capture)
+    recipe = small_recipe(compile="true")
+    compiled = train(drawn_cache, tmp_path / "compiled", recipe, max_steps=2)
+    assert asked == [{"dynamic": True}]
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-5)
+    weights, same = weights_of(tmp_path / "plain"), weights_of(tmp_path / "compiled")
+    assert weights.keys() == same.keys()
