@@ -60,10 +60,12 @@ class HeadOutput:
         mask_logits: Over the box of each region, before the sigmoid, shape (R, r, r).
         mask_iou: Predicted IoU of the mask for each label, unbounded, shape (R, K); None without
             mask scoring.
+        codes: Mask codes the logits were decoded from, shape (R, K'), where the head predicts such.
     """
 
     mask_logits: Tensor
     mask_iou: Tensor | None
+    codes: Tensor | None = None
 
 
 def map_groups(

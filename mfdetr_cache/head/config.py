@@ -31,8 +31,10 @@ class HeadConfig:
         query_ffn: FFN of the query encoder (Table 5).
         query_o2o: Object-to-object attention (Eq. 10, Table 5).
         query_b2o: Box-to-object attention (Eq. 11, Table 5).
-        mask_predictor: Dot product (Eq. 4), the segmenter head (Table 12), or ``fcn``: Mask R-CNN's
-            convolutions, as a baseline that does not see the query.
+        mask_predictor: Dot product (Eq. 4), the segmenter head (Table 12), or a baseline: ``fcn``,
+            Mask R-CNN's convolutions, which do not see the query, or ``embedding``, a short code of
+            the mask as in ISTR, decoded with a basis learned from the annotated masks.
+        mask_embedding_dim: Length of that code.
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
     """
 
@@ -52,7 +54,8 @@ class HeadConfig:
     query_ffn: bool = True
     query_o2o: bool = False
     query_b2o: bool = True
-    mask_predictor: Literal["dot", "segmenter", "fcn"] = "dot"
+    mask_predictor: Literal["dot", "segmenter", "fcn", "embedding"] = "dot"
+    mask_embedding_dim: int = 64
     mask_scoring: bool = True
 
     def __post_init__(self) -> None:
@@ -67,5 +70,9 @@ class HeadConfig:
                 "roialign=false leaves no regions for box_layers, query_b2o or mask_scoring; "
                 "switch them off"
             )
+        if not 1 <= self.mask_embedding_dim <= 784:
+            raise ValueError("mask_embedding_dim must be 1 to 784, the cells of a 28 x 28 mask")
+        if not self.roialign and self.mask_predictor != "dot":
+            raise ValueError("roialign=false compares with mask_predictor=dot only")
         if self.roi_sampling_ratio < 0:
             raise ValueError("roi_sampling_ratio must be 0 (adaptive) or more")

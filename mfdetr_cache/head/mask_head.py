@@ -12,6 +12,7 @@ from mfdetr_cache.head.c1_crops import neck_affine
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, Projection
 from mfdetr_cache.head.image_encoder import build_image_encoder
+from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
@@ -90,6 +91,11 @@ class MaskHead(nn.Module):
         names = [m.name for m in self.levels]
         return (*names, self.c1.name) if self.c1 is not None else tuple(names)
 
+    @property
+    def codec(self) -> MaskCodec | None:
+        """What decodes mask codes, to be fitted before training; None where there are no codes."""
+        return self.predictor.codec if isinstance(self.predictor, EmbeddingPredictor) else None
+
     def forward(self, batch: HeadBatch) -> HeadOutput:
         """Masks of all regions of a batch.
 
@@ -121,9 +127,14 @@ class MaskHead(nn.Module):
         """
         regions = self.box_encoder(regions)
         queries = self.query_encoder(queries, regions.flatten(1, 2), image_index)
-        logits = self.predictor(self.map_query(queries), regions)
+        codes = None
+        if isinstance(self.predictor, EmbeddingPredictor):
+            codes = self.predictor.codes(self.map_query(queries), regions)
+            logits = self.predictor.logits(codes, regions.shape[1])
+        else:
+            logits = self.predictor(self.map_query(queries), regions)
         iou = self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
-        return HeadOutput(logits, iou)
+        return HeadOutput(logits, iou, codes)
 
     def compare_with_image(self, fused: Tensor, queries: Tensor) -> Tensor:
         """Each query with every cell of one image: Table 1 without RoIAlign.
@@ -234,6 +245,8 @@ class MaskHead(nn.Module):
 def _predictor(config: HeadConfig) -> nn.Module:
     if config.mask_predictor == "segmenter":
         return SegmenterPredictor(config.hidden_dim)
+    if config.mask_predictor == "embedding":
+        return EmbeddingPredictor(config.hidden_dim, config.mask_embedding_dim)
     if config.mask_predictor == "fcn":
         return FcnPredictor(config.hidden_dim)
     return DotProductPredictor()

@@ -37,6 +37,8 @@ class TrainConfig:
         bce_weight: Weight of the binary cross entropy.
         dice_weight: Weight of the dice loss.
         scoring_weight: Weight of the mask-IoU regression.
+        embedding_weight: Weight of the cosine distance between predicted and annotated mask codes,
+            where the head predicts codes.
         amp: Compute the network in bfloat16 or float16 where that is safe; losses, norms and
             sampling positions stay in float32. ``fp16`` needs a GPU.
         accumulate: Compute each step in so many pieces, for less memory; the gradient stays that of
@@ -78,6 +80,7 @@ class TrainConfig:
     bce_weight: float = 5.0
     dice_weight: float = 5.0
     scoring_weight: float = 1.0
+    embedding_weight: float = 2.0
     amp: Literal["off", "bf16", "fp16"] = "off"
     accumulate: int = 1
     compile: bool = False

@@ -248,7 +248,9 @@ def loss_of_batch(
     with autocast(train.amp, batch.masks.device):
         # A compiled module has no truth value of its own.
         output = (head if forward is None else forward)(batch.inputs)
-    return head_losses(output, batch.masks, batch.labels, batch.outside, train, generator, share)
+    return head_losses(
+        output, batch.masks, batch.labels, batch.outside, train, generator, share, head.codec
+    )
 
 
 def parameter_groups(head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mfdetr_cache.head.batch import HeadOutput
+from mfdetr_cache.head.mask_embedding import MaskCodec
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
 
@@ -70,6 +71,7 @@ def head_losses(
     config: TrainConfig,
     generator: torch.Generator,
     share: tuple[int, int] | None = None,
+    codec: MaskCodec | None = None,
 ) -> LossParts:
     """The losses of a batch of R regions.
 
@@ -83,6 +85,7 @@ def head_losses(
         share: Where these regions stand in a step that is computed in pieces: index of the first,
             and how many there are in all. Every mean is then this piece's part of the mean over the
             step, so that the losses and gradients of the pieces add up to those of the step.
+        codec: Encodes the annotated masks where the output has codes.
 
     Returns:
         The parts and their weighted sum.
@@ -119,4 +122,7 @@ def head_losses(
         guess = output.mask_iou.float().gather(1, labels.clamp(min=0)[:, None])[:, 0]
         scoring = ((guess - target) ** 2 * scored).sum() / count
     total = config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
+    if output.codes is not None and codec is not None:
+        likeness = functional.cosine_similarity(output.codes.float(), codec.encode(masks), dim=-1)
+        total = total + config.embedding_weight * (1 - likeness).sum() / count
     return LossParts(total, bce.detach(), dice.detach(), scoring.detach())

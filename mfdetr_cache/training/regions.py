@@ -56,6 +56,28 @@ def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArr
     return np.flatnonzero(usable)
 
 
+def object_masks(
+    truth: GroundTruth, size_hw: tuple[int, int], held_out: Sequence[int], side: int
+) -> NDArray[np.float32]:
+    """Coverage of every object that can be learned from over its own box.
+
+    Args:
+        truth: The annotated objects of an image.
+        size_hw: Height and width of their picture in pixels.
+        held_out: Category ids that are hidden.
+        side: Cells along both axes.
+
+    Returns:
+        Shape (G, side, side).
+    """
+    objects = trainable_objects(truth, held_out)
+    masks = np.empty((len(objects), side, side), dtype=np.float32)
+    for place, index in enumerate(objects):
+        box = truth.boxes_xyxy[index].astype(np.float64)
+        masks[place] = rasterise_in_box(truth.run_lengths[index], size_hw, box, side)
+    return masks
+
+
 def build_regions(
     image: CachedImage, config: TrainConfig, roi_size: int, random: np.random.Generator
 ) -> RegionTargets:

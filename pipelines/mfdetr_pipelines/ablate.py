@@ -35,7 +35,7 @@ from mfdetr_pipelines.recipes import Recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
 from mfdetr_pipelines.run_log import RunLog
 from mfdetr_pipelines.train_head import require_c1, training_device
-from mfdetr_pipelines.training_loop import Run, TrainingLoop, stream_key
+from mfdetr_pipelines.training_loop import Run, TrainingLoop, new_head, stream_key
 
 RESULT_FILE = "result.json"
 MASKS_FILE = "masks.json.gz"
@@ -384,7 +384,7 @@ def _train_together(
 def _start(config: AblateConfig, job: _Job, cache: FeatureCache) -> Run:
     train = job.recipe.train
     device = training_device(config.device, train.amp)
-    learner = build_learner(train, lambda: MaskHead(job.recipe.head, cache.spec), device)
+    learner = build_learner(train, lambda: new_head(job.recipe.head, cache, train), device)
     require_c1(cache, learner.head, train)
     begun = job.folder.exists() and any(job.folder.iterdir())
     settings = TrainHeadConfig(config.cache, job.folder, job.recipe, resume=begun)

@@ -72,6 +72,12 @@ def ffn() -> Recipe:
     return Recipe("ffn", head, recipe.train)
 
 
+def istr() -> Recipe:
+    """A baseline: a 64-number code of the whole mask from query and region, as ISTR predicts it."""
+    recipe = ffn()
+    return Recipe("istr", replace(recipe.head, mask_predictor="embedding"), recipe.train)
+
+
 def demo() -> Recipe:
     """The head of ``mfdetr demo``: ``fast`` on a 16 x 16 grid, for scenes of 160 pixels."""
     recipe = fast()
@@ -80,7 +86,9 @@ def demo() -> Recipe:
     return Recipe("demo", head, train)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (paper, fast, fcn, ffn, demo)}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    f.__name__: f for f in (paper, fast, fcn, ffn, istr, demo)
+}
 
 
 def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:

@@ -23,7 +23,7 @@ from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
 from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
 from mfdetr_pipelines.run_log import RunLog, read_log, require_trackers
-from mfdetr_pipelines.training_loop import Run, TrainingLoop, trainable_rows
+from mfdetr_pipelines.training_loop import Run, TrainingLoop, new_head, trainable_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
         if not processes.is_first:
             reporter = SilentReporter()
         learner = build_learner(
-            train, lambda: MaskHead(config.recipe.head, cache.spec), device, processes
+            train, lambda: new_head(config.recipe.head, cache, train), device, processes
         )
         require_c1(cache, learner.head, train)
         document = run_document(config, train, cache, validation)

@@ -11,10 +11,14 @@ from types import FrameType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import HeadError, StoppedError, TrainingError
 from mfdetr_cache.head.batch import map_groups
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.training.batches import (
     TrainBatch,
@@ -29,11 +33,13 @@ from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, s
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, split
 from mfdetr_cache.training.learner import Learner, StepReport
-from mfdetr_cache.training.regions import build_regions, trainable_objects
+from mfdetr_cache.training.regions import build_regions, object_masks, trainable_objects
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.run_log import RunLog
 
 _LOG_EVERY = 10
+# Images whose annotated masks a basis is learned from: some 30,000 objects of COCO.
+_BASIS_IMAGES = 4000
 
 # What decides which regions of an image are trained on, and on which grid.
 RegionKey = tuple[object, ...]
@@ -133,6 +139,32 @@ def trainable_rows(
 
 def _can_teach(cache: FeatureCache, row: int, held_out: Sequence[int]) -> bool:
     return bool(len(trainable_objects(cache.ground_truth(row), held_out)))
+
+
+def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> MaskHead:
+    """A head as a training begins with it; a basis of masks is learned from the annotations.
+
+    Args:
+        config: Architecture.
+        cache: A complete cache of the training split.
+        train: Which annotations may be looked at.
+
+    Returns:
+        The head; its weights come from torch's random state, its basis does not.
+    """
+    head = MaskHead(config, cache.spec)
+    if head.codec is not None:
+        rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
+        if len(rows) > _BASIS_IMAGES:
+            rows = sorted(np.random.default_rng(0).permutation(rows)[:_BASIS_IMAGES].tolist())
+        masks = [_object_masks(cache, row, train.held_out) for row in rows]
+        head.codec.fit(torch.from_numpy(np.concatenate(masks)))
+    return head
+
+
+def _object_masks(cache: FeatureCache, row: int, held_out: Sequence[int]) -> NDArray[np.float32]:
+    size_hw = cache.original_hw(row)
+    return object_masks(cache.ground_truth(row), size_hw, held_out, MASK_SIDE)
 
 
 class TrainingLoop:

@@ -29,6 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"query_ffn": False, "query_b2o": False},
     {"query_o2o": True},
     {"mask_predictor": "segmenter"},
+    {"mask_predictor": "embedding", "mask_embedding_dim": 70},
     {"mask_predictor": "fcn", "box_layers": 0, "query_ffn": False, "query_b2o": False},
     {"mask_scoring": False},
     {"use_c1": False},

@@ -452,6 +452,21 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
         assert all(torch.equal(alone[k], beside[k]) for k in alone), name
 
 
+def test_mask_codes_get_their_basis_from_the_masks_that_may_be_seen(
+    tmp_path: Path, drawn_cache: Path
+) -> None:
+    recipe = small_recipe("istr", mask_embedding_dim=12)
+    train(drawn_cache, tmp_path / "all", recipe)
+    basis = load_head(tmp_path / "all").head.codec.basis
+    torch.testing.assert_close(basis @ basis.T, torch.eye(12), atol=1e-5, rtol=0)
+    other_seed = small_recipe("istr", mask_embedding_dim=12, seed=3)
+    train(drawn_cache, tmp_path / "seed", other_seed)
+    assert torch.equal(load_head(tmp_path / "seed").head.codec.basis, basis)
+    part = small_recipe("istr", mask_embedding_dim=12, label_fraction=0.4)
+    train(drawn_cache, tmp_path / "part", part)
+    assert not torch.allclose(load_head(tmp_path / "part").head.codec.basis, basis, atol=1e-2)
+
+
 def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
     names = {str(c["name"]): int(c["id"]) for c in cache.categories}

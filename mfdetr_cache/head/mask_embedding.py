@@ -1,0 +1,156 @@
+"""A baseline after ISTR (Hu et al., 2021): the query predicts a short code of its whole mask.
+
+A basis of 28 x 28 masks is learned once from the ground truth; a mask is its mean plus a weighted
+sum of the basis. The network never compares cells with a query, it only chooses the weights.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SIDE = 28
+# Cells of the region features the code is read from, along an axis; divides every RoI size.
+_POOLED = 8
+# A decoded mask lies around [0, 1]; logits of +-6 are as sure as a sigmoid needs to be.
+_LOGIT_SCALE = 12.0
+
+
+def _cosines(width: int) -> Tensor:
+    """The first vectors of the two-dimensional cosine transform, orthonormal, (width, 784)."""
+    at = (torch.arange(SIDE, dtype=torch.float64) + 0.5) * torch.pi / SIDE
+    waves = torch.cos(torch.arange(SIDE)[:, None] * at)
+    waves /= waves.norm(dim=1, keepdim=True)
+    frequency = torch.arange(SIDE)
+    order = (frequency[:, None] + frequency).flatten().argsort(stable=True)[:width]
+    return torch.einsum("uy,vx->uvyx", waves, waves).flatten(2).flatten(0, 1)[order].float()
+
+
+class MaskCodec(nn.Module):
+    """Principal components of masks, as buffers: they travel with the weights of a head.
+
+    Until it is fitted, the basis holds the lowest frequencies of a cosine transform.
+
+    Args:
+        width: Length K of a code.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((SIDE * SIDE,), 0.5))
+        self.register_buffer("basis", _cosines(width))
+
+    def fit(self, masks: Tensor) -> float:
+        """Learn the basis.
+
+        Args:
+            masks: Coverage of objects over their boxes, shape (N, 28, 28).
+
+        Returns:
+            Share of the masks' variance that the basis keeps, in [0, 1].
+        """
+        flat = masks.flatten(1).double()
+        mean = flat.mean(0)
+        values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean))
+        chosen = vectors.flip(1)[:, : len(self.basis)].T
+        # The sign of an eigenvector is arbitrary: its largest element is made positive.
+        largest = chosen.gather(1, chosen.abs().argmax(1, keepdim=True))
+        self.mean.copy_(mean)
+        self.basis.copy_(chosen * largest.sign())
+        values = values.clamp(min=0).flip(0)
+        return float(values[: len(self.basis)].sum() / values.sum().clamp(min=1e-12))
+
+    def encode(self, masks: Tensor) -> Tensor:
+        """Codes of masks.
+
+        Args:
+            masks: Coverage over each box, shape (R, t, t).
+
+        Returns:
+            Shape (R, K).
+        """
+        small = functional.adaptive_avg_pool2d(masks[:, None], SIDE).flatten(1)
+        return (small - self.mean) @ self.basis.T
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Mask logits of codes; 0 where the decoded mask is a half.
+
+        Args:
+            codes: Shape (R, K).
+
+        Returns:
+            Shape (R, 28, 28).
+        """
+        masks = self.mean + codes @ self.basis
+        return (_LOGIT_SCALE * (masks - 0.5)).unflatten(1, (SIDE, SIDE))
+
+
+class EmbeddingPredictor(nn.Module):
+    """A mask code from the query and its region, by a dynamic convolution as in Sparse R-CNN.
+
+    Args:
+        width: Channels d.
+        code_width: Length K of a code.
+    """
+
+    def __init__(self, width: int, code_width: int) -> None:
+        super().__init__()
+        self.codec = MaskCodec(code_width)
+        self.inner = max(width // 4, 8)
+        self.kernels = nn.Linear(width, 2 * width * self.inner)
+        self.norms = nn.ModuleList(nn.LayerNorm(n) for n in (self.inner, width, width))
+        self.join = nn.Linear(_POOLED**2 * width, width)
+        self.code = nn.Sequential(
+            nn.Linear(width, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, code_width),
+        )
+
+    def codes(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Mask codes.
+
+        Args:
+            queries: Shape (R, d).
+            regions: Shape (R, r, r, d).
+
+        Returns:
+            Shape (R, K).
+        """
+        step = regions.shape[1] // _POOLED
+        cells = functional.avg_pool2d(regions.permute(0, 3, 1, 2), step).flatten(2).transpose(1, 2)
+        first, second = self.kernels(queries).chunk(2, -1)
+        mixed = cells @ first.unflatten(-1, (-1, self.inner))
+        mixed = functional.relu(self.norms[0](mixed))
+        mixed = functional.relu(self.norms[1](mixed @ second.unflatten(-1, (self.inner, -1))))
+        joined = functional.relu(self.norms[2](self.join(mixed.flatten(1))))
+        found: Tensor = self.code(joined)
+        return found
+
+    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Mask logits.
+
+        Args:
+            queries: Shape (R, d).
+            regions: Shape (R, r, r, d).
+
+        Returns:
+            Shape (R, r, r).
+        """
+        return self.logits(self.codes(queries, regions), regions.shape[1])
+
+    def logits(self, codes: Tensor, side: int) -> Tensor:
+        """Decoded codes on the grid of the regions.
+
+        Args:
+            codes: Shape (R, K).
+            side: Cells r of the region along an axis.
+
+        Returns:
+            Shape (R, r, r).
+        """
+        masks = self.codec.decode(codes)[:, None]
+        return functional.interpolate(masks, (side, side), mode="bilinear")[:, 0]
