@@ -1,10 +1,11 @@
 """The seams with more than one implementation: a detector, and whoever listens to progress."""
 
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 
@@ -63,6 +64,34 @@ class Detector(Protocol):
 
         Returns:
             The detector.
+        """
+
+
+@runtime_checkable
+class TunableDetector(Detector, Protocol):
+    """A detector that can be trained on together with a mask network (Table 16).
+
+    With parameters that need a gradient, its ``forward`` gives outputs that carry one.
+    """
+
+    def tunable_parameters(self, part: Literal["encoder-decoder", "all"]) -> list[nn.Parameter]:
+        """Parameters that a joint training may change.
+
+        Args:
+            part: Everything but the backbone, or everything.
+
+        Returns:
+            The parameters, always in the same order.
+        """
+
+    def save_weights(self, folder: Path) -> str:
+        """Write the weights as they are now.
+
+        Args:
+            folder: Where to.
+
+        Returns:
+            What to pass as ``--weights`` to load them.
         """
 
 

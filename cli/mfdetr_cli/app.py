@@ -17,6 +17,7 @@ from mfdetr_cli.extract import extract
 from mfdetr_cli.plan import plan
 from mfdetr_cli.predict import predict
 from mfdetr_cli.train_head import train_head
+from mfdetr_cli.train_joint import train_joint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(extract)
 app.command(name="train-head")(train_head)
+app.command(name="train-joint")(train_joint)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(ablate)

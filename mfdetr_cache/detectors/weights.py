@@ -1,9 +1,13 @@
 """Frozen weights: their hash, and the switch that freezes them."""
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import nn
+
+# What a joint training may change of a detector (Table 16).
+TunedPart = Literal["encoder-decoder", "all"]
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -33,3 +37,20 @@ def freeze(module: nn.Module) -> nn.Module:
         The same module.
     """
     return module.eval().requires_grad_(False)
+
+
+def parameters_of_part(module: nn.Module, part: TunedPart) -> list[nn.Parameter]:
+    """The parameters of a part of a detector.
+
+    Args:
+        module: A detector whose backbone is called so in the names of its weights.
+        part: Everything but the backbone, or everything.
+
+    Returns:
+        Parameters in the order of the module.
+    """
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if part == "all" or "backbone" not in name.split(".")
+    ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfdetr_cache.quantisation import decode_maps
-from mfdetr_cache.types import CachedImage
+from mfdetr_cache.types import CachedImage, DetectorOutput, ImageGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,34 @@ class HeadOutput:
     mask_logits: Tensor
     mask_iou: Tensor | None
     codes: Tensor | None = None
+
+
+def live_groups(
+    outputs: Sequence[DetectorOutput],
+    geometries: Sequence[ImageGeometry],
+    map_names: Sequence[str],
+) -> tuple[MapGroup, ...]:
+    """The maps of images that a detector has just seen one by one, equal sizes together.
+
+    Args:
+        outputs: One per image, each of batch size 1; gradients flow back into them.
+        geometries: Sizes of the images.
+        map_names: Maps to take.
+
+    Returns:
+        One group per network input size.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, geometry in enumerate(geometries):
+        by_size.setdefault(geometry.input_hw, []).append(index)
+    return tuple(
+        MapGroup(
+            {name: torch.cat([outputs[i].maps[name] for i in members]) for name in map_names},
+            input_hw,
+            torch.tensor(members, device=outputs[0].queries.device),
+        )
+        for input_hw, members in by_size.items()
+    )
 
 
 def map_groups(

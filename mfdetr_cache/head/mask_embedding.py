@@ -83,8 +83,8 @@ class MaskCodec(nn.Module):
         Returns:
             Shape (R, 28, 28).
         """
-        masks = self.mean + codes @ self.basis
-        return (_LOGIT_SCALE * (masks - 0.5)).unflatten(1, (SIDE, SIDE))
+        masks: Tensor = self.mean + codes @ self.basis
+        return (_LOGIT_SCALE * (masks - 0.5)).view(-1, SIDE, SIDE)
 
 
 class EmbeddingPredictor(nn.Module):

@@ -388,7 +388,8 @@ def _start(config: AblateConfig, job: _Job, cache: FeatureCache) -> Run:
     require_c1(cache, learner.head, train)
     begun = job.folder.exists() and any(job.folder.iterdir())
     settings = TrainHeadConfig(config.cache, job.folder, job.recipe, resume=begun)
-    prepare_folder(settings, run_document(settings, train, cache, None))
+    document = run_document(settings, train, cache, None)
+    prepare_folder(job.folder, job.recipe.head, document, resume=begun)
     run = Run(learner, job.folder, RunLog(job.folder))
     run.restore()
     return run

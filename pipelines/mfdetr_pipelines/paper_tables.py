@@ -567,7 +567,8 @@ def paper_table(number: int) -> PaperTable:
         reasons = {
             7: "comparison of systems, nothing to run",
             8: "comparison of systems, nothing to run",
-            16: "fine-tuning trains the detector too: there is nothing to cache",
+            16: "it trains the detector too and needs no cache: mfdetr train-joint --tune nothing, "
+            "encoder-decoder or all",
         }
         hint = f" ({reasons[number]})" if number in reasons else ""
         raise ConfigError(f"--table {number}{hint}{nearest('', known)}")

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
 from mfdetr_cache.training.config import TrainConfig
@@ -87,45 +89,64 @@ def run_document(
         "categories": cache.categories,
         "label_categories": list(cache.label_categories),
         "command": sys.argv,
-        "versions": {
-            "mfdetr_cache": mfdetr_cache.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": versions(),
     }
 
 
-def prepare_folder(config: TrainHeadConfig, document: dict[str, Any]) -> None:
+def versions() -> dict[str, str]:
+    """Versions of what a training's numbers depend on.
+
+    Returns:
+        Name to version.
+    """
+    return {
+        "mfdetr_cache": mfdetr_cache.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def prepare_folder(
+    out: Path,
+    head: HeadConfig,
+    document: dict[str, Any],
+    *,
+    resume: bool,
+    same: Sequence[str] = ("head", "train", "detector"),
+) -> None:
     """Begin a run folder, or make sure that an old one is the same run.
 
     Args:
-        config: What the user asked for.
-        document: From :func:`run_document`.
+        out: The folder.
+        head: Architecture of the head.
+        document: What else ``config.json`` says.
+        resume: Whether there should be a run to go on with.
+        same: What must not have changed then.
 
     Raises:
         HeadError: If the folder is in use, or another run would be resumed.
     """
-    path = config.out / CONFIG_FILE
-    if config.resume:
+    path = out / CONFIG_FILE
+    if resume:
         try:
             before = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise HeadError(f"{config.out} holds no run to resume ({error})") from error
-        now = {"head": to_dict(config.recipe.head), **document}
-        for name in ("head", "train", "detector"):
+            raise HeadError(f"{out} holds no run to resume ({error})") from error
+        now = {"head": to_dict(head), **document}
+        for name in same:
             found = differences(before.get(name), now[name])
             if found:
                 key, theirs, ours = found[0]
                 raise HeadError(
-                    f"cannot resume {config.out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
+                    f"cannot resume {out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
                     "give the same settings, or another --out"
                 )
         return
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HeadError(
-            f"{config.out} is not empty; nothing was touched. Pass --resume to go on with that "
+            f"{out} is not empty; nothing was touched. Pass --resume to go on with that "
             "run, or another --out"
         )
-    config.out.mkdir(parents=True, exist_ok=True)
-    save_run_config(config.out, config.recipe.head, document)
+    out.mkdir(parents=True, exist_ok=True)
+    save_run_config(out, head, document)

@@ -89,7 +89,7 @@ def run_train_head(config: TrainHeadConfig, reporter: Reporter) -> TrainSummary:
         require_c1(cache, learner.head, train)
         document = run_document(config, train, cache, validation)
         if processes.is_first:
-            prepare_folder(config, document)
+            prepare_folder(config.out, config.recipe.head, document, resume=config.resume)
         processes.wait()
         log = RunLog(config.out, config.track if processes.is_first else (), document["train"])
         run = Run(learner, config.out, log)

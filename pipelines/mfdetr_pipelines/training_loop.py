@@ -241,7 +241,7 @@ class TrainingLoop:
             run.learner.head.train()
         self._reporter.start("train", last, "steps", done=first)
         saved = time.monotonic()
-        with self._signals():
+        with stop_on_signals(self._stop):
             stream = self._stream(first, last)
             for step in range(first, last):
                 started = time.perf_counter()
@@ -399,22 +399,27 @@ class TrainingLoop:
         if all(run.problem is None for run in self._runs):
             self._processes.wait()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C end the step that is running and then save."""
 
-        def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
-            self._stop.set()
+@contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the step that is running instead of the process.
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    Args:
+        stop: Set when a signal arrives.
+    """
+
+    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def region_key(learner: Learner) -> RegionKey:

@@ -25,7 +25,7 @@ from mfdetr_cache.detectors.huggingface.families import (
 from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
-from mfdetr_cache.detectors.weights import freeze, weights_sha256
+from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
 
@@ -36,7 +36,8 @@ class HuggingFaceDetector(nn.Module):
     Args:
         model: A detection model of a known family, weights loaded and corrected.
         family: How its maps are found.
-        preprocessing: How images become its input.
+        processor: transformers' image processor, which says how images become its input.
+        preprocessing: The same as we do it.
         options: What the user chose.
 
     Raises:
@@ -47,11 +48,13 @@ class HuggingFaceDetector(nn.Module):
         self,
         model: nn.Module,
         family: Family,
+        processor: Any,  # noqa: ANN401  transformers has no common type for them
         preprocessing: Preprocessing,
         options: DetectorOptions,
     ) -> None:
         super().__init__()
-        self.model = freeze(model)
+        self.model: Any = freeze(model)
+        self._processor = processor
         self.eval()
         self._family = family
         self._preprocessing = preprocessing
@@ -94,7 +97,6 @@ class HuggingFaceDetector(nn.Module):
         """
         return self._preprocessing(image, shortest_edge)
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """Run the frozen detector.
 
@@ -127,6 +129,17 @@ class HuggingFaceDetector(nn.Module):
         self._layer_tokens = None
         self._projected = []
         return DetectorOutput(logits, boxes, queries, maps)
+
+    def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
+        """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
+        return parameters_of_part(self.model, part)
+
+    def save_weights(self, folder: Path) -> str:
+        """Write a folder that ``--detector hf`` takes."""
+        with _quiet():
+            self.model.save_pretrained(folder)
+            self._processor.save_pretrained(folder)
+        return str(folder)
 
     def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:
         arguments: dict[str, Tensor] = {}
@@ -292,7 +305,7 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
     if family.correct is not None:
         family.correct(model)
     preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
-    return HuggingFaceDetector(model, family, preprocessing, options)
+    return HuggingFaceDetector(model, family, processor, preprocessing, options)
 
 
 def _family_of(model_type: str, weights: str) -> Family:

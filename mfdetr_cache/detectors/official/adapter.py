@@ -19,7 +19,7 @@ from mfdetr_cache.detectors.official.checkpoint import load_official_weights
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
-from mfdetr_cache.detectors.weights import freeze, weights_sha256
+from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
 
@@ -115,7 +115,6 @@ class OfficialDetector(nn.Module):
         """
         return OFFICIAL_PREPROCESSING(image, shortest_edge)
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """Run the frozen detector.
 
@@ -131,6 +130,17 @@ class OfficialDetector(nn.Module):
         encoder = [m.name for m in self._maps if m.role == "encoder"]
         maps = {"c1": output.stages[0], **dict(zip(encoder, levels, strict=True))}
         return DetectorOutput(output.class_logits, output.boxes_cxcywh_norm, output.queries, maps)
+
+    def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
+        """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
+        return parameters_of_part(self.model, part)
+
+    def save_weights(self, folder: Path) -> str:
+        """Write a checkpoint in the official form."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "checkpoint.pth"
+        torch.save({"model": self.model.state_dict()}, path)
+        return str(path)
 
 
 def _map_specs(architecture: Architecture, layer: int) -> tuple[MapSpec, ...]:

@@ -1,0 +1,108 @@
+"""``mfdetr train-joint``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from mfdetr_pipelines.recipes import RECIPES, build_recipe
+
+from mfdetr_cli.console import (
+    ConsoleReporter,
+    human_time,
+    print_evaluation,
+    print_facts,
+    write_json,
+)
+from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
+
+
+def train_joint(
+    detector: Annotated[str, typer.Option(help="A name from mfdetr detectors.")],
+    weights: Annotated[str, typer.Option(help="Its checkpoint file, folder or hub id.")],
+    images: Annotated[Path, typer.Option(help="Image folder of the training split.")],
+    annotations: Annotated[Path, typer.Option(help="Its COCO instances JSON.")],
+    out: Annotated[Path, typer.Option(help="Run folder: head, detector, settings, metrics.")],
+    tune: Annotated[
+        Literal["nothing", "encoder-decoder", "all"],
+        typer.Option(help="What moves beside the head."),
+    ] = "encoder-decoder",
+    detector_lr: Annotated[
+        float, typer.Option(help="The detector's learning rate as a share of the head's.")
+    ] = 0.1,
+    augment: Annotated[
+        Literal["none", "deformable-detr", "large-scale-jitter"],
+        typer.Option(help="Show every image in another way in every epoch."),
+    ] = "none",
+    val_images: Annotated[
+        Path | None, typer.Option(help="Image folder of the validation split, measured at the end.")
+    ] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="Its COCO instances JSON.")] = None,
+    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "fast",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Train for N steps; the schedule is fitted to them.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
+    ] = None,
+    encoder_layer: Annotated[
+        int | None, typer.Option(help="Encoder layer whose maps the head reads; 4 by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    device: DeviceOption = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Train a mask network and its detector together, without a cache (Table 16).
+
+    For testing what freezing costs: the same recipe with the detector frozen, its encoder and
+    decoder tuned, or all of it, at a tenth of the head's learning rate.
+
+    Example:
+    mfdetr train-joint --detector hf --weights DETECTOR --images coco/train2017
+    --annotations coco/annotations/instances_train2017.json --out runs/joint --tune all
+    """
+    from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+
+    from mfdetr_cache.detectors.options import DetectorOptions
+
+    config = TrainJointConfig(
+        detector=detector,
+        weights=weights,
+        images=images,
+        annotations=annotations,
+        out=out,
+        recipe=build_recipe(recipe, parse_assignments(set_ or [])),
+        tune=tune,
+        detector_lr=detector_lr,
+        augment=None if augment == "none" else augment,
+        options=DetectorOptions(encoder_layer=encoder_layer),
+        val_images=val_images,
+        val_annotations=val_annotations,
+        epochs=epochs,
+        max_steps=max_steps,
+        limit=limit,
+        resume=resume,
+        device=device,
+    )
+    summary = run_train_joint(config, ConsoleReporter())
+    print_facts(
+        f"Run {out}",
+        {
+            "tuned": f"{tune}, {summary.tuned_parameters / 1e6:.1f} M parameters of {detector}",
+            "trained": f"{summary.steps} steps in {human_time(summary.seconds)}, "
+            f"{summary.images_per_second:.2f} images/s",
+            "losses": f"masks {summary.mask_loss:.3f}, boxes {summary.box_loss:.3f} (last steps)",
+            "extract with": f"--detector {detector} --weights {summary.weights}",
+        },
+    )
+    document: dict[str, object] = asdict(summary)
+    if summary.validation is not None:
+        metrics = summary.validation.metrics()
+        print_evaluation("Validation, in percent", metrics)
+        document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
+    write_json(json, document)

@@ -1,0 +1,551 @@
+"""Train a mask network and its detector together, live (Table 16): what freezing is tested against.
+
+Without a cache every step runs the detector. ``--tune nothing`` leaves it frozen, which is the
+paper's own way of training; the other two move the encoder and decoder, or everything.
+"""
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.boxes import xyxy_to_cxcywh
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.augmentation import (
+    Policy,
+    ViewTransform,
+    identity_transform,
+    sample_transform,
+    transform_ground_truth,
+    transform_image,
+)
+from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.config import to_dict
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, StoppedError, TrainingError
+from mfdetr_cache.head.batch import live_groups
+from mfdetr_cache.head.folder import save_head, save_run_config
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.protocols import Detector, Reporter, TunableDetector
+from mfdetr_cache.training.batches import (
+    TrainBatch,
+    TrainSample,
+    collate,
+    read_ahead,
+    rows_of_step,
+    steps_per_epoch,
+)
+from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.detection_loss import detection_loss
+from mfdetr_cache.training.learner import Learner, build_learner
+from mfdetr_cache.training.regions import build_regions, trainable_objects
+from mfdetr_cache.training.schedule import learning_rate
+from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGeometry
+from mfdetr_pipelines.evaluate import EvaluateSummary, measure
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extraction import ExtractConfig
+from mfdetr_pipelines.recipes import Recipe
+from mfdetr_pipelines.run_folder import prepare_folder, versions
+from mfdetr_pipelines.run_log import RunLog
+from mfdetr_pipelines.train_head import training_device
+from mfdetr_pipelines.training_loop import stop_on_signals
+
+Tune = Literal["nothing", "encoder-decoder", "all"]
+DETECTOR_FOLDER = "detector"
+VALIDATION_CACHE = "val.zarr"
+_LOG_EVERY = 10
+# Of the detector's gradient, as its families are trained.
+_CLIP_NORM = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJointConfig:
+    """What ``mfdetr train-joint`` is told.
+
+    Attributes:
+        detector: Name of the detector.
+        weights: Its folder, file or hub id.
+        images: Image folder of the training split.
+        annotations: Its COCO instances JSON.
+        out: Run folder.
+        recipe: Head and training settings.
+        tune: What moves beside the head.
+        detector_lr: Its learning rate as a share of the head's.
+        augment: Show every image in another way in every epoch.
+        options: What the user chose about the detector.
+        val_images: Image folder of the validation split, measured at the end.
+        val_annotations: Its COCO instances JSON.
+        epochs: Replaces the recipe's number of steps.
+        max_steps: Replaces it too.
+        limit: Only the first so many images.
+        resume: Go on with the run in ``out``.
+        device: Where to train.
+    """
+
+    detector: str
+    weights: str
+    images: Path
+    annotations: Path
+    out: Path
+    recipe: Recipe
+    tune: Tune = "encoder-decoder"
+    detector_lr: float = 0.1
+    augment: Policy | None = None
+    options: DetectorOptions = field(default_factory=DetectorOptions)
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    limit: int | None = None
+    resume: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJointSummary:
+    """What a joint training did.
+
+    Attributes:
+        out: Run folder.
+        weights: What to pass as ``--weights`` to extract with the detector as it is now.
+        tuned_parameters: Parameters of the detector that moved.
+        steps: Optimiser steps done in all.
+        seconds: Time of the steps.
+        images_per_second: Images trained on per second.
+        mask_loss: Mean loss of the head over the last steps.
+        box_loss: The same of the detector; 0 where it stays frozen.
+        validation: Metrics on the validation split, where one was given.
+    """
+
+    out: str
+    weights: str
+    tuned_parameters: int
+    steps: int
+    seconds: float
+    images_per_second: float
+    mask_loss: float
+    box_loss: float
+    validation: EvaluateSummary | None
+
+
+def run_train_joint(config: TrainJointConfig, reporter: Reporter) -> TrainJointSummary:
+    """Train, save head and detector, and measure them where a validation split is given.
+
+    Args:
+        config: What to do.
+        reporter: Who is told about progress.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DatasetError: If images or annotations cannot be used.
+        DetectorError: If the detector cannot be loaded.
+        HeadError: If the run folder is taken, or there is nothing to resume.
+        TrainingError: If there is nothing to learn from, or a loss is not finite.
+        StoppedError: If a signal ended it early; the run can be resumed.
+    """
+    if (config.val_images is None) != (config.val_annotations is None):
+        raise ConfigError("--val-images and --val-annotations go together")
+    if not config.images.is_dir():
+        raise DatasetError(f"image folder {config.images} does not exist; check --images")
+    if not 0 < config.detector_lr <= 1:
+        raise ConfigError(f"--detector-lr {config.detector_lr}: a share above 0 and at most 1")
+    if config.recipe.train.amp == "fp16":
+        raise ConfigError("a joint training has no amp=fp16: use amp=bf16 or amp=off")
+    split = load_coco_split(config.annotations).first(config.limit)
+    detector = load_detector(config.detector, config.weights, config.options)
+    data = _LiveData(config, split, detector)
+    train = _settled(config, len(data.rows))
+    device = training_device(config.device, train.amp)
+    detector = detector.to(device)
+    tuner = _Tuner(detector, config, train)
+    learner = build_learner(train, lambda: MaskHead(config.recipe.head, detector.spec), device)
+    document = _document(config, train, detector, split, data.label_categories)
+    same = ("head", "train", "joint")
+    prepare_folder(config.out, config.recipe.head, document, resume=config.resume, same=same)
+    if config.resume and (config.out / CHECKPOINT_FILE).is_file():
+        _restore(config.out, learner, tuner)
+    reporter.say(
+        f"recipe {config.recipe.name}, {config.detector} {_WORDS[config.tune]}: "
+        f"{tuner.num_parameters / 1e6:.1f} M of its parameters move; {train.steps} steps of "
+        f"{train.batch_size} images ({len(data.rows)} with objects)"
+    )
+    _train(config, data, detector, learner, tuner, reporter)
+    save_head(config.out, learner.result_weights())
+    weights = config.weights
+    if config.tune != "nothing":
+        assert isinstance(detector, TunableDetector)
+        weights = detector.save_weights(config.out / DETECTOR_FOLDER)
+        # The head belongs to the detector as it is now.
+        tuned = load_detector(config.detector, weights, config.options)
+        document = {**document, "detector": detector_identity(tuned.spec)}
+    save_run_config(config.out, config.recipe.head, document)
+    return TrainJointSummary(
+        out=str(config.out),
+        weights=weights,
+        tuned_parameters=tuner.num_parameters,
+        steps=learner.step,
+        seconds=learner.seconds,
+        images_per_second=learner.images / max(learner.seconds, 1e-9),
+        mask_loss=learner.recent_loss(),
+        box_loss=tuner.recent_loss(),
+        validation=_validate(config, weights, learner, reporter),
+    )
+
+
+_WORDS: dict[Tune, str] = {
+    "nothing": "frozen",
+    "encoder-decoder": "tuned but for its backbone",
+    "all": "tuned as a whole",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """An image as one step shows it."""
+
+    image_id: int
+    file_name: str
+    row: int
+    pixel_values: Tensor
+    geometry: ImageGeometry
+    truth: GroundTruth
+
+
+class _LiveData:
+    """Images and their objects, decoded and transformed for every step anew."""
+
+    def __init__(self, config: TrainJointConfig, split: CocoSplit, detector: Detector) -> None:
+        spec = detector.spec
+        self.label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
+        label_of = {c: label for label, c in enumerate(self.label_categories) if c >= 0}
+        self._truth = [split.ground_truth(e, label_of) for e in split.images]
+        self._split = split
+        self._detector = detector
+        self._config = config
+        sizes = [detector.input_geometry(hw).input_hw for hw in ((64, 64), (64, 96))]
+        self._fixed = sizes[0] == sizes[1]
+        self.rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t))]
+        if not self.rows:
+            raise TrainingError(f"no image of {split.name} has an object to learn from")
+
+    def picture(self, row: int, epoch: int) -> _Picture:
+        """An image of an epoch.
+
+        Args:
+            row: Its place in the split.
+            epoch: Counted from 0; decides the augmentation.
+
+        Returns:
+            The picture and what is in it.
+        """
+        entry = self._split.images[row]
+        transform: ViewTransform = identity_transform(entry.size_hw)
+        if self._config.augment is not None:
+            seed = self._config.recipe.train.seed
+            transform = sample_transform(
+                self._config.augment,
+                seed,
+                f"epoch-{epoch}",
+                entry.image_id,
+                entry.size_hw,
+                fixed=self._fixed,
+            )
+        image = load_image(self._config.images / entry.file_name, entry.size_hw)
+        edge = transform.shortest_edge
+        return _Picture(
+            entry.image_id,
+            entry.file_name,
+            row,
+            self._detector.preprocess(transform_image(image, transform), edge),
+            self._detector.input_geometry(transform.size_hw, edge),
+            transform_ground_truth(self._truth[row], entry.size_hw, transform),
+        )
+
+
+class _Tuner:
+    """The detector's side of a step: its losses on boxes and its optimiser."""
+
+    def __init__(self, detector: Detector, config: TrainJointConfig, train: TrainConfig) -> None:
+        self._parameters: list[nn.Parameter] = []
+        if config.tune != "nothing":
+            if not isinstance(detector, TunableDetector):
+                raise ConfigError(
+                    f"--detector {config.detector} cannot be tuned (it has no "
+                    "tunable_parameters); pass --tune nothing"
+                )
+            self._parameters = detector.tunable_parameters(config.tune)
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        self.num_parameters = sum(p.numel() for p in self._parameters)
+        self._score_function = detector.spec.score_function
+        self._train = train
+        self._share = config.detector_lr
+        self._losses: list[float] = []
+        self._optimiser: torch.optim.AdamW | None = None
+        if self._parameters:
+            self._optimiser = torch.optim.AdamW(
+                self._parameters, lr=train.lr, weight_decay=1e-4, betas=(train.beta1, train.beta2)
+            )
+
+    def recent_loss(self) -> float:
+        """Mean loss of the last steps; 0 where nothing moves."""
+        return float(np.mean(self._losses)) if self._losses else 0.0
+
+    def begin(self, outputs: Sequence[DetectorOutput], pictures: Sequence[_Picture]) -> None:
+        """Gradients of the boxes' losses. The graph stays for the masks' losses.
+
+        Args:
+            outputs: One per image.
+            pictures: The images.
+
+        Raises:
+            TrainingError: If the loss is not finite.
+        """
+        if self._optimiser is None:
+            return
+        self._optimiser.zero_grad(set_to_none=True)
+        total, count = outputs[0].class_logits.sum() * 0, 0
+        for output, picture in zip(outputs, pictures, strict=True):
+            objects = trainable_objects(picture.truth)
+            count += len(objects)
+            height, width = picture.geometry.original_hw
+            scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+            boxes = torch.from_numpy(picture.truth.boxes_xyxy[objects]) / scale
+            total = total + detection_loss(
+                output.class_logits[0],
+                output.boxes_cxcywh_norm[0],
+                torch.from_numpy(picture.truth.labels[objects]),
+                xyxy_to_cxcywh(boxes),
+                self._score_function,
+            )
+        loss = total / max(count, 1)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the detector's loss is {float(loss)}; images "
+                f"{[p.image_id for p in pictures]}. Lower --detector-lr, or look at these images"
+            )
+        loss.backward(retain_graph=True)
+        self._losses = [*self._losses[-49:], float(loss.detach())]
+
+    def finish(self, step: int) -> None:
+        """Move the detector.
+
+        Args:
+            step: Step, counted from 0.
+        """
+        if self._optimiser is None:
+            return
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._share * learning_rate(self._train, step)
+        nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
+        self._optimiser.step()
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to go on."""
+        return {
+            "parameters": [p.detach() for p in self._parameters],
+            "optimiser": None if self._optimiser is None else self._optimiser.state_dict(),
+            "losses": self._losses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state.
+
+        Args:
+            state: From :meth:`state`.
+        """
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        if self._optimiser is not None:
+            self._optimiser.load_state_dict(state["optimiser"])
+        self._losses = list(state["losses"])
+
+
+def _train(
+    config: TrainJointConfig,
+    data: _LiveData,
+    detector: Detector,
+    learner: Learner,
+    tuner: _Tuner,
+    reporter: Reporter,
+) -> None:
+    train, first = learner.train, learner.step
+    per_epoch = steps_per_epoch(len(data.rows), train.batch_size)
+    stop, log = threading.Event(), RunLog(config.out)
+    learner.head.train()
+    reporter.start("train", train.steps, "steps", done=first)
+    saved = time.monotonic()
+    steps: Iterator[list[_Picture]] = read_ahead(
+        lambda row, step: data.picture(row, step // per_epoch),
+        lambda step: rows_of_step(data.rows, train.batch_size, train.seed, step),
+        range(first, train.steps),
+        train.num_threads,
+    )
+    with stop_on_signals(stop):
+        for pictures in itertools.takewhile(lambda _: not stop.is_set(), steps):
+            started = time.perf_counter()
+            _one_step(pictures, detector, learner, tuner)
+            learner.images += len(pictures)
+            learner.seconds += time.perf_counter() - started
+            losses = {"loss": learner.recent_loss(), "box_loss": tuner.recent_loss()}
+            if learner.step % _LOG_EVERY == 0 or learner.is_done:
+                log.add({"step": learner.step, **losses, "seconds": round(learner.seconds, 3)})
+            speed = learner.images / max(learner.seconds, 1e-9)
+            reporter.advance(
+                note=f"{speed:.2f} images/s, masks {losses['loss']:.3f}, "
+                f"boxes {losses['box_loss']:.3f}"
+            )
+            if time.monotonic() - saved > 60 * train.checkpoint_minutes:
+                _save(config.out, learner, tuner)
+                saved = time.monotonic()
+    reporter.finish()
+    log.close()
+    _save(config.out, learner, tuner)
+    if not learner.is_done:
+        raise StoppedError(
+            f"stopped by a signal at step {learner.step}; go on with the same command and --resume"
+        )
+
+
+def _one_step(
+    pictures: Sequence[_Picture], detector: Detector, learner: Learner, tuner: _Tuner
+) -> None:
+    """Both learn from some images; what flows between them goes through queries and maps."""
+    device, step = learner.device, learner.step
+    outputs = [detector.forward(p.pixel_values[None].to(device)) for p in pictures]
+    batch = _live_batch(pictures, outputs, learner, step)
+    tuner.begin(outputs, pictures)
+    if len(batch.labels):
+        learner.learn([batch], 0, len(batch.labels))
+    else:
+        learner.pass_over()
+    tuner.finish(step)
+
+
+def _live_batch(
+    pictures: Sequence[_Picture],
+    outputs: Sequence[DetectorOutput],
+    learner: Learner,
+    step: int,
+) -> TrainBatch:
+    """The batch a cache would give, with gradients into the detector."""
+    train, size = learner.train, learner.head.config.roi_size
+    samples = []
+    for picture, output in zip(pictures, outputs, strict=True):
+        image = CachedImage(
+            row=picture.row,
+            image_id=picture.image_id,
+            file_name=picture.file_name,
+            geometry=picture.geometry,
+            class_logits=output.class_logits[0].detach().cpu().numpy(),
+            boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].detach().cpu().numpy(),
+            queries=output.queries[0].detach().cpu().numpy(),
+            maps={},
+            ground_truth=picture.truth,
+        )
+        random = np.random.default_rng((train.seed, step, picture.row))
+        samples.append(TrainSample(image, build_regions(image, train, size, random)))
+    names = learner.head.map_names
+    groups = live_groups(outputs, [p.geometry for p in pictures], names)
+    batch = collate(samples, names, learner.device, groups)
+    chosen = [
+        output.queries[0][torch.from_numpy(sample.regions.query_index).to(learner.device)]
+        for output, sample in zip(outputs, samples, strict=True)
+    ]
+    return replace(batch, inputs=replace(batch.inputs, queries=torch.cat(chosen)))
+
+
+def _settled(config: TrainJointConfig, num_rows: int) -> TrainConfig:
+    train = config.recipe.train
+    if config.epochs is not None and config.max_steps is not None:
+        raise ConfigError("give --epochs or --max-steps, not both")
+    for name, value in (("--epochs", config.epochs), ("--max-steps", config.max_steps)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} must be above 0, not {value}")
+    if config.max_steps is not None:
+        return replace(train, steps=config.max_steps)
+    if config.epochs is not None:
+        per_epoch = steps_per_epoch(num_rows, train.batch_size)
+        return replace(train, steps=max(1, round(config.epochs * per_epoch)))
+    return train
+
+
+def _document(
+    config: TrainJointConfig,
+    train: TrainConfig,
+    detector: Detector,
+    split: CocoSplit,
+    label_categories: Sequence[int],
+) -> dict[str, Any]:
+    identity = detector_identity(detector.spec)
+    return {
+        "recipe": config.recipe.name,
+        "train": to_dict(train),
+        "detector": identity,
+        "joint": {
+            "tune": config.tune,
+            "detector_lr": config.detector_lr,
+            "augment": config.augment,
+            "began_with": identity,
+            "dataset": {"name": split.name, "annotations_sha256": split.sha256},
+            "num_images": len(split.images),
+        },
+        "categories": [{"id": c.category_id, "name": c.name} for c in split.categories],
+        "label_categories": list(label_categories),
+        "command": sys.argv,
+        "versions": versions(),
+    }
+
+
+def _save(out: Path, learner: Learner, tuner: _Tuner) -> None:
+    save_checkpoint(out, {"learner": learner.state(), "tuner": tuner.state()})
+
+
+def _restore(out: Path, learner: Learner, tuner: _Tuner) -> None:
+    try:
+        state = load_checkpoint(out)
+        learner.restore(state["learner"])
+        tuner.restore(state["tuner"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise HeadError(f"{out / CHECKPOINT_FILE} does not fit this run ({error})") from error
+
+
+def _validate(
+    config: TrainJointConfig, weights: str, learner: Learner, reporter: Reporter
+) -> EvaluateSummary | None:
+    """The validation split through the detector as it is now, and the head on what it gave."""
+    if config.val_images is None or config.val_annotations is None:
+        return None
+    path = config.out / VALIDATION_CACHE
+    extract = ExtractConfig(
+        detector=config.detector,
+        weights=weights,
+        images=config.val_images,
+        annotations=config.val_annotations,
+        cache=path,
+        device=config.device,
+        options=config.options,
+        preset="fp16",
+    )
+    run_extract(extract, reporter)
+    learner.head.load_state_dict(learner.result_weights())
+    found, _ = measure(
+        FeatureCache.open(path), learner.head, learner.device, reporter, baselines=True
+    )
+    return found

@@ -1,0 +1,224 @@
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mfdetr_pipelines import train_joint as module
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.recipes import Recipe, build_recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, StoppedError
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.protocols import SilentReporter, TunableDetector
+from tests.support import detectors
+from tests.support.official import SMALL, write_checkpoint
+
+
+def recipe(**changes: Any) -> Recipe:
+    small = {"hidden_dim": 16, "roi_size": 8, "steps": 4, "batch_size": 3, "min_match_iou": 0}
+    settings = {**small, "lr": 1e-3, **changes}
+    return build_recipe("fast", {k: str(v) for k, v in settings.items()})
+
+
+def config(folder: Path, weights: Path | str, out: Path, **changes: Any) -> TrainJointConfig:
+    settings: dict[str, Any] = {
+        "detector": "hf",
+        "weights": str(weights),
+        "images": folder / "images",
+        "annotations": folder / "instances.json",
+        "out": out,
+        "recipe": recipe(),
+        **changes,
+    }
+    return TrainJointConfig(**settings)
+
+
+def state_of(weights: str, detector: str = "hf") -> dict[str, torch.Tensor]:
+    loaded: Any = load_detector(detector, weights)
+    return dict(loaded.model.state_dict())
+
+
+def test_a_frozen_detector_gives_the_losses_of_a_cache(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
+) -> None:
+    """Live and cached are the same training but for float16 in the cache."""
+    live = run_train_joint(
+        config(scenes_folder, rtdetr_folder, tmp_path / "live", tune="nothing"), SilentReporter()
+    )
+    cached = run_train_head(
+        TrainHeadConfig(drawn_cache, tmp_path / "cached", recipe()), SilentReporter()
+    )
+    # Maps rounded to 11 bits, seen through four steps of a loss near 6.
+    assert live.mask_loss == pytest.approx(cached.loss, rel=2e-3)
+    assert live.weights == str(rtdetr_folder)
+    assert live.box_loss == 0
+    assert live.tuned_parameters == 0
+    first, second = load_head(tmp_path / "live"), load_head(tmp_path / "cached")
+    assert first.detector == second.detector
+    found = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "live"), SilentReporter())
+    assert 0 <= found.mask.AP <= 1
+
+
+@pytest.mark.parametrize("tune", ["encoder-decoder", "all"])
+def test_what_is_tuned_moves_and_nothing_else(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path, tune: str
+) -> None:
+    out = tmp_path / "run"
+    summary = run_train_joint(
+        config(
+            scenes_folder,
+            rtdetr_folder,
+            out,
+            tune=tune,
+            val_images=scenes_folder / "images",
+            val_annotations=scenes_folder / "instances.json",
+        ),
+        SilentReporter(),
+    )
+    before, after = state_of(str(rtdetr_folder)), state_of(summary.weights)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("encoder" in n and "backbone" not in n for n in moved)
+    assert any("decoder" in n for n in moved)
+    assert any("backbone" in n for n in moved) == (tune == "all")
+    # Batch norms keep their statistics: the detector is in evaluation mode throughout.
+    assert not any("running" in n for n in moved)
+    largest = max(float((after[n].float() - before[n].float()).abs().max()) for n in moved)
+    # AdamW moves a weight by its learning rate per step at most, and a little by decay.
+    assert largest < 1.1 * 4 * 1e-4
+    assert summary.validation is not None
+    assert summary.box_loss > 0
+    again = run_evaluate(EvaluateConfig(out / "val.zarr", out), SilentReporter())
+    assert again.mask == summary.validation.mask
+    with pytest.raises(IdentityError, match="weights_sha256"):
+        run_evaluate(EvaluateConfig(drawn_cache, out), SilentReporter())
+
+
+def test_both_losses_reach_the_detector(scenes_folder: Path, rtdetr_folder: Path) -> None:
+    """The backbone hears of the masks too, not only of the boxes."""
+    gradients = {}
+    for name, weight in (("boxes", 0.0), ("both", 1.0)):
+        changes = {"bce_weight": 5 * weight, "dice_weight": 5 * weight}
+        settings = config(scenes_folder, rtdetr_folder, Path("x"), recipe=recipe(**changes))
+        split = module.load_coco_split(settings.annotations)
+        detector: Any = load_detector("hf", str(rtdetr_folder))
+        data = module._LiveData(settings, split, detector)
+        tuner = module._Tuner(detector, module.replace(settings, tune="all"), settings.recipe.train)
+        learner = module.build_learner(
+            settings.recipe.train,
+            lambda d=detector, s=settings: module.MaskHead(s.recipe.head, d.spec),
+            torch.device("cpu"),
+        )
+        module._one_step([data.picture(row, 0) for row in data.rows[:3]], detector, learner, tuner)
+        found = {n: p.grad for n, p in detector.model.named_parameters() if p.grad is not None}
+        gradients[name] = next(g for n, g in found.items() if "backbone" in n)
+    assert not torch.allclose(gradients["boxes"], gradients["both"], rtol=1e-3)
+
+
+def test_tuning_teaches_the_detector(tmp_path: Path, scenes_folder: Path) -> None:
+    detectors.save_rtdetr(tmp_path / "detector", seed=1)
+    losses = []
+    for steps in (3, 60):
+        summary = run_train_joint(
+            config(
+                scenes_folder,
+                tmp_path / "detector",
+                tmp_path / f"run-{steps}",
+                tune="all",
+                detector_lr=1.0,
+                recipe=recipe(steps=steps),
+            ),
+            SilentReporter(),
+        )
+        losses.append(summary.box_loss)
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(scenes_folder, rtdetr_folder, tmp_path / "whole", augment="deformable-detr")
+    run_train_joint(whole, SilentReporter())
+    parted = module.replace(whole, out=tmp_path / "parted")
+    step = module._one_step
+
+    def stop_after_two(pictures: Any, detector: Any, learner: Any, tuner: Any) -> None:
+        step(pictures, detector, learner, tuner)
+        if learner.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_one_step", stop_after_two)
+        with pytest.raises(StoppedError, match="at step 2"):
+            run_train_joint(parted, SilentReporter())
+    with pytest.raises(HeadError, match=r"joint.tune was 'encoder-decoder' and is 'all' now"):
+        run_train_joint(module.replace(parted, resume=True, tune="all"), SilentReporter())
+    run_train_joint(module.replace(parted, resume=True), SilentReporter())
+    first, second = load_head(whole.out).head.state_dict(), load_head(parted.out).head.state_dict()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    theirs, ours = state_of(str(whole.out / "detector")), state_of(str(parted.out / "detector"))
+    assert all(torch.equal(theirs[n], ours[n]) for n in theirs)
+    lines = [json.loads(t) for t in (parted.out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+
+
+def test_official_detectors_are_tuned_and_saved_in_their_own_form(
+    tmp_path: Path, scenes_folder: Path
+) -> None:
+    architecture = dataclasses.replace(SMALL["h-detr-swin-t"], num_labels=3)
+    write_checkpoint(tmp_path / "h.pth", architecture)
+    summary = run_train_joint(
+        config(
+            scenes_folder,
+            tmp_path / "h.pth",
+            tmp_path / "run",
+            detector="h-detr",
+            recipe=recipe(steps=1, batch_size=1),
+        ),
+        SilentReporter(),
+    )
+    before = state_of(str(tmp_path / "h.pth"), "h-detr")
+    after = state_of(summary.weights, "h-detr")
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert any("transformer.encoder" in n for n in moved)
+    assert any("transformer.decoder" in n for n in moved)
+    assert not any("backbone" in n for n in moved)
+
+
+def test_bad_input_gets_one_line(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = config(scenes_folder, rtdetr_folder, tmp_path / "run")
+    wrong = [
+        ({"val_images": tmp_path}, "go together"),
+        ({"detector_lr": 0.0}, "--detector-lr 0.0"),
+        ({"max_steps": 0}, "--max-steps must be above 0"),
+        ({"max_steps": 2, "epochs": 1.0}, "not both"),
+        ({"recipe": recipe(amp="fp16")}, "amp=bf16"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            run_train_joint(module.replace(good, **changes), SilentReporter())
+    real = load_detector("hf", str(rtdetr_folder))
+    assert isinstance(real, TunableDetector)
+
+    class Sealed:
+        """A third-party detector without the two methods."""
+
+        spec, input_geometry, preprocess = real.spec, real.input_geometry, real.preprocess
+        forward = real.forward
+
+        def to(self, _device: object) -> "Sealed":
+            return self
+
+    monkeypatch.setattr(module, "load_detector", lambda *_: Sealed())
+    with pytest.raises(ConfigError, match="cannot be tuned"):
+        run_train_joint(good, SilentReporter())
+    assert not (tmp_path / "run").exists()
