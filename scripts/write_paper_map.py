@@ -39,7 +39,12 @@ TABLES = [
     ("12", "mask head", "`mask_predictor`"),
     ("13", "batch size", "`batch_size`"),
     ("14", "encoder layer", "`extract --encoder-layer N`"),
-    ("16", "fine-tuning the detector", "not offered: nothing to cache"),
+    (
+        "16",
+        "fine-tuning the detector",
+        "`mfdetr train-joint --tune nothing`, `encoder-decoder` or `all` "
+        "(`pipelines/mfdetr_pipelines/train_joint.py`)",
+    ),
 ]
 
 

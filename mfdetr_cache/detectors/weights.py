@@ -39,18 +39,18 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def parameters_of_part(module: nn.Module, part: TunedPart) -> list[nn.Parameter]:
+def parameters_of_part(
+    module: nn.Module, backbone: nn.Module, part: TunedPart
+) -> list[nn.Parameter]:
     """The parameters of a part of a detector.
 
     Args:
-        module: A detector whose backbone is called so in the names of its weights.
+        module: The detector.
+        backbone: Its backbone.
         part: Everything but the backbone, or everything.
 
     Returns:
         Parameters in the order of the module.
     """
-    return [
-        parameter
-        for name, parameter in module.named_parameters()
-        if part == "all" or "backbone" not in name.split(".")
-    ]
+    spared = set() if part == "all" else {id(p) for p in backbone.parameters()}
+    return [p for p in module.parameters() if id(p) not in spared]

@@ -14,7 +14,7 @@ from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import Detector
+from mfdetr_cache.protocols import Detector, TunableDetector
 from tests.support import detectors
 
 
@@ -228,3 +228,44 @@ def test_a_patch_of_14_pixels_is_a_stride_of_14(tmp_path: Path) -> None:
     head = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), detector.spec)
     assert head.fused_stride == 14
     assert head.c1 is None
+
+
+@pytest.mark.parametrize("save", [f[1] for f in FAMILIES], ids=[f[1].__name__ for f in FAMILIES])
+def test_tuned_weights_are_saved_so_that_they_come_back(
+    tmp_path: Path, save: Callable[[Path], None]
+) -> None:
+    """All weights are changed a little; the saved detector is that one, bit for bit."""
+    save(tmp_path / "before")
+    detector = load_detector("hf", str(tmp_path / "before"))
+    assert isinstance(detector, TunableDetector)
+    everything = detector.tunable_parameters("all")
+    rest = detector.tunable_parameters("encoder-decoder")
+    assert 0 < len(rest) < len(everything)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in everything:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    weights = detector.save_weights(tmp_path / "after")
+    again = load_detector("hf", weights)
+    pixels = detector.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
+    before, after = detector.forward(pixels), again.forward(pixels)
+    assert torch.equal(before.class_logits, after.class_logits)
+    assert torch.equal(before.boxes_cxcywh_norm, after.boxes_cxcywh_norm)
+    assert all(torch.equal(before.maps[n], after.maps[n]) for n in before.maps)
+
+
+@pytest.mark.parametrize("save", [f[1] for f in FAMILIES], ids=[f[1].__name__ for f in FAMILIES])
+def test_gradients_flow_into_what_is_tuned_only(
+    tmp_path: Path, save: Callable[[Path], None]
+) -> None:
+    save(tmp_path)
+    detector = load_detector("hf", str(tmp_path))
+    assert isinstance(detector, TunableDetector)
+    pixels = detector.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
+    assert not detector.forward(pixels).queries.requires_grad
+    for parameter in detector.tunable_parameters("encoder-decoder"):
+        parameter.requires_grad_(True)
+    output = detector.forward(pixels)
+    assert output.queries.requires_grad
+    for spec in detector.spec.maps:
+        assert output.maps[spec.name].requires_grad == (spec.role == "encoder")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfdetr_cache.config import nearest
@@ -36,6 +37,7 @@ class HuggingFaceDetector(nn.Module):
     Args:
         model: A detection model of a known family, weights loaded and corrected.
         family: How its maps are found.
+        named_weights: Its tensors under the names a checkpoint has; the tensors themselves.
         processor: transformers' image processor, which says how images become its input.
         preprocessing: The same as we do it.
         options: What the user chose.
@@ -48,12 +50,14 @@ class HuggingFaceDetector(nn.Module):
         self,
         model: nn.Module,
         family: Family,
+        named_weights: dict[str, Tensor],
         processor: Any,  # noqa: ANN401  transformers has no common type for them
         preprocessing: Preprocessing,
         options: DetectorOptions,
     ) -> None:
         super().__init__()
         self.model: Any = freeze(model)
+        self._named_weights = named_weights
         self._processor = processor
         self.eval()
         self._family = family
@@ -132,13 +136,17 @@ class HuggingFaceDetector(nn.Module):
 
     def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
         """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
-        return parameters_of_part(self.model, part)
+        return parameters_of_part(self.model, self._family.backbone(self.model), part)
 
     def save_weights(self, folder: Path) -> str:
         """Write a folder that ``--detector hf`` takes."""
         with _quiet():
             self.model.save_pretrained(folder)
             self._processor.save_pretrained(folder)
+        # Under the names of the checkpoint, which a correction may have changed, and every one:
+        # transformers leaves out those it believes to be shared.
+        weights = {k: v.detach().cpu().clone() for k, v in self._named_weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return str(folder)
 
     def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:
@@ -302,10 +310,11 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
     _check_loaded(weights, info)
+    named_weights = model.state_dict(keep_vars=True)
     if family.correct is not None:
         family.correct(model)
     preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
-    return HuggingFaceDetector(model, family, processor, preprocessing, options)
+    return HuggingFaceDetector(model, family, named_weights, processor, preprocessing, options)
 
 
 def _family_of(model_type: str, weights: str) -> Family:

@@ -51,7 +51,8 @@ class OfficialDetector(nn.Module):
 
     def __init__(self, name: str, model: OfficialDetr, options: DetectorOptions) -> None:
         super().__init__()
-        self.model = freeze(model)
+        self.model = model
+        freeze(model)
         architecture = model.architecture
         layer = options.encoder_layer or min(4, architecture.num_layers)
         if not 1 <= layer <= architecture.num_layers:
@@ -133,7 +134,7 @@ class OfficialDetector(nn.Module):
 
     def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
         """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
-        return parameters_of_part(self.model, part)
+        return parameters_of_part(self.model, self.model.backbone, part)
 
     def save_weights(self, folder: Path) -> str:
         """Write a checkpoint in the official form."""
