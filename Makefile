@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test check fmt demo clean
+.PHONY: help setup test peers check fmt demo clean
 help:
 	@echo "make test   run the test suite          make check  format, lint, types, imports, docstrings"
 	@echo "make demo   the whole way on made data  make fmt    format the code"
@@ -19,6 +19,12 @@ $(READY): pyproject.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Detectors beside another implementation of them; not in CI, which needs no such package.
+peers: $(READY)
+	$(BIN)/pip install --quiet --no-deps libreyolo==1.6.0
+	$(BIN)/pip install --quiet opencv-python-headless mss requests pyyaml tqdm
+	$(BIN)/python -m pytest tests/peers
 
 check: $(READY)
 	$(BIN)/ruff check .

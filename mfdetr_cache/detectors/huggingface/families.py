@@ -66,6 +66,8 @@ def _vit_backbone(model: Any) -> nn.Module:  # noqa: ANN401
     return backbone
 
 
+_AUTHORS_CODE = "the authors' code, from libreyolo 1.6: 2e-4 in logits and boxes"
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -85,7 +87,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=False,
-            checked="random weights only",
+            checked=_AUTHORS_CODE,
         ),
         Family(
             "rt_detr_v2",
@@ -94,7 +96,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=False,
-            checked="random weights only",
+            checked=_AUTHORS_CODE,
         ),
         Family(
             "d_fine",
@@ -103,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=False,
-            checked="random weights only",
+            checked=_AUTHORS_CODE,
         ),
         Family(
             "deformable_detr",
@@ -149,7 +151,7 @@ FAMILIES: dict[str, Family] = {
             _vit_backbone,
             None,
             takes_mask=False,
-            checked="random weights only",
+            checked=_AUTHORS_CODE,
         ),
         Family(
             "rf_detr",
@@ -158,7 +160,7 @@ FAMILIES: dict[str, Family] = {
             _vit_backbone,
             None,
             takes_mask=False,
-            checked="random weights only",
+            checked=_AUTHORS_CODE,
         ),
     )
 }
