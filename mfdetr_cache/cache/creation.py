@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from crc32c import crc32c
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
@@ -24,7 +25,7 @@ from mfdetr_cache.cache.schema import (
     Compression,
     row_arrays,
 )
-from mfdetr_cache.cache.shards import ZSTD_LEVEL, crc32c
+from mfdetr_cache.cache.shards import ZSTD_LEVEL
 from mfdetr_cache.cache.storage import ROOT_KEY, LocalStorage, Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash

@@ -8,10 +8,11 @@ read every array with zarr-python.
 """
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
@@ -19,21 +20,9 @@ from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 ZSTD_LEVEL = 1
+_ZSTD = Zstd(level=ZSTD_LEVEL)
 _EMPTY = 2**64 - 1
 _CRC_BYTES = 4
-
-
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC-32C of some bytes.
-
-    Args:
-        data: Any bytes.
-
-    Returns:
-        The checksum, as in RFC 3720.
-    """
-    value: int = google_crc32c.value(bytes(data))
-    return value
 
 
 def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
@@ -48,7 +37,7 @@ def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
     """
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     plain = np.ascontiguousarray(little)
-    packed: bytes = plain.tobytes() if raw else Zstd(level=ZSTD_LEVEL).encode(plain)
+    packed: bytes = plain.tobytes() if raw else _ZSTD.encode(plain)
     return packed + struct.pack("<I", crc32c(packed))
 
 
@@ -80,16 +69,16 @@ def decode_chunk(
     if len(data) <= _CRC_BYTES:
         raise CacheError(f"{where} is cut off; {MEND}")
     # The checksum of anything followed by its own checksum is one constant: no slice is needed.
-    if google_crc32c.value(data) != _CRC_RESIDUE:
+    if crc32c(data) != _CRC_RESIDUE:
         raise CacheError(f"{where} has a wrong checksum: its bytes changed on disk; {MEND}")
     body = memoryview(data)[:-_CRC_BYTES]
     size = count * dtype.itemsize
     if raw:
         found: NDArray[np.generic] = np.frombuffer(body, dtype=np.uint8)
     elif out is not None:
-        found = np.frombuffer(Zstd().decode(body, out=out.view(np.uint8)), dtype=np.uint8)
+        found = np.frombuffer(_ZSTD.decode(body, out=out.view(np.uint8)), dtype=np.uint8)
     else:
-        found = np.frombuffer(Zstd().decode(body), dtype=np.uint8)
+        found = np.frombuffer(_ZSTD.decode(body), dtype=np.uint8)
     if len(found) != size:
         raise CacheError(f"{where} holds {len(found)} bytes instead of {size}; {MEND}")
     values = found.view(dtype.newbyteorder("<"))
@@ -196,14 +185,14 @@ class ShardReader:
         """What people call it."""
         return f"{self.storage.name}/{self.key}"
 
-    def read(self, first: int, count: int) -> list[bytes]:
+    def read(self, first: int, count: int) -> Iterator[bytes]:
         """The encoded bytes of neighbouring chunks.
 
         Args:
             first: Index of the first chunk.
             count: How many chunks.
 
-        Returns:
+        Yields:
             One piece per chunk.
 
         Raises:
@@ -213,9 +202,10 @@ class ShardReader:
         if any(offset == _EMPTY for offset, _ in entries):
             raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
         try:
-            pieces = self.storage.read_ranges(self.key, entries)
+            pieces = self.storage.stream_ranges(self.key, entries)
+            for piece, (_, size) in zip(pieces, entries, strict=True):
+                if len(piece) != size:
+                    raise CacheError(f"{self.name} is cut off; {MEND}")
+                yield piece
         except FileNotFoundError:
             raise CacheError(f"{self.name} is missing from the cache; {MEND}") from None
-        if any(len(piece) != size for piece, (_, size) in zip(pieces, entries, strict=True)):
-            raise CacheError(f"{self.name} is cut off; {MEND}")
-        return pieces

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import google_crc32c
 import obstore
+from crc32c import crc32c
 from obstore.exceptions import BaseError
 from obstore.store import MemoryStore, from_url
 
@@ -53,6 +53,20 @@ class Storage(Protocol):
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file; shorter than asked for where the file ends early.
+
+        Args:
+            key: Its key.
+            ranges: Offset and length of each part, in bytes, neighbours in order.
+
+        Returns:
+            One piece per range.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The same, one after the other: a piece is used while it is in the processor's cache.
 
         Args:
             key: Its key.
@@ -142,10 +156,10 @@ def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:
     Returns:
         Bytes and checksum.
     """
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     for piece in pieces:
-        checksum.update(piece)
-    return sum(map(len, pieces)), int.from_bytes(checksum.digest(), "big")
+        checksum = crc32c(piece, checksum)
+    return sum(map(len, pieces)), checksum
 
 
 class LocalStorage:
@@ -170,13 +184,18 @@ class LocalStorage:
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file; see :class:`Storage`."""
+        return list(self.stream_ranges(key, ranges))
+
+    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Some parts of a file, one by one; see :class:`Storage`."""
         # One read per part, so that no byte is copied again; neighbours are asked for ahead.
         with (self._folder / key).open("rb", buffering=0) as file:
             descriptor = file.fileno()
             if len(ranges) > 1 and hasattr(os, "posix_fadvise"):
                 start, stop = ranges[0][0], sum(ranges[-1])
                 os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-            return [os.pread(descriptor, size, offset) for offset, size in ranges]
+            for offset, size in ranges:
+                yield os.pread(descriptor, size, offset)
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""
@@ -257,6 +276,10 @@ class ObjectStorage:
         with self._explained():
             found = obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
         return [bytes(piece) for piece in found]
+
+    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Some parts of a file, asked for together; see :class:`Storage`."""
+        yield from self.read_ranges(key, ranges)
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; see :class:`Storage`."""
@@ -351,6 +374,10 @@ class MirroredStorage:
                 pieces[i] = piece
                 self._keep(names[i], piece)
         return [piece for piece in pieces if piece is not None]
+
+    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Some parts of a file, asked for together; see :class:`Storage`."""
+        yield from self.read_ranges(key, ranges)
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
+from crc32c import crc32c
 
 from mfdetr_cache.cache.manifest import manifest_key, read_foundation, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
@@ -113,8 +113,8 @@ def _check_index(storage: Storage, key: str, num_chunks: int | None) -> str | No
 
 
 def _crc32c_of(storage: Storage, key: str, size: int) -> int:
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     for start in range(0, size, _BLOCK):
         length = min(_BLOCK, size - start)
-        checksum.update(storage.read_ranges(key, [(start, length)])[0])
-    return int.from_bytes(checksum.digest(), "big")
+        checksum = crc32c(storage.read_ranges(key, [(start, length)])[0], checksum)
+    return checksum

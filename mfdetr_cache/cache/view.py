@@ -314,7 +314,7 @@ class CacheView:
         pieces = shard.read(first, count)
         where = f"{shard.name}, chunk"
         if count == 1:
-            return decode_chunk(pieces[0], dtype, length, f"{where} {first}", raw=self._raw)
+            return decode_chunk(next(pieces), dtype, length, f"{where} {first}", raw=self._raw)
         values = np.empty(count * length, dtype)
         for i, piece in enumerate(pieces):
             place = values[i * length : (i + 1) * length]

@@ -16,6 +16,7 @@ from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.cache.view import ByteRange
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.protocols import Reporter
+from mfdetr_cache.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def run_bench(
     Raises:
         CacheError: If the cache is missing, unfinished or damaged.
     """
+    keep_freed_memory()  # as a training does
     cache = FeatureCache.open(path)
     cache.require_complete()
     if cache.storage.folder is None:
@@ -134,12 +136,14 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
             _pread(found)
 
     def decoded(job: _Job) -> None:
-        # Written by hand and as lean as it can be: no checksum, no shape, no message.
+        # Written by hand and as lean as it can be: no checksum, no shape, no message. What is
+        # decoded is held until the image is whole, as whoever uses it must.
+        held = []
         for found in job.ranges:
             data = memoryview(_pread(found))
             for start, size in found.chunks:
-                if not raw:
-                    decompress(data[start : start + size])
+                piece = data[start : start + size]
+                held.append(piece if raw else decompress(piece))
 
     return {"cache": through_cache, "plain read and decode": decoded, "plain read": plain}
 

@@ -49,7 +49,7 @@ def test_we_read_zarrs_shards(tmp_path: Path) -> None:
     array = zarr.open_array(str(tmp_path / "a"), mode="r+")
     array[...] = values
     reader = opened(tmp_path / "a/c/0/0", 6)
-    pieces = reader.read(2, 3)
+    pieces = list(reader.read(2, 3))
     found = np.concatenate([decode_chunk(p, values.dtype, 20, "x") for p in pieces])
     assert (found.reshape(12, 5) == values[8:20]).all()
 
@@ -60,7 +60,7 @@ def test_a_missing_chunk_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     # The behaviour this guards against:
     assert (np.asarray(zarr.open_array(str(tmp_path / "a"), mode="r")[12:16]) == 0).all()
     with pytest.raises(CacheError, match="chunk 3 is missing"):
-        opened(path, 6).read(3, 1)
+        list(opened(path, 6).read(3, 1))
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     whole = path.read_bytes()
 
     def read_all() -> np.ndarray:
-        pieces = opened(path, 2).read(0, 2)
+        pieces = list(opened(path, 2).read(0, 2))
         return np.concatenate([decode_chunk(p, values.dtype, 20, "x") for p in pieces])
 
     assert (read_all() == values.ravel()).all()
@@ -87,7 +87,7 @@ def test_torn_files_are_noticed(tmp_path: Path, keep: int) -> None:
     path = write_array(tmp_path / "a", values, 4, set())
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CacheError, match=r"cut off|damaged index"):
-        opened(path, 2).read(0, 2)
+        list(opened(path, 2).read(0, 2))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
