@@ -1,4 +1,4 @@
-"""A made-up cache in the geometry of H-DETR R50 at COCO sizes, for benchmarks."""
+"""A made-up cache at COCO sizes, in the geometry of H-DETR R50 or another, for benchmarks."""
 
 from pathlib import Path
 
@@ -64,10 +64,14 @@ def made_ground_truth(size_hw: tuple[int, int], count: int, seed: int) -> Ground
 
 
 def made_cache(
-    path: Path, preset: Preset, compression: Compression = "zstd", images: int = 12
+    path: Path,
+    preset: Preset,
+    compression: Compression = "zstd",
+    images: int = 12,
+    spec: DetectorSpec | None = None,
 ) -> Path:
     """Write a cache of made-up images unless it is there."""
-    spec = hdetr_r50_spec()
+    spec = spec or hdetr_r50_spec()
     sizes = [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
     inputs = [shortest_edge_size(s, 800, 1333) for s in sizes]
     content = CacheContent(
@@ -85,7 +89,7 @@ def made_cache(
         file_names=[f"{i}.jpg" for i in range(images)],
         original_sizes_hw=list(sizes),
         categories=[{"id": 1, "name": "thing"}],
-        label_categories=(-1, 1, *(-1,) * 89),
+        label_categories=(-1, 1, *(-1,) * (spec.num_labels - 2)),
         views={
             "base": ViewContent(
                 [identity_transform(s) for s in sizes],

@@ -1,6 +1,6 @@
 """A training step from the cache against the same head with the detector in the loop.
 
-H-DETR R50 with untrained weights at COCO sizes (800 x 1066 and the like), maps made up for the
+A detector with untrained weights at COCO sizes (800 x 1066 and the like), maps made up for the
 cache. The live step runs the detector and trains on its features; both train the same head.
 
 python benchmarks/training_step.py [--batch 2] [--steps 2] [--device cpu] [--detector h-detr-r50]
@@ -57,7 +57,9 @@ def main() -> None:
         Image.effect_noise((w, h), 60).convert("RGB") for h, w in COCO_SIZES[: options.batch]
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        path = made_cache(Path(scratch) / "a.zarr", "int8", images=options.batch)
+        path = made_cache(
+            Path(scratch) / "a.zarr", "int8", images=options.batch, spec=detector.spec
+        )
         cache = FeatureCache.open(path)
         head = MaskHead(recipe.head, cache.spec).to(device).train()
         learner = Learner(head, recipe.train)

@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention, the core without projections, in plain PyTorch.
+"""Multi-scale deformable attention, the core without projections.
 
-One implementation serves the mask network and the detectors' own layers; the official goldens of
-H-DETR, Deformable DETR and DINO go through it.
+In plain PyTorch everywhere, and by compiled kernels on a CPU. It serves the mask network and the
+detectors' own layers; the official goldens of H-DETR, Deformable DETR and DINO go through it.
 """
 
 from typing import Any
@@ -62,6 +62,42 @@ def deformable_attention(
     value: Tensor, sizes_hw: SizesHw, locations: Tensor, weights: Tensor
 ) -> Tensor:
     """Weighted sums of bilinear samples (Zhu et al., 2021, Eq. 3). Outside a map values are zero.
+
+    Args:
+        value: Projected values, shape (B, S, H, D / H).
+        sizes_hw: Height and width of each level; their areas sum to S.
+        locations: Sampling points in normalised coordinates, shape (B, N, H, L, P, 2).
+        weights: Attention weights, summing to one over L and P, shape (B, N, H, L, P).
+
+    Returns:
+        Shape (B, N, D).
+    """
+    if _is_plain_cpu(value):
+        # numba takes half a second to import; a GPU never needs it.
+        from mfdetr_cache.attention_kernels import KernelAttention
+
+        # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
+        precise = torch.promote_types(value.dtype, torch.float32)
+        inputs = (t.to(precise) for t in (value, locations, weights))
+        return KernelAttention.apply(*inputs, sizes_hw).flatten(2).to(value.dtype)  # type: ignore[no-any-return]
+    return sampled_attention(value, sizes_hw, locations, weights)
+
+
+def _is_plain_cpu(value: Tensor) -> bool:
+    """Whether numbers are there to be computed with: not traced, compiled, exported or counted."""
+    return (
+        value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch.compiler.is_compiling()
+        and not torch.onnx.is_in_onnx_export()
+    )
+
+
+def sampled_attention(
+    value: Tensor, sizes_hw: SizesHw, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """:func:`deformable_attention` with nothing but PyTorch's operators, for any device and graph.
 
     Args:
         value: Projected values, shape (B, S, H, D / H).

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mfdetr_cache.attention import SizesHw
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
 from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
 from mfdetr_cache.head.blocks.swin import SwinBlock
@@ -15,9 +16,9 @@ IMAGE_WINDOW = 14
 class DeformableImageEncoder(nn.Module):
     """Deformable layers over all levels; gives back the one level that is fused.
 
-    The last layer refines only that level's tokens: the others would be computed and thrown away.
-    Setting ``every_token`` computes them all the same, which changes nothing in the result; the
-    paper's MAC column counts them.
+    The last layer refines only that level's tokens, and of these only those that are read where
+    that is known: the others would be computed and thrown away. Setting ``every_token`` computes
+    them all the same, which changes nothing in the result; the paper's MAC column counts them.
 
     Args:
         width: Channels of all levels.
@@ -47,11 +48,13 @@ class DeformableImageEncoder(nn.Module):
             self.level_embed = nn.Parameter(torch.empty(num_levels, width))
             nn.init.normal_(self.level_embed, std=0.02)
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
+    def forward(self, levels: list[Tensor], read: Tensor | None = None) -> Tensor:
         """Refine one level with the help of all.
 
         Args:
             levels: Maps, finest first, each (B, D, h, w).
+            read: Which cells of the result are looked at, bool, shape (B, h, w); the others may be
+                anything. None for all.
 
         Returns:
             The refined level, shape (B, D, h, w).
@@ -73,12 +76,37 @@ class DeformableImageEncoder(nn.Module):
         wanted = slice(first, first + counts[self.fused_level])
         for layer in self.layers[:-1]:
             memory = layer(memory, position, centres, memory, sizes_hw)
+        if read is not None and not self.every_token:
+            return self._refine_read(memory, position, centres, sizes_hw, wanted, read)
         chosen = slice(None) if self.every_token else wanted
         tokens: Tensor = self.layers[-1](
             memory[:, chosen], position[chosen], centres[chosen], memory, sizes_hw
         )
         tokens = tokens[:, wanted] if self.every_token else tokens
         refined: Tensor = tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+        return refined
+
+    def _refine_read(
+        self,
+        memory: Tensor,
+        position: Tensor,
+        centres: Tensor,
+        sizes_hw: SizesHw,
+        wanted: slice,
+        read: Tensor,
+    ) -> Tensor:
+        """The last layer for the cells that are read; zero elsewhere."""
+        parts = []
+        for image in range(len(memory)):
+            chosen = read[image].flatten().nonzero()[:, 0]
+            place = chosen + wanted.start
+            one = memory[image : image + 1]
+            tokens = self.layers[-1](one[:, place], position[place], centres[place], one, sizes_hw)
+            empty = tokens.new_zeros(wanted.stop - wanted.start, tokens.shape[2])
+            parts.append(empty.index_copy(0, chosen, tokens[0]))
+        refined: Tensor = (
+            torch.stack(parts).transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+        )
         return refined
 
 
@@ -95,15 +123,17 @@ class SingleLevelImageEncoder(nn.Module):
         self.fused_level = fused_level
         self.layers = nn.ModuleList(blocks)
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
+    def forward(self, levels: list[Tensor], read: Tensor | None = None) -> Tensor:
         """Refine one level.
 
         Args:
             levels: Maps, finest first, each (B, D, h, w).
+            read: Which cells are looked at; these blocks compute all of them.
 
         Returns:
             The refined level, shape (B, D, h, w).
         """
+        del read
         maps = levels[self.fused_level].permute(0, 2, 3, 1)
         for layer in self.layers:
             maps = layer(maps)

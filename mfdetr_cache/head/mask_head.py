@@ -8,7 +8,7 @@ from torchvision.ops import roi_align
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
 from mfdetr_cache.head.box_encoder import build_box_encoder
-from mfdetr_cache.head.c1_crops import neck_affine
+from mfdetr_cache.head.c1_crops import moments_of, neck_affine
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, Projection
 from mfdetr_cache.head.image_encoder import build_image_encoder
@@ -21,6 +21,9 @@ from mfdetr_cache.types import DetectorSpec, MapSpec
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
 # learned; training would spend its first epoch undoing that.
 _QUERY_GAIN = 0.1
+# Cells around a box, at the fused level, that bilinear up-sampling and RoIAlign may reach into:
+# one each, and one for where a map's size is not a multiple of its stride.
+_MARGIN = 3
 
 
 class MaskHead(nn.Module):
@@ -43,7 +46,7 @@ class MaskHead(nn.Module):
         self.levels = _choose_levels(config, spec)
         self.c1 = next((m for m in spec.maps if m.role == "c1"), None) if config.use_c1 else None
         width = max(m.channels for m in self.levels if m.role == "encoder")
-        fused = _fused_level(config, self.levels)
+        fused = self._fused = _fused_level(config, self.levels)
         self.fused_stride = self.levels[fused].stride
         if self.c1 is not None or config.upsample_without_c1:
             self.fused_stride = 4
@@ -165,36 +168,75 @@ class MaskHead(nn.Module):
             Shape (B, d, H/s, W/s) at the fused stride s.
         """
         c1 = group.maps[self.c1.name] if self.c1 is not None else None
-        height, width = group.input_hw
-        size = (-(-height // 4), -(-width // 4)) if self.config.upsample_without_c1 else None
+        size = self._size_without_c1(group)
         fused: Tensor = self.map_features(self.fusion(c1, self._refine(group), size))
         return fused
 
-    def _refine(self, group: MapGroup) -> Tensor:
+    def _refine(self, group: MapGroup, read: Tensor | None = None) -> Tensor:
         """The encoder level that is fused, refined by all levels."""
         levels = []
         for m in self.levels:
             maps = group.maps[m.name]
             levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
-        refined: Tensor = self.image_encoder(levels)
+        refined: Tensor = self.image_encoder(levels, read)
         return refined
 
-    def _align_crops(self, group: MapGroup, rois: Tensor, crops: Tensor) -> Tensor:
-        """Region features where C1 is there as crops only (see ``head/c1_crops.py``)."""
-        assert group.c1_moments is not None
-        refined = self.fusion(None, self._refine(group), group.c1_hw)
-        matrix, constant = neck_affine(self.fusion.neck, group.c1_moments)
-        if isinstance(self.map_features, nn.Conv2d):
-            weight, bias = self.map_features.weight, self.map_features.bias
+    def _cells_read(self, group: MapGroup, rois: Tensor) -> Tensor:
+        """Cells of the fused level that RoIAlign reads, up-sampling in between: (B, h, w)."""
+        level = self.levels[self._fused]
+        height, width = group.maps[level.name].shape[-2:]
+        bounds = rois[:, 1:] / level.stride
+        low, high = bounds[:, :2].floor() - _MARGIN, bounds[:, 2:].ceil() + _MARGIN
+        x = torch.arange(width, device=rois.device)
+        y = torch.arange(height, device=rois.device)
+        across = (x >= low[:, :1]) & (x <= high[:, :1])
+        down = (y >= low[:, 1:]) & (y <= high[:, 1:])
+        inside = (down[:, :, None] & across[:, None]).to(rois.dtype)
+        read = inside.new_zeros(len(group.image_index), height, width)
+        return read.index_add(0, rois[:, 0].long(), inside) > 0
+
+    def _align_few(self, group: MapGroup, rois: Tensor, crops: Tensor | None) -> Tensor:
+        """Region features where regions are few: what none of them reads is not computed.
+
+        The channel mapper goes before the up-sampling and C1 is cut before the neck; both are
+        linear (see ``head/c1_crops.py``), so nothing changes but the order of roundings.
+        """
+        refined = self._refine(group, self._cells_read(group, rois))
+        mapper = self.map_features if isinstance(self.map_features, nn.Conv2d) else None
+        bias = None if mapper is None else mapper.bias
+        if self.c1 is None:
+            if mapper is not None:
+                refined = functional.conv2d(refined, mapper.weight, bias)
+            return self.align(self.fusion(None, refined, self._size_without_c1(group)), rois)
+        if crops is None:
+            c1 = group.maps[self.c1.name]
+            crops, moments = self.align(c1, rois), moments_of(c1)
+            c1_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
+        else:
+            assert group.c1_moments is not None
+            moments, c1_hw = group.c1_moments, group.c1_hw
+        matrix, constant = neck_affine(self.fusion.neck, moments)
+        if mapper is not None:
             assert bias is not None
-            refined = functional.conv2d(refined, weight)
-            mapper = weight[:, :, 0, 0].to(matrix.dtype)
-            matrix, constant = mapper @ matrix, constant @ mapper.T + bias.to(matrix.dtype)
+            refined = functional.conv2d(refined, mapper.weight)
+            weight = mapper.weight[:, :, 0, 0].to(matrix.dtype)
+            matrix, constant = weight @ matrix, constant @ weight.T + bias.to(matrix.dtype)
+        refined = self.fusion(None, refined, c1_hw)
         image = rois[:, 0].long()
         matrix, constant = matrix.to(crops.dtype), constant.to(crops.dtype)
-        coverage = self.align(refined.new_ones(len(refined), 1, *group.c1_hw), rois)
+        coverage = self.align(refined.new_ones(len(refined), 1, *c1_hw), rois)
         from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix[image])
         return self.align(refined, rois) + from_c1 + coverage * constant[image][:, None, None]
+
+    def _are_few(self, group: MapGroup, rois: Tensor) -> bool:
+        """Whether the regions have fewer cells than the images they are cut out of."""
+        height, width = group.input_hw
+        cells = len(group.image_index) * height * width // self.fused_stride**2
+        return self.training and len(rois) * self.config.roi_size**2 < cells
+
+    def _size_without_c1(self, group: MapGroup) -> tuple[int, int] | None:
+        height, width = group.input_hw
+        return (-(-height // 4), -(-width // 4)) if self.config.upsample_without_c1 else None
 
     def align(self, fused: Tensor, rois: Tensor) -> Tensor:
         """RoIAlign of a fused map (Eq. 3).
@@ -234,8 +276,11 @@ class MaskHead(nn.Module):
             position = torch.searchsorted(group.image_index, batch.image_index[inside])
             boxes = batch.boxes_xyxy[inside]
             rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
+            crops = None
             if batch.c1_crops is not None and self.c1 is not None:
-                parts.append(self._align_crops(group, rois, batch.c1_crops[inside]))
+                crops = batch.c1_crops[inside]
+            if crops is not None or self._are_few(group, rois):
+                parts.append(self._align_few(group, rois, crops))
             else:
                 parts.append(self.align(self.fuse(group), rois))
             order.append(inside)

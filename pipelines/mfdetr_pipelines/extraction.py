@@ -135,7 +135,7 @@ def c1_crops(
     return C1Crops(
         query_index=queries,
         crops=StoredMap.plain(below.cpu().numpy()),
-        moments=moments_of(c1[0]).float().cpu().numpy(),
+        moments=moments_of(c1.double())[0].float().cpu().numpy(),
         c1_hw=(int(c1.shape[-2]), int(c1.shape[-1])),
     )
 

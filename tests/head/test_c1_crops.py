@@ -38,7 +38,7 @@ def as_crops(batch: HeadBatch, config: HeadConfig) -> HeadBatch:
             replace(
                 group,
                 maps={k: v for k, v in group.maps.items() if k != "c1"},
-                c1_moments=torch.stack([moments_of(m) for m in c1]),
+                c1_moments=moments_of(c1),
                 c1_hw=tuple(c1.shape[-2:]),
             )
         )
@@ -80,6 +80,8 @@ def test_outputs_and_gradients_are_those_of_the_whole_map(
 
     def run(given: HeadBatch) -> tuple[torch.Tensor, torch.Tensor]:
         head.zero_grad()
+        # The whole map is computed, as for evaluation, where there are no crops.
+        head.train(given.c1_crops is not None)
         output = head(given)
         loss = output.mask_logits.tanh().square().sum()
         loss.backward()

@@ -1,8 +1,11 @@
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
+from mfdetr_cache.attention import sampled_attention
 from mfdetr_cache.head.blocks.deformable import (
     MultiScaleDeformableAttention,
     cell_centres,
@@ -46,17 +49,75 @@ def by_definition(
     return out.flatten(2)
 
 
-def test_equals_the_definition() -> None:
+@pytest.mark.parametrize("attention", [deformable_attention, sampled_attention])
+def test_equals_the_definition(attention: Callable[..., torch.Tensor]) -> None:
     value, locations, weights = inputs()
-    found = deformable_attention(value, SIZES, locations, weights)
+    found = attention(value, SIZES, locations, weights)
     assert torch.allclose(found, by_definition(value, locations, weights), atol=1e-12)
 
 
-def test_gradients_are_right() -> None:
+@pytest.mark.parametrize("attention", [deformable_attention, sampled_attention])
+def test_gradients_are_right(attention: Callable[..., torch.Tensor]) -> None:
+    def function(v: torch.Tensor, loc: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return attention(v, SIZES, loc, w)
+
+    assert torch.autograd.gradcheck(function, inputs())
+
+
+def test_kernels_and_operators_agree() -> None:
+    """At the network's own sizes, locations on and beyond all borders, in float64."""
+    sizes = ((13, 17), (7, 9), (4, 5))
+    tokens = sum(h * w for h, w in sizes)
+    value = torch.randn(2, tokens, 8, 32, dtype=torch.float64, requires_grad=True)
+    locations = (torch.rand(2, 50, 8, 3, 4, 2, dtype=torch.float64) * 1.6 - 0.3).requires_grad_()
+    weights = torch.rand(2, 50, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    above = torch.randn(2, 50, 256, dtype=torch.float64)
+    results = []
+    for attention in (deformable_attention, sampled_attention):
+        found = attention(value, sizes, locations, weights)
+        grads = torch.autograd.grad(found, (value, locations, weights), above)
+        results.append((found, *grads))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, locations, weights = inputs(torch.float32)
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found = deformable_attention(value, SIZES, locations, weights)
+        grads = torch.autograd.grad(found.square().sum(), (value, locations, weights))
+        results.append((found, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_location_that_is_no_number_is_not_overlooked() -> None:
+    value, locations, weights = inputs()
+    with torch.no_grad():
+        locations[1, 3, 0, 0, 0, 1] = float("nan")
+        found = deformable_attention(value, SIZES, locations, weights)
+    assert found[1, 3].isnan().any()
+    assert not found[0].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+def test_graphs_are_captured_with_operators() -> None:
+    """A traced graph must hold operators: the kernels cannot leave this process."""
+    value, locations, weights = (t.detach().float() for t in inputs())
+
     def function(v: torch.Tensor, loc: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return deformable_attention(v, SIZES, loc, w)
 
-    assert torch.autograd.gradcheck(function, inputs())
+    traced = torch.jit.trace(function, (value, locations, weights))
+    assert "grid_sampler" in str(traced.graph)
+    wanted = function(value, locations, weights)
+    torch.testing.assert_close(traced(value, locations, weights), wanted)
+    compiled = torch.compile(function, backend="eager")
+    torch.testing.assert_close(compiled(value, locations, weights), wanted)
+    with torch.device("meta"):
+        assert function(*(t.to("meta") for t in inputs(torch.float32))).shape == wanted.shape
 
 
 def test_float32_is_float64_to_rounding() -> None:

@@ -221,3 +221,46 @@ def test_heads_that_cannot_be_built_say_why() -> None:
         build(dataclasses.replace(SMALL, neck=False))
     with pytest.raises(HeadError, match=r"fuse_stride 64: the levels have strides \[8, 16, 32\]"):
         build(dataclasses.replace(SMALL, fuse_stride=64))
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, {"use_c1": False, "upsample_without_c1": True}])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_computes_less_and_the_same(changes: dict[str, Any], seed: int) -> None:
+    """In training, what no region reads is left out: outputs and gradients in float64 agree.
+
+    Sizes that are no multiples of the strides, boxes of all kinds; the group norm's variance comes
+    from moments, which costs a few of sixteen digits.
+    """
+    config = dataclasses.replace(SMALL, **changes)
+    head = randomise(build(config).double())
+    batch = make_batch(make_spec(), [(100, 130), (70, 100), (100, 130)], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(len(batch.boxes_xyxy), 2, 2, generator=generator).sort(dim=1).values
+    boxes = (corners * torch.tensor([150.0, 120.0]) - 10).flatten(1).double()
+    batch = dataclasses.replace(batch, boxes_xyxy=boxes)
+    results = []
+    for training in (False, True):
+        head.train(training)
+        head.zero_grad()
+        output = head(batch)
+        output.mask_logits.tanh().square().sum().backward()
+        grads = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+        results.append((output.mask_logits.detach(), torch.cat(grads)))
+    (whole, whole_grad), (less, less_grad) = results
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(less, whole, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(less_grad, whole_grad, rtol=1e-8, atol=1e-8)
+
+
+def test_the_last_layer_sees_only_what_is_read() -> None:
+    head = build(dataclasses.replace(SMALL, image_layers=2)).train()
+    batch = make_batch(make_spec(), [(256, 256)])
+    few = torch.tensor([[40.0, 40.0, 90.0, 80.0]]).expand(len(batch.boxes_xyxy), -1)
+    seen: list[int] = []
+    for layer in head.image_encoder.layers:
+        layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+    for training in (True, False):
+        head.train(training)(dataclasses.replace(batch, boxes_xyxy=few))
+    every, read, again, whole = seen
+    assert every == again > whole == 32 * 32
+    assert read <= (8 + 2 * 3) * (6 + 2 * 3)

@@ -189,7 +189,7 @@ def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
 
 
 def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--table 16 .fine-tuning trains the detector too"):
+    with pytest.raises(ConfigError, match="--table 16 .it trains the detector too .*train-joint"):
         paper_table(16)
     with pytest.raises(ConfigError, match="--seeds 0: give 1 or more"):
         run_ablate(config(drawn_cache, tmp_path, seeds=0), SilentReporter())

@@ -1,0 +1,106 @@
+"""Extraction against the detector's bare forward: what reading, encoding and writing add.
+
+A detector with untrained weights on made-up pictures of COCO sizes.
+
+python benchmarks/extraction.py [--images 6] [--detector h-detr-r50] [--dtype int8] [--device cpu]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from geometry import COCO_SIZES
+from mfdetr_pipelines.cache_content import plan_cache
+from mfdetr_pipelines.extraction import ExtractConfig, Extraction
+from PIL import Image
+
+from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.protocols import SilentReporter
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    """Noise of COCO sizes as JPEGs, an object in each; the annotation file."""
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for number in range(count):
+        height, width = COCO_SIZES[number % len(COCO_SIZES)]
+        name = f"{number}.jpg"
+        Image.effect_noise((width, height), 60).convert("RGB").save(folder / "images" / name)
+        images.append({"id": number + 1, "file_name": name, "height": height, "width": width})
+        annotations.append(
+            {
+                "id": number + 1,
+                "image_id": number + 1,
+                "category_id": 1,
+                "bbox": [10, 10, 100, 100],
+                "area": 10_000,
+                "iscrowd": 0,
+                "segmentation": [[10, 10, 110, 10, 110, 110, 10, 110]],
+            }
+        )
+    path = folder / "instances.json"
+    categories = [{"id": i, "name": f"thing {i}"} for i in range(1, 91)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--detector", default="h-detr-r50")
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    detector = load_detector(options.detector).to(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        annotations = write_pictures(folder, options.images)
+        config = ExtractConfig(
+            options.detector,
+            "",
+            folder / "images",
+            annotations,
+            folder / "a.zarr",
+            device=options.device,
+            preset=options.dtype,
+        )
+        split = load_coco_split(annotations)
+        content = plan_cache(split, detector, config)
+        pixels = [
+            detector.preprocess(Image.open(folder / "images" / e.file_name).convert("RGB"))
+            for e in split.images
+        ]
+
+        def bare() -> float:
+            started = time.perf_counter()
+            for picture in pixels:
+                detector.forward(picture[None].to(device))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        detector.forward(pixels[0][None].to(device))
+        before = bare()
+        started = time.perf_counter()
+        with CacheWriter.open_or_create(config.cache, content) as writer:
+            worker = Extraction(config, split, content, detector, writer, SilentReporter())
+            worker.run(writer.pending_parts())
+        whole = time.perf_counter() - started
+        # The machine may have changed its speed meanwhile: the forward is timed on both sides.
+        alone = (before + bare()) / 2
+    print(
+        f"{options.detector}, {options.images} images, {options.dtype}, {device}: extraction "
+        f"{whole / options.images:.2f} s an image, bare forward {alone / options.images:.2f} s, "
+        f"ratio {alone / whole:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
