@@ -10,7 +10,10 @@ Arrays: value (B, S, H, C), locations (B, N, H, L, P, 2) normalised, weights (B,
 """
 
 import math
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -24,24 +27,76 @@ Ints = NDArray[np.int64]
 
 # Sums may be reordered and contracted for vector units; infinities and NaN keep their meaning.
 _OPTIONS: dict[str, Any] = {
-    "parallel": True,
     "nogil": True,
     "cache": True,
     "fastmath": {"reassoc", "contract", "nsz"},
 }
 _BLOCK = 64
-# numba's simplest threading layer dies when two threads enter it.
-_LOCK = threading.Lock()
+# Pieces of work per thread, so that none waits long for the last one.
+_PIECES = 4
+
+
+class _Pool:
+    """Threads of this process for the kernels, which run without the GIL.
+
+    numba has threads of its own; idle ones keep a core busy between calls and starve whatever else
+    runs on the machine. These sleep.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = -1
+        self._threads: ThreadPoolExecutor | None = None
+
+    def run(self, kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
+        """Run a kernel over all of its tasks with as many threads as torch uses.
+
+        Args:
+            kernel: Takes the first task, the one after the last, and the arrays.
+            tasks: How many there are.
+            arrays: Whatever the kernel reads and writes.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1 or tasks == 1:
+            kernel(0, tasks, *arrays)
+            return
+        pieces = min(tasks, _PIECES * threads)
+        bounds = [tasks * i // pieces for i in range(pieces + 1)]
+
+        # No more at a time than torch has threads: each takes every so-many-th piece.
+        def some(first: int) -> None:
+            for i in range(first, pieces, threads):
+                kernel(bounds[i], bounds[i + 1], *arrays)
+
+        list(self._executor().map(some, range(threads)))
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            # A forked process has the object but none of its threads.
+            if self._threads is None or self._owner != os.getpid():
+                self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "attention")
+                self._owner = os.getpid()
+            return self._threads
+
+
+_POOL = _Pool()
 
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _forward(  # noqa: C901  one loop per axis
-    value: Floats, sizes: Ints, starts: Ints, locations: Floats, weights: Floats, out: Floats
+def _forward(  # noqa: C901  one loop per axis, the inputs and the output
+    first_task: int,
+    last_task: int,
+    value: Floats,
+    sizes: Ints,
+    starts: Ints,
+    locations: Floats,
+    weights: Floats,
+    out: Floats,
 ) -> None:
-    batch, _, heads, channels = value.shape
+    heads, channels = value.shape[2], value.shape[3]
     queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
     blocks = (queries + _BLOCK - 1) // _BLOCK
-    for task in numba.prange(batch * blocks):
+    for task in range(first_task, last_task):
         b = task // blocks
         first = (task % blocks) * _BLOCK
         total = np.empty(channels, value.dtype)
@@ -79,6 +134,8 @@ def _forward(  # noqa: C901  one loop per axis
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _backward(  # noqa: PLR0913  the inputs and a gradient for each
+    first_task: int,
+    last_task: int,
     value: Floats,
     sizes: Ints,
     starts: Ints,
@@ -89,9 +146,9 @@ def _backward(  # noqa: PLR0913  the inputs and a gradient for each
     grad_locations: Floats,
     grad_weights: Floats,
 ) -> None:
-    batch, _, heads, channels = value.shape
+    heads, channels = value.shape[2], value.shape[3]
     queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
-    for task in numba.prange(batch * heads):
+    for task in range(first_task, last_task):
         b, h = task // heads, task % heads
         dots = np.empty(4, value.dtype)
         for n in range(queries):
@@ -162,9 +219,10 @@ class KernelAttention(torch.autograd.Function):
         ctx.sizes_hw = sizes_hw
         out = value.new_empty(*locations.shape[:3], value.shape[3])
         sizes, starts = _layout(sizes_hw)
-        with _LOCK:
-            _use_threads_of_torch()
-            _forward(*_arrays(value), sizes, starts, *_arrays(locations, weights, out))
+        tasks = len(value) * -(-locations.shape[1] // _BLOCK)
+        _POOL.run(
+            _forward, tasks, *_arrays(value), sizes, starts, *_arrays(locations, weights, out)
+        )
         return out
 
     @staticmethod
@@ -181,14 +239,14 @@ class KernelAttention(torch.autograd.Function):
         value, locations, weights = ctx.saved_tensors
         grads = (torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights))
         sizes, starts = _layout(ctx.sizes_hw)
-        with _LOCK:
-            _use_threads_of_torch()
-            _backward(
-                *_arrays(value),
-                sizes,
-                starts,
-                *_arrays(locations, weights, grad.contiguous(), *grads),
-            )
+        _POOL.run(
+            _backward,
+            value.shape[0] * value.shape[2],
+            *_arrays(value),
+            sizes,
+            starts,
+            *_arrays(locations, weights, grad.contiguous(), *grads),
+        )
         return (*grads, None)
 
 
@@ -199,8 +257,3 @@ def _arrays(*tensors: Tensor) -> list[Any]:
 def _layout(sizes_hw: tuple[tuple[int, int], ...]) -> tuple[Any, Any]:
     sizes = np.array(sizes_hw, np.int64)
     return sizes, np.concatenate(([0], np.cumsum(sizes.prod(axis=1))[:-1])).astype(np.int64)
-
-
-def _use_threads_of_torch() -> None:
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))

@@ -111,7 +111,7 @@ def ablate(
     measured = storage_at(val_cache, local_cache, local_cache_size)
     sam = SamSource(sam_weights, images) if sam_weights and images else None
     cluster = Cluster(address, workers)
-    config = AblateConfig(rows, training, measured, out, seeds, None, device, engine, cluster, sam)
+    config = AblateConfig(rows, training, measured, out, seeds, device, engine, cluster, sam)
     results = run_ablate(config, ConsoleReporter())
     strips = [] if images is None else sample_strips(config, results, images)
     files = write_report(out, title, results, strips)

@@ -117,7 +117,6 @@ class AblateConfig:
         val_cache: Cache of the split to measure on.
         out: Where runs and tables go.
         seeds: Seeds 0 to N - 1 of every row.
-        max_steps: Steps of every row; None keeps each recipe's own.
         device: Where to train.
         engine: Here, or groups of heads as tasks on a Ray cluster whose nodes share the folders.
         cluster: Which cluster.
@@ -129,7 +128,6 @@ class AblateConfig:
     val_cache: Location
     out: Path
     seeds: int = 1
-    max_steps: int | None = None
     device: str = "cpu"
     engine: Literal["local", "ray"] = "local"
     cluster: Cluster = field(default_factory=Cluster)
@@ -173,7 +171,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
         jobs = [
             _job(config, plan, seed, cache, validation)
             for plan in plans
-            if plan.row.name not in problems
+            if plan.row.name not in problems and seed < _num_seeds(config, plan, cache)
         ]
         waiting = []
         for job in jobs:
@@ -288,8 +286,6 @@ def _job(
     validation: FeatureCache,
 ) -> _Job:
     train = replace(plan.row.recipe.train, seed=seed)
-    if config.max_steps is not None:
-        train = replace(train, steps=config.max_steps)
     recipe = replace(plan.row.recipe, train=train)
     identity = {
         "head": to_dict(recipe.head),
@@ -440,6 +436,12 @@ def _write_result(job: _Job, result: dict[str, Any], masks: Sequence[Result]) ->
     write_atomically(job.folder / RESULT_FILE, json.dumps(document, indent=2).encode())
 
 
+def _num_seeds(config: AblateConfig, plan: RowPlan, cache: FeatureCache) -> int:
+    """How often a row is measured: once where nothing is drawn at random."""
+    fixed = plan.row.baseline or _is_training_free(plan.row.recipe, cache)
+    return 1 if fixed else config.seeds
+
+
 def _is_training_free(recipe: Recipe, cache: FeatureCache) -> bool:
     with torch.device("meta"):
         return not any(True for _ in MaskHead(recipe.head, cache.spec).parameters())
@@ -455,7 +457,7 @@ def _collect(
     if plan.row.name in problems:
         return RowResult(plan, problem=problems[plan.row.name])
     seeds = []
-    for seed in range(config.seeds):
+    for seed in range(_num_seeds(config, plan, cache)):
         done = _read_result(_job(config, plan, seed, cache, validation))
         assert done is not None
         seeds.append(done)
@@ -480,13 +482,14 @@ def _compare(
     differences_to_first: dict[str, PairedDifference] = {}
     if len(measured) > 1:
         truth = ground_truth_of(validation)
-        curves = [
-            [
+        curves = []
+        for r in measured:
+            found = [
                 WeightedAP(truth, _masks(folder_of(config, r.plan.row, seed)), "segm")
-                for seed in range(config.seeds)
+                for seed in range(len(r.seeds))
             ]
-            for r in measured
-        ]
+            # A row without chance in it stands beside every seed of the others.
+            curves.append(found if len(found) == config.seeds else found * config.seeds)
         compared = compare_all(curves, _BOOTSTRAP_SAMPLES)
         for result, difference in zip(measured[1:], compared[0][1:], strict=True):
             differences_to_first[result.plan.row.name] = difference

@@ -44,7 +44,8 @@ def rows() -> tuple[AblationRow, ...]:
 
 
 def config(drawn_cache: Path, out: Path, **changes: Any) -> AblateConfig:
-    settings: dict[str, Any] = {"rows": rows(), "seeds": 2, "max_steps": 2, **changes}
+    settings: dict[str, Any] = {"rows": rows(), "seeds": 2, **changes}
+    settings["rows"] = with_settings(settings["rows"], {}, {"steps": settings.pop("steps", 2)})
     return AblateConfig(cache=drawn_cache, val_cache=drawn_cache, out=out, **settings)
 
 
@@ -167,7 +168,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(drawn_cache: Path, tmp_p
 
 def test_another_ablation_in_the_folder_is_refused(drawn_cache: Path, tmp_path: Path) -> None:
     run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
-    results = run_ablate(config(drawn_cache, tmp_path, seeds=1, max_steps=3), SilentReporter())
+    results = run_ablate(config(drawn_cache, tmp_path, seeds=1, steps=3), SilentReporter())
     assert all("of another ablation: train.steps was 2 and is 3" in r.problem for r in results)
 
 
@@ -257,6 +258,17 @@ def test_baselines_are_rows_on_the_same_detections(
         config(drawn_cache, tmp_path / "c", rows=chosen[3:], seeds=1), SilentReporter()
     )
     assert without[0].problem == "--baseline sam needs --sam-weights and --images"
+
+
+def test_what_has_no_chance_in_it_is_measured_once(drawn_cache: Path, tmp_path: Path) -> None:
+    chosen = (*baseline_rows(("box",)), rows()[1])
+    results = run_ablate(config(drawn_cache, tmp_path, rows=chosen), SilentReporter())
+    assert [r.problem for r in results] == ["", ""]
+    assert [len(r.seeds) for r in results] == [1, 2]
+    assert len(list((tmp_path / "rows").rglob("result.json"))) == 3
+    assert results[1].against_first is not None
+    files = write_report(tmp_path, "one fixed row", results)
+    assert all(f.is_file() for f in files)
 
 
 def test_an_ellipse_has_its_area() -> None:
