@@ -57,7 +57,7 @@ class _Pool:
             arrays: Whatever the kernel reads and writes.
         """
         threads = torch.get_num_threads()
-        if threads == 1 or tasks == 1:
+        if threads == 1 or tasks < 2:
             kernel(0, tasks, *arrays)
             return
         pieces = min(tasks, _PIECES * threads)

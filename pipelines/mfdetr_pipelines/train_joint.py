@@ -8,7 +8,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -391,7 +391,7 @@ def _train(
     learner.head.train()
     reporter.start("train", train.steps, "steps", done=first)
     saved = time.monotonic()
-    steps: Iterator[list[_Picture]] = read_ahead(
+    steps = read_ahead(
         lambda row, step: data.picture(row, step // per_epoch),
         lambda step: rows_of_step(data.rows, train.batch_size, train.seed, step),
         range(first, train.steps),
@@ -414,6 +414,7 @@ def _train(
             if time.monotonic() - saved > 60 * train.checkpoint_minutes:
                 _save(config.out, learner, tuner)
                 saved = time.monotonic()
+        steps.close()
     reporter.finish()
     log.close()
     _save(config.out, learner, tuner)

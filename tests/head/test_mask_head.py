@@ -252,6 +252,27 @@ def test_training_computes_less_and_the_same(changes: dict[str, Any], seed: int)
     torch.testing.assert_close(less_grad, whole_grad, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_without_regions_does_not_matter(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training none of its tokens is refined; the kernels then have nothing to do."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    head = randomise(build()).train()
+    batch = make_batch(make_spec(), [(96, 128), (96, 128)])
+    mine = batch.image_index == 0
+    alone = dataclasses.replace(
+        batch,
+        queries=batch.queries[mine],
+        boxes_xyxy=batch.boxes_xyxy[mine],
+        image_index=batch.image_index[mine],
+    )
+    output = head(alone).mask_logits
+    output.square().mean().backward()
+    torch.testing.assert_close(output, head(batch).mask_logits[mine], atol=1e-4, rtol=1e-4)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in head.parameters())
+
+
 def test_the_last_layer_sees_only_what_is_read() -> None:
     head = build(dataclasses.replace(SMALL, image_layers=2)).train()
     batch = make_batch(make_spec(), [(256, 256)])
