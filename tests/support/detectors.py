@@ -216,7 +216,6 @@ def save_dab_detr(folder: Path) -> None:
 
 
 def save_lw_detr(folder: Path) -> None:
-    torch.manual_seed(0)
     backbone = LwDetrViTConfig(
         image_size=96,
         pretrain_image_size=96,
@@ -227,27 +226,10 @@ def save_lw_detr(folder: Path) -> None:
         out_indices=[0, 1],
         num_windows=4,
     )
-    config = LwDetrConfig(
-        backbone_config=backbone,
-        projector_scale_factors=[1.0],
-        d_model=32,
-        decoder_ffn_dim=32,
-        decoder_layers=2,
-        decoder_self_attention_heads=4,
-        decoder_cross_attention_heads=4,
-        num_queries=20,
-        group_detr=1,
-        id2label=LABELS,
-        label2id={v: k for k, v in LABELS.items()},
-    )
-    model = LwDetrForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(96).save_pretrained(folder)
+    _save_plain_vit(folder, backbone, LwDetrConfig, LwDetrForObjectDetection, 96)
 
 
 def save_rf_detr(folder: Path, patch: int = 16, side: int = 96) -> None:
-    torch.manual_seed(0)
     backbone = RfDetrDinov2Config(
         image_size=side,
         patch_size=patch,
@@ -257,7 +239,14 @@ def save_rf_detr(folder: Path, patch: int = 16, side: int = 96) -> None:
         out_indices=[1, 2],
         num_windows=1,
     )
-    config = RfDetrConfig(
+    _save_plain_vit(folder, backbone, RfDetrConfig, RfDetrForObjectDetection, side)
+
+
+def _save_plain_vit(
+    folder: Path, backbone: Any, config_class: Any, model_class: Any, side: int
+) -> None:
+    torch.manual_seed(0)
+    config = config_class(
         backbone_config=backbone,
         projector_scale_factors=[1.0],
         d_model=32,
@@ -270,7 +259,7 @@ def save_rf_detr(folder: Path, patch: int = 16, side: int = 96) -> None:
         id2label=LABELS,
         label2id={v: k for k, v in LABELS.items()},
     )
-    model = RfDetrForObjectDetection(config)
+    model = model_class(config)
     _enliven(model)
     model.save_pretrained(folder)
     _fixed_processor(side).save_pretrained(folder)
