@@ -7,7 +7,8 @@ from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.huggingface.adapter import load_huggingface_detector
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
-from mfdetr_cache.detectors.official.architecture import ARCHITECTURES
+from mfdetr_cache.detectors.official.architecture import ARCHITECTURES, Architecture
+from mfdetr_cache.detectors.official.detr import WIDTH
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.protocols import Detector
@@ -27,6 +28,15 @@ _CHECKED = {
 }
 
 
+# Which of the paper's tables a detector stands in.
+_PAPER = {
+    "h-detr-r50": "1-7, 9-14, 16",
+    "h-detr-swin-l": "7, 16",
+    "dino-focalnet-l": "7, 8, 15, 16",
+}
+_FROM_WEIGHTS = "of the model"
+
+
 @dataclass(frozen=True, slots=True)
 class DetectorListing:
     """One line of ``mfdetr detectors``.
@@ -34,17 +44,27 @@ class DetectorListing:
     Attributes:
         name: What to pass as ``--detector``.
         model: The family, for people.
+        backbone: Its backbone.
         weights: What to pass as ``--weights``.
+        levels: Strides of the encoder maps.
+        width: Channels of queries and encoder maps.
+        queries: Queries at test time.
+        c1: Where the stride-4 map comes from, or its channels.
+        paper: Numbers of the tables the paper has it in; empty where it has not.
         encoder_maps: What it gives as encoder maps.
-        c1: Where the stride-4 map comes from.
         checked: Against what its numbers were checked.
     """
 
     name: str
     model: str
+    backbone: str
     weights: str
-    encoder_maps: str
+    levels: str
+    width: str
+    queries: str
     c1: str
+    paper: str
+    encoder_maps: str
     checked: str
 
 
@@ -52,35 +72,60 @@ def list_detectors() -> tuple[DetectorListing, ...]:
     """Every detector that can be loaded.
 
     Returns:
-        One entry per family.
+        One entry per official detector, family of transformers, and plugin.
     """
     transformers = [
         DetectorListing(
             name="hf",
             model=family.label,
+            backbone=_FROM_WEIGHTS,
             weights="folder or hub id",
+            levels=_FROM_WEIGHTS,
+            width=_FROM_WEIGHTS,
+            queries=_FROM_WEIGHTS,
+            c1="none: a plain ViT" if family.encoder_maps == "projector" else "backbone",
+            paper="",
             encoder_maps=ENCODER_MAPS[family.encoder_maps],
-            c1="none: a plain ViT" if family.encoder_maps == "projector" else "backbone, stride 4",
             checked=family.checked,
         )
         for family in FAMILIES.values()
     ]
-    official = [
-        DetectorListing(
-            name=name,
-            model=f"{_SCHEME_NAMES[a.scheme]}, {a.backbone.label}",
-            weights="official .pth",
-            encoder_maps=f"{a.num_levels} levels, layer N (default 4)",
-            c1=f"{a.backbone.width} channels",
-            checked=_CHECKED.get(name, "keys and shapes of the official checkpoint"),
-        )
-        for name, a in ARCHITECTURES.items()
-    ]
+    official = [_official(name, a) for name, a in ARCHITECTURES.items()]
     plugins = [
-        DetectorListing(name, f"plugin {p.value}", "see the plugin", "", "", "by its authors")
+        DetectorListing(
+            name,
+            f"plugin {p.value}",
+            "",
+            "see the plugin",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "by its authors",
+        )
         for name, p in _plugins().items()
     ]
     return (*official, *transformers, *plugins)
+
+
+def _official(name: str, architecture: Architecture) -> DetectorListing:
+    first = 4 << architecture.backbone.first_stage
+    last = first << (architecture.num_levels - 1)
+    return DetectorListing(
+        name=name,
+        model=_SCHEME_NAMES[architecture.scheme],
+        backbone=architecture.backbone.label,
+        weights="official .pth",
+        levels=f"{first}-{last}",
+        width=str(WIDTH),
+        queries=str(architecture.num_queries),
+        c1=str(architecture.backbone.width),
+        paper=_PAPER.get(name, ""),
+        encoder_maps="layer N (default 4)",
+        checked=_CHECKED.get(name, "keys and shapes of the official checkpoint"),
+    )
 
 
 def load_detector(

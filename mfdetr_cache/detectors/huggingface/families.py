@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=True,
-            checked="random weights only",
+            checked="nothing independent; it runs with random weights",
             score_function="softmax",
         ),
         Family(
@@ -133,7 +133,7 @@ FAMILIES: dict[str, Family] = {
             _plain_backbone,
             None,
             takes_mask=True,
-            checked="random weights only",
+            checked="nothing independent; it runs with random weights",
         ),
         Family(
             "dab-detr",
@@ -142,7 +142,7 @@ FAMILIES: dict[str, Family] = {
             _dab_backbone,
             None,
             takes_mask=True,
-            checked="random weights only",
+            checked="nothing independent; it runs with random weights",
         ),
         Family(
             "lw_detr",
