@@ -54,7 +54,7 @@ class _Pool:
         Args:
             kernel: Takes the first task, the one after the last, and the arrays.
             tasks: How many there are.
-            arrays: Whatever the kernel reads and writes.
+            *arrays: Whatever the kernel reads and writes.
         """
         threads = torch.get_num_threads()
         if threads == 1 or tasks < 2:
