@@ -44,6 +44,11 @@ class TestHuggingFaceConformance(DetectorConformance):
             "dfine",
             "deimv2",
             "deformable_detr",
+            "detr",
+            "conditional_detr",
+            "dab_detr",
+            "lw_detr",
+            "rf_detr",
         ],
     )
     def _folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
