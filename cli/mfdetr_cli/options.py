@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from mfdetr_pipelines.recipes import RECIPES
 
 from mfdetr_cache.errors import ConfigError
 
@@ -20,6 +21,18 @@ DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
 ]
 CacheArgument = Annotated[str, typer.Argument(help="The cache: a folder, or a URL.")]
+RecipeOption = Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
+]
+MaxStepsOption = Annotated[
+    int | None, typer.Option(help="Train for N steps; the schedule is fitted to them.")
+]
+EpochsOption = Annotated[
+    float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
+]
+ResumeOption = Annotated[bool, typer.Option(help="Go on with the run in --out.")]
 LocalCacheOption = Annotated[
     Path | None,
     typer.Option(help="Keep what is read from an object store in this folder."),

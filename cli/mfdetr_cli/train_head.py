@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from mfdetr_pipelines.recipes import RECIPES, build_recipe
+from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cli.console import (
     ConsoleReporter,
@@ -17,9 +17,14 @@ from mfdetr_cli.console import (
 )
 from mfdetr_cli.options import (
     DeviceOption,
+    EpochsOption,
     JsonOption,
     LocalCacheOption,
     LocalCacheSizeOption,
+    MaxStepsOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
     parse_assignments,
     parse_batch_size,
     storage_at,
@@ -36,17 +41,10 @@ def train_head(
         int | None,
         typer.Option(help="Measure on --val-cache every N steps too; the best weights are kept."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "fast",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Train for N steps; the schedule is fitted to them.")
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
-    ] = None,
+    recipe: RecipeOption = "fast",
+    set_: SetOption = None,
+    max_steps: MaxStepsOption = None,
+    epochs: EpochsOption = None,
     amp: Annotated[
         Literal["off", "bf16", "fp16"] | None,
         typer.Option(help="Half precision; the recipe's own if not given, which is off."),
@@ -76,7 +74,7 @@ def train_head(
             "commas, or none."
         ),
     ] = "tensorboard",
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    resume: ResumeOption = False,
     local_cache: LocalCacheOption = None,
     local_cache_size: LocalCacheSizeOption = "100GB",
     device: DeviceOption = "auto",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from mfdetr_pipelines.recipes import RECIPES, build_recipe
+from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cli.console import (
     ConsoleReporter,
@@ -14,7 +14,16 @@ from mfdetr_cli.console import (
     print_facts,
     write_json,
 )
-from mfdetr_cli.options import DeviceOption, JsonOption, parse_assignments
+from mfdetr_cli.options import (
+    DeviceOption,
+    EpochsOption,
+    JsonOption,
+    MaxStepsOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+    parse_assignments,
+)
 
 
 def train_joint(
@@ -38,22 +47,15 @@ def train_joint(
         Path | None, typer.Option(help="Image folder of the validation split, measured at the end.")
     ] = None,
     val_annotations: Annotated[Path | None, typer.Option(help="Its COCO instances JSON.")] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "fast",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Train for N steps; the schedule is fitted to them.")
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
-    ] = None,
+    recipe: RecipeOption = "fast",
+    set_: SetOption = None,
+    max_steps: MaxStepsOption = None,
+    epochs: EpochsOption = None,
     encoder_layer: Annotated[
         int | None, typer.Option(help="Encoder layer whose maps the head reads; 4 by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    resume: ResumeOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:

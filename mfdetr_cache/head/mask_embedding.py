@@ -130,18 +130,6 @@ class EmbeddingPredictor(nn.Module):
         found: Tensor = self.code(joined)
         return found
 
-    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Mask logits.
-
-        Args:
-            queries: Shape (R, d).
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shape (R, r, r).
-        """
-        return self.logits(self.codes(queries, regions), regions.shape[1])
-
     def logits(self, codes: Tensor, side: int) -> Tensor:
         """Decoded codes on the grid of the regions.
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,7 +90,9 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     if config.views < 0:
         raise DatasetError(f"--views {config.views}: give 0 or more augmented views")
     split = load_coco_split(config.annotations).first(config.limit)
-    _require_images(config, split)
+    if config.on_bad_image == "stop":
+        advice = "check --images, or leave them out with --on-bad-image skip"
+        require_images(config.images, split, advice)
     # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
     torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
@@ -180,15 +183,25 @@ def raw_bytes(cache: FeatureCache) -> int:
     return total
 
 
-def _require_images(config: ExtractConfig, split: CocoSplit) -> None:
-    """Refuse at once what would otherwise be noticed after hours."""
-    if config.on_bad_image == "skip":
-        return
-    missing = [e for e in split.images if not (config.images / e.file_name).is_file()]
+def require_images(images: Path, split: CocoSplit, advice: str) -> None:
+    """Refuse at once what would otherwise be noticed after hours.
+
+    Args:
+        images: Image folder.
+        split: What should be in it.
+        advice: What to do, for the message.
+
+    Raises:
+        DatasetError: If there is no such folder.
+        ImageError: If an image is missing.
+    """
+    if not images.is_dir():
+        raise DatasetError(f"image folder {images} does not exist; {advice}")
+    missing = [e for e in split.images if not (images / e.file_name).is_file()]
     if missing:
         raise ImageError(
-            f"{len(missing)} of {len(split.images)} images are not in {config.images}, the first "
-            f"is {missing[0].file_name}; check --images, or leave them out with --on-bad-image skip"
+            f"{len(missing)} of {len(split.images)} images are not in {images}, the first is "
+            f"{missing[0].file_name}; {advice}"
         )
 
 

@@ -211,18 +211,40 @@ def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
     if config.hold_out:
         ids = category_ids(config.hold_out, cache.categories)
         train = dataclasses.replace(train, held_out=ids)
-    if config.epochs is not None and config.max_steps is not None:
+    if config.epochs is None:
+        return with_length(train, None, config.max_steps, 0)
+    rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
+    return with_length(train, config.epochs, config.max_steps, len(rows))
+
+
+def with_length(
+    train: TrainConfig, epochs: float | None, max_steps: int | None, num_rows: int
+) -> TrainConfig:
+    """Training settings with the length the user asked for.
+
+    Args:
+        train: The recipe's.
+        epochs: As typed; None if it was not.
+        max_steps: The same.
+        num_rows: Images of an epoch; only looked at for epochs.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: If both are given, or one is nothing.
+    """
+    if epochs is not None and max_steps is not None:
         raise ConfigError("give --epochs or --max-steps, not both")
-    if config.max_steps is not None:
-        if config.max_steps < 1:
-            raise ConfigError(f"--max-steps must be 1 or more, not {config.max_steps}")
-        return dataclasses.replace(train, steps=config.max_steps)
-    if config.epochs is not None:
-        if config.epochs <= 0:
-            raise ConfigError(f"--epochs must be above 0, not {config.epochs}")
-        rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
-        per_epoch = steps_per_epoch(len(rows), train.batch_size)
-        return dataclasses.replace(train, steps=max(1, round(config.epochs * per_epoch)))
+    if max_steps is not None:
+        if max_steps < 1:
+            raise ConfigError(f"--max-steps must be 1 or more, not {max_steps}")
+        return dataclasses.replace(train, steps=max_steps)
+    if epochs is not None:
+        if epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, not {epochs}")
+        per_epoch = steps_per_epoch(num_rows, train.batch_size)
+        return dataclasses.replace(train, steps=max(1, round(epochs * per_epoch)))
     return train
 
 

@@ -11,31 +11,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from mfdetr_cache.boxes import xyxy_to_cxcywh
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
-from mfdetr_cache.coco.augmentation import (
-    Policy,
-    ViewTransform,
-    identity_transform,
-    sample_transform,
-    transform_ground_truth,
-    transform_image,
-)
-from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.coco.augmentation import Policy
 from mfdetr_cache.config import to_dict
-from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, StoppedError, TrainingError
+from mfdetr_cache.errors import ConfigError, HeadError, StoppedError
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.folder import save_head, save_run_config
+from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.protocols import Detector, Reporter, TunableDetector
@@ -49,26 +39,25 @@ from mfdetr_cache.training.batches import (
 )
 from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.detection_loss import detection_loss
 from mfdetr_cache.training.learner import Learner, build_learner
-from mfdetr_cache.training.regions import build_regions, trainable_objects
-from mfdetr_cache.training.schedule import learning_rate
-from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGeometry
+from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.types import CachedImage, DetectorOutput
+from mfdetr_pipelines.detector_tuner import DetectorTuner, Tune
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
-from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extract import require_images, run_extract
 from mfdetr_pipelines.extraction import ExtractConfig
+from mfdetr_pipelines.live_data import LiveData, Picture
 from mfdetr_pipelines.recipes import Recipe
 from mfdetr_pipelines.run_folder import prepare_folder, versions
 from mfdetr_pipelines.run_log import RunLog
-from mfdetr_pipelines.train_head import training_device
-from mfdetr_pipelines.training_loop import stop_on_signals
+from mfdetr_pipelines.train_head import training_device, with_length
+from mfdetr_pipelines.training_loop import fit_codec, stop_on_signals
 
-Tune = Literal["nothing", "encoder-decoder", "all"]
 DETECTOR_FOLDER = "detector"
 VALIDATION_CACHE = "val.zarr"
 _LOG_EVERY = 10
-# Of the detector's gradient, as its families are trained.
-_CLIP_NORM = 0.1
+# Settings that are about a cache or several processes, and what they must be here.
+_WITHOUT_CACHE = {"views": "all", "shuffle": "images", "accumulate": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +149,22 @@ def run_train_joint(config: TrainJointConfig, reporter: Reporter) -> TrainJointS
     """
     if (config.val_images is None) != (config.val_annotations is None):
         raise ConfigError("--val-images and --val-annotations go together")
-    if not config.images.is_dir():
-        raise DatasetError(f"image folder {config.images} does not exist; check --images")
     if not 0 < config.detector_lr <= 1:
         raise ConfigError(f"--detector-lr {config.detector_lr}: a share above 0 and at most 1")
-    if config.recipe.train.amp == "fp16":
-        raise ConfigError("a joint training has no amp=fp16: use amp=bf16 or amp=off")
+    _require_live(config.recipe.train)
     split = load_coco_split(config.annotations).first(config.limit)
+    require_images(config.images, split, "check --images")
+    if config.val_images is not None and config.val_annotations is not None:
+        # Not after hours of training.
+        validation = load_coco_split(config.val_annotations)
+        require_images(config.val_images, validation, "check --val-images")
     detector = load_detector(config.detector, config.weights, config.options)
-    data = _LiveData(config, split, detector)
-    train = _settled(config, len(data.rows))
+    data = LiveData(split, config.images, detector, config.recipe.train, config.augment)
+    train = with_length(config.recipe.train, config.epochs, config.max_steps, len(data.rows))
     device = training_device(config.device, train.amp)
     detector = detector.to(device)
-    tuner = _Tuner(detector, config, train)
-    learner = build_learner(train, lambda: MaskHead(config.recipe.head, detector.spec), device)
+    tuner = DetectorTuner(detector, config.tune, train, config.detector_lr)
+    learner = build_learner(train, lambda: _new_head(config, detector, data), device)
     document = _document(config, train, detector, split, data.label_categories)
     same = ("head", "train", "joint")
     prepare_folder(config.out, config.recipe.head, document, resume=config.resume, same=same)
@@ -214,175 +205,30 @@ _WORDS: dict[Tune, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """An image as one step shows it."""
-
-    image_id: int
-    file_name: str
-    row: int
-    pixel_values: Tensor
-    geometry: ImageGeometry
-    truth: GroundTruth
-
-
-class _LiveData:
-    """Images and their objects, decoded and transformed for every step anew."""
-
-    def __init__(self, config: TrainJointConfig, split: CocoSplit, detector: Detector) -> None:
-        spec = detector.spec
-        self.label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
-        label_of = {c: label for label, c in enumerate(self.label_categories) if c >= 0}
-        self._truth = [split.ground_truth(e, label_of) for e in split.images]
-        self._split = split
-        self._detector = detector
-        self._config = config
-        sizes = [detector.input_geometry(hw).input_hw for hw in ((64, 64), (64, 96))]
-        self._fixed = sizes[0] == sizes[1]
-        self.rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t))]
-        if not self.rows:
-            raise TrainingError(f"no image of {split.name} has an object to learn from")
-
-    def picture(self, row: int, epoch: int) -> _Picture:
-        """An image of an epoch.
-
-        Args:
-            row: Its place in the split.
-            epoch: Counted from 0; decides the augmentation.
-
-        Returns:
-            The picture and what is in it.
-        """
-        entry = self._split.images[row]
-        transform: ViewTransform = identity_transform(entry.size_hw)
-        if self._config.augment is not None:
-            seed = self._config.recipe.train.seed
-            transform = sample_transform(
-                self._config.augment,
-                seed,
-                f"epoch-{epoch}",
-                entry.image_id,
-                entry.size_hw,
-                fixed=self._fixed,
-            )
-        image = load_image(self._config.images / entry.file_name, entry.size_hw)
-        edge = transform.shortest_edge
-        return _Picture(
-            entry.image_id,
-            entry.file_name,
-            row,
-            self._detector.preprocess(transform_image(image, transform), edge),
-            self._detector.input_geometry(transform.size_hw, edge),
-            transform_ground_truth(self._truth[row], entry.size_hw, transform),
-        )
-
-
-class _Tuner:
-    """The detector's side of a step: its losses on boxes and its optimiser."""
-
-    def __init__(self, detector: Detector, config: TrainJointConfig, train: TrainConfig) -> None:
-        self._parameters: list[nn.Parameter] = []
-        if config.tune != "nothing":
-            if not isinstance(detector, TunableDetector):
-                raise ConfigError(
-                    f"--detector {config.detector} cannot be tuned (it has no "
-                    "tunable_parameters); pass --tune nothing"
-                )
-            self._parameters = detector.tunable_parameters(config.tune)
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-        self.num_parameters = sum(p.numel() for p in self._parameters)
-        self._score_function = detector.spec.score_function
-        self._train = train
-        self._share = config.detector_lr
-        self._losses: list[float] = []
-        self._optimiser: torch.optim.AdamW | None = None
-        if self._parameters:
-            self._optimiser = torch.optim.AdamW(
-                self._parameters, lr=train.lr, weight_decay=1e-4, betas=(train.beta1, train.beta2)
+def _require_live(train: TrainConfig) -> None:
+    """Refuse settings that would do nothing here."""
+    if train.amp == "fp16":
+        raise ConfigError("a joint training has no amp=fp16: use amp=bf16 or amp=off")
+    for name, value in _WITHOUT_CACHE.items():
+        if getattr(train, name) != value:
+            raise ConfigError(
+                f"--set {name}={getattr(train, name)} does nothing without a cache; leave it out"
             )
 
-    def recent_loss(self) -> float:
-        """Mean loss of the last steps; 0 where nothing moves."""
-        return float(np.mean(self._losses)) if self._losses else 0.0
 
-    def begin(self, outputs: Sequence[DetectorOutput], pictures: Sequence[_Picture]) -> None:
-        """Gradients of the boxes' losses. The graph stays for the masks' losses.
-
-        Args:
-            outputs: One per image.
-            pictures: The images.
-
-        Raises:
-            TrainingError: If the loss is not finite.
-        """
-        if self._optimiser is None:
-            return
-        self._optimiser.zero_grad(set_to_none=True)
-        total, count = outputs[0].class_logits.sum() * 0, 0
-        for output, picture in zip(outputs, pictures, strict=True):
-            objects = trainable_objects(picture.truth)
-            count += len(objects)
-            height, width = picture.geometry.original_hw
-            scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-            boxes = torch.from_numpy(picture.truth.boxes_xyxy[objects]) / scale
-            total = total + detection_loss(
-                output.class_logits[0],
-                output.boxes_cxcywh_norm[0],
-                torch.from_numpy(picture.truth.labels[objects]),
-                xyxy_to_cxcywh(boxes),
-                self._score_function,
-            )
-        loss = total / max(count, 1)
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"the detector's loss is {float(loss)}; images "
-                f"{[p.image_id for p in pictures]}. Lower --detector-lr, or look at these images"
-            )
-        loss.backward(retain_graph=True)
-        self._losses = [*self._losses[-49:], float(loss.detach())]
-
-    def finish(self, step: int) -> None:
-        """Move the detector.
-
-        Args:
-            step: Step, counted from 0.
-        """
-        if self._optimiser is None:
-            return
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._share * learning_rate(self._train, step)
-        nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
-        self._optimiser.step()
-
-    def state(self) -> dict[str, Any]:
-        """What is needed to go on."""
-        return {
-            "parameters": [p.detach() for p in self._parameters],
-            "optimiser": None if self._optimiser is None else self._optimiser.state_dict(),
-            "losses": self._losses,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
-
-        Args:
-            state: From :meth:`state`.
-        """
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        if self._optimiser is not None:
-            self._optimiser.load_state_dict(state["optimiser"])
-        self._losses = list(state["losses"])
+def _new_head(config: TrainJointConfig, detector: Detector, data: LiveData) -> MaskHead:
+    head = MaskHead(config.recipe.head, detector.spec)
+    if head.codec is not None:
+        fit_codec(head.codec, data.rows, lambda row: data.masks(row, MASK_SIDE))
+    return head
 
 
 def _train(
     config: TrainJointConfig,
-    data: _LiveData,
+    data: LiveData,
     detector: Detector,
     learner: Learner,
-    tuner: _Tuner,
+    tuner: DetectorTuner,
     reporter: Reporter,
 ) -> None:
     train, first = learner.train, learner.step
@@ -425,7 +271,7 @@ def _train(
 
 
 def _one_step(
-    pictures: Sequence[_Picture], detector: Detector, learner: Learner, tuner: _Tuner
+    pictures: Sequence[Picture], detector: Detector, learner: Learner, tuner: DetectorTuner
 ) -> None:
     """Both learn from some images; what flows between them goes through queries and maps."""
     device, step = learner.device, learner.step
@@ -440,7 +286,7 @@ def _one_step(
 
 
 def _live_batch(
-    pictures: Sequence[_Picture],
+    pictures: Sequence[Picture],
     outputs: Sequence[DetectorOutput],
     learner: Learner,
     step: int,
@@ -472,21 +318,6 @@ def _live_batch(
     return replace(batch, inputs=replace(batch.inputs, queries=torch.cat(chosen)))
 
 
-def _settled(config: TrainJointConfig, num_rows: int) -> TrainConfig:
-    train = config.recipe.train
-    if config.epochs is not None and config.max_steps is not None:
-        raise ConfigError("give --epochs or --max-steps, not both")
-    for name, value in (("--epochs", config.epochs), ("--max-steps", config.max_steps)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name} must be above 0, not {value}")
-    if config.max_steps is not None:
-        return replace(train, steps=config.max_steps)
-    if config.epochs is not None:
-        per_epoch = steps_per_epoch(num_rows, train.batch_size)
-        return replace(train, steps=max(1, round(config.epochs * per_epoch)))
-    return train
-
-
 def _document(
     config: TrainJointConfig,
     train: TrainConfig,
@@ -514,11 +345,11 @@ def _document(
     }
 
 
-def _save(out: Path, learner: Learner, tuner: _Tuner) -> None:
+def _save(out: Path, learner: Learner, tuner: DetectorTuner) -> None:
     save_checkpoint(out, {"learner": learner.state(), "tuner": tuner.state()})
 
 
-def _restore(out: Path, learner: Learner, tuner: _Tuner) -> None:
+def _restore(out: Path, learner: Learner, tuner: DetectorTuner) -> None:
     try:
         state = load_checkpoint(out)
         learner.restore(state["learner"])

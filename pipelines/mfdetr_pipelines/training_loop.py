@@ -18,6 +18,7 @@ from mfdetr_cache.errors import HeadError, StoppedError, TrainingError
 from mfdetr_cache.head.batch import map_groups
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
+from mfdetr_cache.head.mask_embedding import MaskCodec
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.training.batches import (
@@ -132,6 +133,20 @@ def trainable_rows(
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
             "detector does not know, or nothing); extract a split with instance masks"
         )
+    return kept_rows(rows, fraction, seed)
+
+
+def kept_rows(rows: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """A part of some rows; smaller parts lie inside larger ones of the same seed.
+
+    Args:
+        rows: In rising order.
+        fraction: How much of them, in (0, 1].
+        seed: Which they are.
+
+    Returns:
+        At least one, in rising order.
+    """
     order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
     kept = order[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(kept)]
@@ -155,16 +170,28 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
     head = MaskHead(config, cache.spec)
     if head.codec is not None:
         rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
-        if len(rows) > _BASIS_IMAGES:
-            rows = sorted(np.random.default_rng(0).permutation(rows)[:_BASIS_IMAGES].tolist())
-        masks = [_object_masks(cache, row, train.held_out) for row in rows]
-        head.codec.fit(torch.from_numpy(np.concatenate(masks)))
+
+        def masks_of(row: int) -> NDArray[np.float32]:
+            truth, size_hw = cache.ground_truth(row), cache.original_hw(row)
+            return object_masks(truth, size_hw, train.held_out, MASK_SIDE)
+
+        fit_codec(head.codec, rows, masks_of)
     return head
 
 
-def _object_masks(cache: FeatureCache, row: int, held_out: Sequence[int]) -> NDArray[np.float32]:
-    size_hw = cache.original_hw(row)
-    return object_masks(cache.ground_truth(row), size_hw, held_out, MASK_SIDE)
+def fit_codec(
+    codec: MaskCodec, rows: Sequence[int], masks_of: Callable[[int], NDArray[np.float32]]
+) -> None:
+    """Learn a basis of masks from the annotations of some images.
+
+    Args:
+        codec: What gets the basis.
+        rows: Images whose annotations may be looked at.
+        masks_of: Masks of an image, shape (G, 28, 28).
+    """
+    if len(rows) > _BASIS_IMAGES:
+        rows = sorted(np.random.default_rng(0).permutation(rows)[:_BASIS_IMAGES].tolist())
+    codec.fit(torch.from_numpy(np.concatenate([masks_of(row) for row in rows])))
 
 
 class TrainingLoop:

@@ -15,7 +15,14 @@ from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, StoppedError
+from mfdetr_cache.errors import (
+    ConfigError,
+    HeadError,
+    IdentityError,
+    ImageError,
+    StoppedError,
+    TrainingError,
+)
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.protocols import SilentReporter, TunableDetector
 from tests.support import detectors
@@ -109,10 +116,11 @@ def test_both_losses_reach_the_detector(scenes_folder: Path, rtdetr_folder: Path
         settings = config(scenes_folder, rtdetr_folder, Path("x"), recipe=recipe(**changes))
         split = module.load_coco_split(settings.annotations)
         detector: Any = load_detector("hf", str(rtdetr_folder))
-        data = module._LiveData(settings, split, detector)
-        tuner = module._Tuner(detector, module.replace(settings, tune="all"), settings.recipe.train)
+        train = settings.recipe.train
+        data = module.LiveData(split, settings.images, detector, train, None)
+        tuner = module.DetectorTuner(detector, "all", train, 0.1)
         learner = module.build_learner(
-            settings.recipe.train,
+            train,
             lambda d=detector, s=settings: module.MaskHead(s.recipe.head, d.spec),
             torch.device("cpu"),
         )
@@ -192,6 +200,45 @@ def test_official_detectors_are_tuned_and_saved_in_their_own_form(
     assert not any("backbone" in n for n in moved)
 
 
+def test_labels_that_are_held_back_are_not_seen(scenes_folder: Path, rtdetr_folder: Path) -> None:
+    detector = load_detector("hf", str(rtdetr_folder))
+    split = module.load_coco_split(scenes_folder / "instances.json")
+    train = recipe().train
+
+    def rows(**changes: Any) -> list[int]:
+        seen = dataclasses.replace(train, **changes)
+        return module.LiveData(split, scenes_folder / "images", detector, seen, None).rows
+
+    few, some = rows(label_fraction=0.25), rows(label_fraction=0.5)
+    assert set(few) < set(some) < set(rows())
+    ids = [c.category_id for c in split.categories]
+    without = rows(held_out=ids[:1])
+    of = {e.image_id: set() for e in split.images}
+    document = json.loads((scenes_folder / "instances.json").read_text())
+    for annotation in document["annotations"]:
+        of[annotation["image_id"]].add(annotation["category_id"])
+    assert without == [i for i in rows() if of[split.images[i].image_id] - {ids[0]}]
+    with pytest.raises(TrainingError, match="no image"):
+        rows(held_out=ids)
+
+
+def test_the_basis_of_an_embedding_is_learned_first(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
+) -> None:
+    """The same masks as from a cache give the same basis."""
+    settings = {"hidden_dim": "16", "roi_size": "8", "steps": "1", "batch_size": "2"}
+    istr = build_recipe("istr", {**settings, "mask_embedding_dim": "8", "min_match_iou": "0"})
+    live = config(scenes_folder, rtdetr_folder, tmp_path / "live", tune="nothing", recipe=istr)
+    run_train_joint(live, SilentReporter())
+    run_train_head(TrainHeadConfig(drawn_cache, tmp_path / "cached", istr), SilentReporter())
+    first, second = load_head(tmp_path / "live").head, load_head(tmp_path / "cached").head
+    assert first.codec is not None
+    assert second.codec is not None
+    for name, value in first.codec.state_dict().items():
+        assert torch.equal(value, second.codec.state_dict()[name])
+    assert first.codec.state_dict()["basis"].abs().sum() > 0
+
+
 def test_bad_input_gets_one_line(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,13 +246,18 @@ def test_bad_input_gets_one_line(
     wrong = [
         ({"val_images": tmp_path}, "go together"),
         ({"detector_lr": 0.0}, "--detector-lr 0.0"),
-        ({"max_steps": 0}, "--max-steps must be above 0"),
+        ({"max_steps": 0}, "--max-steps must be 1 or more"),
         ({"max_steps": 2, "epochs": 1.0}, "not both"),
         ({"recipe": recipe(amp="fp16")}, "amp=bf16"),
+        ({"recipe": recipe(views="base")}, "views=base does nothing without a cache"),
+        ({"recipe": recipe(accumulate=2)}, "accumulate=2 does nothing"),
     ]
     for changes, message in wrong:
         with pytest.raises(ConfigError, match=message):
             run_train_joint(module.replace(good, **changes), SilentReporter())
+    validation = {"val_annotations": good.annotations, "val_images": tmp_path}
+    with pytest.raises(ImageError, match="check --val-images"):
+        run_train_joint(module.replace(good, **validation), SilentReporter())
     real = load_detector("hf", str(rtdetr_folder))
     assert isinstance(real, TunableDetector)
 

@@ -71,3 +71,15 @@ def test_softmax_detectors_learn_where_nothing_is() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_an_image_without_objects_teaches_that_nothing_is_there(score_function: str) -> None:
+    logits, boxes, _, _ = example()
+    nothing, nowhere = torch.empty(0, dtype=torch.int64), torch.empty(0, 4)
+    loss = detection_loss(logits, boxes, nothing, nowhere, score_function)
+    of_logits, of_boxes = torch.autograd.grad(loss, (logits, boxes))
+    assert loss > 0
+    assert not of_boxes.any()
+    objects = logits.shape[1] - (score_function == "softmax")
+    assert (of_logits[:, :objects] > 0).all()
