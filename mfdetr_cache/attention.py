@@ -1,9 +1,12 @@
 """Multi-scale deformable attention, the core without projections.
 
-In plain PyTorch everywhere, and by compiled kernels on a CPU. It serves the mask network and the
-detectors' own layers; the official goldens of H-DETR, Deformable DETR and DINO go through it.
+In plain PyTorch everywhere, and by compiled kernels on a CPU (numba) and a GPU (Triton). It serves
+the mask network and the detectors' own layers; the official goldens of H-DETR, Deformable DETR and
+DINO go through it.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -72,26 +75,36 @@ def deformable_attention(
     Returns:
         Shape (B, N, D).
     """
-    if _is_plain_cpu(value):
+    # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
+    precise = torch.promote_types(value.dtype, torch.float32)
+    if _is_plain(value) and value.device.type == "cpu":
         # numba takes half a second to import; a GPU never needs it.
         from mfdetr_cache.attention_kernels import KernelAttention
 
-        # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
-        precise = torch.promote_types(value.dtype, torch.float32)
         inputs = (t.to(precise) for t in (value, locations, weights))
         return KernelAttention.apply(*inputs, sizes_hw).flatten(2).to(value.dtype)  # type: ignore[no-any-return]
+    if _is_plain(value) and value.device.type == "cuda" and _has_triton():
+        from mfdetr_cache.attention_triton import TritonAttention
+
+        places = (locations.to(precise), weights.to(precise))
+        return TritonAttention.apply(value, *places, sizes_hw).flatten(2)  # type: ignore[no-any-return]
     return sampled_attention(value, sizes_hw, locations, weights)
 
 
-def _is_plain_cpu(value: Tensor) -> bool:
+def _is_plain(value: Tensor) -> bool:
     """Whether numbers are there to be computed with: not traced, compiled, exported or counted."""
     return (
-        value.device.type == "cpu"
-        and type(value) in (Tensor, torch.nn.Parameter)
+        type(value) in (Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.compiler.is_compiling()
         and not torch.onnx.is_in_onnx_export()
     )
+
+
+@cache
+def _has_triton() -> bool:
+    """It comes with torch where torch comes with CUDA, on Linux."""
+    return find_spec("triton") is not None
 
 
 def sampled_attention(

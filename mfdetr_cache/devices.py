@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 from mfdetr_cache.errors import ConfigError
 
@@ -31,3 +32,18 @@ def torch_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of this process's memory on a device, without waiting for the copy.
+
+    Args:
+        tensor: On the CPU.
+        device: Where to; a GPU is reached through pinned memory, in its current stream.
+
+    Returns:
+        The tensor on the device.
+    """
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

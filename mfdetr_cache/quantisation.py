@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.devices import to_device
+
 Preset = Literal["fp16", "int8", "int8-small", "int4"]
 
 
@@ -189,13 +191,13 @@ def decode_maps(maps: list[StoredMap], device: torch.device | str = "cpu") -> Te
     (height, width), channels, encoding = first.hw, first.channels, first.encoding
     if first.affine is None:
         stacked = np.stack([m.values[: height * width] for m in maps])
-        values = torch.from_numpy(stacked).to(device).float()
+        values = to_device(torch.from_numpy(stacked), device).float()
     else:
         blocks = encoding.blocks(height * width)
         block = encoding.block_tokens or height * width
         codes = torch.from_numpy(np.stack([_whole_blocks(m, blocks * block) for m in maps]))
         affine = torch.from_numpy(np.stack([m.affine for m in maps if m.affine is not None]))
-        codes, affine = codes.to(device), affine.to(device).float()
+        codes, affine = to_device(codes, device), to_device(affine, device).float()
         if encoding.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(2)[..., :channels]
         values = codes.view(len(maps), blocks, block, channels).float()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfdetr_cache.devices import to_device
 from mfdetr_cache.quantisation import decode_maps
 from mfdetr_cache.types import CachedImage, DetectorOutput, ImageGeometry
 
@@ -121,7 +122,7 @@ def map_groups(
         moments, c1_hw = None, (0, 0)
         if crops:
             stacked = np.stack([c.moments for c in crops]).astype(np.float64)
-            moments, c1_hw = torch.from_numpy(stacked).to(device), crops[0].c1_hw
-        place = torch.tensor(members, device=device)
+            moments, c1_hw = to_device(torch.from_numpy(stacked), device), crops[0].c1_hw
+        place = to_device(torch.tensor(members), device)
         groups.append(MapGroup(maps, input_hw, place, moments, c1_hw))
     return tuple(groups)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.devices import to_device
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup, map_groups
 from mfdetr_cache.quantisation import decode_maps
@@ -183,7 +184,7 @@ def collate(
         owner.append(np.full(len(regions), index, dtype=np.int64))
 
     def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
     inputs = HeadBatch(
         groups=map_groups([s.image for s in samples], map_names, device)
@@ -223,7 +224,7 @@ def _crops_of(samples: Sequence[TrainSample], device: torch.device) -> Tensor | 
             )
         decoded = decode_maps([found.crops], device)[0].permute(1, 2, 0)
         crops = decoded.reshape(count, side, side, -1)
-        parts.append(crops[torch.from_numpy(place).to(device)])
+        parts.append(crops[to_device(torch.from_numpy(place), device)])
     return torch.cat(parts) if parts else None
 
 

@@ -35,6 +35,7 @@ from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, split
 from mfdetr_cache.training.learner import Learner, StepReport
 from mfdetr_cache.training.regions import build_regions, object_masks, trainable_objects
+from mfdetr_cache.training.staging import staged
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.run_log import RunLog
 
@@ -94,6 +95,14 @@ class _Loaded:
 
     image: CachedImage
     samples: dict[RegionKey, TrainSample]
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A step on the device, in so many pieces."""
+
+    pieces: int
+    batches: dict[RegionKey, list[TrainBatch]]
 
 
 def stream_key(train: TrainConfig) -> tuple[object, ...]:
@@ -269,12 +278,12 @@ class TrainingLoop:
         self._reporter.start("train", last, "steps", done=first)
         saved = time.monotonic()
         with stop_on_signals(self._stop):
-            stream = self._stream(first, last)
+            stream = staged(self._stream(first, last), self._build, self._device)
             for step in range(first, last):
                 started = time.perf_counter()
-                loaded = next(stream)
+                loaded, batches_of = next(stream)
                 waited = time.perf_counter() - started
-                going_on = self._one_step(step, loaded, started, waited)
+                going_on = self._one_step(step, loaded, batches_of, started, waited)
                 if not going_on or not any(r.is_active for r in self._runs):
                     break
                 if time.monotonic() - saved > 60 * self._train.checkpoint_minutes:
@@ -310,7 +319,14 @@ class TrainingLoop:
 
         return read_ahead(load, rows_of, range(first, last), train.num_threads)
 
-    def _one_step(self, step: int, loaded: list[_Loaded], started: float, waited: float) -> bool:
+    def _one_step(
+        self,
+        step: int,
+        loaded: list[_Loaded],
+        batches_of: Callable[[], _Built],
+        started: float,
+        waited: float,
+    ) -> bool:
         """Every head that is at this step learns from it; whether to go on afterwards."""
         learning = [r for r in self._runs if r.is_active and r.learner.step == step]
         keys = list(dict.fromkeys(region_key(r.learner) for r in learning))
@@ -321,7 +337,7 @@ class TrainingLoop:
             key: (sum(c[i] for c in before), sum(c[i] for c in everywhere))
             for i, key in enumerate(keys, 1)
         }
-        batches = self._batches(loaded, keys)
+        batches = self._built(loaded, batches_of)
         reading = (time.perf_counter() - started) / max(len(learning), 1)
         notes = []
         for run in learning:
@@ -345,6 +361,25 @@ class TrainingLoop:
     def _images_of(self, step: int) -> int:
         train = self._train
         return len(rows_of_step(self.rows, train.batch_size, train.seed, step, self._parts))
+
+    def _built(
+        self, loaded: list[_Loaded], batches_of: Callable[[], _Built]
+    ) -> Mapping[RegionKey, list[TrainBatch]]:
+        """A step's batches, built again where the one that was prepared cannot be used."""
+        try:
+            built = batches_of()
+            if built.pieces == self._pieces:
+                return built.batches
+        except torch.OutOfMemoryError:
+            # Prepared beside a step that needed the memory.
+            torch.cuda.empty_cache()
+        return self._build(loaded).batches
+
+    def _build(self, loaded: list[_Loaded]) -> _Built:
+        """Batches for all heads that are not done."""
+        keys = dict.fromkeys(region_key(r.learner) for r in self._runs if r.is_active)
+        pieces = self._pieces
+        return _Built(pieces, self._batches(loaded, list(keys)))
 
     def _batches(
         self, loaded: list[_Loaded], keys: Sequence[RegionKey]
