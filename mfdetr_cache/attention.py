@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mfdetr_cache.devices import is_plain
+
 SizesHw = tuple[tuple[int, int], ...]
 
 
@@ -77,28 +79,18 @@ def deformable_attention(
     """
     # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
     precise = torch.promote_types(value.dtype, torch.float32)
-    if _is_plain(value) and value.device.type == "cpu":
+    if is_plain(value) and value.device.type == "cpu":
         # numba takes half a second to import; a GPU never needs it.
         from mfdetr_cache.attention_kernels import KernelAttention
 
         inputs = (t.to(precise) for t in (value, locations, weights))
         return KernelAttention.apply(*inputs, sizes_hw).flatten(2).to(value.dtype)  # type: ignore[no-any-return]
-    if _is_plain(value) and value.device.type == "cuda" and _has_triton():
+    if is_plain(value) and value.device.type == "cuda" and _has_triton():
         from mfdetr_cache.attention_triton import TritonAttention
 
         places = (locations.to(precise), weights.to(precise))
         return TritonAttention.apply(value, *places, sizes_hw).flatten(2)  # type: ignore[no-any-return]
     return sampled_attention(value, sizes_hw, locations, weights)
-
-
-def _is_plain(value: Tensor) -> bool:
-    """Whether numbers are there to be computed with: not traced, compiled, exported or counted."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch.compiler.is_compiling()
-        and not torch.onnx.is_in_onnx_export()
-    )
 
 
 @cache

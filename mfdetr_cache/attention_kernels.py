@@ -10,79 +10,19 @@ Arrays: value (B, S, H, C), locations (B, N, H, L, P, 2) normalised, weights (B,
 """
 
 import math
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.int64]
+from mfdetr_cache.kernel_threads import OPTIONS, Floats, Ints, run_kernel
 
-# Sums may be reordered and contracted for vector units; infinities and NaN keep their meaning.
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "fastmath": {"reassoc", "contract", "nsz"},
-}
 _BLOCK = 64
-# Pieces of work per thread, so that none waits long for the last one.
-_PIECES = 4
 
 
-class _Pool:
-    """Threads of this process for the kernels, which run without the GIL.
-
-    numba has threads of its own; idle ones keep a core busy between calls and starve whatever else
-    runs on the machine. These sleep.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = -1
-        self._threads: ThreadPoolExecutor | None = None
-
-    def run(self, kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
-        """Run a kernel over all of its tasks with as many threads as torch uses.
-
-        Args:
-            kernel: Takes the first task, the one after the last, and the arrays.
-            tasks: How many there are.
-            *arrays: Whatever the kernel reads and writes.
-        """
-        threads = torch.get_num_threads()
-        if threads == 1 or tasks < 2:
-            kernel(0, tasks, *arrays)
-            return
-        pieces = min(tasks, _PIECES * threads)
-        bounds = [tasks * i // pieces for i in range(pieces + 1)]
-
-        # No more at a time than torch has threads: each takes every so-many-th piece.
-        def some(first: int) -> None:
-            for i in range(first, pieces, threads):
-                kernel(bounds[i], bounds[i + 1], *arrays)
-
-        list(self._executor().map(some, range(threads)))
-
-    def _executor(self) -> ThreadPoolExecutor:
-        with self._lock:
-            # A forked process has the object but none of its threads.
-            if self._threads is None or self._owner != os.getpid():
-                self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "attention")
-                self._owner = os.getpid()
-            return self._threads
-
-
-_POOL = _Pool()
-
-
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _forward(  # noqa: C901  one loop per axis, the inputs and the output
     first_task: int,
     last_task: int,
@@ -132,7 +72,7 @@ def _forward(  # noqa: C901  one loop per axis, the inputs and the output
                     out[b, n, h, c] = total[c]
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _backward(  # noqa: PLR0913  the inputs and a gradient for each
     first_task: int,
     last_task: int,
@@ -220,7 +160,7 @@ class KernelAttention(torch.autograd.Function):
         out = value.new_empty(*locations.shape[:3], value.shape[3])
         sizes, starts = _layout(sizes_hw)
         tasks = len(value) * -(-locations.shape[1] // _BLOCK)
-        _POOL.run(
+        run_kernel(
             _forward, tasks, *_arrays(value), sizes, starts, *_arrays(locations, weights, out)
         )
         return out
@@ -239,7 +179,7 @@ class KernelAttention(torch.autograd.Function):
         value, locations, weights = ctx.saved_tensors
         grads = (torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights))
         sizes, starts = _layout(ctx.sizes_hw)
-        _POOL.run(
+        run_kernel(
             _backward,
             value.shape[0] * value.shape[2],
             *_arrays(value),

@@ -47,3 +47,20 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether numbers are there to be computed with by kernels of our own.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        False where it is traced, compiled, exported or counted.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch.compiler.is_compiling()
+        and not torch.onnx.is_in_onnx_export()
+    )

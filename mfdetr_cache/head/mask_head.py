@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import roi_align
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
@@ -16,6 +15,7 @@ from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
+from mfdetr_cache.roi_align import roi_align
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
@@ -248,16 +248,8 @@ class MaskHead(nn.Module):
         Returns:
             Shape (R, r, r, d).
         """
-        size = self.config.roi_size
-        aligned: Tensor = roi_align(
-            fused.contiguous(),
-            rois.to(fused.dtype),
-            (size, size),
-            spatial_scale=1 / self.fused_stride,
-            sampling_ratio=self.config.roi_sampling_ratio or -1,
-            aligned=True,
-        )
-        return aligned.permute(0, 2, 3, 1)
+        config, scale = self.config, 1 / self.fused_stride
+        return roi_align(fused, rois, config.roi_size, scale, config.roi_sampling_ratio)
 
     def regions(self, batch: HeadBatch) -> Tensor:
         """Region features R_i (Eq. 3).

@@ -352,6 +352,8 @@ class TrainingLoop:
             # The head's own time, and its part of what was read for all.
             run.learner.seconds += time.perf_counter() - begun + reading
             run.learner.waiting_seconds += waited / len(learning)
+            if note and run.problem is None:
+                note = f"{_speed_of(run.learner)}, {note}"
             if run.after_step is not None and run.problem is None:
                 note += run.after_step()
             notes.append(note)
@@ -445,10 +447,8 @@ class TrainingLoop:
                     "waiting_seconds": round(learner.waiting_seconds, 3),
                 }
             )
-        speed = learner.images / max(learner.seconds, 1e-9)
-        waiting = 100 * learner.waiting_seconds / max(learner.seconds, 1e-9)
         return (
-            f"{speed:.1f} images/s, {waiting:.0f} % waiting, loss {learner.recent_loss():.3f} "
+            f"loss {learner.recent_loss():.3f} "
             f"(bce {report.bce:.3f}, dice {report.dice:.3f}, iou {report.scoring:.3f})"
         )
 
@@ -460,6 +460,12 @@ class TrainingLoop:
         # After a failure the others may be in the middle of a step; torchrun stops them.
         if all(run.problem is None for run in self._runs):
             self._processes.wait()
+
+
+def _speed_of(learner: Learner) -> str:
+    seconds = max(learner.seconds, 1e-9)
+    waiting = 100 * learner.waiting_seconds / seconds
+    return f"{learner.images / seconds:.1f} images/s, {waiting:.0f} % waiting"
 
 
 @contextmanager

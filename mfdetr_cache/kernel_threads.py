@@ -1,0 +1,80 @@
+"""Threads for kernels that numba compiles, and how it compiles them."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+# Sums may be reordered and contracted for vector units; infinities and NaN keep their meaning.
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "fastmath": {"reassoc", "contract", "nsz"},
+}
+# Pieces of work per thread, so that none waits long for the last one.
+_PIECES = 4
+
+
+class _Pool:
+    """Threads of this process for the kernels, which run without the GIL.
+
+    numba has threads of its own; idle ones keep a core busy between calls and starve whatever else
+    runs on the machine. These sleep.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = -1
+        self._threads: ThreadPoolExecutor | None = None
+
+    def run(self, kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
+        """Run a kernel over all of its tasks with as many threads as torch uses.
+
+        Args:
+            kernel: Takes the first task, the one after the last, and the arrays.
+            tasks: How many there are.
+            *arrays: Whatever the kernel reads and writes.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1 or tasks < 2:
+            kernel(0, tasks, *arrays)
+            return
+        pieces = min(tasks, _PIECES * threads)
+        bounds = [tasks * i // pieces for i in range(pieces + 1)]
+
+        # No more at a time than torch has threads: each takes every so-many-th piece.
+        def some(first: int) -> None:
+            for i in range(first, pieces, threads):
+                kernel(bounds[i], bounds[i + 1], *arrays)
+
+        list(self._executor().map(some, range(threads)))
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            # A forked process has the object but none of its threads.
+            if self._threads is None or self._owner != os.getpid():
+                self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "attention")
+                self._owner = os.getpid()
+            return self._threads
+
+
+_POOL = _Pool()
+
+
+def run_kernel(kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
+    """Run a kernel over all of its tasks with as many threads as torch uses.
+
+    Args:
+        kernel: Takes the first task, the one after the last, and the arrays.
+        tasks: How many there are.
+        *arrays: Whatever the kernel reads and writes.
+    """
+    _POOL.run(kernel, tasks, *arrays)
