@@ -62,6 +62,20 @@ def step(head: nn.Module, batch: HeadBatch, amp: str) -> tuple[float, Tensor]:
     return time.perf_counter() - started, logits.detach().float()
 
 
+def share_in_attention(head: nn.Module, batch: HeadBatch, amp: str) -> float:
+    """Share of a step's time that is spent in the kernels of deformable attention."""
+    with torch.profiler.profile() as profile:
+        step(head, batch, amp)
+    events = profile.key_averages()
+    if batch.queries.device.type == "cuda":
+        busy = {e.key: e.self_device_time_total for e in events}
+        own = sum(t for k, t in busy.items() if k in {"_forward", "_backward"})
+    else:
+        busy = {e.key: e.self_cpu_time_total for e in events}
+        own = sum(t for k, t in busy.items() if k in {"KernelAttention", "KernelAttentionBackward"})
+    return own / sum(busy.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
@@ -115,6 +129,9 @@ def main() -> None:
         f"ratio {seconds['port'] / seconds['ours']:.2f}; "
         f"largest difference of mask logits {gap:.1e} of {logits['ours'].abs().max():.1f}"
     )
+    deformable.deformable_attention = own_core
+    share = share_in_attention(ours, batch, options.amp)
+    print(f"deformable attention is {share:.0%} of our step")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
