@@ -201,6 +201,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     ]
     columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
     print_table(f"{title} (ours / paper)", columns, rows)
-    for plan in plans:
-        if plan["note"]:
-            typer.echo(f"{plan['name']}: {plan['note']}")
+    from mfdetr_pipelines.ablation_rows import shared_notes
+
+    for line in shared_notes([(p["name"], p["note"]) for p in plans]):
+        typer.echo(line)

@@ -21,6 +21,8 @@ from mfdetr_pipelines.training_loop import trainable_rows
 
 _THRESHOLD = 0.25
 _PANEL_HEIGHT = 240
+# What the page shows without shrinking it.
+_SHEET_WIDTH = 1400
 
 
 def sample_strips(
@@ -68,7 +70,7 @@ def _strip(
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
         items = [OverlayItem("", None, o.mask) for o in reversed(shown)]
         panels.append((name, draw_overlay(picture, items)))
-    sheet = side_by_side(panels, height=_PANEL_HEIGHT)
+    sheet = side_by_side(panels, height=_PANEL_HEIGHT, max_width=_SHEET_WIDTH)
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

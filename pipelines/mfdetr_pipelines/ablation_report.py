@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mfdetr_cache.head.folder import write_atomically
 from mfdetr_pipelines.ablate import RowResult
+from mfdetr_pipelines.ablation_rows import shared_notes
 
 COLUMNS = (
     "row",
@@ -109,8 +110,7 @@ def write_report(
 
 
 def _problems(results: Sequence[RowResult]) -> list[str]:
-    named = [(r.plan.row.name, r.problem or r.plan.row.note) for r in results]
-    return [f"{name}: {problem}" for name, problem in named if problem]
+    return shared_notes([(r.plan.row.name, r.problem or r.plan.row.note) for r in results])
 
 
 def _markdown(title: str, results: Sequence[RowResult]) -> str:

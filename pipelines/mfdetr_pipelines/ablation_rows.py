@@ -151,6 +151,25 @@ def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
     return row
 
 
+def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Notes as lines, each one once.
+
+    Args:
+        named: Name and note of every row; a note may be empty.
+
+    Returns:
+        Lines that name the rows they are about.
+    """
+    rows_of: dict[str, list[str]] = {}
+    for name, note in named:
+        if note:
+            rows_of.setdefault(note, []).append(name)
+    return [
+        f"{'all rows' if 1 < len(rows) == len(named) else ', '.join(rows)}: {note}"
+        for note, rows in rows_of.items()
+    ]
+
+
 def baseline_rows(names: Sequence[Baseline]) -> tuple[AblationRow, ...]:
     """Rows of masks that need no head.
 

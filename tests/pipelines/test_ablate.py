@@ -18,6 +18,7 @@ from mfdetr_pipelines.ablation_rows import (
     plan_rows,
     rows_of_file,
     rows_of_table,
+    shared_notes,
     with_settings,
 )
 from mfdetr_pipelines.baselines import SamSource
@@ -186,6 +187,10 @@ def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
     spec = FeatureCache.open(drawn_cache).spec
     plans = plan_rows(rows_of_table(PAPER_TABLES[5]), spec)
     assert all("neck added: C1 has 16 channels, the encoder 32" in p.row.note for p in plans)
+    named = [(p.row.name, p.row.note) for p in plans]
+    assert shared_notes(named) == [f"all rows: {plans[0].row.note}"]
+    mixed = [("a", "one"), ("b", ""), ("c", "one"), ("d", "two")]
+    assert shared_notes(mixed) == ["a, c: one", "d: two"]
     assert all(p.cost is not None for p in plans)
 
 
