@@ -32,11 +32,13 @@ class OverlayItem:
         text: Label shown at the box; empty for none.
         box_xyxy: In pixels of the image; None draws no box.
         mask: True inside, shape of the image; None draws no mask.
+        colour: Place in the palette, which is gone round; None takes the item's own place.
     """
 
     text: str
     box_xyxy: tuple[float, float, float, float] | None
     mask: NDArray[np.bool_] | None
+    colour: int | None = None
 
 
 def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 1) -> Image.Image:
@@ -44,7 +46,7 @@ def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 
 
     Args:
         image: RGB.
-        items: What to draw, the most important last; each gets the next colour of the palette.
+        items: What to draw, the most important last.
         scale: Enlarge the image so many times first, so that labels do not hide small ones.
 
     Returns:
@@ -57,7 +59,7 @@ def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 
     for index, item in enumerate(items):
         if item.mask is None or not item.mask.any():
             continue
-        colour = np.array(PALETTE[index % len(PALETTE)], dtype=np.float32)
+        colour = np.array(_colour(item, index), dtype=np.float32)
         pixels[item.mask] = (1 - _FILL) * pixels[item.mask] + _FILL * colour
         width = max(1, round(max(image.size) / 400))
         pixels[item.mask & ~binary_erosion(item.mask, iterations=width)] = colour
@@ -66,8 +68,12 @@ def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 
     font = ImageFont.load_default(size=max(13, round(max(image.size) / 42)))
     for index, item in enumerate(items):
         if item.box_xyxy is not None:
-            _draw_box(draw, item, PALETTE[index % len(PALETTE)], font, image.size)
+            _draw_box(draw, item, _colour(item, index), font, image.size)
     return drawn
+
+
+def _colour(item: OverlayItem, index: int) -> tuple[int, int, int]:
+    return PALETTE[(index if item.colour is None else item.colour) % len(PALETTE)]
 
 
 def _enlarged(item: OverlayItem, scale: int) -> OverlayItem:
@@ -76,7 +82,7 @@ def _enlarged(item: OverlayItem, scale: int) -> OverlayItem:
         box = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
     if mask is not None:
         mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    return OverlayItem(item.text, box, mask)
+    return OverlayItem(item.text, box, mask, item.colour)
 
 
 def _draw_box(

@@ -60,6 +60,8 @@ def _strip(
 ) -> str:
     names = {int(c["id"]): str(c["name"]) for c in cache.categories}
     panels: list[tuple[str, Image.Image]] = []
+    # All rows mask the same boxes; a box keeps its colour from row to row.
+    colours: dict[object, int] = {}
     for name, head in heads:
         cached = cache.read(row, head.map_names)
         size_hw = cached.geometry.original_hw
@@ -68,7 +70,9 @@ def _strip(
             panels.append(("annotation", draw_overlay(picture, annotated_objects(cache, cached))))
         found = predict_masks(head, cached, cache.spec, torch.device("cpu"))
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
-        items = [OverlayItem("", None, o.mask) for o in reversed(shown)]
+        for found_object in shown:
+            colours.setdefault(found_object.box_xyxy, len(colours))
+        items = [OverlayItem("", None, o.mask, colours[o.box_xyxy]) for o in reversed(shown)]
         panels.append((name, draw_overlay(picture, items)))
     sheet = side_by_side(panels, height=_PANEL_HEIGHT, max_width=_SHEET_WIDTH)
     out = io.BytesIO()

@@ -53,3 +53,12 @@ def test_panels_that_do_not_fit_begin_another_line() -> None:
     red = (np.asarray(wrapped) == (255, 0, 0)).all(-1).sum()
     assert red == 5 * 200 * 100
     assert side_by_side(panels[:1], 100, max_width=10).width > 200
+
+
+def test_a_colour_can_be_chosen() -> None:
+    image = Image.new("RGB", (40, 40))
+    mask = np.ones((40, 40), dtype=np.bool_)
+    plain = draw_overlay(image, [OverlayItem("", None, mask)])
+    fourth = draw_overlay(image, [OverlayItem("", None, mask, len(PALETTE) + 3)])
+    assert plain.getpixel((0, 0)) == PALETTE[0]
+    assert fourth.getpixel((0, 0)) == PALETTE[3]
