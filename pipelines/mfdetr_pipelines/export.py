@@ -279,8 +279,30 @@ def _describe(path: Path, folder: HeadFolder) -> None:
     for key, value in notes.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
+    _sample_in_float32(onnx, model)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+def _sample_in_float32(onnx: Any, model: Any) -> None:  # noqa: ANN401  modules and their objects
+    """Cast the grids of GridSample, the one operator onnxruntime has in single precision only.
+
+    Tracing turns sizes that torch keeps as integers into float64 constants, and detectors that
+    divide coordinates by them (transformers' Deformable DETR) end with float64 grids.
+    """
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "GridSample":
+            grid = f"{node.output[0]}_grid_float32"
+            cast = onnx.helper.make_node(
+                "Cast", [node.input[1]], [grid], name=grid, to=onnx.TensorProto.FLOAT
+            )
+            nodes.append(cast)
+            node.input[1] = grid
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _largest_difference(

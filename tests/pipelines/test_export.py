@@ -12,6 +12,7 @@ from mfdetr_pipelines.export import ExportConfig, run_export
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
+from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.registry import load_detector
@@ -80,6 +81,14 @@ def test_detector_and_head_give_the_masks_of_predict(
     assert iou.shape[0] == 10
     notes = session.get_modelmeta().custom_metadata_map
     assert notes["weights_sha256"] == detector.spec.weights_sha256
+
+
+def test_a_trained_deformable_detr_is_exported(tmp_path: Path) -> None:
+    """The demo's; its sizes are traced as float64, for which onnxruntime cannot sample."""
+    config = ExportConfig(demo_head(), tmp_path / "model.onnx", weights=str(demo_detector()))
+    summary = run_export(config, SilentReporter())
+    assert summary.largest_difference < TOLERANCE
+    assert summary.inputs == {"pixel_values": ["1", "3", "160", "160"]}
 
 
 def test_wrong_input_is_named(
