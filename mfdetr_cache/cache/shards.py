@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from crc32c import crc32c
 from numcodecs.zstd import Zstd
+from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage import Piece, Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 ZSTD_LEVEL = 1
@@ -42,7 +43,7 @@ def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
 
 
 def decode_chunk(
-    data: bytes,
+    data: Piece,
     dtype: np.dtype[np.generic],
     count: int,
     where: str,
@@ -76,9 +77,9 @@ def decode_chunk(
     if raw:
         found: NDArray[np.generic] = np.frombuffer(body, dtype=np.uint8)
     elif out is not None:
-        found = np.frombuffer(_ZSTD.decode(body, out=out.view(np.uint8)), dtype=np.uint8)
+        found = np.frombuffer(zstd_decompress(body, out.view(np.uint8)), dtype=np.uint8)
     else:
-        found = np.frombuffer(_ZSTD.decode(body), dtype=np.uint8)
+        found = np.frombuffer(zstd_decompress(body), dtype=np.uint8)
     if len(found) != size:
         raise CacheError(f"{where} holds {len(found)} bytes instead of {size}; {MEND}")
     values = found.view(dtype.newbyteorder("<"))
@@ -185,7 +186,7 @@ class ShardReader:
         """What people call it."""
         return f"{self.storage.name}/{self.key}"
 
-    def read(self, first: int, count: int) -> Iterator[bytes]:
+    def read(self, first: int, count: int) -> Iterator[Piece]:
         """The encoded bytes of neighbouring chunks.
 
         Args:

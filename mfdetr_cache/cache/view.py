@@ -1,6 +1,7 @@
 """One view of a cache: what one pass of the detector over the dataset left."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -242,7 +243,7 @@ class CacheView:
             size,
             tuple((o - start, n) for o, n in entries),
             np.dtype(spec.dtype),
-            int(np.prod(spec.chunk)),
+            math.prod(spec.chunk),
         )
 
     def _table(self, name: str) -> NDArray[Any]:
@@ -250,7 +251,7 @@ class CacheView:
         if name not in self._tables:
             spec, layout = self.arrays[name], self._cache.layout
             full = np.zeros((layout.parts_per_view * spec.chunk[0], *spec.shape[1:]), spec.dtype)
-            count, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
+            count, dtype = math.prod(spec.chunk), np.dtype(spec.dtype)
             missing = set(self._cache.missing_parts)
             for number in range(layout.parts_per_view):
                 if Part(self.name, number) in missing:
@@ -310,7 +311,7 @@ class CacheView:
         if count == 0:
             return np.zeros(0, spec.dtype)
         shard = self._shard(name, part)
-        length, dtype = int(np.prod(spec.chunk)), np.dtype(spec.dtype)
+        length, dtype = math.prod(spec.chunk), np.dtype(spec.dtype)
         pieces = shard.read(first, count)
         where = f"{shard.name}, chunk"
         if count == 1:
