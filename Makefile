@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests run side by side, one process a core; each takes about 2 GB. TESTERS=0 runs them in one.
+TESTERS ?= 2
 
 .PHONY: help setup test peers check fmt demo clean
 help:
@@ -18,7 +20,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
 
 # Detectors beside another implementation of them; not in CI, which needs no such package.
 peers: $(READY)

@@ -209,28 +209,12 @@ def rasterise_in_box(
     Returns:
         Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
     """
+    # Imported late: what never trains does without numba's start.
+    from mfdetr_cache.mask_kernels import coverage_in_box
+
     height, width = size_hw
-    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
-    steps = (np.arange(grid_size * subsamples) + 0.5) / (grid_size * subsamples)
-    columns = np.floor(x0 + steps * (x1 - x0)).astype(np.int64)
-    rows = np.floor(y0 + steps * (y1 - y0)).astype(np.int64)
-    in_columns = (columns >= 0) & (columns < width)
-    in_rows = (rows >= 0) & (rows < height)
-    # Column by column the points rise as the runs do, so the few ends of runs are looked up among
-    # the points and not every point among the runs.
-    once, again = np.unique(columns.clip(0, width - 1), return_inverse=True)
-    places = once[:, None] * height + rows.clip(0, height - 1)
-    flips = np.searchsorted(places.ravel(), np.cumsum(run_lengths, dtype=np.int64))
-    lengths = np.diff(flips, prepend=0, append=places.size)
-    values = np.arange(len(lengths)) % 2 == 1
-    inside = np.repeat(values, lengths).reshape(places.shape)[again].T
-    inside = inside & in_columns & in_rows[:, None]
-    # Strided sums: a mean over two axes of booleans takes numpy's slow road.
-    counts = np.zeros((grid_size, grid_size), dtype=np.float32)
-    for row in range(subsamples):
-        for column in range(subsamples):
-            counts += inside[row::subsamples, column::subsamples]
-    counts /= subsamples**2
+    runs, box = np.asarray(run_lengths, np.uint32), np.asarray(box_xyxy, np.float64)
+    counts: NDArray[np.float32] = coverage_in_box(runs, height, width, box, grid_size, subsamples)
     return counts
 
 

@@ -177,6 +177,13 @@ class FeatureCache:
         """Bytes of all sealed parts."""
         return sum(f["bytes"] for m in self._manifests.values() for f in m["files"].values())
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of maps and queries as float16 and detections as float32, over all views."""
+        spec = self.spec
+        found = spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
+        return sum(view.map_bytes(r) + found for view in self.views.values() for r in view.rows)
+
     def stored_bytes_of_arrays(self) -> dict[str, int]:
         """Bytes of all sealed parts of every array, over all views, by its name below the view."""
         totals = dict.fromkeys(self.base.arrays, 0)

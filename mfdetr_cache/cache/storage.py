@@ -5,6 +5,7 @@ after fsync, in an object store because a put is. Credentials come from the envi
 store's own configuration; they are never part of a name here, and never written.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -151,6 +152,32 @@ def open_storage(location: Location) -> Storage:
         known = ", ".join(f"{s}://" for s in _SCHEMES)
         raise CacheError(f"{text}: unknown kind of store {scheme}://; use a folder, or {known}")
     return ObjectStorage(text.rstrip("/"))
+
+
+@contextmanager
+def explained(storage: Storage) -> Iterator[None]:
+    """Turn what an operating system says about a disk into a line a person can act on.
+
+    Args:
+        storage: Where the cache is, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CacheError: If the disk is full or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(
+                f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
+                "the same command again to go on"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
+        raise
 
 
 def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:

@@ -5,11 +5,9 @@ other, and counted only when its manifest has been published last. Parts do not 
 other, so what a killed run leaves is what an uninterrupted run would have written, minus parts.
 """
 
-import errno
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
@@ -30,7 +28,7 @@ from mfdetr_cache.cache.schema import (
     stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk
-from mfdetr_cache.cache.storage import ROOT_KEY, Location, Storage, open_storage
+from mfdetr_cache.cache.storage import ROOT_KEY, Location, Storage, explained, open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
 from mfdetr_cache.quantisation import ENCODINGS, encode_map
@@ -367,32 +365,6 @@ def _require_finite(values: NDArray[Any], stored: NDArray[np.generic], row: int,
             f"{name} of row {row} is not finite as {stored.dtype} (largest value {largest:.3g}); "
             "the detector or its input is broken"
         )
-
-
-@contextmanager
-def explained(storage: Storage) -> Iterator[None]:
-    """Turn what an operating system says about a disk into a line a person can act on.
-
-    Args:
-        storage: Where the cache is, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        CacheError: If the disk is full or may not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(
-                f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
-                "the same command again to go on"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
-        raise
 
 
 def require_same_content(storage: Storage, content: CacheContent) -> None:

@@ -46,12 +46,10 @@ def detection_loss(
     """
     device = class_logits.device
     matches = match_hungarian(
-        class_logits.detach().cpu(),
-        cxcywh_to_xyxy(boxes_cxcywh_norm.detach()).cpu(),
-        boxes_cxcywh_norm.detach().cpu(),
-        labels.cpu(),
-        cxcywh_to_xyxy(object_cxcywh_norm).cpu(),
-        object_cxcywh_norm.cpu(),
+        class_logits.detach().float().cpu().numpy(),
+        boxes_cxcywh_norm.detach().float().cpu().numpy(),
+        labels.cpu().numpy(),
+        object_cxcywh_norm.float().cpu().numpy(),
     )
     queries = torch.from_numpy(matches.query_index).to(device)
     objects = torch.from_numpy(matches.object_index).to(device)

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mfdetr_cache.boxes import box_iou, generalized_box_iou
+from mfdetr_cache.boxes import box_iou
 
 # Costs of Deformable DETR's matcher, which H-DETR, DINO and RT-DETR kept.
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+# Costs of a pair that differ by less are equal. Computed in float32, as another release may do, a
+# cost is a sum of ten terms below 32, each off by up to 32 x 2^-24: 2e-5, twice that between two.
+TIE = 4e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,35 +33,46 @@ class Matches:
 
 
 def match_hungarian(
-    class_logits: Tensor,
-    boxes_xyxy_norm: Tensor,
-    boxes_cxcywh_norm: Tensor,
-    object_labels: Tensor,
-    object_xyxy_norm: Tensor,
-    object_cxcywh_norm: Tensor,
+    class_logits: NDArray[np.float32],
+    boxes_cxcywh_norm: NDArray[np.float32],
+    object_labels: NDArray[np.int64],
+    object_cxcywh_norm: NDArray[np.float32],
+    preferred: NDArray[np.int64] | None = None,
 ) -> Matches:
     """One query for each object, as the detectors themselves train (focal class, L1 and GIoU cost).
 
     Args:
         class_logits: Shape (Q, K).
-        boxes_xyxy_norm: Predicted boxes, shape (Q, 4).
-        boxes_cxcywh_norm: The same as centre and size.
+        boxes_cxcywh_norm: Predicted boxes, shape (Q, 4).
         object_labels: Labels of the objects, all >= 0, shape (G,).
-        object_xyxy_norm: Annotated boxes, shape (G, 4).
-        object_cxcywh_norm: The same as centre and size.
+        object_cxcywh_norm: Annotated boxes, shape (G, 4).
+        preferred: Queries to choose among where that costs no more than rounding: those a cache
+            holds crops for. Matched by another release or on another machine, two queries that
+            are as good as each other may have swapped.
 
     Returns:
-        G pairs, or Q if there are fewer queries than objects.
+        G pairs, or Q if there are fewer queries than objects; by query.
     """
-    probability = class_logits.sigmoid()[:, object_labels]
-    negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
-    positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
-    l1 = torch.cdist(boxes_cxcywh_norm, object_cxcywh_norm, p=1)
-    giou = generalized_box_iou(boxes_xyxy_norm, object_xyxy_norm)
-    cost = CLASS_COST * (positive - negative) + L1_COST * l1 - GIOU_COST * giou
-    query_index, object_index = linear_sum_assignment(cost.numpy())
-    iou = box_iou(boxes_xyxy_norm, object_xyxy_norm)[0].numpy()[query_index, object_index]
-    return Matches(query_index, object_index, iou)
+    # Imported late: what never trains does without numba's start.
+    from mfdetr_cache.matching_kernels import pair_costs
+
+    class_weights, box_weights = (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
+    cost, iou = pair_costs(
+        class_logits,
+        boxes_cxcywh_norm,
+        object_labels,
+        object_cxcywh_norm,
+        class_weights,
+        box_weights,
+    )
+    query_index, object_index = linear_sum_assignment(cost)
+    if preferred is not None and not np.isin(query_index, preferred).all():
+        rows, columns = linear_sum_assignment(cost[preferred])
+        extra = cost[preferred][rows, columns].sum() - cost[query_index, object_index].sum()
+        if len(columns) == len(object_index) and extra <= TIE * len(columns):
+            query_index, object_index = preferred[rows], columns
+    found = iou[query_index, object_index].astype(np.float32)
+    return Matches(query_index, object_index, found)
 
 
 def match_by_iou(

@@ -99,16 +99,18 @@ def build_regions(
     height, width = image.geometry.original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
     truth_xyxy = torch.from_numpy(image.ground_truth.boxes_xyxy[objects] / scale)
-    boxes_cxcywh = torch.from_numpy(image.boxes_cxcywh_norm.copy())
-    boxes_xyxy = cxcywh_to_xyxy(boxes_cxcywh)
+    boxes_xyxy = cxcywh_to_xyxy(torch.from_numpy(image.boxes_cxcywh_norm.copy()))
     labels = image.ground_truth.labels[objects]
-    logits = torch.from_numpy(image.class_logits.copy())
     if config.match == "iou":
+        logits = torch.from_numpy(image.class_logits.copy())
         matches = match_by_iou(
             logits, boxes_xyxy, truth_xyxy, config.iou_candidates, config.min_match_iou
         )
     else:
-        matches = _match_one_to_one(logits, boxes_cxcywh, labels, truth_xyxy)
+        held = image.c1_crops.query_index if image.c1_crops is not None else None
+        matches = _match_one_to_one(
+            image.class_logits, image.boxes_cxcywh_norm, labels, truth_xyxy, held
+        )
     matches = _choose(matches, config, random)
     if not len(matches.query_index):
         return _no_regions(grid)
@@ -150,24 +152,19 @@ def hungarian_queries(
     height, width = original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
     target = torch.from_numpy(truth.boxes_xyxy[objects] / scale)
-    matches = _match_one_to_one(class_logits, boxes_cxcywh_norm, truth.labels[objects], target)
-    return matches.query_index
+    logits, boxes = class_logits.numpy(), boxes_cxcywh_norm.numpy()
+    return _match_one_to_one(logits, boxes, truth.labels[objects], target).query_index
 
 
 def _match_one_to_one(
-    logits: torch.Tensor,
-    boxes_cxcywh: torch.Tensor,
+    class_logits: NDArray[np.float32],
+    boxes_cxcywh: NDArray[np.float32],
     labels: NDArray[np.int64],
     truth_xyxy: torch.Tensor,
+    preferred: NDArray[np.int64] | None = None,
 ) -> Matches:
-    return match_hungarian(
-        logits,
-        cxcywh_to_xyxy(boxes_cxcywh),
-        boxes_cxcywh,
-        torch.from_numpy(labels),
-        truth_xyxy,
-        xyxy_to_cxcywh(truth_xyxy),
-    )
+    truth = xyxy_to_cxcywh(truth_xyxy).numpy()
+    return match_hungarian(class_logits, boxes_cxcywh, labels, truth, preferred)
 
 
 def _no_regions(grid: int) -> RegionTargets:

@@ -1,18 +1,16 @@
 """Cache certify: what a preset costs in mask AP, measured with one head and kept in the cache."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
+from mfdetr_cache.cache.certificate import Certificate, write_certificate
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage import Location, open_storage
-from mfdetr_cache.cache.writer import explained
+from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
@@ -29,35 +27,6 @@ from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.cache_verify import LiveSource
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """Mask AP of one head on unrounded or float16 features and on a cache's own.
-
-    Attributes:
-        preset: How the cache stores its maps.
-        reference: What it was compared with: ``live``, or the preset of another cache.
-        head: First digits of the SHA-256 of the head's weights.
-        images: How many images.
-        AP_reference: Mask AP on the reference's features, in [0, 1].
-        AP: Mask AP on this cache's features.
-        difference: AP minus AP_reference.
-        low: Lower end of the paired 95 % bootstrap interval of the difference.
-        high: Its upper end.
-        samples: Bootstrap samples.
-    """
-
-    preset: str
-    reference: str
-    head: str
-    images: int
-    AP_reference: float
-    AP: float
-    difference: float
-    low: float
-    high: float
-    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,33 +103,8 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
         high=found.high,
         samples=found.samples,
     )
-    with explained(cache.storage):
-        key = f"{CERTIFICATES_KEY}/{weights}-{name}.json"
-        cache.storage.write(key, [json.dumps(asdict(certificate), indent=1).encode()])
+    write_certificate(cache.storage, certificate)
     return certificate
-
-
-def read_certificates(location: Location) -> tuple[Certificate, ...]:
-    """The certificates kept in a cache.
-
-    Args:
-        location: The cache.
-
-    Returns:
-        Certificates, by head.
-
-    Raises:
-        CacheError: If one is damaged.
-    """
-    found = []
-    storage = open_storage(location)
-    for key in storage.sizes(CERTIFICATES_KEY):
-        try:
-            found.append(Certificate(**json.loads(storage.read(key))))
-        except (ValueError, TypeError) as error:
-            where = f"{storage.name}/{key}"
-            raise CacheError(f"{where} is damaged; remove it and certify again") from error
-    return tuple(found)
 
 
 def _reference(

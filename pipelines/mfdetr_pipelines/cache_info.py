@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mfdetr_cache.cache.certificate import Certificate, read_certificates
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
-from mfdetr_pipelines.cache_certify import Certificate, read_certificates
-from mfdetr_pipelines.extract import raw_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ def describe_cache(path: Location) -> CacheInfo:
         parts_missing=len(cache.missing_parts),
         stored_bytes=stored,
         bytes_per_image=stored / max(len(cache), 1),
-        ratio=raw_bytes(cache) / max(stored, 1),
+        ratio=cache.raw_bytes / max(stored, 1),
         arrays=arrays,
         identity=cache.identity,
         certificates=read_certificates(cache.storage),

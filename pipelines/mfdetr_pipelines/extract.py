@@ -119,7 +119,7 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         num_extracted=extracted,
         skipped=cache.skipped,
         stored_bytes=cache.stored_bytes,
-        raw_bytes=raw_bytes(cache),
+        raw_bytes=cache.raw_bytes,
         seconds=seconds,
         detector_seconds=detector_seconds,
         box=box,
@@ -163,24 +163,6 @@ def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
         for r in cache.rows
     )
     return evaluate_results(coco_ground_truth(truth, cache.categories), results, "bbox")
-
-
-def raw_bytes(cache: FeatureCache) -> int:
-    """Bytes of maps and queries as float16 and detections as float32, over all views.
-
-    Args:
-        cache: A complete cache.
-
-    Returns:
-        Bytes over all stored images, padding of chunks not counted.
-    """
-    spec, total = cache.spec, 0
-    for view in cache.views.values():
-        for row in view.rows:
-            total += view.map_bytes(row) + spec.num_queries * (
-                2 * spec.query_dim + 4 * (spec.num_labels + 4)
-            )
-    return total
 
 
 def require_images(images: Path, split: CocoSplit, advice: str) -> None:

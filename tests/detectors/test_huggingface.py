@@ -254,6 +254,21 @@ def test_tuned_weights_are_saved_so_that_they_come_back(
     assert all(torch.equal(before.maps[n], after.maps[n]) for n in before.maps)
 
 
+def test_the_layout_of_the_weight_file_does_not_matter(tmp_path: Path) -> None:
+    """Equal weights behind headers of different lengths, so that they begin at other addresses."""
+    found = []
+    for note in ("", "x", "xxxxxxxxx"):
+        folder = tmp_path / f"folder{note}"
+        detectors.save_deformable_detr(folder)
+        file = folder / "model.safetensors"
+        save_file(load_file(file), file, {"format": "pt", "note": note})
+        detector = load_detector("hf", str(folder))
+        found.append(detector.forward(torch.linspace(0, 1, 3 * 96 * 128).reshape(1, 3, 96, 128)))
+    for other in found[1:]:
+        assert torch.equal(found[0].class_logits, other.class_logits)
+        assert all(torch.equal(found[0].maps[n], other.maps[n]) for n in other.maps)
+
+
 @pytest.mark.parametrize("save", [f[1] for f in FAMILIES], ids=[f[1].__name__ for f in FAMILIES])
 def test_gradients_flow_into_what_is_tuned_only(
     tmp_path: Path, save: Callable[[Path], None]

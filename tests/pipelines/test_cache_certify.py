@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache_certify import CertifyConfig, read_certificates, run_certify
+from mfdetr_pipelines.cache_certify import CertifyConfig, run_certify
 from mfdetr_pipelines.cache_info import describe_cache
 from mfdetr_pipelines.cache_verify import LiveSource
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
@@ -12,6 +12,7 @@ from mfdetr_pipelines.recipes import build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
+from mfdetr_cache.cache.certificate import read_certificates
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, paired_bootstrap
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results

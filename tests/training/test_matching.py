@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import torch
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy, generalized_box_iou
-from mfdetr_cache.training.matching import match_by_iou, match_hungarian
+from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+from mfdetr_cache.training.matching import Matches, match_by_iou, match_hungarian
 
 
 def scene(num_queries: int = 5, num_objects: int = 3) -> tuple[torch.Tensor, ...]:
@@ -14,13 +14,24 @@ def scene(num_queries: int = 5, num_objects: int = 3) -> tuple[torch.Tensor, ...
     return logits, boxes, torch.randint(0, 4, (num_objects,)), objects
 
 
+def match(
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    objects: torch.Tensor,
+    preferred: np.ndarray | None = None,
+) -> Matches:
+    arrays = (logits.numpy(), boxes.numpy(), labels.numpy(), objects.numpy())
+    return match_hungarian(*arrays, preferred)
+
+
 def test_hungarian_finds_the_cheapest_assignment() -> None:
     """Against all assignments, with the costs written out from the Deformable DETR paper."""
     for seed in range(5):
         torch.manual_seed(seed)
         logits, boxes, labels, objects = scene()
         xyxy, object_xyxy = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects)
-        found = match_hungarian(logits, xyxy, boxes, labels, object_xyxy, objects)
+        found = match(logits, boxes, labels, objects)
         p = logits.sigmoid()[:, labels]
         focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
         l1 = (boxes[:, None] - objects[None]).abs().sum(-1)
@@ -31,6 +42,40 @@ def test_hungarian_finds_the_cheapest_assignment() -> None:
         )
         pairs = dict(zip(found.object_index.tolist(), found.query_index.tolist(), strict=True))
         assert tuple(pairs[g] for g in range(3)) == best
+        wanted = box_iou(xyxy, object_xyxy)[0][found.query_index, found.object_index]
+        np.testing.assert_allclose(found.iou, wanted, atol=1e-6)
+
+
+def test_equal_queries_give_way_to_the_ones_that_are_held() -> None:
+    """Two queries a rounding error apart: the held one is taken, but never a worse one."""
+    torch.manual_seed(0)
+    logits, boxes, labels, objects = scene()
+    first = match(logits, boxes, labels, objects)
+    place = int(first.query_index[0])
+    logits = torch.cat((logits, logits[place : place + 1] - 1e-6))
+    boxes = torch.cat((boxes, boxes[place : place + 1]))
+    held = np.sort(np.append(np.delete(first.query_index, 0), 5))
+    assert match(logits, boxes, labels, objects).query_index.tolist() == first.query_index.tolist()
+    found = match(logits, boxes, labels, objects, held)
+    assert found.query_index.tolist() == held.tolist()
+    assert sorted(found.object_index.tolist()) == [0, 1, 2]
+    logits[5] -= 0.1
+    worse = match(logits, boxes, labels, objects, held)
+    assert worse.query_index.tolist() == first.query_index.tolist()
+    few = match(logits, boxes, labels, objects, held[:2])
+    assert few.query_index.tolist() == first.query_index.tolist()
+
+
+def test_degenerate_boxes_have_finite_costs() -> None:
+    """Boxes without area, and of negative size as a detector may write them."""
+    logits = torch.zeros(3, 1)
+    boxes = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, -0.1, 0.2], [0.5, 0.5, 0.2, 0.2]])
+    objects = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.0, 0.0]])
+    found = match(logits, boxes, torch.zeros(2, dtype=torch.int64), objects)
+    assert dict(zip(found.query_index.tolist(), found.object_index.tolist(), strict=True)) == {
+        0: 1,
+        2: 0,
+    }
 
 
 def test_by_iou_shares_objects_and_drops_bad_boxes() -> None:

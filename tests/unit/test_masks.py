@@ -70,6 +70,29 @@ def test_sampling_equals_looking_into_the_bitmap(size_hw: tuple[int, int], seed:
     assert (sample_run_lengths(runs, size_hw, x, y) == wanted).all()
 
 
+@given(
+    size=sizes,
+    corners=st.tuples(*[st.floats(-10, 50)] * 4),
+    seed=st.integers(0, 2**16),
+    grid=st.integers(1, 9),
+    subsamples=st.integers(1, 3),
+)
+def test_rasterising_is_the_mean_of_points_looked_up_one_by_one(
+    size: tuple[int, int], corners: tuple[float, ...], seed: int, grid: int, subsamples: int
+) -> None:
+    """Speckled masks; boxes inside, across and outside the border, some thinner than a pixel."""
+    runs = run_lengths_of_segmentation(encode_mask(random_mask(size, seed)), size)
+    x0, x1 = sorted(corners[:2])
+    y0, y1 = sorted(corners[2:])
+    steps = (np.arange(grid * subsamples) + 0.5) / (grid * subsamples)
+    x, y = np.meshgrid(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
+    points = sample_run_lengths(runs, size, x, y)
+    cells = points.reshape(grid, subsamples, grid, subsamples).sum(axis=(1, 3))
+    found = rasterise_in_box(runs, size, np.array([x0, y0, x1, y1]), grid, subsamples)
+    assert found.dtype == np.float32
+    assert (found == cells.astype(np.float32) / np.float32(subsamples**2)).all()
+
+
 def test_rasterising_a_pixel_aligned_box_gives_its_pixels() -> None:
     mask = random_mask((20, 30), 3)
     runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)

@@ -310,11 +310,23 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
     _check_loaded(weights, info)
+    _into_own_memory(model)
     named_weights = model.state_dict(keep_vars=True)
     if family.correct is not None:
         family.correct(model)
     preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
     return HuggingFaceDetector(model, family, named_weights, processor, preprocessing, options)
+
+
+def _into_own_memory(model: nn.Module) -> None:
+    """Copy the weights out of the mapped file, to where torch aligns them.
+
+    In the file they begin wherever its header ends, and some kernels for a CPU add up in another
+    order then: equal weights in files of another layout would give caches that differ in last bits.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _family_of(model_type: str, weights: str) -> Family:

@@ -1,0 +1,75 @@
+"""What a preset costs in mask AP, as it was measured and is kept in the cache."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
+from mfdetr_cache.cache.storage import Location, Storage, explained, open_storage
+from mfdetr_cache.errors import CacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Mask AP of one head on unrounded or float16 features and on a cache's own.
+
+    Attributes:
+        preset: How the cache stores its maps.
+        reference: What it was compared with: ``live``, or the preset of another cache.
+        head: First digits of the SHA-256 of the head's weights.
+        images: How many images.
+        AP_reference: Mask AP on the reference's features, in [0, 1].
+        AP: Mask AP on this cache's features.
+        difference: AP minus AP_reference.
+        low: Lower end of the paired 95 % bootstrap interval of the difference.
+        high: Its upper end.
+        samples: Bootstrap samples.
+    """
+
+    preset: str
+    reference: str
+    head: str
+    images: int
+    AP_reference: float
+    AP: float
+    difference: float
+    low: float
+    high: float
+    samples: int
+
+
+def read_certificates(location: Location) -> tuple[Certificate, ...]:
+    """The certificates kept in a cache.
+
+    Args:
+        location: The cache.
+
+    Returns:
+        Certificates, by head.
+
+    Raises:
+        CacheError: If one is damaged.
+    """
+    found = []
+    storage = open_storage(location)
+    for key in storage.sizes(CERTIFICATES_KEY):
+        try:
+            found.append(Certificate(**json.loads(storage.read(key))))
+        except (ValueError, TypeError) as error:
+            where = f"{storage.name}/{key}"
+            raise CacheError(f"{where} is damaged; remove it and certify again") from error
+    return tuple(found)
+
+
+def write_certificate(storage: Storage, certificate: Certificate) -> None:
+    """Keep a certificate in a cache, in place of an older one of the same head and reference.
+
+    Args:
+        storage: Where the cache is.
+        certificate: The certificate.
+
+    Raises:
+        CacheError: If it cannot be written.
+    """
+    with explained(storage):
+        key = f"{CERTIFICATES_KEY}/{certificate.head}-{certificate.reference}.json"
+        storage.write(key, [json.dumps(asdict(certificate), indent=1).encode()])

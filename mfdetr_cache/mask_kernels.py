@@ -1,0 +1,85 @@
+"""Objects laid over the grid of their box, compiled by numba when it is first used.
+
+A reader's threads rasterise while others decode and the training computes: without the GIL, and in
+a tenth of the time that array operations take on so few points.
+"""
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+# No fast mathematics: a point on the edge of a pixel has to fall where plain arithmetic puts it.
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _look_up_column(
+    ends: NDArray[np.int64],
+    first: int,
+    height: int,
+    rows: NDArray[np.int64],
+    inside: NDArray[np.bool_],
+) -> None:
+    """Whether rising rows of the column that begins at pixel ``first`` lie inside the object."""
+    run = np.searchsorted(ends, first + min(max(rows[0], 0), height - 1), side="right")
+    for i in range(len(rows)):
+        inside[i] = False
+        if rows[i] < 0 or rows[i] >= height:
+            continue
+        # The points of a column go down, and so do the runs.
+        while run < len(ends) and ends[run] <= first + rows[i]:
+            run += 1
+        inside[i] = run % 2 == 1
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def coverage_in_box(
+    run_lengths: NDArray[np.uint32],
+    height: int,
+    width: int,
+    box_xyxy: NDArray[np.float64],
+    grid_size: int,
+    subsamples: int,
+) -> NDArray[np.float32]:
+    """Share of the sampled points of every cell that lie inside an object.
+
+    Args:
+        run_lengths: Run lengths of the object, column by column, background first.
+        height: Of the image in pixels.
+        width: Of the image in pixels.
+        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
+        grid_size: Cells along both axes.
+        subsamples: Points per cell along both axes.
+
+    Returns:
+        Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
+    """
+    ends = np.empty(len(run_lengths), np.int64)
+    total = 0
+    for i in range(len(run_lengths)):
+        total += int(run_lengths[i])
+        ends[i] = total
+    points = grid_size * subsamples
+    x0, y0, x1, y1 = box_xyxy
+    rows = np.empty(points, np.int64)
+    for i in range(points):
+        rows[i] = math.floor(y0 + (i + 0.5) / points * (y1 - y0))
+    # Column by column, as the points are looked up.
+    counts = np.zeros((grid_size, grid_size), np.float32)
+    inside = np.zeros(points, np.bool_)
+    before = -1
+    for j in range(points):
+        column = math.floor(x0 + (j + 0.5) / points * (x1 - x0))
+        if column < 0 or column >= width:
+            continue
+        if column != before:
+            before = column
+            _look_up_column(ends, column * height, height, rows, inside)
+        cell = j // subsamples
+        for i in range(grid_size):
+            for k in range(i * subsamples, (i + 1) * subsamples):
+                counts[cell, i] += inside[k]
+    return counts.T / np.float32(subsamples * subsamples)

@@ -1,0 +1,78 @@
+"""What matching compares, for all pairs of a query and an object, compiled by numba.
+
+A reader's threads match while others decode: one call without the GIL in place of thirty small
+operations that pass it around. Computed in float64 whatever goes in.
+"""
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Boxes = NDArray[np.floating[Any]]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
+    """IoU and generalised IoU (Rezatofighi et al., 2019) of two boxes given by centre and size.
+
+    Args:
+        first: Centre x, centre y, width, height, shape (4,).
+        second: The same of the other, same unit.
+
+    Returns:
+        IoU in [0, 1] and generalised IoU in [-1, 1]; 0 where a division would be by nothing.
+    """
+    intersection, hull = 1.0, 1.0
+    for axis in range(2):
+        a, a_size = float(first[axis]), max(float(first[axis + 2]), 0.0)
+        b, b_size = float(second[axis]), max(float(second[axis + 2]), 0.0)
+        low = max(a - a_size / 2, b - b_size / 2)
+        high = min(a + a_size / 2, b + b_size / 2)
+        intersection *= max(high - low, 0.0)
+        hull *= max(a + a_size / 2, b + b_size / 2) - min(a - a_size / 2, b - b_size / 2)
+    area = max(float(first[2]), 0.0) * max(float(first[3]), 0.0)
+    union = area + max(float(second[2]), 0.0) * max(float(second[3]), 0.0) - intersection
+    iou = intersection / union if union > 0 else 0.0
+    return iou, (iou - (hull - union) / hull if hull > 0 else iou)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def pair_costs(
+    class_logits: NDArray[np.floating[Any]],
+    boxes_cxcywh: Boxes,
+    labels: NDArray[np.int64],
+    objects_cxcywh: Boxes,
+    class_weights: tuple[float, float, float],
+    box_weights: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Deformable DETR's matching cost (focal class, L1 and GIoU) and IoU of every pair.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh: Predicted boxes, shape (Q, 4).
+        labels: Label of each object, shape (G,).
+        objects_cxcywh: Annotated boxes, same unit, shape (G, 4).
+        class_weights: Weight of the class cost, alpha and gamma of the focal loss.
+        box_weights: Weights of L1 and of generalised IoU.
+
+    Returns:
+        Cost and IoU, both of shape (Q, G).
+    """
+    weight, alpha, gamma = class_weights
+    cost = np.empty((len(boxes_cxcywh), len(labels)))
+    iou = np.empty(cost.shape)
+    for q in range(cost.shape[0]):
+        for g in range(cost.shape[1]):
+            p = 1 / (1 + math.exp(-float(class_logits[q, labels[g]])))
+            positive = alpha * (1 - p) ** gamma * -math.log(p + 1e-8)
+            negative = (1 - alpha) * p**gamma * -math.log(1 - p + 1e-8)
+            l1 = 0.0
+            for i in range(4):
+                l1 += abs(float(boxes_cxcywh[q, i]) - float(objects_cxcywh[g, i]))
+            iou[q, g], giou = overlaps(boxes_cxcywh[q], objects_cxcywh[g])
+            cost[q, g] = weight * (positive - negative) + box_weights[0] * l1
+            cost[q, g] -= box_weights[1] * giou
+    return cost, iou
