@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests run side by side, one process a core; each takes about 2 GB. TESTERS=0 runs them in one.
+# Processes that share the tests; each takes about 2 GB. 0 runs them in one.
 TESTERS ?= 2
 
 .PHONY: help setup test peers check fmt demo clean

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Boxes = NDArray[np.floating[Any]]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
     """IoU and generalised IoU (Rezatofighi et al., 2019) of two boxes given by centre and size.
 
@@ -39,7 +39,7 @@ def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
     return iou, (iou - (hull - union) / hull if hull > 0 else iou)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def pair_costs(
     class_logits: NDArray[np.floating[Any]],
     boxes_cxcywh: Boxes,
