@@ -23,7 +23,7 @@ from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks import deformable
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.training.memory import keep_freed_memory
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.training.precision import autocast
 
 CORE = TransformersCore()

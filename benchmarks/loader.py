@@ -16,8 +16,8 @@ from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.training.batches import TrainSample, read_ahead
-from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 

@@ -17,9 +17,9 @@ from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.memory import keep_freed_memory
 
 
 def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) -> float:

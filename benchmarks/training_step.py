@@ -22,9 +22,9 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.training.batches import TrainSample, collate
 from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 

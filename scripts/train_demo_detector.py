@@ -41,8 +41,8 @@ from transformers.models.deformable_detr import modeling_deformable_detr
 from mfdetr_cache.attention import deformable_attention
 from mfdetr_cache.boxes import cxcywh_to_xyxy
 from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.training.memory import keep_freed_memory
 
 SIDE, STRIDES, WIDTH = 160, (8, 16, 32), 96
 NUM_QUERIES, NUM_MANY, REPEATS, AROUND = 40, 64, 5, 1

@@ -15,8 +15,8 @@ from mfdetr_cache.cache.shards import decompress
 from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.cache.view import ByteRange
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Reporter
-from mfdetr_cache.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from mfdetr_cache.evaluation.results import mask_results
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.cache_verify import LiveSource
@@ -72,6 +73,7 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
     require_same(folder.detector, f"head {config.head}", identity, f"cache {cache.path}")
     name, reference_of = _reference(config, cache)
     device = torch_device(config.device)
+    keep_freed_memory()
     head = folder.head.to(device)
     first = _results(cache, head, device, reference_of, reporter, f"head on {name} features")
     second = _results(

@@ -40,6 +40,7 @@ from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.folder import Which, load_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 
@@ -180,6 +181,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     )
     cache.require_complete()
     device = torch_device(config.device)
+    keep_freed_memory()
     summary, masks = measure(
         cache,
         folder.head.to(device),

@@ -28,6 +28,7 @@ from mfdetr_cache.errors import (
     StoppedError,
 )
 from mfdetr_cache.head.c1_crops import moments_of
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import Preset, StoredMap
 from mfdetr_cache.training.regions import hungarian_queries, with_least_side
@@ -156,6 +157,7 @@ class Extraction:
         self._split = split
         self._content = content
         self._device = torch_device(config.device)
+        keep_freed_memory()
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter

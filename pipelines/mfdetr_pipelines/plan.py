@@ -23,6 +23,7 @@ from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import CacheError, DatasetError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import ENCODINGS, Encoding, Preset, encode_map
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
@@ -147,6 +148,7 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         raise DatasetError("--sample and --epochs must be above 0, --views 0 or more")
     split = load_coco_split(config.annotations)
     device = torch_device(config.device)
+    keep_freed_memory()  # as extraction does
     detector = load_detector(config.detector, config.weights, config.options).to(device)
     reporter.say(f"measuring on {config.sample} images")
     outputs, detector_seconds = _sample(config, split, detector, device, reporter)

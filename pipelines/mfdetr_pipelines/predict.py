@@ -9,6 +9,7 @@ from pathlib import Path
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
 from mfdetr_cache.head.folder import write_atomically
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.protocols import Reporter
 from mfdetr_pipelines.video import VIDEO_SUFFIXES, Video
@@ -93,6 +94,7 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         IdentityError: If the head was trained with another detector.
     """
     files = find_images(config.images)
+    keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(
         config.weights, config.head, kind=config.detector, device=config.device
     )

@@ -14,12 +14,12 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Reporter, SilentReporter
 from mfdetr_cache.training.batches import steps_per_epoch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, training_processes
 from mfdetr_cache.training.learner import Learner, build_learner
-from mfdetr_cache.training.memory import keep_freed_memory
 from mfdetr_pipelines.evaluate import EvaluateSummary, measure
 from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
 from mfdetr_pipelines.run_log import RunLog, read_log, require_trackers

@@ -1,4 +1,4 @@
-"""How the C library hands out large blocks while a network trains on a CPU."""
+"""How the C library hands out large blocks while a network runs on a CPU."""
 
 import ctypes
 import sys
@@ -10,8 +10,10 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep freed blocks for the next tensor instead of returning them at once.
 
     By default every tensor above some megabytes is a fresh mapping that the kernel fills with
-    zeros page by page. A training step allocates the same sizes again and again; keeping them took
-    a step of the mask network from 2.1 s to 1.4 s on two cores.
+    zeros page by page, and networks allocate the same sizes again and again. Keeping them took a
+    training step of the mask network from 2.1 s to 1.4 s on two cores, its masks of an image from
+    0.38 s to 0.31 s, and H-DETR R50 at 800 x 1066 from 4.0 s to 3.4 s. For programs of our own
+    only: it holds for the whole process.
 
     Returns:
         Whether it was done; False where the C library is another one.
