@@ -20,6 +20,7 @@ from PIL import Image
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import SilentReporter
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    keep_freed_memory()  # as extract does, so that the bare forward has it too
     device = torch.device(options.device)
     detector = load_detector(options.detector).to(device)
     with tempfile.TemporaryDirectory() as scratch:
