@@ -1,7 +1,7 @@
 """Objects laid over the grid of their box, compiled by numba when it is first used.
 
 A reader's threads rasterise while others decode and the training computes: without the GIL, and in
-a tenth of the time that array operations take on so few points.
+half the time that array operations take on so few points (``benchmarks/rasterise.py``).
 """
 
 import math
