@@ -102,7 +102,7 @@ def decompress(data: memoryview) -> bytes:
     Returns:
         Its bytes.
     """
-    plain: bytes = Zstd().decode(data[:-_CRC_BYTES])
+    plain: bytes = zstd_decompress(data[:-_CRC_BYTES])
     return plain
 
 
