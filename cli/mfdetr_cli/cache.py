@@ -107,8 +107,9 @@ def verify(
     for fault in summary.faults[:20]:
         typer.echo(fault)
     if summary.faults:
+        faults = "1 fault" if len(summary.faults) == 1 else f"{len(summary.faults)} faults"
         raise CheckFailedError(
-            f"{cache}: {len(summary.faults)} faults, {len(summary.broken_parts)} of "
+            f"{cache}: {faults}, {len(summary.broken_parts)} of "
             f"{summary.parts} parts are broken; mend them with: mfdetr cache repair {cache}"
         )
     how = "every byte read" if full else "sizes and indexes; --full reads every byte"

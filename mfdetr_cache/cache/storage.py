@@ -7,7 +7,9 @@ store's own configuration; they are never part of a name here, and never written
 
 import errno
 import os
+import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,8 +251,9 @@ class LocalStorage:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Files below a prefix; see :class:`Storage`."""
-        files = sorted(f for f in (self._folder / prefix).rglob("*") if f.is_file())
-        return {f.relative_to(self._folder).as_posix(): f.stat().st_size for f in files}
+        found = _files_below(self._folder / prefix)
+        sizes = {Path(f).relative_to(self._folder).as_posix(): s.st_size for f, s in found}
+        return dict(sorted(sizes.items()))
 
     def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
         """Write a file and make it survive a power cut; see :class:`Storage`."""
@@ -388,6 +391,7 @@ class MirroredStorage:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._place = ""
+        self._full = False
         mirror.mkdir(parents=True, exist_ok=True)
         self._held = sum(self._mirror.sizes("").values())
 
@@ -454,30 +458,62 @@ class MirroredStorage:
         return piece if len(piece) == size else None
 
     def _keep(self, name: str, piece: bytes) -> None:
-        if len(piece) > self._max_bytes:
+        if len(piece) > self._max_bytes or self._full:
             return
         with self._lock:
             if self._held + len(piece) > self._max_bytes:
                 self._make_room(len(piece))
-            self._mirror.write(name, [piece])
+            try:
+                self._write_copy(self._root / name, piece)
+            except FileNotFoundError:
+                return  # another process made room, and this was among what it dropped
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._full = True
+                warnings.warn(
+                    f"the disk under {self._root} is full; what is read is no longer kept there",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
             self._held += len(piece)
+
+    def _write_copy(self, path: Path, piece: bytes) -> None:
+        """Another process may keep the same piece at this moment: the partial file is ours only."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(piece)
+                file.flush()
+                os.fsync(descriptor)
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
 
     def _make_room(self, needed: int) -> None:
         """Drop what was used longest ago, a tenth of the room at a time."""
-        files = [f for f in self._root.rglob("*") if f.is_file()]
-        found = []
-        for file in files:
-            try:
-                found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-            except FileNotFoundError:
-                continue
+        found = [(s.st_mtime_ns, s.st_size, f) for f, s in _files_below(self._root)]
         self._held = sum(size for _, size, _ in found)
         goal = self._max_bytes - max(needed, self._max_bytes // 10)
-        for _, size, file in sorted(found, key=lambda f: f[0]):
+        for _, size, file in sorted(found):
             if self._held <= goal:
                 return
-            file.unlink(missing_ok=True)
+            Path(file).unlink(missing_ok=True)
             self._held -= size
+
+
+def _files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Files and what is known of each; one that another process renames or removes is left out."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)  # noqa: PTH118 - a listing may have a million files
+            try:
+                yield path, os.stat(path)  # noqa: PTH116
+            except FileNotFoundError:
+                continue
 
 
 def _read_together(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:

@@ -1,7 +1,9 @@
 """Caches in object stores: an in-memory one, and a real S3-speaking server on loopback."""
 
 import contextlib
+import errno
 import json
+import os
 import pickle
 import socket
 import socketserver
@@ -9,6 +11,7 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,68 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 def contents(location: str | Path) -> dict[str, bytes]:
     storage = open_storage(location)
     return {k: storage.read(k) for k in storage.sizes("") if not k.endswith(".lock")}
+
+
+def test_listing_a_folder_that_others_write_to(tmp_path: Path) -> None:
+    """A file may be renamed between its listing and the question for its size."""
+    storage = LocalStorage(tmp_path)
+    storage.write("kept", [b"1234"])
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            storage.write("a/changing", [b"12"])
+            storage.delete("a/changing")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(2000):
+            sizes = storage.sizes("")
+            assert sizes.pop("kept") == 4
+            assert set(sizes) <= {"a/changing", "a/changing.partial"}
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_two_processes_keep_the_same_piece_in_a_mirror(tmp_path: Path) -> None:
+    """Both miss it, both fetch it, both keep it; whoever reads finds it whole."""
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    source.write("zarr.json", [b"{}"])
+    data = np.random.default_rng(0).bytes(100_000)
+    source.write("a", [data])
+
+    def read(_: int) -> bool:
+        mirror = MirroredStorage(source, tmp_path / "mirror", 150_000)
+        return all(
+            mirror.read_ranges("a", [(0, size)]) == [data[:size]] for size in range(90_000, 90_200)
+        )
+
+    with ThreadPoolExecutor(4) as readers:
+        assert all(readers.map(read, range(4)))
+    held = LocalStorage(tmp_path / "mirror").sizes("")
+    assert sum(held.values()) <= 4 * 150_000
+    assert not [key for key in held if key.endswith(".partial")]
+
+
+def test_a_mirror_without_room_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    source.write("zarr.json", [b"{}"])
+    source.write("a", [b"0123456789"])
+    mirror = MirroredStorage(source, tmp_path / "mirror", 1000)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(RuntimeWarning, match="mirror is full; what is read is no longer kept there"):
+        assert mirror.read_ranges("a", [(2, 3)]) == [b"234"]
+    assert mirror.read_ranges("a", [(4, 3)]) == [b"456"]
+    monkeypatch.undo()
+    assert LocalStorage(tmp_path / "mirror").sizes("") == {}
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory", "mirror"])
