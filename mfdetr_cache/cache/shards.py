@@ -199,7 +199,7 @@ class ShardReader:
         Raises:
             CacheError: If a chunk was never written, or the file ends early.
         """
-        entries = [(int(o), int(n)) for o, n in self.index[first : first + count]]
+        entries: list[tuple[int, int]] = self.index[first : first + count].tolist()
         if any(offset == _EMPTY for offset, _ in entries):
             raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
         try:

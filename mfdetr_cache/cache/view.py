@@ -70,6 +70,10 @@ class CacheView:
         self._cache = cache
         self._columns = columns
         self._tables: dict[str, NDArray[Any]] = {}
+        self._chunk_types = {
+            name: (math.prod(spec.chunk), np.dtype(spec.dtype))
+            for name, spec in self.arrays.items()
+        }
         self._encoding = ENCODINGS[cache.layout.preset]
         self._raw = cache.layout.compression == "raw"
         # Bounded by the number of parts and arrays: an index is 16 bytes a chunk.
@@ -311,7 +315,7 @@ class CacheView:
         if count == 0:
             return np.zeros(0, spec.dtype)
         shard = self._shard(name, part)
-        length, dtype = math.prod(spec.chunk), np.dtype(spec.dtype)
+        length, dtype = self._chunk_types[name]
         pieces = shard.read(first, count)
         where = f"{shard.name}, chunk"
         if count == 1:

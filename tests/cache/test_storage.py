@@ -139,6 +139,33 @@ def test_listing_a_folder_that_others_write_to(tmp_path: Path) -> None:
         writer.join()
 
 
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux only")
+@pytest.mark.parametrize("in_memory", [True, False, None])
+def test_the_disk_is_asked_ahead_for_what_is_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool | None
+) -> None:
+    """None: a file system that cannot tell."""
+    size = 600 * 1024
+    data = np.random.default_rng(0).bytes(3 * size)
+    storage = LocalStorage(tmp_path)
+    storage.write("a", [data])
+    asked: list[tuple[int, ...]] = []
+
+    def look(_: int, __: Any, offset: int, flags: int) -> int:
+        assert (offset, flags) == (3 * size - 1, os.RWF_NOWAIT)
+        if in_memory is None:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        if not in_memory:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return 1
+
+    monkeypatch.setattr(os, "preadv", look)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *rest: asked.append(rest))
+    ranges = [(0, size), (size, size), (2 * size, size)]
+    assert b"".join(storage.stream_ranges("a", ranges)) == data
+    assert asked == ([] if in_memory else [(0, 3 * size, os.POSIX_FADV_WILLNEED)])
+
+
 def test_two_processes_keep_the_same_piece_in_a_mirror(tmp_path: Path) -> None:
     """Both miss it, both fetch it, both keep it; whoever reads finds it whole."""
     source = ObjectStorage(f"memory://{uuid.uuid4()}")
