@@ -1,0 +1,162 @@
+"""What belongs on the GPU is moved there, and back: the commands on a pretended one."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mfdetr_pipelines.ablate import AblateConfig, run_ablate
+from mfdetr_pipelines.ablation_rows import AblationRow
+from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.plan import PlanConfig, run_plan
+from mfdetr_pipelines.predict import PredictConfig, run_predict
+from mfdetr_pipelines.recipes import Recipe, build_recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+
+from mfdetr_cache.demo import demo_detector
+from mfdetr_cache.errors import StoppedError
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.training.learner import Learner
+from tests.support import scenes
+from tests.support.pretend_gpu import GpuTensor, pretend_gpu
+
+
+def recipe(**changes: Any) -> Recipe:
+    small = {"hidden_dim": 8, "roi_size": 8, "steps": 4, "batch_size": 2, "min_match_iou": 0}
+    return build_recipe("fast", {k: str(v) for k, v in {**small, **changes}.items()})
+
+
+@contextlib.contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """SIGTERM arrives after a step."""
+    learn = Learner.learn
+
+    def learn_and_stop(self: Learner, *arguments: Any) -> Any:
+        report = learn(self, *arguments)
+        if self.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "learn", learn_and_stop)
+        yield
+
+
+def test_what_is_pretended() -> None:
+    here = torch.arange(6.0).reshape(2, 3)
+    layer = torch.nn.Linear(3, 4)
+    with pretend_gpu():
+        there = here.to("cuda")
+        assert there.device == torch.device("cuda:0")
+        with pytest.raises(RuntimeError, match="same device"):
+            there + here
+        with pytest.raises(RuntimeError, match="same device"):
+            layer(there)
+        with pytest.raises(TypeError, match="can't convert cuda"):
+            there.numpy()
+        made = torch.zeros(2, 3, device=there.device)
+        assert isinstance(made + there, GpuTensor)
+        assert torch.equal((made + there * 2)[:, 1:].cpu(), here[:, 1:] * 2)
+        made[0] = there[1]
+        made[1] = here[0].to(there)
+        assert torch.equal(made.cpu(), here.flip(0))
+        assert there[torch.tensor([1])].sum().item() == 12
+        moved = layer.to("cuda")
+        moved(there).sum().backward()
+        assert isinstance(moved.weight.grad, GpuTensor)
+        optimiser = torch.optim.AdamW(moved.parameters())
+        optimiser.step()
+        torch.testing.assert_close(moved.weight.grad.cpu(), here.sum(0).expand(4, 3))
+
+
+def test_a_cache_is_made_and_learned_from(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
+) -> None:
+    """Extract, verify, train, stop, go on, evaluate, predict: what a CPU gives."""
+    images, weights = scenes_folder / "images", str(rtdetr_folder)
+    results = {}
+    for device in ("cuda", "cpu"):
+        out = tmp_path / device
+        with pretend_gpu() if device == "cuda" else contextlib.nullcontext():
+            live = LiveSource(weights, images, device)
+            extraction = scenes.extract_config(scenes_folder, weights, out / "c.zarr")
+            run_extract(dataclasses.replace(extraction, device=device), SilentReporter())
+            verified = run_verify(out / "c.zarr", SilentReporter(), full=False, live=2, source=live)
+            training = TrainHeadConfig(drawn_cache, out / "run", recipe(), device=device)
+            with stopped_after(2), pytest.raises(StoppedError):
+                run_train_head(training, SilentReporter())
+            run_train_head(dataclasses.replace(training, resume=True), SilentReporter())
+            evaluation = EvaluateConfig(drawn_cache, out / "run", device=device)
+            found = run_evaluate(evaluation, SilentReporter())
+            prediction = PredictConfig(
+                (str(next(images.iterdir())),),
+                "hf",
+                weights,
+                out / "run",
+                out / "masks",
+                threshold=0.0,
+                top_k=3,
+                device=device,
+            )
+            predicted = run_predict(prediction, SilentReporter())
+        assert not verified.faults
+        assert sum(i.num_objects for i in predicted.images) == 3
+        weights_of_head = load_head(out / "run").head.state_dict()
+        results[device] = (weights_of_head, found.mask.AP)
+    for name, value in results["cpu"][0].items():
+        torch.testing.assert_close(results["cuda"][0][name], value, rtol=0, atol=2e-3)
+    # Pixels at a probability of one half may fall to either side.
+    assert results["cuda"][1] == pytest.approx(results["cpu"][1], abs=0.02)
+
+
+def test_rows_learn_side_by_side(tmp_path: Path, drawn_cache: Path) -> None:
+    rows = (
+        AblationRow("plain", recipe(steps=2)),
+        AblationRow("every loss", recipe(steps=2, mask_scoring="true", points="grid")),
+    )
+    with pretend_gpu():
+        config = AblateConfig(rows, drawn_cache, drawn_cache, tmp_path, device="cuda")
+        results = run_ablate(config, SilentReporter())
+    assert [r.problem for r in results] == ["", ""]
+
+
+def test_detector_and_head_learn_together(tmp_path: Path, scenes_folder: Path) -> None:
+    config = TrainJointConfig(
+        "hf",
+        str(demo_detector()),
+        scenes_folder / "images",
+        scenes_folder / "instances.json",
+        tmp_path / "run",
+        recipe(steps=2),
+        tune="all",
+        device="cuda",
+    )
+    with pretend_gpu():
+        assert run_train_joint(config, SilentReporter()).box_loss > 0
+
+
+def test_a_plan_measures(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path) -> None:
+    config = PlanConfig(
+        "hf",
+        str(rtdetr_folder),
+        scenes_folder / "instances.json",
+        recipe(),
+        images=scenes_folder / "images",
+        disk=tmp_path,
+        sample=2,
+        disk_seconds=0.1,
+        device="cuda",
+    )
+    with pretend_gpu():
+        plan = run_plan(config, SilentReporter())
+    assert plan.head_seconds > 0
