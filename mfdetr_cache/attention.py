@@ -5,7 +5,7 @@ the mask network and the detectors' own layers; the official goldens of H-DETR, 
 DINO go through it.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,6 +61,29 @@ class _SampleAndWeigh(torch.autograd.Function):
         samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
         grad_weights = samples.mul_(grad[:, :, None]).sum(dim=1)
         return grad_maps, grad_grid, grad_weights
+
+
+def cell_steps(offsets: Tensor, sizes_hw: SizesHw) -> Tensor:
+    """Width and height of a cell of each level, normalised: what turns cells into coordinates.
+
+    Args:
+        offsets: What it will be multiplied with; gives device and type.
+        sizes_hw: Height and width of each level.
+
+    Returns:
+        1 / w and 1 / h, shape (L, 2).
+    """
+    if is_plain(offsets):
+        return _kept_cell_steps(sizes_hw, offsets.device, offsets.dtype)
+    return offsets.new_tensor([[1 / w, 1 / h] for h, w in sizes_hw])
+
+
+# Kept on the device: a copy in every call would wait for the GPU.
+@lru_cache(maxsize=1024)
+def _kept_cell_steps(sizes_hw: SizesHw, device: torch.device, dtype: torch.dtype) -> Tensor:
+    steps = [[1 / w, 1 / h] for h, w in sizes_hw]
+    with torch.inference_mode(mode=False):  # a training may be the next to use it
+        return torch.tensor(steps, dtype=dtype, device=device)
 
 
 def deformable_attention(

@@ -134,7 +134,7 @@ class Learner:
             parts = (losses.total.detach(), losses.bce, losses.dice, losses.scoring)
             sums = sums + torch.stack([p.float() for p in parts])
         sums = self._processes.sum_gradients(self.head, sums)
-        loss, bce, dice, scoring = (float(v) for v in sums)
+        loss, bce, dice, scoring = sums.tolist()  # one wait for the device
         if not np.isfinite(loss):
             images = [i for piece in pieces for i in piece.image_ids]
             raise TrainingError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.attention import SizesHw, deformable_attention
+from mfdetr_cache.attention import SizesHw, cell_steps, deformable_attention
 
 HEADS = 8
 
@@ -63,7 +63,7 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (*self.samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (HEADS, -1)).softmax(-1)
         if reference.shape[-1] == 2:
-            scale = offsets.new_tensor([[1 / w, 1 / h] for h, w in memory.sizes_hw])
+            scale = cell_steps(offsets, memory.sizes_hw)
             locations = reference[:, :, None, :, None] + offsets * scale[:, None]
         else:
             extent = reference[:, :, None, :, None, 2:] * (0.5 / self.samples[2])

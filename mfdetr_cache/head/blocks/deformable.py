@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.attention import SizesHw, deformable_attention
+from mfdetr_cache.attention import SizesHw, cell_steps, deformable_attention
 
 
 def num_heads_for(width: int, wanted: int = 8) -> int:
@@ -98,8 +98,8 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
         weights = weights.softmax(-1).flatten(-2).unflatten(-1, samples)
-        scale = offsets.new_tensor([[1 / w, 1 / h] for h, w in sizes_hw])
-        locations = centres[None, :, None, None, None] + offsets * scale[:, None]
+        cells = cell_steps(offsets, sizes_hw)[:, None]
+        locations = centres[None, :, None, None, None] + offsets * cells
         mixed: Tensor = self.output_proj(deformable_attention(value, sizes_hw, locations, weights))
         return mixed
 
