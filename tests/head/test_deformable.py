@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfdetr_cache.attention import sampled_attention
+from mfdetr_cache.attention import sampled_attention, softmax_over_points
 from mfdetr_cache.head.blocks.deformable import (
     MultiScaleDeformableAttention,
     cell_centres,
@@ -158,3 +158,16 @@ def test_equals_the_detectors_own_attention() -> None:
         level_start_index=torch.tensor([0, 20]),
     )
     assert torch.allclose(ours(memory + position, centres, memory, SIZES), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("points", [1, 4, 7, 8, 16])
+def test_softmax_of_few_points_is_the_softmax(points: int) -> None:
+    logits = torch.randn(2, 5, 3, points, dtype=torch.float64, requires_grad=True)
+    above = torch.randn(2, 5, 3, points, dtype=torch.float64)
+    results = []
+    for softmax in (softmax_over_points, lambda x: x.softmax(-1)):
+        found = softmax(logits)
+        results.append((found, *torch.autograd.grad(found, logits, above)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+    assert softmax_over_points(logits[:0]).shape == (0, 5, 3, points)

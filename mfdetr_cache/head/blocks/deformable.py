@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.attention import SizesHw, cell_steps, deformable_attention
+from mfdetr_cache.attention import (
+    SizesHw,
+    cell_steps,
+    deformable_attention,
+    softmax_over_points,
+)
 
 
 def num_heads_for(width: int, wanted: int = 8) -> int:
@@ -97,7 +102,7 @@ class MultiScaleDeformableAttention(nn.Module):
         value = self.value_proj(memory).unflatten(2, (self.num_heads, -1))
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
-        weights = weights.softmax(-1).flatten(-2).unflatten(-1, samples)
+        weights = softmax_over_points(weights).flatten(-2).unflatten(-1, samples)
         cells = cell_steps(offsets, sizes_hw)[:, None]
         locations = centres[None, :, None, None, None] + offsets * cells
         mixed: Tensor = self.output_proj(deformable_attention(value, sizes_hw, locations, weights))
