@@ -5,6 +5,9 @@ the mask network and the detectors' own layers; the official goldens of H-DETR, 
 DINO go through it.
 """
 
+import math
+import warnings
+from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -127,7 +130,7 @@ def deformable_attention(
 
         inputs = (t.to(precise) for t in (value, locations, weights))
         return KernelAttention.apply(*inputs, sizes_hw).flatten(2).to(value.dtype)  # type: ignore[no-any-return]
-    if is_plain(value) and value.device.type == "cuda" and _has_triton():
+    if is_plain(value) and value.device.type == "cuda" and _triton_serves(value.device):
         from mfdetr_cache.attention_triton import TritonAttention
 
         places = (locations.to(precise), weights.to(precise))
@@ -136,9 +139,57 @@ def deformable_attention(
 
 
 @cache
-def _has_triton() -> bool:
-    """It comes with torch where torch comes with CUDA, on Linux."""
-    return find_spec("triton") is not None
+def _triton_serves(device: torch.device) -> bool:
+    """Whether the kernels give what the operators give on this very device; asked once."""
+    # It comes with torch where torch comes with CUDA, on Linux.
+    if find_spec("triton") is None:
+        return False
+    try:
+        from mfdetr_cache.attention_triton import TritonAttention
+
+        fault = _fault_of(TritonAttention.apply, device)
+    except Exception as error:  # a compiler is missing, a driver is too old, ...
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if fault:
+        warnings.warn(
+            f"deformable attention goes by torch's operators on {device}, which is slower: "
+            f"its Triton kernels do not work here ({fault})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not fault
+
+
+def _fault_of(attention: Callable[..., Tensor], device: torch.device) -> str:
+    """Where a kernel differs from the operators on a small example; empty if nowhere."""
+    sizes_hw = ((3, 5), (2, 2))
+    # No random numbers: a training that goes on must draw the same ones.
+    shapes = ((1, 19, 2, 16), (1, 20, 2, 2, 3, 2), (1, 20, 2, 2, 3))
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        inputs = [
+            (0.5 + 0.7 * torch.arange(math.prod(s), device=device).mul(0.37).sin())
+            .reshape(s)
+            .requires_grad_()
+            for s in shapes
+        ]
+        ours = attention(*inputs, sizes_hw).flatten(2)
+        theirs = sampled_attention(inputs[0], sizes_hw, *inputs[1:])
+        above = theirs.detach().cos()
+        pairs = zip(
+            (ours, *torch.autograd.grad(ours, inputs, above)),
+            (theirs, *torch.autograd.grad(theirs, inputs, above)),
+            ("result", "gradient of value", "gradient of locations", "gradient of weights"),
+            strict=True,
+        )
+        # Sums of some ten products in float32.
+        for mine, wanted, name in pairs:
+            if not (mine - wanted).norm() <= 1e-4 * wanted.norm():
+                return f"the {name} is wrong"
+    return ""
 
 
 def sampled_attention(

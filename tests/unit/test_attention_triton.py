@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from mfdetr_cache.attention import sampled_attention
+from mfdetr_cache.attention import _triton_serves, sampled_attention
 
 pytest.importorskip("triton")
 
@@ -96,3 +97,29 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
         [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_that_do_not_work_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler, another driver, another GPU: one warning, and the operators' results."""
+    device = torch.device(DEVICE.type, 0)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert _triton_serves.__wrapped__(device)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(TritonAttention, "apply", no_compiler)
+    with pytest.warns(RuntimeWarning, match=r"RuntimeError: Failed to find C compiler\.\)"):
+        assert not _triton_serves.__wrapped__(device)
+    monkeypatch.undo()
+    backward = TritonAttention.backward
+
+    def wrong_backward(ctx: Any, grad: torch.Tensor) -> Any:
+        of_value, of_locations, of_weights, _ = backward(ctx, grad)
+        return of_value, of_locations * 1.01, of_weights, None
+
+    monkeypatch.setattr(TritonAttention, "backward", staticmethod(wrong_backward))
+    with pytest.warns(RuntimeWarning, match="the gradient of locations is wrong"):
+        assert not _triton_serves.__wrapped__(device)
