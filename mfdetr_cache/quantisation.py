@@ -140,41 +140,57 @@ def encode_map(
     if not count:
         columns = encoding.columns(channels)
         return np.zeros((0, columns), np.uint8), np.zeros((0, 2, channels), np.float16)
+    # numba takes half a second to import, and only what writes a cache needs it.
+    from mfdetr_cache.quantisation_kernels import block_codes, block_extremes
+
     block = encoding.block_tokens or count
-    blocks = encoding.blocks(count)
-    values = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.float32))
-    if blocks * block > count:
-        # Repeating the last token keeps the padding inside the range of its block.
-        padding = values[-1:].expand(blocks * block - count, channels)
-        values = torch.cat((values, padding))
-    values = values.view(blocks, block, channels)
-    low, step = _affine(values.amin(dim=1), values.amax(dim=1), 2**encoding.bits - 1)
-    scale = torch.where(step > 0, step.float(), 1.0)
-    codes = ((values - low.float()[:, None]) / scale[:, None]).round_()
-    codes = codes.clamp_(0, 2**encoding.bits - 1).to(torch.uint8)
-    packed = codes.view(blocks * block, channels)[:count]
+    planes = np.ascontiguousarray(tokens.T, dtype=np.float32)
+    lowest, highest = np.empty((2, encoding.blocks(count), channels), np.float32)
+    block_extremes(planes, block, lowest, highest)
+    most = 2**encoding.bits - 1
+    low, step = _affine(lowest, highest, most)
+    scale = np.where(step > 0, step, np.float16(1)).astype(np.float32)
+    codes: NDArray[np.uint8] = np.empty((count, channels), np.uint8)
+    block_codes(planes, block, low.astype(np.float32), scale, np.float32(most), codes)
     if encoding.bits == 4:
-        packed = torch.nn.functional.pad(packed, (0, channels % 2))
-        packed = packed[:, 0::2] | (packed[:, 1::2] << 4)
-    return packed.contiguous().numpy(), torch.stack((low, step), dim=1).numpy()
+        codes = np.pad(codes, ((0, 0), (0, channels % 2)))
+        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    return codes, np.stack((low, step), axis=1)
 
 
-def _affine(lowest: Tensor, highest: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def fits_float16(values: NDArray[np.float32]) -> bool:
+    """Whether every value is a number and stays finite when it is rounded to float16.
+
+    Args:
+        values: Contiguous, any shape.
+
+    Returns:
+        False if one does not.
+    """
+    from mfdetr_cache import quantisation_kernels
+
+    return bool(quantisation_kernels.fits_float16(values.reshape(-1)))
+
+
+def _affine(
+    lowest: NDArray[np.float32], highest: NDArray[np.float32], levels: int
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """float16 ``low`` and ``step`` whose codes 0 .. levels cover [lowest, highest]."""
-    low = _rounded(lowest, down=True)
-    spread = highest - low.float()
-    step = _rounded(spread / levels, down=False)
+    # Which zero is the least of 0 and -0 is up to the machine; the bytes of a cache are not.
+    low = _rounded(lowest + np.float32(0), down=True)
+    spread = highest - low.astype(np.float32)
+    step = _rounded(spread / np.float32(levels), down=False)
     # A spread so small that the division underflows still needs a step above zero.
-    least = torch.full_like(step, torch.finfo(torch.float16).smallest_normal)
-    return low, torch.where((spread > 0) & (step == 0), least, step)
+    step[(spread > 0) & (step == 0)] = np.finfo(np.float16).smallest_normal
+    return low, step
 
 
-def _rounded(values: Tensor, *, down: bool) -> Tensor:
+def _rounded(values: NDArray[np.float32], *, down: bool) -> NDArray[np.float16]:
     """Values as float16, never above (``down``) or never below what they were."""
-    near = values.to(torch.float16)
-    wrong = near.float() > values if down else near.float() < values
-    toward = torch.full_like(near, -torch.inf if down else torch.inf)
-    return torch.where(wrong, torch.nextafter(near, toward), near)
+    near = values.astype(np.float16)
+    back = near.astype(np.float32)
+    wrong = back > values if down else back < values
+    return np.where(wrong, np.nextafter(near, np.float16(-np.inf if down else np.inf)), near)
 
 
 def decode_maps(maps: list[StoredMap], device: torch.device | str = "cpu") -> Tensor:

@@ -31,7 +31,7 @@ from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk
 from mfdetr_cache.cache.storage import ROOT_KEY, Location, Storage, explained, open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
-from mfdetr_cache.quantisation import ENCODINGS, encode_map
+from mfdetr_cache.quantisation import ENCODINGS, encode_map, fits_float16
 from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 
@@ -46,7 +46,24 @@ class _OpenPart:
     shards: dict[str, ShardBuilder] = field(default_factory=dict)
     next_chunk: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image as it will stand in the shards.
+
+    Attributes:
+        tables: What goes into the small arrays, by array.
+        chunks: Encoded chunks by array, in order.
+    """
+
+    tables: dict[str, Any]
+    chunks: dict[str, list[bytes]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Compressed bytes."""
+        return sum(len(c) for chunks in self.chunks.values() for c in chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,8 @@ class CacheWriter:
         self._encoding = ENCODINGS[layout.preset]
         self._raw = layout.compression == "raw"
         self._arrays = {v: row_arrays(content.spec, layout, v) for v in layout.views}
+        # Chunks are the same in every view.
+        self._specs = next(iter(self._arrays.values()))
         self._open: _OpenPart | None = None
 
     @classmethod
@@ -190,7 +209,8 @@ class CacheWriter:
                 opened.tables[name] = np.zeros(spec.chunk, dtype=spec.dtype)
             else:
                 opened.shards[name] = ShardBuilder(spec.chunks_per_part)
-                opened.next_chunk[name] = 0
+                if self._is_running(name):
+                    opened.next_chunk[name] = 0
         self._open = opened
 
     def append(
@@ -200,7 +220,7 @@ class CacheWriter:
         output: DetectorOutput,
         crops: C1Crops | None = None,
     ) -> int:
-        """Add one image to the open part. Nothing is visible to readers before the part is sealed.
+        """Encode one image and add it to the open part.
 
         Args:
             row: Its row, in the open part.
@@ -215,23 +235,77 @@ class CacheWriter:
             ValueError: If an array has another shape than declared.
             CacheError: If a value is not finite, in the detector or after rounding to float16.
         """
-        part = self._require_open()
-        index = row - part.rows.start
-        before = part.num_bytes
-        part.tables["status"][index] = ROW_OK
-        part.tables["resized_hw"][index] = geometry.resized_hw
-        part.tables["input_hw"][index] = geometry.input_hw
+        return self.add(row, self.encode(row, geometry, output, crops))
+
+    def encode(
+        self,
+        row: int,
+        geometry: ImageGeometry,
+        output: DetectorOutput,
+        crops: C1Crops | None = None,
+    ) -> EncodedImage:
+        """Quantise and compress one image; from any number of threads.
+
+        Args:
+            row: Its row, for messages.
+            geometry: How the image became the input.
+            output: The detector's output for a batch of this one image, on the CPU.
+            crops: Crops of C1, where the layout keeps these in place of the map.
+
+        Returns:
+            What :meth:`add` takes.
+
+        Raises:
+            ValueError: If an array has another shape than declared.
+            CacheError: If a value is not finite, in the detector or after rounding to float16.
+        """
+        image = EncodedImage({}, {})
+        image.tables["status"] = ROW_OK
+        image.tables["resized_hw"] = geometry.resized_hw
+        image.tables["input_hw"] = geometry.input_hw
         for name in ("class_logits", "boxes_cxcywh_norm", "queries"):
-            values = getattr(output, name)[0].numpy()
-            self._add_row(part, name, index, values, row)
+            self._encode_row(image, name, getattr(output, name)[0].numpy(), row)
         for spec in stored_maps(self._content.spec, self._content.layout):
             if spec.role != "c1_roi":
-                self._add_map(part, spec.name, index, output.maps[spec.name][0].numpy(), row)
+                self._encode_map(image, spec.name, output.maps[spec.name][0].numpy(), row)
         if self._content.layout.c1_roi is not None:
             if crops is None:
                 raise ValueError(f"row {row} has no crops of C1, which the layout asks for")
-            self._add_crops(part, index, crops, row)
-        return part.num_bytes - before
+            self._encode_crops(image, crops, row)
+        return image
+
+    def add(self, row: int, image: EncodedImage) -> int:
+        """Add one image to the open part. Nothing is visible to readers before it is sealed.
+
+        Args:
+            row: Its row, in the open part.
+            image: From :meth:`encode`.
+
+        Returns:
+            Compressed bytes added.
+
+        Raises:
+            ValueError: If its maps are larger than planned.
+        """
+        part = self._require_open()
+        index = row - part.rows.start
+        for name, values in image.tables.items():
+            part.tables[name][index] = values
+        for name, chunks in image.chunks.items():
+            spec = part.arrays[name]
+            first = index
+            if name in part.next_chunk:
+                first = part.next_chunk[name]
+                part.next_chunk[name] = first + len(chunks)
+                if first + len(chunks) > spec.chunks_per_part:
+                    raise ValueError(f"{name} of row {row} is larger than planned")
+            if name.endswith("/values"):
+                assert spec.shard is not None
+                place = part.part.number * spec.shard[0] + first * spec.chunk[0]
+                part.tables[f"{name.removesuffix('values')}offset"][index] = place
+            for number, chunk in enumerate(chunks):
+                part.shards[name].add(first + number, chunk)
+        return image.num_bytes
 
     def skip(self, row: int, reason: str) -> None:
         """Leave one row without content.
@@ -277,94 +351,85 @@ class CacheWriter:
         self._open = None
         return sum(f["bytes"] for f in files.values())
 
+    def _is_running(self, name: str) -> bool:
+        """Whether an array's chunks follow one another, and are not one an image."""
+        blocks = bool(self._encoding.block_tokens)
+        return name.endswith("/values") or (blocks and name.endswith("/affine"))
+
     def _require_open(self) -> _OpenPart:
         if self._open is None:
             raise ValueError("no part is open; call begin_part first")
         return self._open
 
-    def _add_row(
-        self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
-    ) -> None:
-        spec = part.arrays[name]
+    def _encode_row(self, image: EncodedImage, name: str, values: NDArray[Any], row: int) -> None:
+        """An array that has one chunk an image."""
+        spec = self._specs[name]
         if values.shape != spec.shape[1:]:
             raise ValueError(f"{name} of row {row} is {values.shape}, declared {spec.shape[1:]}")
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(values[None], dtype=spec.dtype)
-        _require_finite(values, stored, row, name)
-        self._add_chunk(part, name, index, stored)
+        if not np.isfinite(stored).all():
+            raise _not_finite(values, row, name, stored.dtype)
+        image.chunks[name] = [self._encode_chunk(name, stored)]
 
-    def _add_chunk(
-        self, part: _OpenPart, name: str, index: int, values: NDArray[np.generic]
-    ) -> None:
-        """Encode one chunk, filled up with zeros to its full size."""
-        chunk = part.arrays[name].chunk
+    def _encode_chunk(self, name: str, values: NDArray[np.generic]) -> bytes:
+        """One chunk, filled up with zeros to its full size."""
+        chunk = self._specs[name].chunk
         if values.shape != chunk:
             padded = np.zeros(chunk, dtype=values.dtype)
             padded[: len(values)] = values
             values = padded
-        encoded = encode_chunk(values, raw=self._raw)
-        part.shards[name].add(index, encoded)
-        part.num_bytes += len(encoded)
+        return encode_chunk(values, raw=self._raw)
 
-    def _add_crops(self, part: _OpenPart, index: int, crops: C1Crops, row: int) -> None:
-        most = part.arrays[f"{C1_ROI}/query_index"].shape[1]
+    def _encode_crops(self, image: EncodedImage, crops: C1Crops, row: int) -> None:
+        most = self._specs[f"{C1_ROI}/query_index"].shape[1]
         queries = np.full(most, -1, dtype=np.int32)
         queries[: len(crops.query_index)] = crops.query_index
-        part.tables[f"{C1_ROI}/c1_hw"][index] = crops.c1_hw
-        self._add_row(part, f"{C1_ROI}/query_index", index, queries, row)
-        self._add_row(part, f"{C1_ROI}/moments", index, crops.moments, row)
+        image.tables[f"{C1_ROI}/c1_hw"] = crops.c1_hw
+        self._encode_row(image, f"{C1_ROI}/query_index", queries, row)
+        self._encode_row(image, f"{C1_ROI}/moments", crops.moments, row)
         values = np.asarray(crops.crops.to_array(), dtype=np.float32).transpose(2, 0, 1)
-        self._add_map(part, C1_ROI, index, values, row)
+        self._encode_map(image, C1_ROI, values, row)
 
-    def _add_map(
-        self, part: _OpenPart, name: str, index: int, values: NDArray[Any], row: int
-    ) -> None:
+    def _encode_map(self, image: EncodedImage, name: str, values: NDArray[Any], row: int) -> None:
         """Cut a (C, h, w) map into chunks of tokens; the last chunk is padded with zeros."""
         base = f"maps/{name}"
-        spec = part.arrays[f"{base}/values"]
+        spec = self._specs[f"{base}/values"]
         channels, height, width = values.shape
         if channels != spec.attributes["channels"]:
             raise ValueError(
                 f"map {name} of row {row} has {channels} channels, "
                 f"not {spec.attributes['channels']}"
             )
-        tokens = values.reshape(channels, height * width).T
-        _require_finite(tokens, _half(tokens), row, f"map {name}")
-        stored, affine = encode_map(tokens, self._encoding)
-        first, step = part.next_chunk[f"{base}/values"], spec.chunk[0]
-        count = -(-len(stored) // step)
-        if first + count > spec.chunks_per_part:
-            raise ValueError(f"map {name} of row {row} is larger than planned: {height} x {width}")
-        part.tables[f"{base}/hw"][index] = (height, width)
-        assert spec.shard is not None
-        part.tables[f"{base}/offset"][index] = part.part.number * spec.shard[0] + first * step
-        for chunk in range(count):
-            piece = stored[chunk * step : (chunk + 1) * step]
-            self._add_chunk(part, f"{base}/values", first + chunk, piece)
-        part.next_chunk[f"{base}/values"] = first + count
-        if affine is None:
-            return
-        if self._encoding.block_tokens:
-            blocks = step // self._encoding.block_tokens
-            for chunk in range(count):
-                piece = affine[chunk * blocks : (chunk + 1) * blocks]
-                self._add_chunk(part, f"{base}/affine", first + chunk, piece)
-        else:
-            self._add_chunk(part, f"{base}/affine", index, affine)
+        planes = np.ascontiguousarray(values, dtype=np.float32).reshape(channels, height * width)
+        if not fits_float16(planes):
+            raise _not_finite(values, row, f"map {name}", np.dtype(np.float16))
+        stored, affine = encode_map(planes.T, self._encoding)
+        step = spec.chunk[0]
+        starts = range(0, len(stored), step)
+        image.tables[f"{base}/hw"] = (height, width)
+        image.chunks[f"{base}/values"] = [
+            self._encode_chunk(f"{base}/values", stored[i : i + step]) for i in starts
+        ]
+        if affine is not None:
+            # Of every chunk; where a map has one scale, of the image.
+            block = self._encoding.block_tokens
+            pieces = (
+                [affine[i // block : (i + step) // block] for i in starts] if block else [affine]
+            )
+            image.chunks[f"{base}/affine"] = [
+                self._encode_chunk(f"{base}/affine", p) for p in pieces
+            ]
 
 
-def _half(values: NDArray[Any]) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16)
-
-
-def _require_finite(values: NDArray[Any], stored: NDArray[np.generic], row: int, name: str) -> None:
-    if not np.isfinite(stored).all():
-        largest = float(np.nanmax(np.abs(values)))
-        raise CacheError(
-            f"{name} of row {row} is not finite as {stored.dtype} (largest value {largest:.3g}); "
-            "the detector or its input is broken"
-        )
+def _not_finite(
+    values: NDArray[Any], row: int, name: str, dtype: np.dtype[np.generic]
+) -> CacheError:
+    largest = float(np.nanmax(np.abs(values)))
+    return CacheError(
+        f"{name} of row {row} is not finite as {dtype} (largest value {largest:.3g}); "
+        "the detector or its input is broken"
+    )
 
 
 def require_same_content(storage: Storage, content: CacheContent) -> None:

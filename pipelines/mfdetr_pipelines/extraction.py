@@ -1,5 +1,6 @@
 """The machinery of extract: decoding ahead, the detector, encoding and writing behind it."""
 
+import os
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.schema import C1Mode, C1RoiLayout, Compression, Part, stored_maps
 from mfdetr_cache.cache.storage import Location
-from mfdetr_cache.cache.writer import WHOLE, CacheWriter, Partition
+from mfdetr_cache.cache.writer import WHOLE, CacheWriter, EncodedImage, Partition
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import Policy, transform_image
 from mfdetr_cache.detectors.images import load_image
@@ -36,6 +37,8 @@ from mfdetr_cache.types import C1Crops, DetectorOutput, GroundTruth, ImageGeomet
 from mfdetr_pipelines.cluster import Cluster
 
 _PREFETCH = 8
+# Threads that quantise and compress while a GPU computes.
+_MOST_ENCODERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +103,27 @@ class _Decoded:
 
 @dataclass
 class _Item:
-    """One image on its way to the writer; without output it is left out."""
+    """One image on its way to the writer; one that is never encoded is left out."""
 
     part: Part
     row: int
-    geometry: ImageGeometry
-    output: DetectorOutput | None
+    encoded: Future[EncodedImage] | None
     problem: str = ""
-    crops: C1Crops | None = None
+
+
+def num_encoders(device: torch.device) -> int:
+    """How many threads quantise and compress.
+
+    Args:
+        device: Where the detector runs.
+
+    Returns:
+        One beside a CPU, whose cores are the detector's; several beside a GPU, which gives images
+        faster than one thread compresses them.
+    """
+    if device.type == "cpu":
+        return 1
+    return max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // 2))
 
 
 def c1_crops(
@@ -142,7 +158,7 @@ def c1_crops(
 
 
 class Extraction:
-    """Decoding ahead, the detector in this thread, encoding and writing behind it."""
+    """Decoding ahead, the detector in this thread, encoding and writing behind it, in order."""
 
     def __init__(
         self,
@@ -163,6 +179,7 @@ class Extraction:
         self._reporter = reporter
         self._work: queue.Queue[_Item | None]
         self._work = queue.Queue(maxsize=_PREFETCH)
+        self._encoders = ThreadPoolExecutor(num_encoders(self._device), "encode")
         self._failure: BaseException | None = None
         self.num_extracted = 0
         self.num_bytes = 0
@@ -196,6 +213,7 @@ class Extraction:
             raise
         finally:
             writing.join()
+            self._encoders.shutdown(cancel_futures=True)
             self._reporter.finish()
         if self._failure is not None:
             raise self._failure
@@ -237,7 +255,7 @@ class Extraction:
             if self._config.on_bad_image == "stop":
                 raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
             self._reporter.warn(f"skipped: {decoded.problem}")
-            return _Item(part, row, decoded.geometry, None, decoded.problem)
+            return _Item(part, row, None, decoded.problem)
         started = time.perf_counter()
         output = self._detector.forward(decoded.pixel_values[None].to(self._device))
         crops = None
@@ -253,7 +271,8 @@ class Extraction:
         )
         self.detector_seconds += time.perf_counter() - started
         self.num_extracted += 1
-        return _Item(part, row, decoded.geometry, on_cpu, crops=crops)
+        encode = self._writer.encode
+        return _Item(part, row, self._encoders.submit(encode, row, decoded.geometry, on_cpu, crops))
 
     def _write(self) -> None:
         """The writer thread: one part after the other, sealed when its last row is in."""
@@ -271,11 +290,11 @@ class Extraction:
                         return
                     open_part = item.part
                     self._writer.begin_part(open_part)
-                if item.output is None:
+                if item.encoded is None:
                     self._writer.skip(item.row, item.problem)
                     self._reporter.advance()
                 else:
-                    added = self._writer.append(item.row, item.geometry, item.output, item.crops)
+                    added = self._writer.add(item.row, item.encoded.result())
                     self.num_bytes += added
                     self._reporter.advance(num_bytes=added)
         except BaseException as error:

@@ -27,6 +27,7 @@ from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Detector, Reporter
 from mfdetr_cache.quantisation import ENCODINGS, Encoding, Preset, encode_map
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
+from mfdetr_pipelines.extraction import num_encoders
 from mfdetr_pipelines.recipes import Recipe
 
 _BLOCK = 64 * 2**20
@@ -82,7 +83,8 @@ class PresetPlan:
         bytes_per_image: Stored bytes per image and view.
         total_bytes: Of the whole cache.
         fits: Whether the disk has room for it.
-        extract_hours: To fill it: the slower of detector and disk.
+        encode_seconds: Of quantising and compressing an image on one thread, mean.
+        extract_hours: To fill it: the slowest of detector, encoding threads and disk.
         cached_hours: Of one training from it: the slower of head and disk.
         pays_after: The training after which the cache has cost less than training live; None if
             it never does.
@@ -93,6 +95,7 @@ class PresetPlan:
     bytes_per_image: float
     total_bytes: float
     fits: bool
+    encode_seconds: float
     extract_hours: float
     cached_hours: float
     pays_after: int | None
@@ -165,13 +168,15 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     live = shown * (detector_seconds + head_seconds) / 3600
     presets = []
     for preset, encoding in ENCODINGS.items():
-        ratio = _compression(outputs, kept_maps(detector.spec, config.c1), encoding)
+        ratio, encode = _encoding(outputs, kept_maps(detector.spec, config.c1), encoding)
         each = _mean_bytes(split, detector, encoding, config) / ratio
         total = each * count * passes
-        extract = count * passes * max(detector_seconds, each / write_speed) / 3600
+        slowest = max(detector_seconds, encode / num_encoders(device), each / write_speed)
+        extract = count * passes * slowest / 3600
         cached = shown * max(head_seconds, each / read_speed) / 3600
         pays = math.ceil(extract / (live - cached)) if live > cached else None
-        presets.append(PresetPlan(preset, ratio, each, total, total < free, extract, cached, pays))
+        fits = total < free
+        presets.append(PresetPlan(preset, ratio, each, total, fits, encode, extract, cached, pays))
     return Plan(
         images=count,
         views=passes,
@@ -304,12 +309,14 @@ def _map_bytes(tokens: int, channels: int, encoding: Encoding) -> float:
     return values + (encoding.blocks(tokens) * channels * 4 if encoding.is_affine else 0)
 
 
-def _compression(
+def _encoding(
     outputs: Sequence[DetectorOutput], maps: Sequence[MapSpec], encoding: Encoding
-) -> float:
-    """Uncompressed over stored bytes on the sample."""
+) -> tuple[float, float]:
+    """Uncompressed over stored bytes on the sample, and seconds an image on one thread."""
     plain = stored = 0
+    seconds = []
     for output in outputs:
+        started = time.perf_counter()
         for m in maps:
             tokens = output.maps[m.name][0].flatten(1).T.numpy()
             for part in encode_map(tokens, encoding):
@@ -320,7 +327,9 @@ def _compression(
         plain += row.nbytes + output.class_logits.nbytes + output.boxes_cxcywh_norm.nbytes
         stored += len(encode_chunk(row)) + len(encode_chunk(output.class_logits.numpy()))
         stored += len(encode_chunk(output.boxes_cxcywh_norm.numpy()))
-    return plain / stored
+        seconds.append(time.perf_counter() - started)
+    # The first call warms up.
+    return plain / stored, float(np.mean(seconds[1:] or seconds))
 
 
 def disk_speed(folder: Path, seconds: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines import extraction
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
@@ -264,3 +265,16 @@ def test_no_cuda_is_one_clear_line(
         pytest.skip("a GPU is here")
     with pytest.raises(ConfigError, match="no CUDA GPU is available here; use --device cpu"):
         run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr", device="cuda")
+
+
+def test_many_encoders_write_the_bytes_of_one(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a GPU."""
+    found = []
+    for encoders in (1, 5):
+        monkeypatch.setattr(extraction, "num_encoders", lambda _, n=encoders: n)
+        cache = tmp_path / f"{encoders}.zarr"
+        run(scenes_folder, rtdetr_folder, cache, preset="int8", views=1)
+        found.append(files_of(cache))
+    assert found[0] == found[1]

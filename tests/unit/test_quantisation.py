@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mfdetr_cache.quantisation import ENCODINGS, Preset, StoredMap, decode_maps, encode_map
+from mfdetr_cache.quantisation import (
+    ENCODINGS,
+    Preset,
+    StoredMap,
+    decode_maps,
+    encode_map,
+    fits_float16,
+)
 
 TOKENS = arrays(
     np.float32,
@@ -60,3 +67,47 @@ def test_a_batch_decodes_as_its_maps_do() -> None:
         assert batch.shape == (3, 5, 1, 100)
         for index, one in enumerate(maps):
             assert (batch[index].permute(1, 2, 0).numpy() == one.to_array()).all()
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8-small", "int4"])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 5), (64, 4), (130, 33)])
+def test_codes_are_those_of_the_definition(preset: Preset, shape: tuple[int, int]) -> None:
+    """Written with arrays, one block after the other, from the description of the format."""
+    rng = np.random.default_rng(0)
+    count, channels = shape
+    encoding = ENCODINGS[preset]
+    # As a detector gives them, a plane per channel; one channel is constant, one is zeros.
+    tokens = (rng.standard_normal((channels, count)) * 10.0 ** rng.integers(-5, 4)).T
+    tokens = tokens.astype(np.float32)
+    tokens[:, 0] = tokens[0, 0]
+    tokens[:, channels // 2] = [0.0, -0.0][count % 2]
+    codes, affine = encode_map(tokens, encoding)
+    assert affine is not None
+    most = 2**encoding.bits - 1
+    wanted = np.empty(shape, np.uint8)
+    block = encoding.block_tokens or count
+    for number, first in enumerate(range(0, count, block)):
+        values = tokens[first : first + block]
+        low, step = affine[number].astype(np.float32)
+        below = np.nextafter(affine[number, 0], np.float16(np.inf)).astype(np.float32)
+        assert (low <= values.min(0)).all()
+        assert (below > values.min(0)).all()
+        covered = low.astype(np.float64) + most * step.astype(np.float64)
+        # The spread was taken in float32.
+        assert (covered >= values.max(0) - 2**-23 * np.abs(values).max(0)).all()
+        scaled = (values - low) / np.where(step > 0, step, np.float32(1))
+        wanted[first : first + block] = np.clip(np.rint(scaled), 0, most)
+    if encoding.bits == 4:
+        codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(count, -1)[:, :channels]
+    np.testing.assert_array_equal(codes, wanted)
+    assert not np.signbit(affine[:, 0, channels // 2]).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0, -65520.0])
+def test_what_float16_cannot_hold_is_seen(value: float) -> None:
+    values = np.zeros((3, 50), np.float32)
+    values[1, 7] = np.nextafter(np.float32(65520), np.float32(0))
+    assert fits_float16(values)
+    assert np.isfinite(values.astype(np.float16)).all()
+    values[2, 49] = value
+    assert not fits_float16(values)
