@@ -63,18 +63,16 @@ def made_ground_truth(size_hw: tuple[int, int], count: int, seed: int) -> Ground
     )
 
 
-def made_cache(
-    path: Path,
+def made_content(
     preset: Preset,
     compression: Compression = "zstd",
     images: int = 12,
     spec: DetectorSpec | None = None,
-) -> Path:
-    """Write a cache of made-up images unless it is there."""
+) -> CacheContent:
+    """What a cache of made-up images is of."""
     spec = spec or hdetr_r50_spec()
     sizes = [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
-    inputs = [shortest_edge_size(s, 800, 1333) for s in sizes]
-    content = CacheContent(
+    return CacheContent(
         identity={
             "detector": detector_identity(spec),
             "dataset": {"name": "made", "annotations_sha256": "", "num_images": images},
@@ -84,7 +82,7 @@ def made_cache(
             "compression": compression,
         },
         spec=spec,
-        layout=plan_layout(spec, set(inputs), images, preset, compression),
+        layout=plan_layout(spec, set(map(input_size, sizes)), images, preset, compression),
         image_ids=list(range(1, images + 1)),
         file_names=[f"{i}.jpg" for i in range(images)],
         original_sizes_hw=list(sizes),
@@ -97,11 +95,28 @@ def made_cache(
             )
         },
     )
+
+
+def input_size(size_hw: tuple[int, int]) -> tuple[int, int]:
+    """What an image is resized to."""
+    return shortest_edge_size(size_hw, 800, 1333)
+
+
+def made_cache(
+    path: Path,
+    preset: Preset,
+    compression: Compression = "zstd",
+    images: int = 12,
+    spec: DetectorSpec | None = None,
+) -> Path:
+    """Write a cache of made-up images unless it is there."""
+    content = made_content(preset, compression, images, spec)
     with CacheWriter.open_or_create(path, content) as writer:
         for part in writer.pending_parts():
             writer.begin_part(part)
             for row in writer.rows_of_part(part):
-                geometry = ImageGeometry(sizes[row], inputs[row], inputs[row])
-                writer.append(row, geometry, made_output(spec, inputs[row], row))
+                size = content.original_sizes_hw[row]
+                geometry = ImageGeometry(size, input_size(size), input_size(size))
+                writer.append(row, geometry, made_output(content.spec, input_size(size), row))
             writer.seal_part()
     return path
