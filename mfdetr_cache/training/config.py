@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mfdetr_cache.devices import threads_beside_gpu
+
+# Settings that no weight depends on: a run may go on with others.
+FREE_FIELDS = ("num_threads", "checkpoint_minutes")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
@@ -50,7 +55,7 @@ class TrainConfig:
         held_out: Category ids whose masks are hidden from training, to see how masks of classes
             come out that the head never saw (its masks do not depend on the class).
         seed: Of initialisation, order, jitter and points.
-        num_threads: Threads that read and prepare batches.
+        num_threads: Threads that read and prepare batches; 0 chooses, see :meth:`reader_threads`.
         checkpoint_minutes: Time between checkpoints.
     """
 
@@ -88,13 +93,29 @@ class TrainConfig:
     label_fraction: float = 1.0
     held_out: tuple[int, ...] = ()
     seed: int = 0
-    num_threads: int = 2
+    num_threads: int = 0
     checkpoint_minutes: float = 5.0
 
+    def reader_threads(self, *, on_gpu: bool) -> int:
+        """How many threads read and prepare batches.
+
+        Args:
+            on_gpu: Whether the training runs on a GPU, which leaves the cores free and takes
+                batches faster than two threads decode them.
+
+        Returns:
+            ``num_threads``; in place of 0 two, or half of the cores up to eight beside a GPU.
+        """
+        if self.num_threads or not on_gpu:
+            return self.num_threads or 2
+        return max(2, threads_beside_gpu(8))
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "num_threads", "target_scale", "accumulate"):
+        for name in ("steps", "batch_size", "target_scale", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
+        if self.num_threads < 0:
+            raise ValueError("num_threads must be 0 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):

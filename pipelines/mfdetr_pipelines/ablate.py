@@ -24,6 +24,7 @@ from mfdetr_cache.head.folder import load_head, save_head, write_atomically
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, require_same
 from mfdetr_cache.protocols import Reporter, SilentReporter
+from mfdetr_cache.training.config import FREE_FIELDS
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_pipelines.ablation_rows import AblationRow, RowPlan, plan_rows
@@ -321,7 +322,11 @@ def _read_result(job: _Job) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise HeadError(f"{path} is damaged; remove it to train this row again") from error
-    found = differences(before, json.loads(json.dumps(job.identity)))
+    found = [
+        d
+        for d in differences(before, json.loads(json.dumps(job.identity)))
+        if d[0].removeprefix("train.") not in FREE_FIELDS
+    ]
     if found:
         key, theirs, ours = found[0]
         raise HeadError(

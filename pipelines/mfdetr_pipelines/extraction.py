@@ -1,6 +1,5 @@
 """The machinery of extract: decoding ahead, the detector, encoding and writing behind it."""
 
-import os
 import queue
 import threading
 import time
@@ -23,7 +22,7 @@ from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import Policy, transform_image
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import DetectorOptions
-from mfdetr_cache.devices import torch_device
+from mfdetr_cache.devices import threads_beside_gpu, torch_device
 from mfdetr_cache.errors import (
     ImageError,
     StoppedError,
@@ -123,7 +122,7 @@ def num_encoders(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 1
-    return max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // 2))
+    return threads_beside_gpu(_MOST_ENCODERS)
 
 
 def c1_crops(

@@ -19,7 +19,7 @@ from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
-from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
 from mfdetr_pipelines.recipes import Recipe
 from mfdetr_pipelines.run_log import Tracker
 
@@ -136,6 +136,8 @@ def prepare_folder(
         now = {"head": to_dict(head), **document}
         for name in same:
             found = differences(before.get(name), now[name])
+            if name == "train":
+                found = [d for d in found if d[0] not in FREE_FIELDS]
             if found:
                 key, theirs, ours = found[0]
                 raise HeadError(

@@ -241,7 +241,7 @@ def _train(
         lambda row, step: data.picture(row, step // per_epoch),
         lambda step: rows_of_step(data.rows, train.batch_size, train.seed, step),
         range(first, train.steps),
-        train.num_threads,
+        train.reader_threads(on_gpu=learner.device.type == "cuda"),
     )
     with stop_on_signals(stop):
         for pictures in itertools.takewhile(lambda _: not stop.is_set(), steps):

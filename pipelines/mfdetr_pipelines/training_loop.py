@@ -317,7 +317,8 @@ class TrainingLoop:
                 samples[key] = TrainSample(image, build_regions(image, learner.train, size, random))
             return _Loaded(image, samples)
 
-        return read_ahead(load, rows_of, range(first, last), train.num_threads)
+        threads = train.reader_threads(on_gpu=self._device.type == "cuda")
+        return read_ahead(load, rows_of, range(first, last), threads)
 
     def _one_step(
         self,

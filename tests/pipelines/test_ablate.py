@@ -169,6 +169,9 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(drawn_cache: Path, tmp_p
 
 def test_another_ablation_in_the_folder_is_refused(drawn_cache: Path, tmp_path: Path) -> None:
     run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
+    with_threads = with_settings(rows(), {}, {"num_threads": 3})
+    again = run_ablate(config(drawn_cache, tmp_path, rows=with_threads, seeds=1), SilentReporter())
+    assert [r.problem for r in again] == ["", ""]
     results = run_ablate(config(drawn_cache, tmp_path, seeds=1, steps=3), SilentReporter())
     assert all("of another ablation: train.steps was 2 and is 3" in r.problem for r in results)
 

@@ -239,6 +239,9 @@ def test_folders_in_use_are_not_touched(tmp_path: Path, drawn_cache: Path) -> No
         train(drawn_cache, tmp_path / "run")
     with pytest.raises(HeadError, match=r"cannot resume .*: train\.lr was 0\.001 and is 0\.5 now"):
         train(drawn_cache, tmp_path / "run", small_recipe(lr=0.5), resume=True)
+    # How many threads read is no part of what a run is.
+    train(drawn_cache, tmp_path / "run", small_recipe(num_threads=3), resume=True)
+    assert (tmp_path / "run/head.safetensors").read_bytes() == before
     with pytest.raises(HeadError, match="holds no run to resume"):
         train(drawn_cache, tmp_path / "absent", resume=True)
     assert (tmp_path / "run/head.safetensors").read_bytes() == before

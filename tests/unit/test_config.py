@@ -1,4 +1,8 @@
+import os
+
 import pytest
+import torch
+from mfdetr_pipelines.extraction import num_encoders
 from mfdetr_pipelines.recipes import RECIPES, build_recipe
 
 from mfdetr_cache.config import from_dict, override, to_dict
@@ -48,3 +52,17 @@ def test_every_recipe_says_where_it_comes_from() -> None:
     for name, function in RECIPES.items():
         assert function().name == name
         assert function.__doc__
+
+
+def test_readers_beside_a_gpu_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    chosen = TrainConfig()
+    assert [chosen.reader_threads(on_gpu=g) for g in (False, True)] == [2, 8]
+    assert TrainConfig(num_threads=3).reader_threads(on_gpu=True) == 3
+    assert num_encoders(torch.device("cuda")) == 8
+    assert num_encoders(torch.device("cpu")) == 1
+    # Four processes of torchrun share the machine.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert chosen.reader_threads(on_gpu=True) == 2
+    assert num_encoders(torch.device("cuda")) == 2
