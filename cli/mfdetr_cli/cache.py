@@ -9,6 +9,7 @@ import typer
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import (
     ConsoleReporter,
+    counted,
     human_bytes,
     metric_rows,
     print_facts,
@@ -107,13 +108,14 @@ def verify(
     for fault in summary.faults[:20]:
         typer.echo(fault)
     if summary.faults:
-        faults = "1 fault" if len(summary.faults) == 1 else f"{len(summary.faults)} faults"
         raise CheckFailedError(
-            f"{cache}: {faults}, {len(summary.broken_parts)} of "
-            f"{summary.parts} parts are broken; mend them with: mfdetr cache repair {cache}"
+            f"{cache}: {counted(len(summary.faults), 'fault')}, {len(summary.broken_parts)} of "
+            f"{counted(summary.parts, 'part')} broken; mend them with: mfdetr cache repair {cache}"
         )
     how = "every byte read" if full else "sizes and indexes; --full reads every byte"
-    facts = {"whole": f"{summary.parts} parts, {human_bytes(summary.bytes_checked)} ({how})"}
+    facts = {
+        "whole": f"{counted(summary.parts, 'part')}, {human_bytes(summary.bytes_checked)} ({how})"
+    }
     if summary.live_images:
         facts["live"] = (
             f"{summary.live_images} images as the detector gives them now, largest mean "
@@ -202,8 +204,9 @@ def repair(
     mended = "nothing was broken"
     if summary.faults:
         mended = (
-            f"{len(summary.parts)} parts extracted again ({summary.num_images} images), "
-            f"{summary.foundation_files} files of the foundation rewritten"
+            f"{counted(len(summary.parts), 'part')} extracted again "
+            f"({counted(summary.num_images, 'image')}), "
+            f"{counted(summary.foundation_files, 'file')} of the foundation rewritten"
         )
     print_facts(f"Cache {cache}", {"whole": mended})
 

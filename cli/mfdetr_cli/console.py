@@ -153,6 +153,23 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts.
+
+    Args:
+        count: How many.
+        noun: Of one; more take an s.
+
+    Returns:
+        Text.
+
+    Examples:
+        >>> counted(1, "part"), counted(0, "part")
+        ('1 part', '0 parts')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def human_time(seconds: float) -> str:
     """A duration for people.
 

@@ -101,7 +101,7 @@ def test_verify_has_exit_code_1_for_a_fault(tmp_path: Path, drawn_cache: Path) -
     next(copy.glob("views/base/queries/c/0/0/0")).write_bytes(b"torn")
     finished = mfdetr("cache", "verify", copy, "--json", tmp_path / "v.json")
     assert finished.returncode == 1
-    assert "1 of 1 parts are broken" in finished.stderr
+    assert "1 of 1 part broken" in finished.stderr
     assert json.loads((tmp_path / "v.json").read_text())["broken_parts"] == [["base", 0]]
     assert mfdetr("cache", "verify", tmp_path / "absent").returncode == 2
 
@@ -117,7 +117,7 @@ def test_repair_mends_what_verify_finds(
         "--annotations", scenes_folder / "instances.json", "--device", "cpu",
     ]  # fmt: skip
     output = run(*arguments, "--json", tmp_path / "r.json").output
-    assert "1 parts extracted again (8 images)" in output
+    assert "1 part extracted again (8 images)" in output
     assert json.loads((tmp_path / "r.json").read_text())["whole"] is True
     assert "nothing was broken" in run(*arguments).output
 
