@@ -159,7 +159,7 @@ def encode_map(
 
 
 def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether every value is a number and stays finite when it is rounded to float16.
+    """Whether every value is a number within the range of float16.
 
     Args:
         values: Contiguous, any shape.
@@ -190,7 +190,8 @@ def _rounded(values: NDArray[np.float32], *, down: bool) -> NDArray[np.float16]:
     near = values.astype(np.float16)
     back = near.astype(np.float32)
     wrong = back > values if down else back < values
-    return np.where(wrong, np.nextafter(near, np.float16(-np.inf if down else np.inf)), near)
+    near[wrong] = np.nextafter(near[wrong], np.float16(-np.inf if down else np.inf))
+    return near
 
 
 def decode_maps(maps: list[StoredMap], device: torch.device | str = "cpu") -> Tensor:

@@ -90,7 +90,7 @@ def block_codes(
 
 @numba.njit(**_EXACT)  # type: ignore[untyped-decorator]
 def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether every value is a number and stays finite when it is rounded to float16.
+    """Whether every value is a number within the range of float16.
 
     Args:
         values: Any shape with one axis, contiguous.
@@ -100,6 +100,6 @@ def fits_float16(values: NDArray[np.float32]) -> bool:
     """
     misfits = 0
     for value in values:
-        # Half way between the largest float16 and the next power of two; not true of NaN.
-        misfits += not abs(value) < np.float32(65520)
+        # Below the least float16 ``low`` would be rounded down to infinity. Not true of NaN.
+        misfits += not abs(value) <= np.float32(65504)
     return misfits == 0

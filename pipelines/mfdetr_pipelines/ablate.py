@@ -17,7 +17,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.devices import torch_device
-from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError
+from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, compare_all
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
 from mfdetr_cache.head.folder import load_head, save_head, write_atomically
@@ -344,6 +344,14 @@ def _by_stream(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     yield from groups.values()
 
 
+def _run(loop: TrainingLoop) -> None:
+    """The loop's own words name ``--resume``, which an ablation does not need."""
+    try:
+        loop.run()
+    except StoppedError as error:
+        raise StoppedError("stopped by a signal; the same command goes on from there") from error
+
+
 def _train_together(
     config: AblateConfig,
     jobs: Sequence[_Job],
@@ -363,7 +371,12 @@ def _train_together(
             problems[job.plan.row.name] = str(error)
     if runs:
         loop = TrainingLoop(cache, list(runs.values()), device, reporter, split_when_full=True)
-        loop.run()
+        try:
+            loop.run()
+        except StoppedError as error:
+            raise StoppedError(
+                "stopped by a signal; the same command goes on from there"
+            ) from error
     for number, job in enumerate(jobs):
         name = job.plan.row.name
         if name in problems:

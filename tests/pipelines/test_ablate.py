@@ -146,7 +146,7 @@ def test_the_same_command_goes_on(
         return real(self, step, *arguments)
 
     monkeypatch.setattr(TrainingLoop, "_one_step", counted)
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError, match="the same command goes on from there"):
         run_ablate(config(drawn_cache, tmp_path / "a"), SilentReporter())
     # Two steps of both heads with seed 0, one with seed 1.
     assert steps == [(0, 0, 2), (0, 1, 2), (1, 0, 2)]
