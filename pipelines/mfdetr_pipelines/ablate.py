@@ -371,12 +371,7 @@ def _train_together(
             problems[job.plan.row.name] = str(error)
     if runs:
         loop = TrainingLoop(cache, list(runs.values()), device, reporter, split_when_full=True)
-        try:
-            loop.run()
-        except StoppedError as error:
-            raise StoppedError(
-                "stopped by a signal; the same command goes on from there"
-            ) from error
+        _run(loop)
     for number, job in enumerate(jobs):
         name = job.plan.row.name
         if name in problems:
