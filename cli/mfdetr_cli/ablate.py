@@ -1,5 +1,6 @@
 """``mfdetr ablate``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from mfdetr_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mfdetr_pipelines.ablate import RowResult
     from mfdetr_pipelines.ablation_rows import AblationRow, Baseline
 
 
@@ -46,6 +48,16 @@ def ablate(
     label_fraction: Annotated[
         list[float] | None,
         typer.Option(help="Train every row on the masks of this part of the images; repeatable."),
+    ] = None,
+    smaller: Annotated[
+        bool,
+        typer.Option(
+            "--smaller", help="Add to every row hidden widths of 32, 16 and 8, and RoI 8 x 8."
+        ),
+    ] = False,
+    detector_hours: Annotated[
+        float | None,
+        typer.Option(help="Hours of the detector's training and the extraction, for a total."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the validation images, for sample masks.")
@@ -84,9 +96,14 @@ def ablate(
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.ablate import AblateConfig, run_ablate
-    from mfdetr_pipelines.ablation_pictures import sample_strips
-    from mfdetr_pipelines.ablation_report import COLUMNS, report_cells, write_report
-    from mfdetr_pipelines.ablation_rows import baseline_rows, label_fraction_rows, with_settings
+    from mfdetr_pipelines.ablation_pictures import sample_masks
+    from mfdetr_pipelines.ablation_report import write_report
+    from mfdetr_pipelines.ablation_rows import (
+        baseline_rows,
+        label_fraction_rows,
+        smaller_rows,
+        with_settings,
+    )
     from mfdetr_pipelines.baselines import SamSource
     from mfdetr_pipelines.cluster import Cluster
 
@@ -96,6 +113,8 @@ def ablate(
     if max_steps is not None:
         train["steps"] = max_steps
     rows = with_settings(rows, head, train)
+    if smaller:
+        rows = smaller_rows(rows)
     if label_fraction:
         rows = label_fraction_rows(rows, label_fraction)
     if dry_run:
@@ -111,23 +130,36 @@ def ablate(
     measured = storage_at(val_cache, local_cache, local_cache_size)
     sam = SamSource(sam_weights, images) if sam_weights and images else None
     cluster = Cluster(address, workers)
-    config = AblateConfig(rows, training, measured, out, seeds, device, engine, cluster, sam)
+    config = AblateConfig(
+        rows, training, measured, out, seeds, device, engine, cluster, sam, detector_hours
+    )
     results = run_ablate(config, ConsoleReporter())
-    strips = [] if images is None else sample_strips(config, results, images)
-    files = write_report(out, title, results, strips)
+    samples = [] if images is None else sample_masks(config, results, images)
+    files = write_report(out, title, results, samples)
+    _print_results(title, results)
+    print_facts("Written", {p.suffix[1:]: str(p) for p in files})
+    write_json(json, {"table": table, "title": title, "rows": [r.to_dict() for r in results]})
+
+
+def _print_results(title: str, results: "Sequence[RowResult]") -> None:
+    """Three tables, since eighty columns do not hold one; what no row has is left out."""
+    from mfdetr_pipelines.ablation_report import COLUMNS, report_cells
+
     cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
-    # Two tables, since eighty columns do not hold one; what no row has is left out.
     for title_, wanted in (
         (f"{title}, mask AP in percent", ("AP", "vs first", "AP50", "AP75", "paper AP")),
-        ("By size, and what each costs", ("APS", "APM", "APL", "params M", "MACs G", "head ms")),
+        ("By size of the object", ("APS", "APM", "APL")),
+        (
+            "What each costs",
+            ("params M", "MACs G", "train min", "images/s", "head ms", "total h"),
+        ),
     ):
         names = [n for n in wanted if any(c[n] != "-" for c in cells)]
-        print_table(title_, ["row", *names], [[c["row"], *(c[n] for n in names)] for c in cells])
+        lines = [[c["row"], *(c[n] for n in names)] for c in cells]
+        print_table(title_, ["row", *names], lines, wrap_first=True)
     for result in results:
         if result.problem:
             typer.echo(f"{result.plan.row.name}: {result.problem}")
-    print_facts("Written", {p.suffix[1:]: str(p) for p in files})
-    write_json(json, {"table": table, "title": title, "rows": [r.to_dict() for r in results]})
 
 
 def _baselines(names: list[str]) -> "list[Baseline]":
@@ -200,7 +232,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
         for plan in plans
     ]
     columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
-    print_table(f"{title} (ours / paper)", columns, rows)
+    print_table(f"{title} (ours / paper)", columns, rows, wrap_first=True)
     from mfdetr_pipelines.ablation_rows import shared_notes
 
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):

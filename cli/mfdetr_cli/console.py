@@ -196,6 +196,8 @@ def print_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     justify: Literal["left", "right"] = "right",
+    *,
+    wrap_first: bool = False,
 ) -> None:
     """Print a table to standard output; the first column is left-aligned and never cut.
 
@@ -204,11 +206,13 @@ def print_table(
         columns: Headings.
         rows: Cells as text.
         justify: How the other columns are aligned.
+        wrap_first: Where the table is too wide, wrap the first column instead of the others.
     """
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for index, column in enumerate(columns):
         first = index == 0
-        table.add_column(column, justify="left" if first else justify, no_wrap=first)
+        how: Literal["left", "right"] = "left" if first else justify
+        table.add_column(column, justify=how, no_wrap=first != wrap_first)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -107,38 +107,28 @@ def _draw_box(
     draw.text((x + 2 - left, y + 2 - top), item.text, fill=(0, 0, 0), font=font)
 
 
-def side_by_side(
-    panels: Sequence[tuple[str, Image.Image]], height: int = 360, max_width: int = 0
-) -> Image.Image:
+def side_by_side(panels: Sequence[tuple[str, Image.Image]], height: int = 360) -> Image.Image:
     """Pictures beside each other under their titles.
 
     Args:
         panels: Title and picture.
         height: Height of the pictures in the result, in pixels.
-        max_width: Begin another line before the result gets wider; 0 keeps one line.
 
     Returns:
         One picture.
     """
     title_height, gap = 26, 8
-    lines: list[list[tuple[str, Image.Image]]] = [[]]
-    used, width = gap, gap
-    for title, picture in panels:
-        scaled = picture.resize((round(picture.width * height / picture.height), height))
-        if max_width and lines[-1] and used + scaled.width + gap > max_width:
-            lines.append([])
-            used = gap
-        lines[-1].append((title, scaled))
-        used += scaled.width + gap
-        width = max(width, used)
-    step = height + title_height + gap
-    sheet = Image.new("RGB", (width, step * len(lines)), (255, 255, 255))
+    scaled = [
+        (title, picture.resize((round(picture.width * height / picture.height), height)))
+        for title, picture in panels
+    ]
+    width = gap + sum(picture.width + gap for _, picture in scaled)
+    sheet = Image.new("RGB", (width, height + title_height + gap), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=15)
-    for y, line in zip(range(0, sheet.height, step), lines, strict=True):
-        x = gap
-        for title, picture in line:
-            draw.text((x, y + 5), title, fill=(0, 0, 0), font=font)
-            sheet.paste(picture, (x, y + title_height))
-            x += picture.width + gap
+    x = gap
+    for title, picture in scaled:
+        draw.text((x, 5), title, fill=(0, 0, 0), font=font)
+        sheet.paste(picture, (x, title_height))
+        x += picture.width + gap
     return sheet

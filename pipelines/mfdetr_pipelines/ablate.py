@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import math
 import re
 import statistics
 import time
@@ -58,6 +59,7 @@ class RowResult:
         head_ms: Median time of the mask network per evaluated image, in milliseconds.
         problem: Why it has no result; empty if it has.
         against_first: Its AP beside the first row's, with a 95 % interval; None for the first.
+        total_hours: Hours of its training and of what had to come before; None if not known.
     """
 
     plan: RowPlan
@@ -67,6 +69,7 @@ class RowResult:
     head_ms: float = 0.0
     problem: str = ""
     against_first: PairedDifference | None = None
+    total_hours: float | None = None
 
     def mean(self, name: str = "AP") -> float | None:
         """Mean of a metric over the seeds.
@@ -103,6 +106,7 @@ class RowResult:
             "train_seconds": self.train_seconds,
             "images_per_second": self.images_per_second,
             "head_ms": self.head_ms,
+            "total_hours": self.total_hours,
             "problem": self.problem,
             "against_first": None if self.against_first is None else asdict(self.against_first),
         }
@@ -122,6 +126,7 @@ class AblateConfig:
         engine: Here, or groups of heads as tasks on a Ray cluster whose nodes share the folders.
         cluster: Which cluster.
         sam: Weights and images for the baseline ``sam``.
+        detector_hours: What training the detector and extracting took, for the total of a row.
     """
 
     rows: tuple[AblationRow, ...]
@@ -133,6 +138,7 @@ class AblateConfig:
     engine: Literal["local", "ray"] = "local"
     cluster: Cluster = field(default_factory=Cluster)
     sam: SamSource | None = None
+    detector_hours: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,8 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     """
     if config.seeds < 1:
         raise ConfigError(f"--seeds {config.seeds}: give 1 or more")
+    if config.detector_hours is not None and not 0 <= config.detector_hours < math.inf:
+        raise ConfigError(f"--detector-hours {config.detector_hours}: give 0 or more hours")
     cache, validation = _open_both(config)
     plans = plan_rows(config.rows, cache.spec)
     problems = {p.row.name: p.problem for p in plans if p.problem}
@@ -478,12 +486,14 @@ def _collect(
     def mean(name: str) -> float:
         return statistics.mean(float(s[name]) for s in seeds)
 
+    trained, before = mean("train_seconds"), config.detector_hours
     return RowResult(
         plan,
         seeds=tuple(CocoMetrics(**s["mask"]) for s in seeds),
-        train_seconds=mean("train_seconds"),
+        train_seconds=trained,
         images_per_second=mean("images_per_second"),
         head_ms=mean("head_ms"),
+        total_hours=None if before is None else before + trained / 3600,
     )
 
 

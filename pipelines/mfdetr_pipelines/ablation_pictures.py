@@ -1,33 +1,28 @@
 """Sample masks of an ablation: what every row makes of the same images."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
-from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay, side_by_side
+from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_pipelines.ablate import AblateConfig, RowResult, folder_of
+from mfdetr_pipelines.page import Panel, PanelRow
 from mfdetr_pipelines.pictures import annotated_objects
 from mfdetr_pipelines.training_loop import trainable_rows
 
 _THRESHOLD = 0.25
-_PANEL_HEIGHT = 240
-# What the page shows without shrinking it.
-_SHEET_WIDTH = 1400
 
 
-def sample_strips(
+def sample_masks(
     config: AblateConfig, results: Sequence[RowResult], images: Path, count: int = 4
-) -> list[str]:
+) -> list[PanelRow]:
     """The annotation of some validation images, and the masks of every row, side by side.
 
     Args:
@@ -37,7 +32,7 @@ def sample_strips(
         count: How many images.
 
     Returns:
-        JPEG data URLs, one per image.
+        One row of pictures per image.
     """
     validation = FeatureCache.open(config.val_cache)
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
@@ -45,7 +40,7 @@ def sample_strips(
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation)
     chosen = rows[:: max(1, len(rows) // count)][:count]
-    return [_strip(validation, row, heads, images) for row in chosen]
+    return [_panel_row(validation, row, heads, images) for row in chosen]
 
 
 def _head(config: AblateConfig, result: RowResult, cache: FeatureCache) -> MaskHead:
@@ -55,26 +50,22 @@ def _head(config: AblateConfig, result: RowResult, cache: FeatureCache) -> MaskH
     return MaskHead(result.plan.row.recipe.head, cache.spec).eval()
 
 
-def _strip(
+def _panel_row(
     cache: FeatureCache, row: int, heads: Sequence[tuple[str, MaskHead]], images: Path
-) -> str:
+) -> PanelRow:
     names = {int(c["id"]): str(c["name"]) for c in cache.categories}
-    panels: list[tuple[str, Image.Image]] = []
+    truth = cache.read(row, ())
+    size_hw = truth.geometry.original_hw
+    picture = load_image(images / truth.file_name, size_hw)
+    panels = [Panel("annotation", draw_overlay(picture, annotated_objects(cache, truth)))]
     # All rows mask the same boxes; a box keeps its colour from row to row.
     colours: dict[object, int] = {}
     for name, head in heads:
         cached = cache.read(row, head.map_names)
-        size_hw = cached.geometry.original_hw
-        picture = load_image(images / cached.file_name, size_hw)
-        if not panels:
-            panels.append(("annotation", draw_overlay(picture, annotated_objects(cache, cached))))
         found = predict_masks(head, cached, cache.spec, torch.device("cpu"))
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
         for found_object in shown:
             colours.setdefault(found_object.box_xyxy, len(colours))
         items = [OverlayItem("", None, o.mask, colours[o.box_xyxy]) for o in reversed(shown)]
-        panels.append((name, draw_overlay(picture, items)))
-    sheet = side_by_side(panels, height=_PANEL_HEIGHT, max_width=_SHEET_WIDTH)
-    out = io.BytesIO()
-    sheet.save(out, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        panels.append(Panel(name, draw_overlay(picture, items)))
+    return PanelRow(truth.file_name, tuple(panels))

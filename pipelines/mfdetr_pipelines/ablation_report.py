@@ -9,7 +9,9 @@ from pathlib import Path
 
 from mfdetr_cache.head.folder import write_atomically
 from mfdetr_pipelines.ablate import RowResult
+from mfdetr_pipelines.ablation_charts import ap_bars, label_curves
 from mfdetr_pipelines.ablation_rows import shared_notes
+from mfdetr_pipelines.page import PanelRow, html_page, panel_rows
 
 COLUMNS = (
     "row",
@@ -22,9 +24,10 @@ COLUMNS = (
     "APL",
     "params M",
     "MACs G",
-    "train",
+    "train min",
     "images/s",
     "head ms",
+    "total h",
     "paper AP",
     "paper params M",
     "paper MACs G",
@@ -60,9 +63,10 @@ def report_cells(result: RowResult) -> list[str]:
         *(percent(n) for n in ("AP50", "AP75", "APS", "APM", "APL")),
         number(None if cost is None else cost.parameters / 1e6),
         number(None if cost is None else cost.macs / 1e9),
-        f"{trained / 60:.1f} min" if trained else "-",
+        f"{trained / 60:.1f}" if trained else "-",
         number(result.images_per_second or None, 1),
         number(result.head_ms or None, 0),
+        number(result.total_hours, 1),
         number(None if paper is None else 100 * paper.metrics.AP, 1),
         number(None if paper is None else paper.params_m),
         number(None if paper is None else paper.macs_g),
@@ -80,7 +84,7 @@ def _versus(result: RowResult) -> str:
 
 
 def write_report(
-    folder: Path, title: str, results: Sequence[RowResult], strips: Sequence[str] = ()
+    folder: Path, title: str, results: Sequence[RowResult], samples: Sequence[PanelRow] = ()
 ) -> list[Path]:
     """Write all forms of the table.
 
@@ -88,10 +92,10 @@ def write_report(
         folder: Where to; made if needed.
         title: What was compared.
         results: One result per row.
-        strips: Pictures of sample masks for the page, as data URLs.
+        samples: Pictures of sample masks for the page.
 
     Returns:
-        The files.
+        The files; the curve over label fractions, where there is one, as a picture too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -100,8 +104,10 @@ def write_report(
         "ablation.json": json.dumps(
             {"title": title, "rows": [r.to_dict() for r in results]}, indent=2
         ),
-        "ablation.html": _page(title, results, strips),
+        "ablation.html": _page(title, results, samples),
     }
+    if curves := label_curves(results):
+        texts["labels.svg"] = curves
     paths = []
     for name, text in texts.items():
         write_atomically(folder / name, text.encode())
@@ -113,11 +119,20 @@ def _problems(results: Sequence[RowResult]) -> list[str]:
     return shared_notes([(r.plan.row.name, r.problem or r.plan.row.note) for r in results])
 
 
+def _filled(results: Sequence[RowResult]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells, without the columns that no row has anything in."""
+    cells = [report_cells(r) for r in results]
+    kept = [i for i, name in enumerate(COLUMNS) if i < 2 or any(c[i] != "-" for c in cells)]
+    return [COLUMNS[i] for i in kept], [[c[i] for i in kept] for c in cells]
+
+
 def _markdown(title: str, results: Sequence[RowResult]) -> str:
-    lines = [f"# {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(report_cells(r)) + " |" for r in results]
+    columns, cells = _filled(results)
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(c) + " |" for c in cells]
     note = "vs first: difference in points with its 95 % interval over images; ~ holds zero."
-    lines += ["", note, "", *(f"* {p}" for p in _problems(results))]
+    picture = ["![mask AP against label fraction](labels.svg)", ""] if label_curves(results) else []
+    lines += ["", note, "", *picture, *(f"* {p}" for p in _problems(results))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -129,16 +144,6 @@ def _csv(results: Sequence[RowResult]) -> str:
     return out.getvalue()
 
 
-_STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% }
-.ours { fill: #2b6cb0 } .paper { fill: #cbd5e0 } text { font-size: 13px; fill: #222 }
-"""
-
-
 _LEGEND = (
     "AP and its parts in percent, ± one standard deviation over seeds. <b>vs first</b>: difference "
     "to the first row in points, with the 95 % interval of a paired bootstrap over images; ~ where "
@@ -146,47 +151,17 @@ _LEGEND = (
 )
 
 
-def _page(title: str, results: Sequence[RowResult], strips: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
+def _page(title: str, results: Sequence[RowResult], samples: Sequence[PanelRow]) -> str:
+    columns, cells = _filled(results)
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in report_cells(r)) + "</tr>"
-        for r in results
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
     )
     notes = "".join(f"<li>{html.escape(p)}</li>" for p in _problems(results))
-    samples = "".join(
-        f"<p><img src='{s}' alt='annotation, then the masks of each row'>" for s in strips
+    pictures = f"<h2>Masks of the first seed</h2>{panel_rows(samples)}" if samples else ""
+    return html_page(
+        title,
+        f"{ap_bars(results)}<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div><p>{_LEGEND}</p><ul>{notes}</ul>"
+        f"{label_curves(results)}{pictures}",
     )
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{_bars(results)}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{_LEGEND}</p><ul>{notes}</ul>{samples}"
-    )
-
-
-def _bars(results: Sequence[RowResult]) -> str:
-    """Mask AP as bars with one standard deviation, the paper's in grey below."""
-    scale, left, step = 6.0, 220, 44
-    parts = []
-    for index, result in enumerate(results):
-        y, mean, paper = index * step, result.mean(), result.plan.row.paper
-        name = html.escape(result.plan.row.name)
-        parts.append(f"<text x='{left - 8}' y='{y + 18}' text-anchor='end'>{name}</text>")
-        if mean is not None:
-            width = 100 * mean * scale
-            parts.append(
-                f"<rect class='ours' x='{left}' y='{y + 4}' width='{width:.1f}' height='16'/>"
-                f"<text x='{left + width + 8:.1f}' y='{y + 17}'>{report_cells(result)[1]}</text>"
-            )
-            spread = 100 * (result.spread() or 0.0) * scale
-            parts.append(
-                f"<path d='M{left + width - spread:.1f} {y + 12}h{2 * spread:.1f}' stroke='#222'/>"
-            )
-        if paper is not None:
-            width = 100 * paper.metrics.AP * scale
-            parts.append(
-                f"<rect class='paper' x='{left}' y='{y + 22}' width='{width:.1f}' height='10'/>"
-                f"<text x='{left + width + 8:.1f}' y='{y + 32}'>paper "
-                f"{100 * paper.metrics.AP:.1f}</text>"
-            )
-    height = step * len(results)
-    return f"<svg width='700' height='{height}' role='img'>{''.join(parts)}</svg>"

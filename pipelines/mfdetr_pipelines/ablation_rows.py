@@ -19,6 +19,9 @@ BASELINES: dict[Baseline, str] = {
     "oracle": "annotated mask in the box",
     "sam": "SAM, prompted with the boxes",
 }
+# What reviewers ask for: how small the head may be.
+_SMALL_WIDTHS = (32, 16, 8)
+_SMALL_ROI = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class AblationRow:
         paper: The paper's row, where it is one.
         note: What had to be changed to fit the detector; empty if nothing.
         baseline: Masks that need no head of ours, in place of a training; empty for a head.
+        curve: The row without its label fraction, where it is a point of a curve over them.
     """
 
     name: str
@@ -38,6 +42,7 @@ class AblationRow:
     paper: PaperRow | None = None
     note: str = ""
     baseline: Baseline | Literal[""] = ""
+    curve: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +254,31 @@ def label_fraction_rows(
                 raise ConfigError(f"--label-fraction {fraction}: give a number above 0, up to 1")
             train = replace(row.recipe.train, label_fraction=fraction)
             name = f"{row.name}, {100 * fraction:g} % of the masks"
-            made.append(replace(row, name=name, recipe=replace(row.recipe, train=train)))
+            recipe = replace(row.recipe, train=train)
+            made.append(replace(row, name=name, recipe=recipe, curve=row.name))
+    return tuple(made)
+
+
+def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
+    """Every row, followed by smaller heads than the paper's tables hold (beyond Tables 4 and 9).
+
+    Args:
+        rows: Rows.
+
+    Returns:
+        Each row, the same with hidden widths of 32, 16 and 8, and with RoIAlign of 8 x 8.
+    """
+    made: list[AblationRow] = []
+    for row in rows:
+        made.append(row)
+        if row.baseline:
+            continue
+        head = row.recipe.head
+        smaller = {f"d={width}": replace(head, hidden_dim=width) for width in _SMALL_WIDTHS}
+        smaller[f"RoI {_SMALL_ROI} x {_SMALL_ROI}"] = replace(head, roi_size=_SMALL_ROI)
+        for name, head in smaller.items():
+            recipe = replace(row.recipe, head=head)
+            made.append(replace(row, name=f"{row.name}, {name}", recipe=recipe, paper=None))
     return tuple(made)
 
 

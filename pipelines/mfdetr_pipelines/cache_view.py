@@ -1,8 +1,6 @@
 """Cache view: a page that shows what is in a cache, for looking instead of reading."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,12 @@ from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.detections import detections_of
-from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay, side_by_side
+from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.head.folder import write_atomically
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
+from mfdetr_pipelines.page import Panel, PanelRow, html_page, panel_rows
 
-_PANEL_HEIGHT = 260
 _SHOWN_BOXES = 12
 _LEAST_SCORE = 0.3
 _BINS = 60
@@ -66,7 +64,7 @@ def run_view(
     rows = [cache.rows[int(i)] for i in np.linspace(0, len(cache) - 1, min(count, len(cache)))]
     views = cache.layout.views[:2]
     reporter.start("draw", len(rows) * len(views), "images")
-    strips: list[tuple[str, str]] = []
+    shown: list[PanelRow] = []
     values: dict[str, list[NDArray[np.float32]]] = {}
     for row in rows:
         for view in views:
@@ -74,12 +72,12 @@ def run_view(
             for name, stored in image.maps.items():
                 found = np.asarray(stored.to_array(), np.float32).reshape(-1)
                 values.setdefault(name, []).append(found[:: max(1, len(found) // 20_000)])
-            strips.append((f"{image.file_name}, view {view}", _strip(cache, image, view, images)))
+            shown.append(_panel_row(cache, image, view, images))
             reporter.advance()
     reporter.finish()
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
-    write_atomically(out, _page(cache, strips, joined).encode())
-    return ViewSummary(out, len(strips))
+    write_atomically(out, _page(cache, shown, joined).encode())
+    return ViewSummary(out, len(shown))
 
 
 def principal_colours(features: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -106,23 +104,21 @@ def principal_colours(features: NDArray[np.float32]) -> NDArray[np.uint8]:
     return pixels.reshape(height, width, 3)
 
 
-def _strip(cache: FeatureCache, image: CachedImage, view: str, images: Path | None) -> str:
+def _panel_row(cache: FeatureCache, image: CachedImage, view: str, images: Path | None) -> PanelRow:
     size_hw = image.geometry.original_hw
     picture = Image.new("RGB", (size_hw[1], size_hw[0]), (128, 128, 128))
     if images is not None:
         original = load_image(images / image.file_name, cache.original_hw(image.row))
         picture = transform_image(original, cache.views[view].transform(image.row))
-    panels = [("detections", draw_overlay(picture, _boxes(cache, image)))]
-    side = (picture.width * _PANEL_HEIGHT // picture.height, _PANEL_HEIGHT)
+    panels = [Panel("detections", draw_overlay(picture, _boxes(cache, image)))]
     for name, stored in image.maps.items():
         height, width = stored.hw
         features = np.asarray(stored.to_array(), np.float32).reshape(height, width, -1)
         colours = Image.fromarray(principal_colours(features))
         title = f"{name}: {height} x {width} x {features.shape[2]}"
-        panels.append((title, colours.resize(side, Image.Resampling.NEAREST)))
-    out = io.BytesIO()
-    side_by_side(panels, height=_PANEL_HEIGHT).save(out, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        # As wide as the image: a map covers it all, whatever its cells are.
+        panels.append(Panel(title, colours.resize(picture.size, Image.Resampling.NEAREST), False))
+    return PanelRow(f"{image.file_name}, view {view}", tuple(panels))
 
 
 def _boxes(cache: FeatureCache, image: CachedImage) -> list[OverlayItem]:
@@ -140,58 +136,43 @@ def _boxes(cache: FeatureCache, image: CachedImage) -> list[OverlayItem]:
     return items[::-1]
 
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; color: #222 }
-img { max-width: 100% } figure { margin: 0 0 1rem } figcaption { color: #555 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left }
-.row { display: flex; flex-wrap: wrap; gap: 1.5rem } .bar { fill: #2b6cb0 } text { font-size: 12px }
-"""
-
-
 def _page(
-    cache: FeatureCache,
-    strips: Sequence[tuple[str, str]],
-    values: dict[str, NDArray[np.float32]],
+    cache: FeatureCache, shown: Sequence[PanelRow], values: dict[str, NDArray[np.float32]]
 ) -> str:
-    figures = "".join(
-        f"<figure><img src='{url}' alt='detections and maps'><figcaption>{html.escape(title)}"
-        "</figcaption></figure>"
-        for title, url in strips
-    )
-    histograms = "".join(_histogram(name, found) for name, found in values.items())
+    views = len(cache.layout.views)
     facts = {
         "cache": cache.path,
         "detector": f"{cache.spec.name}, weights {cache.spec.weights_sha256[:16]}",
         "dataset": str(cache.identity["dataset"]["name"]),
-        "images": f"{len(cache)} in {len(cache.layout.views)} views",
+        "images": f"{len(cache)} in {views} view{'' if views == 1 else 's'}",
         "maps": f"{cache.layout.preset}, {cache.layout.compression}, C1 {cache.layout.c1}",
         "size": f"{cache.stored_bytes / 1e6:.1f} MB",
     }
     rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(cache.path)}</title>"
-        f"<style>{_STYLE}</style><h1>What is in this cache</h1><table>{rows}</table>"
+    histograms = "".join(_histogram(name, found) for name, found in values.items())
+    return html_page(
+        "What is in this cache",
+        f"<table class='facts'>{rows}</table>"
         "<p>Maps are shown by the three directions in which each varies most (PCA per image), as "
-        f"red, green and blue; their values are those a mask network gets.</p>{figures}"
-        f"<h2>Values</h2><div class='row'>{histograms}</div>"
-        f"<h2>Bytes</h2>{_sizes(cache)}"
+        "red, green and blue; their values are those a mask network gets.</p>"
+        f"{panel_rows(shown)}<h2>Values</h2><p>How often a value occurs, on a logarithmic scale: "
+        "what follows a ReLU is mostly zero.</p>"
+        f"<div class='row'>{histograms}</div><h2>Bytes</h2>{_sizes(cache)}",
     )
 
 
 def _histogram(name: str, values: NDArray[np.float32]) -> str:
     low, high = np.percentile(values, (0.1, 99.9))
     counts, _ = np.histogram(values, bins=_BINS, range=(low, high))
-    top = max(int(counts.max()), 1)
+    heights = np.log1p(counts) / np.log1p(max(int(counts.max()), 1))
     bars = "".join(
-        f"<rect class='bar' x='{4 * i}' y='{100 - 100 * c / top:.1f}' width='3' "
-        f"height='{100 * c / top:.1f}'/>"
-        for i, c in enumerate(counts)
+        f"<rect class='bar' x='{5 * i}' y='{100 - 100 * h:.1f}' width='4' height='{100 * h:.1f}'/>"
+        for i, h in enumerate(heights)
     )
     return (
-        f"<figure><svg width='{4 * _BINS}' height='120' role='img'>{bars}"
+        f"<figure><svg width='{5 * _BINS}' height='120' role='img'>{bars}"
         f"<text x='0' y='116'>{low:.2f}</text>"
-        f"<text x='{4 * _BINS}' y='116' text-anchor='end'>{high:.2f}</text></svg>"
+        f"<text x='{5 * _BINS}' y='116' text-anchor='end'>{high:.2f}</text></svg>"
         f"<figcaption>{html.escape(name)}: mean {values.mean():.2f}, spread {values.std():.2f}"
         "</figcaption></figure>"
     )

@@ -1,24 +1,29 @@
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.ablate import AblateConfig, run_ablate, seconds_per_step
-from mfdetr_pipelines.ablation_pictures import sample_strips
+from mfdetr_pipelines.ablate import AblateConfig, RowResult, run_ablate, seconds_per_step
+from mfdetr_pipelines.ablation_charts import ap_bars, label_curves
+from mfdetr_pipelines.ablation_pictures import sample_masks
 from mfdetr_pipelines.ablation_report import write_report
 from mfdetr_pipelines.ablation_rows import (
     AblationRow,
+    RowPlan,
     baseline_rows,
     label_fraction_rows,
     plan_rows,
     rows_of_file,
     rows_of_table,
     shared_notes,
+    smaller_rows,
     with_settings,
 )
 from mfdetr_pipelines.baselines import SamSource
@@ -32,6 +37,7 @@ from pycocotools import mask as coco_mask
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import ConfigError, StoppedError
 from mfdetr_cache.evaluation.baselines import ellipse_masks
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.protocols import SilentReporter
 
@@ -76,13 +82,87 @@ def test_sample_masks_of_every_row_are_drawn(
 ) -> None:
     settings = config(drawn_cache, tmp_path, seeds=1)
     results = run_ablate(settings, SilentReporter())
-    strips = sample_strips(settings, results, scenes_folder / "images", count=2)
-    assert len(strips) == 2
-    decoded = Image.open(io.BytesIO(base64.b64decode(strips[0].split(",")[1])))
-    # Annotation and two rows beside each other.
-    assert decoded.width > 2.5 * decoded.height * 0.5
-    write_report(tmp_path, "two heads", results, strips)
-    assert strips[1] in (tmp_path / "ablation.html").read_text()
+    samples = sample_masks(settings, results, scenes_folder / "images", count=2)
+    assert len(samples) == 2
+    assert [p.title for p in samples[0].panels] == ["annotation", "with scoring", "without"]
+    assert len({p.picture.size for p in samples[0].panels}) == 1
+    write_report(tmp_path, "two heads", results, samples)
+    page = (tmp_path / "ablation.html").read_text()
+    pictures = re.findall(r"data:image/jpeg;base64,([^']+)' alt='([^']+)'", page)
+    assert [title for _, title in pictures] == ["annotation", "with scoring", "without"] * 2
+    assert all(Image.open(io.BytesIO(base64.b64decode(p))).height >= 200 for p, _ in pictures)
+    # Nothing is fetched: the page is one file.
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def result(row: AblationRow, *percent: float) -> RowResult:
+    metrics = tuple(CocoMetrics(p / 100, *([0.0] * 5)) for p in percent)
+    return RowResult(RowPlan(row, None), metrics)
+
+
+def test_a_chart_holds_its_labels_and_a_bar_for_every_row() -> None:
+    long = AblationRow(
+        "a name that is much longer than a label was allowed to be", rows()[0].recipe
+    )
+    chart = ElementTree.fromstring(ap_bars([result(long, 20, 22), result(rows()[1], 10)]))
+    texts = chart.findall("{*}text")
+    assert [t.text for t in texts] == [long.name, "21.0 ± 1.4", "without", "10.0"]
+    # The name ends where the bars begin, so it needs its length before that.
+    assert float(texts[0].attrib["x"]) >= 6 * len(long.name)
+    wide, narrow = (float(b.attrib["width"]) for b in chart.findall("{*}rect"))
+    assert wide / narrow == pytest.approx(2.1, rel=1e-2)
+
+
+def test_label_fractions_are_a_curve(tmp_path: Path) -> None:
+    made = label_fraction_rows(rows(), [1, 0.01, 0.1])
+    results = [result(row, 5 + i, 7 + i) for i, row in enumerate(made)]
+    assert label_curves([result(rows()[0], 20, 22)]) == ""
+    chart = ElementTree.fromstring(label_curves(results))
+    lines = chart.findall("{*}polyline")
+    assert len(lines) == 2
+    points = [tuple(map(float, p.split(","))) for p in lines[0].attrib["points"].split()]
+    # From the fewest masks to the most, equally far from ten times to ten times.
+    steps = np.diff([x for x, _ in points])
+    assert steps[0] == pytest.approx(steps[1], abs=0.2)
+    assert steps[0] > 50
+    # 1 % was the second row (AP 7), 10 % the third (8), all the first (6); y points down.
+    heights = [y for _, y in points]
+    assert heights[1] < heights[0] < heights[2]
+    names = [t.text for t in chart.findall("{*}text")]
+    assert {"1 %", "10 %", "100 %", "with scoring", "without"} <= set(names)
+    files = write_report(tmp_path, "labels", results)
+    assert "labels.svg" in [f.name for f in files]
+    assert "![mask AP against label fraction](labels.svg)" in (tmp_path / "ablation.md").read_text()
+
+
+def test_smaller_heads_than_the_papers_are_rows() -> None:
+    made = smaller_rows((AblationRow("paper", build_recipe("paper", {})), *baseline_rows(("box",))))
+    changes = [(r.recipe.head.hidden_dim, r.recipe.head.roi_size) for r in made[:5]]
+    assert changes == [(128, 32), (32, 32), (16, 32), (8, 32), (128, 8)]
+    assert [r.name for r in made[1:]] == [
+        "paper, d=32",
+        "paper, d=16",
+        "paper, d=8",
+        "paper, RoI 8 x 8",
+        "box as mask",
+    ]
+    costs = [p.cost.parameters for p in plan_rows(made) if p.cost is not None]
+    assert costs[0] > costs[1] > costs[2] > costs[3]
+
+
+def test_the_detectors_hours_are_counted_when_given(drawn_cache: Path, tmp_path: Path) -> None:
+    settings = config(drawn_cache, tmp_path, seeds=1, detector_hours=12.5)
+    results = run_ablate(settings, SilentReporter())
+    for r in results:
+        assert r.total_hours == 12.5 + r.train_seconds / 3600
+        assert r.to_dict()["total_hours"] == r.total_hours
+    write_report(tmp_path, "cost", results)
+    assert "| total h |" in (tmp_path / "ablation.md").read_text()
+    without = run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
+    write_report(tmp_path, "cost", without)
+    assert "total h" not in (tmp_path / "ablation.md").read_text()
+    with pytest.raises(ConfigError, match="--detector-hours -1: give 0 or more"):
+        run_ablate(config(drawn_cache, tmp_path, detector_hours=-1), SilentReporter())
 
 
 def test_rows_from_a_file(tmp_path: Path) -> None:

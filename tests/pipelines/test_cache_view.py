@@ -8,6 +8,7 @@ import pytest
 from mfdetr_pipelines.cache_view import principal_colours, run_view
 from PIL import Image
 
+from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.protocols import SilentReporter
 
@@ -33,11 +34,14 @@ def test_the_page_shows_every_map_of_some_images(
     summary = run_view(drawn_cache, page, SilentReporter(), images=images, count=3)
     assert summary.images == 3
     text = page.read_text()
-    pictures = re.findall(r"data:image/jpeg;base64,([^']+)", text)
-    assert len(pictures) == 3
-    sheet = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
-    # Detections, three or more maps, side by side.
-    assert sheet.width > 3 * 260 * 0.7
+    pictures = re.findall(r"data:image/jpeg;base64,([^']+)' alt='([^']+)'", text)
+    titles = [title for _, title in pictures]
+    per_image = len(FeatureCache.open(drawn_cache).spec.maps) + 1
+    assert len(titles) == 3 * per_image
+    assert titles[::per_image] == ["detections"] * 3
+    sizes = {Image.open(io.BytesIO(base64.b64decode(p))).size for p, _ in pictures[:per_image]}
+    # A map is shown as large as the image it is of.
+    assert len(sizes) == 1
     assert text.count("<svg") >= 4
     assert "encoder" in text
     without = run_view(drawn_cache, tmp_path / "b.html", SilentReporter(), images=None, count=1)

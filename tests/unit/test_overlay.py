@@ -43,18 +43,6 @@ def test_panels_stand_beside_each_other() -> None:
     assert sheet.height > 120
 
 
-def test_panels_that_do_not_fit_begin_another_line() -> None:
-    panel = Image.new("RGB", (200, 100), (255, 0, 0))
-    panels = [(str(i), panel) for i in range(5)]
-    one_line, wrapped = side_by_side(panels, 100), side_by_side(panels, 100, max_width=450)
-    assert wrapped.width <= 450 < one_line.width
-    assert wrapped.height == 3 * one_line.height
-    # Every panel is there.
-    red = (np.asarray(wrapped) == (255, 0, 0)).all(-1).sum()
-    assert red == 5 * 200 * 100
-    assert side_by_side(panels[:1], 100, max_width=10).width > 200
-
-
 def test_a_colour_can_be_chosen() -> None:
     image = Image.new("RGB", (40, 40))
     mask = np.ones((40, 40), dtype=np.bool_)
