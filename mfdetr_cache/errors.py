@@ -41,6 +41,10 @@ class HeadError(MfdetrError):
     """A trained mask network is missing, damaged, or does not fit the cache."""
 
 
+class OutputError(MfdetrError):
+    """A result cannot be written: the disk is full, or the place is not allowed."""
+
+
 class TrainingError(MfdetrError):
     """Training cannot go on (a loss that is not finite, nothing to learn from)."""
 

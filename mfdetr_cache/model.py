@@ -20,6 +20,7 @@ from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import Scoring, predict_masks
 from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
 from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.masks import encode_mask
@@ -272,11 +273,12 @@ class MaskFrozenDETR:
             folder: Where to; made if needed.
         """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         for name in (CONFIG_FILE, HEAD_FILE):
             source = self._folder.path / name
             if source.resolve() != (target / name).resolve():
-                shutil.copyfile(source, target / name)
+                with whole_file(target / name) as partial:
+                    shutil.copyfile(source, partial)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the head to the Hugging Face hub, with the token of the environment.

@@ -6,6 +6,7 @@ import typer
 
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
+from mfdetr_cache.files import disk_error
 from mfdetr_cli.ablate import ablate
 from mfdetr_cli.cache import cache_app
 from mfdetr_cli.console import print_error
@@ -64,5 +65,11 @@ def main() -> None:
         print_error(error)
         sys.exit(1)
     except MfdetrError as error:
+        print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        # A disk that is full or may not be written is nobody's bug, wherever it was noticed.
+        if not disk_error(error):
+            raise
         print_error(error)
         sys.exit(2)

@@ -6,7 +6,6 @@ store's own configuration; they are never part of a name here, and never written
 """
 
 import contextlib
-import errno
 import os
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import MemoryStore, from_url
 
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import DISK_FULL, NOT_ALLOWED
 
 # The file that makes a place a cache.
 ROOT_KEY = "zarr.json"
@@ -174,12 +174,12 @@ def explained(storage: Storage) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise CacheError(
                 f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
                 "the same command again to go on"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in NOT_ALLOWED:
             raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
         raise
 
@@ -469,7 +469,7 @@ class MirroredStorage:
             except FileNotFoundError:
                 return  # another process made room, and this was among what it dropped
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in DISK_FULL:
                     raise
                 self._full = True
                 warnings.warn(

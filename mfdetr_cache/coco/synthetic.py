@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from mfdetr_cache.files import make_folder, write_atomically, writing
 from mfdetr_cache.masks import encode_mask
 
 SHAPES = ("disc", "box", "triangle", "star", "ring", "cross")
@@ -66,13 +67,14 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
     Returns:
         Path of the annotation file.
     """
-    (folder / name).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / name)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for seed in range(first_seed, first_seed + count):
         image, objects = draw_scene(seed)
         file_name = f"{seed:08d}.png"
-        image.save(folder / name / file_name)
+        with writing(folder / name / file_name):
+            image.save(folder / name / file_name)
         images.append(
             {"id": seed, "file_name": file_name, "height": image.height, "width": image.width}
         )
@@ -92,7 +94,7 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
     categories = [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]
     path = folder / f"instances_{name}.json"
     document = {"images": images, "annotations": annotations, "categories": categories}
-    path.write_text(json.dumps(document))
+    write_atomically(path, json.dumps(document).encode())
     return path
 
 

@@ -1,18 +1,18 @@
 """A trained head as a folder: its weights, its architecture, and the detector it belongs to."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mfdetr_cache.config import from_dict, to_dict
 from mfdetr_cache.errors import HeadError
+from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import Identity, spec_from_identity
@@ -39,21 +39,6 @@ class HeadFolder:
     path: Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a whole new one.
-
-    Args:
-        path: The file.
-        data: Its new content.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 # The weights at the end of a training, or those of its best validation.
 Which = Literal["last", "best"]
 _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
@@ -66,12 +51,13 @@ def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last"
         folder: The run folder.
         weights: State dict of a MaskHead.
         which: Those of the end, or of the best validation.
+
+    Raises:
+        OutputError: If the disk is full; the weights before are kept.
     """
-    target = folder / _FILES[which]
-    partial = target.with_name(target.name + ".partial")
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(target)
+    # Not save_file, whose files nobody else may read.
+    write_atomically(folder / _FILES[which], save(tensors, metadata={"format": "pt"}))
 
 
 def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) -> None:
@@ -81,6 +67,9 @@ def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) 
         folder: The run folder.
         config: Architecture of the head.
         document: Everything else: training settings, identities, versions.
+
+    Raises:
+        OutputError: If the disk is full.
     """
     full = {"head": to_dict(config), **document}
     write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())

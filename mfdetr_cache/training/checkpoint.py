@@ -1,12 +1,12 @@
 """What a training needs to go on after it was stopped."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mfdetr_cache.errors import HeadError
+from mfdetr_cache.files import whole_file
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -17,13 +17,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     Args:
         folder: The run folder.
         state: Tensors and plain values only.
+
+    Raises:
+        OutputError: If the disk is full; the checkpoint before is kept.
     """
-    partial = folder / (CHECKPOINT_FILE + ".partial")
-    with partial.open("wb") as file:
+    # Through a file of Python's: torch's own does not say why a write failed.
+    with whole_file(folder / CHECKPOINT_FILE) as partial, partial.open("wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / CHECKPOINT_FILE)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:

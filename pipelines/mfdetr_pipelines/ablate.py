@@ -21,7 +21,8 @@ from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, compare_all
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
-from mfdetr_cache.head.folder import load_head, save_head, write_atomically
+from mfdetr_cache.files import make_folder, write_atomically
+from mfdetr_cache.head.folder import load_head, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, require_same
 from mfdetr_cache.protocols import Reporter, SilentReporter
@@ -421,7 +422,7 @@ def _measure(
     reporter: Reporter,
 ) -> None:
     """Measure a trained head, or one that needs no training, and write its result."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     trained = {"train_seconds": 0.0, "images_per_second": 0.0}
     if run is None:
         head = MaskHead(job.recipe.head, cache.spec)
@@ -451,7 +452,6 @@ def _measure_baseline(
 
 
 def _write_result(job: _Job, result: dict[str, Any], masks: Sequence[Result]) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(job.folder / MASKS_FILE, gzip.compress(json_results(masks), 1, mtime=0))
     document = {**result, "identity": job.identity}
     write_atomically(job.folder / RESULT_FILE, json.dumps(document, indent=2).encode())

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfdetr_cache.head.folder import write_atomically
+from mfdetr_cache.files import write_atomically
 from mfdetr_pipelines.ablate import RowResult
 from mfdetr_pipelines.ablation_charts import ap_bars, label_curves
 from mfdetr_pipelines.ablation_rows import shared_notes
@@ -97,7 +97,6 @@ def write_report(
     Returns:
         The files; the curve over label fractions, where there is one, as a picture too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "ablation.md": _markdown(title, results),
         "ablation.csv": _csv(results),

@@ -16,7 +16,7 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
-from mfdetr_cache.head.folder import write_atomically
+from mfdetr_cache.files import write_atomically
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.page import Panel, PanelRow, html_page, panel_rows

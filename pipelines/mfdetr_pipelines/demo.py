@@ -11,6 +11,7 @@ from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import MfdetrError
+from mfdetr_cache.files import writing
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.protocols import Reporter
 from mfdetr_pipelines.evaluate import EvaluateConfig, EvaluateSummary, run_evaluate
@@ -103,6 +104,8 @@ def _pictures(folder: Path, val_cache: Path, head_folder: Path, images: Path) ->
     made = []
     for row in cache.rows[:_NUM_PICTURES]:
         path = folder / f"picture-{row + 1}.png"
-        picture_of_path(cache, row, head, images, torch_device("cpu")).save(path)
+        picture = picture_of_path(cache, row, head, images, torch_device("cpu"))
+        with writing(path):
+            picture.save(path)
         made.append(path)
     return tuple(made)

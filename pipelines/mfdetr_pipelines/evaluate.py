@@ -36,8 +36,9 @@ from mfdetr_cache.evaluation.inference import (
     predict_masks,
 )
 from mfdetr_cache.evaluation.results import box_results, mask_results
+from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.cost import head_cost
-from mfdetr_cache.head.folder import Which, load_head, write_atomically
+from mfdetr_cache.head.folder import Which, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.memory import keep_freed_memory

@@ -17,6 +17,7 @@ from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
+from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.head.mask_head import MaskHead
@@ -153,18 +154,17 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     outputs = outputs[: len(outputs) - (folder.head.scoring is None)]
     assert given == len(outputs)
     reporter.say(f"tracing {'head' if config.weights is None else 'detector and head'}")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = config.out.with_name(config.out.name + ".partial")
-    _trace(graph, inputs, names, outputs, free, partial)
-    _describe(partial, folder)
-    session = runtime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+    make_folder(config.out.parent)
+    with whole_file(config.out) as partial:
+        _trace(graph, inputs, names, outputs, free, partial)
+        _describe(partial, folder)
+        session = runtime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
     difference = _largest_difference(graph, session, inputs, names, free=bool(free))
     if difference > _NOTEWORTHY:
         reporter.warn(
             f"onnxruntime's outputs differ from torch's by {difference:.1e} of the largest value; "
             "look at its masks before you use it"
         )
-    partial.replace(config.out)
     return ExportSummary(
         out=config.out,
         num_bytes=config.out.stat().st_size,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.errors import DatasetError, ImageError, MfdetrError
-from mfdetr_cache.head.folder import write_atomically
+from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.files import make_folder, write_atomically, writing
 from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.protocols import Reporter
@@ -98,7 +98,7 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     model = MaskFrozenDETR.from_pretrained(
         config.weights, config.head, kind=config.detector, device=config.device
     )
-    _make_folder(config.out)
+    make_folder(config.out)
     done: list[PredictedImage] = []
     unreadable: list[str] = []
     results: list[dict[str, object]] = []
@@ -106,11 +106,14 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     for file, name in zip(files, picture_names(files), strict=True):
         try:
             if file.suffix.lower() in VIDEO_SUFFIXES:
-                done.append(_video(config, model, file, config.out / name, results, reporter))
+                with writing(config.out / name):
+                    one = _video(config, model, file, config.out / name, results, reporter)
+                done.append(one)
             else:
                 image = load_image(file)
                 found = model.timed(image, config.threshold, config.top_k)
-                found.result.draw(image).save(config.out / name)
+                with writing(config.out / name):
+                    found.result.draw(image).save(config.out / name)
                 results += _results(file, found.result)
                 done.append(_entry(file, config.out / name, [found]))
         except ImageError as error:
@@ -206,13 +209,6 @@ def picture_names(files: Sequence[Path]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MfdetrError(f"--out {path} cannot be made: {error.strerror}") from error
 
 
 def _results(file: Path, found: Segmentation) -> list[dict[str, object]]:

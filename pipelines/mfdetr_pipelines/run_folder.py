@@ -16,6 +16,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import HeadError
+from mfdetr_cache.files import make_folder
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
@@ -150,5 +151,5 @@ def prepare_folder(
             f"{out} is not empty; nothing was touched. Pass --resume to go on with that "
             "run, or another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     save_run_config(out, head, document)

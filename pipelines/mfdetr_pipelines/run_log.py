@@ -3,11 +3,14 @@
 import contextlib
 import importlib
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.errors import ConfigError, OutputError
+from mfdetr_cache.files import writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,27 +43,58 @@ class RunLog:
         self, folder: Path, trackers: Sequence[Tracker] = (), settings: Mapping[str, Any] = {}
     ) -> None:
         self._path = folder / METRICS_FILE
+        self._pending: list[str] = []
         made: dict[Tracker, Callable[[Path, Mapping[str, Any]], _Sink]]
         made = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
         self._sinks: list[_Sink] = [made[t](folder, settings) for t in trackers]
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line.
+        """Add a line; hours of training do not end because a disk is full for a while.
+
+        Lines that found no room are written with the next one that does. A tracker that fails for
+        want of room is left, with a warning.
 
         Args:
             line: Plain values; ``step`` among them. Nested numbers are named ``outer/inner``.
         """
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._pending.append(json.dumps(line) + "\n")
+        try:
+            self._write_pending()
+        except OutputError as error:
+            if len(self._pending) == 1:
+                warnings.warn(f"{error}; training goes on", stacklevel=2)
         numbers = dict(_numbers(line))
         step = int(numbers.pop("step"))
-        for sink in self._sinks:
-            sink.log(step, numbers)
+        for sink in list(self._sinks):
+            try:
+                with writing(self._path.parent):
+                    sink.log(step, numbers)
+            except OutputError as error:
+                self._sinks.remove(sink)
+                warnings.warn(f"{type(sink).__name__.strip('_')} ends here: {error}", stacklevel=2)
 
     def close(self) -> None:
-        """Let the trackers write what they still hold."""
+        """Write what is still held, and let the trackers write theirs.
+
+        Raises:
+            OutputError: If the disk is full.
+        """
+        self._write_pending()
         for sink in self._sinks:
-            sink.close()
+            with writing(self._path.parent):
+                sink.close()
+
+    def _write_pending(self) -> None:
+        with writing(self._path), self._path.open("a") as file:
+            before = file.tell()
+            try:
+                file.write("".join(self._pending))
+                file.flush()
+            except OSError:
+                # Half a line would spoil the next one.
+                os.ftruncate(file.fileno(), before)
+                raise
+        self._pending.clear()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

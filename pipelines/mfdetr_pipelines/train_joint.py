@@ -22,7 +22,7 @@ from mfdetr_cache.coco.augmentation import Policy
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, HeadError, StoppedError
+from mfdetr_cache.errors import ConfigError, HeadError, OutputError, StoppedError
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.folder import save_head, save_run_config
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
@@ -258,7 +258,10 @@ def _train(
                 f"boxes {losses['box_loss']:.3f}"
             )
             if time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                _save(config.out, learner, tuner)
+                try:
+                    _save(config.out, learner, tuner)
+                except OutputError as error:
+                    reporter.warn(f"{error}; training goes on")
                 saved = time.monotonic()
         steps.close()
     reporter.finish()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import HeadError, StoppedError, TrainingError
+from mfdetr_cache.errors import HeadError, OutputError, StoppedError, TrainingError
 from mfdetr_cache.head.batch import map_groups
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
@@ -287,11 +287,11 @@ class TrainingLoop:
                 if not going_on or not any(r.is_active for r in self._runs):
                     break
                 if time.monotonic() - saved > 60 * self._train.checkpoint_minutes:
-                    self._save()
+                    self._save(going_on=True)
                     saved = time.monotonic()
             stream.close()
         self._reporter.finish()
-        self._save()
+        self._save(going_on=not self._stop.is_set())
         if self._stop.is_set() and any(r.is_active for r in self._runs):
             step = max(r.learner.step for r in self._runs)
             raise StoppedError(
@@ -453,11 +453,18 @@ class TrainingLoop:
             f"(bce {report.bce:.3f}, dice {report.dice:.3f}, iou {report.scoring:.3f})"
         )
 
-    def _save(self) -> None:
+    def _save(self, *, going_on: bool) -> None:
+        """Checkpoints; where there is something left to do, a full disk ends nothing yet."""
         if self._processes.is_first:
             for run in self._runs:
-                if run.problem is None:
+                if run.problem is not None:
+                    continue
+                try:
                     run.save()
+                except OutputError as error:
+                    if not going_on:
+                        raise
+                    self._reporter.warn(f"{error}; training goes on")
         # After a failure the others may be in the middle of a step; torchrun stops them.
         if all(run.problem is None for run in self._runs):
             self._processes.wait()

@@ -12,7 +12,7 @@ from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
-from mfdetr_pipelines.run_log import RunLog
+from mfdetr_pipelines.run_log import RunLog, read_log
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
@@ -20,7 +20,14 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, HeadError, IdentityError, StoppedError, TrainingError
+from mfdetr_cache.errors import (
+    ConfigError,
+    HeadError,
+    IdentityError,
+    OutputError,
+    StoppedError,
+    TrainingError,
+)
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
@@ -35,6 +42,7 @@ from mfdetr_cache.training.batches import (
     rows_of_step,
     view_of_epoch,
 )
+from mfdetr_cache.training.checkpoint import load_checkpoint
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.learner import build_learner, loss_of_batch
 from mfdetr_cache.training.regions import build_regions
@@ -248,6 +256,46 @@ def test_folders_in_use_are_not_touched(tmp_path: Path, drawn_cache: Path) -> No
     (tmp_path / "run/checkpoint.pt").write_bytes(b"torn")
     with pytest.raises(HeadError, match="checkpoint.pt is damaged"):
         train(drawn_cache, tmp_path / "run", resume=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_does_not_end_a_training(tmp_path: Path, drawn_cache: Path) -> None:
+    """Every file of the run finds no room for a while; nothing but time is lost."""
+    folder, reference = tmp_path / "run", tmp_path / "reference"
+    settings = {"steps": 20, "checkpoint_minutes": 0.0}
+    train(drawn_cache, reference, small_recipe(**settings))
+    real, reporter = TrainingLoop._one_step, SilentReporter()
+
+    def with_a_full_disk(self: Any, step: int, *arguments: Any) -> bool:
+        if step == 8:
+            (folder / "checkpoint.pt.partial").symlink_to("/dev/full")
+            (folder / "metrics.jsonl").symlink_to("/dev/full")
+        if step == 15:
+            (folder / "metrics.jsonl").unlink()
+        return real(self, step, *arguments)
+
+    config = TrainHeadConfig(drawn_cache, folder, small_recipe(**settings), device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_one_step", with_a_full_disk)
+        with pytest.warns(UserWarning, match="metrics.jsonl cannot be written, the disk is full"):
+            run_train_head(config, reporter)
+    (warning,) = [m for m in reporter.messages if m.startswith("warning")]
+    assert "checkpoint.pt cannot be written, the disk is full" in warning
+    assert [line["step"] for line in read_log(folder)] == [10, 20]
+    assert load_checkpoint(folder)["step"] == 20
+    for name in ("head.safetensors", "config.json"):
+        assert (folder / name).is_file()
+    expected = weights_of(reference)
+    assert all(torch.equal(w, expected[k]) for k, w in weights_of(folder).items())
+
+    # At the very end it is an error; where there is room again, --resume only has to write.
+    (folder / "head.safetensors").unlink()
+    (folder / "head.safetensors.partial").symlink_to("/dev/full")
+    again = dataclasses.replace(config, resume=True)
+    with pytest.raises(OutputError, match="head.safetensors cannot be written, the disk is full"):
+        run_train_head(again, reporter)
+    run_train_head(again, reporter)
+    assert (folder / "head.safetensors").is_file()
 
 
 def test_nothing_to_learn_from_is_one_clear_line(tmp_path: Path, rtdetr_folder: Path) -> None:

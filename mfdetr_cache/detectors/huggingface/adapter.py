@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mfdetr_cache.config import nearest
@@ -28,6 +28,7 @@ from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import write_atomically, writing
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
 
 
@@ -140,13 +141,13 @@ class HuggingFaceDetector(nn.Module):
 
     def save_weights(self, folder: Path) -> str:
         """Write a folder that ``--detector hf`` takes."""
-        with _quiet():
+        with _quiet(), writing(folder):
             self.model.save_pretrained(folder)
             self._processor.save_pretrained(folder)
         # Under the names of the checkpoint, which a correction may have changed, and every one:
         # transformers leaves out those it believes to be shared.
         weights = {k: v.detach().cpu().clone() for k, v in self._named_weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
         return str(folder)
 
     def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:

@@ -21,6 +21,7 @@ from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
 
 # The same for all of them, training and test; mean and deviation of ImageNet.
@@ -138,9 +139,10 @@ class OfficialDetector(nn.Module):
 
     def save_weights(self, folder: Path) -> str:
         """Write a checkpoint in the official form."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / "checkpoint.pth"
-        torch.save({"model": self.model.state_dict()}, path)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            torch.save({"model": self.model.state_dict()}, file)
         return str(path)
 
 

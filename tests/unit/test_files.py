@@ -1,0 +1,85 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from mfdetr_cache.errors import HeadError, OutputError
+from mfdetr_cache.files import disk_error, make_folder, whole_file, write_atomically, writing
+from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
+
+# Every write to this device fails as on a full disk, by the kernel's own hand.
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deeper" / "a.json"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    with pytest.raises(ZeroDivisionError), whole_file(path) as partial:
+        partial.write_bytes(b"thr" * (1 // (partial.write_bytes(b"th") - 2)))
+    assert path.read_bytes() == b"two"
+    assert list(path.parent.iterdir()) == [path]
+    # Others may read it, as any file of this user.
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@needs_full
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, b"one")
+    (tmp_path / "a.json.partial").symlink_to(FULL)
+    with pytest.raises(OutputError, match=r"a\.json cannot be written, the disk is full; what was"):
+        write_atomically(path, b"two")
+    assert path.read_bytes() == b"one"
+    # What was half written takes no room; the next time there is some.
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+
+
+@needs_full
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    """torch raises its own exception here, with the system's behind it."""
+    save_checkpoint(tmp_path, {"weights": torch.arange(100_000)})
+    (tmp_path / "checkpoint.pt.partial").symlink_to(FULL)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_checkpoint(tmp_path, {"weights": torch.zeros(100_000)})
+    assert load_checkpoint(tmp_path)["weights"][-1] == 99_999
+
+
+def test_what_libraries_make_of_a_full_disk_is_known() -> None:
+    assert disk_error(OSError(errno.EDQUOT, "")) == errno.EDQUOT
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert disk_error(SafetensorError(text)) == errno.ENOSPC
+    consequence = RuntimeError("unexpected pos 64 vs 0")
+    consequence.__context__ = OSError(errno.ENOSPC, "")
+    assert disk_error(consequence) == errno.ENOSPC
+    assert disk_error(OSError(errno.EIO, "")) == 0
+    assert disk_error(ValueError("os error of another kind")) == 0
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="the folder .*deeper cannot be made: Not a directory"):
+        make_folder(tmp_path / "file" / "deeper")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="folder cannot be written: Is a directory"):
+        write_atomically(tmp_path / "folder", b"")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_what_is_wrong_with_the_input_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match="unreadable"), writing(tmp_path):
+        raise HeadError("unreadable") from OSError(errno.EACCES, "")
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
+        _ = 1 / 0
