@@ -41,14 +41,20 @@ def evaluate(
     score: Annotated[
         Literal["auto", "iou", "mean", "class"],
         typer.Option(
-            help="Class score times predicted IoU (Eq. 13), times mean probability (Eq. 2), or "
-            "alone; auto takes Eq. 13 where the head predicts IoUs."
+            metavar="RULE",
+            help="Class score times predicted IoU (iou, Eq. 13), times mean probability (mean, "
+            "Eq. 2), or alone (class); auto is iou where the head predicts it, else mean.",
         ),
     ] = "auto",
-    baselines: Annotated[
-        bool, typer.Option(help="Also measure the floor and the ceiling of these detections.")
-    ] = True,
-    boundary: Annotated[bool, typer.Option(help="Also measure boundary AP.")] = True,
+    no_baselines: Annotated[
+        bool,
+        typer.Option(
+            "--no-baselines", help="Leave out the floor and the ceiling of these detections."
+        ),
+    ] = False,
+    no_boundary: Annotated[
+        bool, typer.Option("--no-boundary", help="Leave out boundary AP.")
+    ] = False,
     per_category: Annotated[
         bool, typer.Option("--per-category", help="Show the AP of every category.")
     ] = False,
@@ -78,7 +84,7 @@ def evaluate(
             raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
         from mfdetr_pipelines.evaluate_results import run_evaluate_results
 
-        found = run_evaluate_results(results, annotations, evaluator, boundary=boundary)
+        found = run_evaluate_results(results, annotations, evaluator, boundary=not no_boundary)
         title = f"{found.num_results} results on {found.num_images} images, in percent"
         document = {"num_images": found.num_images, "num_results": found.num_results}
         _show(title, found.metrics(), found.details(), per_category=per_category)
@@ -99,12 +105,12 @@ def evaluate(
         storage_at(cache, local_cache, local_cache_size),
         head,
         device,
-        baselines,
+        not no_baselines,
         save_results,
         score,
         which,
         evaluator,
-        boundary,
+        not no_boundary,
         live,
     )
     summary = run_evaluate(config, ConsoleReporter())

@@ -36,13 +36,20 @@ def extract(
         int | None,
         typer.Option(help="Encoder layer that supplies the encoder maps, from 1 (default 4)."),
     ] = None,
-    backbone_stride8: Annotated[
+    no_backbone_stride8: Annotated[
         bool,
-        typer.Option(help="Add the backbone's stride-8 map where the encoder has no such level."),
-    ] = True,
+        typer.Option(
+            "--no-backbone-stride8",
+            help="Leave out the backbone's stride-8 map, which is kept where the encoder has no "
+            "such level.",
+        ),
+    ] = False,
     dtype: Annotated[
         Literal["fp16", "int8", "int8-small", "int4"],
-        typer.Option(help="How maps are stored; docs/choosing-a-cache.md has GB against AP."),
+        typer.Option(
+            metavar="PRESET",
+            help="How maps are stored: fp16, int8, int8-small or int4, from large to small.",
+        ),
     ] = "int8",
     compression: Annotated[
         Literal["zstd", "raw"], typer.Option(help="Compress chunks, or leave them as they are.")
@@ -50,8 +57,9 @@ def extract(
     c1: Annotated[
         Literal["full", "roi", "none"],
         typer.Option(
-            help="Keep the stride-4 map whole; as crops around matched queries (training only); "
-            "or not at all."
+            metavar="MODE",
+            help="The stride-4 map: full; roi, as crops around matched queries, for training only; "
+            "or none.",
         ),
     ] = "full",
     roi_size: Annotated[int, typer.Option(help="Cells of a crop, for --c1 roi.")] = 32,
@@ -64,7 +72,9 @@ def extract(
     view_policy: Annotated[
         Literal["deformable-detr", "large-scale-jitter"],
         typer.Option(
-            help="Flip, multi-scale resize and crop; or large-scale jittering (Table 11)."
+            metavar="POLICY",
+            help="deformable-detr: flip, multi-scale resize and crop; or large-scale-jitter "
+            "(Table 11).",
         ),
     ] = "deformable-detr",
     view_seed: Annotated[int, typer.Option(help="Seed of the augmentation.")] = 0,
@@ -91,7 +101,9 @@ def extract(
         typer.Option(help="What to do with an image that cannot be read."),
     ] = "stop",
     device: DeviceOption = "auto",
-    force: Annotated[bool, typer.Option(help="Start although the disk looks too small.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start although the disk looks too small.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Run a frozen detector over a dataset once and keep what it saw.
@@ -119,7 +131,7 @@ def extract(
         cache=cache,
         limit=limit,
         device=device,
-        options=DetectorOptions(num_queries, encoder_layer, backbone_stride8),
+        options=DetectorOptions(num_queries, encoder_layer, not no_backbone_stride8),
         preset=dtype,
         compression=compression,
         c1=c1,

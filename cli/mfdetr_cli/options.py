@@ -13,9 +13,26 @@ if TYPE_CHECKING:
     from mfdetr_cache.cache.storage import Storage
     from mfdetr_cache.cache.writer import Partition
 
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a place for the result before hours of work, not after them."""
+    if path is not None:
+        above = next(p for p in path.absolute().parents if p.exists())
+        if path.is_dir():
+            raise ConfigError(f"--json {path} is a folder; name a file")
+        if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+            raise ConfigError(f"--json {path} cannot be written there")
+    return path
+
+
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result to this file too, as JSON."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=_writable,
+        help="Write the result to this file too, as JSON.",
+    ),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")
@@ -32,7 +49,7 @@ MaxStepsOption = Annotated[
 EpochsOption = Annotated[
     float | None, typer.Option(help="Train for N epochs; the schedule is fitted to them.")
 ]
-ResumeOption = Annotated[bool, typer.Option(help="Go on with the run in --out.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 LocalCacheOption = Annotated[
     Path | None,
     typer.Option(help="Keep what is read from an object store in this folder."),

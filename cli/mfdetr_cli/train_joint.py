@@ -34,14 +34,20 @@ def train_joint(
     out: Annotated[Path, typer.Option(help="Run folder: head, detector, settings, metrics.")],
     tune: Annotated[
         Literal["nothing", "encoder-decoder", "all"],
-        typer.Option(help="What moves beside the head."),
+        typer.Option(
+            metavar="PART", help="What moves beside the head: nothing, encoder-decoder or all."
+        ),
     ] = "encoder-decoder",
     detector_lr: Annotated[
         float, typer.Option(help="The detector's learning rate as a share of the head's.")
     ] = 0.1,
     augment: Annotated[
         Literal["none", "deformable-detr", "large-scale-jitter"],
-        typer.Option(help="Show every image in another way in every epoch."),
+        typer.Option(
+            metavar="POLICY",
+            help="Another picture of every image in every epoch: none, deformable-detr or "
+            "large-scale-jitter.",
+        ),
     ] = "none",
     val_images: Annotated[
         Path | None, typer.Option(help="Image folder of the validation split, measured at the end.")

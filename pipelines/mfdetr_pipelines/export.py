@@ -31,6 +31,8 @@ _OPSET = 17
 _NOTEWORTHY = 0.01
 # The first run of a check uses the sizes the graph was traced with, the others do not.
 _CHECKED_REGIONS = (20, 7, 1)
+# A token of the coarsest usual level.
+_LEAST_INPUT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,11 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
         HeadError: If there is no trained head.
         IdentityError: If head and detector do not belong together.
     """
+    if config.top_k < 1:
+        raise ConfigError(f"--top-k {config.top_k}: give 1 or more queries")
+    if config.input_hw is not None and min(config.input_hw) < _LEAST_INPUT:
+        height, width = config.input_hw
+        raise ConfigError(f"--input-size {height}x{width}: give {_LEAST_INPUT} or more each way")
     runtime = _packages()
     folder = load_head(config.head)
     if not folder.head.config.roialign:

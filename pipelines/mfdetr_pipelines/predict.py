@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
 from mfdetr_cache.files import make_folder, write_atomically, writing
 from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
@@ -93,6 +93,10 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         DatasetError: If there is no image, or none can be read.
         IdentityError: If the head was trained with another detector.
     """
+    if not 0 <= config.threshold < 1:
+        raise ConfigError(f"--threshold {config.threshold:g}: give a confidence from 0 to below 1")
+    if config.top_k < 1:
+        raise ConfigError(f"--top-k {config.top_k}: give 1 or more objects")
     files = find_images(config.images)
     keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(

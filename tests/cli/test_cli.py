@@ -11,13 +11,14 @@ from mfdetr_cli import app as app_module
 from mfdetr_cli.app import app
 from typer.testing import CliRunner
 
-from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
+from mfdetr_cache.errors import CheckFailedError, ConfigError, MfdetrError, StoppedError
 from tests.pipelines.test_train_head import SMALL
 from tests.support import scenes
 
 COMMANDS = [
     ["extract"],
     ["train-head"],
+    ["train-joint"],
     ["evaluate"],
     ["predict"],
     ["detectors"],
@@ -59,6 +60,27 @@ def test_help_shows_an_example_and_json(command: list[str]) -> None:
     assert "Example:" in text
     assert f"mfdetr {' '.join(command)}" in text
     assert "--json" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_is_whole_in_eighty_columns(command: list[str]) -> None:
+    """Where options and their values leave no room, the table cuts names in the middle."""
+    narrow = {"COLUMNS": "80", "TERM": "dumb"}
+    text = CliRunner().invoke(app, [*command, "--help"], env=narrow).output
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+
+
+def test_a_result_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "file" / "a.json", "cannot be written there"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run("detectors", "--json", path)
+    assert run("detectors", "--json", tmp_path / "new" / "a.json").exit_code == 0
+    assert json.loads((tmp_path / "new" / "a.json").read_text())
 
 
 def test_the_whole_way(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path) -> None:

@@ -117,6 +117,11 @@ def test_encoder_maps_are_those_of_the_chosen_layer(tmp_path: Path) -> None:
     assert load_detector("hf", str(tmp_path)).spec.settings["encoder_layer"] == 4
     with pytest.raises(DetectorError, match="--encoder-layer 6: Deformable DETR has 1 to 5"):
         load_detector("hf", str(tmp_path), DetectorOptions(encoder_layer=6))
+    detectors.save_rtdetr(tmp_path / "pyramid")
+    with pytest.raises(
+        DetectorError, match="--encoder-layer 1: the encoder of RT-DETR is no stack"
+    ):
+        load_detector("hf", str(tmp_path / "pyramid"), DetectorOptions(encoder_layer=1))
 
 
 def test_level_embedding_is_the_detectors(tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_wrong_input_is_named(
     head = trained(drawn_cache, tmp_path / "head")
     with pytest.raises(ConfigError, match="give --input-size HxW, or --weights"):
         run_export(ExportConfig(head, tmp_path / "a.onnx"), SilentReporter())
+    with pytest.raises(ConfigError, match="--input-size 640x0: give 32 or more each way"):
+        run_export(ExportConfig(head, tmp_path / "a.onnx", (640, 0)), SilentReporter())
+    with pytest.raises(ConfigError, match="--top-k 0: give 1 or more"):
+        run_export(ExportConfig(head, tmp_path / "a.onnx", top_k=0), SilentReporter())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'mfdetr-cache\[onnx\]'"):
         run_export(ExportConfig(head, tmp_path / "a.onnx"), SilentReporter())

@@ -99,6 +99,13 @@ def test_wrong_input_is_one_clear_line(
             PredictConfig(images, "hf", str(rtdetr_folder), tmp_path, tmp_path / "out"),
             SilentReporter(),
         )
+    for changes, message in (
+        ({"threshold": 2.0}, "--threshold 2: give a confidence from 0 to below 1"),
+        ({"top_k": 0}, "--top-k 0: give 1 or more"),
+    ):
+        config = PredictConfig(images, "hf", str(rtdetr_folder), head, tmp_path / "out", **changes)
+        with pytest.raises(ConfigError, match=message):
+            run_predict(config, SilentReporter())
     assert np.array_equal(sorted(p.name for p in tmp_path.iterdir()), ["other"])
 
 

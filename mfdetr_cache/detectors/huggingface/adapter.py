@@ -191,6 +191,11 @@ class HuggingFaceDetector(nn.Module):
 
             inner.backbone.projector.register_forward_hook(keep_projected)
         if self._family.encoder_maps in ("outputs", "projector"):
+            if self._options.encoder_layer is not None:
+                raise DetectorError(
+                    f"--encoder-layer {self._options.encoder_layer}: the encoder of "
+                    f"{self._family.label} is no stack of layers over all levels; leave it out"
+                )
             return None
         encoder = inner.encoder
         count = len(encoder.layers)
