@@ -52,6 +52,19 @@ def from_dict(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> Con
         raise ConfigError(f"{where}: {error}") from error
 
 
+def completed(kind: type[object], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they were written down, with those that did not exist yet at their defaults.
+
+    Args:
+        kind: Dataclass of the settings, all with defaults.
+        values: What an earlier version wrote with :func:`to_dict`.
+
+    Returns:
+        Plain values, of all of today's fields and whatever else was written.
+    """
+    return {**to_dict(kind()), **values}
+
+
 def nearest(key: str, names: list[str]) -> str:
     """The end of an "unknown name" message: the closest known name, or all of them.
 

@@ -36,6 +36,13 @@ def ablate(
     ] = None,
     cache: Annotated[str | None, typer.Option(help="Cache of the training split.")] = None,
     val_cache: Annotated[str | None, typer.Option(help="Cache of the split to measure on.")] = None,
+    val_split: Annotated[
+        int | None,
+        typer.Option(
+            help="Without --val-cache: leave every N-th image of --cache out of training and "
+            "measure on these, to choose settings."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("ablation"),
     seeds: Annotated[int, typer.Option(help="Train every row with seeds 0 to N - 1.")] = 1,
     baseline: Annotated[
@@ -112,6 +119,8 @@ def ablate(
     head, train = split_settings(parse_assignments(set_ or []))
     if max_steps is not None:
         train["steps"] = max_steps
+    if val_split is not None:
+        train["val_split"] = val_split
     rows = with_settings(rows, head, train)
     if smaller:
         rows = smaller_rows(rows)
@@ -124,10 +133,15 @@ def ablate(
         return
     if needs:
         raise ConfigError(f"--table {table} needs {needs}")
-    if cache is None or val_cache is None:
-        raise ConfigError("ablate trains from --cache and measures on --val-cache; give both")
+    if cache is None or (val_cache is None) == (val_split is None):
+        raise ConfigError(
+            "ablate trains from --cache and measures on --val-cache, or on the images that "
+            "--val-split keeps; give two of the three"
+        )
     training = storage_at(cache, local_cache, local_cache_size)
-    measured = storage_at(val_cache, local_cache, local_cache_size)
+    measured = None
+    if val_cache is not None:
+        measured = storage_at(val_cache, local_cache, local_cache_size)
     sam = SamSource(sam_weights, images) if sam_weights and images else None
     cluster = Cluster(address, workers)
     config = AblateConfig(

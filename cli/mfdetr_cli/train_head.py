@@ -39,7 +39,10 @@ def train_head(
     ] = None,
     val_every: Annotated[
         int | None,
-        typer.Option(help="Measure on --val-cache every N steps too; the best weights are kept."),
+        typer.Option(
+            help="Measure every N steps too, on --val-cache or what --set val_split=M keeps; the "
+            "best weights are kept."
+        ),
     ] = None,
     recipe: RecipeOption = "fast",
     set_: SetOption = None,

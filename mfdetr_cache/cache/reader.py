@@ -1,5 +1,6 @@
 """Reads a cache, from any number of threads, refusing what is damaged or unfinished."""
 
+import copy
 import functools
 import json
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ class FeatureCache:
         self.label_categories = tuple(int(c) for c in attributes["label_categories"])
         self._columns = Columns(storage)
         self.views = {view: CacheView(self, view, self._columns) for view in self.layout.views}
+        self._chosen: frozenset[int] | None = None
 
     @classmethod
     def open(cls, location: Location) -> "FeatureCache":
@@ -158,7 +160,32 @@ class FeatureCache:
     @property
     def rows(self) -> tuple[int, ...]:
         """Rows with content, in order; skipped images are not among them."""
-        return self.base.rows
+        if self._chosen is None:
+            return self.base.rows
+        return tuple(row for row in self.base.rows if row in self._chosen)
+
+    def split(self, every: int) -> tuple["FeatureCache", "FeatureCache"]:
+        """Two caches over the same files: most of the images, and every so many of them.
+
+        Args:
+            every: How many images there are for each one that is kept for the second.
+
+        Returns:
+            The first to learn from, the second to measure on; together they have all rows.
+
+        Raises:
+            CacheError: If there are too few images for one in each.
+        """
+        if not 2 <= every <= len(self.rows):
+            raise CacheError(
+                f"{self.path} has {len(self.rows)} images: it cannot keep every {every}th for "
+                "measuring"
+            )
+        chosen = frozenset(self.rows[every - 1 :: every])
+        halves = copy.copy(self), copy.copy(self)
+        halves[0]._chosen = frozenset(self.rows) - chosen
+        halves[1]._chosen = chosen
+        return halves
 
     @functools.cached_property
     def _manifests(self) -> dict[Part, dict[str, Any]]:

@@ -54,6 +54,8 @@ class TrainConfig:
         label_fraction: Train on the masks of only this part of the images.
         held_out: Category ids whose masks are hidden from training, to see how masks of classes
             come out that the head never saw (its masks do not depend on the class).
+        val_split: Leave every so-many-th image of the cache out of training, to measure on when
+            settings are chosen; 0 leaves none out.
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches; 0 chooses, see :meth:`reader_threads`.
         checkpoint_minutes: Time between checkpoints.
@@ -92,6 +94,7 @@ class TrainConfig:
     shuffle: Literal["images", "parts"] = "images"
     label_fraction: float = 1.0
     held_out: tuple[int, ...] = ()
+    val_split: int = 0
     seed: int = 0
     num_threads: int = 0
     checkpoint_minutes: float = 5.0
@@ -114,6 +117,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "target_scale", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
+        if self.val_split < 0 or self.val_split == 1:
+            raise ValueError("val_split must be 0, or 2 or more")
         if self.num_threads < 0:
             raise ValueError("num_threads must be 0 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:

@@ -16,17 +16,18 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
-from mfdetr_cache.config import to_dict
+from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, compare_all
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
 from mfdetr_cache.files import make_folder, write_atomically
+from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import load_head, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, differences, require_same
 from mfdetr_cache.protocols import Reporter, SilentReporter
-from mfdetr_cache.training.config import FREE_FIELDS
+from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_pipelines.ablation_rows import AblationRow, RowPlan, plan_rows
@@ -120,7 +121,8 @@ class AblateConfig:
     Attributes:
         rows: What to compare.
         cache: Cache of the training split.
-        val_cache: Cache of the split to measure on.
+        val_cache: Cache of the split to measure on; None for the images of ``cache`` that the rows'
+            setting ``val_split`` leaves out of training.
         out: Where runs and tables go.
         seeds: Seeds 0 to N - 1 of every row.
         device: Where to train.
@@ -132,7 +134,7 @@ class AblateConfig:
 
     rows: tuple[AblationRow, ...]
     cache: Location
-    val_cache: Location
+    val_cache: Location | None
     out: Path
     seeds: int = 1
     device: str = "cpu"
@@ -173,7 +175,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
         raise ConfigError(f"--seeds {config.seeds}: give 1 or more")
     if config.detector_hours is not None and not 0 <= config.detector_hours < math.inf:
         raise ConfigError(f"--detector-hours {config.detector_hours}: give 0 or more hours")
-    cache, validation = _open_both(config)
+    cache, validation = open_both(config)
     plans = plan_rows(config.rows, cache.spec)
     problems = {p.row.name: p.problem for p in plans if p.problem}
     groups: list[_Group] = []
@@ -209,7 +211,7 @@ _Group = tuple[int, tuple[str, ...]]
 def _train_group(config: AblateConfig, group: _Group, reporter: Reporter) -> dict[str, str]:
     """Train and measure a group; problems by row."""
     seed, names = group
-    cache, validation = _open_both(config)
+    cache, validation = open_both(config)
     plans = [p for p in plan_rows(config.rows, cache.spec) if p.row.name in names]
     jobs = [_job(config, plan, seed, cache, validation) for plan in plans]
     reporter.say(f"seed {seed}, {len(jobs)} heads over one read: {', '.join(names)}")
@@ -275,8 +277,31 @@ def seconds_per_step(
     return found
 
 
-def _open_both(config: AblateConfig) -> tuple[FeatureCache, FeatureCache]:
-    cache, validation = FeatureCache.open(config.cache), FeatureCache.open(config.val_cache)
+def open_both(config: AblateConfig) -> tuple[FeatureCache, FeatureCache]:
+    """The cache to train from and the one to measure on.
+
+    Args:
+        config: The ablation.
+
+    Returns:
+        Two complete caches of one detector.
+
+    Raises:
+        CacheError: If a cache is missing, unfinished or damaged, or too small to be divided.
+        IdentityError: If they come from different detectors.
+        ConfigError: If there is nothing to measure on, or rows would be measured on other images.
+    """
+    cache = FeatureCache.open(config.cache)
+    if config.val_cache is None:
+        splits = {row.recipe.train.val_split for row in config.rows}
+        if len(splits) != 1 or 0 in splits:
+            raise ConfigError(
+                "give --val-cache, or --val-split N to keep every N-th image of --cache for "
+                "measuring"
+            )
+        cache.require_complete()
+        return cache, cache.split(splits.pop())[1]
+    validation = FeatureCache.open(config.val_cache)
     require_same(
         detector_identity(cache.spec),
         f"--cache {cache.path}",
@@ -301,7 +326,7 @@ def _job(
         "head": to_dict(recipe.head),
         "train": to_dict(train),
         "cache": cache.cache_id,
-        "val_cache": validation.cache_id,
+        "val_cache": validation.cache_id if config.val_cache is not None else "split",
         "baseline": plan.row.baseline,
     }
     return _Job(plan, recipe, folder_of(config, plan.row, seed), identity)
@@ -327,6 +352,8 @@ def _read_result(job: _Job) -> dict[str, Any] | None:
     try:
         done: dict[str, Any] = json.loads(path.read_bytes())
         before = done["identity"]
+        for name, kind in (("head", HeadConfig), ("train", TrainConfig)):
+            before[name] = completed(kind, before[name])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,8 @@ from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_pipelines.ablate import AblateConfig, RowResult, folder_of
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_pipelines.ablate import AblateConfig, RowResult, folder_of, open_both
 from mfdetr_pipelines.page import Panel, PanelRow
 from mfdetr_pipelines.pictures import annotated_objects
 from mfdetr_pipelines.training_loop import trainable_rows
@@ -34,11 +35,11 @@ def sample_masks(
     Returns:
         One row of pictures per image.
     """
-    validation = FeatureCache.open(config.val_cache)
+    validation = open_both(config)[1]
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
     heads = [(r.plan.row.name, _head(config, r, validation)) for r in shown]
     # Images spread over the split, so that not all come from one folder or one hour.
-    rows = trainable_rows(validation)
+    rows = trainable_rows(validation, TrainConfig())
     chosen = rows[:: max(1, len(rows) // count)][:count]
     return [_panel_row(validation, row, heads, images) for row in chosen]
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,6 +181,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
     )
     cache.require_complete()
+    cache = _unseen(cache, folder.document, reporter)
     device = torch_device(config.device)
     keep_freed_memory()
     summary, masks = measure(
@@ -203,6 +204,19 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     if config.results is not None:
         write_atomically(config.results, json_results(masks))
     return summary
+
+
+def _unseen(cache: FeatureCache, document: Mapping[str, Any], reporter: Reporter) -> FeatureCache:
+    """Of the cache a head was trained from, the images it was not trained on."""
+    split = document.get("train", {}).get("val_split", 0)
+    if document.get("cache", {}).get("cache_id") != cache.cache_id:
+        return cache
+    if not split:
+        reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
+        return cache
+    _, unseen = cache.split(split)
+    reporter.say(f"measuring on the {len(unseen)} images that the training left out")
+    return unseen
 
 
 def measure(

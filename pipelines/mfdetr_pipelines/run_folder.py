@@ -14,7 +14,7 @@ import torchvision
 import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage import Location
-from mfdetr_cache.config import to_dict
+from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import make_folder
 from mfdetr_cache.head.config import HeadConfig
@@ -135,8 +135,12 @@ def prepare_folder(
         except (OSError, ValueError) as error:
             raise HeadError(f"{out} holds no run to resume ({error})") from error
         now = {"head": to_dict(head), **document}
+        kinds = {"head": HeadConfig, "train": TrainConfig}
         for name in same:
-            found = differences(before.get(name), now[name])
+            earlier = before.get(name)
+            if name in kinds and isinstance(earlier, dict):
+                earlier = completed(kinds[name], earlier)
+            found = differences(earlier, now[name])
             if name == "train":
                 found = [d for d in found if d[0] not in FREE_FIELDS]
             if found:

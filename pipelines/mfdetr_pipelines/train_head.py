@@ -213,7 +213,7 @@ def settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
         train = dataclasses.replace(train, held_out=ids)
     if config.epochs is None:
         return with_length(train, None, config.max_steps, 0)
-    rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
+    rows = trainable_rows(cache, train)
     return with_length(train, config.epochs, config.max_steps, len(rows))
 
 
@@ -274,12 +274,17 @@ def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> 
 
 
 def _open_validation(config: TrainHeadConfig, cache: FeatureCache) -> FeatureCache | None:
-    if config.val_cache is None:
-        if config.val_every is not None:
-            raise ConfigError("--val-every needs --val-cache")
-        return None
+    split = config.recipe.train.val_split
     if config.val_every is not None and config.val_every < 1:
         raise ConfigError(f"--val-every must be 1 or more, not {config.val_every}")
+    if config.val_cache is None and split:
+        if config.recipe.head.use_c1:
+            cache.require_c1_map("validation")
+        return cache.split(split)[1]
+    if config.val_cache is None:
+        if config.val_every is not None:
+            raise ConfigError("--val-every needs --val-cache, or --set val_split=N")
+        return None
     validation = FeatureCache.open(config.val_cache)
     require_same(
         detector_identity(cache.spec),

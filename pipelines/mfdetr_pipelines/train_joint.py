@@ -57,7 +57,7 @@ DETECTOR_FOLDER = "detector"
 VALIDATION_CACHE = "val.zarr"
 _LOG_EVERY = 10
 # Settings that are about a cache or several processes, and what they must be here.
-_WITHOUT_CACHE = {"views": "all", "shuffle": "images", "accumulate": 1}
+_WITHOUT_CACHE = {"views": "all", "shuffle": "images", "accumulate": 1, "val_split": 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,20 +115,16 @@ def stream_key(train: TrainConfig) -> tuple[object, ...]:
         The settings that decide which images make up which step.
     """
     order = (train.batch_size, train.seed, train.views, train.shuffle)
-    return (*order, train.accumulate, train.label_fraction, train.held_out)
+    return (*order, train.accumulate, train.label_fraction, train.held_out, train.val_split)
 
 
-def trainable_rows(
-    cache: FeatureCache, fraction: float = 1.0, seed: int = 0, held_out: Sequence[int] = ()
-) -> list[int]:
+def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
     """Rows with something to learn from.
 
     Args:
         cache: A complete cache.
-        fraction: Keep the masks of only this part of the images; smaller parts lie inside larger
-            ones of the same seed.
-        seed: Which images these are.
-        held_out: Category ids whose masks are hidden.
+        train: Training settings: which categories are hidden, which images are kept to measure on,
+            and of how many of the others the masks are seen.
 
     Returns:
         Rows in order, at least one.
@@ -136,13 +132,15 @@ def trainable_rows(
     Raises:
         TrainingError: If there is none.
     """
-    rows = [row for row in cache.rows if _can_teach(cache, row, held_out)]
+    if train.val_split:
+        cache, _ = cache.split(train.val_split)
+    rows = [row for row in cache.rows if _can_teach(cache, row, train.held_out)]
     if not rows:
         raise TrainingError(
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
             "detector does not know, or nothing); extract a split with instance masks"
         )
-    return kept_rows(rows, fraction, seed)
+    return kept_rows(rows, train.label_fraction, train.seed)
 
 
 def kept_rows(rows: Sequence[int], fraction: float, seed: int) -> list[int]:
@@ -178,7 +176,7 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
     """
     head = MaskHead(config, cache.spec)
     if head.codec is not None:
-        rows = trainable_rows(cache, train.label_fraction, train.seed, train.held_out)
+        rows = trainable_rows(cache, train)
 
         def masks_of(row: int) -> NDArray[np.float32]:
             truth, size_hw = cache.ground_truth(row), cache.original_hw(row)
@@ -229,7 +227,7 @@ class TrainingLoop:
         split_when_full: bool = False,
     ) -> None:
         settings = runs[0].learner.train
-        self.rows = trainable_rows(cache, settings.label_fraction, settings.seed, settings.held_out)
+        self.rows = trainable_rows(cache, settings)
         self._cache = cache
         self._runs = tuple(runs)
         self._device = device

@@ -35,11 +35,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import ConfigError, StoppedError
+from mfdetr_cache.errors import CacheError, ConfigError, StoppedError
 from mfdetr_cache.evaluation.baselines import ellipse_masks
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.training.config import TrainConfig
 
 SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
 
@@ -194,10 +195,14 @@ def test_rows_from_a_file(tmp_path: Path) -> None:
 
 def test_fewer_masks_are_nested_and_every_fraction_is_a_row(drawn_cache: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
-    kept = {f: set(trainable_rows(cache, f, 3)) for f in (0.01, 0.25, 0.5, 1.0)}
+
+    def rows_of(fraction: float, seed: int) -> set[int]:
+        return set(trainable_rows(cache, TrainConfig(label_fraction=fraction, seed=seed)))
+
+    kept = {f: rows_of(f, 3) for f in (0.01, 0.25, 0.5, 1.0)}
     assert [len(k) for k in kept.values()] == [1, 2, 4, 8]
     assert kept[0.01] < kept[0.25] < kept[0.5] < kept[1.0]
-    assert set(trainable_rows(cache, 0.5, 4)) != kept[0.5]
+    assert rows_of(0.5, 4) != kept[0.5]
     made = label_fraction_rows(rows()[:1], [0.1, 1])
     names = [r.name for r in made]
     assert names == ["with scoring, 10 % of the masks", "with scoring, 100 % of the masks"]
@@ -254,6 +259,62 @@ def test_another_ablation_in_the_folder_is_refused(drawn_cache: Path, tmp_path: 
     assert [r.problem for r in again] == ["", ""]
     results = run_ablate(config(drawn_cache, tmp_path, seeds=1, steps=3), SilentReporter())
     assert all("of another ablation: train.steps was 2 and is 3" in r.problem for r in results)
+
+
+def test_settings_are_chosen_on_images_left_out_of_training(
+    drawn_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    learned, seen = FeatureCache.open(drawn_cache).split(4)
+    assert learned.rows == tuple(r for r in cache.rows if (r + 1) % 4)
+    assert len(seen) == 2
+    assert sorted((*learned.rows, *seen.rows)) == list(cache.rows)
+    with pytest.raises(CacheError, match="has 8 images: it cannot keep every 9th"):
+        cache.split(9)
+    read: list[int] = []
+    real = FeatureCache.read
+
+    def counted(self: FeatureCache, row: int, *arguments: Any) -> Any:
+        read.append(row)
+        return real(self, row, *arguments)
+
+    monkeypatch.setattr(FeatureCache, "read", counted)
+    monkeypatch.setattr(
+        "mfdetr_pipelines.ablate.measure", lambda *_, **__: pytest.fail("not before it is trained")
+    )
+    split = with_settings(rows()[:1], {}, {"val_split": 4, "steps": 6, "num_threads": 1})
+    settings = replace(config(drawn_cache, tmp_path, rows=split, seeds=1), val_cache=None)
+    with pytest.raises(pytest.fail.Exception, match="not before it is trained"):
+        run_ablate(settings, SilentReporter())
+    assert set(read) == set(learned.rows)
+    monkeypatch.undo()
+    (found,) = run_ablate(settings, SilentReporter())
+    assert found.problem == ""
+    # The head's own evaluation knows which images it has not seen.
+    folder = tmp_path / "rows/with-scoring/seed-0"
+    reporter = SilentReporter()
+    alone = run_evaluate(EvaluateConfig(drawn_cache, folder), reporter)
+    assert reporter.messages == ["measuring on the 2 images that the training left out"]
+    assert alone.num_images == 2
+    assert found.mean() == alone.mask.AP
+    mixed = (*split, *with_settings(rows()[1:], {}, {"val_split": 2}))
+    for wrong in (rows(), mixed):
+        with pytest.raises(ConfigError, match="give --val-cache, or --val-split N"):
+            run_ablate(replace(settings, rows=wrong, out=tmp_path / "b"), SilentReporter())
+
+
+def test_results_from_before_a_setting_existed_are_its_default(
+    drawn_cache: Path, tmp_path: Path
+) -> None:
+    settings = config(drawn_cache, tmp_path, seeds=1)
+    before = run_ablate(settings, SilentReporter())
+    for path in tmp_path.rglob("result.json"):
+        document = json.loads(path.read_text())
+        del document["identity"]["train"]["val_split"]
+        path.write_text(json.dumps(document))
+    after = run_ablate(settings, SilentReporter())
+    assert [r.problem for r in after] == ["", ""]
+    assert [r.seeds for r in after] == [r.seeds for r in before]
 
 
 def test_training_free_rows_are_measured_without_training(

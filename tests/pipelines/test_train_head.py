@@ -572,6 +572,24 @@ def test_the_best_weights_survive_a_stop(
     assert (out / "head-best.safetensors").read_bytes() == best
 
 
+def test_a_part_of_the_cache_serves_as_validation(drawn_cache: Path, tmp_path: Path) -> None:
+    """For those who have one set of images only; --val-every keeps the best weights on it."""
+    out = tmp_path / "run"
+    summary = train(drawn_cache, out, small_recipe(steps=4, val_split=4), val_every=2)
+    assert summary.validation is not None
+    assert summary.validation.num_images == 2
+    assert summary.best_step in (2, 4)
+    reporter = SilentReporter()
+    alone = run_evaluate(EvaluateConfig(drawn_cache, out), reporter)
+    assert alone.mask == summary.validation.mask
+    # Of a head that saw all of them, the number means little.
+    train(drawn_cache, tmp_path / "all")
+    run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "all"), reporter)
+    assert "was trained on the images of" in reporter.messages[-1]
+    with pytest.raises(ConfigError, match=r"--val-every needs --val-cache, or --set val_split=N"):
+        train(drawn_cache, tmp_path / "none", val_every=2)
+
+
 def test_time_spent_validating_is_not_time_spent_training(
     tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
