@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
@@ -224,10 +224,8 @@ class MaskFrozenDETR:
         """
         if isinstance(image, (str, Path)):
             picture = load_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            picture = Image.fromarray(image)
         else:
-            picture = image.convert("RGB")
+            picture = as_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         return self.timed(picture, threshold, top_k, scoring).result
 
     def timed(

@@ -14,7 +14,7 @@ from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.protocols import Reporter
 from mfdetr_pipelines.video import VIDEO_SUFFIXES, Video
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
 
 

@@ -75,6 +75,18 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (image.mode, image.size) == ("RGB", (30, 20))
 
 
+def test_of_sixteen_bits_the_upper_eight_are_kept(tmp_path: Path) -> None:
+    """Pillow alone clips them at 255, which makes the picture white."""
+    ramp = np.linspace(0, 65535, 20 * 30).astype(np.uint16).reshape(20, 30)
+    path = save(tmp_path, Image.fromarray(ramp), "deep.png")
+    pixels = np.asarray(load_image(path, (20, 30)))
+    assert np.array_equal(pixels, np.repeat((ramp // 256)[..., None], 3, axis=2))
+    for values in (np.zeros((4, 4), np.float32), np.full((4, 4), 1 << 20, np.int32)):
+        path = save(tmp_path, Image.fromarray(values), "wide.tif")
+        with pytest.raises(ImageError, match=r"wide.tif cannot be decoded: .* convert it to 8 or"):
+            load_image(path)
+
+
 def rotated(tmp_path: Path) -> Path:
     image = Image.new("RGB", (30, 20))
     image.paste((255, 255, 255), (0, 0, 15, 20))

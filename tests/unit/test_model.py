@@ -60,6 +60,9 @@ def test_every_kind_of_image_gives_the_same(model: MaskFrozenDETR, picture: Path
         assert (result.masks == results[0].masks).all()
         assert (result.scores == results[0].scores).all()
     assert results[0].masks.shape == (3, opened.height, opened.width)
+    gray = opened.convert("L")
+    as_array = model(np.asarray(gray), threshold=0.0, top_k=3)
+    assert (as_array.scores == model(gray, threshold=0.0, top_k=3).scores).all()
     with pytest.raises(ImageError, match="is not on disk"):
         model("absent.png")
 
