@@ -402,7 +402,7 @@ def _train_together(
     for number, job in enumerate(jobs):
         try:
             if not job.plan.row.baseline and not _is_training_free(job.recipe, cache):
-                runs[number] = _start(config, job, cache)
+                runs[number] = _start(config, job, cache, validation)
         except MfdetrError as error:
             problems[job.plan.row.name] = str(error)
     if runs:
@@ -426,11 +426,14 @@ def _train_together(
     return problems
 
 
-def _start(config: AblateConfig, job: _Job, cache: FeatureCache) -> Run:
+def _start(config: AblateConfig, job: _Job, cache: FeatureCache, validation: FeatureCache) -> Run:
     train = job.recipe.train
     device = training_device(config.device, train.amp)
     learner = build_learner(train, lambda: new_head(job.recipe.head, cache, train), device)
     require_c1(cache, learner.head, train)
+    if learner.head.c1 is not None:
+        # Not after it was trained.
+        validation.require_c1_map("evaluation")
     begun = job.folder.exists() and any(job.folder.iterdir())
     settings = TrainHeadConfig(config.cache, job.folder, job.recipe, resume=begun)
     document = run_document(settings, train, cache, None)

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from mfdetr_pipelines.ablate import AblateConfig, run_ablate
+from mfdetr_pipelines.ablation_rows import AblationRow
 from mfdetr_pipelines.cache_verify import LiveSource, run_verify
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import Recipe, build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.training_loop import TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
@@ -117,6 +120,18 @@ def test_training_runs_and_evaluation_is_refused(caches: dict[str, Path], tmp_pa
             ),
             SilentReporter(),
         )
+
+
+def test_an_ablation_does_not_train_what_it_cannot_measure(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingLoop, "run", lambda *_: pytest.fail("trained in vain"))
+    rows = (AblationRow("one", recipe()),)
+    for name in ("full", "roi"):
+        settings = AblateConfig(rows, caches[name], caches["roi"], tmp_path / name)
+        (found,) = run_ablate(settings, SilentReporter())
+        assert "extracted with --c1 roi" in found.problem
+        assert "cannot serve evaluation" in found.problem
 
 
 @pytest.mark.parametrize(
