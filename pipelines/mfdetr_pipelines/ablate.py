@@ -175,6 +175,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
         raise ConfigError(f"--seeds {config.seeds}: give 1 or more")
     if config.detector_hours is not None and not 0 <= config.detector_hours < math.inf:
         raise ConfigError(f"--detector-hours {config.detector_hours}: give 0 or more hours")
+    _require_own_folders(config)
     cache, validation = open_both(config)
     plans = plan_rows(config.rows, cache.spec)
     problems = {p.row.name: p.problem for p in plans if p.problem}
@@ -202,6 +203,19 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
         reporter.warn(f"row {name}: {problem}")
     results = [_collect(config, plan, problems, cache, validation) for plan in plans]
     return tuple(_compare(config, results, validation))
+
+
+def _require_own_folders(config: AblateConfig) -> None:
+    """Refuse rows that would write over one another."""
+    taken: dict[Path, str] = {}
+    for row in config.rows:
+        folder = folder_of(config, row, 0)
+        if folder in taken:
+            raise ConfigError(
+                f"rows {taken[folder]!r} and {row.name!r} would share {folder.parent}; give each "
+                "once, under a name of its own"
+            )
+        taken[folder] = row.name
 
 
 # Rows, by name, that learn from one read of the cache with one seed.

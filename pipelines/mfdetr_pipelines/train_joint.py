@@ -258,15 +258,12 @@ def _train(
                 f"boxes {losses['box_loss']:.3f}"
             )
             if time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                try:
-                    _save(config.out, learner, tuner)
-                except OutputError as error:
-                    reporter.warn(f"{error}; training goes on")
+                _save(config.out, learner, tuner, reporter, going_on=True)
                 saved = time.monotonic()
         steps.close()
     reporter.finish()
     log.close()
-    _save(config.out, learner, tuner)
+    _save(config.out, learner, tuner, reporter, going_on=learner.is_done)
     if not learner.is_done:
         raise StoppedError(
             f"stopped by a signal at step {learner.step}; go on with the same command and --resume"
@@ -348,8 +345,16 @@ def _document(
     }
 
 
-def _save(out: Path, learner: Learner, tuner: DetectorTuner) -> None:
-    save_checkpoint(out, {"learner": learner.state(), "tuner": tuner.state()})
+def _save(
+    out: Path, learner: Learner, tuner: DetectorTuner, reporter: Reporter, *, going_on: bool
+) -> None:
+    """A checkpoint; where there is something left to do, a full disk ends nothing yet."""
+    try:
+        save_checkpoint(out, {"learner": learner.state(), "tuner": tuner.state()})
+    except OutputError as error:
+        if not going_on:
+            raise
+        reporter.warn(f"{error}; training goes on")
 
 
 def _restore(out: Path, learner: Learner, tuner: DetectorTuner) -> None:

@@ -317,6 +317,17 @@ def test_results_from_before_a_setting_existed_are_its_default(
     assert [r.seeds for r in after] == [r.seeds for r in before]
 
 
+def test_rows_that_would_write_over_one_another_are_refused(
+    drawn_cache: Path, tmp_path: Path
+) -> None:
+    twice = label_fraction_rows(rows()[:1], [0.5, 0.5])
+    alike = (rows()[0], replace(rows()[1], name="With-scoring"))
+    for chosen in (twice, alike):
+        with pytest.raises(ConfigError, match="would share .*; give each once"):
+            run_ablate(config(drawn_cache, tmp_path, rows=chosen), SilentReporter())
+    assert not (tmp_path / "rows").exists()
+
+
 def test_training_free_rows_are_measured_without_training(
     drawn_cache: Path, tmp_path: Path
 ) -> None:

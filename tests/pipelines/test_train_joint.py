@@ -149,6 +149,27 @@ def test_tuning_teaches_the_detector(tmp_path: Path, scenes_folder: Path) -> Non
     assert losses[1] < 0.8 * losses[0]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_checkpoint_that_finds_no_room_costs_no_training(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(scenes_folder, rtdetr_folder, tmp_path / "run")
+    step = module._one_step
+
+    def with_a_full_disk(*arguments: Any) -> None:
+        step(*arguments)
+        partial = settings.out / "checkpoint.pt.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to("/dev/full")
+
+    monkeypatch.setattr(module, "_one_step", with_a_full_disk)
+    reporter = SilentReporter()
+    assert run_train_joint(settings, reporter).steps == 4
+    assert any("checkpoint.pt cannot be written, the disk" in m for m in reporter.messages)
+    assert not (settings.out / "checkpoint.pt").exists()
+    assert load_head(settings.out).head is not None
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
