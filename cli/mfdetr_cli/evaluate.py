@@ -55,6 +55,14 @@ def evaluate(
     no_boundary: Annotated[
         bool, typer.Option("--no-boundary", help="Leave out boundary AP.")
     ] = False,
+    oracles: Annotated[
+        bool,
+        typer.Option(
+            "--oracles",
+            help="Show what AP would be if masks, scores, boxes, labels or the missing "
+            "objects were perfect.",
+        ),
+    ] = False,
     per_category: Annotated[
         bool, typer.Option("--per-category", help="Show the AP of every category.")
     ] = False,
@@ -80,6 +88,8 @@ def evaluate(
     mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
     """
     if results is not None:
+        if oracles:
+            raise ConfigError("--oracles needs --cache and --head: it runs the head again")
         if annotations is None or cache is not None or head is not None:
             raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
         from mfdetr_pipelines.evaluate_results import run_evaluate_results
@@ -100,6 +110,8 @@ def evaluate(
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
     from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 
+    from mfdetr_cache.evaluation.oracles import ORACLES
+
     live = None if weights is None or images is None else (weights, images)
     config = EvaluateConfig(
         storage_at(cache, local_cache, local_cache_size),
@@ -112,10 +124,16 @@ def evaluate(
         evaluator,
         not no_boundary,
         live,
+        oracles,
     )
     summary = run_evaluate(config, ConsoleReporter())
     metrics = summary.metrics()
     _show(f"{cache}, in percent", metrics, summary.details, per_category=per_category)
+    if summary.oracles:
+        rows = {f"+ {ORACLES[name]}": m.to_dict() for name, m in summary.oracles.items()}
+        rows = {"as it is": summary.mask.to_dict(), **rows}
+        columns = list(summary.mask.to_dict())
+        print_table("Mask AP, if only this were perfect", ["", *columns], metric_rows(rows))
     parts = summary.details.get("held_out")
     facts = {"images": f"{summary.num_images} in {human_time(summary.seconds)}"}
     facts["mask network"] = f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs"

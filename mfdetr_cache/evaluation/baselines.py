@@ -13,7 +13,7 @@ from mfdetr_cache.masks import decode_run_lengths, encode_mask
 from mfdetr_cache.types import GroundTruth
 
 # From this IoU on a detection counts as being of an object, as COCO's loosest threshold has it.
-_SAME_OBJECT_IOU = 0.5
+SAME_OBJECT_IOU = 0.5
 
 
 def box_masks(detections: Detections, original_hw: tuple[int, int]) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def oracle_masks(
         same = (truth.category_ids == category_id) & ~truth.is_crowd
         candidates = np.where(same, overlap[index], -1.0)
         inside = _pixels_in_box(box, original_hw, slack=0.5)
-        if len(candidates) and candidates.max() >= _SAME_OBJECT_IOU:
+        if len(candidates) and candidates.max() >= SAME_OBJECT_IOU:
             inside &= masks[int(candidates.argmax())]
         rles.append(encode_mask(inside))
     return rles

@@ -476,7 +476,7 @@ def _measure(
         seconds = run.learner.seconds
         speed = run.learner.images / max(seconds, 1e-9)
         trained = {"train_seconds": seconds, "images_per_second": speed}
-    measured, masks = measure(validation, head.to(device), device, reporter, baselines=False)
+    measured, masks = measure(validation, head.to(device), device, reporter)
     head_ms = 1000 * measured.latency["head"].median
     _write_result(job, {**trained, "head_ms": head_ms, "mask": measured.mask.to_dict()}, masks)
 

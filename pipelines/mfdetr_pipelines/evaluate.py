@@ -3,11 +3,11 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ from mfdetr_cache.evaluation.inference import (
     masks_in_image,
     predict_masks,
 )
+from mfdetr_cache.evaluation.oracles import (
+    ORACLES,
+    Oracle,
+    oracle_results,
+    with_perfect_boxes,
+)
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.cost import head_cost
@@ -45,6 +51,9 @@ from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.protocols import Reporter
 from mfdetr_cache.types import CachedImage
 
+# Floor and ceiling; boundary AP; AP with one thing perfect at a time.
+Extra = Literal["baselines", "boundary", "oracles"]
+EXTRAS: tuple[Extra, ...] = ("baselines", "boundary", "oracles")
 _READ_AHEAD = 4
 # Threads that paste and encode masks while the head is at the next image.
 _WORKERS = 2
@@ -66,6 +75,7 @@ class EvaluateConfig:
         evaluator: Who computes AP.
         boundary: Measure boundary AP too.
         live: Weights and image folder, to time the detector beside the head.
+        oracles: Also measure what AP would be if one thing were perfect.
     """
 
     cache: Location
@@ -78,6 +88,7 @@ class EvaluateConfig:
     evaluator: Evaluator = "fast"
     boundary: bool = True
     live: tuple[str, Path] | None = None
+    oracles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,7 @@ class EvaluateSummary:
             ``detector`` where it was timed.
         parameters: Of the head.
         macs: Multiply-adds of the head for the median input of this cache, 100 queries.
+        oracles: Mask AP of the head with one thing perfect, by what; empty if not asked for.
     """
 
     num_images: int
@@ -136,6 +148,7 @@ class EvaluateSummary:
     latency: dict[str, Latency]
     parameters: int
     macs: int
+    oracles: dict[Oracle, CocoMetrics]
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
         """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
@@ -157,6 +170,7 @@ class _Scored:
     mask: list[Result]
     floor: list[Result]
     ceiling: list[Result]
+    oracles: dict[Oracle, list[Result]]
     seconds: float
 
 
@@ -189,9 +203,8 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         folder.head.to(device),
         device,
         reporter,
-        baselines=config.baselines,
+        [extra for extra in EXTRAS if getattr(config, extra)],
         scoring=config.scoring,
-        boundary=config.boundary,
         evaluator=config.evaluator,
     )
     held_out = folder.document.get("train", {}).get("held_out", [])
@@ -224,10 +237,9 @@ def measure(
     head: MaskHead,
     device: torch.device,
     reporter: Reporter,
+    extras: Collection[Extra] = (),
     *,
-    baselines: bool,
     scoring: Scoring = "auto",
-    boundary: bool = False,
     evaluator: Evaluator = "fast",
 ) -> tuple[EvaluateSummary, list[Result]]:
     """Metrics of a head on a complete cache of the same detector.
@@ -237,9 +249,8 @@ def measure(
         head: The head, on the device.
         device: Where it runs.
         reporter: Who is told about progress.
-        baselines: Also measure the floor and the ceiling.
+        extras: What to measure beside mask and box AP.
         scoring: How the class score becomes the final one.
-        boundary: Also measure boundary AP.
         evaluator: Who computes AP.
 
     Returns:
@@ -247,6 +258,7 @@ def measure(
     """
     if head.c1 is not None:
         cache.require_c1_map("evaluation")
+    baselines, boundary, oracles = (extra in extras for extra in EXTRAS)
     started = time.perf_counter()
     head.eval()
     scored: list[_Scored] = []
@@ -258,7 +270,10 @@ def measure(
             begun = time.perf_counter()
             prediction = predict_masks(head, image, cache.spec, device, scoring)
             head_seconds.append(time.perf_counter() - begun)
-            behind.append(pool.submit(_score, cache, image, prediction, baselines=baselines))
+            exact = None
+            if oracles:
+                exact = predict_masks(head, with_perfect_boxes(image), cache.spec, device, scoring)
+            behind.append(pool.submit(_score, cache, image, prediction, exact, baselines=baselines))
             # Bounded, so that memory is that of a few images however many there are.
             if len(behind) > _WORKERS:
                 scored.append(behind.popleft().result())
@@ -292,6 +307,11 @@ def measure(
         },
         parameters=cost.parameters,
         macs=cost.macs,
+        oracles={
+            name: metrics([r for s in scored for r in s.oracles[name]], "segm").metrics
+            for name in ORACLES
+            if oracles
+        },
     )
     return summary, masks
 
@@ -370,7 +390,12 @@ def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedI
 
 
 def _score(
-    cache: FeatureCache, image: CachedImage, prediction: MaskPrediction, *, baselines: bool
+    cache: FeatureCache,
+    image: CachedImage,
+    prediction: MaskPrediction,
+    exact: MaskPrediction | None,
+    *,
+    baselines: bool,
 ) -> _Scored:
     """Masks of one image at the original size and everything else COCO wants to know."""
     size_hw, labels = image.geometry.original_hw, cache.label_categories
@@ -379,6 +404,13 @@ def _score(
     rles = masks_in_image(prediction, size_hw)
     seconds = time.perf_counter() - begun
     mask = mask_results(image_id, detections, labels, rles, prediction.confidences)
+    oracles: dict[Oracle, list[Result]] = {}
+    if exact is not None:
+        oracles = oracle_results(image, detections, labels, rles, prediction.confidences)
+        there = masks_in_image(exact, size_hw)
+        oracles["boxes"] = mask_results(
+            image_id, exact.detections, labels, there, exact.confidences
+        )
     floor, ceiling = [], []
     if baselines:
         scores = detections.class_scores.double().numpy()
@@ -386,7 +418,8 @@ def _score(
         annotated = oracle_masks(detections, image.ground_truth, labels, size_hw)
         floor = mask_results(image_id, detections, labels, squares, scores)
         ceiling = mask_results(image_id, detections, labels, annotated, scores)
-    return _Scored(box_results(image_id, detections, labels), mask, floor, ceiling, seconds)
+    box = box_results(image_id, detections, labels)
+    return _Scored(box, mask, floor, ceiling, oracles, seconds)
 
 
 def json_results(results: Sequence[Result]) -> bytes:

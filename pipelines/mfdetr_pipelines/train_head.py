@@ -356,7 +356,7 @@ class _Validator:
         current = {k: v.clone() for k, v in head.state_dict().items()}
         head.load_state_dict(weights)
         try:
-            found, _ = measure(self._cache, head, learner.device, reporter, baselines=False)
+            found, _ = measure(self._cache, head, learner.device, reporter)
         finally:
             head.load_state_dict(current)
             head.train()

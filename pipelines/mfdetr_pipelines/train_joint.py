@@ -386,6 +386,6 @@ def _validate(
     run_extract(extract, reporter)
     learner.head.load_state_dict(learner.result_weights())
     found, _ = measure(
-        FeatureCache.open(path), learner.head, learner.device, reporter, baselines=True
+        FeatureCache.open(path), learner.head, learner.device, reporter, ["baselines"]
     )
     return found

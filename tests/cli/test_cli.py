@@ -108,8 +108,9 @@ def test_the_whole_way(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path)
     trained = json.loads((tmp_path / "train.json").read_text())
     assert trained["steps"] == 3
 
-    run("evaluate", "--cache", cache, "--head", out, "--json", tmp_path / "eval.json")
+    run("evaluate", "--cache", cache, "--head", out, "--oracles", "--json", tmp_path / "eval.json")
     measured = json.loads((tmp_path / "eval.json").read_text())
+    assert set(measured["oracles"]) == {"masks", "scores", "boxes", "labels", "found"}
     for kind in ("mask", "box", "floor", "ceiling"):
         assert set(measured[kind]) == {"AP", "AP50", "AP75", "APS", "APM", "APL"}
     assert measured["mask"] == trained["validation"]["mask"]

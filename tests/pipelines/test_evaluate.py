@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mfdetr_cache.errors import CacheError, DatasetError, HeadError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
+from mfdetr_cache.evaluation.oracles import ORACLES
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.masks import compress_run_lengths, decode_run_lengths, encode_mask
@@ -241,6 +243,17 @@ def test_boundary_ap_is_what_its_definition_gives(drawn_cache: Path, tmp_path: P
     assert 0.05 < found.AP < 0.95
     assert list(found.to_dict().values()) == pytest.approx(list(independent.stats[:6]), abs=1e-9)
     assert found.AP < evaluate_results(truth, results, "segm").AP
+
+
+def test_what_would_be_if_one_thing_were_perfect(drawn_cache: Path, head: Path) -> None:
+    config = EvaluateConfig(drawn_cache, head, boundary=False, scoring="class")
+    assert run_evaluate(config, SilentReporter()).oracles == {}
+    summary = run_evaluate(replace(config, oracles=True), SilentReporter())
+    assert set(summary.oracles) == set(ORACLES)
+    # Scored by class alone, the oracle's masks are the ceiling.
+    assert summary.oracles["masks"] == summary.ceiling
+    # This detector has learned nothing: objects that are missed are most of what is lost.
+    assert max(0.5, summary.mask.AP) < summary.oracles["found"].AP
 
 
 def test_latency_of_head_masks_and_detector(

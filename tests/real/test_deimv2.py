@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.extraction import ExtractConfig
+from mfdetr_pipelines.recipes import build_recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split
@@ -142,3 +146,17 @@ def test_ground_truth_in_the_cache_is_the_json(shared: Path, val_cache: Path) ->
             assert cache.label_categories[truth.labels[index]] == annotation["category_id"]
     assert total == len(document["annotations"])
     assert not by_id
+
+
+def test_a_head_learns_and_every_oracle_is_an_upper_bound(val_cache: Path, tmp_path: Path) -> None:
+    """On the very images it learned from; a short training of a small head."""
+    small = {"roi_size": "8", "hidden_dim": "16", "image_layers": "0", "steps": "60"}
+    run_train_head(
+        TrainHeadConfig(val_cache, tmp_path / "run", build_recipe("fast", small)), SilentReporter()
+    )
+    config = EvaluateConfig(val_cache, tmp_path / "run", boundary=False, oracles=True)
+    summary = run_evaluate(config, SilentReporter())
+    assert summary.floor is not None
+    assert summary.mask.AP50 > summary.floor.AP50
+    for name, metrics in summary.oracles.items():
+        assert metrics.AP50 > summary.mask.AP50, name

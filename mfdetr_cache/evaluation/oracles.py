@@ -1,0 +1,150 @@
+"""What mask AP would be if one thing were perfect and everything else as it is.
+
+Which part to work on next: how good the head's masks could get, the order they are ranked in, the
+detector's boxes, its labels, or the objects it misses. Each is an upper bound on its own, and they
+do not add up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
+from mfdetr_cache.evaluation.baselines import SAME_OBJECT_IOU, oracle_masks
+from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.detections import Detections
+from mfdetr_cache.evaluation.results import mask_results
+from mfdetr_cache.masks import compress_run_lengths
+from mfdetr_cache.types import CachedImage, GroundTruth
+
+Oracle = Literal["masks", "scores", "boxes", "labels", "found"]
+ORACLES: dict[Oracle, str] = {
+    "masks": "annotated mask in the box",
+    "scores": "true IoU as score",
+    "boxes": "the object's box",
+    "labels": "the object's category",
+    "found": "missed objects added",
+}
+
+
+def with_perfect_boxes(image: CachedImage) -> CachedImage:
+    """The image as a detector would give it whose boxes are exact.
+
+    Args:
+        image: As cached.
+
+    Returns:
+        The same, where every query takes the box of the object that its own overlaps most, if by
+        an IoU of 0.5 or more; whatever the category, crowds aside.
+    """
+    truth, size_hw = image.ground_truth, image.geometry.original_hw
+    objects = np.flatnonzero(~truth.is_crowd)
+    if not len(objects):
+        return image
+    boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
+    targets = torch.from_numpy(truth.boxes_xyxy[objects])
+    overlap = box_iou(scale_boxes(cxcywh_to_xyxy(boxes), size_hw), targets)[0]
+    height, width = size_hw
+    exact = xyxy_to_cxcywh(targets / targets.new_tensor([width, height, width, height]))
+    best, index = overlap.max(dim=1)
+    chosen = torch.where((best >= SAME_OBJECT_IOU)[:, None], exact[index], boxes)
+    return replace(image, boxes_cxcywh_norm=chosen.numpy())
+
+
+def oracle_results(
+    image: CachedImage,
+    detections: Detections,
+    label_categories: Sequence[int],
+    rles: Sequence[dict[str, Any]],
+    confidences: NDArray[np.float64],
+) -> dict[Oracle, list[Result]]:
+    """The results of one image with one thing perfect at a time; ``boxes`` are not among them.
+
+    "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds are no objects.
+    ``labels``: a mask that overlaps an object gets its category, and of one query's detections the
+    most confident stays for each category. ``found``: an object of whose category no mask overlaps
+    it is added, with its annotated mask and a score of 1.
+
+    Args:
+        image: As cached; its maps are not needed.
+        detections: Its detections.
+        label_categories: Category id of each label, -1 for none.
+        rles: The head's mask of each detection.
+        confidences: Final score of each detection, shape (D,).
+
+    Returns:
+        COCO mask results by what is perfect in them.
+    """
+    truth, size_hw, image_id = image.ground_truth, image.geometry.original_hw, image.image_id
+    categories = np.array([label_categories[int(v)] for v in detections.labels], dtype=np.int64)
+    overlap, objects = _mask_iou(rles, truth, size_hw)
+    same = categories[:, None] == truth.category_ids[objects][None]
+    annotated = oracle_masks(detections, truth, label_categories, size_hw)
+
+    def listed(masks: Sequence[dict[str, Any]], scores: NDArray[np.float64]) -> list[Result]:
+        return mask_results(image_id, detections, label_categories, masks, scores)
+
+    results = listed(rles, confidences)
+    missed = objects[~((overlap >= SAME_OBJECT_IOU) & same).any(axis=0)]
+    added = [
+        {
+            "image_id": image_id,
+            "category_id": int(truth.category_ids[index]),
+            "segmentation": compress_run_lengths(truth.run_lengths[index], size_hw),
+            "score": 1.0,
+        }
+        for index in missed
+    ]
+    return {
+        "masks": listed(annotated, confidences),
+        "scores": listed(rles, (overlap * same).max(axis=1, initial=0.0)),
+        "labels": _relabelled(image_id, detections, categories, rles, confidences, overlap, truth),
+        "found": results + added,
+    }
+
+
+def _mask_iou(
+    rles: Sequence[dict[str, Any]], truth: GroundTruth, size_hw: tuple[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """IoU of each mask with each object, shape (D, G'), and which objects these are."""
+    objects = np.flatnonzero(~truth.is_crowd)
+    if not len(objects) or not len(rles):
+        return np.zeros((len(rles), len(objects))), objects
+    wanted = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]
+    return np.asarray(coco_mask.iou(list(rles), wanted, [0] * len(objects))), objects
+
+
+def _relabelled(
+    image_id: int,
+    detections: Detections,
+    categories: NDArray[np.int64],
+    rles: Sequence[dict[str, Any]],
+    confidences: NDArray[np.float64],
+    overlap: NDArray[np.float64],
+    truth: GroundTruth,
+) -> list[Result]:
+    objects = np.flatnonzero(~truth.is_crowd)
+    if overlap.shape[1]:
+        right = truth.category_ids[objects][overlap.argmax(axis=1)]
+        categories = np.where(overlap.max(axis=1) >= SAME_OBJECT_IOU, right, categories)
+    results, seen = [], set()
+    for index in np.argsort(-confidences, kind="stable").tolist():
+        category_id = int(categories[index])
+        key = (int(detections.query_index[index]), category_id)
+        if category_id < 0 or key in seen:
+            continue
+        seen.add(key)
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "segmentation": rles[index],
+                "score": float(confidences[index]),
+            }
+        )
+    return results
