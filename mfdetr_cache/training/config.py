@@ -16,11 +16,13 @@ class TrainConfig:
     Attributes:
         steps: Optimiser steps; the paper's 88,500 are six epochs of COCO at batch 8.
         batch_size: Images per step.
-        lr: Peak learning rate of AdamW.
+        optimiser: ``adamw`` as in the paper, or ``muon``: Muon for the matrices and AdamW for the
+            rest, which takes fewer steps.
+        lr: Peak learning rate.
         warmup_steps: Steps of linear warm-up.
         schedule: ``step`` drops the rate by ten at each of ``drops``; ``cosine`` falls to zero.
         drops: Fractions of training at which the rate drops.
-        weight_decay: Of AdamW, on matrices; biases, norms and embeddings have none.
+        weight_decay: On matrices; biases, norms and embeddings have none.
         beta1: Of AdamW.
         beta2: Of AdamW.
         clip_norm: Largest gradient norm; 0 for no clipping.
@@ -63,6 +65,7 @@ class TrainConfig:
 
     steps: int = 88_500
     batch_size: int = 8
+    optimiser: Literal["adamw", "muon"] = "adamw"
     lr: float = 1.5e-4
     warmup_steps: int = 0
     schedule: Literal["step", "cosine"] = "step"

@@ -15,6 +15,7 @@ from mfdetr_cache.training.batches import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.losses import LossParts, head_losses
+from mfdetr_cache.training.optimisers import build_optimisers
 from mfdetr_cache.training.precision import autocast
 from mfdetr_cache.training.schedule import learning_rate
 
@@ -76,11 +77,7 @@ class Learner:
         self._forward: Callable[[HeadBatch], HeadOutput] = (
             torch.compile(head, dynamic=True) if train.compile else head
         )
-        self._optimiser = torch.optim.AdamW(
-            parameter_groups(head, train.weight_decay),
-            lr=train.lr,
-            betas=(train.beta1, train.beta2),
-        )
+        self._optimisers = build_optimisers(head, train)
         # Only float16 needs its gradients scaled; otherwise this passes everything through.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == "fp16")
         self._average = {k: v.detach().clone() for k, v in head.state_dict().items()}
@@ -117,9 +114,10 @@ class Learner:
             TrainingError: If the loss is not finite, naming the images.
         """
         rate = learning_rate(self.train, self.step)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self._optimiser.zero_grad(set_to_none=True)
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(4, device=self.device)
         place = first
         for piece in pieces:
@@ -141,10 +139,12 @@ class Learner:
                 f"the loss is {loss} at step {self.step}; images {images}. Lower the learning "
                 "rate (--set lr=...), or look at these images"
             )
-        self._scaler.unscale_(self._optimiser)
+        for optimiser in self._optimisers:
+            self._scaler.unscale_(optimiser)
         if self.train.clip_norm:
             nn.utils.clip_grad_norm_(self.head.parameters(), self.train.clip_norm)
-        self._scaler.step(self._optimiser)
+        for optimiser in self._optimisers:
+            self._scaler.step(optimiser)
         self._scaler.update()
         self._follow()
         self.step += 1
@@ -161,7 +161,7 @@ class Learner:
             "losses": self._losses,
             "head": self.head.state_dict(),
             "average": self._average,
-            "optimiser": self._optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
             "scaler": self._scaler.state_dict(),
         }
 
@@ -181,7 +181,10 @@ class Learner:
         self._losses = list(state["losses"])
         self.head.load_state_dict(state["head"])
         self._average = {k: v.to(self.device) for k, v in state["average"].items()}
-        self._optimiser.load_state_dict(state["optimiser"])
+        # Checkpoints from before there was a choice have one.
+        states = state.get("optimisers") or [state["optimiser"]]
+        for optimiser, values in zip(self._optimisers, states, strict=True):
+            optimiser.load_state_dict(values)
         self._scaler.load_state_dict(state["scaler"])
 
     def _follow(self) -> None:
@@ -251,24 +254,3 @@ def loss_of_batch(
     return head_losses(
         output, batch.masks, batch.labels, batch.outside, train, generator, share, head.codec
     )
-
-
-def parameter_groups(head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
-
-    Args:
-        head: The mask network.
-        weight_decay: For matrices; vectors and tables have none.
-
-    Returns:
-        Groups for an optimiser.
-    """
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in head.named_parameters():
-        table = name.endswith(("position", "level_embed", "position_bias"))
-        (plain if parameter.ndim < 2 or table else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]

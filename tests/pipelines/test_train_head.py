@@ -99,11 +99,15 @@ def test_the_loss_falls(tmp_path: Path, drawn_cache: Path) -> None:
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
-@pytest.mark.parametrize("stop_at", [1, 5])
+@pytest.mark.parametrize(("stop_at", "optimiser"), [(1, "adamw"), (5, "adamw"), (5, "muon")])
 def test_resumed_weights_are_bit_identical(
-    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    tmp_path: Path,
+    drawn_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+    optimiser: str,
 ) -> None:
-    recipe = small_recipe(steps=7, box_jitter=0.1, max_regions=1)
+    recipe = small_recipe(steps=7, box_jitter=0.1, max_regions=1, optimiser=optimiser)
     train(drawn_cache, tmp_path / "whole", recipe)
     real = TrainingLoop._one_step
 

@@ -1,0 +1,67 @@
+"""Who changes which weights, and how far."""
+
+import torch
+from mfdetr_pipelines.recipes import build_recipe
+
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.learner import Learner
+from mfdetr_cache.training.optimisers import build_optimisers
+from tests.support.images import make_spec
+
+
+def head_of(**changes: str) -> MaskHead:
+    torch.manual_seed(0)
+    return MaskHead(build_recipe("fast", {"hidden_dim": "16", **changes}).head, make_spec())
+
+
+def test_every_parameter_is_changed_by_one_optimiser() -> None:
+    head = head_of()
+    names = {id(p): n for n, p in head.named_parameters()}
+    for optimiser, count in (("adamw", 1), ("muon", 2)):
+        made = build_optimisers(head, TrainConfig(optimiser=optimiser))  # type: ignore[arg-type]
+        assert len(made) == count
+        groups = [g for o in made for g in o.param_groups]
+        changed = [names[id(p)] for g in groups for p in g["params"]]
+        assert sorted(changed) == sorted(names.values())
+        for group in groups:
+            for parameter in group["params"]:
+                table = names[id(parameter)].endswith(("position", "level_embed"))
+                assert (group["weight_decay"] == 0) == (table or parameter.ndim < 2)
+    tables = {id(p) for n, p in head.named_parameters() if n.endswith(("position", "level_embed"))}
+    assert tables
+    muon = {id(p) for p in made[1].param_groups[0]["params"]}
+    assert muon == {id(p) for p in head.parameters() if p.ndim == 2} - tables
+
+
+def test_muon_moves_every_direction_of_a_matrix_equally_far() -> None:
+    """The first step against the orthogonal factor of the gradient, by singular values."""
+    head = head_of()
+    config = TrainConfig(optimiser="muon", lr=1e-2, weight_decay=0)
+    optimisers = build_optimisers(head, config)
+    chosen = optimisers[1].param_groups[0]["params"]
+    before = [p.detach().clone() for p in chosen]
+    for parameter in head.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimiser in optimisers:
+        optimiser.step()
+    for parameter, old in zip(chosen, before, strict=True):
+        assert parameter.grad is not None
+        left, singular, right = torch.linalg.svd(parameter.grad, full_matrices=False)
+        # Liu et al., Eq. 4: the step of a matrix is as large as AdamW's usual one.
+        moved = (old - parameter.detach()) / (config.lr * 0.2 * max(parameter.shape) ** 0.5)
+        within = left.T @ moved @ right.T
+        wanted = singular / singular.norm()
+        for _ in range(5):  # Newton-Schulz as Jordan et al. give it, singular value by itself
+            wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
+        # bfloat16 rounds by 2**-9 of a value, in five rounds of three products and a sum each.
+        assert (within.diagonal() - wanted).abs().max() < 0.1
+        assert (within - within.diagonal().diag()).abs().max() < 0.1
+        assert wanted.median() > 0.65
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_read() -> None:
+    learner = Learner(head_of(), TrainConfig())
+    state = learner.state()
+    (state["optimiser"],) = state.pop("optimisers")
+    Learner(head_of(), TrainConfig()).restore(state)
