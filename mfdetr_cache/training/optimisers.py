@@ -35,12 +35,28 @@ def build_optimisers(head: nn.Module, config: TrainConfig) -> tuple[torch.optim.
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
     if not muon:
         return (adamw,)
-    return adamw, torch.optim.Muon(
+    return adamw, _Muon(
         muon,
         lr=config.lr,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
+
+
+class _Muon(torch.optim.Muon):
+    """Muon whose small products do not wait for a second thread.
+
+    A step multiplies some hundred small matrices. On a CPU whose other cores decode the next batch,
+    every one of them would wait until the scheduler gives a thread its turn.
+    """
+
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _split(head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
