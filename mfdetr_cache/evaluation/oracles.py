@@ -18,7 +18,7 @@ from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxc
 from mfdetr_cache.evaluation.baselines import SAME_OBJECT_IOU, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.detections import Detections
-from mfdetr_cache.evaluation.results import mask_results
+from mfdetr_cache.evaluation.results import mask_result, mask_results
 from mfdetr_cache.masks import compress_run_lengths
 from mfdetr_cache.types import CachedImage, GroundTruth
 
@@ -83,7 +83,8 @@ def oracle_results(
     truth, size_hw, image_id = image.ground_truth, image.geometry.original_hw, image.image_id
     categories = np.array([label_categories[int(v)] for v in detections.labels], dtype=np.int64)
     overlap, objects = _mask_iou(rles, truth, size_hw)
-    same = categories[:, None] == truth.category_ids[objects][None]
+    of_objects = truth.category_ids[objects]
+    same = categories[:, None] == of_objects[None]
     annotated = oracle_masks(detections, truth, label_categories, size_hw)
 
     def listed(masks: Sequence[dict[str, Any]], scores: NDArray[np.float64]) -> list[Result]:
@@ -92,18 +93,21 @@ def oracle_results(
     results = listed(rles, confidences)
     missed = objects[~((overlap >= SAME_OBJECT_IOU) & same).any(axis=0)]
     added = [
-        {
-            "image_id": image_id,
-            "category_id": int(truth.category_ids[index]),
-            "segmentation": compress_run_lengths(truth.run_lengths[index], size_hw),
-            "score": 1.0,
-        }
+        mask_result(
+            image_id,
+            int(truth.category_ids[index]),
+            compress_run_lengths(truth.run_lengths[index], size_hw),
+            1.0,
+        )
         for index in missed
     ]
+    if len(objects):
+        covered = overlap.max(axis=1) >= SAME_OBJECT_IOU
+        categories = np.where(covered, of_objects[overlap.argmax(axis=1)], categories)
     return {
         "masks": listed(annotated, confidences),
         "scores": listed(rles, (overlap * same).max(axis=1, initial=0.0)),
-        "labels": _relabelled(image_id, detections, categories, rles, confidences, overlap, truth),
+        "labels": _one_per_query(image_id, detections, categories, rles, confidences),
         "found": results + added,
     }
 
@@ -119,19 +123,14 @@ def _mask_iou(
     return np.asarray(coco_mask.iou(list(rles), wanted, [0] * len(objects))), objects
 
 
-def _relabelled(
+def _one_per_query(
     image_id: int,
     detections: Detections,
     categories: NDArray[np.int64],
     rles: Sequence[dict[str, Any]],
     confidences: NDArray[np.float64],
-    overlap: NDArray[np.float64],
-    truth: GroundTruth,
 ) -> list[Result]:
-    objects = np.flatnonzero(~truth.is_crowd)
-    if overlap.shape[1]:
-        right = truth.category_ids[objects][overlap.argmax(axis=1)]
-        categories = np.where(overlap.max(axis=1) >= SAME_OBJECT_IOU, right, categories)
+    """Results under other categories, the most confident of each query and category."""
     results, seen = [], set()
     for index in np.argsort(-confidences, kind="stable").tolist():
         category_id = int(categories[index])
@@ -139,12 +138,5 @@ def _relabelled(
         if category_id < 0 or key in seen:
             continue
         seen.add(key)
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "segmentation": rles[index],
-                "score": float(confidences[index]),
-            }
-        )
+        results.append(mask_result(image_id, category_id, rles[index], float(confidences[index])))
     return results

@@ -40,6 +40,26 @@ def box_results(
     return results
 
 
+def mask_result(image_id: int, category_id: int, rle: dict[str, Any], confidence: float) -> Result:
+    """One mask as a COCO result.
+
+    Args:
+        image_id: COCO image id.
+        category_id: COCO category id.
+        rle: COCO RLE of the mask at the original size.
+        confidence: Final score.
+
+    Returns:
+        The result.
+    """
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": rle,
+        "score": confidence,
+    }
+
+
 def mask_results(
     image_id: int,
     detections: Detections,
@@ -64,12 +84,5 @@ def mask_results(
         category_id = label_categories[int(detections.labels[index])]
         if category_id < 0:
             continue
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "segmentation": rles[index],
-                "score": float(confidences[index]),
-            }
-        )
+        results.append(mask_result(image_id, category_id, rles[index], float(confidences[index])))
     return results

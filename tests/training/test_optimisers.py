@@ -60,6 +60,27 @@ def test_muon_moves_every_direction_of_a_matrix_equally_far() -> None:
         assert wanted.median() > 0.65
 
 
+def test_muon_on_one_thread_has_the_bits_of_torchs_own() -> None:
+    ours, theirs = head_of(), head_of()
+    (_, muon) = build_optimisers(ours, TrainConfig(optimiser="muon"))
+    names = {id(p): n for n, p in ours.named_parameters()}
+    chosen = [names[id(p)] for p in muon.param_groups[0]["params"]]
+    weights = dict(theirs.named_parameters())
+    plain = torch.optim.Muon(
+        [weights[n] for n in chosen], lr=1.5e-4, weight_decay=5e-5, adjust_lr_fn="match_rms_adamw"
+    )
+    mine = dict(ours.named_parameters())
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        for name in chosen:
+            mine[name].grad = torch.randn_like(mine[name])
+            weights[name].grad = mine[name].grad.clone()
+        muon.step()
+        plain.step()
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(mine[n], weights[n]) for n in chosen)
+
+
 def test_a_checkpoint_from_before_there_was_a_choice_is_read() -> None:
     learner = Learner(head_of(), TrainConfig())
     state = learner.state()
