@@ -48,7 +48,7 @@ def test_several_processes_train_what_one_trains(
     run_cli([*torchrun, f"--nproc-per-node={count}"], drawn_cache, tmp_path / "many")
     one, many = (load_head(tmp_path / n).head.state_dict() for n in ("one", "many"))
     for name in one:
-        # Sums of float32 in another order, five steps of `fast`: an entry whose gradient is near zero
+        # Float32 sums in another order, five steps of `fast`: an entry whose gradient is near zero
         # may move by up to lr = 1e-3 a step in either direction; nearly all are far closer.
         difference = (one[name] - many[name]).abs()
         assert float(difference.max()) <= 5e-3
