@@ -65,7 +65,8 @@ def oracle_results(
 ) -> dict[Oracle, list[Result]]:
     """The results of one image with one thing perfect at a time; ``boxes`` are not among them.
 
-    "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds are no objects.
+    ``scores``: of the masks of an object's category the one that overlaps it most gets its IoU, every
+    other mask 0. "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds are no objects.
     ``labels``: a mask that overlaps an object gets its category, and of one query's detections the
     most confident stays for each category. ``found``: an object of whose category no mask overlaps
     it is added, with its annotated mask and a score of 1.
@@ -106,7 +107,7 @@ def oracle_results(
         categories = np.where(covered, of_objects[overlap.argmax(axis=1)], categories)
     return {
         "masks": listed(annotated, confidences),
-        "scores": listed(rles, (overlap * same).max(axis=1, initial=0.0)),
+        "scores": listed(rles, _true_scores(overlap * same)),
         "labels": _one_per_query(image_id, detections, categories, rles, confidences),
         "found": results + added,
     }
@@ -121,6 +122,14 @@ def _mask_iou(
         return np.zeros((len(rles), len(objects))), objects
     wanted = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]
     return np.asarray(coco_mask.iou(list(rles), wanted, [0] * len(objects))), objects
+
+
+def _true_scores(overlap: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each object's masks the best gets its IoU, shape (D,); duplicates and others get 0."""
+    scores = np.zeros(len(overlap))
+    if overlap.size:
+        np.maximum.at(scores, overlap.argmax(axis=0), overlap.max(axis=0))
+    return scores
 
 
 def _one_per_query(
