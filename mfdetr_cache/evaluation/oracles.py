@@ -65,8 +65,9 @@ def oracle_results(
 ) -> dict[Oracle, list[Result]]:
     """The results of one image with one thing perfect at a time; ``boxes`` are not among them.
 
-    ``scores``: of the masks of an object's category the one that overlaps it most gets its IoU, every
-    other mask 0. "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds are no objects.
+    ``scores``: of the masks of an object's category the one that overlaps it most gets its IoU,
+    every other mask 0. "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds
+    are no objects.
     ``labels``: a mask that overlaps an object gets its category, and of one query's detections the
     most confident stays for each category. ``found``: an object of whose category no mask overlaps
     it is added, with its annotated mask and a score of 1.
