@@ -21,6 +21,7 @@ Policy = Literal["deformable-detr", "large-scale-jitter"]
 
 # Deformable DETR's training transforms (COCO, its datasets/coco.py restated in detectors.md).
 _SHORT_SIDES = tuple(range(480, 801, 32))
+_TEST_SHORT_SIDE = 800
 _SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 _CROP_RANGE = (384, 600)
 _FLIP_SHARE = _CROP_SHARE = 0.5
@@ -76,8 +77,8 @@ def sample_transform(
         view: Name of the view.
         image_id: COCO image id.
         size_hw: Height and width of the image in pixels.
-        fixed: Whether the detector's input has one fixed size; scales then only act through the
-            window.
+        fixed: Whether the detector's input has one fixed size. Its picture then becomes smaller
+            by a wider window, filled to the right and below as a batch of mixed sizes is padded.
 
     Returns:
         The transform.
@@ -89,7 +90,13 @@ def sample_transform(
     crop = identity_transform(size_hw).crop_xyxy
     if random.random() < _CROP_SHARE:
         crop = _random_crop(random, size_hw)
-    return ViewTransform(crop, flip, int(random.choice(_SHORT_SIDES)))
+    shortest = int(random.choice(_SHORT_SIDES))
+    if not fixed:
+        return ViewTransform(crop, flip, shortest)
+    x0, y0, x1, y1 = crop
+    wider = _TEST_SHORT_SIDE / shortest
+    window = (x0, y0, x0 + round((x1 - x0) * wider), y0 + round((y1 - y0) * wider))
+    return ViewTransform(window, flip, shortest_edge=0)
 
 
 def _random_crop(

@@ -114,10 +114,27 @@ def test_windows_are_seeded_and_useful(policy: Any, fixed: bool) -> None:
         assert x1 > x0 >= 0
         assert y1 > y0 >= 0
         leaves += x1 > size[1] or y1 > size[0]
-    assert (leaves > 0) == (policy == "large-scale-jitter" and fixed)
-    if policy == "deformable-detr":
+    assert (leaves > 0) == fixed
+    if fixed:
+        # Few draws are alike: a view that shows what another shows is a wasted pass.
+        assert {t.shortest_edge for t in found} == {0}
+        assert len({(t.crop_xyxy, t.flip) for t in found}) > 110
+    elif policy == "deformable-detr":
         assert {t.shortest_edge for t in found} == set(range(480, 801, 32))
         assert 60 < sum(t.crop_xyxy == (0, 0, 640, 427) for t in found) < 140
+
+
+def test_scales_of_a_fixed_input_are_those_of_a_free_one() -> None:
+    # Deformable DETR trains at short sides of 480 to 800 and tests at 800.
+    for number in range(50):
+        free, fixed = (
+            sample_transform("deformable-detr", 0, "a", number, (427, 640), fixed=f)
+            for f in (False, True)
+        )
+        assert fixed.flip == free.flip
+        assert fixed.crop_xyxy[:2] == free.crop_xyxy[:2]
+        for mine, plain in zip(fixed.size_hw, free.size_hw, strict=True):
+            assert mine == round(plain * 800 / free.shortest_edge)
 
 
 def test_base_is_the_image_itself() -> None:
