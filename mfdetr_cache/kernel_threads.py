@@ -49,13 +49,20 @@ class _Pool:
             return
         pieces = min(tasks, _PIECES * threads)
         bounds = [tasks * i // pieces for i in range(pieces + 1)]
+        left = iter(range(pieces))
 
-        # No more at a time than torch has threads: each takes every so-many-th piece.
-        def some(first: int) -> None:
-            for i in range(first, pieces, threads):
+        # Whoever is free takes the next piece: torch's own threads may keep a core busy for a while
+        # after their work is done. The calling thread works too, it has a core already.
+        def some() -> None:
+            for i in left:
                 kernel(bounds[i], bounds[i + 1], *arrays)
 
-        list(self._executor().map(some, range(threads)))
+        helpers = [self._executor().submit(some) for _ in range(threads - 1)]
+        some()
+        for helper in helpers:
+            # One that has not begun by now would find nothing to do.
+            if not helper.cancel():
+                helper.result()
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -277,3 +277,30 @@ def test_existing_files_of_the_user_stay(tmp_path: Path, scenes_folder: Path) ->
     mfdetr("train-head", "--cache", tmp_path / "absent", "--out", tmp_path / "o")
     assert (tmp_path / "o/notes.txt").read_text() == "mine"
     assert scenes.load_annotations(scenes_folder) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
+)
+def test_idle_threads_of_openmp_sleep_unless_told_otherwise(
+    given: dict[str, str], wanted: str
+) -> None:
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = (
+        "import os, sys, mfdetr_cli; "
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**kept, **given},
+        check=True,
+    )
+    # OpenMP reads it once, when torch loads it.
+    assert found.stdout.split() == [wanted, "False"]
