@@ -48,7 +48,7 @@ class _Muon(torch.optim.Muon):
     """Muon in float32, matrices of one shape at a time.
 
     Settings and state are torch's own. Its step goes matrix by matrix through bfloat16, which many
-    CPUs only emulate: there it took two fifths of a whole step.
+    CPUs only emulate: there it took up to half of a whole step.
     """
 
     @torch.no_grad()
