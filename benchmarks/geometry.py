@@ -1,5 +1,6 @@
 """A made-up cache at COCO sizes, in the geometry of H-DETR R50 or another, for benchmarks."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.schema import Compression, plan_layout
-from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.detectors.preprocess import shortest_edge_size
+from mfdetr_cache.devices import threads_beside_gpu
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.masks import encode_mask, run_lengths_of_segmentation
@@ -18,6 +20,23 @@ from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageG
 
 # Common sizes of COCO images, height and width.
 COCO_SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (500, 375), (375, 500))
+
+
+def mixed_sizes(count: int) -> list[tuple[int, int]]:
+    """Sizes as mixed as those of COCO.
+
+    A quarter of its images have the first size, an eighth each of the next two; the others are 640
+    pixels long and spread so that a batch of eight has six network input sizes.
+    """
+    random = np.random.default_rng(0)
+    sizes = []
+    for _ in range(count):
+        kind, other = random.random(), int(random.integers(360, 500))
+        if kind < 0.5:
+            sizes.append(COCO_SIZES[0 if kind < 0.25 else 1 if kind < 0.375 else 2])
+        else:
+            sizes.append((other, 640) if kind < 0.85 else (640, other))
+    return sizes
 
 
 def made_output(spec: DetectorSpec, input_hw: tuple[int, int], seed: int) -> DetectorOutput:
@@ -68,10 +87,11 @@ def made_content(
     compression: Compression = "zstd",
     images: int = 12,
     spec: DetectorSpec | None = None,
+    sizes: list[tuple[int, int]] | None = None,
 ) -> CacheContent:
     """What a cache of made-up images is of."""
     spec = spec or hdetr_r50_spec()
-    sizes = [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
+    sizes = sizes or [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
     return CacheContent(
         identity={
             "detector": detector_identity(spec),
@@ -108,15 +128,24 @@ def made_cache(
     compression: Compression = "zstd",
     images: int = 12,
     spec: DetectorSpec | None = None,
+    sizes: list[tuple[int, int]] | None = None,
 ) -> Path:
     """Write a cache of made-up images unless it is there."""
-    content = made_content(preset, compression, images, spec)
-    with CacheWriter.open_or_create(path, content) as writer:
+    content = made_content(preset, compression, images, spec, sizes)
+    with (
+        CacheWriter.open_or_create(path, content) as writer,
+        ThreadPoolExecutor(threads_beside_gpu(8)) as pool,
+    ):
+
+        def encoded(row: int) -> EncodedImage:
+            size = content.original_sizes_hw[row]
+            geometry = ImageGeometry(size, input_size(size), input_size(size))
+            return writer.encode(row, geometry, made_output(content.spec, input_size(size), row))
+
         for part in writer.pending_parts():
             writer.begin_part(part)
-            for row in writer.rows_of_part(part):
-                size = content.original_sizes_hw[row]
-                geometry = ImageGeometry(size, input_size(size), input_size(size))
-                writer.append(row, geometry, made_output(content.spec, input_size(size), row))
+            rows = writer.rows_of_part(part)
+            for row, image in zip(rows, pool.map(encoded, rows), strict=True):
+                writer.add(row, image)
             writer.seal_part()
     return path

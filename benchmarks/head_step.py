@@ -18,12 +18,12 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention as TransformersCore,
 )
 
-from mfdetr_cache.attention import SizesHw
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks import deformable
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.memory import keep_freed_memory
+from mfdetr_cache.packed_levels import SizesHw
 from mfdetr_cache.training.precision import autocast
 
 CORE = TransformersCore()
@@ -101,7 +101,7 @@ def main() -> None:
     boxes = (corners * torch.tensor([options.width, options.height])).flatten(1).to(device)
     owner = torch.arange(options.batch, device=device)
     batch = HeadBatch(
-        groups=(MapGroup(maps, input_hw, owner),),
+        groups=(MapGroup(maps, input_hw, tuple(range(options.batch))),),
         queries=torch.randn(count, spec.query_dim, device=device),
         boxes_xyxy=boxes,
         image_index=owner.repeat_interleave(options.regions),

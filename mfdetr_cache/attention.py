@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mfdetr_cache.devices import is_plain
-
-SizesHw = tuple[tuple[int, int], ...]
+from mfdetr_cache.packed_levels import PackedLevels, SizesHw
 
 # From about here on torch's own softmax over the last axis is the faster one (16: three times).
 _SHORT_ROW = 8
@@ -122,20 +121,85 @@ def deformable_attention(
     Returns:
         Shape (B, N, D).
     """
+    if (attention := _kernels_for(value)) is None:
+        return sampled_attention(value, sizes_hw, locations, weights)
+    batch, queries = locations.shape[:2]
+    levels = _kept_levels(sizes_hw, batch, queries, value.device)
+    found = attention(value.flatten(0, 1), locations.flatten(0, 1), weights.flatten(0, 1), levels)
+    mixed: Tensor = found.unflatten(0, (batch, queries)).flatten(2)
+    return mixed
+
+
+def packed_attention(
+    value: Tensor, levels: PackedLevels, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """:func:`deformable_attention` over images of different sizes at once.
+
+    Args:
+        value: Projected values of all images, shape (S, H, D / H).
+        levels: Whose they are.
+        locations: Sampling points in coordinates of the query's image, shape (N, H, L, P, 2).
+        weights: Attention weights, shape (N, H, L, P).
+
+    Returns:
+        Shape (N, D).
+    """
+    if (attention := _kernels_for(value)) is not None:
+        return attention(value, locations, weights, levels).flatten(1)
+    parts = []
+    ends = [*levels.starts[1:, 0].tolist(), len(value)]
+    sizes = [tuple(map(tuple, image)) for image in levels.sizes.tolist()]
+    for image, (sizes_hw, end) in enumerate(zip(sizes, ends, strict=True)):
+        one = value[None, end - sum(h * w for h, w in sizes_hw) : end]
+        mine = (levels.images == image).nonzero()[:, 0]
+        parts.append(sampled_attention(one, sizes_hw, locations[None, mine], weights[None, mine]))
+    return torch.cat(parts, dim=1)[0]
+
+
+_Attention = Callable[[Tensor, Tensor, Tensor, PackedLevels], Tensor]
+
+
+def _kernels_for(value: Tensor) -> _Attention | None:
+    """Kernels that serve where these values are; None where operators must do."""
+    if not is_plain(value):
+        return None
     # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
     precise = torch.promote_types(value.dtype, torch.float32)
-    if is_plain(value) and value.device.type == "cpu":
+    if value.device.type == "cpu":
         # numba takes half a second to import; a GPU never needs it.
         from mfdetr_cache.attention_kernels import KernelAttention
 
-        inputs = (t.to(precise) for t in (value, locations, weights))
-        return KernelAttention.apply(*inputs, sizes_hw).flatten(2).to(value.dtype)  # type: ignore[no-any-return]
-    if is_plain(value) and value.device.type == "cuda" and _triton_serves(value.device):
+        def on_cpu(value: Tensor, *places: Any) -> Tensor:  # noqa: ANN401
+            inputs = [t.to(precise) for t in (value, *places[:2])]
+            found: Tensor = KernelAttention.apply(*inputs, places[2])
+            return found.to(value.dtype)
+
+        return on_cpu
+    if value.device.type == "cuda" and _triton_serves(value.device):
         from mfdetr_cache.attention_triton import TritonAttention
 
-        places = (locations.to(precise), weights.to(precise))
-        return TritonAttention.apply(value, *places, sizes_hw).flatten(2)  # type: ignore[no-any-return]
-    return sampled_attention(value, sizes_hw, locations, weights)
+        def on_gpu(value: Tensor, *places: Any) -> Tensor:  # noqa: ANN401
+            precise_places = [t.to(precise) for t in places[:2]]
+            found: Tensor = TritonAttention.apply(value, *precise_places, places[2])
+            return found
+
+        return on_gpu
+    return None
+
+
+# Kept on the device: a copy in every call would wait for the GPU.
+@lru_cache(maxsize=64)
+def _kept_levels(sizes_hw: SizesHw, batch: int, queries: int, device: torch.device) -> PackedLevels:
+    """Images of one size, so many queries in each."""
+    with torch.inference_mode(mode=False):  # a training may be the next to use it
+        one = PackedLevels.of([sizes_hw], device)
+        number = torch.arange(batch, device=device)
+        tokens = sum(h * w for h, w in sizes_hw)
+        return PackedLevels(
+            one.sizes.expand(batch, -1, -1).contiguous(),
+            one.starts + tokens * number[:, None],
+            torch.arange(batch * queries, dtype=torch.int32, device=device) // max(queries, 1),
+        )
 
 
 @cache
@@ -165,6 +229,7 @@ def _fault_of(attention: Callable[..., Tensor], device: torch.device) -> str:
     sizes_hw = ((3, 5), (2, 2))
     # No random numbers: a training that goes on must draw the same ones.
     shapes = ((1, 19, 2, 16), (1, 20, 2, 2, 3, 2), (1, 20, 2, 2, 3))
+    levels = _kept_levels(sizes_hw, 1, 20, device)
     with (
         torch.inference_mode(mode=False),
         torch.enable_grad(),
@@ -176,7 +241,7 @@ def _fault_of(attention: Callable[..., Tensor], device: torch.device) -> str:
             .requires_grad_()
             for s in shapes
         ]
-        ours = attention(*inputs, sizes_hw).flatten(2)
+        ours = attention(*(t[0] for t in inputs), levels).flatten(1)[None]
         theirs = sampled_attention(inputs[0], sizes_hw, *inputs[1:])
         above = theirs.detach().cos()
         pairs = zip(

@@ -5,17 +5,19 @@ stored, forwards or backwards. Values may be half precision; sums are float32, o
 the values are. Gradients of the values are added by many programs at once: their order, and so
 their last bits, vary from run to run.
 
-Arrays as in ``attention_kernels``: value (B, S, H, C), locations (B, N, H, L, P, 2) normalised,
-weights (B, N, H, L, P), sizes (L, 2) height and width, starts (L,) first token of each level.
+Arrays as in ``attention_kernels``: value (S, H, C), locations (N, H, L, P, 2) normalised, weights
+(N, H, L, P), images (N,) the image of each query, sizes (I, L, 2) height and width of each level of
+each image, starts (I, L) first token of each.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mfdetr_cache.packed_levels import PackedLevels
 
 # Queries of a program. Sixteen rows of 32 channels fill four warps.
 _BLOCK_N = 16
@@ -26,13 +28,13 @@ _NUM_WARPS = 4
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and their sizes
     value,
+    images,
     sizes,
     starts,
     locations,
     weights,
     out,
     num_queries,
-    num_tokens,
     heads: tl.constexpr,
     channels: tl.constexpr,
     levels: tl.constexpr,
@@ -41,15 +43,16 @@ def _forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and t
     block_c: tl.constexpr,
 ) -> None:
     h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    n = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
     c = tl.arange(0, block_c)
     real_n, real_c = n < num_queries, c < channels
-    of_query = (b * num_queries + n) * heads + h
+    of_query = n * heads + h
+    of_image = tl.load(images + n, real_n, 0) * levels
     total = tl.zeros([block_n, block_c], locations.dtype.element_ty)
     for level in range(levels):
-        height, width = tl.load(sizes + 2 * level), tl.load(sizes + 2 * level + 1)
-        first = b * num_tokens + tl.load(starts + level)
+        height = tl.load(sizes + 2 * (of_image + level))
+        width = tl.load(sizes + 2 * (of_image + level) + 1)
+        first = tl.load(starts + of_image + level)
         for p in range(points):
             at = of_query * (levels * points) + level * points + p
             x = tl.load(locations + 2 * at, real_n, 0.0) * width - 0.5
@@ -87,6 +90,7 @@ def _forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and t
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and their sizes
     value,
+    images,
     sizes,
     starts,
     locations,
@@ -96,7 +100,6 @@ def _backward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and 
     grad_locations,
     grad_weights,
     num_queries,
-    num_tokens,
     heads: tl.constexpr,
     channels: tl.constexpr,
     levels: tl.constexpr,
@@ -105,19 +108,20 @@ def _backward(  # type: ignore[no-untyped-def]  # noqa: PLR0913  the arrays and 
     block_c: tl.constexpr,
 ) -> None:
     h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    n = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
     c = tl.arange(0, block_c)
     real_n, real_c = n < num_queries, c < channels
-    of_query = (b * num_queries + n) * heads + h
+    of_query = n * heads + h
+    of_image = tl.load(images + n, real_n, 0) * levels
     above = tl.load(
         grad + (of_query * channels)[:, None] + c[None, :],
         real_n[:, None] & real_c[None, :],
         0.0,
     ).to(locations.dtype.element_ty)
     for level in range(levels):
-        height, width = tl.load(sizes + 2 * level), tl.load(sizes + 2 * level + 1)
-        first = b * num_tokens + tl.load(starts + level)
+        height = tl.load(sizes + 2 * (of_image + level))
+        width = tl.load(sizes + 2 * (of_image + level) + 1)
+        first = tl.load(starts + of_image + level)
         for p in range(points):
             at = of_query * (levels * points) + level * points + p
             x = tl.load(locations + 2 * at, real_n, 0.0) * width - 0.5
@@ -160,27 +164,28 @@ class TritonAttention(torch.autograd.Function):
         value: Tensor,
         locations: Tensor,
         weights: Tensor,
-        sizes_hw: tuple[tuple[int, int], ...],
+        packed: PackedLevels,
     ) -> Tensor:
         """Weighted sums of samples.
 
         Args:
             ctx: Keeps the inputs.
-            value: Shape (B, S, H, C); of any float dtype.
-            locations: Shape (B, N, H, L, P, 2), float32 or float64.
-            weights: Shape (B, N, H, L, P), as locations.
-            sizes_hw: Height and width of each level.
+            value: Shape (S, H, C); of any float dtype.
+            locations: Shape (N, H, L, P, 2), float32 or float64.
+            weights: Shape (N, H, L, P), as locations.
+            packed: Whose tokens and queries these are.
 
         Returns:
-            Shape (B, N, H, C), dtype of value.
+            Shape (N, H, C), dtype of value.
         """
         value, locations, weights = (t.contiguous() for t in (value, locations, weights))
         ctx.save_for_backward(value, locations, weights)
-        ctx.sizes_hw = sizes_hw
-        out = value.new_empty(*locations.shape[:3], value.shape[3])
-        grid, numbers, options = _launch(value, locations)
-        layout = _layout(sizes_hw, value.device)
-        _forward[grid](value, *layout, locations, weights, out, *numbers, **options)
+        ctx.packed = packed
+        out = value.new_empty(*locations.shape[:2], value.shape[2])
+        if len(locations):
+            grid, numbers, options = _launch(value, locations)
+            arrays = (value, *_layout(packed), locations, weights, out)
+            _forward[grid](*arrays, *numbers, **options)
         return out
 
     @staticmethod
@@ -189,7 +194,7 @@ class TritonAttention(torch.autograd.Function):
 
         Args:
             ctx: The inputs.
-            grad: Shape (B, N, H, C).
+            grad: Shape (N, H, C).
 
         Returns:
             One gradient per tensor.
@@ -197,32 +202,28 @@ class TritonAttention(torch.autograd.Function):
         value, locations, weights = ctx.saved_tensors
         of_value = torch.zeros_like(value, dtype=locations.dtype)
         of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
-        grid, numbers, options = _launch(value, locations)
-        layout = _layout(ctx.sizes_hw, value.device)
-        inputs = (value, *layout, locations, weights, grad.contiguous())
-        grads = (of_value, of_locations, of_weights)
-        _backward[grid](*inputs, *grads, *numbers, **options)
+        if len(locations):
+            grid, numbers, options = _launch(value, locations)
+            arrays = (value, *_layout(ctx.packed), locations, weights, grad.contiguous())
+            grads = (of_value, of_locations, of_weights)
+            _backward[grid](*arrays, *grads, *numbers, **options)
         return of_value.to(value.dtype), of_locations, of_weights, None
 
 
 def _launch(
     value: Tensor, locations: Tensor
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
     """Grid, sizes of the arrays, and what a kernel is compiled for."""
-    batch, tokens, heads, channels = value.shape
-    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
-    grid = (triton.cdiv(queries, _BLOCK_N), heads, batch)
+    heads, channels = value.shape[1:]
+    queries, levels, points = locations.shape[0], locations.shape[2], locations.shape[3]
+    grid = (triton.cdiv(queries, _BLOCK_N), heads)
     options = {
         "block_n": _BLOCK_N,
         "block_c": max(16, triton.next_power_of_2(channels)),
         "num_warps": _NUM_WARPS,
     }
-    return grid, (queries, tokens, heads, channels, levels, points), options
+    return grid, (queries, heads, channels, levels, points), options
 
 
-# Kept on the device: a copy in every call would wait for the GPU.
-@lru_cache(maxsize=1024)
-def _layout(sizes_hw: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    sizes = torch.tensor(sizes_hw, dtype=torch.int32)
-    starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
-    return sizes.to(device), starts.to(device, torch.int32)
+def _layout(packed: PackedLevels) -> tuple[Tensor, Tensor, Tensor]:
+    return packed.images, packed.sizes, packed.starts

@@ -1,8 +1,11 @@
 """Where to compute: a device by name, or one clear line."""
 
 import os
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import ConfigError
@@ -60,6 +63,41 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Memory that a GPU copies from by itself, while this process computes.
+
+    Args:
+        count: How many values.
+        dtype: Of which type.
+
+    Returns:
+        Values that are not set yet, flat; torch keeps the memory for the next such array.
+    """
+    memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=True)
+    return memory.numpy().view(dtype)
+
+
+def joined(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> Tensor:
+    """Arrays one behind the other as one tensor on a device, without waiting for the copies.
+
+    Args:
+        arrays: At least one; those from :func:`pinned_array` go straight to a GPU.
+        device: Where to.
+
+    Returns:
+        All rows, shape (sum of lengths, ...).
+    """
+    if torch.device(device).type == "cuda" and all(a.flags.writeable for a in arrays):
+        parts = [torch.from_numpy(a) for a in arrays]
+        if all(part.is_pinned() for part in parts):
+            counts = [len(part) for part in parts]
+            found = parts[0].new_empty(sum(counts), *parts[0].shape[1:], device=device)
+            for place, part in zip(found.split(counts), parts, strict=True):
+                place.copy_(part, non_blocking=True)
+            return found
+    return to_device(torch.from_numpy(np.concatenate(arrays)), device)
 
 
 def is_plain(tensor: Tensor) -> bool:

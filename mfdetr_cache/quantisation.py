@@ -7,6 +7,7 @@ channels have; one scale per token or per tensor would ruin the weak channels. N
 value is at most step / 2 (plus the rounding of the product in float32).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfdetr_cache.devices import to_device
+from mfdetr_cache.devices import joined
 
 Preset = Literal["fp16", "int8", "int8-small", "int4"]
 
@@ -194,7 +195,7 @@ def _rounded(values: NDArray[np.float32], *, down: bool) -> NDArray[np.float16]:
     return near
 
 
-def decode_maps(maps: list[StoredMap], device: torch.device | str = "cpu") -> Tensor:
+def decode_maps(maps: Sequence[StoredMap], device: torch.device | str = "cpu") -> Tensor:
     """Maps of equal size as one float tensor: codes travel to the device and are decoded there.
 
     Args:
@@ -204,24 +205,54 @@ def decode_maps(maps: list[StoredMap], device: torch.device | str = "cpu") -> Te
     Returns:
         float32, shape (B, C, h, w), channels innermost in memory.
     """
-    first = maps[0]
-    (height, width), channels, encoding = first.hw, first.channels, first.encoding
+    return decode_groups([maps], device)[0]
+
+
+def decode_groups(
+    groups: Sequence[Sequence[StoredMap]], device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """:func:`decode_maps` for groups of images of different sizes, in one go.
+
+    Args:
+        groups: Maps of equal size in each; all of the same channels and encoding.
+        device: Where the results live.
+
+    Returns:
+        For each group float32, shape (B, C, h, w), channels innermost in memory; views of one
+        tensor.
+    """
+    first = groups[0][0]
+    channels, encoding = first.channels, first.encoding
+    if encoding.is_affine and not encoding.block_tokens and len(groups) > 1:
+        # A block is then as large as its image.
+        return [decode_maps(maps, device) for maps in groups]
+    maps = [m for group in groups for m in group]
+    rows = [_rows(m) for m in maps]
+    values = joined([_whole_blocks(m, n) for m, n in zip(maps, rows, strict=True)], device)
     if first.affine is None:
-        stacked = np.stack([m.values[: height * width] for m in maps])
-        values = to_device(torch.from_numpy(stacked), device).float()
+        values = values.float()
     else:
-        blocks = encoding.blocks(height * width)
-        block = encoding.block_tokens or height * width
-        codes = torch.from_numpy(np.stack([_whole_blocks(m, blocks * block) for m in maps]))
-        affine = torch.from_numpy(np.stack([m.affine for m in maps if m.affine is not None]))
-        codes, affine = to_device(codes, device), to_device(affine, device).float()
+        affine = joined([m.affine for m in maps if m.affine is not None], device).float()
         if encoding.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(2)[..., :channels]
-        values = codes.view(len(maps), blocks, block, channels).float()
-        values.mul_(affine[:, :, None, 1]).add_(affine[:, :, None, 0])
-        values = values.view(len(maps), blocks * block, channels)[:, : height * width]
-    decoded: Tensor = values.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+            values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :channels]
+        values = values.unflatten(0, (len(affine), -1)).float()
+        values.mul_(affine[:, None, 1]).add_(affine[:, None, 0])
+        values = values.flatten(0, 1)
+    counts = [sum(_rows(m) for m in group) for group in groups]
+    decoded = []
+    for part, group in zip(values.split(counts), groups, strict=True):
+        height, width = group[0].hw
+        cells = part.unflatten(0, (len(group), -1))[:, : height * width]
+        decoded.append(cells.unflatten(1, (height, width)).permute(0, 3, 1, 2))
     return decoded
+
+
+def _rows(stored: StoredMap) -> int:
+    """Rows of a map's values that are decoded: its cells, to whole blocks."""
+    cells = stored.hw[0] * stored.hw[1]
+    if not stored.encoding.block_tokens or stored.affine is None:
+        return cells
+    return stored.encoding.blocks(cells) * stored.encoding.block_tokens
 
 
 def _whole_blocks(stored: StoredMap, tokens: int) -> NDArray[np.generic]:

@@ -316,7 +316,12 @@ class FeatureCache:
         return self.base.ground_truth(row)
 
     def read(
-        self, row: int, map_names: tuple[str, ...] | None = None, view: str = BASE_VIEW
+        self,
+        row: int,
+        map_names: tuple[str, ...] | None = None,
+        view: str = BASE_VIEW,
+        *,
+        pinned: bool = False,
     ) -> CachedImage:
         """Everything stored for one row.
 
@@ -324,6 +329,7 @@ class FeatureCache:
             row: Row in the cache.
             map_names: Which maps to read; None reads all.
             view: Which pass of the detector.
+            pinned: Decompress the maps into memory that a GPU copies from by itself.
 
         Returns:
             The image as the detector saw it.
@@ -331,4 +337,4 @@ class FeatureCache:
         Raises:
             CacheError: If the row has no content, or its bytes are damaged.
         """
-        return self.views[view].read(row, map_names)
+        return self.views[view].read(row, map_names, pinned=pinned)

@@ -20,6 +20,7 @@ from mfdetr_cache.cache.schema import (
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
+from mfdetr_cache.devices import pinned_array
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
@@ -166,12 +167,15 @@ class CacheView:
             run_lengths=runs,
         )
 
-    def read(self, row: int, map_names: tuple[str, ...] | None = None) -> CachedImage:
+    def read(
+        self, row: int, map_names: tuple[str, ...] | None = None, *, pinned: bool = False
+    ) -> CachedImage:
         """Everything stored for one row.
 
         Args:
             row: Row in the cache.
             map_names: Which maps to read; None reads all.
+            pinned: Decompress the maps into memory that a GPU copies from by itself.
 
         Returns:
             The image as the detector saw it.
@@ -199,7 +203,7 @@ class CacheView:
             class_logits=self._row_values("class_logits", row),
             boxes_cxcywh_norm=self._row_values("boxes_cxcywh_norm", row),
             queries=self._row_values("queries", row),
-            maps={name: self._stored_map(name, row) for name in held},
+            maps={name: self._stored_map(name, row, pinned=pinned) for name in held},
             ground_truth=self.ground_truth(row),
             view=self.name,
             c1_crops=crops,
@@ -282,13 +286,14 @@ class CacheView:
         part, index = divmod(row, self._cache.layout.images_per_part)
         return self._chunks(name, part, index, 1).reshape(self.arrays[name].shape[1:])
 
-    def _stored_map(self, name: str, row: int) -> StoredMap:
+    def _stored_map(self, name: str, row: int, *, pinned: bool = False) -> StoredMap:
         base = f"maps/{name}"
         spec = self.arrays[f"{base}/values"]
         height, width = (int(v) for v in self._table(f"{base}/hw")[row])
         part = row // self._cache.layout.images_per_part
         chunk, count = self._chunks_of_map(name, row)
-        values = self._chunks(f"{base}/values", part, chunk, count).reshape(-1, spec.shape[1])
+        values = self._chunks(f"{base}/values", part, chunk, count, pinned=pinned)
+        values = values.reshape(-1, spec.shape[1])
         affine = None
         if self._encoding.is_affine:
             key = f"{base}/affine"
@@ -310,7 +315,9 @@ class CacheView:
         first = int(self._table(f"maps/{name}/offset")[row]) - part * spec.shard[0]
         return first // spec.chunk[0], -(-height * width // spec.chunk[0])
 
-    def _chunks(self, name: str, part: int, first: int, count: int) -> NDArray[Any]:
+    def _chunks(
+        self, name: str, part: int, first: int, count: int, *, pinned: bool = False
+    ) -> NDArray[Any]:
         spec: ArraySpec = self.arrays[name]
         if count == 0:
             return np.zeros(0, spec.dtype)
@@ -318,9 +325,9 @@ class CacheView:
         length, dtype = self._chunk_types[name]
         pieces = shard.read(first, count)
         where = f"{shard.name}, chunk"
-        if count == 1:
+        if count == 1 and not pinned:
             return decode_chunk(next(pieces), dtype, length, f"{where} {first}", raw=self._raw)
-        values = np.empty(count * length, dtype)
+        values = pinned_array(count * length, dtype) if pinned else np.empty(count * length, dtype)
         for i, piece in enumerate(pieces):
             place = values[i * length : (i + 1) * length]
             decode_chunk(piece, dtype, length, f"{where} {first + i}", raw=self._raw, out=place)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfdetr_cache.devices import to_device
-from mfdetr_cache.quantisation import decode_maps
+from mfdetr_cache.quantisation import decode_groups
 from mfdetr_cache.types import CachedImage, DetectorOutput, ImageGeometry
 
 
@@ -22,14 +22,14 @@ class MapGroup:
     Attributes:
         maps: Map name to (B, C, h, w).
         input_hw: Network input size in pixels.
-        image_index: Position of each image in the batch, int64, shape (B,).
+        members: Position of each image in the batch.
         c1_moments: Moments of C1 where only crops of it are there, float64, shape (B, C + 1, C).
         c1_hw: Height and width of C1 then.
     """
 
     maps: dict[str, Tensor]
     input_hw: tuple[int, int]
-    image_index: Tensor
+    members: tuple[int, ...]
     c1_moments: Tensor | None = None
     c1_hw: tuple[int, int] = (0, 0)
 
@@ -44,6 +44,7 @@ class HeadBatch:
         boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4).
         image_index: The image of each region, int64, shape (R,).
         c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
+        counts: Regions of each image, where that is known without asking the device.
     """
 
     groups: tuple[MapGroup, ...]
@@ -51,6 +52,30 @@ class HeadBatch:
     boxes_xyxy: Tensor
     image_index: Tensor
     c1_crops: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    # How many regions there are decides what is done; a compiler could keep nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def by_group(self) -> tuple[list[MapGroup], Tensor, Tensor, list[int]]:
+        """Regions in the order of the groups' images.
+
+        Returns:
+            Groups that have regions; the image of each region, counted over these groups, rising,
+            shape (R,); which region that is, shape (R,); how many each of the groups has.
+        """
+        counts = self.counts
+        if counts is None:
+            images = sum(len(group.members) for group in self.groups)
+            counts = tuple(self.image_index.bincount(minlength=images).tolist())
+        of_group = [sum(counts[m] for m in g.members) for g in self.groups]
+        groups = [g for g, count in zip(self.groups, of_group, strict=True) if count]
+        members = torch.tensor([m for group in groups for m in group.members])
+        places = torch.zeros(int(members.max()) + 1, dtype=torch.long)
+        places[members] = torch.arange(len(members))
+        place, order = to_device(places, self.image_index.device)[self.image_index].sort(
+            stable=True
+        )
+        return groups, place, order, [count for count in of_group if count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +116,7 @@ def live_groups(
         MapGroup(
             {name: torch.cat([outputs[i].maps[name] for i in members]) for name in map_names},
             input_hw,
-            torch.tensor(members, device=outputs[0].queries.device),
+            tuple(members),
         )
         for input_hw, members in by_size.items()
     )
@@ -113,16 +138,20 @@ def map_groups(
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.geometry.input_hw, []).append(index)
+    members_of = list(by_size.values())
+    maps: list[dict[str, Tensor]] = [{} for _ in members_of]
+    for name in map_names:
+        if name not in images[0].maps:
+            continue
+        stored = [[images[i].maps[name] for i in members] for members in members_of]
+        for found, decoded in zip(maps, decode_groups(stored, device), strict=True):
+            found[name] = decoded
     groups = []
-    for input_hw, members in by_size.items():
-        found = [images[i] for i in members]
-        held = [name for name in map_names if name in found[0].maps]
-        maps = {name: decode_maps([image.maps[name] for image in found], device) for name in held}
-        crops = [image.c1_crops for image in found if image.c1_crops is not None]
+    for (input_hw, members), found in zip(by_size.items(), maps, strict=True):
+        crops = [c for i in members if (c := images[i].c1_crops) is not None]
         moments, c1_hw = None, (0, 0)
         if crops:
             stacked = np.stack([c.moments for c in crops]).astype(np.float64)
             moments, c1_hw = to_device(torch.from_numpy(stacked), device), crops[0].c1_hw
-        place = to_device(torch.tensor(members), device)
-        groups.append(MapGroup(maps, input_hw, place, moments, c1_hw))
+        groups.append(MapGroup(found, input_hw, tuple(members), moments, c1_hw))
     return tuple(groups)

@@ -104,7 +104,7 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
         m.name: torch.empty(1, m.channels, *(-(-side // m.stride) for side in input_hw))
         for m in spec.maps
     }
-    group = MapGroup(maps, input_hw, torch.zeros(1, dtype=torch.long))
+    group = MapGroup(maps, input_hw, (0,))
     queries = torch.empty(BOXES, spec.query_dim)
     extra = [0]
     counter = FlopCounterMode(display=False, custom_mapping=_SAMPLING)

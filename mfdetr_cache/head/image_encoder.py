@@ -1,13 +1,15 @@
 """Image feature encoder F_e: refines the detector's encoder maps (Eq. 6-8, Tables 2 and 15)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.attention import SizesHw
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
 from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.packing import PackedImages, ReadCells, cells_read
 from mfdetr_cache.head.position import sine_position
 
 IMAGE_WINDOW = 14
@@ -16,8 +18,8 @@ IMAGE_WINDOW = 14
 class DeformableImageEncoder(nn.Module):
     """Deformable layers over all levels; gives back the one level that is fused.
 
-    The last layer refines only that level's tokens, and of these only those that are read where
-    that is known: the others would be computed and thrown away. Setting ``every_token`` computes
+    The last layer refines only that level's tokens, and in :meth:`refine_read` only those that some
+    region reads: the others would be computed and thrown away. Setting ``every_token`` computes
     them all the same, which changes nothing in the result; the paper's MAC column counts them.
 
     Args:
@@ -48,13 +50,11 @@ class DeformableImageEncoder(nn.Module):
             self.level_embed = nn.Parameter(torch.empty(num_levels, width))
             nn.init.normal_(self.level_embed, std=0.02)
 
-    def forward(self, levels: list[Tensor], read: Tensor | None = None) -> Tensor:
+    def forward(self, levels: list[Tensor]) -> Tensor:
         """Refine one level with the help of all.
 
         Args:
             levels: Maps, finest first, each (B, D, h, w).
-            read: Which cells of the result are looked at, bool, shape (B, h, w); the others may be
-                anything. None for all.
 
         Returns:
             The refined level, shape (B, D, h, w).
@@ -76,8 +76,6 @@ class DeformableImageEncoder(nn.Module):
         wanted = slice(first, first + counts[self.fused_level])
         for layer in self.layers[:-1]:
             memory = layer(memory, position, centres, memory, sizes_hw)
-        if read is not None and not self.every_token:
-            return self._refine_read(memory, position, centres, sizes_hw, wanted, read)
         chosen = slice(None) if self.every_token else wanted
         tokens: Tensor = self.layers[-1](
             memory[:, chosen], position[chosen], centres[chosen], memory, sizes_hw
@@ -86,28 +84,35 @@ class DeformableImageEncoder(nn.Module):
         refined: Tensor = tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
         return refined
 
-    def _refine_read(
-        self,
-        memory: Tensor,
-        position: Tensor,
-        centres: Tensor,
-        sizes_hw: SizesHw,
-        wanted: slice,
-        read: Tensor,
-    ) -> Tensor:
-        """The last layer for the cells that are read; zero elsewhere."""
-        parts = []
-        for image in range(len(memory)):
-            chosen = read[image].flatten().nonzero()[:, 0]
-            place = chosen + wanted.start
-            one = memory[image : image + 1]
-            tokens = self.layers[-1](one[:, place], position[place], centres[place], one, sizes_hw)
-            empty = tokens.new_zeros(wanted.stop - wanted.start, tokens.shape[2])
-            parts.append(empty.index_copy(0, chosen, tokens[0]))
-        refined: Tensor = (
-            torch.stack(parts).transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
+    def refine_read(
+        self, groups: Sequence[Sequence[Tensor]], rois: Tensor, stride: int
+    ) -> tuple[Tensor, ReadCells]:
+        """Refine those cells of one level that regions read, of images of any sizes at once.
+
+        Args:
+            groups: For each group of images of one size their levels, as :meth:`forward` takes.
+            rois: Place of the image over all groups, then x0, y0, x1, y1 in network input pixels,
+                shape (R, 5).
+            stride: Input pixels per cell of the level.
+
+        Returns:
+            The refined cells, shape (N, D), and where they are.
+        """
+        packed = PackedImages.of(groups, self.level_embed)
+        memory = packed.tokens
+        for layer in self.layers[:-1]:
+            memory = layer(memory, packed.position, packed.centres, memory, packed.levels)
+        sizes = [group[self.fused_level].shape[-2:] for group in groups]
+        largest_hw = (max(h for h, _ in sizes), max(w for _, w in sizes))
+        read = cells_read(rois, packed.levels, self.fused_level, stride, largest_hw)
+        refined: Tensor = self.layers[-1](
+            memory[read.token],
+            packed.position[read.token],
+            packed.centres[read.token],
+            memory,
+            packed.levels.for_queries(read.image),
         )
-        return refined
+        return refined, read
 
 
 class SingleLevelImageEncoder(nn.Module):
@@ -123,17 +128,15 @@ class SingleLevelImageEncoder(nn.Module):
         self.fused_level = fused_level
         self.layers = nn.ModuleList(blocks)
 
-    def forward(self, levels: list[Tensor], read: Tensor | None = None) -> Tensor:
+    def forward(self, levels: list[Tensor]) -> Tensor:
         """Refine one level.
 
         Args:
             levels: Maps, finest first, each (B, D, h, w).
-            read: Which cells are looked at; these blocks compute all of them.
 
         Returns:
             The refined level, shape (B, D, h, w).
         """
-        del read
         maps = levels[self.fused_level].permute(0, 2, 3, 1)
         for layer in self.layers:
             maps = layer(maps)

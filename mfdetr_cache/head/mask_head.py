@@ -1,16 +1,19 @@
 """The mask network of Mask Frozen-DETR: its parts in the paper's order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mfdetr_cache.devices import to_device
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
 from mfdetr_cache.head.box_encoder import build_box_encoder
 from mfdetr_cache.head.c1_crops import moments_of, neck_affine
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, Projection
-from mfdetr_cache.head.image_encoder import build_image_encoder
+from mfdetr_cache.head.image_encoder import DeformableImageEncoder, build_image_encoder
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
@@ -21,9 +24,6 @@ from mfdetr_cache.types import DetectorSpec, MapSpec
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
 # learned; training would spend its first epoch undoing that.
 _QUERY_GAIN = 0.1
-# Cells around a box, at the fused level, that bilinear up-sampling and RoIAlign may reach into:
-# one each, and one for where a map's size is not a multiple of its stride.
-_MARGIN = 3
 
 
 class MaskHead(nn.Module):
@@ -111,7 +111,7 @@ class MaskHead(nn.Module):
         if not len(batch.queries):
             return self._nothing(batch.queries)
         if not self.config.roialign:
-            if len(batch.groups) != 1 or len(batch.groups[0].image_index) != 1:
+            if len(batch.groups) != 1 or len(batch.groups[0].members) != 1:
                 raise HeadError("a head without RoIAlign takes one image at a time")
             fused = self.fuse(batch.groups[0])
             return HeadOutput(self.compare_with_image(fused, batch.queries), None)
@@ -172,67 +172,104 @@ class MaskHead(nn.Module):
         fused: Tensor = self.map_features(self.fusion(c1, self._refine(group), size))
         return fused
 
-    def _refine(self, group: MapGroup, read: Tensor | None = None) -> Tensor:
+    def _refine(self, group: MapGroup) -> Tensor:
         """The encoder level that is fused, refined by all levels."""
+        refined: Tensor = self.image_encoder(self._levels_of(group))
+        return refined
+
+    def _levels_of(self, group: MapGroup) -> list[Tensor]:
         levels = []
         for m in self.levels:
             maps = group.maps[m.name]
             levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
-        refined: Tensor = self.image_encoder(levels, read)
-        return refined
+        return levels
 
-    def _cells_read(self, group: MapGroup, rois: Tensor) -> Tensor:
-        """Cells of the fused level that RoIAlign reads, up-sampling in between: (B, h, w)."""
+    def _refine_read(self, groups: Sequence[MapGroup], rois: Tensor) -> list[Tensor]:
+        """The fused level of each group after the channel mapper, beside C1 without its bias.
+
+        What no region reads may be anything.
+        """
+        mapper = self.map_features if isinstance(self.map_features, nn.Conv2d) else None
+        # Beside C1 it is not added here: up-sampling keeps a constant, RoIAlign does not.
+        bias = mapper.bias if mapper is not None and self.c1 is None else None
+        encoder = self.image_encoder
+        if not isinstance(encoder, DeformableImageEncoder) or not len(encoder.layers):
+            refined = [self._refine(group) for group in groups]
+            if mapper is None:
+                return refined
+            return [functional.conv2d(maps, mapper.weight, bias) for maps in refined]
         level = self.levels[self._fused]
-        height, width = group.maps[level.name].shape[-2:]
-        bounds = rois[:, 1:] / level.stride
-        low, high = bounds[:, :2].floor() - _MARGIN, bounds[:, 2:].ceil() + _MARGIN
-        x = torch.arange(width, device=rois.device)
-        y = torch.arange(height, device=rois.device)
-        across = (x >= low[:, :1]) & (x <= high[:, :1])
-        down = (y >= low[:, 1:]) & (y <= high[:, 1:])
-        inside = (down[:, :, None] & across[:, None]).to(rois.dtype)
-        read = inside.new_zeros(len(group.image_index), height, width)
-        return read.index_add(0, rois[:, 0].long(), inside) > 0
+        levels = [self._levels_of(group) for group in groups]
+        tokens, read = encoder.refine_read(levels, rois, level.stride)
+        if mapper is not None:
+            tokens = functional.linear(tokens, mapper.weight[:, :, 0, 0], bias)
+        shapes = [m[self._fused].shape for m in levels]
+        counts = [b * h * w for b, _, h, w in shapes]
+        cells = tokens.new_zeros(sum(counts), tokens.shape[1]).index_copy(0, read.cell, tokens)
+        return [
+            part.unflatten(0, (b, h, w)).permute(0, 3, 1, 2)
+            for part, (b, _, h, w) in zip(cells.split(counts), shapes, strict=True)
+        ]
 
-    def _align_few(self, group: MapGroup, rois: Tensor, crops: Tensor | None) -> Tensor:
+    # Sizes and counts differ from batch to batch: nothing that a compiler could keep.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _align_few(
+        self, groups: Sequence[MapGroup], rois: Tensor, counts: list[int], crops: Tensor | None
+    ) -> Tensor:
         """Region features where regions are few: what none of them reads is not computed.
 
         The channel mapper goes before the up-sampling and C1 is cut before the neck; both are
         linear (see ``head/c1_crops.py``), so nothing changes but the order of roundings.
-        """
-        refined = self._refine(group, self._cells_read(group, rois))
-        mapper = self.map_features if isinstance(self.map_features, nn.Conv2d) else None
-        bias = None if mapper is None else mapper.bias
-        if self.c1 is None:
-            if mapper is not None:
-                refined = functional.conv2d(refined, mapper.weight, bias)
-            return self.align(self.fusion(None, refined, self._size_without_c1(group)), rois)
-        if crops is None:
-            c1 = group.maps[self.c1.name]
-            crops, moments = self.align(c1, rois), moments_of(c1)
-            c1_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
-        else:
-            assert group.c1_moments is not None
-            moments, c1_hw = group.c1_moments, group.c1_hw
-        matrix, constant = neck_affine(self.fusion.neck, moments)
-        if mapper is not None:
-            assert bias is not None
-            refined = functional.conv2d(refined, mapper.weight)
-            weight = mapper.weight[:, :, 0, 0].to(matrix.dtype)
-            matrix, constant = weight @ matrix, constant @ weight.T + bias.to(matrix.dtype)
-        refined = self.fusion(None, refined, c1_hw)
-        image = rois[:, 0].long()
-        matrix, constant = matrix.to(crops.dtype), constant.to(crops.dtype)
-        coverage = self.align(refined.new_ones(len(refined), 1, *c1_hw), rois)
-        from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix[image])
-        return self.align(refined, rois) + from_c1 + coverage * constant[image][:, None, None]
 
-    def _are_few(self, group: MapGroup, rois: Tensor) -> bool:
-        """Whether the regions have fewer cells than the images they are cut out of."""
-        height, width = group.input_hw
-        cells = len(group.image_index) * height * width // self.fused_stride**2
-        return self.training and len(rois) * self.config.roi_size**2 < cells
+        Args:
+            groups: The images' maps.
+            rois: Place of the image over all groups, rising, and the box, shape (R, 5).
+            counts: Regions of each group.
+            crops: Crops of C1, where the cache holds these in place of the map.
+
+        Returns:
+            Shape (R, r, r, d).
+        """
+        refined = self._refine_read(groups, rois)
+        own = _rois_by_group(groups, rois, counts)
+        if self.c1 is None:
+            sizes = [self._size_without_c1(group) for group in groups]
+            maps = [self.fusion(None, r, size) for r, size in zip(refined, sizes, strict=True)]
+            return torch.cat([self.align(m, mine) for m, mine in zip(maps, own, strict=True)])
+        from_encoder, coverage, cut, moments = [], [], [], []
+        for group, maps_of_group, mine in zip(groups, refined, own, strict=True):
+            if crops is None:
+                c1 = group.maps[self.c1.name]
+                cut.append(self.align(c1, mine))
+                moments.append(moments_of(c1))
+                c1_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
+            else:
+                assert group.c1_moments is not None
+                moments.append(group.c1_moments)
+                c1_hw = group.c1_hw
+            upsampled = self.fusion(None, maps_of_group, c1_hw)
+            from_encoder.append(self.align(upsampled, mine))
+            ones = upsampled.new_ones(len(upsampled), 1, *c1_hw)
+            coverage.append(self.align(ones, mine))
+        matrix, constant = neck_affine(self.fusion.neck, torch.cat(moments))
+        mapper = self.map_features
+        if isinstance(mapper, nn.Conv2d):
+            assert mapper.bias is not None
+            weight = mapper.weight[:, :, 0, 0].to(matrix.dtype)
+            matrix, constant = weight @ matrix, constant @ weight.T + mapper.bias.to(matrix.dtype)
+        crops = torch.cat(cut) if crops is None else crops
+        image = rois[:, 0].long()
+        matrix, constant = (t.to(crops.dtype).index_select(0, image) for t in (matrix, constant))
+        from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix)
+        return torch.cat(from_encoder) + from_c1 + torch.cat(coverage) * constant[:, None, None]
+
+    def _are_few(self, groups: Sequence[MapGroup], count: int) -> bool:
+        """Whether so many regions have fewer cells than the images they are cut out of."""
+        cells = 0
+        for group in groups:
+            height, width = group.input_hw
+            cells += len(group.members) * height * width // self.fused_stride**2
+        return self.training and count * self.config.roi_size**2 < cells
 
     def _size_without_c1(self, group: MapGroup) -> tuple[int, int] | None:
         height, width = group.input_hw
@@ -260,23 +297,33 @@ class MaskHead(nn.Module):
         Returns:
             RoIAlign of the fused map over each box, shape (R, r, r, d).
         """
-        parts, order = [], []
-        for group in batch.groups:
-            inside = torch.isin(batch.image_index, group.image_index).nonzero()[:, 0]
-            if not len(inside):
-                continue
-            position = torch.searchsorted(group.image_index, batch.image_index[inside])
-            boxes = batch.boxes_xyxy[inside]
-            rois = torch.cat((position[:, None].to(boxes.dtype), boxes), dim=1)
-            crops = None
-            if batch.c1_crops is not None and self.c1 is not None:
-                crops = batch.c1_crops[inside]
-            if crops is not None or self._are_few(group, rois):
-                parts.append(self._align_few(group, rois, crops))
-            else:
-                parts.append(self.align(self.fuse(group), rois))
-            order.append(inside)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        groups, place, order, counts = batch.by_group()
+        boxes = batch.boxes_xyxy[order]
+        rois = torch.cat((place[:, None].to(boxes.dtype), boxes), dim=1)
+        crops = None
+        if batch.c1_crops is not None and self.c1 is not None:
+            crops = batch.c1_crops[order]
+        if crops is not None or self._are_few(groups, len(rois)):
+            aligned = self._align_few(groups, rois, counts, crops)
+        else:
+            own = _rois_by_group(groups, rois, counts)
+            aligned = torch.cat(
+                [self.align(self.fuse(g), mine) for g, mine in zip(groups, own, strict=True)]
+            )
+        found: Tensor = aligned[order.argsort()]
+        return found
+
+
+def _rois_by_group(
+    groups: Sequence[MapGroup], rois: Tensor, counts: Sequence[int]
+) -> Sequence[Tensor]:
+    """The regions of each group, their images counted inside it."""
+    sizes = [len(group.members) for group in groups]
+    before = [sum(sizes[:i]) for i in range(len(sizes))]
+    first = to_device(torch.tensor(before).repeat_interleave(torch.tensor(counts)), rois.device)
+    local = torch.cat((rois[:, :1] - first[:, None], rois[:, 1:]), dim=1)
+    split: Sequence[Tensor] = local.split(list(counts))
+    return split
 
 
 def _predictor(config: HeadConfig) -> nn.Module:

@@ -194,6 +194,7 @@ def collate(
         boxes_xyxy=joined(boxes),
         image_index=joined(owner),
         c1_crops=_crops_of(samples, device),
+        counts=tuple(len(s.regions) for s in samples),
     )
     return TrainBatch(
         inputs=inputs,

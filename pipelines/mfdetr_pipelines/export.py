@@ -86,7 +86,7 @@ class _HeadGraph(nn.Module):
     def forward(self, boxes_xyxy: Tensor, queries: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
         """Mask logits, and predicted IoUs where the head has them."""
         named = dict(zip(self.head.map_names, maps, strict=True))
-        group = MapGroup(named, self.input_hw, torch.zeros(1, dtype=torch.long))
+        group = MapGroup(named, self.input_hw, (0,))
         first = boxes_xyxy[:, :1] * 0
         rois = torch.cat((first, boxes_xyxy), dim=1)
         regions = self.head.align(self.head.fuse(group), rois)

@@ -241,7 +241,7 @@ def _head_seconds(
     boxes = torch.rand(_REGIONS, 2, generator=torch.Generator().manual_seed(0)) * 0.5
     corners = torch.cat((boxes, boxes + 0.3), dim=1) * torch.tensor([width, height, width, height])
     batch = HeadBatch(
-        (MapGroup(maps, (height, width), torch.zeros(1, dtype=torch.long, device=device)),),
+        (MapGroup(maps, (height, width), (0,)),),
         output.queries[0, :_REGIONS].to(device),
         corners.to(device),
         torch.zeros(_REGIONS, dtype=torch.long, device=device),

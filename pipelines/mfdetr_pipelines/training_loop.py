@@ -298,7 +298,7 @@ class TrainingLoop:
 
     def _stream(self, first: int, last: int) -> Generator[list[_Loaded], None, None]:
         keys = {region_key(r.learner): r.learner for r in self._runs}
-        train = self._train
+        train, on_gpu = self._train, self._device.type == "cuda"
 
         def rows_of(step: int) -> list[int]:
             rows = rows_of_step(self.rows, train.batch_size, train.seed, step, self._parts)
@@ -307,7 +307,7 @@ class TrainingLoop:
         def load(row: int, step: int) -> _Loaded:
             epoch = step // steps_per_epoch(len(self.rows), train.batch_size)
             view = view_of_epoch(self._views, train.seed, row, epoch)
-            image = self._cache.read(row, self._map_names, view)
+            image = self._cache.read(row, self._map_names, view, pinned=on_gpu)
             samples = {}
             for key, learner in keys.items():
                 random = np.random.default_rng((train.seed, step, row))
@@ -315,7 +315,7 @@ class TrainingLoop:
                 samples[key] = TrainSample(image, build_regions(image, learner.train, size, random))
             return _Loaded(image, samples)
 
-        threads = train.reader_threads(on_gpu=self._device.type == "cuda")
+        threads = train.reader_threads(on_gpu=on_gpu)
         return read_ahead(load, rows_of, range(first, last), threads)
 
     def _one_step(

@@ -26,7 +26,7 @@ def as_crops(batch: HeadBatch, config: HeadConfig) -> HeadBatch:
             if crops.shape[3] != c1.shape[1]
             else crops
         )
-        for place, image in enumerate(group.image_index):
+        for place, image in enumerate(group.members):
             inside = (batch.image_index == image).nonzero()[:, 0]
             boxes = batch.boxes_xyxy[inside]
             rois = torch.cat((torch.zeros(len(boxes), 1, dtype=boxes.dtype), boxes), dim=1)

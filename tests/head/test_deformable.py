@@ -5,12 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from mfdetr_cache.attention import sampled_attention, softmax_over_points
+from mfdetr_cache.attention import (
+    packed_attention,
+    sampled_attention,
+    softmax_over_points,
+)
 from mfdetr_cache.head.blocks.deformable import (
     MultiScaleDeformableAttention,
     cell_centres,
     deformable_attention,
 )
+from mfdetr_cache.packed_levels import PackedLevels
 
 SIZES = ((4, 5), (2, 3))
 
@@ -79,6 +84,38 @@ def test_kernels_and_operators_agree() -> None:
         results.append((found, *grads))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_packed_images_are_images_alone(*, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of different sizes, one without queries: results and gradients of each by itself."""
+    if not kernels:
+        monkeypatch.setattr("mfdetr_cache.attention._kernels_for", lambda _value: None)
+    sizes = (((4, 5), (2, 3)), ((1, 2), (3, 3)), ((7, 6), (1, 1)))
+    counts, tokens = (70, 0, 9), (26, 11, 43)
+    value = torch.randn(sum(tokens), 2, 3, dtype=torch.float64, requires_grad=True)
+    locations = (torch.rand(79, 2, 2, 3, 2, dtype=torch.float64) * 1.4 - 0.2).requires_grad_()
+    weights = torch.rand(79, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    images = torch.tensor([0] * 70 + [2] * 9)
+    levels = PackedLevels.of(sizes, torch.device("cpu"))
+    assert torch.equal(levels.images.bincount(), torch.tensor(tokens))
+    found = packed_attention(value, levels.for_queries(images), locations, weights)
+    split = (value.split(tokens), locations.split(counts), weights.split(counts))
+    wanted = torch.cat(
+        [
+            sampled_attention(v[None], s, at[None], w[None])[0]
+            for s, v, at, w in zip(sizes, *split, strict=True)
+        ]
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    above = torch.randn_like(wanted)
+    inputs = (value, locations, weights)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, inputs, above),
+        torch.autograd.grad(wanted, inputs, above),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

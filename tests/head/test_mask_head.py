@@ -98,12 +98,12 @@ def test_any_levels_and_widths(spec: dict[str, Any]) -> None:
 def select(batch: HeadBatch, image: int) -> HeadBatch:
     """The same image on its own."""
     for group in batch.groups:
-        if image in group.image_index.tolist():
-            place = group.image_index.tolist().index(image)
+        if image in group.members:
+            place = group.members.index(image)
             maps = {k: v[place : place + 1] for k, v in group.maps.items()}
             keep = batch.image_index == image
             return HeadBatch(
-                (MapGroup(maps, group.input_hw, torch.tensor([0])),),
+                (MapGroup(maps, group.input_hw, (0,)),),
                 batch.queries[keep],
                 batch.boxes_xyxy[keep],
                 torch.zeros(int(keep.sum()), dtype=torch.long),
@@ -279,7 +279,7 @@ def test_the_last_layer_sees_only_what_is_read() -> None:
     few = torch.tensor([[40.0, 40.0, 90.0, 80.0]]).expand(len(batch.boxes_xyxy), -1)
     seen: list[int] = []
     for layer in head.image_encoder.layers:
-        layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+        layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[-2]))
     for training in (True, False):
         head.train(training)(dataclasses.replace(batch, boxes_xyxy=few))
     every, read, again, whole = seen

@@ -16,7 +16,7 @@ SMALL = HeadConfig(hidden_dim=16, roi_size=8)
 
 def single(batch: HeadBatch) -> HeadBatch:
     groups = tuple(
-        MapGroup({k: v.float() for k, v in g.maps.items()}, g.input_hw, g.image_index)
+        MapGroup({k: v.float() for k, v in g.maps.items()}, g.input_hw, g.members)
         for g in batch.groups
     )
     return HeadBatch(groups, batch.queries.float(), batch.boxes_xyxy.float(), batch.image_index)

@@ -67,7 +67,7 @@ def make_batch(
             )
             for m in spec.maps
         }
-        groups.append(MapGroup(maps, size, torch.tensor(members)))
+        groups.append(MapGroup(maps, size, tuple(members)))
     for index, (height, width) in enumerate(sizes_hw):
         corner = torch.rand(regions_per_image, 2, generator=generator, dtype=dtype) * 0.5
         extent = 0.2 + 0.4 * torch.rand(regions_per_image, 2, generator=generator, dtype=dtype)

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mfdetr_cache.cache import view
 from mfdetr_cache.training import staging
 
 _CUDA = torch.device("cuda", 0)
@@ -147,6 +149,7 @@ _FOR_ALL: dict[str, Callable[..., Any]] = {
     "cpu": lambda t: _moved(t, torch.device("cpu")),
     "cuda": lambda t, *_: _moved(t, _CUDA),
     "pin_memory": lambda t: t,
+    "is_pinned": lambda _: True,
 }
 _FOR_THEIRS: dict[str, Callable[..., Any]] = {
     "numpy": _no_numpy,
@@ -231,4 +234,5 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch, "Generator", lambda *_: make_generator())
         patch.setattr(Tensor, "record_stream", lambda *_: None)
         patch.setattr(staging, "_on", _beside)
+        patch.setattr(view, "pinned_array", np.empty)
         yield

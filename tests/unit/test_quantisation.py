@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -8,6 +9,7 @@ from mfdetr_cache.quantisation import (
     ENCODINGS,
     Preset,
     StoredMap,
+    decode_groups,
     decode_maps,
     encode_map,
     fits_float16,
@@ -67,6 +69,23 @@ def test_a_batch_decodes_as_its_maps_do() -> None:
         assert batch.shape == (3, 5, 1, 100)
         for index, one in enumerate(maps):
             assert (batch[index].permute(1, 2, 0).numpy() == one.to_array()).all()
+
+
+@pytest.mark.parametrize("preset", list(ENCODINGS))
+def test_images_of_different_sizes_decode_as_each_alone(preset: Preset) -> None:
+    random = np.random.default_rng(0)
+
+    def group(height: int, width: int, count: int) -> list[StoredMap]:
+        found = []
+        for _ in range(count):
+            values = random.normal(size=(height * width, 5)).astype(np.float32)
+            codes, affine = encode_map(values, ENCODINGS[preset])
+            found.append(StoredMap((height, width), 5, ENCODINGS[preset], codes, affine))
+        return found
+
+    groups = [group(9, 15, 2), group(8, 16, 1), group(3, 7, 3)]
+    for maps, decoded in zip(groups, decode_groups(groups), strict=True):
+        assert torch.equal(decoded, decode_maps(maps))
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8-small", "int4"])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.attention import SizesHw, cell_steps, deformable_attention
+from mfdetr_cache.attention import cell_steps, deformable_attention
+from mfdetr_cache.packed_levels import SizesHw
 
 HEADS = 8
 

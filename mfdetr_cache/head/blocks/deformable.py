@@ -1,21 +1,25 @@
 """Multi-scale deformable attention and its layer (Eq. 6), in plain PyTorch.
 
 Shape letters: B batch, N query tokens, S tokens of all levels, D width, H heads, L levels,
-P sampling points.
+P sampling points. A batch is of images of one size, (B, N, D), or of any sizes, packed into one
+sequence without the leading axis, (N, D).
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mfdetr_cache.attention import (
-    SizesHw,
     cell_steps,
     deformable_attention,
+    packed_attention,
     softmax_over_points,
 )
+from mfdetr_cache.devices import is_plain
+from mfdetr_cache.packed_levels import PackedLevels, SizesHw
 
 
 def num_heads_for(width: int, wanted: int = 8) -> int:
@@ -41,6 +45,18 @@ def cell_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
     Returns:
         x and y in (0, 1), shape (S, 2).
     """
+    if is_plain(torch.empty(0, device=device)):
+        return _kept_centres(sizes_hw, device)
+    return _cell_centres(sizes_hw, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):  # a training may be the next to use them
+        return _cell_centres(sizes_hw, device)
+
+
+def _cell_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
     centres = []
     for height, width in sizes_hw:
         y = (torch.arange(height, device=device) + 0.5) / height
@@ -86,26 +102,33 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, centres: Tensor, memory: Tensor, sizes_hw: SizesHw) -> Tensor:
+    def forward(
+        self, query: Tensor, centres: Tensor, memory: Tensor, levels: SizesHw | PackedLevels
+    ) -> Tensor:
         """Attend from query tokens to all levels.
 
         Args:
-            query: Tokens with their position added, shape (B, N, D).
+            query: Tokens with their position added, shape (B, N, D) or (N, D).
             centres: Normalised reference point of each query token, shape (N, 2).
-            memory: Tokens of all levels, shape (B, S, D).
-            sizes_hw: Height and width of each level.
+            memory: Tokens of all levels, shape (B, S, D) or (S, D).
+            levels: Height and width of each level, or whose the packed tokens are.
 
         Returns:
-            Shape (B, N, D).
+            Shape of the query.
         """
         samples = (self.num_heads, self.num_levels, self.num_points)
-        value = self.value_proj(memory).unflatten(2, (self.num_heads, -1))
+        value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
         weights = softmax_over_points(weights).flatten(-2).unflatten(-1, samples)
-        cells = cell_steps(offsets, sizes_hw)[:, None]
-        locations = centres[None, :, None, None, None] + offsets * cells
-        mixed: Tensor = self.output_proj(deformable_attention(value, sizes_hw, locations, weights))
+        reference = centres[:, None, None, None]
+        if isinstance(levels, PackedLevels):
+            locations = reference + offsets * levels.cell_steps(offsets)[:, None, :, None]
+            found = packed_attention(value, levels, locations, weights)
+        else:
+            locations = reference + offsets * cell_steps(offsets, levels)[:, None]
+            found = deformable_attention(value, levels, locations, weights)
+        mixed: Tensor = self.output_proj(found)
         return mixed
 
 
@@ -134,21 +157,21 @@ class DeformableLayer(nn.Module):
         position: Tensor,
         centres: Tensor,
         memory: Tensor,
-        sizes_hw: SizesHw,
+        levels: SizesHw | PackedLevels,
     ) -> Tensor:
         """Refine some tokens of a memory.
 
         Args:
-            tokens: The tokens to refine, shape (B, N, D).
+            tokens: The tokens to refine, shape (B, N, D) or (N, D).
             position: Added to them as attention queries, shape (N, D).
             centres: Their normalised centres, shape (N, 2).
-            memory: Tokens of all levels, shape (B, S, D).
-            sizes_hw: Height and width of each level.
+            memory: Tokens of all levels, shape (B, S, D) or (S, D).
+            levels: Height and width of each level, or whose the packed tokens are.
 
         Returns:
-            Refined tokens, shape (B, N, D).
+            Refined tokens, shape as they came.
         """
-        attended = self.attention(tokens + position, centres, memory, sizes_hw)
+        attended = self.attention(tokens + position, centres, memory, levels)
         tokens = self.norm1(tokens + attended)
         hidden = functional.gelu(self.linear1(tokens))
         refined: Tensor = self.norm2(tokens + self.linear2(hidden))
