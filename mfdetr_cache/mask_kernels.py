@@ -83,3 +83,45 @@ def coverage_in_box(
             for k in range(i * subsamples, (i + 1) * subsamples):
                 counts[cell, i] += inside[k]
     return counts.T / np.float32(subsamples * subsamples)
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def coverage_in_boxes(
+    run_lengths: NDArray[np.uint32],
+    bounds: NDArray[np.int64],
+    size_hw: tuple[int, int],
+    boxes_xyxy: NDArray[np.float64],
+    grid_size: int,
+    subsamples: int,
+) -> tuple[Any, Any]:
+    """:func:`coverage_in_box` for an object in each box, and what of each lies outside.
+
+    Args:
+        run_lengths: Run lengths of the objects, one behind the other.
+        bounds: Where those of each object begin, and the end, shape (R + 1,).
+        size_hw: Height and width of the image in pixels.
+        boxes_xyxy: The boxes in original image pixels, shape (R, 4).
+        grid_size: Cells along both axes.
+        subsamples: Points per cell along both axes.
+
+    Returns:
+        Coverage, float32, shape (R, grid_size, grid_size); the area of each object outside its box
+        as a share of the box's area, float32, shape (R,).
+    """
+    count = len(boxes_xyxy)
+    masks = np.empty((count, grid_size, grid_size), np.float32)
+    outside = np.empty(count, np.float32)
+    for r in range(count):
+        runs = run_lengths[bounds[r] : bounds[r + 1]]
+        box = boxes_xyxy[r]
+        masks[r] = coverage_in_box(runs, size_hw[0], size_hw[1], box, grid_size, subsamples)
+        area = 0.0
+        for i in range(1, len(runs), 2):
+            area += runs[i]
+        inside = 0.0
+        for i in range(grid_size):
+            for j in range(grid_size):
+                inside += masks[r, i, j]
+        share = area / max((box[2] - box[0]) * (box[3] - box[1]), 1e-6)
+        outside[r] = max(share - inside / (grid_size * grid_size), 0.0)
+    return masks, outside

@@ -4,6 +4,7 @@ Run lengths are COCO's: column-major, alternating background and foreground, sta
 background; they sum to height x width. Pixel (row y, column x) covers [x, x+1) x [y, y+1).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,39 @@ def rasterise_in_box(
     runs, box = np.asarray(run_lengths, np.uint32), np.asarray(box_xyxy, np.float64)
     counts: NDArray[np.float32] = coverage_in_box(runs, height, width, box, grid_size, subsamples)
     return counts
+
+
+def rasterise_in_boxes(
+    run_lengths: Sequence[RunLengths],
+    size_hw: tuple[int, int],
+    boxes_xyxy: NDArray[np.float64],
+    grid_size: int,
+    subsamples: int = 2,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """:func:`rasterise_in_box` for an object in each box, in one call without the GIL.
+
+    Args:
+        run_lengths: Run lengths of each object.
+        size_hw: Height and width of the image in pixels.
+        boxes_xyxy: A box for each in original image pixels, shape (R, 4).
+        grid_size: Cells along both axes.
+        subsamples: Points per cell along both axes.
+
+    Returns:
+        Coverage in [0, 1], shape (R, grid_size, grid_size); the area of each object outside its
+        box as a share of the box's area, shape (R,).
+    """
+    # Imported late: what never trains does without numba's start.
+    from mfdetr_cache.mask_kernels import coverage_in_boxes
+
+    if not len(run_lengths):
+        return np.zeros((0, grid_size, grid_size), np.float32), np.zeros(0, np.float32)
+    bounds = np.cumsum([0, *map(len, run_lengths)], dtype=np.int64)
+    runs, boxes = np.concatenate(run_lengths), np.asarray(boxes_xyxy, np.float64)
+    found: tuple[NDArray[np.float32], NDArray[np.float32]] = coverage_in_boxes(
+        runs.astype(np.uint32, copy=False), bounds, size_hw, boxes, grid_size, subsamples
+    )
+    return found
 
 
 def paste_mask_in_image(

@@ -8,7 +8,6 @@ read every array with zarr-python.
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +16,13 @@ from numcodecs.zstd import Zstd
 from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.storage import Piece, Storage
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 ZSTD_LEVEL = 1
 _ZSTD = Zstd(level=ZSTD_LEVEL)
 _EMPTY = 2**64 - 1
-_CRC_BYTES = 4
+CRC_BYTES = 4
 
 
 def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
@@ -43,13 +42,12 @@ def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
 
 
 def decode_chunk(
-    data: Piece,
+    data: bytes | memoryview,
     dtype: np.dtype[np.generic],
     count: int,
     where: str,
     *,
     raw: bool = False,
-    out: NDArray[np.generic] | None = None,
 ) -> NDArray[np.generic]:
     """The values of one chunk; the inverse of :func:`encode_chunk`.
 
@@ -59,7 +57,6 @@ def decode_chunk(
         count: How many values there must be.
         where: File and chunk, for the message.
         raw: The chunk was written without zstd.
-        out: Where the values go, flat and contiguous; None makes an array.
 
     Returns:
         The values, flat.
@@ -67,27 +64,20 @@ def decode_chunk(
     Raises:
         CacheError: If the checksum is wrong or the length is not what it must be.
     """
-    if len(data) <= _CRC_BYTES:
+    if len(data) <= CRC_BYTES:
         raise CacheError(f"{where} is cut off; {MEND}")
     # The checksum of anything followed by its own checksum is one constant: no slice is needed.
     if crc32c(data) != _CRC_RESIDUE:
         raise CacheError(f"{where} has a wrong checksum: its bytes changed on disk; {MEND}")
-    body = memoryview(data)[:-_CRC_BYTES]
+    body = memoryview(data)[:-CRC_BYTES]
     size = count * dtype.itemsize
     if raw:
         found: NDArray[np.generic] = np.frombuffer(body, dtype=np.uint8)
-    elif out is not None:
-        found = np.frombuffer(zstd_decompress(body, out.view(np.uint8)), dtype=np.uint8)
     else:
         found = np.frombuffer(zstd_decompress(body), dtype=np.uint8)
     if len(found) != size:
         raise CacheError(f"{where} holds {len(found)} bytes instead of {size}; {MEND}")
-    values = found.view(dtype.newbyteorder("<"))
-    if out is None:
-        return values
-    if raw:
-        out[...] = values
-    return out
+    return found.view(dtype.newbyteorder("<"))
 
 
 _CRC_RESIDUE = 0x48674BC7
@@ -102,7 +92,7 @@ def decompress(data: memoryview) -> bytes:
     Returns:
         Its bytes.
     """
-    plain: bytes = zstd_decompress(data[:-_CRC_BYTES])
+    plain: bytes = zstd_decompress(data[:-CRC_BYTES])
     return plain
 
 
@@ -169,14 +159,14 @@ class ShardReader:
             CacheError: If the file is missing, too short, or its index is damaged.
         """
         where = f"{storage.name}/{key}"
-        length = num_chunks * 16 + _CRC_BYTES
+        length = num_chunks * 16 + CRC_BYTES
         size = storage.size(key)
         if size is None:
             raise CacheError(f"{where} is missing from the cache; {MEND}")
         if size < length:
             raise CacheError(f"{where} is cut off ({size} bytes); {MEND}")
         tail = storage.read_ranges(key, [(size - length, length)])[0]
-        entries, checksum = tail[:-_CRC_BYTES], tail[-_CRC_BYTES:]
+        entries, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
         if struct.unpack("<I", checksum)[0] != crc32c(entries):
             raise CacheError(f"{where} has a damaged index; {MEND}")
         return cls(storage, key, np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2))
@@ -186,27 +176,42 @@ class ShardReader:
         """What people call it."""
         return f"{self.storage.name}/{self.key}"
 
-    def read(self, first: int, count: int) -> Iterator[Piece]:
+    def entries(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Where neighbouring chunks are.
+
+        Args:
+            first: Index of the first chunk.
+            count: How many chunks.
+
+        Returns:
+            Offset and length of each.
+
+        Raises:
+            CacheError: If a chunk was never written.
+        """
+        found: list[tuple[int, int]] = self.index[first : first + count].tolist()
+        if any(offset == _EMPTY for offset, _ in found):
+            raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
+        return found
+
+    def read(self, first: int, count: int) -> list[bytes]:
         """The encoded bytes of neighbouring chunks.
 
         Args:
             first: Index of the first chunk.
             count: How many chunks.
 
-        Yields:
+        Returns:
             One piece per chunk.
 
         Raises:
             CacheError: If a chunk was never written, or the file ends early.
         """
-        entries: list[tuple[int, int]] = self.index[first : first + count].tolist()
-        if any(offset == _EMPTY for offset, _ in entries):
-            raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
+        entries = self.entries(first, count)
         try:
-            pieces = self.storage.stream_ranges(self.key, entries)
-            for piece, (_, size) in zip(pieces, entries, strict=True):
-                if len(piece) != size:
-                    raise CacheError(f"{self.name} is cut off; {MEND}")
-                yield piece
+            pieces = self.storage.read_ranges(self.key, entries)
         except FileNotFoundError:
             raise CacheError(f"{self.name} is missing from the cache; {MEND}") from None
+        if any(len(p) != size for p, (_, size) in zip(pieces, entries, strict=True)):
+            raise CacheError(f"{self.name} is cut off; {MEND}")
+        return pieces

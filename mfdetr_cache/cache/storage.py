@@ -24,13 +24,12 @@ from mfdetr_cache.files import DISK_FULL, NOT_ALLOWED
 
 # The file that makes a place a cache.
 ROOT_KEY = "zarr.json"
-# What reading gives: bytes, or a stretch of bytes that were read with their neighbours.
-Piece = bytes | memoryview
 
 _MEMORY: dict[str, MemoryStore] = {}
-# Small neighbouring parts are read together up to these bytes; larger ones are read one by one and
-# decoded while they are in the processor's cache.
-_TOGETHER = 512 * 1024
+# The disk is asked beforehand for stretches that are longer.
+_AT_ONCE = 512 * 1024
+# What one call may fill, by POSIX at least 16, on Linux and macOS 1024.
+_MOST_BUFFERS = 1000
 # Linux only.
 _NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "http", "https", "memory", "file")
@@ -76,15 +75,21 @@ class Storage(Protocol):
             FileNotFoundError: If there is none.
         """
 
-    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """The same, one after the other: a piece is used while it is in the processor's cache.
+    def read_into(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]],
+        places: Sequence[Sequence[memoryview]],
+    ) -> bool:
+        """The same into memory that is there, with as few calls as possible: threads share one GIL.
 
         Args:
             key: Its key.
             ranges: Offset and length of each part, in bytes, neighbours in order.
+            places: Where each part goes, piece by piece; as long as the part.
 
         Returns:
-            One piece per range.
+            Whether all of it was read; not where the file ends early.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -221,25 +226,32 @@ class LocalStorage:
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file; see :class:`Storage`."""
-        return [bytes(piece) for piece in self.stream_ranges(key, ranges)]
+        with self._opened(key) as descriptor:
+            return [os.pread(descriptor, size, start) for start, size in ranges]
 
-    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """Some parts of a file, one by one; see :class:`Storage`."""
-        # os.open and not pathlib's: an image lies in a dozen files, and threads share one GIL.
+    def read_into(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]],
+        places: Sequence[Sequence[memoryview]],
+    ) -> bool:
+        """Some parts of a file into memory that is there; see :class:`Storage`."""
+        if not hasattr(os, "preadv"):
+            return _scattered(self.read_ranges(key, ranges), places)
+        with self._opened(key) as descriptor:
+            if (size := sum(size for _, size in ranges)) > _AT_ONCE:
+                _ask_for(descriptor, ranges[0][0], sum(ranges[-1]))
+            done = 0
+            for start, buffers in _neighbours(ranges, places):
+                done += os.preadv(descriptor, buffers, start)
+            return done == size
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        # os.open and not pathlib's: an image lies in a dozen files.
         descriptor = os.open(f"{self._folder}/{key}", os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            groups = _read_together(ranges)
-            if len(groups) > 1:
-                _ask_for(descriptor, ranges[0][0], sum(ranges[-1]))
-            for start, sizes in groups:
-                data = os.pread(descriptor, sum(sizes), start)
-                if len(sizes) == 1:
-                    yield data
-                    continue
-                view, first = memoryview(data), 0
-                for size in sizes:
-                    yield view[first : first + size]
-                    first += size
+            yield descriptor
         finally:
             os.close(descriptor)
 
@@ -324,9 +336,14 @@ class ObjectStorage:
             found = obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
         return [bytes(piece) for piece in found]
 
-    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """Some parts of a file, asked for together; see :class:`Storage`."""
-        yield from self.read_ranges(key, ranges)
+    def read_into(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]],
+        places: Sequence[Sequence[memoryview]],
+    ) -> bool:
+        """Some parts of a file into memory that is there; see :class:`Storage`."""
+        return _scattered(self.read_ranges(key, ranges), places)
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; see :class:`Storage`."""
@@ -423,9 +440,14 @@ class MirroredStorage:
                 self._keep(names[i], piece)
         return [piece for piece in pieces if piece is not None]
 
-    def stream_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """Some parts of a file, asked for together; see :class:`Storage`."""
-        yield from self.read_ranges(key, ranges)
+    def read_into(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]],
+        places: Sequence[Sequence[memoryview]],
+    ) -> bool:
+        """Some parts of a file into memory that is there; see :class:`Storage`."""
+        return _scattered(self.read_ranges(key, ranges), places)
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""
@@ -531,18 +553,32 @@ def _ask_for(descriptor: int, start: int, stop: int) -> None:
     os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _read_together(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-    """Start and sizes of parts that follow one another, as one read where they are small."""
-    groups: list[tuple[int, list[int]]] = []
-    stop, room = -1, 0
-    for offset, size in ranges:
-        if offset == stop and size <= room:
-            groups[-1][1].append(size)
+def _neighbours(
+    ranges: Sequence[tuple[int, int]], places: Sequence[Sequence[memoryview]]
+) -> list[tuple[int, list[memoryview]]]:
+    """Start of each stretch that can be read at once, and where its bytes go."""
+    stretches: list[tuple[int, list[memoryview]]] = []
+    stop = -1
+    for (offset, size), buffers in zip(ranges, places, strict=True):
+        if offset == stop and len(stretches[-1][1]) + len(buffers) <= _MOST_BUFFERS:
+            stretches[-1][1].extend(buffers)
         else:
-            groups.append((offset, [size]))
-            room = _TOGETHER
-        stop, room = offset + size, room - size
-    return groups
+            stretches.append((offset, list(buffers)))
+        stop = offset + size
+    return stretches
+
+
+def _scattered(pieces: Sequence[bytes], places: Sequence[Sequence[memoryview]]) -> bool:
+    """Copy what was read to where it should be; whether it was as long as expected."""
+    for piece, buffers in zip(pieces, places, strict=True):
+        first = 0
+        for buffer in buffers:
+            part = piece[first : first + len(buffer)]
+            if len(part) != len(buffer):
+                return False
+            buffer[:] = part
+            first += len(buffer)
+    return True
 
 
 def _flat(name: str) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.chunks import ChunkRun, read_chunks
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.schema import (
     C1_ROI,
     ROW_OK,
-    ArraySpec,
     Part,
     row_arrays,
     stored_maps,
@@ -20,7 +20,6 @@ from mfdetr_cache.cache.schema import (
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
-from mfdetr_cache.devices import pinned_array
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
@@ -191,32 +190,39 @@ class CacheView:
         c1 = next((m.name for m in cache.spec.maps if m.role == "c1"), "")
         if c1 in map_names and cache.layout.c1 == "none":
             raise CacheError(f"{cache.path} was extracted with --c1 none: it has no {c1}")
+        with_crops = cache.layout.c1_roi is not None and bool({c1, C1_ROI} & set(map_names))
+        names = [n for n in map_names if not with_crops or n not in (c1, C1_ROI)]
+        rows = ["class_logits", "boxes_cxcywh_norm", "queries"]
+        if with_crops:
+            rows += [f"{C1_ROI}/query_index", f"{C1_ROI}/moments"]
+        # Apart from the maps: whoever keeps a few numbers of an image must not keep its maps.
+        held = self._read_arrays({name: self._run_of_row(name, row) for name in rows})
+        runs: dict[str, ChunkRun] = {}
+        for name in [*names, C1_ROI] if with_crops else names:
+            runs |= self._runs_of_map(name, row)
+        held |= self._read_arrays(runs, pinned=pinned)
         crops = None
-        if cache.layout.c1_roi is not None and {c1, C1_ROI} & set(map_names):
-            crops = self._crops(row)
-        held = [name for name in map_names if crops is None or name not in (c1, C1_ROI)]
+        if with_crops:
+            queries = held[f"{C1_ROI}/query_index"][0]
+            height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
+            crops = C1Crops(
+                query_index=queries[queries >= 0].astype(np.int64),
+                crops=self._stored_map(C1_ROI, row, held),
+                moments=held[f"{C1_ROI}/moments"][0],
+                c1_hw=(height, width),
+            )
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),
             file_name=cache.file_name(row),
             geometry=self.geometry(row),
-            class_logits=self._row_values("class_logits", row),
-            boxes_cxcywh_norm=self._row_values("boxes_cxcywh_norm", row),
-            queries=self._row_values("queries", row),
-            maps={name: self._stored_map(name, row, pinned=pinned) for name in held},
+            class_logits=held["class_logits"][0],
+            boxes_cxcywh_norm=held["boxes_cxcywh_norm"][0],
+            queries=held["queries"][0],
+            maps={name: self._stored_map(name, row, held) for name in names},
             ground_truth=self.ground_truth(row),
             view=self.name,
             c1_crops=crops,
-        )
-
-    def _crops(self, row: int) -> C1Crops:
-        queries = self._row_values(f"{C1_ROI}/query_index", row)
-        height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
-        return C1Crops(
-            query_index=queries[queries >= 0].astype(np.int64),
-            crops=self._stored_map(C1_ROI, row),
-            moments=self._row_values(f"{C1_ROI}/moments", row),
-            c1_hw=(height, width),
         )
 
     def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
@@ -282,26 +288,47 @@ class CacheView:
             )
         return self._shards[key]
 
-    def _row_values(self, name: str, row: int) -> NDArray[Any]:
-        part, index = divmod(row, self._cache.layout.images_per_part)
-        return self._chunks(name, part, index, 1).reshape(self.arrays[name].shape[1:])
+    def _read_arrays(
+        self, runs: dict[str, ChunkRun], *, pinned: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """Some arrays' rows, by name."""
+        arrays = read_chunks(list(runs.values()), raw=self._raw, pinned=pinned)
+        return {
+            name: values.reshape(-1, *self.arrays[name].shape[1:])
+            for name, values in zip(runs, arrays, strict=True)
+        }
 
-    def _stored_map(self, name: str, row: int, *, pinned: bool = False) -> StoredMap:
+    def _run_of_row(self, name: str, row: int) -> ChunkRun:
+        part, index = divmod(row, self._cache.layout.images_per_part)
+        return ChunkRun(self._shard(name, part), index, 1, *self._chunk_types[name])
+
+    def _runs_of_map(self, name: str, row: int) -> dict[str, ChunkRun]:
+        """The chunks of a map, by array; none for a map without cells."""
+        values, affine = f"maps/{name}/values", f"maps/{name}/affine"
+        part = row // self._cache.layout.images_per_part
+        first, count = self._chunks_of_map(name, row)
+        if not count:
+            return {}
+        runs = {
+            values: ChunkRun(self._shard(values, part), first, count, *self._chunk_types[values])
+        }
+        if self._encoding.block_tokens:
+            shard = self._shard(affine, part)
+            runs[affine] = ChunkRun(shard, first, count, *self._chunk_types[affine])
+        elif self._encoding.is_affine:
+            runs[affine] = self._run_of_row(affine, row)
+        return runs
+
+    def _stored_map(self, name: str, row: int, held: dict[str, NDArray[Any]]) -> StoredMap:
         base = f"maps/{name}"
         spec = self.arrays[f"{base}/values"]
         height, width = (int(v) for v in self._table(f"{base}/hw")[row])
-        part = row // self._cache.layout.images_per_part
-        chunk, count = self._chunks_of_map(name, row)
-        values = self._chunks(f"{base}/values", part, chunk, count, pinned=pinned)
-        values = values.reshape(-1, spec.shape[1])
+        nothing = np.zeros((0, *spec.shape[1:]), spec.dtype)
+        values = held.get(f"{base}/values", nothing)
         affine = None
         if self._encoding.is_affine:
-            key = f"{base}/affine"
-            if self._encoding.block_tokens:
-                affine = self._chunks(key, part, chunk, count)
-            else:
-                affine = self._chunks(key, part, row % self._cache.layout.images_per_part, 1)
-            affine = affine.reshape(-1, *self.arrays[key].shape[1:])
+            shape = self.arrays[f"{base}/affine"].shape[1:]
+            affine = held.get(f"{base}/affine", np.zeros((0, *shape), np.float16))
             affine = affine[: self._encoding.blocks(height * width)]
         channels = int(spec.attributes["channels"])
         return StoredMap((height, width), channels, self._encoding, values, affine)
@@ -314,21 +341,3 @@ class CacheView:
         part = row // self._cache.layout.images_per_part
         first = int(self._table(f"maps/{name}/offset")[row]) - part * spec.shard[0]
         return first // spec.chunk[0], -(-height * width // spec.chunk[0])
-
-    def _chunks(
-        self, name: str, part: int, first: int, count: int, *, pinned: bool = False
-    ) -> NDArray[Any]:
-        spec: ArraySpec = self.arrays[name]
-        if count == 0:
-            return np.zeros(0, spec.dtype)
-        shard = self._shard(name, part)
-        length, dtype = self._chunk_types[name]
-        pieces = shard.read(first, count)
-        where = f"{shard.name}, chunk"
-        if count == 1 and not pinned:
-            return decode_chunk(next(pieces), dtype, length, f"{where} {first}", raw=self._raw)
-        values = pinned_array(count * length, dtype) if pinned else np.empty(count * length, dtype)
-        for i, piece in enumerate(pieces):
-            place = values[i * length : (i + 1) * length]
-            decode_chunk(piece, dtype, length, f"{where} {first + i}", raw=self._raw, out=place)
-        return values

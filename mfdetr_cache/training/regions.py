@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
-from mfdetr_cache.masks import rasterise_in_box
+from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy
+from mfdetr_cache.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.matching import Matches, match_by_iou, match_hungarian
 from mfdetr_cache.types import CachedImage, GroundTruth
@@ -71,11 +71,9 @@ def object_masks(
         Shape (G, side, side).
     """
     objects = trainable_objects(truth, held_out)
-    masks = np.empty((len(objects), side, side), dtype=np.float32)
-    for place, index in enumerate(objects):
-        box = truth.boxes_xyxy[index].astype(np.float64)
-        masks[place] = rasterise_in_box(truth.run_lengths[index], size_hw, box, side)
-    return masks
+    runs = [truth.run_lengths[i] for i in objects]
+    boxes = truth.boxes_xyxy[objects].astype(np.float64)
+    return rasterise_in_boxes(runs, size_hw, boxes, side)[0]
 
 
 def build_regions(
@@ -98,14 +96,14 @@ def build_regions(
         return _no_regions(grid)
     height, width = image.geometry.original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
-    truth_xyxy = torch.from_numpy(image.ground_truth.boxes_xyxy[objects] / scale)
-    boxes_xyxy = cxcywh_to_xyxy(torch.from_numpy(image.boxes_cxcywh_norm.copy()))
+    truth_xyxy = image.ground_truth.boxes_xyxy[objects] / scale
     labels = image.ground_truth.labels[objects]
     if config.match == "iou":
-        logits = torch.from_numpy(image.class_logits.copy())
-        matches = match_by_iou(
-            logits, boxes_xyxy, truth_xyxy, config.iou_candidates, config.min_match_iou
-        )
+        logits = torch.from_numpy(image.class_logits)
+        predicted = cxcywh_to_xyxy(torch.from_numpy(image.boxes_cxcywh_norm))
+        target = torch.from_numpy(truth_xyxy)
+        candidates, least = config.iou_candidates, config.min_match_iou
+        matches = match_by_iou(logits, predicted, target, candidates, least)
     else:
         held = image.c1_crops.query_index if image.c1_crops is not None else None
         matches = _match_one_to_one(
@@ -114,19 +112,18 @@ def build_regions(
     matches = _choose(matches, config, random)
     if not len(matches.query_index):
         return _no_regions(grid)
-    boxes = boxes_xyxy.numpy()[matches.query_index]
-    target = truth_xyxy.numpy()[matches.object_index]
-    boxes = _jitter(boxes, target, config, random)
-    masks = np.empty((len(boxes), grid, grid), dtype=np.float32)
-    outside = np.empty(len(boxes), dtype=np.float32)
-    for region, index in enumerate(objects[matches.object_index]):
-        runs = image.ground_truth.run_lengths[index]
-        box = (boxes[region] * scale).astype(np.float64)
-        masks[region] = rasterise_in_box(runs, (height, width), box, grid)
-        box_area = max(float((box[2] - box[0]) * (box[3] - box[1])), 1e-6)
-        share = float(runs[1::2].sum(dtype=np.int64)) / box_area - float(masks[region].mean())
-        outside[region] = max(share, 0.0)
+    # A handful of numbers: torch would let go of the GIL for each operation, numpy does not.
+    boxes = _corners(image.boxes_cxcywh_norm[matches.query_index])
+    boxes = _jitter(boxes, truth_xyxy[matches.object_index], config, random)
+    runs = [image.ground_truth.run_lengths[i] for i in objects[matches.object_index]]
+    in_pixels = (boxes * scale).astype(np.float64)
+    masks, outside = rasterise_in_boxes(runs, (height, width), in_pixels, grid)
     return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)
+
+
+def _corners(boxes_cxcywh: NDArray[np.float32]) -> NDArray[np.float32]:
+    centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+    return np.concatenate((centre - half, centre + half), axis=1)
 
 
 def hungarian_queries(
@@ -151,7 +148,7 @@ def hungarian_queries(
         return np.zeros(0, dtype=np.int64)
     height, width = original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
-    target = torch.from_numpy(truth.boxes_xyxy[objects] / scale)
+    target = truth.boxes_xyxy[objects] / scale
     logits, boxes = class_logits.numpy(), boxes_cxcywh_norm.numpy()
     return _match_one_to_one(logits, boxes, truth.labels[objects], target).query_index
 
@@ -160,10 +157,11 @@ def _match_one_to_one(
     class_logits: NDArray[np.float32],
     boxes_cxcywh: NDArray[np.float32],
     labels: NDArray[np.int64],
-    truth_xyxy: torch.Tensor,
+    truth_xyxy: NDArray[np.float32],
     preferred: NDArray[np.int64] | None = None,
 ) -> Matches:
-    truth = xyxy_to_cxcywh(truth_xyxy).numpy()
+    low, high = truth_xyxy[:, :2], truth_xyxy[:, 2:]
+    truth = np.concatenate(((low + high) / 2, high - low), axis=1)
     return match_hungarian(class_logits, boxes_cxcywh, labels, truth, preferred)
 
 

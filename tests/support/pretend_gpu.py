@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from mfdetr_cache.cache import view
+from mfdetr_cache.cache import chunks
 from mfdetr_cache.training import staging
 
 _CUDA = torch.device("cuda", 0)
@@ -234,5 +234,5 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch, "Generator", lambda *_: make_generator())
         patch.setattr(Tensor, "record_stream", lambda *_: None)
         patch.setattr(staging, "_on", _beside)
-        patch.setattr(view, "pinned_array", np.empty)
+        patch.setattr(chunks, "pinned_array", np.empty)
         yield

@@ -1,0 +1,126 @@
+"""Chunks of several arrays, read, checked and decoded together.
+
+A reader's threads share one GIL with the training. Every call that lets go of it has to get it back
+afterwards, which beside a training on a GPU takes tens of microseconds from both; an image has some
+fifty chunks in a dozen files. Here each file is read by one call, straight to where its bytes are
+wanted, and all chunks are checked and decompressed by one call each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+from numcodecs.zstd import decompress as zstd_decompress
+from numpy.typing import NDArray
+
+from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk
+from mfdetr_cache.devices import pinned_array
+
+_BYTES = np.dtype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRun:
+    """Neighbouring chunks of one shard.
+
+    Attributes:
+        shard: The shard.
+        first: Index of the first chunk.
+        count: How many chunks.
+        length: Values of a chunk.
+        dtype: Their type.
+    """
+
+    shard: ShardReader
+    first: int
+    count: int
+    length: int
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return self.count * self.length * self.dtype.itemsize
+
+
+def read_chunks(
+    runs: Sequence[ChunkRun], *, raw: bool = False, pinned: bool = False
+) -> list[NDArray[Any]]:
+    """The values of some runs of chunks.
+
+    Args:
+        runs: What to read.
+        raw: They were written without zstd.
+        pinned: Decode into memory that a GPU copies from by itself.
+
+    Returns:
+        For each run its values, flat; views of one array.
+
+    Raises:
+        CacheError: If a chunk is missing or damaged, naming the file and the chunk.
+    """
+    if not runs:
+        return []
+    # The widest types first: every array then begins where its type may.
+    order = sorted(range(len(runs)), key=lambda i: -runs[i].dtype.itemsize)
+    ordered = [runs[i] for i in order]
+    total = sum(run.num_bytes for run in runs)
+    out: NDArray[Any] = pinned_array(total, _BYTES) if pinned else np.empty(total, np.uint8)
+    if not _filled(out, ordered, raw=raw):
+        _fill_one_by_one(out, ordered, raw=raw)
+    found: list[NDArray[Any]] = [out] * len(runs)
+    end = 0
+    for i in order:
+        first, end = end, end + runs[i].num_bytes
+        found[i] = out[first:end].view(runs[i].dtype.newbyteorder("<"))
+    return found
+
+
+def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
+    """Fill the array with the chunks' bytes; False where one is not what it must be."""
+    entries = [run.shard.entries(run.first, run.count) for run in runs]
+    bodies = np.array([size - CRC_BYTES for e in entries for _, size in e], np.int64)
+    if (bodies <= 0).any():
+        return False
+    encoded = out if raw else np.empty(bodies.sum(), np.uint8)
+    checksums = np.empty(len(bodies), "<u4")
+    if bodies.sum() != len(encoded):
+        return False
+    body_view, checksum_view = memoryview(encoded.data), memoryview(checksums.data).cast("B")
+    place, number = 0, 0
+    try:
+        for run, ranges in zip(runs, entries, strict=True):
+            places = []
+            for _, size in ranges:
+                end = place + size - CRC_BYTES
+                check = checksum_view[CRC_BYTES * number : CRC_BYTES * (number + 1)]
+                places.append((body_view[place:end], check))
+                place, number = end, number + 1
+            if not run.shard.storage.read_into(run.shard.key, ranges, places):
+                return False
+    except FileNotFoundError:
+        return False
+    # numba takes half a second to import.
+    from mfdetr_cache.cache.checksum_kernels import checksum_of_joined
+
+    if crc32c(body_view) != checksum_of_joined(checksums.astype(np.uint32), bodies):
+        return False
+    if not raw:
+        try:
+            zstd_decompress(encoded, out)
+        except (RuntimeError, ValueError):
+            return False
+    return True
+
+
+def _fill_one_by_one(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> None:
+    """The same chunk by chunk, to say which one is damaged."""
+    end = 0
+    for run in runs:
+        where = f"{run.shard.name}, chunk"
+        for i, piece in enumerate(run.shard.read(run.first, run.count), run.first):
+            values = decode_chunk(piece, run.dtype, run.length, f"{where} {i}", raw=raw)
+            out[end : end + values.nbytes] = values.view(np.uint8)
+            end += values.nbytes
