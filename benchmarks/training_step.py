@@ -1,15 +1,18 @@
 """A training step from the cache against the same head with the detector in the loop.
 
 A detector with untrained weights at COCO sizes (800 x 1066 and the like), maps made up for the
-cache. The live step runs the detector and trains on its features; both train the same head.
+cache, which threads read ahead as they do in a training. The live step runs the detector and trains
+on its features; both train the same head.
 
-python benchmarks/training_step.py [--batch 2] [--steps 2] [--device cpu] [--detector h-detr-r50]
+python benchmarks/training_step.py [--batch 2] [--steps 2] [--device cpu] [--amp off]
+    [--detector h-detr-r50]
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,13 @@ from mfdetr_pipelines.recipes import build_recipe
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.head.batch import MapGroup, live_groups
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.training.batches import TrainSample, collate, read_ahead
 from mfdetr_cache.training.learner import Learner
+from mfdetr_cache.training.precision import autocast
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 
@@ -48,10 +52,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--detector", default="h-detr-r50")
     parser.add_argument("--recipe", default="paper")
+    parser.add_argument("--amp", default="off")
     options = parser.parse_args()
     device = torch.device(options.device)
     keep_freed_memory()
-    recipe = build_recipe(options.recipe, {})
+    on_gpu = device.type == "cuda"
+    recipe = build_recipe(options.recipe, {"amp": options.amp})
     detector = load_detector(options.detector).to(device)
     pictures = [
         Image.effect_noise((w, h), 60).convert("RGB") for h, w in COCO_SIZES[: options.batch]
@@ -65,52 +71,61 @@ def main() -> None:
         learner = Learner(head, recipe.train)
         parts = {"read": 0.0, "detector": 0.0}
 
-        def learn(images: list[CachedImage]) -> None:
-            samples = []
-            for image in images:
-                random = np.random.default_rng(0)
-                regions = build_regions(image, recipe.train, recipe.head.roi_size, random)
-                samples.append(TrainSample(image, regions))
-            batch = collate(samples, head.map_names, device)
+        def sample(image: CachedImage) -> TrainSample:
+            random = np.random.default_rng(0)
+            regions = build_regions(image, recipe.train, recipe.head.roi_size, random)
+            return TrainSample(image, regions)
+
+        def learn(samples: list[TrainSample], groups: tuple[MapGroup, ...] | None = None) -> None:
+            batch = collate(samples, head.map_names, device, groups)
             learner.learn([batch], 0, len(batch.labels))
 
-        truths = [cache.ground_truth(row) for row in cache.rows]
+        stream = read_ahead(
+            lambda row, _step: sample(cache.read(row, head.map_names, pinned=on_gpu)),
+            lambda _step: list(cache.rows),
+            range(options.steps + 1),
+            recipe.train.reader_threads(on_gpu=on_gpu),
+        )
 
         def cached() -> None:
             started = time.perf_counter()
-            images = [cache.read(row, head.map_names) for row in cache.rows]
+            samples = next(stream)
             parts["read"] = time.perf_counter() - started
-            learn(images)
+            learn(samples)
+
+        # The boxes of untrained weights match nothing: both steps train on the same ones.
+        kept = [cache.read(row, ()) for row in cache.rows]
 
         def live() -> None:
             started = time.perf_counter()
-            images = []
-            for picture, truth, row in zip(pictures, truths, cache.rows, strict=True):
-                image = live_image(detector, picture, "", device)
-                kept = cache.read(row, ())
-                # The boxes of untrained weights match nothing: both steps train on the same ones.
-                images.append(
-                    CachedImage(
-                        **{
-                            **{f: getattr(kept, f) for f in kept.__slots__},
-                            "maps": image.maps,
-                            "queries": image.queries[: len(kept.queries)],
-                            "ground_truth": truth,
-                        }
-                    )
+            with torch.inference_mode(), autocast(options.amp, device):
+                outputs = [
+                    detector.forward(detector.preprocess(picture)[None].to(device))
+                    for picture in pictures
+                ]
+            # Tensors of inference mode cannot be learned from.
+            outputs = [
+                replace(
+                    o, queries=o.queries.clone(), maps={k: v.clone() for k, v in o.maps.items()}
                 )
+                for o in outputs
+            ]
+            geometries = [image.geometry for image in kept]
+            groups = live_groups(outputs, geometries, head.map_names)
+            if on_gpu:
+                torch.cuda.synchronize()
             parts["detector"] = time.perf_counter() - started
-            learn(images)
+            learn([sample(image) for image in kept], groups)
 
         from_cache = seconds_per_step(cached, options.steps, device)
         with_detector = seconds_per_step(live, options.steps, device)
     print(
-        f"{options.detector}, recipe {options.recipe}, batch {options.batch}, {device}: from the "
-        f"cache {from_cache:.2f} s a step ({parts['read']:.2f} s reading), with the detector "
-        f"{with_detector:.2f} s ({parts['detector']:.2f} s in it), ratio "
+        f"{options.detector}, recipe {options.recipe}, batch {options.batch}, amp {options.amp}, "
+        f"{device}: from the cache {from_cache:.3f} s a step ({parts['read']:.3f} s waiting for "
+        f"data), with the detector {with_detector:.3f} s ({parts['detector']:.3f} s in it), ratio "
         f"{with_detector / from_cache:.1f}"
     )
-    if device.type == "cuda":
+    if on_gpu:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
