@@ -59,9 +59,8 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     recipe = build_recipe(options.recipe, {"amp": options.amp})
     detector = load_detector(options.detector).to(device)
-    pictures = [
-        Image.effect_noise((w, h), 60).convert("RGB") for h, w in COCO_SIZES[: options.batch]
-    ]
+    sizes = [COCO_SIZES[i % len(COCO_SIZES)] for i in range(options.batch)]
+    pictures = [Image.effect_noise((w, h), 60).convert("RGB") for h, w in sizes]
     with tempfile.TemporaryDirectory() as scratch:
         path = made_cache(
             Path(scratch) / "a.zarr", "int8", images=options.batch, spec=detector.spec

@@ -73,9 +73,13 @@ def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]
         dtype: Of which type.
 
     Returns:
-        Values that are not set yet, flat; torch keeps the memory for the next such array.
+        Values that are not set yet, flat; torch keeps the memory for the next such array. Ordinary
+        memory where the machine has no more of the other: copies from it take longer.
     """
-    memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=True)
+    try:
+        memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return np.empty(count, dtype)
     return memory.numpy().view(dtype)
 
 

@@ -49,17 +49,19 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("place", ["folder", "objects"])
 def test_arrays_come_back(
-    tmp_path: Path, arrays: dict[str, np.ndarray], place: str, *, raw: bool
+    tmp_path: Path, arrays: dict[str, np.ndarray], place: str, *, raw: bool, pinned: bool
 ) -> None:
+    """Also where there is no memory to pin, as without a GPU."""
     storage: Storage = LocalStorage(tmp_path)
     if place == "objects":
         storage = ObjectStorage(f"memory://{tmp_path}")
     for key, values in arrays.items():
         write(storage, key, values, raw=raw)
-    found = read_chunks(runs_of(storage, arrays), raw=raw)
+    found = read_chunks(runs_of(storage, arrays), raw=raw, pinned=pinned)
     for values, wanted in zip(found, arrays.values(), strict=True):
         assert values.dtype == wanted.dtype
         assert values.flags.aligned

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from mfdetr_cache.cache import chunks
 from mfdetr_cache.training import staging
 
 _CUDA = torch.device("cuda", 0)
@@ -234,5 +232,4 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch, "Generator", lambda *_: make_generator())
         patch.setattr(Tensor, "record_stream", lambda *_: None)
         patch.setattr(staging, "_on", _beside)
-        patch.setattr(chunks, "pinned_array", np.empty)
         yield
