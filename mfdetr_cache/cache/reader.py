@@ -114,6 +114,10 @@ class FeatureCache:
                 "development version before the format was released"
             ) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens it by itself; rows that were chosen are not sent.
+        return FeatureCache.open, (self.storage,)
+
     @functools.cached_property
     def missing_parts(self) -> tuple[Part, ...]:
         """Parts that were never sealed or have lost a file."""
@@ -338,3 +342,14 @@ class FeatureCache:
             CacheError: If the row has no content, or its bytes are damaged.
         """
         return self.views[view].read(row, map_names, pinned=pinned)
+
+    def largest_maps(self, map_names: tuple[str, ...]) -> int:
+        """Most bytes that :meth:`read` needs for the maps of an image.
+
+        Args:
+            map_names: Which maps.
+
+        Returns:
+            Bytes, over all rows and views.
+        """
+        return max(view.largest_maps(map_names) for view in self.views.values())

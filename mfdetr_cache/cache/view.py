@@ -225,6 +225,34 @@ class CacheView:
             c1_crops=crops,
         )
 
+    def largest_maps(self, map_names: tuple[str, ...]) -> int:
+        """Most bytes that :meth:`read` needs for the maps of a row.
+
+        Args:
+            map_names: Which maps.
+
+        Returns:
+            Bytes.
+        """
+        total = np.zeros(self._cache.layout.num_rows, np.int64)
+        for m in stored_maps(self._cache.spec, self._cache.layout):
+            if m.name not in map_names and m.role != "c1_roi":
+                continue
+            values, affine = f"maps/{m.name}/values", f"maps/{m.name}/affine"
+            chunks = -(
+                -self._table(f"maps/{m.name}/hw").prod(axis=1) // self.arrays[values].chunk[0]
+            )
+            total += chunks * self._chunk_bytes(values)
+            if self._encoding.block_tokens:
+                total += chunks * self._chunk_bytes(affine)
+            elif self._encoding.is_affine:
+                total += self._chunk_bytes(affine)
+        return int(total.max(initial=0))
+
+    def _chunk_bytes(self, name: str) -> int:
+        count, dtype = self._chunk_types[name]
+        return count * dtype.itemsize
+
     def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
         """What :meth:`read` reads from disk for a row, for measuring.
 

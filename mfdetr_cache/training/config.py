@@ -6,7 +6,7 @@ from typing import Literal
 from mfdetr_cache.devices import threads_beside_gpu
 
 # Settings that no weight depends on: a run may go on with others.
-FREE_FIELDS = ("num_threads", "checkpoint_minutes")
+FREE_FIELDS = ("num_threads", "num_processes", "checkpoint_minutes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ class TrainConfig:
             settings are chosen; 0 leaves none out.
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches; 0 chooses, see :meth:`reader_threads`.
+        num_processes: Processes that do this in place of the threads and leave the GIL to the
+            training; 0 for threads. They take some seconds to start.
         checkpoint_minutes: Time between checkpoints.
     """
 
@@ -100,6 +102,7 @@ class TrainConfig:
     val_split: int = 0
     seed: int = 0
     num_threads: int = 0
+    num_processes: int = 0
     checkpoint_minutes: float = 5.0
 
     def reader_threads(self, *, on_gpu: bool) -> int:
@@ -122,8 +125,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1 or more")
         if self.val_split < 0 or self.val_split == 1:
             raise ValueError("val_split must be 0, or 2 or more")
-        if self.num_threads < 0:
-            raise ValueError("num_threads must be 0 or more")
+        if self.num_threads < 0 or self.num_processes < 0:
+            raise ValueError("num_threads and num_processes must be 0 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):

@@ -54,7 +54,12 @@ def staged(
         if loaded is None:
             return None
         with _on(side):
-            return loaded, build(loaded), None if side is None else side.record_event()
+            built = build(loaded)
+        event = None if side is None else side.record_event()
+        if event is not None:
+            # What it was copied from is free to be read into again.
+            event.synchronize()
+        return loaded, built, event
 
     with ThreadPoolExecutor(1, "stager") as pool:
         try:

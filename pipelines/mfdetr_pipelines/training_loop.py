@@ -34,6 +34,7 @@ from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, s
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, split
 from mfdetr_cache.training.learner import Learner, StepReport
+from mfdetr_cache.training.reader_processes import read_ahead_in_processes
 from mfdetr_cache.training.regions import build_regions, object_masks, trainable_objects
 from mfdetr_cache.training.staging import staged
 from mfdetr_cache.types import CachedImage
@@ -95,6 +96,39 @@ class _Loaded:
 
     image: CachedImage
     samples: dict[RegionKey, TrainSample]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """What a reader does for a row and a step; it can be sent to another process.
+
+    Attributes:
+        cache: The cache.
+        map_names: Maps that some head reads.
+        views: Views to walk through.
+        num_rows: Rows that are trained on.
+        ways: Settings and grid size of every way in which some head wants regions.
+        pinned: Whether a GPU copies from what is read.
+    """
+
+    cache: FeatureCache
+    map_names: tuple[str, ...]
+    views: tuple[str, ...]
+    num_rows: int
+    ways: dict[RegionKey, tuple[TrainConfig, int]]
+    pinned: bool
+
+    def __call__(self, row: int, step: int) -> _Loaded:
+        """Read a row and build its regions."""
+        train = next(iter(self.ways.values()))[0]
+        epoch = step // steps_per_epoch(self.num_rows, train.batch_size)
+        view = view_of_epoch(self.views, train.seed, row, epoch)
+        image = self.cache.read(row, self.map_names, view, pinned=self.pinned)
+        samples = {}
+        for key, (settings, size) in self.ways.items():
+            random = np.random.default_rng((train.seed, step, row))
+            samples[key] = TrainSample(image, build_regions(image, settings, size, random))
+        return _Loaded(image, samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,26 +331,33 @@ class TrainingLoop:
             )
 
     def _stream(self, first: int, last: int) -> Generator[list[_Loaded], None, None]:
-        keys = {region_key(r.learner): r.learner for r in self._runs}
         train, on_gpu = self._train, self._device.type == "cuda"
+        learners = [r.learner for r in self._runs]
+        load = _Loader(
+            self._cache,
+            self._map_names,
+            tuple(self._views),
+            len(self.rows),
+            {region_key(n): (n.train, n.head.config.roi_size) for n in learners},
+            pinned=on_gpu and not train.num_processes,
+        )
 
         def rows_of(step: int) -> list[int]:
             rows = rows_of_step(self.rows, train.batch_size, train.seed, step, self._parts)
             return self._processes.share_of(rows)
 
-        def load(row: int, step: int) -> _Loaded:
-            epoch = step // steps_per_epoch(len(self.rows), train.batch_size)
-            view = view_of_epoch(self._views, train.seed, row, epoch)
-            image = self._cache.read(row, self._map_names, view, pinned=on_gpu)
-            samples = {}
-            for key, learner in keys.items():
-                random = np.random.default_rng((train.seed, step, row))
-                size = learner.head.config.roi_size
-                samples[key] = TrainSample(image, build_regions(image, learner.train, size, random))
-            return _Loaded(image, samples)
-
-        threads = train.reader_threads(on_gpu=on_gpu)
-        return read_ahead(load, rows_of, range(first, last), threads)
+        steps = range(first, last)
+        if not train.num_processes:
+            return read_ahead(load, rows_of, steps, train.reader_threads(on_gpu=on_gpu))
+        return read_ahead_in_processes(
+            load,
+            rows_of,
+            steps,
+            train.num_processes,
+            batch_size=train.batch_size,
+            largest_maps=self._cache.largest_maps(self._map_names),
+            device=self._device,
+        )
 
     def _one_step(
         self,

@@ -187,6 +187,13 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Event:
+    """What it stands for has happened."""
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Stream:
     """Nothing runs beside anything."""
 
@@ -195,8 +202,8 @@ class _Stream:
     def __init__(self, *_: object) -> None:
         pass
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> "_Event":
+        return _Event()
 
     def wait_event(self, event: object) -> None:
         pass

@@ -1,0 +1,224 @@
+"""Readers in processes of their own, which leave the GIL to the training.
+
+Threads that read let go of the GIL for almost everything they do. Yet a training on a GPU, which is
+a thousand short calls per step, loses a third of its time to passing it back and forth. Here the
+arrays of what is read are put into memory that both sides see; only a few numbers are sent.
+"""
+
+import contextlib
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from mfdetr_cache.errors import ConfigError, MfdetrError, TrainingError
+from mfdetr_cache.memory import keep_freed_memory
+from mfdetr_cache.training.batches import READ_AHEAD
+
+LoadedT = TypeVar("LoadedT")
+
+# Arrays shorter than this are sent as they are.
+_SHORT = 4096
+_ALIGNMENT = 64
+# Room for whatever is not maps: queries, targets. What does not fit is sent, only more slowly.
+_ROOM_BESIDE_MAPS = 8 * 2**20
+_START = (
+    "import sys; from mfdetr_cache.training.reader_processes import serve; "
+    "serve(*map(int, sys.argv[1:]))"
+)
+
+
+def read_ahead_in_processes(
+    load: Callable[[int, int], LoadedT],
+    rows_of: Callable[[int], list[int]],
+    steps: range,
+    num_processes: int,
+    *,
+    batch_size: int,
+    largest_maps: int,
+    device: torch.device,
+) -> Generator[list[LoadedT], None, None]:
+    """:func:`read_ahead` by processes.
+
+    What is yielded lies in shared memory and is valid until two steps later.
+
+    Args:
+        load: Reads and prepares a row for a step; it is sent to the processes.
+        rows_of: Rows of a step.
+        steps: Steps to go through.
+        num_processes: How many processes.
+        batch_size: Most rows of a step.
+        largest_maps: Most bytes that the maps of a row take.
+        device: A GPU copies from the shared memory by itself.
+
+    Yields:
+        What was loaded for a step, in the order of its rows.
+
+    Raises:
+        ConfigError: If this system has no such memory.
+        TrainingError: If a process ends by itself.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("num_processes needs Linux; leave it at 0 and set num_threads")
+    # Those being prepared, the one in use and the one before it.
+    places = (READ_AHEAD + 2) * batch_size
+    room = -(-(largest_maps + _ROOM_BESIDE_MAPS) // mmap.PAGESIZE) * mmap.PAGESIZE
+    with _shared_memory(places * room, device) as (descriptor, memory):
+        processes = [_Reader(descriptor, len(memory), load) for _ in range(num_processes)]
+        ahead: deque[list[tuple[_Reader, int]]] = deque()
+        coming, asked = iter(steps), 0
+        try:
+            while True:
+                while len(ahead) < READ_AHEAD and (step := next(coming, None)) is not None:
+                    requests = []
+                    for number, row in enumerate(rows_of(step)):
+                        place = (step % (READ_AHEAD + 2)) * batch_size + number
+                        # In turn, whatever the size of a batch.
+                        reader = processes[(asked + number) % num_processes]
+                        reader.ask(row, step, place * room, room)
+                        requests.append((reader, place * room))
+                    asked += len(requests)
+                    ahead.append(requests)
+                if not ahead:
+                    return
+                yield [reader.answer(memory, place) for reader, place in ahead.popleft()]
+        finally:
+            for reader in processes:
+                reader.stop()
+
+
+class _Reader:
+    """A process that reads.
+
+    Args:
+        descriptor: Of the shared memory.
+        size: Its bytes.
+        load: What it does for a row and a step.
+    """
+
+    def __init__(self, descriptor: int, size: int, load: Callable[[int, int], Any]) -> None:
+        self._connection, theirs = Pipe()
+        numbers = [theirs.fileno(), descriptor]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, *map(str, [*numbers, size])],
+            pass_fds=numbers,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        theirs.close()
+        self._send(load)
+
+    def ask(self, row: int, step: int, first: int, room: int) -> None:
+        """Have a row read into a stretch of the memory."""
+        self._send((row, step, first, room))
+
+    def answer(self, memory: memoryview, first: int) -> Any:  # noqa: ANN401
+        """What was read into the stretch that begins here; answers come in the order of asking."""
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._ended() from error
+        if isinstance(answer, Exception):
+            raise answer
+        data, stretches = answer
+        buffers = [memory[first + start : first + stop] for start, stop in stretches]
+        return pickle.loads(data, buffers=buffers)
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, message: Any) -> None:  # noqa: ANN401
+        try:
+            self._connection.send(message)
+        except ConnectionError as error:
+            raise self._ended() from error
+
+    def _ended(self) -> TrainingError:
+        code = self._process.wait()
+        return TrainingError(
+            f"a process that reads the cache ended by itself (exit code {code}; -9 is mostly a "
+            "lack of memory); go on with --resume, perhaps with fewer (--set num_processes=N)"
+        )
+
+
+@contextlib.contextmanager
+def _shared_memory(size: int, device: torch.device) -> Iterator[tuple[int, memoryview]]:
+    """Memory that other processes may map by its descriptor; for a GPU, which copies from it."""
+    descriptor = os.memfd_create("mfdetr-readers")
+    registered = None
+    try:
+        os.ftruncate(descriptor, size)
+        # Closed when the last array in it is gone.
+        mapped = mmap.mmap(descriptor, size)
+        if device.type == "cuda":
+            address = np.frombuffer(mapped, np.uint8).ctypes.data
+            # Where that fails, copies go through other pinned memory.
+            if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0:
+                registered = address
+        yield descriptor, memoryview(mapped)
+    finally:
+        if registered is not None:
+            torch.cuda.synchronize(device)
+            torch.cuda.cudart().cudaHostUnregister(registered)
+        os.close(descriptor)
+
+
+def serve(connection_descriptor: int, memory_descriptor: int, size: int) -> None:
+    """What a reading process does, until nobody listens any more.
+
+    Args:
+        connection_descriptor: Where it is asked.
+        memory_descriptor: Where arrays go.
+        size: Bytes of that memory.
+    """
+    # Ctrl-C reaches every process of a terminal; the one that trains ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    connection: Connection[Any, Any] = Connection(connection_descriptor)
+    memory = memoryview(mmap.mmap(memory_descriptor, size))
+    with contextlib.suppress(EOFError, ConnectionError):
+        load = connection.recv()
+        while True:
+            row, step, first, room = connection.recv()
+            try:
+                answer = _packed(load(row, step), memory[first : first + room])
+            except MfdetrError as error:
+                answer = error
+            except Exception as error:  # a bug gets its traceback
+                error.add_note(f"in a process that reads:\n{traceback.format_exc()}")
+                answer = error
+            connection.send(answer)
+
+
+def _packed(loaded: object, memory: memoryview) -> Any:  # noqa: ANN401
+    """Its arrays in the memory; everything else, and where they are, as bytes."""
+    stretches: list[tuple[int, int]] = []
+    end = 0
+
+    def placed(buffer: pickle.PickleBuffer) -> bool:
+        """Whether an array has to be sent."""
+        nonlocal end
+        raw = buffer.raw()
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        if raw.nbytes < _SHORT or start + raw.nbytes > len(memory):
+            return True
+        end = start + raw.nbytes
+        memory[start:end] = raw
+        stretches.append((start, end))
+        return False
+
+    data = pickle.dumps(loaded, protocol=5, buffer_callback=placed)
+    return data, stretches

@@ -1,0 +1,139 @@
+"""Reading by processes: what threads give, and nothing left behind."""
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.recipes import build_recipe
+from mfdetr_pipelines.run_folder import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.training import reader_processes
+from mfdetr_cache.training.reader_processes import read_ahead_in_processes
+from tests.support import loads, scenes
+
+needs_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+
+
+def read(
+    rows_of: Callable[[int], list[int]], steps: int, load: Any = loads.load, processes: int = 2
+) -> Generator[list[Any], None, None]:
+    return read_ahead_in_processes(
+        load,
+        rows_of,
+        range(steps),
+        processes,
+        batch_size=3,
+        largest_maps=0,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every process that was started."""
+    found: list[subprocess.Popen[bytes]] = []
+
+    class Kept(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            found.append(self)
+
+    monkeypatch.setattr(reader_processes.subprocess, "Popen", Kept)
+    return found
+
+
+@needs_linux
+def test_steps_come_in_order_and_stay_until_two_steps_later(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    sizes = [3, 3, 1, 3, 2, 3, 3, 3, 3, 1, 3, 3]
+
+    def rows_of(step: int) -> list[int]:
+        return [10 * step + i for i in range(sizes[step])]
+
+    stream, before = read(rows_of, len(sizes)), []
+    for step, loaded in enumerate(stream):
+        assert [item["row"] for item in loaded] == rows_of(step)
+        for when, items in ((step, loaded), (step - 1, before)):
+            for item in items:
+                wanted = loads.load(item["row"], when)
+                for name in ("long", "across", "short"):
+                    np.testing.assert_array_equal(item[name], wanted[name])
+        before = loaded
+    assert step == len(sizes) - 1
+    assert len(started) == 2
+    assert all(p.poll() is not None for p in started)
+
+
+@needs_linux
+def test_what_does_not_fit_comes_all_the_same() -> None:
+    for step, loaded in enumerate(read(lambda s: [s, s + 1], 3, loads.load_much, processes=1)):
+        for item in loaded:
+            assert (item["much"] == item["row"] + step).all()
+
+
+@needs_linux
+def test_errors_come_as_they_are_and_end_the_processes(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    with pytest.raises(CacheError, match=r"^row 97 is damaged$"):
+        list(read(lambda _: [1, 97], 1, processes=1))
+    with pytest.raises(ValueError, match="a bug") as caught:
+        list(read(lambda _: [98], 1, processes=1))
+    assert "loads.py" in caught.value.__notes__[0]
+    with pytest.raises(TrainingError, match=r"ended by itself \(exit code 3;"):
+        list(read(lambda _: [99], 1, processes=1))
+    stream = read(lambda _: [1, 2], 9, processes=1)
+    next(stream)
+    stream.close()
+    assert len(started) == 4  # two errors, a death and a stop
+    assert all(p.poll() is not None for p in started)
+
+
+def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with pytest.raises(ConfigError, match="num_processes needs Linux"):
+        next(read(lambda _: [1], 1))
+
+
+@needs_linux
+@pytest.mark.parametrize("preset", ["int8", "fp16"])
+def test_a_head_ends_with_the_weights_that_threads_give(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, preset: str
+) -> None:
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), tmp_path / "c.zarr")
+    run_extract(dataclasses.replace(config, preset=preset, views=1), SilentReporter())
+    cache = FeatureCache.open(tmp_path / "c.zarr")
+    names = tuple(m.name for m in cache.spec.maps)
+    most = max(
+        sum(
+            m.values.nbytes + (0 if m.affine is None else m.affine.nbytes)
+            for m in cache.read(row, names, view).maps.values()
+        )
+        for view in cache.views
+        for row in cache.rows
+    )
+    assert most <= cache.largest_maps(names) < 2 * most
+    small = {"hidden_dim": 16, "roi_size": 8, "steps": 7, "batch_size": 3, "box_jitter": 0.1}
+    weights = []
+    for processes in (0, 2):
+        settings = {k: str(v) for k, v in {**small, "num_processes": processes}.items()}
+        out = tmp_path / str(processes)
+        run_train_head(
+            TrainHeadConfig(tmp_path / "c.zarr", out, build_recipe("fast", settings)),
+            SilentReporter(),
+        )
+        weights.append(load_head(out).head.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
