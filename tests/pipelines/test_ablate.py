@@ -274,9 +274,9 @@ def test_settings_are_chosen_on_images_left_out_of_training(
     read: list[int] = []
     real = FeatureCache.read
 
-    def counted(self: FeatureCache, row: int, *arguments: Any) -> Any:
+    def counted(self: FeatureCache, row: int, *arguments: Any, **options: Any) -> Any:
         read.append(row)
-        return real(self, row, *arguments)
+        return real(self, row, *arguments, **options)
 
     monkeypatch.setattr(FeatureCache, "read", counted)
     monkeypatch.setattr(
