@@ -6,6 +6,7 @@ fifty chunks in a dozen files. Here each file is read by one call, straight to w
 wanted, and all chunks are checked and decompressed by one call each.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk
 from mfdetr_cache.devices import pinned_array
 
 _BYTES = np.dtype(np.uint8)
+_KEPT = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,10 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
     bodies = np.array([size - CRC_BYTES for e in entries for _, size in e], np.int64)
     if (bodies <= 0).any():
         return False
-    encoded = out if raw else np.empty(bodies.sum(), np.uint8)
-    checksums = np.empty(len(bodies), "<u4")
-    if bodies.sum() != len(encoded):
+    if raw and bodies.sum() != len(out):
         return False
+    encoded = out if raw else _room_for(int(bodies.sum()))
+    checksums = np.empty(len(bodies), "<u4")
     body_view, checksum_view = memoryview(encoded.data), memoryview(checksums.data).cast("B")
     place, number = 0, 0
     try:
@@ -113,6 +115,14 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
         except (RuntimeError, ValueError):
             return False
     return True
+
+
+def _room_for(size: int) -> NDArray[np.uint8]:
+    """Memory of this thread for encoded bytes, kept: fresh pages would cost as much as reading."""
+    kept: NDArray[np.uint8] | None = getattr(_KEPT, "room", None)
+    if kept is None or len(kept) < size:
+        kept = _KEPT.room = np.empty(size, np.uint8)
+    return kept[:size]
 
 
 def _fill_one_by_one(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> None:
