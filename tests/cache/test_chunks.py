@@ -70,6 +70,25 @@ def test_arrays_come_back(
 
 
 @pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("at_a_time", [1, 333, 700, 1000])
+def test_stretches_of_any_length_give_the_same(
+    tmp_path: Path,
+    arrays: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    at_a_time: int,
+    *,
+    raw: bool,
+) -> None:
+    monkeypatch.setattr(chunks, "_IN_CACHE", at_a_time)
+    storage = LocalStorage(tmp_path)
+    for key, values in arrays.items():
+        write(storage, key, values, raw=raw)
+    found = read_chunks(runs_of(storage, arrays), raw=raw)
+    for values, wanted in zip(found, arrays.values(), strict=True):
+        np.testing.assert_array_equal(values, wanted[1:].ravel())
+
+
+@pytest.mark.parametrize("raw", [False, True])
 def test_every_flipped_byte_is_noticed_and_placed(tmp_path: Path, *, raw: bool) -> None:
     storage = LocalStorage(tmp_path)
     arrays = {
