@@ -104,9 +104,7 @@ def main() -> None:
                 ]
             # Tensors of inference mode cannot be learned from.
             outputs = [
-                replace(
-                    o, queries=o.queries.clone(), maps={k: v.clone() for k, v in o.maps.items()}
-                )
+                replace(o, maps={name: m.float().clone() for name, m in o.maps.items()})
                 for o in outputs
             ]
             geometries = [image.geometry for image in kept]

@@ -188,37 +188,6 @@ def sample_run_lengths(
     return inside
 
 
-def rasterise_in_box(
-    run_lengths: RunLengths,
-    size_hw: tuple[int, int],
-    box_xyxy: NDArray[np.float64],
-    grid_size: int,
-    subsamples: int = 2,
-) -> NDArray[np.float32]:
-    """The part of an object inside a box, as coverage of a square grid laid over the box.
-
-    Every cell averages ``subsamples`` x ``subsamples`` regularly placed points, so the cost depends
-    on the grid and not on the image.
-
-    Args:
-        run_lengths: Run lengths of the object.
-        size_hw: Height and width of the image in pixels.
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        grid_size: Cells along both axes.
-        subsamples: Points per cell along both axes.
-
-    Returns:
-        Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
-    """
-    # Imported late: what never trains does without numba's start.
-    from mfdetr_cache.mask_kernels import coverage_in_box
-
-    height, width = size_hw
-    runs, box = np.asarray(run_lengths, np.uint32), np.asarray(box_xyxy, np.float64)
-    counts: NDArray[np.float32] = coverage_in_box(runs, height, width, box, grid_size, subsamples)
-    return counts
-
-
 def rasterise_in_boxes(
     run_lengths: Sequence[RunLengths],
     size_hw: tuple[int, int],
@@ -226,18 +195,21 @@ def rasterise_in_boxes(
     grid_size: int,
     subsamples: int = 2,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """:func:`rasterise_in_box` for an object in each box, in one call without the GIL.
+    """The parts of objects inside boxes, as coverage of square grids laid over the boxes.
+
+    Every cell averages ``subsamples`` x ``subsamples`` regularly placed points, so the cost depends
+    on the grid and not on the image. All objects of an image are one call without the GIL.
 
     Args:
         run_lengths: Run lengths of each object.
         size_hw: Height and width of the image in pixels.
-        boxes_xyxy: A box for each in original image pixels, shape (R, 4).
+        boxes_xyxy: A box for each in original image pixels, shape (R, 4); they may leave the image.
         grid_size: Cells along both axes.
         subsamples: Points per cell along both axes.
 
     Returns:
-        Coverage in [0, 1], shape (R, grid_size, grid_size); the area of each object outside its
-        box as a share of the box's area, shape (R,).
+        Coverage in [0, 1], shape (R, grid_size, grid_size), rows from top to bottom; the area of
+        each object outside its box as a share of the box's area, shape (R,).
     """
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.mask_kernels import coverage_in_boxes

@@ -114,10 +114,6 @@ class FeatureCache:
                 "development version before the format was released"
             ) from error
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Another process opens it by itself; rows that were chosen are not sent.
-        return FeatureCache.open, (self.storage,)
-
     @functools.cached_property
     def missing_parts(self) -> tuple[Part, ...]:
         """Parts that were never sealed or have lost a file."""

@@ -94,6 +94,8 @@ class Storage(Protocol):
         Raises:
             FileNotFoundError: If there is none.
         """
+        # For whoever has no better way.
+        return _scattered(self.read_ranges(key, ranges), places)
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none.
@@ -204,7 +206,7 @@ def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:
     return sum(map(len, pieces)), checksum
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """Files below a local folder.
 
     Args:
@@ -237,7 +239,7 @@ class LocalStorage:
     ) -> bool:
         """Some parts of a file into memory that is there; see :class:`Storage`."""
         if not hasattr(os, "preadv"):
-            return _scattered(self.read_ranges(key, ranges), places)
+            return super().read_into(key, ranges, places)
         with self._opened(key) as descriptor:
             if (size := sum(size for _, size in ranges)) > _AT_ONCE:
                 _ask_for(descriptor, ranges[0][0], sum(ranges[-1]))
@@ -291,7 +293,7 @@ class LocalStorage:
         (self._folder / key).unlink(missing_ok=True)
 
 
-class ObjectStorage:
+class ObjectStorage(Storage):
     """Objects below a URL, through obstore; it asks again when a connection breaks.
 
     Args:
@@ -336,15 +338,6 @@ class ObjectStorage:
             found = obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
         return [bytes(piece) for piece in found]
 
-    def read_into(
-        self,
-        key: str,
-        ranges: Sequence[tuple[int, int]],
-        places: Sequence[Sequence[memoryview]],
-    ) -> bool:
-        """Some parts of a file into memory that is there; see :class:`Storage`."""
-        return _scattered(self.read_ranges(key, ranges), places)
-
     def size(self, key: str) -> int | None:
         """Bytes of an object; see :class:`Storage`."""
         try:
@@ -388,7 +381,7 @@ class ObjectStorage:
             ) from error
 
 
-class MirroredStorage:
+class MirroredStorage(Storage):
     """A storage whose parts are kept in a local folder once they were read, up to a size.
 
     Copies are kept under the checksum of the source's root metadata, which holds the cache's
@@ -439,15 +432,6 @@ class MirroredStorage:
                 pieces[i] = piece
                 self._keep(names[i], piece)
         return [piece for piece in pieces if piece is not None]
-
-    def read_into(
-        self,
-        key: str,
-        ranges: Sequence[tuple[int, int]],
-        places: Sequence[Sequence[memoryview]],
-    ) -> bool:
-        """Some parts of a file into memory that is there; see :class:`Storage`."""
-        return _scattered(self.read_ranges(key, ranges), places)
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""

@@ -239,9 +239,8 @@ class CacheView:
             if m.name not in map_names and m.role != "c1_roi":
                 continue
             values, affine = f"maps/{m.name}/values", f"maps/{m.name}/affine"
-            chunks = -(
-                -self._table(f"maps/{m.name}/hw").prod(axis=1) // self.arrays[values].chunk[0]
-            )
+            cells = self._table(f"maps/{m.name}/hw").prod(axis=1, dtype=np.int64)
+            chunks = -(-cells // self.arrays[values].chunk[0])
             total += chunks * self._chunk_bytes(values)
             if self._encoding.block_tokens:
                 total += chunks * self._chunk_bytes(affine)

@@ -73,6 +73,7 @@ def predict_masks(
         queries=torch.from_numpy(image.queries[queries.numpy()].astype(np.float32)).to(device),
         boxes_xyxy=scale_boxes(corners, image.geometry.resized_hw).to(device),
         image_index=torch.zeros(len(queries), dtype=torch.long, device=device),
+        counts=(len(queries),),
     )
     output = head(batch)
     probs = output.mask_logits.float().sigmoid().cpu()

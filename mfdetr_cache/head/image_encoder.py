@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
-from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
+from mfdetr_cache.head.blocks.deformable import DeformableLayer
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.packing import PackedImages, ReadCells, cells_read
-from mfdetr_cache.head.position import sine_position
+from mfdetr_cache.head.packing import LevelTokens, PackedImages, ReadCells, cells_read
 
 IMAGE_WINDOW = 14
 
@@ -50,6 +49,11 @@ class DeformableImageEncoder(nn.Module):
             self.level_embed = nn.Parameter(torch.empty(num_levels, width))
             nn.init.normal_(self.level_embed, std=0.02)
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether nothing is saved by :meth:`refine_read`: no layer, or every token is wanted."""
+        return self.every_token or not len(self.layers)
+
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Refine one level with the help of all.
 
@@ -59,18 +63,11 @@ class DeformableImageEncoder(nn.Module):
         Returns:
             The refined level, shape (B, D, h, w).
         """
-        sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
         if not len(self.layers):
             return levels[self.fused_level]
-        memory = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
-        device, width = memory.device, memory.shape[-1]
-        centres = cell_centres(sizes_hw, device).to(memory.dtype)
-        position = torch.cat(
-            [
-                sine_position(size, width, device) + self.level_embed[level]
-                for level, size in enumerate(sizes_hw)
-            ]
-        ).to(memory.dtype)
+        lined_up = LevelTokens.of(levels, self.level_embed)
+        memory, centres, position = lined_up.tokens, lined_up.centres, lined_up.position
+        sizes_hw = lined_up.sizes_hw
         counts = [h * w for h, w in sizes_hw]
         first = sum(counts[: self.fused_level])
         wanted = slice(first, first + counts[self.fused_level])

@@ -193,7 +193,7 @@ class MaskHead(nn.Module):
         # Beside C1 it is not added here: up-sampling keeps a constant, RoIAlign does not.
         bias = mapper.bias if mapper is not None and self.c1 is None else None
         encoder = self.image_encoder
-        if not isinstance(encoder, DeformableImageEncoder) or not len(encoder.layers):
+        if not isinstance(encoder, DeformableImageEncoder) or encoder.computes_all:
             refined = [self._refine(group) for group in groups]
             if mapper is None:
                 return refined

@@ -20,6 +20,46 @@ _MARGIN = 3
 
 
 @dataclass(frozen=True, slots=True)
+class LevelTokens:
+    """The encoder levels of images of one size, level by level.
+
+    Attributes:
+        tokens: Shape (B, S, D).
+        centres: Normalised centre of each token's cell, shape (S, 2).
+        position: Position of each token, sine and level embedding, shape (S, D).
+        sizes_hw: Height and width of each level.
+    """
+
+    tokens: Tensor
+    centres: Tensor
+    position: Tensor
+    sizes_hw: SizesHw
+
+    @classmethod
+    def of(cls, levels: Sequence[Tensor], level_embed: Tensor) -> "LevelTokens":
+        """Line up maps.
+
+        Args:
+            levels: Maps, finest first, each (B, D, h, w).
+            level_embed: Added to the position of each level's tokens, shape (L, D).
+
+        Returns:
+            The tokens.
+        """
+        device, dtype, width = levels[0].device, levels[0].dtype, levels[0].shape[1]
+        sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+        position = torch.cat(
+            [
+                sine_position(size, width, device) + level_embed[level]
+                for level, size in enumerate(sizes_hw)
+            ]
+        )
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
+        centres = cell_centres(sizes_hw, device)
+        return cls(tokens, centres.to(dtype), position.to(dtype), sizes_hw)
+
+
+@dataclass(frozen=True, slots=True)
 class PackedImages:
     """The encoder levels of some groups of images, one image behind the other.
 
@@ -46,27 +86,16 @@ class PackedImages:
         Returns:
             The packed images, in the order of the groups.
         """
-        first = groups[0][0]
-        device, width = first.device, first.shape[1]
-        tokens, centres, positions = [], [], []
-        sizes: list[SizesHw] = []
-        for group in groups:
-            count = len(group[0])
-            sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in group)
-            position = torch.cat(
-                [
-                    sine_position(s, width, device) + e
-                    for s, e in zip(sizes_hw, level_embed, strict=True)
-                ]
-            )
-            tokens.append(torch.cat([m.flatten(2).mT for m in group], dim=1).flatten(0, 1))
-            centres.append(cell_centres(sizes_hw, device).repeat(count, 1))
-            positions.append(position.repeat(count, 1))
-            sizes += [sizes_hw] * count
-        packed = PackedLevels.of(sizes, device)
-        joined = (torch.cat(parts) for parts in (tokens, centres, positions))
-        memory, middle, where = (t.to(first.dtype) for t in joined)
-        return cls(memory, middle, where, packed)
+        lined_up = [LevelTokens.of(levels, level_embed) for levels in groups]
+        counts = [len(one.tokens) for one in lined_up]
+        pairs = list(zip(lined_up, counts, strict=True))
+        sizes = [one.sizes_hw for one, count in pairs for _ in range(count)]
+        return cls(
+            torch.cat([one.tokens.flatten(0, 1) for one in lined_up]),
+            torch.cat([one.centres.repeat(count, 1) for one, count in pairs]),
+            torch.cat([one.position.repeat(count, 1) for one, count in pairs]),
+            PackedLevels.of(sizes, lined_up[0].tokens.device),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,14 +164,16 @@ def _shared_memory(size: int, device: torch.device) -> Iterator[tuple[int, memor
         mapped = mmap.mmap(descriptor, size)
         if device.type == "cuda":
             address = np.frombuffer(mapped, np.uint8).ctypes.data
-            # Where that fails, copies go through other pinned memory.
-            if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0:
-                registered = address
+            with torch.cuda.device(device):
+                # Where that fails, copies go through other pinned memory.
+                if int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0:
+                    registered = address
         yield descriptor, memoryview(mapped)
     finally:
         if registered is not None:
-            torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaHostUnregister(registered)
+            with torch.cuda.device(device):
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaHostUnregister(registered)
         os.close(descriptor)
 
 

@@ -55,10 +55,10 @@ def staged(
             return None
         with _on(side):
             built = build(loaded)
-        event = None if side is None else side.record_event()
-        if event is not None:
-            # What it was copied from is free to be read into again.
-            event.synchronize()
+            event = None if side is None else side.record_event()
+            if event is not None:
+                # What it was copied from is free to be read into again.
+                event.synchronize()
         return loaded, built, event
 
     with ThreadPoolExecutor(1, "stager") as pool:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import Storage
 from mfdetr_cache.errors import HeadError, OutputError, StoppedError, TrainingError
 from mfdetr_cache.head.batch import map_groups
 from mfdetr_cache.head.config import HeadConfig
@@ -118,6 +120,11 @@ class _Loader:
     ways: dict[RegionKey, tuple[TrainConfig, int]]
     pinned: bool
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the cache by itself.
+        rest = (self.map_names, self.views, self.num_rows, self.ways, self.pinned)
+        return _opened_loader, (self.cache.storage, *rest)
+
     def __call__(self, row: int, step: int) -> _Loaded:
         """Read a row and build its regions."""
         train = next(iter(self.ways.values()))[0]
@@ -129,6 +136,10 @@ class _Loader:
             random = np.random.default_rng((train.seed, step, row))
             samples[key] = TrainSample(image, build_regions(image, settings, size, random))
         return _Loaded(image, samples)
+
+
+def _opened_loader(storage: Storage, *rest: Any) -> _Loader:  # noqa: ANN401
+    return _Loader(FeatureCache.open(storage), *rest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,6 +282,9 @@ def test_the_last_layer_sees_only_what_is_read() -> None:
         layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[-2]))
     for training in (True, False):
         head.train(training)(dataclasses.replace(batch, boxes_xyxy=few))
-    every, read, again, whole = seen
+    head.image_encoder.every_token = True
+    head.train()(dataclasses.replace(batch, boxes_xyxy=few))
+    every, read, again, whole, *asked_for = seen
     assert every == again > whole == 32 * 32
+    assert asked_for == [every, every]
     assert read <= (8 + 2 * 3) * (6 + 2 * 3)

@@ -9,7 +9,7 @@ from mfdetr_cache.masks import (
     decode_run_lengths,
     encode_mask,
     paste_mask_in_image,
-    rasterise_in_box,
+    rasterise_in_boxes,
     run_lengths_in_box,
     run_lengths_of_segmentation,
     sample_run_lengths,
@@ -88,22 +88,32 @@ def test_rasterising_is_the_mean_of_points_looked_up_one_by_one(
     x, y = np.meshgrid(x0 + steps * (x1 - x0), y0 + steps * (y1 - y0))
     points = sample_run_lengths(runs, size, x, y)
     cells = points.reshape(grid, subsamples, grid, subsamples).sum(axis=(1, 3))
-    found = rasterise_in_box(runs, size, np.array([x0, y0, x1, y1]), grid, subsamples)
+    box = np.array([[x0, y0, x1, y1]])
+    found = rasterise_in_boxes([runs], size, box, grid, subsamples)[0][0]
     assert found.dtype == np.float32
     assert (found == cells.astype(np.float32) / np.float32(subsamples**2)).all()
 
 
-def test_rasterising_a_pixel_aligned_box_gives_its_pixels() -> None:
-    mask = random_mask((20, 30), 3)
-    runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
-    cells = rasterise_in_box(runs, mask.shape, np.array([4.0, 2.0, 12.0, 10.0]), 8)
-    assert (cells == mask[2:10, 4:12]).all()
+def test_rasterising_pixel_aligned_boxes_gives_their_pixels_and_counts_the_others() -> None:
+    masks = [random_mask((20, 30), seed) for seed in (3, 4)]
+    runs = [run_lengths_of_segmentation(encode_mask(m), m.shape) for m in masks]
+    boxes = np.array([[4.0, 2.0, 12.0, 10.0], [20.0, 12.0, 28.0, 20.0]])
+    cells, outside = rasterise_in_boxes(runs, (20, 30), boxes, 8)
+    inside = [masks[0][2:10, 4:12], masks[1][12:20, 20:28]]
+    assert (cells == np.stack(inside)).all()
+    left = [(m.sum() - i.sum()) / 64 for m, i in zip(masks, inside, strict=True)]
+    np.testing.assert_allclose(outside, left, rtol=1e-6)
+    assert min(left) > 1
+    none, nothing = rasterise_in_boxes([], (20, 30), np.zeros((0, 4)), 8)
+    assert none.shape == (0, 8, 8)
+    assert nothing.shape == (0,)
 
 
 def test_rasterising_beyond_the_border_is_background() -> None:
     mask = np.ones((10, 10), dtype=bool)
     runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
-    cells = rasterise_in_box(runs, mask.shape, np.array([-5.0, 0.0, 5.0, 10.0]), 4)
+    box = np.array([[-5.0, 0.0, 5.0, 10.0]])
+    cells = rasterise_in_boxes([runs], mask.shape, box, 4)[0][0]
     assert (cells[:, :2] == 0).all()
     assert (cells[:, 2:] == 1).all()
 
