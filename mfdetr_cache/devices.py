@@ -1,7 +1,7 @@
 """Where to compute: a device by name, or one clear line."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -63,6 +63,29 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def arriving(numbers: Tensor) -> Callable[[], list[float]]:
+    """Numbers on their way from a device, which goes on with what it is asked for afterwards.
+
+    Args:
+        numbers: Shape (N,).
+
+    Returns:
+        Gives them; waits for what the device was asked for before, and no longer.
+    """
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    # torch takes pinned memory for this by itself.
+    here = numbers.to("cpu", non_blocking=True)
+    event = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait() -> list[float]:
+        event.synchronize()
+        found: list[float] = here.tolist()
+        return found
+
+    return wait
 
 
 def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

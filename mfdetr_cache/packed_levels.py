@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.devices import to_device
@@ -41,9 +42,9 @@ class PackedLevels:
             The layout; nothing waits for the device.
         """
         sizes = np.array(sizes_hw, np.int32)
-        counts = sizes.prod(axis=2, dtype=np.int64)
-        starts = np.cumsum(counts).reshape(counts.shape) - counts
-        images = np.repeat(np.arange(len(sizes), dtype=np.int32), counts.sum(axis=1))
+        starts = first_tokens(sizes_hw)
+        tokens = sizes.prod(axis=2, dtype=np.int64).sum(axis=1)
+        images = np.repeat(np.arange(len(sizes), dtype=np.int32), tokens)
         return cls(*(to_device(torch.from_numpy(a), device) for a in (sizes, starts, images)))
 
     def for_queries(self, images: Tensor) -> "PackedLevels":
@@ -67,3 +68,16 @@ class PackedLevels:
             1 / w and 1 / h, shape (N, L, 2).
         """
         return self.sizes.flip(-1).to(offsets.dtype).reciprocal()[self.images.long()]
+
+
+def first_tokens(sizes_hw: Sequence[SizesHw]) -> NDArray[np.int64]:
+    """Where each level of each image begins.
+
+    Args:
+        sizes_hw: Height and width of each level, for each image.
+
+    Returns:
+        Its first token, shape (I, L).
+    """
+    counts = np.array(sizes_hw, np.int64).prod(axis=2)
+    return np.cumsum(counts).reshape(counts.shape) - counts

@@ -71,7 +71,7 @@ def predict_masks(
     batch = HeadBatch(
         groups=map_groups([image], head.map_names, device),
         queries=torch.from_numpy(image.queries[queries.numpy()].astype(np.float32)).to(device),
-        boxes_xyxy=scale_boxes(corners, image.geometry.resized_hw).to(device),
+        boxes_xyxy=scale_boxes(corners, image.geometry.resized_hw),
         image_index=torch.zeros(len(queries), dtype=torch.long, device=device),
         counts=(len(queries),),
     )

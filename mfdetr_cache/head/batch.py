@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.devices import to_device
@@ -41,10 +42,12 @@ class HeadBatch:
     Attributes:
         groups: The images' maps.
         queries: The query of each region, shape (R, query_dim).
-        boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4).
+        boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4). May
+            stay on the CPU when the rest is on a GPU: what is computed depends on where they are.
         image_index: The image of each region, int64, shape (R,).
         c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
-        counts: Regions of each image, where that is known without asking the device.
+        counts: Regions of each image, where that is known without asking the device; regions are
+            then in the order of their images.
     """
 
     groups: tuple[MapGroup, ...]
@@ -56,26 +59,64 @@ class HeadBatch:
 
     # How many regions there are decides what is done; a compiler could keep nothing.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def by_group(self) -> tuple[list[MapGroup], Tensor, Tensor, list[int]]:
+    def by_group(self) -> "RegionsByGroup":
         """Regions in the order of the groups' images.
 
         Returns:
-            Groups that have regions; the image of each region, counted over these groups, rising,
-            shape (R,); which region that is, shape (R,); how many each of the groups has.
+            Where they are, found out on the CPU.
         """
         counts = self.counts
         if counts is None:
             images = sum(len(group.members) for group in self.groups)
-            counts = tuple(self.image_index.bincount(minlength=images).tolist())
+            owner = self.image_index.cpu().numpy()
+            counts = tuple(np.bincount(owner, minlength=images).tolist())
+        else:
+            owner = np.repeat(np.arange(len(counts)), counts)
         of_group = [sum(counts[m] for m in g.members) for g in self.groups]
         groups = [g for g, count in zip(self.groups, of_group, strict=True) if count]
-        members = torch.tensor([m for group in groups for m in group.members])
-        places = torch.zeros(int(members.max()) + 1, dtype=torch.long)
-        places[members] = torch.arange(len(members))
-        place, order = to_device(places, self.image_index.device)[self.image_index].sort(
-            stable=True
+        members = [m for group in groups for m in group.members]
+        place = np.zeros(len(counts), np.int64)
+        place[members] = np.arange(len(members))
+        order = np.argsort(place[owner], kind="stable")
+        boxes = self.boxes_xyxy.detach().cpu().numpy()[order]
+        return RegionsByGroup(
+            tuple(groups), tuple(c for c in of_group if c), order, place[owner][order], boxes
         )
-        return groups, place, order, [count for count in of_group if count]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionsByGroup:
+    """Where the regions of a batch are, in the order of the groups' images, on the CPU.
+
+    Attributes:
+        groups: Groups that have regions.
+        counts: How many each of them has.
+        order: Which region of the batch each is, shape (R,).
+        image: Its image, counted over these groups, rising, shape (R,).
+        boxes_xyxy: Its box in network input pixels, shape (R, 4).
+    """
+
+    groups: tuple[MapGroup, ...]
+    counts: tuple[int, ...]
+    order: NDArray[np.int64]
+    image: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.floating]
+
+    def rois(self, device: torch.device) -> Sequence[Tensor]:
+        """What RoIAlign takes for the maps of each group.
+
+        Args:
+            device: Where the maps are.
+
+        Returns:
+            For each group the index of the image inside it, then the box, shape (count, 5).
+        """
+        sizes = [len(group.members) for group in self.groups]
+        before = np.repeat(np.cumsum(sizes) - sizes, self.counts)
+        index = (self.image - before).astype(self.boxes_xyxy.dtype)
+        rois = torch.from_numpy(np.concatenate((index[:, None], self.boxes_xyxy), axis=1))
+        split: Sequence[Tensor] = to_device(rois, device).split(list(self.counts))
+        return split
 
 
 @dataclass(frozen=True, slots=True)

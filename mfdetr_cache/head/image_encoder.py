@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
@@ -82,14 +84,18 @@ class DeformableImageEncoder(nn.Module):
         return refined
 
     def refine_read(
-        self, groups: Sequence[Sequence[Tensor]], rois: Tensor, stride: int
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        image: NDArray[np.int64],
+        boxes_xyxy: NDArray[np.floating],
+        stride: int,
     ) -> tuple[Tensor, ReadCells]:
         """Refine those cells of one level that regions read, of images of any sizes at once.
 
         Args:
             groups: For each group of images of one size their levels, as :meth:`forward` takes.
-            rois: Place of the image over all groups, then x0, y0, x1, y1 in network input pixels,
-                shape (R, 5).
+            image: Image of each region, counted over all groups, shape (R,).
+            boxes_xyxy: Its box in network input pixels, shape (R, 4).
             stride: Input pixels per cell of the level.
 
         Returns:
@@ -99,9 +105,8 @@ class DeformableImageEncoder(nn.Module):
         memory = packed.tokens
         for layer in self.layers[:-1]:
             memory = layer(memory, packed.position, packed.centres, memory, packed.levels)
-        sizes = [group[self.fused_level].shape[-2:] for group in groups]
-        largest_hw = (max(h for h, _ in sizes), max(w for _, w in sizes))
-        read = cells_read(rois, packed.levels, self.fused_level, stride, largest_hw)
+        cells = cells_read(image, boxes_xyxy, packed.sizes_hw, self.fused_level, stride)
+        read = cells.on(memory.device)
         refined: Tensor = self.layers[-1](
             memory[read.token],
             packed.position[read.token],

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mfdetr_cache.devices import to_device
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
+from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, RegionsByGroup
 from mfdetr_cache.head.box_encoder import build_box_encoder
 from mfdetr_cache.head.c1_crops import moments_of, neck_affine
 from mfdetr_cache.head.config import HeadConfig
@@ -184,7 +184,7 @@ class MaskHead(nn.Module):
             levels.append(self.projections[m.name](maps) if m.name in self.projections else maps)
         return levels
 
-    def _refine_read(self, groups: Sequence[MapGroup], rois: Tensor) -> list[Tensor]:
+    def _refine_read(self, where: RegionsByGroup) -> list[Tensor]:
         """The fused level of each group after the channel mapper, beside C1 without its bias.
 
         What no region reads may be anything.
@@ -194,13 +194,13 @@ class MaskHead(nn.Module):
         bias = mapper.bias if mapper is not None and self.c1 is None else None
         encoder = self.image_encoder
         if not isinstance(encoder, DeformableImageEncoder) or encoder.computes_all:
-            refined = [self._refine(group) for group in groups]
+            refined = [self._refine(group) for group in where.groups]
             if mapper is None:
                 return refined
             return [functional.conv2d(maps, mapper.weight, bias) for maps in refined]
         level = self.levels[self._fused]
-        levels = [self._levels_of(group) for group in groups]
-        tokens, read = encoder.refine_read(levels, rois, level.stride)
+        levels = [self._levels_of(group) for group in where.groups]
+        tokens, read = encoder.refine_read(levels, where.image, where.boxes_xyxy, level.stride)
         if mapper is not None:
             tokens = functional.linear(tokens, mapper.weight[:, :, 0, 0], bias)
         shapes = [m[self._fused].shape for m in levels]
@@ -213,31 +213,28 @@ class MaskHead(nn.Module):
 
     # Sizes and counts differ from batch to batch: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _align_few(
-        self, groups: Sequence[MapGroup], rois: Tensor, counts: list[int], crops: Tensor | None
-    ) -> Tensor:
+    def _align_few(self, where: RegionsByGroup, crops: Tensor | None) -> Tensor:
         """Region features where regions are few: what none of them reads is not computed.
 
         The channel mapper goes before the up-sampling and C1 is cut before the neck; both are
         linear (see ``head/c1_crops.py``), so nothing changes but the order of roundings.
 
         Args:
-            groups: The images' maps.
-            rois: Place of the image over all groups, rising, and the box, shape (R, 5).
-            counts: Regions of each group.
+            where: The regions and the images' maps.
             crops: Crops of C1, where the cache holds these in place of the map.
 
         Returns:
             Shape (R, r, r, d).
         """
-        refined = self._refine_read(groups, rois)
-        own = _rois_by_group(groups, rois, counts)
+        refined = self._refine_read(where)
+        device = refined[0].device
+        own = where.rois(device)
         if self.c1 is None:
-            sizes = [self._size_without_c1(group) for group in groups]
+            sizes = [self._size_without_c1(group) for group in where.groups]
             maps = [self.fusion(None, r, size) for r, size in zip(refined, sizes, strict=True)]
             return torch.cat([self.align(m, mine) for m, mine in zip(maps, own, strict=True)])
         from_encoder, coverage, cut, moments = [], [], [], []
-        for group, maps_of_group, mine in zip(groups, refined, own, strict=True):
+        for group, maps_of_group, mine in zip(where.groups, refined, own, strict=True):
             if crops is None:
                 c1 = group.maps[self.c1.name]
                 cut.append(self.align(c1, mine))
@@ -258,18 +255,18 @@ class MaskHead(nn.Module):
             weight = mapper.weight[:, :, 0, 0].to(matrix.dtype)
             matrix, constant = weight @ matrix, constant @ weight.T + mapper.bias.to(matrix.dtype)
         crops = torch.cat(cut) if crops is None else crops
-        image = rois[:, 0].long()
+        image = to_device(torch.from_numpy(where.image), device)
         matrix, constant = (t.to(crops.dtype).index_select(0, image) for t in (matrix, constant))
         from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix)
         return torch.cat(from_encoder) + from_c1 + torch.cat(coverage) * constant[:, None, None]
 
-    def _are_few(self, groups: Sequence[MapGroup], count: int) -> bool:
+    def _are_few(self, where: RegionsByGroup) -> bool:
         """Whether so many regions have fewer cells than the images they are cut out of."""
         cells = 0
-        for group in groups:
+        for group in where.groups:
             height, width = group.input_hw
             cells += len(group.members) * height * width // self.fused_stride**2
-        return self.training and count * self.config.roi_size**2 < cells
+        return self.training and len(where.order) * self.config.roi_size**2 < cells
 
     def _size_without_c1(self, group: MapGroup) -> tuple[int, int] | None:
         height, width = group.input_hw
@@ -297,33 +294,18 @@ class MaskHead(nn.Module):
         Returns:
             RoIAlign of the fused map over each box, shape (R, r, r, d).
         """
-        groups, place, order, counts = batch.by_group()
-        boxes = batch.boxes_xyxy[order]
-        rois = torch.cat((place[:, None].to(boxes.dtype), boxes), dim=1)
+        where = batch.by_group()
+        device = batch.queries.device
         crops = None
         if batch.c1_crops is not None and self.c1 is not None:
-            crops = batch.c1_crops[order]
-        if crops is not None or self._are_few(groups, len(rois)):
-            aligned = self._align_few(groups, rois, counts, crops)
+            crops = batch.c1_crops[to_device(torch.from_numpy(where.order), device)]
+        if crops is not None or self._are_few(where):
+            aligned = self._align_few(where, crops)
         else:
-            own = _rois_by_group(groups, rois, counts)
-            aligned = torch.cat(
-                [self.align(self.fuse(g), mine) for g, mine in zip(groups, own, strict=True)]
-            )
-        found: Tensor = aligned[order.argsort()]
-        return found
-
-
-def _rois_by_group(
-    groups: Sequence[MapGroup], rois: Tensor, counts: Sequence[int]
-) -> Sequence[Tensor]:
-    """The regions of each group, their images counted inside it."""
-    sizes = [len(group.members) for group in groups]
-    before = [sum(sizes[:i]) for i in range(len(sizes))]
-    first = to_device(torch.tensor(before).repeat_interleave(torch.tensor(counts)), rois.device)
-    local = torch.cat((rois[:, :1] - first[:, None], rois[:, 1:]), dim=1)
-    split: Sequence[Tensor] = local.split(list(counts))
-    return split
+            own = zip(where.groups, where.rois(device), strict=True)
+            aligned = torch.cat([self.align(self.fuse(group), mine) for group, mine in own])
+        back = to_device(torch.from_numpy(where.order.argsort()), device)
+        return aligned.index_select(0, back)
 
 
 def _predictor(config: HeadConfig) -> nn.Module:

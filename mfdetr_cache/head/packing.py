@@ -7,12 +7,15 @@ operation instead of six; a network of this size is otherwise limited by these s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.devices import to_device
 from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.position import sine_position
-from mfdetr_cache.packed_levels import PackedLevels, SizesHw
+from mfdetr_cache.packed_levels import PackedLevels, SizesHw, first_tokens
 
 # Cells around a box, at the fused level, that bilinear up-sampling and RoIAlign may reach into:
 # one each, and one for where a map's size is not a multiple of its stride.
@@ -68,12 +71,14 @@ class PackedImages:
         centres: Normalised centre of each token's cell, shape (S, 2).
         position: Position of each token, sine and level embedding, shape (S, D).
         levels: Whose the tokens are; every token is a query.
+        sizes_hw: Height and width of each level, for each image.
     """
 
     tokens: Tensor
     centres: Tensor
     position: Tensor
     levels: PackedLevels
+    sizes_hw: tuple[SizesHw, ...]
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Tensor]], level_embed: Tensor) -> "PackedImages":
@@ -89,12 +94,13 @@ class PackedImages:
         lined_up = [LevelTokens.of(levels, level_embed) for levels in groups]
         counts = [len(one.tokens) for one in lined_up]
         pairs = list(zip(lined_up, counts, strict=True))
-        sizes = [one.sizes_hw for one, count in pairs for _ in range(count)]
+        sizes = tuple(one.sizes_hw for one, count in pairs for _ in range(count))
         return cls(
             torch.cat([one.tokens.flatten(0, 1) for one in lined_up]),
             torch.cat([one.centres.repeat(count, 1) for one, count in pairs]),
             torch.cat([one.position.repeat(count, 1) for one, count in pairs]),
             PackedLevels.of(sizes, lined_up[0].tokens.device),
+            sizes,
         )
 
 
@@ -103,42 +109,65 @@ class ReadCells:
     """Some cells of one level of packed images.
 
     Attributes:
-        image: Image of each cell, rising, shape (N,).
-        token: Its place among all tokens, shape (N,).
-        cell: Its place among all cells of that level, shape (N,).
+        image: Image of each cell, int32, rising, shape (N,).
+        token: Its place among all tokens, int64, shape (N,).
+        cell: Its place among all cells of that level, int64, shape (N,).
     """
 
     image: Tensor
     token: Tensor
     cell: Tensor
 
+    def on(self, device: torch.device) -> "ReadCells":
+        """The same on a device; nothing waits for it.
+
+        Args:
+            device: Where the tokens are.
+
+        Returns:
+            The cells.
+        """
+        return ReadCells(*(to_device(t, device) for t in (self.image, self.token, self.cell)))
+
 
 def cells_read(
-    rois: Tensor, levels: PackedLevels, level: int, stride: int, largest_hw: tuple[int, int]
+    image: NDArray[np.int64],
+    boxes_xyxy: NDArray[np.floating],
+    sizes_hw: Sequence[SizesHw],
+    level: int,
+    stride: int,
 ) -> ReadCells:
     """Cells of a level that RoIAlign reads, up-sampling in between.
 
+    How many there are decides what is computed. So this is found out on the CPU: asking a GPU would
+    wait until it has done everything that it was asked before.
+
     Args:
-        rois: Index of the image, then x0, y0, x1, y1 in network input pixels, shape (R, 5).
-        levels: Where the images' tokens are.
+        image: Image of each box, shape (R,).
+        boxes_xyxy: In network input pixels, shape (R, 4).
+        sizes_hw: Height and width of each level, for each image.
         level: Which level.
         stride: Input pixels per cell of it.
-        largest_hw: No image has more rows or columns of them.
 
     Returns:
-        The cells. Finding out how many there are waits for the device.
+        The cells, on the CPU.
     """
-    sizes = levels.sizes[:, level].long()
-    bounds = rois[:, 1:] / stride
-    low, high = bounds[:, :2].floor() - _MARGIN, bounds[:, 2:].ceil() + _MARGIN
-    y, x = (torch.arange(side, device=rois.device) for side in largest_hw)
-    across = (x >= low[:, :1]) & (x <= high[:, :1])
-    down = (y >= low[:, 1:]) & (y <= high[:, 1:])
-    inside = (down[:, :, None] & across[:, None]).to(rois.dtype)
-    read = inside.new_zeros(len(sizes), *largest_hw).index_add(0, rois[:, 0].long(), inside) > 0
-    read = read & (y[:, None] < sizes[:, :1, None]) & (x < sizes[:, 1:, None])
-    image, row, column = read.nonzero().unbind(1)
-    place = row * sizes[image, 1] + column
-    counts = sizes.prod(1)
-    first = counts.cumsum(0) - counts
-    return ReadCells(image, levels.starts[image, level] + place, first[image] + place)
+    sizes = [size[level] for size in sizes_hw]
+    low = np.floor(boxes_xyxy[:, :2] / stride) - _MARGIN
+    end = np.ceil(boxes_xyxy[:, 2:] / stride) + _MARGIN + 1
+    # Slices would count negative numbers from the other side.
+    corners = np.concatenate((low, end), axis=1).clip(0, max(map(max, sizes))).astype(np.int64)
+    read = [np.zeros(size, np.bool_) for size in sizes]
+    for owner, (left, top, right, bottom) in zip(image.tolist(), corners.tolist(), strict=True):
+        read[owner][top:bottom, left:right] = True
+    places = [np.flatnonzero(one) for one in read]
+    tokens = first_tokens(sizes_hw)[:, level]
+    counts = np.prod(sizes, axis=1)
+    cells = counts.cumsum() - counts
+
+    def after(starts: NDArray[np.int64]) -> Tensor:
+        shifted = [place + start for place, start in zip(places, starts, strict=True)]
+        return torch.from_numpy(np.concatenate(shifted))
+
+    owners = np.repeat(np.arange(len(places), dtype=np.int32), [len(p) for p in places])
+    return ReadCells(torch.from_numpy(owners), after(tokens), after(cells))

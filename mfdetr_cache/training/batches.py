@@ -191,7 +191,7 @@ def collate(
         if groups is None
         else groups,
         queries=joined(queries),
-        boxes_xyxy=joined(boxes),
+        boxes_xyxy=torch.from_numpy(np.concatenate(boxes)),
         image_index=joined(owner),
         c1_crops=_crops_of(samples, device),
         counts=tuple(len(s.regions) for s in samples),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfdetr_cache.devices import arriving
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput
 from mfdetr_cache.head.mask_head import MaskHead
@@ -119,6 +120,7 @@ class Learner:
                 group["lr"] = rate
             optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(4, device=self.device)
+        known = arriving(sums)
         place = first
         for piece in pieces:
             count = len(piece.labels)
@@ -128,11 +130,15 @@ class Learner:
                 self.head, piece, self.train, self.step, (place, total), self._forward
             )
             place += count
-            self._scaler.scale(losses.total).backward()
             parts = (losses.total.detach(), losses.bce, losses.dice, losses.scoring)
             sums = sums + torch.stack([p.float() for p in parts])
-        sums = self._processes.sum_gradients(self.head, sums)
-        loss, bce, dice, scoring = sums.tolist()  # one wait for the device
+            # Before the backward pass, so that the GPU is busy with it while the loss is looked at
+            # and the next step is prepared.
+            known = arriving(sums)
+            self._scaler.scale(losses.total).backward()
+        if self._processes.world > 1:
+            known = arriving(self._processes.sum_gradients(self.head, sums))
+        loss, bce, dice, scoring = known()
         if not np.isfinite(loss):
             images = [i for piece in pieces for i in piece.image_ids]
             raise TrainingError(

@@ -70,7 +70,7 @@ def staged(
                 if event is not None:
                     current = torch.cuda.current_stream(device)
                     current.wait_event(event)
-                    for tensor in _tensors(built):
+                    for tensor in filter(_on_gpu, _tensors(built)):
                         # Its memory must not be given to the side stream while it is still read.
                         tensor.record_stream(current)
                 yield loaded, lambda built=built: built  # type: ignore[misc]
@@ -88,6 +88,10 @@ def _on(side: "torch.cuda.Stream | None") -> Iterator[None]:
         return
     with torch.cuda.device(side.device), torch.cuda.stream(side):
         yield
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _tensors(found: object) -> Iterable[Tensor]:

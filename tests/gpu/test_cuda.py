@@ -234,3 +234,25 @@ def test_predicted_masks_are_those_of_a_cpu(
     # TF32 convolutions in the detector may swap queries of nearly equal score.
     np.testing.assert_allclose(there.scores, here.scores, rtol=0.05)
     assert there.masks.shape == here.masks.shape
+
+
+@pytest.mark.parametrize("name", ["fast", "paper"])
+def test_forward_and_backward_never_wait_for_the_gpu(drawn_cache: Path, name: str) -> None:
+    """Whatever waited would leave it idle until the next operation is started."""
+    if DEVICE == "cpu":
+        pytest.skip("a CPU waits for itself")
+    cache, settings = FeatureCache.open(drawn_cache), recipe(name, amp="bf16")
+    head = new_head(settings.head, cache, settings.train).to(DEVICE).train()
+    samples = []
+    for row in cache.rows[:3]:
+        image = cache.read(row, head.map_names)
+        regions = build_regions(image, settings.train, 8, np.random.default_rng(row))
+        samples.append(TrainSample(image, regions))
+    batch = collate(samples, head.map_names, torch.device(DEVICE))
+    try:
+        # The first time kernels are built, which may wait.
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            loss_of_batch(head, batch, settings.train, 0).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
