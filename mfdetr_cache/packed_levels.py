@@ -80,4 +80,5 @@ def first_tokens(sizes_hw: Sequence[SizesHw]) -> NDArray[np.int64]:
         Its first token, shape (I, L).
     """
     counts = np.array(sizes_hw, np.int64).prod(axis=2)
-    return np.cumsum(counts).reshape(counts.shape) - counts
+    starts: NDArray[np.int64] = np.cumsum(counts).reshape(counts.shape) - counts
+    return starts

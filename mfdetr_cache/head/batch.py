@@ -102,6 +102,16 @@ class RegionsByGroup:
     image: NDArray[np.int64]
     boxes_xyxy: NDArray[np.floating]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the maps are."""
+        return next(iter(self.groups[0].maps.values())).device
+
+    @property
+    def c1_hw(self) -> NDArray[np.int64]:
+        """Height and width of C1 for each region, where only crops of it are there, (R, 2)."""
+        return np.repeat([group.c1_hw for group in self.groups], self.counts, axis=0)
+
     def rois(self, device: torch.device) -> Sequence[Tensor]:
         """What RoIAlign takes for the maps of each group.
 

@@ -1,6 +1,6 @@
 """The mask network of Mask Frozen-DETR: its parts in the paper's order."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
-from mfdetr_cache.roi_align import roi_align
+from mfdetr_cache.roi_align import roi_align, roi_coverage
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is
@@ -221,44 +221,82 @@ class MaskHead(nn.Module):
 
         Args:
             where: The regions and the images' maps.
-            crops: Crops of C1, where the cache holds these in place of the map.
+            crops: Crops of C1 in place of the map, in the order of the regions.
 
         Returns:
             Shape (R, r, r, d).
         """
         refined = self._refine_read(where)
-        device = refined[0].device
+        device = where.device
         own = where.rois(device)
         if self.c1 is None:
             sizes = [self._size_without_c1(group) for group in where.groups]
             maps = [self.fusion(None, r, size) for r, size in zip(refined, sizes, strict=True)]
             return torch.cat([self.align(m, mine) for m, mine in zip(maps, own, strict=True)])
-        from_encoder, coverage, cut, moments = [], [], [], []
+        if crops is None:
+            where, crops = self._cut(where, self.c1.name)
+        from_encoder, moments = [], []
         for group, maps_of_group, mine in zip(where.groups, refined, own, strict=True):
-            if crops is None:
-                c1 = group.maps[self.c1.name]
-                cut.append(self.align(c1, mine))
-                moments.append(moments_of(c1))
-                c1_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
-            else:
-                assert group.c1_moments is not None
-                moments.append(group.c1_moments)
-                c1_hw = group.c1_hw
-            upsampled = self.fusion(None, maps_of_group, c1_hw)
-            from_encoder.append(self.align(upsampled, mine))
-            ones = upsampled.new_ones(len(upsampled), 1, *c1_hw)
-            coverage.append(self.align(ones, mine))
+            assert group.c1_moments is not None
+            moments.append(group.c1_moments)
+            from_encoder.append(self.align(self.fusion(None, maps_of_group, group.c1_hw), mine))
         matrix, constant = neck_affine(self.fusion.neck, torch.cat(moments))
         mapper = self.map_features
         if isinstance(mapper, nn.Conv2d):
             assert mapper.bias is not None
             weight = mapper.weight[:, :, 0, 0].to(matrix.dtype)
             matrix, constant = weight @ matrix, constant @ weight.T + mapper.bias.to(matrix.dtype)
-        crops = torch.cat(cut) if crops is None else crops
         image = to_device(torch.from_numpy(where.image), device)
         matrix, constant = (t.to(crops.dtype).index_select(0, image) for t in (matrix, constant))
         from_c1 = torch.einsum("rhwc,rdc->rhwd", crops, matrix)
-        return torch.cat(from_encoder) + from_c1 + torch.cat(coverage) * constant[:, None, None]
+        config, scale = self.config, 1 / self.fused_stride
+        coverage = roi_coverage(
+            where.boxes_xyxy, where.c1_hw, config.roi_size, scale, config.roi_sampling_ratio
+        )
+        down, across = to_device(torch.from_numpy(coverage), device).to(constant.dtype)
+        everywhere = (down[:, :, None] * across[:, None])[..., None] * constant[:, None, None]
+        found: Tensor = torch.cat(from_encoder) + from_c1 + everywhere
+        return found
+
+    # Sizes and counts differ from batch to batch: nothing that a compiler could keep.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def with_c1_cut(self, batch: HeadBatch) -> HeadBatch:
+        """A batch to train on, with C1 cut out around the regions where that is less work.
+
+        :meth:`forward` does the same by itself. Nothing learned takes part in it, so it can be done
+        for the next batch while the weights are still being changed by this one.
+
+        Args:
+            batch: Maps, boxes and queries.
+
+        Returns:
+            A batch with the same output and the same gradients.
+        """
+        if self.c1 is None or batch.c1_crops is not None or not len(batch.queries):
+            return batch
+        where = batch.by_group()
+        if not self.config.roialign or not self._are_few(where):
+            return batch
+        cut, crops = self._cut(where, self.c1.name)
+        # Groups without a region stay as they are; images are counted over all of them.
+        by_members = {group.members: group for group in cut.groups}
+        back = to_device(torch.from_numpy(where.order.argsort()), crops.device)
+        return replace(
+            batch,
+            groups=tuple(by_members.get(group.members, group) for group in batch.groups),
+            c1_crops=crops.index_select(0, back),
+        )
+
+    def _cut(self, where: RegionsByGroup, c1: str) -> tuple[RegionsByGroup, Tensor]:
+        """Crops and moments of C1 in place of the map, the crops in the order of the regions."""
+        groups, crops = [], []
+        for group, mine in zip(where.groups, where.rois(where.device), strict=True):
+            maps = group.maps[c1]
+            crops.append(self.align(maps, mine))
+            others = {name: m for name, m in group.maps.items() if name != c1}
+            c1_hw = (int(maps.shape[-2]), int(maps.shape[-1]))
+            groups.append(replace(group, maps=others, c1_moments=moments_of(maps), c1_hw=c1_hw))
+        return replace(where, groups=tuple(groups)), torch.cat(crops)
 
     def _are_few(self, where: RegionsByGroup) -> bool:
         """Whether so many regions have fewer cells than the images they are cut out of."""
@@ -266,7 +304,7 @@ class MaskHead(nn.Module):
         for group in where.groups:
             height, width = group.input_hw
             cells += len(group.members) * height * width // self.fused_stride**2
-        return self.training and len(where.order) * self.config.roi_size**2 < cells
+        return len(where.order) * self.config.roi_size**2 < cells
 
     def _size_without_c1(self, group: MapGroup) -> tuple[int, int] | None:
         height, width = group.input_hw
@@ -295,17 +333,18 @@ class MaskHead(nn.Module):
             RoIAlign of the fused map over each box, shape (R, r, r, d).
         """
         where = batch.by_group()
-        device = batch.queries.device
+        device = where.device
         crops = None
         if batch.c1_crops is not None and self.c1 is not None:
             crops = batch.c1_crops[to_device(torch.from_numpy(where.order), device)]
-        if crops is not None or self._are_few(where):
+        if crops is not None or (self.training and self._are_few(where)):
             aligned = self._align_few(where, crops)
         else:
             own = zip(where.groups, where.rois(device), strict=True)
             aligned = torch.cat([self.align(self.fuse(group), mine) for group, mine in own])
         back = to_device(torch.from_numpy(where.order.argsort()), device)
-        return aligned.index_select(0, back)
+        found: Tensor = aligned.index_select(0, back)
+        return found
 
 
 def _predictor(config: HeadConfig) -> nn.Module:

@@ -50,15 +50,12 @@ class LevelTokens:
             The tokens.
         """
         device, dtype, width = levels[0].device, levels[0].dtype, levels[0].shape[1]
-        sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
-        position = torch.cat(
-            [
-                sine_position(size, width, device) + level_embed[level]
-                for level, size in enumerate(sizes_hw)
-            ]
-        )
+        sizes_hw = _sizes_of(levels)
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
-        centres = cell_centres(sizes_hw, device)
+        centres = cell_centres(sizes_hw, device).to(torch.promote_types(dtype, torch.float32))
+        rows = zip(level_embed, sizes_hw, strict=True)
+        of_level = torch.cat([row.expand(h * w, -1) for row, (h, w) in rows])
+        position = sine_position(centres, width) + of_level
         return cls(tokens, centres.to(dtype), position.to(dtype), sizes_hw)
 
 
@@ -91,17 +88,26 @@ class PackedImages:
         Returns:
             The packed images, in the order of the groups.
         """
-        lined_up = [LevelTokens.of(levels, level_embed) for levels in groups]
-        counts = [len(one.tokens) for one in lined_up]
-        pairs = list(zip(lined_up, counts, strict=True))
-        sizes = tuple(one.sizes_hw for one, count in pairs for _ in range(count))
-        return cls(
-            torch.cat([one.tokens.flatten(0, 1) for one in lined_up]),
-            torch.cat([one.centres.repeat(count, 1) for one, count in pairs]),
-            torch.cat([one.position.repeat(count, 1) for one, count in pairs]),
-            PackedLevels.of(sizes, lined_up[0].tokens.device),
-            sizes,
-        )
+        first = groups[0][0]
+        device, dtype, width = first.device, first.dtype, first.shape[1]
+        maps, sizes = [], []
+        for levels in groups:
+            images = [m.permute(0, 2, 3, 1).flatten(1, 2).unbind() for m in levels]
+            # Image by image, each level by level.
+            maps += [cells for image in zip(*images, strict=True) for cells in image]
+            sizes += [_sizes_of(levels)] * len(levels[0])
+        centres = torch.cat([cell_centres(size, device) for size in sizes])
+        centres = centres.to(torch.promote_types(dtype, torch.float32))
+        counts = np.array(sizes).prod(axis=2)
+        level = np.repeat(np.tile(np.arange(counts.shape[1]), len(sizes)), counts.flatten())
+        of_level = level_embed.index_select(0, to_device(torch.from_numpy(level), device))
+        position = sine_position(centres, width) + of_level
+        packed = PackedLevels.of(sizes, device)
+        return cls(torch.cat(maps), centres.to(dtype), position.to(dtype), packed, tuple(sizes))
+
+
+def _sizes_of(levels: Sequence[Tensor]) -> SizesHw:
+    return tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +38,7 @@ from mfdetr_cache.training.distributed import Processes, split
 from mfdetr_cache.training.learner import Learner, StepReport
 from mfdetr_cache.training.reader_processes import read_ahead_in_processes
 from mfdetr_cache.training.regions import build_regions, object_masks, trainable_objects
-from mfdetr_cache.training.staging import staged
+from mfdetr_cache.training.staging import overlaps, staged
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.run_log import RunLog
 
@@ -445,8 +445,18 @@ class TrainingLoop:
             groups = map_groups([p.image for p in piece], self._map_names, self._device)
             for key in keys:
                 samples = [p.samples[key] for p in piece]
-                batches[key].append(collate(samples, self._map_names, self._device, groups))
+                batch = collate(samples, self._map_names, self._device, groups)
+                if (head := self._cuts_c1(key)) is not None:
+                    batch = replace(batch, inputs=head.with_c1_cut(batch.inputs))
+                batches[key].append(batch)
         return batches
+
+    def _cuts_c1(self, key: RegionKey) -> MaskHead | None:
+        """A head that takes work off those of this key, where it can be done beside the others'."""
+        if not overlaps(self._device):
+            return None
+        heads = (r.learner.head for r in self._runs if region_key(r.learner) == key)
+        return next((head for head in heads if head.c1 is not None), None)
 
     def _learn(
         self,
@@ -568,4 +578,5 @@ def region_key(learner: Learner) -> RegionKey:
         train.target_scale,
         train.held_out,
         learner.head.config.roi_size,
+        learner.head.config.roi_sampling_ratio,
     )

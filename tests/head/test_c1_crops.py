@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import roi_align
@@ -10,6 +11,7 @@ from mfdetr_cache.head.batch import HeadBatch
 from mfdetr_cache.head.c1_crops import moments_of
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.roi_align import roi_coverage
 from tests.support.images import make_batch, make_spec
 
 SIZES = [(96, 128), (64, 96), (96, 128)]
@@ -94,6 +96,50 @@ def test_outputs_and_gradients_are_those_of_the_whole_map(
     assert whole.abs().max() > 1e-3
     torch.testing.assert_close(crops, whole, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(crops_grad, whole_grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_with_c1_cut_beforehand_teaches_the_same() -> None:
+    """Bit for bit: the same is done, only earlier. An image without regions stays as it is."""
+    spec = make_spec(c1_channels=24)
+    torch.manual_seed(0)
+    head = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), spec).train()
+    batch = make_batch(spec, [(96, 128), (64, 96), (96, 128), (64, 128)])
+    kept = (batch.image_index != 3).nonzero()[:, 0]
+    kept = kept[torch.randperm(len(kept))]
+    batch = replace(
+        batch,
+        queries=batch.queries[kept],
+        boxes_xyxy=batch.boxes_xyxy[kept],
+        image_index=batch.image_index[kept],
+    )
+    cut = head.with_c1_cut(batch)
+    assert cut.c1_crops is not None
+    assert ["c1" in group.maps for group in cut.groups] == [False, False, True]
+    results = []
+    for given in (batch, cut):
+        head.zero_grad()
+        output = head(given)
+        output.mask_logits.tanh().square().sum().backward()
+        grads = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+        results.append((output.mask_logits.detach(), torch.cat(grads)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2, 3])
+def test_coverage_is_the_align_of_ones(ratio: int) -> None:
+    generator = torch.Generator().manual_seed(ratio)
+    corners = torch.rand(200, 2, 2, generator=generator, dtype=torch.float64) * 150 - 40
+    boxes = corners.sort(dim=1).values.flatten(1)
+    boxes[0, 2:] = boxes[0, :2]  # a point
+    ones = torch.ones(1, 1, 13, 17, dtype=torch.float64)
+    rois = torch.cat((torch.zeros(200, 1, dtype=torch.float64), boxes), dim=1)
+    wanted = roi_align(ones, rois, (8, 8), 1 / 4, ratio or -1, aligned=True)[:, 0]
+    sizes = np.full((200, 2), (13, 17))
+    down, across = torch.from_numpy(roi_coverage(boxes.numpy(), sizes, 8, 1 / 4, ratio))
+    torch.testing.assert_close(down[:, :, None] * across[:, None], wanted, rtol=0, atol=1e-12)
+    assert 0 < float((wanted == 0).double().mean()) < 1
+    assert float((wanted == 1).double().mean()) > 0.1
 
 
 def test_coverage_is_what_makes_it_exact_at_the_border() -> None:

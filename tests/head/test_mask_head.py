@@ -8,6 +8,7 @@ from torch import nn
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import load_head, save_head, save_run_config
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
@@ -152,12 +153,9 @@ def test_last_layer_computes_only_what_is_used() -> None:
     short = encoder(levels)
     sizes = tuple((m.shape[-2], m.shape[-1]) for m in levels)
     memory = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], 1)
-    from mfdetr_cache.head.blocks.deformable import cell_centres
-
     centres = cell_centres(sizes, memory.device).double()
-    position = torch.cat(
-        [sine_position(s, 16, memory.device) + encoder.level_embed[i] for i, s in enumerate(sizes)]
-    ).double()
+    counts = torch.tensor([h * w for h, w in sizes])
+    position = sine_position(centres, 16) + encoder.level_embed.repeat_interleave(counts, dim=0)
     for layer in encoder.layers:
         memory = layer(memory, position, centres, memory, sizes)
     wanted = memory[:, 72:92].transpose(1, 2).unflatten(2, sizes[1])
@@ -183,7 +181,8 @@ def test_sine_position_is_that_of_deformable_detr() -> None:
     mask = torch.ones(1, 5, 7, dtype=torch.bool)
     wanted = theirs((1, 16, 5, 7), torch.device("cpu"), torch.float32, mask=mask)
     wanted = wanted.reshape(1, -1, 16) if wanted.ndim == 3 else wanted.flatten(2).transpose(1, 2)
-    assert torch.allclose(sine_position((5, 7), 16, torch.device("cpu")), wanted[0], atol=1e-5)
+    ours = sine_position(cell_centres(((5, 7),), torch.device("cpu")), 16)
+    assert torch.allclose(ours, wanted[0], atol=1e-5)
 
 
 def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:
