@@ -1,5 +1,6 @@
 """How a mask network is trained, as one frozen dataclass."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +62,8 @@ class TrainConfig:
         seed: Of initialisation, order, jitter and points.
         num_threads: Threads that read and prepare batches; 0 chooses, see :meth:`reader_threads`.
         num_processes: Processes that do this in place of the threads and leave the GIL to the
-            training; 0 for threads. They take some seconds to start.
+            training; 0 for none, -1 chooses, see :meth:`reader_processes`. Threads read until they
+            have started.
         checkpoint_minutes: Time between checkpoints.
     """
 
@@ -102,7 +104,7 @@ class TrainConfig:
     val_split: int = 0
     seed: int = 0
     num_threads: int = 0
-    num_processes: int = 0
+    num_processes: int = -1
     checkpoint_minutes: float = 5.0
 
     def reader_threads(self, *, on_gpu: bool) -> int:
@@ -119,14 +121,32 @@ class TrainConfig:
             return self.num_threads or 2
         return max(2, threads_beside_gpu(8))
 
+    def reader_processes(self, *, on_gpu: bool) -> int:
+        """How many processes read and prepare batches in place of threads.
+
+        Args:
+            on_gpu: Whether the training runs on a GPU, which is a thousand short calls per step and
+                loses a third of its time to threads that take the GIL in between.
+
+        Returns:
+            ``num_processes``; in place of -1 half of the cores up to eight beside a GPU. None where
+            that is a single one, where a number of threads is asked for, and off Linux.
+        """
+        if self.num_processes >= 0:
+            return self.num_processes
+        if not on_gpu or self.num_threads or not hasattr(os, "memfd_create"):
+            return 0
+        count = threads_beside_gpu(8)
+        return count if count > 1 else 0
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "target_scale", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
         if self.val_split < 0 or self.val_split == 1:
             raise ValueError("val_split must be 0, or 2 or more")
-        if self.num_threads < 0 or self.num_processes < 0:
-            raise ValueError("num_threads and num_processes must be 0 or more")
+        if self.num_threads < 0 or self.num_processes < -1:
+            raise ValueError("num_threads must be 0 or more, num_processes -1 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):

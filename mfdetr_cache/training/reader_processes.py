@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
@@ -47,10 +48,12 @@ def read_ahead_in_processes(
     batch_size: int,
     largest_maps: int,
     device: torch.device,
+    threads_meanwhile: int = 0,
 ) -> Generator[list[LoadedT], None, None]:
     """:func:`read_ahead` by processes.
 
-    What is yielded lies in shared memory and is valid until two steps later.
+    What is yielded lies in shared memory and is valid until two steps later. Processes take some
+    seconds to start; threads can read until then.
 
     Args:
         load: Reads and prepares a row for a step; it is sent to the processes.
@@ -60,6 +63,7 @@ def read_ahead_in_processes(
         batch_size: Most rows of a step.
         largest_maps: Most bytes that the maps of a row take.
         device: A GPU copies from the shared memory by itself.
+        threads_meanwhile: How many threads read until the processes are there; 0 waits for them.
 
     Yields:
         What was loaded for a step, in the order of its rows.
@@ -74,27 +78,33 @@ def read_ahead_in_processes(
     places = (READ_AHEAD + 2) * batch_size
     room = -(-(largest_maps + _ROOM_BESIDE_MAPS) // mmap.PAGESIZE) * mmap.PAGESIZE
     with _shared_memory(places * room, device) as (descriptor, memory):
-        processes = [_Reader(descriptor, len(memory), load) for _ in range(num_processes)]
-        ahead: deque[list[tuple[_Reader, int]]] = deque()
+        processes = [_Reader(descriptor, memory, load) for _ in range(num_processes)]
+        threads = ThreadPoolExecutor(max(1, threads_meanwhile), "reader")
+        are_there = not threads_meanwhile
+        ahead: deque[list[Callable[[], LoadedT]]] = deque()
         coming, asked = iter(steps), 0
         try:
             while True:
                 while len(ahead) < READ_AHEAD and (step := next(coming, None)) is not None:
-                    requests = []
+                    are_there = are_there or all(r.is_there() for r in processes)
+                    answers: list[Callable[[], LoadedT]] = []
                     for number, row in enumerate(rows_of(step)):
+                        if not are_there:
+                            answers.append(threads.submit(load, row, step).result)
+                            continue
                         place = (step % (READ_AHEAD + 2)) * batch_size + number
                         # In turn, whatever the size of a batch.
-                        reader = processes[(asked + number) % num_processes]
-                        reader.ask(row, step, place * room, room)
-                        requests.append((reader, place * room))
-                    asked += len(requests)
-                    ahead.append(requests)
+                        reader = processes[asked % num_processes]
+                        answers.append(reader.ask(row, step, place * room, room))
+                        asked += 1
+                    ahead.append(answers)
                 if not ahead:
                     return
-                yield [reader.answer(memory, place) for reader, place in ahead.popleft()]
+                yield [answer() for answer in ahead.popleft()]
         finally:
             for reader in processes:
                 reader.stop()
+            threads.shutdown(cancel_futures=True)
 
 
 class _Reader:
@@ -102,42 +112,59 @@ class _Reader:
 
     Args:
         descriptor: Of the shared memory.
-        size: Its bytes.
+        memory: The same memory here.
         load: What it does for a row and a step.
     """
 
-    def __init__(self, descriptor: int, size: int, load: Callable[[int, int], Any]) -> None:
+    def __init__(
+        self, descriptor: int, memory: memoryview, load: Callable[[int, int], Any]
+    ) -> None:
         self._connection, theirs = Pipe()
+        self._memory = memory
+        self._has_begun = False
         numbers = [theirs.fileno(), descriptor]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, [*numbers, size])],
+            [sys.executable, "-c", _START, *map(str, [*numbers, len(memory)])],
             pass_fds=numbers,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
         theirs.close()
         self._send(load)
 
-    def ask(self, row: int, step: int, first: int, room: int) -> None:
-        """Have a row read into a stretch of the memory."""
+    def is_there(self) -> bool:
+        """Whether it has begun to listen."""
+        if not self._has_begun and self._connection.poll():
+            self._receive()
+            self._has_begun = True
+        return self._has_begun
+
+    def ask(self, row: int, step: int, first: int, room: int) -> Callable[[], Any]:
+        """Have a row read into a stretch of the memory; what gives it, in the order of asking."""
         self._send((row, step, first, room))
 
-    def answer(self, memory: memoryview, first: int) -> Any:  # noqa: ANN401
-        """What was read into the stretch that begins here; answers come in the order of asking."""
-        try:
-            answer = self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            raise self._ended() from error
-        if isinstance(answer, Exception):
-            raise answer
-        data, stretches = answer
-        buffers = [memory[first + start : first + stop] for start, stop in stretches]
-        return pickle.loads(data, buffers=buffers)
+        def answer() -> Any:  # noqa: ANN401
+            while not self.is_there():
+                self._connection.poll(None)
+            answer = self._receive()
+            if isinstance(answer, Exception):
+                raise answer
+            data, stretches = answer
+            buffers = [self._memory[first + start : first + stop] for start, stop in stretches]
+            return pickle.loads(data, buffers=buffers)
+
+        return answer
 
     def stop(self) -> None:
         """End it, whatever it does."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+    def _receive(self) -> Any:  # noqa: ANN401
+        try:
+            return self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._ended() from error
 
     def _send(self, message: Any) -> None:  # noqa: ANN401
         try:
@@ -193,6 +220,7 @@ def serve(connection_descriptor: int, memory_descriptor: int, size: int) -> None
     memory = memoryview(mmap.mmap(memory_descriptor, size))
     with contextlib.suppress(EOFError, ConnectionError):
         load = connection.recv()
+        connection.send(None)
         while True:
             row, step, first, room = connection.recv()
             try:

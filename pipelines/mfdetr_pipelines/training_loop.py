@@ -110,7 +110,7 @@ class _Loader:
         views: Views to walk through.
         num_rows: Rows that are trained on.
         ways: Settings and grid size of every way in which some head wants regions.
-        pinned: Whether a GPU copies from what is read.
+        pinned: Whether a GPU copies from what is read by this process.
     """
 
     cache: FeatureCache
@@ -121,8 +121,8 @@ class _Loader:
     pinned: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process opens the cache by itself.
-        rest = (self.map_names, self.views, self.num_rows, self.ways, self.pinned)
+        # Another process opens the cache by itself, and no GPU copies from its memory.
+        rest = (self.map_names, self.views, self.num_rows, self.ways, False)
         return _opened_loader, (self.cache.storage, *rest)
 
     def __call__(self, row: int, step: int) -> _Loaded:
@@ -350,7 +350,7 @@ class TrainingLoop:
             tuple(self._views),
             len(self.rows),
             {region_key(n): (n.train, n.head.config.roi_size) for n in learners},
-            pinned=on_gpu and not train.num_processes,
+            pinned=on_gpu,
         )
 
         def rows_of(step: int) -> list[int]:
@@ -358,16 +358,19 @@ class TrainingLoop:
             return self._processes.share_of(rows)
 
         steps = range(first, last)
-        if not train.num_processes:
-            return read_ahead(load, rows_of, steps, train.reader_threads(on_gpu=on_gpu))
+        num_threads = train.reader_threads(on_gpu=on_gpu)
+        num_processes = train.reader_processes(on_gpu=on_gpu)
+        if not num_processes:
+            return read_ahead(load, rows_of, steps, num_threads)
         return read_ahead_in_processes(
             load,
             rows_of,
             steps,
-            train.num_processes,
+            num_processes,
             batch_size=train.batch_size,
             largest_maps=self._cache.largest_maps(self._map_names),
             device=self._device,
+            threads_meanwhile=num_threads,
         )
 
     def _one_step(

@@ -30,9 +30,15 @@ from mfdetr_cache.training.learner import Learner
 from tests.support import scenes
 from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a CUDA GPU is there, and needs no pretending"
+)
+
 
 def recipe(**changes: Any) -> Recipe:
     small = {"hidden_dim": 8, "roi_size": 8, "steps": 4, "batch_size": 2, "min_match_iou": 0}
+    # Memory of several processes cannot be pretended to be a GPU's.
+    small["num_processes"] = 0
     return build_recipe("fast", {k: str(v) for k, v in {**small, **changes}.items()})
 
 

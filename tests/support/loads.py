@@ -23,3 +23,22 @@ def load(row: int, step: int) -> dict[str, Any]:
 def load_much(row: int, step: int) -> dict[str, Any]:
     """More than there is room for beside the maps."""
     return {"row": row, "much": np.full(12 * 2**20, row + step, np.uint8)}
+
+
+def load_where(row: int, step: int) -> dict[str, Any]:
+    """Which process does it."""
+    return {"row": row, "step": step, "process": os.getpid()}
+
+
+def _nowhere() -> None:
+    raise ValueError("this cannot be set up in another process")
+
+
+class Unloadable:
+    """Works in this process alone."""
+
+    def __call__(self, row: int, step: int) -> dict[str, Any]:
+        return load_where(row, step)
+
+    def __reduce__(self) -> Any:
+        return _nowhere, ()

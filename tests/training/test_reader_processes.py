@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines import training_loop
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.recipes import build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
@@ -20,6 +22,7 @@ from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.training import reader_processes
+from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.reader_processes import read_ahead_in_processes
 from tests.support import loads, scenes
 
@@ -27,7 +30,11 @@ needs_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux 
 
 
 def read(
-    rows_of: Callable[[int], list[int]], steps: int, load: Any = loads.load, processes: int = 2
+    rows_of: Callable[[int], list[int]],
+    steps: int,
+    load: Any = loads.load,
+    processes: int = 2,
+    threads: int = 0,
 ) -> Generator[list[Any], None, None]:
     return read_ahead_in_processes(
         load,
@@ -37,6 +44,7 @@ def read(
         batch_size=3,
         largest_maps=0,
         device=torch.device("cpu"),
+        threads_meanwhile=threads,
     )
 
 
@@ -102,6 +110,51 @@ def test_errors_come_as_they_are_and_end_the_processes(
     assert all(p.poll() is not None for p in started)
 
 
+@needs_linux
+def test_threads_read_until_the_processes_are_there(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    stream = read(lambda s: [s, s + 1], 10_000, loads.load_where, threads=2)
+    places = []
+    for step, loaded in enumerate(stream):
+        assert [item["row"] for item in loaded] == [step, step + 1]
+        places.append({item["process"] for item in loaded})
+        # All three steps that were asked for before they were there are over.
+        if len(places) > 4 and os.getpid() not in places[-1]:
+            break
+        time.sleep(0.01)
+    stream.close()
+    assert places[0] == {os.getpid()}
+    assert places[-1] == {p.pid for p in started}
+    change = places.index(places[-1])
+    assert all(found == {os.getpid()} for found in places[:change])
+    assert all(p.poll() is not None for p in started)
+
+
+@needs_linux
+def test_a_process_that_cannot_start_is_told() -> None:
+    stream = read(lambda _: [1], 10_000, loads.Unloadable(), threads=1)
+    slowly = (time.sleep(0.01) for _ in stream)
+    with pytest.raises(TrainingError, match=r"ended by itself \(exit code 1;"):
+        list(slowly)
+
+
+def test_processes_read_beside_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "memfd_create", None, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert TrainConfig().reader_processes(on_gpu=True) == 6
+    assert TrainConfig().reader_processes(on_gpu=False) == 0
+    assert TrainConfig(num_processes=3).reader_processes(on_gpu=False) == 3
+    assert TrainConfig(num_processes=0).reader_processes(on_gpu=True) == 0
+    assert TrainConfig(num_threads=4).reader_processes(on_gpu=True) == 0
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert TrainConfig().reader_processes(on_gpu=True) == 0
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delattr(os, "memfd_create")
+    assert TrainConfig().reader_processes(on_gpu=True) == 0
+
+
 def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create", raising=False)
     with pytest.raises(ConfigError, match="num_processes needs Linux"):
@@ -111,8 +164,18 @@ def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_linux
 @pytest.mark.parametrize("preset", ["int8", "fp16"])
 def test_a_head_ends_with_the_weights_that_threads_give(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, preset: str
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    preset: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Threads would be done before the processes are there.
+    monkeypatch.setattr(
+        training_loop,
+        "read_ahead_in_processes",
+        lambda *a, **k: read_ahead_in_processes(*a, **{**k, "threads_meanwhile": 0}),
+    )
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), tmp_path / "c.zarr")
     run_extract(dataclasses.replace(config, preset=preset, views=1), SilentReporter())
     cache = FeatureCache.open(tmp_path / "c.zarr")
