@@ -42,10 +42,13 @@ def main() -> None:
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     keep_freed_memory()
     device = torch.device(options.device)
-    settings = {"steps": str(options.steps + 1), "batch_size": str(options.batch)}
+    # Threads are there at once, processes take some seconds to start.
+    settings = {"num_processes": "0", **dict(item.split("=", 1) for item in options.set)}
+    settings |= {"steps": str(options.steps + 1), "batch_size": str(options.batch)}
     # Widths differ, so that these are eight heads and not one.
     recipes = [
         build_recipe(options.recipe, {**settings, "hidden_dim": str(16 + 8 * i)})
