@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mfdetr_pipelines import training_loop
 from mfdetr_pipelines.recipes import build_recipe
 from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
+from mfdetr_cache.head.batch import HeadBatch
 from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.protocols import SilentReporter
 from mfdetr_cache.training import staging
 
@@ -19,7 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare in a thread as for a GPU."""
-    monkeypatch.setattr(staging, "overlaps", lambda _device: True)
+    for module in (staging, training_loop):
+        monkeypatch.setattr(module, "overlaps", lambda _device: True)
 
 
 def numbers(count: int, closed: list[bool]) -> Generator[int, None, None]:
@@ -99,7 +103,20 @@ def test_staging_changes_no_weight(
         run_train_head(TrainHeadConfig(drawn_cache, tmp_path / name, recipe), SilentReporter())
         return load_head(tmp_path / name).head.state_dict()
 
+    cut: list[bool] = []
+    with_c1_cut = MaskHead.with_c1_cut
+
+    def counted(self: MaskHead, batch: HeadBatch) -> HeadBatch:
+        found = with_c1_cut(self, batch)
+        cut.append(found.c1_crops is not None)
+        return found
+
+    monkeypatch.setattr(MaskHead, "with_c1_cut", counted)
     plain = train("plain")
-    monkeypatch.setattr(staging, "overlaps", lambda _device: True)
+    assert not cut
+    for module in (staging, training_loop):
+        monkeypatch.setattr(module, "overlaps", lambda _device: True)
     beside = train("beside")
+    assert len(cut) == 5 * accumulate
+    assert all(cut)
     assert all(torch.equal(plain[n], beside[n]) for n in plain)
