@@ -10,6 +10,7 @@ from mfdetr_cache.files import disk_error
 from mfdetr_cli.ablate import ablate
 from mfdetr_cli.cache import cache_app
 from mfdetr_cli.console import print_error
+from mfdetr_cli.copy_paste import copy_paste
 from mfdetr_cli.demo import demo
 from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(extract)
 app.command(name="train-head")(train_head)
 app.command(name="train-joint")(train_joint)
+app.command(name="copy-paste")(copy_paste)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(ablate)

@@ -19,6 +19,7 @@ COMMANDS = [
     ["extract"],
     ["train-head"],
     ["train-joint"],
+    ["copy-paste"],
     ["evaluate"],
     ["predict"],
     ["detectors"],
@@ -183,6 +184,19 @@ def test_plan_bench_certify_and_ablate_run(
     )  # fmt: skip
     assert json.loads((tmp_path / "c.json").read_text())["difference"] == 0
     assert "certified" in run("cache", "info", copy).output
+
+
+def test_a_dataset_with_pasted_objects_is_made(tmp_path: Path, scenes_folder: Path) -> None:
+    done = run(
+        *("copy-paste", "--images", scenes_folder / "images", "--copies", 1),
+        *("--annotations", scenes_folder / "instances.json", "--out", tmp_path / "pasted"),
+        *("--json", tmp_path / "made.json"),
+    )
+    assert done.exit_code == 0, done.output
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made["num_images"] == 16
+    assert Path(made["annotations"]).is_file()
+    assert len(list(Path(made["images"]).iterdir())) == 16
 
 
 def test_a_results_file_is_measured(tmp_path: Path, scenes_folder: Path) -> None:

@@ -1,0 +1,112 @@
+"""A dataset with pasted objects is a dataset like any other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mfdetr_pipelines.copy_paste import CopyPasteConfig, run_copy_paste
+from mfdetr_pipelines.extract import run_extract
+from PIL import Image
+from pycocotools.coco import COCO
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
+from mfdetr_cache.protocols import SilentReporter
+from tests.support import scenes
+
+
+def config(folder: Path, out: Path, **changes: int) -> CopyPasteConfig:
+    return CopyPasteConfig(folder / "images", folder / "instances.json", out, **changes)
+
+
+def test_it_is_extracted_like_any_other(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    summary = run_copy_paste(config(scenes_folder, tmp_path / "a", copies=2), SilentReporter())
+    before = load_coco_split(scenes_folder / "instances.json")
+    after = load_coco_split(summary.annotations)
+    assert len(after.images) == summary.num_images == 3 * len(before.images)
+    originals = after.images[::3]
+    assert originals == before.images
+    for entry in originals:
+        name = entry.file_name
+        original = (scenes_folder / "images" / name).read_bytes()
+        assert (summary.images / name).read_bytes() == original
+        kept = [{**a, "id": 0} for a in after.annotations[entry.image_id]]
+        assert kept == [{**a, "id": 0} for a in before.annotations[entry.image_id]]
+    numbers = [a["id"] for objects in after.annotations.values() for a in objects]
+    assert len(set(numbers)) == len(numbers) == summary.num_objects
+    # What pycocotools makes of the outlines is what is said about them.
+    coco = COCO(str(summary.annotations))
+    pasted = [a for e in after.images if e not in originals for a in after.annotations[e.image_id]]
+    assert len(pasted) > 2 * sum(len(v) for v in before.annotations.values())
+    for annotation in pasted:
+        mask = coco.annToMask(annotation)
+        assert mask.sum() == annotation["area"]
+        x, y, w, h = annotation["bbox"]
+        assert mask[y : y + h, x : x + w].sum() == mask.sum()
+        assert mask[y].any()
+        assert mask[y + h - 1].any()
+        assert mask[:, x].any()
+        assert mask[:, x + w - 1].any()
+    extraction = scenes.extract_config(tmp_path / "a", str(rtdetr_folder), tmp_path / "c.zarr")
+    run_extract(extraction, SilentReporter())
+    assert len(FeatureCache.open(tmp_path / "c.zarr")) == summary.num_images
+
+
+def test_the_seed_alone_decides(tmp_path: Path, scenes_folder: Path) -> None:
+    made = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        found = run_copy_paste(
+            config(scenes_folder, tmp_path / name, copies=1, seed=seed), SilentReporter()
+        )
+        files = {p.name: p.read_bytes() for p in found.images.iterdir()}
+        made.append((files, found.annotations.read_bytes()))
+    assert made[0] == made[1]
+    assert made[0] != made[2]
+
+
+def test_names_that_are_taken_are_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    scenes.write_scenes(folder, count=2, seed=0)
+    document = json.loads((folder / "instances.json").read_text())
+    first, second = (i["file_name"] for i in document["images"])
+    taken = f"{Path(first).stem}-pasted1.jpg"
+    Image.open(folder / "images" / second).save(folder / "images" / taken)
+    document["images"][1]["file_name"] = taken
+    (folder / "instances.json").write_text(json.dumps(document))
+    found = run_copy_paste(config(folder, tmp_path / "out", copies=1), SilentReporter())
+    names = [e.file_name for e in load_coco_split(found.annotations).images]
+    assert len(set(names)) == 4
+    assert sorted(p.name for p in found.images.iterdir()) == sorted(names)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(found.images / taken)),
+        np.asarray(Image.open(folder / "images" / taken)),
+    )
+
+
+def test_bad_input_is_one_line_and_touches_nothing(tmp_path: Path, scenes_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--copies 0"):
+        run_copy_paste(config(scenes_folder, tmp_path / "a", copies=0), SilentReporter())
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
+        run_copy_paste(config(scenes_folder, used), SilentReporter())
+    assert [p.name for p in used.iterdir()] == ["mine.txt"]
+    document = json.loads((scenes_folder / "instances.json").read_text())
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    crowds = tmp_path / "crowds"
+    crowds.mkdir()
+    (crowds / "instances.json").write_text(json.dumps(document))
+    (crowds / "images").symlink_to(scenes_folder / "images")
+    with pytest.raises(DatasetError, match="no object of 400 pixels or more to paste"):
+        run_copy_paste(config(crowds, tmp_path / "b"), SilentReporter())
+    (crowds / "images").unlink()
+    (crowds / "images").mkdir()
+    with pytest.raises(ImageError, match="images are not in"):
+        run_copy_paste(config(crowds, tmp_path / "b"), SilentReporter())
+    assert not (tmp_path / "b").exists()
