@@ -14,7 +14,7 @@ from PIL import Image
 _SCALE_RANGE = (0.5, 1.5)
 _MOST_DONORS = 2
 # Smaller ones come out as a few pixels of nothing.
-_LEAST_PIXELS_TO_PASTE = 400
+LEAST_PIXELS_TO_PASTE = 400
 # Objects of which less is left to see, in pixels and of what was there, are no longer annotated.
 _LEAST_PIXELS, _LEAST_SHARE = 64, 0.1
 
@@ -37,6 +37,11 @@ class Scene:
 
     def __len__(self) -> int:
         return len(self.masks)
+
+    @property
+    def num_pixels(self) -> NDArray[np.int64]:
+        """Visible pixels of each object, shape (N,)."""
+        return np.asarray(self.masks.sum(axis=(1, 2)), np.int64)
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -76,21 +81,17 @@ class Scene:
         return replace(self, pixels=pixels, masks=masks)
 
 
-def has_object_to_paste(scene: Scene) -> bool:
-    """Whether objects of a scene can be pasted elsewhere.
+def can_be_pasted(num_pixels: NDArray[np.int64], is_crowd: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which objects can be pasted elsewhere.
 
     Args:
-        scene: Any scene.
+        num_pixels: Pixels of each object, shape (N,).
+        is_crowd: Whether it is a crowd, shape (N,).
 
     Returns:
-        False if it has crowds and tiny objects only.
+        False for crowds and tiny objects, shape (N,).
     """
-    return bool(_can_be_pasted(scene).any())
-
-
-def _can_be_pasted(scene: Scene) -> NDArray[np.bool_]:
-    large: NDArray[np.bool_] = scene.masks.sum(axis=(1, 2)) >= _LEAST_PIXELS_TO_PASTE
-    return large & ~scene.is_crowd
+    return (num_pixels >= LEAST_PIXELS_TO_PASTE) & ~is_crowd
 
 
 def num_donors(random: np.random.Generator) -> int:
@@ -129,7 +130,7 @@ def copy_paste(scene: Scene, donors: list[Scene], random: np.random.Generator) -
 
 def _prepared(donor: Scene, size_hw: tuple[int, int], random: np.random.Generator) -> Scene:
     """Some objects of a donor, for a picture of a size."""
-    candidates = np.flatnonzero(_can_be_pasted(donor))
+    candidates = np.flatnonzero(can_be_pasted(donor.num_pixels, donor.is_crowd))
     which = candidates[random.random(len(candidates)) < 0.5]
     if not len(which):
         which = random.choice(candidates, 1)
@@ -165,12 +166,12 @@ def _pasted(scene: Scene, donor: Scene, random: np.random.Generator) -> Scene:
     pixels[target][union[source]] = donor.pixels[source][union[source]]
     new = np.zeros((len(donor), *scene.size_hw), np.bool_)
     new[:, target[0], target[1]] = donor.masks[:, source[0], source[1]]
-    before = np.concatenate((scene.masks.sum(axis=(1, 2)), donor.masks.sum(axis=(1, 2))))
+    before = np.concatenate((scene.num_pixels, donor.num_pixels))
     whole = Scene(
         pixels,
         np.concatenate((scene.masks & ~covered, new)),
         np.concatenate((scene.category_ids, donor.category_ids)),
         np.concatenate((scene.is_crowd, donor.is_crowd)),
     )
-    left = whole.masks.sum(axis=(1, 2))
+    left = whole.num_pixels
     return whole.chosen((left >= _LEAST_PIXELS) & (left >= _LEAST_SHARE * before))

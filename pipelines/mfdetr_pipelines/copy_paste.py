@@ -10,7 +10,13 @@ import numpy as np
 from PIL import Image
 
 from mfdetr_cache.coco.annotations import CocoSplit, ImageEntry, load_coco_split
-from mfdetr_cache.coco.copy_paste import Scene, copy_paste, has_object_to_paste, num_donors
+from mfdetr_cache.coco.copy_paste import (
+    LEAST_PIXELS_TO_PASTE,
+    Scene,
+    can_be_pasted,
+    copy_paste,
+    num_donors,
+)
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.files import make_folder, write_atomically, writing
@@ -119,7 +125,10 @@ class _Maker:
         self._next_id = max(e.image_id for e in split.images) + 1
         self._donors = [e for e in split.images if self._gives(e)]
         if not self._donors:
-            raise DatasetError(f"{config.annotations} has no object of 400 pixels or more to paste")
+            raise DatasetError(
+                f"{config.annotations} has no object of {LEAST_PIXELS_TO_PASTE} pixels or more "
+                "that is no crowd: nothing to paste"
+            )
 
     def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """An image as it is."""
@@ -155,17 +164,16 @@ class _Maker:
         return str(name)
 
     def _gives(self, entry: ImageEntry) -> bool:
-        return has_object_to_paste(self._outlined(entry, np.empty((*entry.size_hw, 3), np.uint8)))
+        truth = self._split.ground_truth(entry, {})
+        pixels = [int(runs[1::2].sum(dtype=np.int64)) for runs in truth.run_lengths]
+        return bool(can_be_pasted(np.array(pixels, np.int64), truth.is_crowd).any())
 
     def _scene(self, entry: ImageEntry) -> Scene:
         image = load_image(self._config.images / entry.file_name, entry.size_hw)
-        return self._outlined(entry, np.asarray(image))
-
-    def _outlined(self, entry: ImageEntry, pixels: Any) -> Scene:  # noqa: ANN401
         truth = self._split.ground_truth(entry, {})
         masks = [decode_run_lengths(runs, entry.size_hw) for runs in truth.run_lengths]
         stacked = np.stack(masks) if masks else np.zeros((0, *entry.size_hw), np.bool_)
-        return Scene(pixels, stacked, truth.category_ids, truth.is_crowd)
+        return Scene(np.asarray(image), stacked, truth.category_ids, truth.is_crowd)
 
 
 def _listed(image_id: int, file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:

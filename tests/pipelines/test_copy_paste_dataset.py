@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path: Path, scenes_folder
     crowds.mkdir()
     (crowds / "instances.json").write_text(json.dumps(document))
     (crowds / "images").symlink_to(scenes_folder / "images")
-    with pytest.raises(DatasetError, match="no object of 400 pixels or more to paste"):
+    with pytest.raises(DatasetError, match="no object of 400 pixels or more that is no crowd"):
         run_copy_paste(config(crowds, tmp_path / "b"), SilentReporter())
     (crowds / "images").unlink()
     (crowds / "images").mkdir()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mfdetr_cache.coco.copy_paste import Scene, copy_paste, has_object_to_paste
+from mfdetr_cache.coco.copy_paste import Scene, can_be_pasted, copy_paste
 
 
 def scene_of(colour: int, size_hw: tuple[int, int], *boxes: tuple[int, int, int, int]) -> Scene:
@@ -68,10 +68,11 @@ def test_chance_alone_decides() -> None:
 
 
 def test_crowds_and_tiny_objects_stay_where_they_are() -> None:
-    tiny = scene_of(10, (80, 80), (0, 0, 19, 20))
-    assert not has_object_to_paste(tiny)
-    large = scene_of(10, (80, 80), (0, 0, 20, 20))
-    assert has_object_to_paste(large)
-    crowd = Scene(large.pixels, large.masks, large.category_ids, np.ones(1, np.bool_))
-    assert not has_object_to_paste(crowd)
-    assert not has_object_to_paste(scene_of(10, (80, 80)))
+    scene = scene_of(10, (80, 80), (0, 0, 19, 20), (20, 0, 40, 20), (40, 0, 70, 30))
+    np.testing.assert_array_equal(scene.num_pixels, [380, 400, 900])
+    crowd = np.array([False, False, True])
+    np.testing.assert_array_equal(can_be_pasted(scene.num_pixels, crowd), [False, True, False])
+    donor = Scene(scene.pixels, scene.masks, scene.category_ids, crowd)
+    for seed in range(20):
+        found = copy_paste(scene_of(100, (80, 80)), [donor], np.random.default_rng(seed))
+        assert found.category_ids.tolist() == [11]
