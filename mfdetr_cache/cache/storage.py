@@ -33,6 +33,8 @@ _MOST_BUFFERS = 1000
 # Linux only.
 _NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "http", "https", "memory", "file")
+# How often a process looks at what others keep in a mirror, while it fills it once.
+_LOOKS = 64
 
 
 class Storage(Protocol):
@@ -386,12 +388,13 @@ class MirroredStorage(Storage):
 
     Copies are kept under the checksum of the source's root metadata, which holds the cache's
     identity: another cache under the same URL never meets the copies of the old one. What was used
-    longest ago goes first. Several processes may share the folder.
+    longest ago goes first. Several processes may share the folder: each looks now and then at what
+    is there, and expects the others to keep as much until the next look as they did until this one.
 
     Args:
         source: The storage, usually an object store.
         mirror: The local folder.
-        max_bytes: Most bytes kept there.
+        max_bytes: Most bytes kept there; some hundredths more where several processes fill it.
     """
 
     def __init__(self, source: Storage, mirror: Path, max_bytes: int) -> None:
@@ -405,6 +408,8 @@ class MirroredStorage(Storage):
         self._full = False
         mirror.mkdir(parents=True, exist_ok=True)
         self._held = sum(self._mirror.sizes("").values())
+        # Kept by this process since it last looked, and by the others until then.
+        self._kept, self._by_others = 0, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MirroredStorage, (self._source, self._root, self._max_bytes)
@@ -468,7 +473,9 @@ class MirroredStorage(Storage):
         if len(piece) > self._max_bytes or self._full:
             return
         with self._lock:
-            if self._held + len(piece) > self._max_bytes:
+            if self._kept > self._max_bytes // _LOOKS:
+                self._look()
+            if self._held + self._by_others + len(piece) > self._max_bytes:
                 self._make_room(len(piece))
             try:
                 self._write_copy(self._root / name, piece)
@@ -485,6 +492,15 @@ class MirroredStorage(Storage):
                 )
                 return
             self._held += len(piece)
+            self._kept += len(piece)
+
+    def _look(self) -> list[tuple[int, int, str]]:
+        """When each copy was used, its bytes and its path."""
+        found = [(s.st_mtime_ns, s.st_size, f) for f, s in _files_below(self._root)]
+        held = sum(size for _, size, _ in found)
+        self._by_others = max(0, held - self._held)
+        self._held, self._kept = held, 0
+        return found
 
     def _write_copy(self, path: Path, piece: bytes) -> None:
         """Another process may keep the same piece at this moment: the partial file is ours only."""
@@ -502,9 +518,8 @@ class MirroredStorage(Storage):
 
     def _make_room(self, needed: int) -> None:
         """Drop what was used longest ago, a tenth of the room at a time."""
-        found = [(s.st_mtime_ns, s.st_size, f) for f, s in _files_below(self._root)]
-        self._held = sum(size for _, size, _ in found)
-        goal = self._max_bytes - max(needed, self._max_bytes // 10)
+        found = self._look()
+        goal = self._max_bytes - max(needed + self._by_others, self._max_bytes // 10)
         for _, size, file in sorted(found):
             if self._held <= goal:
                 return

@@ -193,6 +193,22 @@ def test_two_processes_keep_the_same_piece_in_a_mirror(tmp_path: Path) -> None:
     assert not [key for key in held if key.endswith(".partial")]
 
 
+def test_processes_that_share_a_mirror_stay_within_its_size(tmp_path: Path) -> None:
+    """Together, not each: a training beside a GPU has eight that read."""
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    data = np.random.default_rng(0).bytes(200_000)
+    source.write("zarr.json", [b"{}"])
+    source.write("a", [data])
+    mirrors = [MirroredStorage(source, tmp_path / "m", 20_000) for _ in range(8)]
+    most = 0
+    for index in range(1000):
+        start = 200 * index
+        assert mirrors[index % 8].read_ranges("a", [(start, 200)]) == [data[start : start + 200]]
+        most = max(most, sum(f.stat().st_size for f in (tmp_path / "m").rglob("*") if f.is_file()))
+    # Two pieces of each before anybody has seen that there are others.
+    assert 15_000 < most <= 20_000 + 8 * 2 * 200
+
+
 def test_a_mirror_without_room_is_no_reason_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
