@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,8 @@ def read_ahead_in_processes(
         batch_size: Most rows of a step.
         largest_maps: Most bytes that the maps of a row take.
         device: A GPU copies from the shared memory by itself.
-        threads_meanwhile: How many threads read until the processes are there; 0 waits for them.
+        threads_meanwhile: How many threads read until the processes are there, and go on, with a
+            warning, where one cannot start; 0 waits for them.
 
     Yields:
         What was loaded for a step, in the order of its rows.
@@ -79,32 +81,70 @@ def read_ahead_in_processes(
     room = -(-(largest_maps + _ROOM_BESIDE_MAPS) // mmap.PAGESIZE) * mmap.PAGESIZE
     with _shared_memory(places * room, device) as (descriptor, memory):
         processes = [_Reader(descriptor, memory, load) for _ in range(num_processes)]
+        readers = _Readers(processes, batch_size, room, are_awaited=not threads_meanwhile)
         threads = ThreadPoolExecutor(max(1, threads_meanwhile), "reader")
-        are_there = not threads_meanwhile
         ahead: deque[list[Callable[[], LoadedT]]] = deque()
-        coming, asked = iter(steps), 0
+        coming = iter(steps)
         try:
             while True:
                 while len(ahead) < READ_AHEAD and (step := next(coming, None)) is not None:
-                    are_there = are_there or all(r.is_there() for r in processes)
-                    answers: list[Callable[[], LoadedT]] = []
-                    for number, row in enumerate(rows_of(step)):
-                        if not are_there:
-                            answers.append(threads.submit(load, row, step).result)
-                            continue
-                        place = (step % (READ_AHEAD + 2)) * batch_size + number
-                        # In turn, whatever the size of a batch.
-                        reader = processes[asked % num_processes]
-                        answers.append(reader.ask(row, step, place * room, room))
-                        asked += 1
-                    ahead.append(answers)
+                    if readers.are_there():
+                        ahead.append(readers.ask(rows_of(step), step))
+                    else:
+                        ahead.append([threads.submit(load, r, step).result for r in rows_of(step)])
                 if not ahead:
                     return
                 yield [answer() for answer in ahead.popleft()]
         finally:
-            for reader in processes:
-                reader.stop()
+            readers.stop()
             threads.shutdown(cancel_futures=True)
+
+
+class _Readers:
+    """Processes that read, each image into a place of its own.
+
+    Args:
+        processes: They have just been started.
+        batch_size: Most rows of a step.
+        room: Bytes of a place.
+        are_awaited: Ask them before they listen, too: there is nobody else.
+    """
+
+    def __init__(
+        self, processes: list["_Reader"], batch_size: int, room: int, *, are_awaited: bool
+    ) -> None:
+        self._processes = processes
+        self._batch_size = batch_size
+        self._room = room
+        self._are_there = are_awaited
+        self._asked = 0
+
+    def are_there(self) -> bool:
+        """Whether all of them listen; where one cannot even start, none ever does."""
+        if not self._are_there and self._processes:
+            try:
+                self._are_there = all(p.is_there() for p in self._processes)
+            except TrainingError as error:
+                warnings.warn(f"threads go on reading: {error}", RuntimeWarning, stacklevel=2)
+                self.stop()
+        return self._are_there
+
+    def ask(self, rows: list[int], step: int) -> list[Callable[[], Any]]:
+        """Have the rows of a step read; what gives each."""
+        answers = []
+        for number, row in enumerate(rows):
+            place = (step % (READ_AHEAD + 2)) * self._batch_size + number
+            # In turn, whatever the size of a batch.
+            process = self._processes[self._asked % len(self._processes)]
+            answers.append(process.ask(row, step, place * self._room, self._room))
+            self._asked += 1
+        return answers
+
+    def stop(self) -> None:
+        """End all of them, whatever they do."""
+        for process in self._processes:
+            process.stop()
+        self._processes = []
 
 
 class _Reader:

@@ -132,11 +132,24 @@ def test_threads_read_until_the_processes_are_there(
 
 
 @needs_linux
-def test_a_process_that_cannot_start_is_told() -> None:
-    stream = read(lambda _: [1], 10_000, loads.Unloadable(), threads=1)
-    slowly = (time.sleep(0.01) for _ in stream)
+def test_threads_go_on_where_a_process_cannot_start(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    stream = read(lambda step: [step], 10_000, loads.Unloadable(), threads=1)
+    slowly = (time.sleep(0.01) or found for found in stream)
+
+    def read_on() -> Any:
+        while not started or started[0].poll() is None:
+            next(slowly)
+        return [next(slowly) for _ in range(10)][-1]
+
+    with pytest.warns(RuntimeWarning, match=r"threads go on reading: .* \(exit code 1;"):
+        last = read_on()
+    assert last[0]["process"] == os.getpid()
+    assert all(p.poll() is not None for p in started)
+    stream.close()
     with pytest.raises(TrainingError, match=r"ended by itself \(exit code 1;"):
-        list(slowly)
+        list(read(lambda _: [1], 9, loads.Unloadable()))
 
 
 def test_processes_read_beside_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
