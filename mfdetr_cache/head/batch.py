@@ -112,11 +112,10 @@ class RegionsByGroup:
         """Height and width of C1 for each region, where only crops of it are there, (R, 2)."""
         return np.repeat([group.c1_hw for group in self.groups], self.counts, axis=0)
 
-    def rois(self, device: torch.device) -> Sequence[Tensor]:
+    # Other indices in every batch, through pinned memory: nothing that a compiler could keep.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def rois(self) -> Sequence[Tensor]:
         """What RoIAlign takes for the maps of each group.
-
-        Args:
-            device: Where the maps are.
 
         Returns:
             For each group the index of the image inside it, then the box, shape (count, 5).
@@ -125,8 +124,33 @@ class RegionsByGroup:
         before = np.repeat(np.cumsum(sizes) - sizes, self.counts)
         index = (self.image - before).astype(self.boxes_xyxy.dtype)
         rois = torch.from_numpy(np.concatenate((index[:, None], self.boxes_xyxy), axis=1))
-        split: Sequence[Tensor] = to_device(rois, device).split(list(self.counts))
+        split: Sequence[Tensor] = to_device(rois, self.device).split(list(self.counts))
         return split
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def from_batch(self, rows: Tensor) -> Tensor:
+        """Something of each region, in the order of these.
+
+        Args:
+            rows: In the order of the batch, shape (R, ...).
+
+        Returns:
+            The same rows, shape (R, ...).
+        """
+        return rows.index_select(0, to_device(torch.from_numpy(self.order), rows.device))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def to_batch(self, rows: Tensor) -> Tensor:
+        """Something of each of these regions, in the order of the batch.
+
+        Args:
+            rows: In the order of these, shape (R, ...).
+
+        Returns:
+            The same rows, shape (R, ...).
+        """
+        back = torch.from_numpy(self.order.argsort())
+        return rows.index_select(0, to_device(back, rows.device))
 
 
 @dataclass(frozen=True, slots=True)

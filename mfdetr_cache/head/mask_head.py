@@ -228,7 +228,7 @@ class MaskHead(nn.Module):
         """
         refined = self._refine_read(where)
         device = where.device
-        own = where.rois(device)
+        own = where.rois()
         if self.c1 is None:
             sizes = [self._size_without_c1(group) for group in where.groups]
             maps = [self.fusion(None, r, size) for r, size in zip(refined, sizes, strict=True)]
@@ -280,17 +280,16 @@ class MaskHead(nn.Module):
         cut, crops = self._cut(where, self.c1.name)
         # Groups without a region stay as they are; images are counted over all of them.
         by_members = {group.members: group for group in cut.groups}
-        back = to_device(torch.from_numpy(where.order.argsort()), crops.device)
         return replace(
             batch,
             groups=tuple(by_members.get(group.members, group) for group in batch.groups),
-            c1_crops=crops.index_select(0, back),
+            c1_crops=where.to_batch(crops),
         )
 
     def _cut(self, where: RegionsByGroup, c1: str) -> tuple[RegionsByGroup, Tensor]:
         """Crops and moments of C1 in place of the map, the crops in the order of the regions."""
         groups, crops = [], []
-        for group, mine in zip(where.groups, where.rois(where.device), strict=True):
+        for group, mine in zip(where.groups, where.rois(), strict=True):
             maps = group.maps[c1]
             crops.append(self.align(maps, mine))
             others = {name: m for name, m in group.maps.items() if name != c1}
@@ -333,17 +332,15 @@ class MaskHead(nn.Module):
             RoIAlign of the fused map over each box, shape (R, r, r, d).
         """
         where = batch.by_group()
-        device = where.device
         crops = None
         if batch.c1_crops is not None and self.c1 is not None:
-            crops = batch.c1_crops[to_device(torch.from_numpy(where.order), device)]
+            crops = where.from_batch(batch.c1_crops)
         if crops is not None or (self.training and self._are_few(where)):
             aligned = self._align_few(where, crops)
         else:
-            own = zip(where.groups, where.rois(device), strict=True)
+            own = zip(where.groups, where.rois(), strict=True)
             aligned = torch.cat([self.align(self.fuse(group), mine) for group, mine in own])
-        back = to_device(torch.from_numpy(where.order.argsort()), device)
-        found: Tensor = aligned.index_select(0, back)
+        found: Tensor = where.to_batch(aligned)
         return found
 
 
