@@ -12,7 +12,7 @@ from mfdetr_cache.devices import is_plain
 def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
     """Position encoding of the cells of unpadded maps.
 
-    The official code divides by the size and 1e-6, which float32 cannot tell from the size.
+    The official code divides by the size and 1e-6, a difference in the last bit of float32.
 
     Args:
         centres: Normalised x and y of each cell's centre, in (0, 1), shape (S, 2).

@@ -81,7 +81,10 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
         OutputError: If the folder cannot be written.
     """
     if config.copies < 1 or config.seed < 0:
-        raise ConfigError(f"--copies {config.copies} --seed {config.seed}: give 1 or more, and 0")
+        raise ConfigError(
+            f"--copies {config.copies} --seed {config.seed}: give 1 or more copies and a seed that "
+            "is not negative"
+        )
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(
             f"{config.out} is no empty folder; nothing was touched, choose another --out"
@@ -151,9 +154,7 @@ class _Maker:
             Image.fromarray(made.pixels).save(target, quality=_QUALITY)
         image_id = self._next_id
         self._next_id += 1
-        rows_of = zip(made.masks, made.category_ids, made.is_crowd, strict=True)
-        objects = [_annotation(image_id, *row) for row in rows_of]
-        return _listed(image_id, file_name, made.size_hw), objects
+        return _listed(image_id, file_name, made.size_hw), _annotations(image_id, made)
 
     def _free_name(self, original: Path, copy: int) -> str:
         """A name that no other picture has."""
@@ -180,15 +181,24 @@ def _listed(image_id: int, file_name: str, size_hw: tuple[int, int]) -> dict[str
     return {"id": image_id, "file_name": file_name, "height": size_hw[0], "width": size_hw[1]}
 
 
-def _annotation(image_id: int, mask: Any, category_id: int, is_crowd: bool) -> dict[str, Any]:  # noqa: ANN401, FBT001
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    rle = encode_mask(mask)
-    return {
-        "image_id": image_id,
-        "category_id": int(category_id),
-        "iscrowd": int(is_crowd),
-        "area": int(mask.sum()),
-        "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
-        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
-    }
+def _annotations(image_id: int, scene: Scene) -> list[dict[str, Any]]:
+    """The objects of a scene as COCO lists them; they get their ids later."""
+    found = []
+    rows = zip(scene.masks, scene.category_ids, scene.is_crowd, scene.num_pixels, strict=True)
+    for mask, category_id, is_crowd, area in rows:
+        down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        x, y = int(across[0]), int(down[0])
+        found.append(
+            {
+                "image_id": image_id,
+                "category_id": int(category_id),
+                "iscrowd": int(is_crowd),
+                "area": int(area),
+                "bbox": [x, y, int(across[-1]) - x + 1, int(down[-1]) - y + 1],
+                "segmentation": {
+                    "size": list(scene.size_hw),
+                    "counts": encode_mask(mask)["counts"].decode(),
+                },
+            }
+        )
+    return found

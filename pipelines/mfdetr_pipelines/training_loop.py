@@ -562,13 +562,13 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 def region_key(learner: Learner) -> RegionKey:
-    """What decides the regions of a head; heads of one key share them.
+    """What decides the regions of a head and how C1 is cut; heads of one key share both.
 
     Args:
         learner: The head and its settings.
 
     Returns:
-        The settings that :func:`build_regions` looks at.
+        The settings that :func:`build_regions` and RoIAlign look at.
     """
     train = learner.train
     return (
