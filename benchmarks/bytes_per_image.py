@@ -8,12 +8,12 @@ the uncompressed column does not depend on it. COCO has 7.3 objects an image; 7 
 
 import numpy as np
 from geometry import made_ground_truth, made_output
-from mfdetr_pipelines.extraction import c1_crops
 
 from mfdetr_cache.cache.schema import C1RoiLayout
 from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.head.cost import hdetr_r50_spec
-from mfdetr_cache.quantisation import ENCODINGS, Encoding, encode_map
+from mfdetr_cache.matching.crops import c1_crops
+from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, encode_map
 from mfdetr_cache.types import ImageGeometry
 
 INPUT_HW, ORIGINAL_HW = (800, 1333), (480, 800)

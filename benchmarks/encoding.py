@@ -14,10 +14,10 @@ from geometry import COCO_SIZES, input_size, made_content, made_output
 from numcodecs.zstd import Zstd
 
 from mfdetr_cache.cache.shards import ZSTD_LEVEL, decompress
-from mfdetr_cache.cache.storage import LocalStorage
+from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.quantisation import Preset
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.ops.quantisation import Preset
 from mfdetr_cache.types import ImageGeometry
 
 

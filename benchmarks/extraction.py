@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 from geometry import COCO_SIZES
-from mfdetr_pipelines.cache_content import plan_cache
-from mfdetr_pipelines.extraction import ExtractConfig, Extraction
 from PIL import Image
 
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.content import plan_cache
+from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import SilentReporter
 
 
 def write_pictures(folder: Path, count: int) -> Path:

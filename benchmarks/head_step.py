@@ -12,7 +12,6 @@ import copy
 import time
 
 import torch
-from mfdetr_pipelines.recipes import build_recipe
 from torch import Tensor, nn
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention as TransformersCore,
@@ -22,9 +21,10 @@ from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks import deformable
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.packed_levels import SizesHw
-from mfdetr_cache.training.precision import autocast
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.ops.packed_levels import SizesHw
+from mfdetr_cache.training.learner import autocast
+from mfdetr_cache.training.recipes import build_recipe
 
 CORE = TransformersCore()
 

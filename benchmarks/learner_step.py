@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.optimisers import build_optimisers
+from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import build_regions
 
 # Steps that are not counted: kernels are compiled and memory is taken in them.

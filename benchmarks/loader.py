@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from geometry import made_cache
-from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.training.batches import TrainSample, read_ahead
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.training.batch import TrainSample
+from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 

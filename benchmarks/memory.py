@@ -15,7 +15,8 @@ import numpy as np
 from geometry import made_cache
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.training.batches import READ_AHEAD, read_ahead
+from mfdetr_cache.training.batch import READ_AHEAD
+from mfdetr_cache.training.input.threads import read_ahead
 
 
 def peak_mb() -> float:

@@ -11,7 +11,7 @@ import torch
 from geometry import COCO_SIZES, made_ground_truth
 from torchvision.ops import roi_align
 
-from mfdetr_cache.masks import decode_run_lengths, rasterise_in_boxes
+from mfdetr_cache.ops.masks import decode_run_lengths, rasterise_in_boxes
 
 GRID = 64
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import zarr
 from geometry import made_cache
-from mfdetr_pipelines.cache_bench import run_bench
+from mfdetr_pipelines.cache.bench import run_bench
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 
 
 def zarr_seconds(path: Path) -> float:

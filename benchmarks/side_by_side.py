@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from geometry import made_cache
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.recipes import Recipe, build_recipe
 
 
 def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) -> float:

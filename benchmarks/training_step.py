@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from geometry import COCO_SIZES, made_cache
-from mfdetr_pipelines.recipes import build_recipe
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.head.batch import MapGroup, live_groups
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.training.batches import TrainSample, collate, read_ahead
-from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.precision import autocast
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.training.batch import TrainSample, collate
+from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.learner import Learner, autocast
+from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.types import CachedImage
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from geometry import made_cache, mixed_sizes
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.recipes import build_recipe
 
 # Images of COCO train2017 with an object to learn from, times the epochs of the paper.
 COCO_IMAGES = 6 * 117_266

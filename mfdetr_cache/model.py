@@ -14,8 +14,8 @@ from PIL import Image
 from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import Scoring, predict_masks
 from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
@@ -23,8 +23,8 @@ from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
 from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.masks import encode_mask
-from mfdetr_cache.protocols import Detector
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.ops.masks import encode_mask
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.quantisation import StoredMap
+from mfdetr_cache.ops.quantisation import StoredMap
 
 MapRole = Literal["encoder", "backbone", "c1", "c1_roi"]
 

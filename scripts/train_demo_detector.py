@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -38,11 +37,12 @@ from transformers import (
 )
 from transformers.models.deformable_detr import modeling_deformable_detr
 
-from mfdetr_cache.attention import deformable_attention
-from mfdetr_cache.boxes import cxcywh_to_xyxy
 from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
+from mfdetr_cache.ops.deformable_attention import deformable_attention
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import SilentReporter
 
 SIDE, STRIDES, WIDTH = 160, (8, 16, 32), 96
 NUM_QUERIES, NUM_MANY, REPEATS, AROUND = 40, 64, 5, 1

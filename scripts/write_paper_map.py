@@ -6,7 +6,7 @@ python scripts/write_paper_map.py [FILE]
 import sys
 from pathlib import Path
 
-from mfdetr_pipelines.paper_tables import PAPER_TABLES
+from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
 
 from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, hdetr_r50_spec, head_cost
 

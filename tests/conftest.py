@@ -76,7 +76,7 @@ def drawn_cache(
     """A complete cache of the drawn images through the small RT-DETR; do not change it."""
     from mfdetr_pipelines.extract import run_extract
 
-    from mfdetr_cache.protocols import SilentReporter
+    from mfdetr_cache.reporter import SilentReporter
 
     path = tmp_path_factory.mktemp("caches") / "drawn.zarr"
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)

@@ -14,14 +14,14 @@ import pytest
 import typer
 import zarr
 from mfdetr_cli.app import app
+from mfdetr_pipelines.ablation.paper_tables import paper_table
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.paper_tables import paper_table
-from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.synthetic import draw_scene
 from mfdetr_cache.demo import demo_detector, demo_head
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
 from tests.support.scenes import extract_config
 
 ROOT = Path(__file__).resolve().parents[1]

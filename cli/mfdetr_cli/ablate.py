@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from mfdetr_pipelines.recipes import RECIPES, build_recipe, split_settings
 
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.training.recipes import RECIPES, build_recipe, split_settings
 from mfdetr_cli.console import ConsoleReporter, print_facts, print_table, write_json
 from mfdetr_cli.options import (
     DeviceOption,
@@ -19,8 +19,8 @@ from mfdetr_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mfdetr_pipelines.ablate import RowResult
-    from mfdetr_pipelines.ablation_rows import AblationRow, Baseline
+    from mfdetr_pipelines.ablation.rows import AblationRow, Baseline
+    from mfdetr_pipelines.ablation.run import RowResult
 
 
 def ablate(
@@ -102,17 +102,18 @@ def ablate(
     --max-steps 2000 --seeds 3 --out ablations/table3
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.ablate import AblateConfig, run_ablate
-    from mfdetr_pipelines.ablation_pictures import sample_masks
-    from mfdetr_pipelines.ablation_report import write_report
-    from mfdetr_pipelines.ablation_rows import (
+    from mfdetr_pipelines.ablation.baselines import SamSource
+    from mfdetr_pipelines.ablation.report import write_report
+    from mfdetr_pipelines.ablation.rows import (
         baseline_rows,
         label_fraction_rows,
         smaller_rows,
         with_settings,
     )
-    from mfdetr_pipelines.baselines import SamSource
-    from mfdetr_pipelines.cluster import Cluster
+    from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+    from mfdetr_pipelines.ablation.samples import sample_masks
+
+    from mfdetr_cache.extraction.cluster import Cluster
 
     title, needs, rows = _rows(file, table, recipe or [])
     rows = (*rows, *baseline_rows(_baselines(baseline or [])))
@@ -157,7 +158,7 @@ def ablate(
 
 def _print_results(title: str, results: "Sequence[RowResult]") -> None:
     """Three tables, since eighty columns do not hold one; what no row has is left out."""
-    from mfdetr_pipelines.ablation_report import COLUMNS, report_cells
+    from mfdetr_pipelines.ablation.report import COLUMNS, report_cells
 
     cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
     for title_, wanted in (
@@ -178,7 +179,7 @@ def _print_results(title: str, results: "Sequence[RowResult]") -> None:
 
 def _baselines(names: list[str]) -> "list[Baseline]":
     """The baselines asked for, checked."""
-    from mfdetr_pipelines.ablation_rows import BASELINES
+    from mfdetr_pipelines.ablation.rows import BASELINES
 
     for name in names:
         if name not in BASELINES:
@@ -190,8 +191,8 @@ def _rows(
     file: Path | None, table: int | None, recipes: list[str]
 ) -> "tuple[str, str, tuple[AblationRow, ...]]":
     """Title, what else is needed, and rows."""
-    from mfdetr_pipelines.ablation_rows import AblationRow, rows_of_file, rows_of_table
-    from mfdetr_pipelines.paper_tables import paper_table
+    from mfdetr_pipelines.ablation.paper_tables import paper_table
+    from mfdetr_pipelines.ablation.rows import AblationRow, rows_of_file, rows_of_table
 
     if sum((file is not None, table is not None, bool(recipes))) != 1:
         raise ConfigError("give FILE, or --table N, or --recipe (one or more): one of the three")
@@ -208,8 +209,8 @@ def _plan(
     rows: "tuple[AblationRow, ...]", cache: str | None, seeds: int, device: str
 ) -> list[dict[str, Any]]:
     """What the rows cost; with a cache, a step of each is timed."""
-    from mfdetr_pipelines.ablate import seconds_per_step
-    from mfdetr_pipelines.ablation_rows import plan_rows
+    from mfdetr_pipelines.ablation.rows import plan_rows
+    from mfdetr_pipelines.ablation.run import seconds_per_step
 
     spec, seconds = None, {}
     if cache is not None:
@@ -247,7 +248,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     ]
     columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
     print_table(f"{title} (ours / paper)", columns, rows, wrap_first=True)
-    from mfdetr_pipelines.ablation_rows import shared_notes
+    from mfdetr_pipelines.ablation.rows import shared_notes
 
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):
         typer.echo(line)

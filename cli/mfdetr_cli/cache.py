@@ -37,7 +37,7 @@ def info(
     mfdetr cache info val2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_info import describe_cache
+    from mfdetr_pipelines.cache.info import describe_cache
 
     about = describe_cache(cache)
     whole = (
@@ -100,7 +100,7 @@ def verify(
     mfdetr cache verify val2017.zarr --full
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+    from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 
     source = LiveSource(weights, images, device) if weights and images else None
     summary = run_verify(cache, ConsoleReporter(), full=full, live=live, source=source)
@@ -140,7 +140,7 @@ def view(
     mfdetr cache view val2017.zarr --images val2017 --out val2017.html
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_view import run_view
+    from mfdetr_pipelines.cache.show import run_view
 
     summary = run_view(cache, out, ConsoleReporter(), images=images, count=count)
     print_facts(f"Cache {cache}", {"page": str(summary.page), "images": str(summary.images)})
@@ -161,7 +161,7 @@ def finish(
     mfdetr cache finish train2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_finish import run_finish
+    from mfdetr_pipelines.cache.finish import run_finish
 
     found = run_finish(cache, ConsoleReporter())
     write_json(json, {"cache": cache, **asdict(found)})
@@ -193,7 +193,7 @@ def repair(
     --annotations annotations/instances_val2017.json
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_repair import run_repair
+    from mfdetr_pipelines.cache.repair import run_repair
 
     summary = run_repair(cache, weights, images, annotations, ConsoleReporter(), device=device)
     write_json(json, {"cache": str(cache), **asdict(summary)})
@@ -232,8 +232,8 @@ def certify(
     mfdetr cache certify val-int8.zarr --head runs/paper --reference val-fp16.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_certify import CertifyConfig, run_certify
-    from mfdetr_pipelines.cache_verify import LiveSource
+    from mfdetr_pipelines.cache.certify import CertifyConfig, run_certify
+    from mfdetr_pipelines.cache.verify import LiveSource
 
     source = LiveSource(weights, images, device) if weights and images else None
     config = CertifyConfig(cache, head, reference, source, samples, device)
@@ -262,7 +262,7 @@ def bench(
     mfdetr cache bench train2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache_bench import run_bench
+    from mfdetr_pipelines.cache.bench import run_bench
 
     found = run_bench(cache, ConsoleReporter(), images=images)
     rows = [

@@ -117,11 +117,11 @@ def extract(
     --annotations annotations/instances_val2017.json --cache val2017.zarr
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cluster import Cluster
     from mfdetr_pipelines.extract import run_extract
-    from mfdetr_pipelines.extraction import ExtractConfig
 
     from mfdetr_cache.detectors.options import DetectorOptions
+    from mfdetr_cache.extraction.cluster import Cluster
+    from mfdetr_cache.extraction.config import ExtractConfig
 
     config = ExtractConfig(
         detector=detector,

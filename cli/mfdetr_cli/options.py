@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from mfdetr_pipelines.recipes import RECIPES
 
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.training.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from mfdetr_cache.cache.storage import Storage
+    from mfdetr_cache.cache.storage.protocol import Storage
     from mfdetr_cache.cache.writer import Partition
 
 
@@ -96,7 +96,8 @@ def storage_at(location: str, local_cache: Path | None, local_cache_size: str) -
     Returns:
         The storage.
     """
-    from mfdetr_cache.cache.storage import MirroredStorage, open_storage
+    from mfdetr_cache.cache.storage.mirror import MirroredStorage
+    from mfdetr_cache.cache.storage.open import open_storage
 
     storage = open_storage(location)
     if local_cache is None or storage.folder is not None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from mfdetr_pipelines.recipes import build_recipe
 
+from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,
@@ -93,8 +93,9 @@ def train_head(
     and is divided among the processes.
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.run_folder import TrainHeadConfig
     from mfdetr_pipelines.train_head import run_train_head
+
+    from mfdetr_cache.training.run_folder import TrainHeadConfig
 
     settings = parse_assignments(set_ or []) | ({} if amp is None else {"amp": amp})
     if compile_:

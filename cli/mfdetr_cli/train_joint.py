@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from mfdetr_pipelines.recipes import build_recipe
 
+from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,

@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 
 from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
-from mfdetr_cache.cache.storage import Location, Storage, explained, open_storage
+from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.storage.protocol import Storage, explained
 from mfdetr_cache.errors import CacheError
 
 

@@ -18,7 +18,7 @@ from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk
-from mfdetr_cache.devices import pinned_array
+from mfdetr_cache.ops.devices import pinned_array
 
 _BYTES = np.dtype(np.uint8)
 # Decoded bytes that are read, checked and decompressed at a time where no GPU waits: encoded bytes
@@ -129,7 +129,7 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
     except FileNotFoundError:
         return False
     # numba takes half a second to import.
-    from mfdetr_cache.cache.checksum_kernels import checksum_of_joined
+    from mfdetr_cache.cache.checksum_numba import checksum_of_joined
 
     if crc32c(body_view) != checksum_of_joined(checksums.astype(np.uint32), bodies):
         return False

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.shards import decode_chunk
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 # Chunks of run lengths kept decoded, 256 kB each.

@@ -26,7 +26,8 @@ from mfdetr_cache.cache.schema import (
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ZSTD_LEVEL
-from mfdetr_cache.cache.storage import ROOT_KEY, LocalStorage, Storage
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth

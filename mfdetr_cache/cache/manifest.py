@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mfdetr_cache.cache.columns import Columns
-from mfdetr_cache.cache.manifest import read_manifest, whole_parts
+from mfdetr_cache.cache.foundation import Foundation
+from mfdetr_cache.cache.manifest import read_manifest
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
     BASE_VIEW,
@@ -18,11 +18,12 @@ from mfdetr_cache.cache.schema import (
     Part,
     stored_maps,
 )
-from mfdetr_cache.cache.storage import Location, Storage, open_storage
+from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import Identity, spec_from_identity
-from mfdetr_cache.types import CachedImage, DetectorSpec, GroundTruth, ImageGeometry
+from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class ArraySummary:
     source: str
 
 
-class FeatureCache:
+class FeatureCache(Foundation):
     """A cache, open for reading. Iterating and indexing go over the stored images of ``base``.
 
     Args:
@@ -50,30 +51,27 @@ class FeatureCache:
         attributes: Its root attributes, checked.
 
     Attributes:
-        storage: Where it is.
-        path: What people call that place.
         cache_id: Hash of its identity.
         format_version: Version of the format it is written in.
         identity: What decides its content.
-        spec: The detector it was made with.
-        layout: Rows, parts and tokens.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
         views: The passes of the detector by name, ``base`` first.
     """
 
     def __init__(self, storage: Storage, attributes: dict[str, Any]) -> None:
-        self.storage = storage
-        self.path = storage.name
+        identity: Identity = attributes["identity"]
+        super().__init__(
+            storage,
+            spec_from_identity(identity["detector"]),
+            CacheLayout.from_dict(attributes["layout"]),
+        )
         self.cache_id: str = attributes["cache_id"]
         self.format_version: int = attributes["format_version"]
-        self.identity: Identity = attributes["identity"]
-        self.spec: DetectorSpec = spec_from_identity(self.identity["detector"])
-        self.layout = CacheLayout.from_dict(attributes["layout"])
+        self.identity = identity
         self.categories: list[dict[str, Any]] = attributes["categories"]
         self.label_categories = tuple(int(c) for c in attributes["label_categories"])
-        self._columns = Columns(storage)
-        self.views = {view: CacheView(self, view, self._columns) for view in self.layout.views}
+        self.views = {view: CacheView(self, view) for view in self.layout.views}
         self._chosen: frozenset[int] | None = None
 
     @classmethod
@@ -113,12 +111,6 @@ class FeatureCache:
                 f"{path}/zarr.json lacks or distorts {error}: it is damaged, or was written by a "
                 "development version before the format was released"
             ) from error
-
-    @functools.cached_property
-    def missing_parts(self) -> tuple[Part, ...]:
-        """Parts that were never sealed or have lost a file."""
-        whole = whole_parts(self.storage, self.layout.parts)
-        return tuple(p for p in self.layout.parts if p not in whole)
 
     @property
     def is_complete(self) -> bool:
@@ -246,41 +238,6 @@ class FeatureCache:
 
     def __iter__(self) -> Iterator[CachedImage]:
         return (self.read(row) for row in self.rows)
-
-    def image_id(self, row: int) -> int:
-        """COCO image id of a row.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The id.
-        """
-        return int(self._columns["images/image_id"][row])
-
-    def file_name(self, row: int) -> str:
-        """Name of a row's image, relative to the image folder.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The name.
-        """
-        first, last = self._columns["images/file_name_offset"][row : row + 2]
-        return bytes(self._columns["images/file_name_utf8"][first:last]).decode()
-
-    def original_hw(self, row: int) -> tuple[int, int]:
-        """Annotated height and width of a row's image in pixels.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            Height and width.
-        """
-        height, width = self._columns["images/original_hw"][row]
-        return int(height), int(width)
 
     def geometry(self, row: int) -> ImageGeometry:
         """Sizes of a row's image in the view ``base``.

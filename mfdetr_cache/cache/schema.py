@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.quantisation import ENCODINGS, Preset
+from mfdetr_cache.ops.quantisation import ENCODINGS, Preset
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 FORMAT_NAME = "mfdetr-cache"

@@ -16,7 +16,7 @@ from numcodecs.zstd import Zstd
 from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
 ZSTD_LEVEL = 1

@@ -9,7 +9,7 @@ from mfdetr_cache.cache.manifest import manifest_key, read_foundation, read_mani
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import CacheError
 
 _BLOCK = 2**24

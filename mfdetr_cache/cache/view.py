@@ -3,13 +3,13 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.chunks import ChunkRun, read_chunks
-from mfdetr_cache.cache.columns import Columns
+from mfdetr_cache.cache.foundation import Foundation
 from mfdetr_cache.cache.schema import (
     C1_ROI,
     ROW_OK,
@@ -18,14 +18,11 @@ from mfdetr_cache.cache.schema import (
     stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
-from mfdetr_cache.cache.storage import Storage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.quantisation import ENCODINGS, StoredMap
+from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
-
-if TYPE_CHECKING:
-    from mfdetr_cache.cache.reader import FeatureCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +54,16 @@ class CacheView:
     Args:
         cache: The cache it belongs to.
         name: Its name.
-        columns: The arrays the cache was created with.
 
     Attributes:
         name: Its name.
         arrays: Every array that was written part by part, by its name below the view.
     """
 
-    def __init__(self, cache: "FeatureCache", name: str, columns: Columns) -> None:
+    def __init__(self, cache: Foundation, name: str) -> None:
         self.name = name
         self.arrays = row_arrays(cache.spec, cache.layout, name)
         self._cache = cache
-        self._columns = columns
         self._tables: dict[str, NDArray[Any]] = {}
         self._chunk_types = {
             name: (math.prod(spec.chunk), np.dtype(spec.dtype))
@@ -94,10 +89,10 @@ class CacheView:
             The transform.
         """
         base = f"views/{self.name}/transform"
-        x0, y0, x1, y1 = (int(v) for v in self._columns[f"{base}/crop_xyxy"][row])
-        flip = bool(self._columns[f"{base}/flip"][row])
+        x0, y0, x1, y1 = (int(v) for v in self._cache.columns[f"{base}/crop_xyxy"][row])
+        flip = bool(self._cache.columns[f"{base}/flip"][row])
         return ViewTransform(
-            (x0, y0, x1, y1), flip, int(self._columns[f"{base}/shortest_edge"][row])
+            (x0, y0, x1, y1), flip, int(self._cache.columns[f"{base}/shortest_edge"][row])
         )
 
     def geometry(self, row: int) -> ImageGeometry:
@@ -144,17 +139,17 @@ class CacheView:
             The objects in pixels of the view's picture, masks as run lengths.
         """
         base = f"views/{self.name}/ground_truth"
-        first, last = (int(v) for v in self._columns[f"{base}/offset"][row : row + 2])
-        bounds = self._columns[f"{base}/run_length_offset"][first : last + 1]
+        first, last = (int(v) for v in self._cache.columns[f"{base}/offset"][row : row + 2])
+        bounds = self._cache.columns[f"{base}/run_length_offset"][first : last + 1]
         runs: tuple[NDArray[np.uint32], ...] = ()
         if last > first:
             start, stop = int(bounds[0]), int(bounds[-1])
             # By slice: the run lengths of a whole dataset need not fit in memory.
-            flat = self._columns.slice(f"{base}/run_length", start, stop)
+            flat = self._cache.columns.slice(f"{base}/run_length", start, stop)
             runs = tuple(np.split(flat.astype(np.uint32), (bounds[1:-1] - start).tolist()))
 
         def column(name: str) -> NDArray[Any]:
-            return self._columns[f"{base}/{name}"][first:last]
+            return self._cache.columns[f"{base}/{name}"][first:last]
 
         return GroundTruth(
             annotation_ids=column("annotation_id"),

@@ -28,10 +28,11 @@ from mfdetr_cache.cache.schema import (
     stored_maps,
 )
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk
-from mfdetr_cache.cache.storage import ROOT_KEY, Location, Storage, explained, open_storage
+from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
-from mfdetr_cache.quantisation import ENCODINGS, encode_map, fits_float16
+from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map, fits_float16
 from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 

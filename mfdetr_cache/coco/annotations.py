@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.masks import RunLengths, run_lengths_of_segmentation
+from mfdetr_cache.ops.masks import RunLengths, run_lengths_of_segmentation
 from mfdetr_cache.types import GroundTruth
 
 

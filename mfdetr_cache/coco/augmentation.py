@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mfdetr_cache.masks import RunLengths, crop_run_lengths
+from mfdetr_cache.ops.masks import RunLengths, crop_run_lengths
 from mfdetr_cache.types import GroundTruth
 
 Policy = Literal["deformable-detr", "large-scale-jitter"]

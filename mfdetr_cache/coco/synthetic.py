@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from mfdetr_cache.files import make_folder, write_atomically, writing
-from mfdetr_cache.masks import encode_mask
+from mfdetr_cache.ops.masks import encode_mask
 
 SHAPES = ("disc", "box", "triangle", "star", "ring", "cross")
 # Less of a shape than this share is not annotated: nobody could say what it is.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mfdetr_cache.protocols import Detector
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.types import DetectorOutput
 
 

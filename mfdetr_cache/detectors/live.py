@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mfdetr_cache.protocols import Detector
-from mfdetr_cache.quantisation import StoredMap
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.types import CachedImage, GroundTruth
 
 

@@ -10,8 +10,8 @@ from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detec
 from mfdetr_cache.detectors.official.architecture import ARCHITECTURES, Architecture
 from mfdetr_cache.detectors.official.detr import WIDTH
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.protocols import Detector
 
 _SCHEME_NAMES = {
     "deformable-detr": "Deformable DETR",

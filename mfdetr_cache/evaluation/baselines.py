@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mfdetr_cache.boxes import box_iou
 from mfdetr_cache.evaluation.detections import Detections
-from mfdetr_cache.masks import decode_run_lengths, encode_mask
+from mfdetr_cache.ops.boxes import box_iou
+from mfdetr_cache.ops.masks import decode_run_lengths, encode_mask
 from mfdetr_cache.types import GroundTruth
 
 # From this IoU on a detection counts as being of an object, as COCO's loosest threshold has it.

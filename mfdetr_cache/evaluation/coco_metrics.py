@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mfdetr_cache.masks import compress_run_lengths
+from mfdetr_cache.ops.masks import compress_run_lengths
 from mfdetr_cache.types import GroundTruth
 
 Result = dict[str, Any]

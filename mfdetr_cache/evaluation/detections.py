@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.types import CachedImage, DetectorSpec
 
 # COCO evaluates at most this many detections per image.

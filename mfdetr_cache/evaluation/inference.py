@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.masks import compress_run_lengths, run_lengths_in_box
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.ops.masks import compress_run_lengths, run_lengths_in_box
 from mfdetr_cache.types import CachedImage, DetectorSpec
 
 # The final score of a mask: class score times predicted IoU (Eq. 13), times mean probability inside

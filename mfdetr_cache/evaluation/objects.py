@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mfdetr_cache.evaluation.inference import MaskPrediction
 from mfdetr_cache.evaluation.overlay import OverlayItem
-from mfdetr_cache.masks import paste_mask_in_image
+from mfdetr_cache.ops.masks import paste_mask_in_image
 
 
 @dataclass(frozen=True, slots=True)

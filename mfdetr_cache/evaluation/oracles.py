@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
 from mfdetr_cache.evaluation.baselines import SAME_OBJECT_IOU, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.evaluation.results import mask_result, mask_results
-from mfdetr_cache.masks import compress_run_lengths
+from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
+from mfdetr_cache.ops.masks import compress_run_lengths
 from mfdetr_cache.types import CachedImage, GroundTruth
 
 Oracle = Literal["masks", "scores", "boxes", "labels", "found"]

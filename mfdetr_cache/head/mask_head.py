@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.devices import to_device
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, RegionsByGroup
 from mfdetr_cache.head.box_encoder import build_box_encoder
@@ -18,7 +17,8 @@ from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.query_encoder import QueryEncoder
-from mfdetr_cache.roi_align import roi_align, roi_coverage
+from mfdetr_cache.ops.devices import to_device
+from mfdetr_cache.ops.roi_align import roi_align, roi_coverage
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 # Normalised features times a query of plain Xavier scale give logits near +-10 before anything is

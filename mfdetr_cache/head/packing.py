@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mfdetr_cache.devices import to_device
 from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.position import sine_position
-from mfdetr_cache.packed_levels import PackedLevels, SizesHw, first_tokens
+from mfdetr_cache.ops.devices import to_device
+from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw, first_tokens
 
 # Cells around a box, at the fused level, that bilinear up-sampling and RoIAlign may reach into:
 # one each, and one for where a map's size is not a multiple of its stride.

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mfdetr_cache.devices import is_plain
+from mfdetr_cache.ops.devices import is_plain
 
 
 def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> Tensor:

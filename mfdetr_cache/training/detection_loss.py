@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy
-from mfdetr_cache.training.matching import (
+from mfdetr_cache.matching.matchers import (
     CLASS_COST,
     FOCAL_ALPHA,
     FOCAL_GAMMA,
@@ -20,6 +19,7 @@ from mfdetr_cache.training.matching import (
     L1_COST,
     match_hungarian,
 )
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
 
 # DETR's weight of queries that match nothing, in its cross entropy.
 _NO_OBJECT_WEIGHT = 0.1

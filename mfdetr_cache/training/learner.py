@@ -1,24 +1,23 @@
 """One mask network and everything that training changes about it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.devices import arriving
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.training.batches import TrainBatch
+from mfdetr_cache.ops.devices import arriving
+from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.losses import LossParts, head_losses
-from mfdetr_cache.training.optimisers import build_optimisers
-from mfdetr_cache.training.precision import autocast
-from mfdetr_cache.training.schedule import learning_rate
+from mfdetr_cache.training.optimisers import build_optimisers, learning_rate
 
 # Steps that the reported loss is a mean of.
 _RECENT = 50
@@ -260,3 +259,23 @@ def loss_of_batch(
     return head_losses(
         output, batch.masks, batch.labels, batch.outside, train, generator, share, head.codec
     )
+
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(
+    amp: Literal["off", "bf16", "fp16"], device: torch.device
+) -> AbstractContextManager[object]:
+    """The context a network runs in.
+
+    Args:
+        amp: Precision asked for.
+        device: Where it runs.
+
+    Returns:
+        torch's autocast, or nothing.
+    """
+    if amp == "off":
+        return nullcontext()
+    return torch.autocast(device.type, _TYPES[amp])

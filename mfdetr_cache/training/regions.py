@@ -1,20 +1,17 @@
 """From one cached image to regions with targets: matched queries, their boxes, what is inside."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy
-from mfdetr_cache.masks import rasterise_in_boxes
+from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_one_to_one, with_least_side
+from mfdetr_cache.matching.objects import trainable_objects
+from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
+from mfdetr_cache.ops.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.matching import Matches, match_by_iou, match_hungarian
-from mfdetr_cache.types import CachedImage, GroundTruth
-
-# A box thinner than this is no region: its RoI would be one sample repeated.
-_MIN_SIDE_NORM = 1e-4
+from mfdetr_cache.types import CachedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +34,6 @@ class RegionTargets:
 
     def __len__(self) -> int:
         return len(self.query_index)
-
-
-def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Objects that can be learned from: no crowd, with area, of a label the detector has.
-
-    Args:
-        truth: The annotated objects of an image.
-        held_out: Category ids that are hidden.
-
-    Returns:
-        Indices into them.
-    """
-    size = truth.boxes_xyxy[:, 2:] - truth.boxes_xyxy[:, :2]
-    usable = ~truth.is_crowd & (truth.labels >= 0) & (truth.areas > 0) & (size > 0).all(axis=1)
-    if held_out:
-        usable &= ~np.isin(truth.category_ids, held_out)
-    return np.flatnonzero(usable)
-
-
-def object_masks(
-    truth: GroundTruth, size_hw: tuple[int, int], held_out: Sequence[int], side: int
-) -> NDArray[np.float32]:
-    """Coverage of every object that can be learned from over its own box.
-
-    Args:
-        truth: The annotated objects of an image.
-        size_hw: Height and width of their picture in pixels.
-        held_out: Category ids that are hidden.
-        side: Cells along both axes.
-
-    Returns:
-        Shape (G, side, side).
-    """
-    objects = trainable_objects(truth, held_out)
-    runs = [truth.run_lengths[i] for i in objects]
-    boxes = truth.boxes_xyxy[objects].astype(np.float64)
-    return rasterise_in_boxes(runs, size_hw, boxes, side)[0]
 
 
 def build_regions(
@@ -106,7 +66,7 @@ def build_regions(
         matches = match_by_iou(logits, predicted, target, candidates, least)
     else:
         held = image.c1_crops.query_index if image.c1_crops is not None else None
-        matches = _match_one_to_one(
+        matches = match_one_to_one(
             image.class_logits, image.boxes_cxcywh_norm, labels, truth_xyxy, held
         )
     matches = _choose(matches, config, random)
@@ -124,45 +84,6 @@ def build_regions(
 def _corners(boxes_cxcywh: NDArray[np.float32]) -> NDArray[np.float32]:
     centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
     return np.concatenate((centre - half, centre + half), axis=1)
-
-
-def hungarian_queries(
-    class_logits: torch.Tensor,
-    boxes_cxcywh_norm: torch.Tensor,
-    truth: GroundTruth,
-    original_hw: tuple[int, int],
-) -> NDArray[np.int64]:
-    """The queries Hungarian matching trains on in one image; crops of C1 are kept for these.
-
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh_norm: Shape (Q, 4).
-        truth: The annotated objects.
-        original_hw: Height and width of their picture in pixels.
-
-    Returns:
-        Indices in rising order, one per object that can be learned from.
-    """
-    objects = trainable_objects(truth)
-    if not len(objects):
-        return np.zeros(0, dtype=np.int64)
-    height, width = original_hw
-    scale = np.array([width, height, width, height], dtype=np.float32)
-    target = truth.boxes_xyxy[objects] / scale
-    logits, boxes = class_logits.numpy(), boxes_cxcywh_norm.numpy()
-    return _match_one_to_one(logits, boxes, truth.labels[objects], target).query_index
-
-
-def _match_one_to_one(
-    class_logits: NDArray[np.float32],
-    boxes_cxcywh: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    truth_xyxy: NDArray[np.float32],
-    preferred: NDArray[np.int64] | None = None,
-) -> Matches:
-    low, high = truth_xyxy[:, :2], truth_xyxy[:, 2:]
-    truth = np.concatenate(((low + high) / 2, high - low), axis=1)
-    return match_hungarian(class_logits, boxes_cxcywh, labels, truth, preferred)
 
 
 def _no_regions(grid: int) -> RegionTargets:
@@ -201,17 +122,3 @@ def _jitter(
         good = (overlap >= np.minimum(before, 0.5))[:, None]
         boxes = np.where(good, moved, boxes)
     return with_least_side(boxes.astype(np.float32))
-
-
-def with_least_side(boxes_xyxy_norm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Boxes no thinner than a region may be.
-
-    Args:
-        boxes_xyxy_norm: Shape (R, 4).
-
-    Returns:
-        The same boxes, degenerate ones widened to the right and the bottom.
-    """
-    corner = boxes_xyxy_norm[:, :2]
-    far = np.maximum(boxes_xyxy_norm[:, 2:], corner + np.float32(_MIN_SIDE_NORM))
-    return np.concatenate((corner, far), axis=1)

@@ -20,8 +20,8 @@ from mfdetr_cache.coco.copy_paste import (
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.files import make_folder, write_atomically, writing
-from mfdetr_cache.masks import decode_run_lengths, encode_mask
-from mfdetr_cache.protocols import Reporter
+from mfdetr_cache.ops.masks import decode_run_lengths, encode_mask
+from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.extract import require_images
 
 IMAGES, ANNOTATIONS = "images", "instances.json"

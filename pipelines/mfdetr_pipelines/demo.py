@@ -9,17 +9,18 @@ from typing import TypeVar
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
-from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import MfdetrError
+from mfdetr_cache.evaluation.measure import EvaluateSummary
+from mfdetr_cache.evaluation.pictures import picture_of_path
+from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.files import writing
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.protocols import Reporter
-from mfdetr_pipelines.evaluate import EvaluateConfig, EvaluateSummary, run_evaluate
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
-from mfdetr_pipelines.pictures import picture_of_path
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 ResultT = TypeVar("ResultT")

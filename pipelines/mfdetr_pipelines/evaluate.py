@@ -2,61 +2,32 @@
 
 import json
 import time
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage import Location
+from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.devices import torch_device
-from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
-    CocoMetrics,
-    CocoReport,
     Evaluator,
-    Kind,
     Result,
-    coco_ground_truth,
-    measure_results,
 )
 from mfdetr_cache.evaluation.inference import (
-    MaskPrediction,
     Scoring,
-    masks_in_image,
-    predict_masks,
 )
-from mfdetr_cache.evaluation.oracles import (
-    ORACLES,
-    Oracle,
-    oracle_results,
-    with_perfect_boxes,
-)
-from mfdetr_cache.evaluation.results import box_results, mask_results
+from mfdetr_cache.evaluation.measure import EXTRAS, EvaluateSummary, Latency, measure
 from mfdetr_cache.files import write_atomically
-from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.folder import Which, load_head
-from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import Reporter
-from mfdetr_cache.types import CachedImage
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.reporter import Reporter
 
-# Floor and ceiling; boundary AP; AP with one thing perfect at a time.
-Extra = Literal["baselines", "boundary", "oracles"]
-EXTRAS: tuple[Extra, ...] = ("baselines", "boundary", "oracles")
-_READ_AHEAD = 4
-# Threads that paste and encode masks while the head is at the next image.
-_WORKERS = 2
 _TIMED_IMAGES = 20
 
 
@@ -89,89 +60,6 @@ class EvaluateConfig:
     boundary: bool = True
     live: tuple[str, Path] | None = None
     oracles: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Time per image, in seconds.
-
-    Attributes:
-        median: Half of the images took no longer.
-        p90: Nine in ten took no longer.
-    """
-
-    median: float
-    p90: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Latency":
-        """Of some images; the first is left out where there are more, it warms up.
-
-        Args:
-            seconds: Time of each image, at least one.
-
-        Returns:
-            The two quantiles.
-        """
-        timed = np.array(seconds[1:] or seconds)
-        return cls(float(np.median(timed)), float(np.quantile(timed, 0.9)))
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluateSummary:
-    """What was measured.
-
-    Attributes:
-        num_images: Images measured on.
-        mask: Mask AP of the head.
-        box: Box AP of the detector.
-        floor: Mask AP of the box as mask; None if not asked for.
-        ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not asked for.
-        boundary: Boundary AP of the head; None if not asked for.
-        details: Recalls and categories of ``mask`` and ``box``.
-        seconds: Whole time.
-        latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
-            ``detector`` where it was timed.
-        parameters: Of the head.
-        macs: Multiply-adds of the head for the median input of this cache, 100 queries.
-        oracles: Mask AP of the head with one thing perfect, by what; empty if not asked for.
-    """
-
-    num_images: int
-    mask: CocoMetrics
-    box: CocoMetrics
-    floor: CocoMetrics | None
-    ceiling: CocoMetrics | None
-    boundary: CocoMetrics | None
-    details: dict[str, Any]
-    seconds: float
-    latency: dict[str, Latency]
-    parameters: int
-    macs: int
-    oracles: dict[Oracle, CocoMetrics]
-
-    def metrics(self) -> dict[str, dict[str, float] | None]:
-        """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
-        sets = {
-            "mask": self.mask,
-            "box": self.box,
-            "floor": self.floor,
-            "ceiling": self.ceiling,
-            "boundary": self.boundary,
-        }
-        return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """COCO results of one image."""
-
-    box: list[Result]
-    mask: list[Result]
-    floor: list[Result]
-    ceiling: list[Result]
-    oracles: dict[Oracle, list[Result]]
-    seconds: float
 
 
 def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
@@ -232,90 +120,6 @@ def _unseen(cache: FeatureCache, document: Mapping[str, Any], reporter: Reporter
     return unseen
 
 
-def measure(
-    cache: FeatureCache,
-    head: MaskHead,
-    device: torch.device,
-    reporter: Reporter,
-    extras: Collection[Extra] = (),
-    *,
-    scoring: Scoring = "auto",
-    evaluator: Evaluator = "fast",
-) -> tuple[EvaluateSummary, list[Result]]:
-    """Metrics of a head on a complete cache of the same detector.
-
-    Args:
-        cache: The cache.
-        head: The head, on the device.
-        device: Where it runs.
-        reporter: Who is told about progress.
-        extras: What to measure beside mask and box AP.
-        scoring: How the class score becomes the final one.
-        evaluator: Who computes AP.
-
-    Returns:
-        The metrics, and the head's COCO mask results.
-    """
-    if head.c1 is not None:
-        cache.require_c1_map("evaluation")
-    baselines, boundary, oracles = (extra in extras for extra in EXTRAS)
-    started = time.perf_counter()
-    head.eval()
-    scored: list[_Scored] = []
-    head_seconds: list[float] = []
-    reporter.start("evaluate", len(cache), "images")
-    with ThreadPoolExecutor(_WORKERS, "masks") as pool:
-        behind: deque[Future[_Scored]] = deque()
-        for image in _images(cache, head.map_names):
-            begun = time.perf_counter()
-            prediction = predict_masks(head, image, cache.spec, device, scoring)
-            head_seconds.append(time.perf_counter() - begun)
-            exact = None
-            if oracles:
-                exact = predict_masks(head, with_perfect_boxes(image), cache.spec, device, scoring)
-            behind.append(pool.submit(_score, cache, image, prediction, exact, baselines=baselines))
-            # Bounded, so that memory is that of a few images however many there are.
-            if len(behind) > _WORKERS:
-                scored.append(behind.popleft().result())
-            reporter.advance()
-        scored += [future.result() for future in behind]
-    reporter.finish()
-    truth = ground_truth_of(cache)
-    masks = [r for s in scored for r in s.mask]
-
-    def metrics(results: list[Result], kind: Kind) -> CocoReport:
-        return measure_results(truth, results, kind, evaluator)
-
-    mask = metrics(masks, "segm")
-    box = metrics([r for s in scored for r in s.box], "bbox")
-    floor = metrics([r for s in scored for r in s.floor], "segm").metrics if baselines else None
-    ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics if baselines else None
-    sizes = sorted(cache.geometry(r).input_hw for r in cache.rows)
-    cost = head_cost(head.config, cache.spec, sizes[len(sizes) // 2])
-    summary = EvaluateSummary(
-        num_images=len(cache),
-        mask=mask.metrics,
-        box=box.metrics,
-        floor=floor,
-        ceiling=ceiling,
-        boundary=metrics(masks, "boundary").metrics if boundary else None,
-        details={"mask": mask.details(), "box": box.details()},
-        seconds=time.perf_counter() - started,
-        latency={
-            "head": Latency.of(head_seconds),
-            "post_processing": Latency.of([s.seconds for s in scored]),
-        },
-        parameters=cost.parameters,
-        macs=cost.macs,
-        oracles={
-            name: metrics([r for s in scored for r in s.oracles[name]], "segm").metrics
-            for name in ORACLES
-            if oracles
-        },
-    )
-    return summary, masks
-
-
 def seen_and_unseen(
     categories: Sequence[dict[str, Any]], held_out: Sequence[int]
 ) -> dict[str, float]:
@@ -360,66 +164,6 @@ def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
         detector.forward(pixels).class_logits.cpu()
         seconds.append(time.perf_counter() - begun)
     return Latency.of(seconds)
-
-
-def ground_truth_of(cache: FeatureCache) -> COCO:
-    """The annotated objects of a cache's images, as pycocotools takes them.
-
-    Args:
-        cache: A complete cache.
-
-    Returns:
-        An indexed ``COCO``.
-    """
-    images = (
-        (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
-        for r in cache.rows
-    )
-    return coco_ground_truth(images, cache.categories)
-
-
-def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedImage]:
-    with ThreadPoolExecutor(1, "reader") as pool:
-        ahead: deque[Future[CachedImage]] = deque()
-        for row in cache.rows:
-            ahead.append(pool.submit(cache.read, row, map_names))
-            if len(ahead) > _READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _score(
-    cache: FeatureCache,
-    image: CachedImage,
-    prediction: MaskPrediction,
-    exact: MaskPrediction | None,
-    *,
-    baselines: bool,
-) -> _Scored:
-    """Masks of one image at the original size and everything else COCO wants to know."""
-    size_hw, labels = image.geometry.original_hw, cache.label_categories
-    detections, image_id = prediction.detections, image.image_id
-    begun = time.perf_counter()
-    rles = masks_in_image(prediction, size_hw)
-    seconds = time.perf_counter() - begun
-    mask = mask_results(image_id, detections, labels, rles, prediction.confidences)
-    oracles: dict[Oracle, list[Result]] = {}
-    if exact is not None:
-        oracles = oracle_results(image, detections, labels, rles, prediction.confidences)
-        there = masks_in_image(exact, size_hw)
-        oracles["boxes"] = mask_results(
-            image_id, exact.detections, labels, there, exact.confidences
-        )
-    floor, ceiling = [], []
-    if baselines:
-        scores = detections.class_scores.double().numpy()
-        squares = box_masks(detections, size_hw)
-        annotated = oracle_masks(detections, image.ground_truth, labels, size_hw)
-        floor = mask_results(image_id, detections, labels, squares, scores)
-        ceiling = mask_results(image_id, detections, labels, annotated, scores)
-    box = box_results(image_id, detections, labels)
-    return _Scored(box, mask, floor, ceiling, oracles, seconds)
 
 
 def json_results(results: Sequence[Result]) -> bytes:

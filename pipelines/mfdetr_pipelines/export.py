@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy
 from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
@@ -22,7 +22,8 @@ from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same, spec_from_identity
-from mfdetr_cache.protocols import Detector, Reporter
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
+from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import DetectorSpec
 
 # Has grid_sample with border handling as torch has it, and RoIAlign with half-pixel offsets.

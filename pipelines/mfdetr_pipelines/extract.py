@@ -15,7 +15,7 @@ from mfdetr_cache.cache.schema import (
     BASE_VIEW,
     row_arrays,
 )
-from mfdetr_cache.cache.storage import open_storage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.registry import load_detector
@@ -27,9 +27,10 @@ from mfdetr_cache.errors import (
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.results import box_results
-from mfdetr_cache.protocols import Reporter
-from mfdetr_pipelines.cache_content import plan_cache
-from mfdetr_pipelines.extraction import ExtractConfig, Extraction
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.content import plan_cache
+from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.ray_engine import fill_parts
 
 # A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh

@@ -18,17 +18,17 @@ from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import CacheError, DatasetError
+from mfdetr_cache.extraction.stream import num_encoders
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import Detector, Reporter
-from mfdetr_cache.quantisation import ENCODINGS, Encoding, Preset, encode_map
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, Preset, encode_map
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.recipes import Recipe
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
-from mfdetr_pipelines.extraction import num_encoders
-from mfdetr_pipelines.recipes import Recipe
 
 _BLOCK = 64 * 2**20
 # COCO has 7.3 objects an image; a training step sees about so many regions of each.

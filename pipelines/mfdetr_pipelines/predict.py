@@ -9,10 +9,10 @@ from pathlib import Path
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
 from mfdetr_cache.files import make_folder, write_atomically, writing
-from mfdetr_cache.memory import keep_freed_memory
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
-from mfdetr_cache.protocols import Reporter
-from mfdetr_pipelines.video import VIDEO_SUFFIXES, Video
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.predict_video import VIDEO_SUFFIXES, Video
 
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"

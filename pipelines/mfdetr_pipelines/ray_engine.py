@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
-from mfdetr_cache.cache.storage import open_storage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, MfdetrError, StoppedError
-from mfdetr_cache.protocols import Detector, SilentReporter
-from mfdetr_pipelines.cache_content import plan_cache
-from mfdetr_pipelines.cluster import Cluster
-from mfdetr_pipelines.extraction import ExtractConfig, Extraction
+from mfdetr_cache.extraction.cluster import Cluster
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.content import plan_cache
+from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.reporter import SilentReporter
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -9,21 +9,22 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.config import nearest
-from mfdetr_cache.devices import torch_device
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.memory import keep_freed_memory
-from mfdetr_cache.protocols import Reporter, SilentReporter
-from mfdetr_cache.training.batches import steps_per_epoch
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, training_processes
+from mfdetr_cache.training.initial_head import new_head
 from mfdetr_cache.training.learner import Learner, build_learner
-from mfdetr_pipelines.evaluate import EvaluateSummary, measure
-from mfdetr_pipelines.run_folder import TrainHeadConfig, prepare_folder, run_document
-from mfdetr_pipelines.run_log import RunLog, read_log, require_trackers
-from mfdetr_pipelines.training_loop import Run, TrainingLoop, new_head, trainable_rows
+from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.order import steps_per_epoch
+from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_cache.training.run_folder import TrainHeadConfig, prepare_folder, run_document
+from mfdetr_cache.training.run_log import RunLog, read_log, require_trackers
 
 
 @dataclass(frozen=True, slots=True)

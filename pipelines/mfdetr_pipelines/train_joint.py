@@ -21,37 +21,34 @@ from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.augmentation import Policy
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, HeadError, OutputError, StoppedError
+from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
+from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.folder import save_head, save_run_config
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.protocols import Detector, Reporter, TunableDetector
-from mfdetr_cache.training.batches import (
-    TrainBatch,
-    TrainSample,
-    collate,
-    read_ahead,
-    rows_of_step,
-    steps_per_epoch,
-)
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.signals import stop_on_signals
+from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
 from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.detector_tuner import DetectorTuner, Tune
+from mfdetr_cache.training.initial_head import fit_codec
+from mfdetr_cache.training.input.live import LiveData, Picture
+from mfdetr_cache.training.input.threads import read_ahead
 from mfdetr_cache.training.learner import Learner, build_learner
+from mfdetr_cache.training.order import rows_of_step, steps_per_epoch
+from mfdetr_cache.training.recipes import Recipe
 from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.run_folder import prepare_folder, versions
+from mfdetr_cache.training.run_log import RunLog
 from mfdetr_cache.types import CachedImage, DetectorOutput
-from mfdetr_pipelines.detector_tuner import DetectorTuner, Tune
-from mfdetr_pipelines.evaluate import EvaluateSummary, measure
 from mfdetr_pipelines.extract import require_images, run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
-from mfdetr_pipelines.live_data import LiveData, Picture
-from mfdetr_pipelines.recipes import Recipe
-from mfdetr_pipelines.run_folder import prepare_folder, versions
-from mfdetr_pipelines.run_log import RunLog
 from mfdetr_pipelines.train_head import training_device, with_length
-from mfdetr_pipelines.training_loop import fit_codec, stop_on_signals
 
 DETECTOR_FOLDER = "detector"
 VALIDATION_CACHE = "val.zarr"

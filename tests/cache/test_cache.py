@@ -9,7 +9,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mfdetr_pipelines.cache_verify import run_verify
+from mfdetr_pipelines.cache.verify import run_verify
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.manifest import manifest_key, part_is_whole
@@ -22,13 +22,13 @@ from mfdetr_cache.cache.schema import (
     Part,
     plan_layout,
 )
-from mfdetr_cache.cache.storage import LocalStorage
+from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.quantisation import ENCODINGS, Preset, encode_map
+from mfdetr_cache.ops.quantisation import ENCODINGS, Preset, encode_map
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 from tests.support.images import make_ground_truth, make_spec
 

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfdetr_cache.cache import chunks
-from mfdetr_cache.cache.checksum_kernels import checksum_of_joined
+from mfdetr_cache.cache.checksum_numba import checksum_of_joined
 from mfdetr_cache.cache.chunks import ChunkRun, read_chunks
 from mfdetr_cache.cache.shards import ShardBuilder, ShardReader, encode_chunk
-from mfdetr_cache.cache.storage import LocalStorage, ObjectStorage, Storage
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.object_store import ObjectStorage
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import CacheError
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.quantisation import ENCODINGS
+from mfdetr_cache.ops.quantisation import ENCODINGS
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec
 from tests.support.images import make_spec
 
@@ -47,7 +47,7 @@ def expected(spec: DetectorSpec, size_hw: tuple[int, int], row: int) -> Detector
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_every_version_is_read_value_by_value(name: str) -> None:
-    from mfdetr_pipelines.cache_verify import run_verify
+    from mfdetr_pipelines.cache.verify import run_verify
 
     cache = FeatureCache.open(GOLDEN / name)
     cache.require_complete()

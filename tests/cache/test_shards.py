@@ -6,7 +6,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from mfdetr_cache.cache.shards import ShardBuilder, ShardReader, decode_chunk, encode_chunk
-from mfdetr_cache.cache.storage import LocalStorage
+from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.errors import CacheError
 
 

@@ -17,23 +17,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache_finish import run_finish
-from mfdetr_pipelines.cache_verify import run_verify
+from mfdetr_pipelines.cache.finish import run_finish
+from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage import (
-    LocalStorage,
-    MirroredStorage,
-    ObjectStorage,
-    checksum_of,
-    open_storage,
-)
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.mirror import MirroredStorage
+from mfdetr_cache.cache.storage.object_store import ObjectStorage
+from mfdetr_cache.cache.storage.open import open_storage
+from mfdetr_cache.cache.storage.protocol import checksum_of
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe, weights_of
 from tests.support import scenes
 

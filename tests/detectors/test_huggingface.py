@@ -9,12 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import list_detectors, load_detector
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import Detector, TunableDetector
 from tests.support import detectors
 
 

@@ -18,8 +18,8 @@ from mfdetr_cache.detectors.conformance import DetectorConformance
 from mfdetr_cache.detectors.official.architecture import Architecture
 from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.detectors.official.detr import OfficialDetr
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.protocols import Detector
 from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint
 

@@ -11,22 +11,22 @@ import pytest
 import torch
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
-from mfdetr_pipelines.training_loop import new_head
 
-from mfdetr_cache.attention import deformable_attention, sampled_attention
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.model import MaskFrozenDETR
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.quantisation import decode_maps
-from mfdetr_cache.training.batches import TrainBatch, TrainSample, collate
+from mfdetr_cache.ops.deformable_attention import deformable_attention, sampled_attention
+from mfdetr_cache.ops.quantisation import decode_maps
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
+from mfdetr_cache.training.initial_head import new_head
 from mfdetr_cache.training.learner import Learner, loss_of_batch
+from mfdetr_cache.training.recipes import Recipe, build_recipe
 from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import scenes
 
 # Another name only checks that the tests themselves run.

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from mfdetr_pipelines.ablate import AblateConfig, run_ablate
-from mfdetr_pipelines.ablation_rows import AblationRow
-from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.plan import PlanConfig, run_plan
 from mfdetr_pipelines.predict import PredictConfig, run_predict
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import Learner
+from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import scenes
 from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 

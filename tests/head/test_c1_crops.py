@@ -11,7 +11,7 @@ from mfdetr_cache.head.batch import HeadBatch
 from mfdetr_cache.head.c1_crops import moments_of
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.roi_align import roi_coverage
+from mfdetr_cache.ops.roi_align import roi_coverage
 from tests.support.images import make_batch, make_spec
 
 SIZES = [(96, 128), (64, 96), (96, 128)]

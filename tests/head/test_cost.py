@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mfdetr_pipelines.paper_tables import PAPER_TABLES, PaperRow, PaperTable
+from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, PaperRow, PaperTable
 
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.cost import hdetr_r50_spec, head_cost

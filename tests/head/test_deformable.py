@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from mfdetr_cache.attention import (
-    packed_attention,
-    sampled_attention,
-    softmax_over_points,
-)
 from mfdetr_cache.head.blocks.deformable import (
     MultiScaleDeformableAttention,
     cell_centres,
     deformable_attention,
 )
-from mfdetr_cache.packed_levels import PackedLevels
+from mfdetr_cache.ops.deformable_attention import (
+    packed_attention,
+    sampled_attention,
+    softmax_over_points,
+)
+from mfdetr_cache.ops.packed_levels import PackedLevels
 
 SIZES = ((4, 5), (2, 3))
 
@@ -90,7 +90,9 @@ def test_kernels_and_operators_agree() -> None:
 def test_packed_images_are_images_alone(*, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of different sizes, one without queries: results and gradients of each by itself."""
     if not kernels:
-        monkeypatch.setattr("mfdetr_cache.attention._kernels_for", lambda _value: None)
+        monkeypatch.setattr(
+            "mfdetr_cache.ops.deformable_attention._kernels_for", lambda _value: None
+        )
     sizes = (((4, 5), (2, 3)), ((1, 2), (3, 3)), ((7, 6), (1, 1)))
     counts, tokens = (70, 0, 9), (26, 11, 43)
     value = torch.randn(sum(tokens), 2, 3, dtype=torch.float64, requires_grad=True)

@@ -8,7 +8,7 @@ import torch
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.training.precision import autocast
+from mfdetr_cache.training.learner import autocast
 from tests.support.images import make_batch, make_spec
 
 SMALL = HeadConfig(hidden_dim=16, roi_size=8)

@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.ablate import AblateConfig, RowResult, run_ablate, seconds_per_step
-from mfdetr_pipelines.ablation_charts import ap_bars, label_curves
-from mfdetr_pipelines.ablation_pictures import sample_masks
-from mfdetr_pipelines.ablation_report import write_report
-from mfdetr_pipelines.ablation_rows import (
+from mfdetr_pipelines.ablation.baselines import SamSource
+from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
+from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, paper_table
+from mfdetr_pipelines.ablation.report import write_report
+from mfdetr_pipelines.ablation.rows import (
     AblationRow,
     RowPlan,
     baseline_rows,
@@ -26,11 +26,9 @@ from mfdetr_pipelines.ablation_rows import (
     smaller_rows,
     with_settings,
 )
-from mfdetr_pipelines.baselines import SamSource
+from mfdetr_pipelines.ablation.run import AblateConfig, RowResult, run_ablate, seconds_per_step
+from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
-from mfdetr_pipelines.paper_tables import PAPER_TABLES, paper_table
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.training_loop import TrainingLoop, trainable_rows
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -39,8 +37,11 @@ from mfdetr_cache.errors import CacheError, ConfigError, StoppedError
 from mfdetr_cache.evaluation.baselines import ellipse_masks
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.evaluation.detections import Detections
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.rows import trainable_rows
 
 SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
 
@@ -280,7 +281,8 @@ def test_settings_are_chosen_on_images_left_out_of_training(
 
     monkeypatch.setattr(FeatureCache, "read", counted)
     monkeypatch.setattr(
-        "mfdetr_pipelines.ablate.measure", lambda *_, **__: pytest.fail("not before it is trained")
+        "mfdetr_pipelines.ablation.run.measure",
+        lambda *_, **__: pytest.fail("not before it is trained"),
     )
     split = with_settings(rows()[:1], {}, {"val_split": 4, "steps": 6, "num_threads": 1})
     settings = replace(config(drawn_cache, tmp_path, rows=split, seeds=1), val_cache=None)

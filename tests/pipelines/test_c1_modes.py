@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from mfdetr_pipelines.ablate import AblateConfig, run_ablate
-from mfdetr_pipelines.ablation_rows import AblationRow
-from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
-from mfdetr_pipelines.training_loop import TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import loss_of_batch
+from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.recipes import Recipe, build_recipe
 from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support.scenes import extract_config
 
 

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache_bench import run_bench
+from mfdetr_pipelines.cache.bench import run_bench
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decode_chunk
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 
 
 def test_every_way_and_thread_count_is_measured(drawn_cache: Path) -> None:

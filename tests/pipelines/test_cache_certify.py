@@ -3,21 +3,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache_certify import CertifyConfig, run_certify
-from mfdetr_pipelines.cache_info import describe_cache
-from mfdetr_pipelines.cache_verify import LiveSource
+from mfdetr_pipelines.cache.certify import CertifyConfig, run_certify
+from mfdetr_pipelines.cache.info import describe_cache
+from mfdetr_pipelines.cache.verify import LiveSource
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.certificate import read_certificates
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, paired_bootstrap
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
-from mfdetr_cache.masks import encode_mask
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.ops.masks import encode_mask
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from mfdetr_cache.types import GroundTruth
 from tests.support.images import make_ground_truth
 from tests.support.scenes import extract_config

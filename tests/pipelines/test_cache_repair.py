@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mfdetr_pipelines.cache_repair import run_repair
-from mfdetr_pipelines.cache_verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.repair import run_repair
+from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from tests.support.detectors import save_rtdetr
 from tests.support.scenes import extract_config
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache_view import principal_colours, run_view
+from mfdetr_pipelines.cache.show import principal_colours, run_view
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 
 
 def test_regions_of_different_features_get_different_colours() -> None:

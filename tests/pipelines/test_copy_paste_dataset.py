@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
 
 

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 from mfdetr_pipelines import demo
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
-from mfdetr_pipelines.recipes import build_recipe
 from PIL import Image
 
 from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
 
 
 def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:

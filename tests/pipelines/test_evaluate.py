@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.evaluate import EvaluateConfig, Latency, ground_truth_of, run_evaluate
+from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,11 +17,13 @@ from mfdetr_cache.errors import CacheError, DatasetError, HeadError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of
+from mfdetr_cache.evaluation.measure import Latency, ground_truth_of
 from mfdetr_cache.evaluation.oracles import ORACLES
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.masks import compress_run_lengths, decode_run_lengths, encode_mask
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
 

@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 from mfdetr_pipelines.export import ExportConfig, run_export
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.demo import demo_detector, demo_head
@@ -19,7 +18,8 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe
 
 # float32 has 24 bits; a graph of some hundred operations, each rounding once, stays within some

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines import extraction
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
@@ -26,7 +25,8 @@ from mfdetr_cache.errors import (
     ImageError,
     StoppedError,
 )
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.extraction import stream as extraction
+from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors, scenes
 
 
@@ -76,9 +76,9 @@ import sys
 from pathlib import Path
 from mfdetr_cache.cache import schema
 schema.PART_BYTES = 1
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
+from mfdetr_cache.extraction.config import ExtractConfig
 folder, weights, cache = map(Path, sys.argv[1:4])
 run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "instances.json", cache),
             SilentReporter())
@@ -112,7 +112,7 @@ run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "insta
 def test_ctrl_c_keeps_what_was_sealed(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mfdetr_pipelines.extraction import Extraction
+    from mfdetr_cache.extraction.stream import Extraction
 
     real = Extraction._item_of
     calls = []

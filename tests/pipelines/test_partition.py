@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from mfdetr_cli.options import parse_partition
-from mfdetr_pipelines.cache_finish import run_finish
+from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.writer import CacheWriter, Partition
 from mfdetr_cache.errors import CacheError, ConfigError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
 
 
@@ -97,10 +97,9 @@ def test_shares_in_any_order_make_the_cache_of_one_process(
 def test_parts_that_are_being_written_are_refused(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
 ) -> None:
-    from mfdetr_pipelines.cache_content import plan_cache
-
     from mfdetr_cache.coco.annotations import load_coco_split
     from mfdetr_cache.detectors.registry import load_detector
+    from mfdetr_cache.extraction.content import plan_cache
 
     path = tmp_path / "a.zarr"
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)

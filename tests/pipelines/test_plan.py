@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.plan import PlanConfig, disk_speed, run_plan
-from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import DatasetError, DetectorError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
 from tests.support.scenes import extract_config
 
 SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from mfdetr_pipelines import ray_engine
-from mfdetr_pipelines.ablate import run_ablate
-from mfdetr_pipelines.cluster import Cluster as Address
+from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.ray_engine import on_cluster
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, ImageError
-from mfdetr_cache.protocols import SilentReporter
+from mfdetr_cache.extraction.cluster import Cluster as Address
+from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_ablate import config as ablation
 from tests.pipelines.test_partition import files_of
 from tests.support import scenes

@@ -10,11 +10,7 @@ import torch
 from mfdetr_pipelines import train_head as train_head_module
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
-from mfdetr_pipelines.run_log import RunLog, read_log
 from mfdetr_pipelines.train_head import run_train_head
-from mfdetr_pipelines.training_loop import Run, TrainingLoop
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors import registry
@@ -30,22 +26,25 @@ from mfdetr_cache.errors import (
 )
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.quantisation import StoredMap
+from mfdetr_cache.ops.quantisation import StoredMap
+from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
-from mfdetr_cache.training.batches import (
-    TrainSample,
-    collate,
+from mfdetr_cache.training.batch import TrainSample, collate
+from mfdetr_cache.training.checkpoint import load_checkpoint
+from mfdetr_cache.training.distributed import split
+from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.learner import build_learner, loss_of_batch
+from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.order import (
     epoch_order,
     epoch_order_by_parts,
-    read_ahead,
     rows_of_step,
     view_of_epoch,
 )
-from mfdetr_cache.training.checkpoint import load_checkpoint
-from mfdetr_cache.training.distributed import split
-from mfdetr_cache.training.learner import build_learner, loss_of_batch
+from mfdetr_cache.training.recipes import Recipe, build_recipe
 from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.run_folder import TrainHeadConfig
+from mfdetr_cache.training.run_log import RunLog, read_log
 from mfdetr_cache.types import CachedImage
 from tests.support import detectors, scenes
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from mfdetr_pipelines import train_joint as module
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
-from mfdetr_pipelines.recipes import Recipe, build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
+from mfdetr_cache.detectors.protocol import TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
     ConfigError,
@@ -24,7 +23,9 @@ from mfdetr_cache.errors import (
     TrainingError,
 )
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.protocols import SilentReporter, TunableDetector
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint
 

@@ -8,20 +8,21 @@ import pytest
 import torch
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of, select_detections
 from mfdetr_cache.evaluation.results import box_results, mask_results
-from mfdetr_cache.protocols import Detector, SilentReporter
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 
 pytestmark = pytest.mark.slow
 

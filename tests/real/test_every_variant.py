@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.ablation_rows import AblationRow, fit_row, rows_of_table
+from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
+from mfdetr_pipelines.ablation.rows import AblationRow, fit_row, rows_of_table
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.extraction import ExtractConfig
-from mfdetr_pipelines.paper_tables import PAPER_TABLES
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.training.batches import TrainSample, collate
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.regions import build_regions
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
-from mfdetr_cache.masks import encode_mask, run_lengths_of_segmentation
-from mfdetr_cache.quantisation import StoredMap
+from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
+from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.types import (
     CachedImage,
     DetectorSpec,

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from mfdetr_cache.training import staging
+from mfdetr_cache.training.input import staging
 
 _CUDA = torch.device("cuda", 0)
 _ATEN = torch.ops.aten

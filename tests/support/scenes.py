@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mfdetr_pipelines.extraction import ExtractConfig
 from PIL import Image, ImageDraw
+
+from mfdetr_cache.extraction.config import ExtractConfig
 
 CATEGORIES = [{"id": 3, "name": "ellipse"}, {"id": 7, "name": "box"}, {"id": 11, "name": "crowd"}]
 

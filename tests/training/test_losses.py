@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from mfdetr_cache.head.batch import HeadOutput
-from mfdetr_cache.masks import decode_run_lengths
+from mfdetr_cache.matching.objects import trainable_objects
+from mfdetr_cache.ops.masks import decode_run_lengths
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import dice_loss, head_losses, mask_iou_targets
+from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
-from mfdetr_cache.training.regions import build_regions, trainable_objects
-from mfdetr_cache.training.schedule import learning_rate
+from mfdetr_cache.training.regions import build_regions
 from tests.support.images import make_ground_truth, make_image, make_spec
 
 

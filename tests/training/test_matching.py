@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import torch
 
-from mfdetr_cache.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
-from mfdetr_cache.training.matching import Matches, match_by_iou, match_hungarian
+from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_hungarian
+from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
 
 
 def scene(num_queries: int = 5, num_objects: int = 3) -> tuple[torch.Tensor, ...]:

@@ -1,12 +1,12 @@
 """Who changes which weights, and how far."""
 
 import torch
-from mfdetr_pipelines.recipes import build_recipe
 
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.optimisers import build_optimisers, orthogonal
+from mfdetr_cache.training.recipes import build_recipe
 from tests.support.images import make_spec
 
 

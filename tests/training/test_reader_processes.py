@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines import training_loop
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.training import reader_processes
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training import loop as training_loop
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.reader_processes import read_ahead_in_processes
+from mfdetr_cache.training.input import processes as reader_processes
+from mfdetr_cache.training.input.processes import read_ahead_in_processes
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import loads, scenes
 
 needs_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mfdetr_pipelines import training_loop
-from mfdetr_pipelines.recipes import build_recipe
-from mfdetr_pipelines.run_folder import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.head.batch import HeadBatch
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.protocols import SilentReporter
-from mfdetr_cache.training import staging
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training import loop as training_loop
+from mfdetr_cache.training.input import staging
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_folder import TrainHeadConfig
 
 CPU = torch.device("cpu")
 

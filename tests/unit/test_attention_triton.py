@@ -8,16 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mfdetr_cache.attention import (
-    _kept_levels,
-    _triton_serves,
-    sampled_attention,
-)
+from mfdetr_cache.ops.deformable_attention import _kept_levels, _triton_serves, sampled_attention
 
 pytest.importorskip("triton")
 
-from mfdetr_cache.attention_triton import TritonAttention
-from mfdetr_cache.packed_levels import PackedLevels
+from mfdetr_cache.ops.deformable_attention_triton import TritonAttention
+from mfdetr_cache.ops.packed_levels import PackedLevels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = ((5, 7), (1, 2))
@@ -115,7 +111,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mfdetr_cache import attention_triton as module
+from mfdetr_cache.ops import deformable_attention_triton as module
 
 INTEGERS = {"images": "*i32", "sizes": "*i32", "starts": "*i64", "num_queries": "i32"}
 CONSTANTS = dict(heads=8, channels=12, levels=4, points=4, block_n=16, block_c=16)

@@ -13,7 +13,7 @@ from mfdetr_cache.coco.augmentation import (
     transform_ground_truth,
     transform_image,
 )
-from mfdetr_cache.masks import (
+from mfdetr_cache.ops.masks import (
     crop_run_lengths,
     decode_run_lengths,
     encode_mask,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfdetr_cache.boxes import (
+from mfdetr_cache.ops.boxes import (
     box_iou,
     cxcywh_to_xyxy,
     generalized_box_iou,

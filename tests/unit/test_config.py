@@ -2,13 +2,13 @@ import os
 
 import pytest
 import torch
-from mfdetr_pipelines.extraction import num_encoders
-from mfdetr_pipelines.recipes import RECIPES, build_recipe
 
 from mfdetr_cache.config import from_dict, override, to_dict
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.extraction.stream import num_encoders
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.recipes import RECIPES, build_recipe
 
 
 @pytest.mark.parametrize(

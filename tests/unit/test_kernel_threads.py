@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfdetr_cache.kernel_threads import run_kernel
+from mfdetr_cache.ops.numba_threads import run_kernel
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mfdetr_cache.masks import (
+from mfdetr_cache.ops.masks import (
     compress_run_lengths,
     decode_run_lengths,
     encode_mask,

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from mfdetr_cache.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.evaluation.oracles import ORACLES, oracle_results, with_perfect_boxes
 from mfdetr_cache.evaluation.results import mask_results
-from mfdetr_cache.masks import encode_mask, run_lengths_of_segmentation
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
+from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
 from mfdetr_cache.types import CachedImage, GroundTruth
 from tests.support.images import make_image, make_spec
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mfdetr_cache.quantisation import (
+from mfdetr_cache.ops.quantisation import (
     ENCODINGS,
     Preset,
     StoredMap,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from mfdetr_cache.roi_align import roi_align
+from mfdetr_cache.ops.roi_align import roi_align
 
 SCALE = 0.25
 

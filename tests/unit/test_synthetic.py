@@ -4,7 +4,7 @@ import numpy as np
 
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
-from mfdetr_cache.masks import decode_run_lengths
+from mfdetr_cache.ops.masks import decode_run_lengths
 
 
 def test_scenes_are_reproducible_and_masks_do_not_overlap() -> None:

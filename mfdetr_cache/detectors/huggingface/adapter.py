@@ -136,7 +136,7 @@ class HuggingFaceDetector(nn.Module):
         return DetectorOutput(logits, boxes, queries, maps)
 
     def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
-        """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
+        """Parameters of a part; see :class:`~mfdetr_cache.detectors.protocol.TunableDetector`."""
         return parameters_of_part(self.model, self._family.backbone(self.model), part)
 
     def save_weights(self, folder: Path) -> str:

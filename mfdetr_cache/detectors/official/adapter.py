@@ -134,7 +134,7 @@ class OfficialDetector(nn.Module):
         return DetectorOutput(output.class_logits, output.boxes_cxcywh_norm, output.queries, maps)
 
     def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
-        """Parameters of a part; see :class:`~mfdetr_cache.protocols.TunableDetector`."""
+        """Parameters of a part; see :class:`~mfdetr_cache.detectors.protocol.TunableDetector`."""
         return parameters_of_part(self.model, self.model.backbone, part)
 
     def save_weights(self, folder: Path) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.attention import cell_steps, deformable_attention
-from mfdetr_cache.packed_levels import SizesHw
+from mfdetr_cache.ops.deformable_attention import cell_steps, deformable_attention
+from mfdetr_cache.ops.packed_levels import SizesHw
 
 HEADS = 8
 

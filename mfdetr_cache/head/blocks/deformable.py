@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.attention import (
+from mfdetr_cache.ops.deformable_attention import (
     cell_steps,
     deformable_attention,
     packed_attention,
     softmax_over_points,
 )
-from mfdetr_cache.devices import is_plain
-from mfdetr_cache.packed_levels import PackedLevels, SizesHw
+from mfdetr_cache.ops.devices import is_plain
+from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
 
 def num_heads_for(width: int, wanted: int = 8) -> int:

@@ -1,0 +1,181 @@
+"""What a cache needs of the place where its files are."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from crc32c import crc32c
+
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import DISK_FULL, NOT_ALLOWED
+
+# The file that makes a place a cache.
+ROOT_KEY = "zarr.json"
+
+
+class Storage(Protocol):
+    """Files by key.
+
+    Attributes:
+        name: What people call the place; for messages.
+    """
+
+    name: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None where there is none."""
+
+    def read(self, key: str) -> bytes:
+        """A whole file.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some parts of a file; shorter than asked for where the file ends early.
+
+        Args:
+            key: Its key.
+            ranges: Offset and length of each part, in bytes, neighbours in order.
+
+        Returns:
+            One piece per range.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+
+    def read_into(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]],
+        places: Sequence[Sequence[memoryview]],
+    ) -> bool:
+        """The same into memory that is there, with as few calls as possible: threads share one GIL.
+
+        Args:
+            key: Its key.
+            ranges: Offset and length of each part, in bytes, neighbours in order.
+            places: Where each part goes, piece by piece; as long as the part.
+
+        Returns:
+            Whether all of it was read; not where the file ends early.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        # For whoever has no better way.
+        return _scattered(self.read_ranges(key, ranges), places)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None if there is none.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Bytes.
+        """
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Files below a prefix.
+
+        Args:
+            prefix: Such as ``views/base``; empty for all.
+
+        Returns:
+            Key to bytes.
+        """
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+        """Write a file so that it is either absent or whole.
+
+        Args:
+            key: Its key.
+            pieces: Its bytes, in order.
+
+        Returns:
+            Size in bytes and CRC-32C of the file.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove a file; nothing happens where there is none.
+
+        Args:
+            key: Its key.
+        """
+
+
+@contextlib.contextmanager
+def explained(storage: Storage) -> Iterator[None]:
+    """Turn what an operating system says about a disk into a line a person can act on.
+
+    Args:
+        storage: Where the cache is, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CacheError: If the disk is full or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise CacheError(
+                f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
+                "the same command again to go on"
+            ) from error
+        if error.errno in NOT_ALLOWED:
+            raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
+        raise
+
+
+def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:
+    """Size and CRC-32C of a file.
+
+    Args:
+        pieces: Its bytes, in order.
+
+    Returns:
+        Bytes and checksum.
+    """
+    checksum = 0
+    for piece in pieces:
+        checksum = crc32c(piece, checksum)
+    return sum(map(len, pieces)), checksum
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Files and what is known of each; one that another process renames or removes is left out."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)  # noqa: PTH118 - a listing may have a million files
+            try:
+                yield path, os.stat(path)  # noqa: PTH116
+            except FileNotFoundError:
+                continue
+
+
+def _scattered(pieces: Sequence[bytes], places: Sequence[Sequence[memoryview]]) -> bool:
+    """Copy what was read to where it should be; whether it was as long as expected."""
+    for piece, buffers in zip(pieces, places, strict=True):
+        first = 0
+        for buffer in buffers:
+            part = piece[first : first + len(buffer)]
+            if len(part) != len(buffer):
+                return False
+            buffer[:] = part
+            first += len(buffer)
+    return True

@@ -1,0 +1,96 @@
+"""What a cache will be of, worked out before the detector runs."""
+
+from dataclasses import asdict
+
+from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.augmentation import (
+    identity_transform,
+    sample_transform,
+    transform_ground_truth,
+)
+from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.matching.objects import trainable_objects
+
+
+def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> CacheContent:
+    """Everything about a cache that is known before the detector runs.
+
+    Args:
+        split: The images and their ground truth.
+        detector: The detector.
+        config: Preset and views.
+
+    Returns:
+        Identity, layout and ground truth.
+    """
+    spec = detector.spec
+    label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
+    label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
+    truth = [split.ground_truth(e, label_of) for e in split.images]
+    base = [identity_transform(e.size_hw) for e in split.images]
+    views = {BASE_VIEW: ViewContent(base, truth)}
+    # A detector with one input size sees scales only through the window that is cut out.
+    fixed = detector.input_geometry((64, 64)).input_hw == detector.input_geometry((64, 96)).input_hw
+    for number in range(config.views):
+        name = f"{config.policy}-{number}"
+        transforms = [
+            sample_transform(
+                config.policy, config.view_seed, name, e.image_id, e.size_hw, fixed=fixed
+            )
+            for e in split.images
+        ]
+        moved = [
+            transform_ground_truth(t, e.size_hw, transform)
+            for t, e, transform in zip(truth, split.images, transforms, strict=True)
+        ]
+        views[name] = ViewContent(transforms, moved)
+    sizes = {
+        detector.input_geometry(t.size_hw, t.shortest_edge).input_hw
+        for view in views.values()
+        for t in view.transforms
+    }
+    c1_roi = None
+    if config.c1 == "roi":
+        most = max(len(trainable_objects(t)) for v in views.values() for t in v.ground_truth)
+        c1_roi = C1RoiLayout(config.roi_size, config.roi_sampling_ratio, most)
+    layout = plan_layout(
+        spec,
+        sizes,
+        len(split.images),
+        config.preset,
+        config.compression,
+        tuple(views),
+        config.c1,
+        c1_roi,
+    )
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "detector": detector_identity(spec),
+        "dataset": {
+            "name": split.name,
+            "annotations_sha256": split.sha256,
+            "num_images": len(split.images),
+        },
+        "views": list(views),
+        "view_seed": config.view_seed if config.views else None,
+        "preset": layout.preset,
+        "compression": layout.compression,
+        "c1": layout.c1,
+        "c1_roi": None if c1_roi is None else asdict(c1_roi),
+    }
+    return CacheContent(
+        identity=identity,
+        spec=spec,
+        layout=layout,
+        image_ids=[e.image_id for e in split.images],
+        file_names=[e.file_name for e in split.images],
+        original_sizes_hw=[e.size_hw for e in split.images],
+        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
+        label_categories=label_categories,
+        views=views,
+    )

@@ -1,0 +1,212 @@
+"""Images through the detector: decoded ahead, encoded and written behind it."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.schema import Part, stored_maps
+from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.errors import (
+    ImageError,
+    StoppedError,
+)
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.matching.crops import c1_crops
+from mfdetr_cache.ops.devices import keep_freed_memory, threads_beside_gpu, torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.types import DetectorOutput, ImageGeometry
+
+_PREFETCH = 8
+
+
+# Threads that quantise and compress while a GPU computes.
+_MOST_ENCODERS = 8
+
+
+@dataclass
+class _Decoded:
+    """An image on its way to the detector, or the reason why there is none."""
+
+    geometry: ImageGeometry
+    pixel_values: Tensor | None
+    problem: str
+
+
+@dataclass
+class _Item:
+    """One image on its way to the writer; one that is never encoded is left out."""
+
+    part: Part
+    row: int
+    encoded: Future[EncodedImage] | None
+    problem: str = ""
+
+
+def num_encoders(device: torch.device) -> int:
+    """How many threads quantise and compress.
+
+    Args:
+        device: Where the detector runs.
+
+    Returns:
+        One beside a CPU, whose cores are the detector's; several beside a GPU, which gives images
+        faster than one thread compresses them.
+    """
+    if device.type == "cpu":
+        return 1
+    return threads_beside_gpu(_MOST_ENCODERS)
+
+
+class Extraction:
+    """Decoding ahead, the detector in this thread, encoding and writing behind it, in order."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        split: CocoSplit,
+        content: CacheContent,
+        detector: Detector,
+        writer: CacheWriter,
+        reporter: Reporter,
+    ) -> None:
+        self._config = config
+        self._split = split
+        self._content = content
+        self._device = torch_device(config.device)
+        keep_freed_memory()
+        self._detector = detector.to(self._device)
+        self._writer = writer
+        self._reporter = reporter
+        self._work: queue.Queue[_Item | None]
+        self._work = queue.Queue(maxsize=_PREFETCH)
+        self._encoders = ThreadPoolExecutor(num_encoders(self._device), "encode")
+        self._failure: BaseException | None = None
+        self.num_extracted = 0
+        self.num_bytes = 0
+        self.detector_seconds = 0.0
+
+    def run(self, pending: Sequence[Part]) -> None:
+        """Extract some parts.
+
+        Args:
+            pending: Which.
+        """
+        total = self._writer.num_rows
+        layout_rows = [self._writer.rows_of_part(part) for part in pending]
+        todo = sum(len(rows) for rows in layout_rows)
+        self._reporter.start("extract", total, "images", done=total - todo)
+        writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
+        writing.start()
+        try:
+            ordered = [(p, r) for p, rows in zip(pending, layout_rows, strict=True) for r in rows]
+            for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
+                self._put(self._item_of(part, row, decoded))
+            self._put(None)
+        except KeyboardInterrupt:
+            self._failure = StoppedError(
+                "stopped; sealed parts are kept, the same command goes on from there"
+            )
+            raise self._failure from None
+        except BaseException:
+            # What is queued belongs to a part that cannot be finished; let the thread go.
+            self._failure = self._failure or RuntimeError("extraction stopped")
+            raise
+        finally:
+            writing.join()
+            self._encoders.shutdown(cancel_futures=True)
+            self._reporter.finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _put(self, item: _Item | None) -> None:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._work.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
+    def _decode(self, view: str, row: int) -> _Decoded:
+        entry = self._split.images[row]
+        transform = self._content.views[view].transforms[row]
+        edge = transform.shortest_edge
+        geometry = self._detector.input_geometry(transform.size_hw, edge)
+        try:
+            image = load_image(self._config.images / entry.file_name, entry.size_hw)
+        except ImageError as error:
+            return _Decoded(geometry, None, str(error))
+        pixels = self._detector.preprocess(transform_image(image, transform), edge)
+        return _Decoded(geometry, pixels, "")
+
+    def _decode_ahead(self, ordered: list[tuple[Part, int]]) -> Iterator[_Decoded]:
+        with ThreadPoolExecutor(2, "decode") as pool:
+            waiting: list[Future[_Decoded]] = []
+            for part, row in ordered:
+                waiting.append(pool.submit(self._decode, part.view, row))
+                if len(waiting) >= _PREFETCH:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def _item_of(self, part: Part, row: int, decoded: _Decoded) -> _Item:
+        if decoded.pixel_values is None:
+            if self._config.on_bad_image == "stop":
+                raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
+            self._reporter.warn(f"skipped: {decoded.problem}")
+            return _Item(part, row, None, decoded.problem)
+        started = time.perf_counter()
+        output = self._detector.forward(decoded.pixel_values[None].to(self._device))
+        crops = None
+        if self._content.layout.c1_roi is not None:
+            truth = self._content.views[part.view].ground_truth[row]
+            crops = c1_crops(output, truth, decoded.geometry, self._content.layout.c1_roi)
+        kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
+        on_cpu = DetectorOutput(
+            output.class_logits.cpu(),
+            output.boxes_cxcywh_norm.cpu(),
+            output.queries.cpu(),
+            {name: values.cpu() for name, values in output.maps.items() if name in kept},
+        )
+        self.detector_seconds += time.perf_counter() - started
+        self.num_extracted += 1
+        encode = self._writer.encode
+        return _Item(part, row, self._encoders.submit(encode, row, decoded.geometry, on_cpu, crops))
+
+    def _write(self) -> None:
+        """The writer thread: one part after the other, sealed when its last row is in."""
+        open_part: Part | None = None
+        try:
+            while self._failure is None:
+                try:
+                    item = self._work.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if item is None or item.part != open_part:
+                    if open_part is not None:
+                        self._writer.seal_part()
+                    if item is None:
+                        return
+                    open_part = item.part
+                    self._writer.begin_part(open_part)
+                if item.encoded is None:
+                    self._writer.skip(item.row, item.problem)
+                    self._reporter.advance()
+                else:
+                    added = self._writer.add(item.row, item.encoded.result())
+                    self.num_bytes += added
+                    self._reporter.advance(num_bytes=added)
+        except BaseException as error:
+            self._failure = error

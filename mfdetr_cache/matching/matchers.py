@@ -1,0 +1,177 @@
+"""Which query answers for which annotated object. The detector is frozen, so this never changes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from mfdetr_cache.matching.objects import trainable_objects
+from mfdetr_cache.ops.boxes import box_iou
+from mfdetr_cache.types import GroundTruth
+
+# Costs of Deformable DETR's matcher, which H-DETR, DINO and RT-DETR kept.
+CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+# Costs of a pair that differ by less are equal. Computed in float32, as another release may do, a
+# cost is a sum of ten terms below 32, each off by up to 32 x 2^-24: 2e-5, twice that between two.
+TIE = 4e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Pairs of a query and an object.
+
+    Attributes:
+        query_index: int64, shape (R,).
+        object_index: int64, shape (R,).
+        iou: IoU of predicted and annotated box, shape (R,).
+    """
+
+    query_index: NDArray[np.int64]
+    object_index: NDArray[np.int64]
+    iou: NDArray[np.float32]
+
+
+def match_hungarian(
+    class_logits: NDArray[np.float32],
+    boxes_cxcywh_norm: NDArray[np.float32],
+    object_labels: NDArray[np.int64],
+    object_cxcywh_norm: NDArray[np.float32],
+    preferred: NDArray[np.int64] | None = None,
+) -> Matches:
+    """One query for each object, as the detectors themselves train (focal class, L1 and GIoU cost).
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh_norm: Predicted boxes, shape (Q, 4).
+        object_labels: Labels of the objects, all >= 0, shape (G,).
+        object_cxcywh_norm: Annotated boxes, shape (G, 4).
+        preferred: Queries to choose among where that costs no more than rounding: those a cache
+            holds crops for. Matched by another release or on another machine, two queries that
+            are as good as each other may have swapped.
+
+    Returns:
+        G pairs, or Q if there are fewer queries than objects; by query.
+    """
+    # Imported late: what never trains does without numba's start.
+    from mfdetr_cache.matching.pair_costs_numba import pair_costs
+
+    class_weights, box_weights = (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
+    cost, iou = pair_costs(
+        class_logits,
+        boxes_cxcywh_norm,
+        object_labels,
+        object_cxcywh_norm,
+        class_weights,
+        box_weights,
+    )
+    query_index, object_index = linear_sum_assignment(cost)
+    if preferred is not None and not np.isin(query_index, preferred).all():
+        rows, columns = linear_sum_assignment(cost[preferred])
+        extra = cost[preferred][rows, columns].sum() - cost[query_index, object_index].sum()
+        if len(columns) == len(object_index) and extra <= TIE * len(columns):
+            query_index, object_index = preferred[rows], columns
+    found = iou[query_index, object_index].astype(np.float32)
+    return Matches(query_index, object_index, found)
+
+
+def match_by_iou(
+    class_logits: Tensor,
+    boxes_xyxy_norm: Tensor,
+    object_xyxy_norm: Tensor,
+    candidates: int,
+    min_iou: float,
+) -> Matches:
+    """Every well-placed query among the most confident ones, with the object it overlaps most.
+
+    This is how Mask R-CNN assigns its proposals: several queries may share an object, and labels
+    do not matter.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_xyxy_norm: Predicted boxes, shape (Q, 4).
+        object_xyxy_norm: Annotated boxes, shape (G, 4).
+        candidates: How many queries, by best class score, are looked at.
+        min_iou: Least IoU of a pair.
+
+    Returns:
+        The pairs, by query.
+    """
+    best = class_logits.max(-1).values.topk(min(candidates, len(class_logits))).indices
+    query_index = best.sort().values
+    iou = box_iou(boxes_xyxy_norm[query_index], object_xyxy_norm)[0]
+    overlap, object_index = iou.max(dim=1)
+    keep = (overlap >= min_iou) & (overlap > 0)
+    return Matches(query_index[keep].numpy(), object_index[keep].numpy(), overlap[keep].numpy())
+
+
+# A box thinner than this is no region: its RoI would be one sample repeated.
+_MIN_SIDE_NORM = 1e-4
+
+
+def hungarian_queries(
+    class_logits: torch.Tensor,
+    boxes_cxcywh_norm: torch.Tensor,
+    truth: GroundTruth,
+    original_hw: tuple[int, int],
+) -> NDArray[np.int64]:
+    """The queries Hungarian matching trains on in one image; crops of C1 are kept for these.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh_norm: Shape (Q, 4).
+        truth: The annotated objects.
+        original_hw: Height and width of their picture in pixels.
+
+    Returns:
+        Indices in rising order, one per object that can be learned from.
+    """
+    objects = trainable_objects(truth)
+    if not len(objects):
+        return np.zeros(0, dtype=np.int64)
+    height, width = original_hw
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    target = truth.boxes_xyxy[objects] / scale
+    logits, boxes = class_logits.numpy(), boxes_cxcywh_norm.numpy()
+    return match_one_to_one(logits, boxes, truth.labels[objects], target).query_index
+
+
+def match_one_to_one(
+    class_logits: NDArray[np.float32],
+    boxes_cxcywh: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    truth_xyxy: NDArray[np.float32],
+    preferred: NDArray[np.int64] | None = None,
+) -> Matches:
+    """Hungarian matching of boxes given by their corners; see :func:`match_hungarian`.
+
+    Args:
+        class_logits: Shape (Q, K).
+        boxes_cxcywh: Predicted boxes, normalised, shape (Q, 4).
+        labels: Labels of the objects, shape (G,).
+        truth_xyxy: Annotated boxes, normalised, shape (G, 4).
+        preferred: Queries to choose among where it costs no more than rounding.
+
+    Returns:
+        The pairs, by query.
+    """
+    low, high = truth_xyxy[:, :2], truth_xyxy[:, 2:]
+    truth = np.concatenate(((low + high) / 2, high - low), axis=1)
+    return match_hungarian(class_logits, boxes_cxcywh, labels, truth, preferred)
+
+
+def with_least_side(boxes_xyxy_norm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Boxes no thinner than a region may be.
+
+    Args:
+        boxes_xyxy_norm: Shape (R, 4).
+
+    Returns:
+        The same boxes, degenerate ones widened to the right and the bottom.
+    """
+    corner = boxes_xyxy_norm[:, :2]
+    far = np.maximum(boxes_xyxy_norm[:, 2:], corner + np.float32(_MIN_SIDE_NORM))
+    return np.concatenate((corner, far), axis=1)

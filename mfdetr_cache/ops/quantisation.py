@@ -1,0 +1,261 @@
+"""How feature maps become small integers and come back: affine, per channel and block of tokens.
+
+A channel's values in a block are stored as ``code`` in 0 .. 2**bits - 1 with two float16 numbers,
+``low`` and ``step``: value = low + step * code. Blocks of 64 tokens follow the outliers some
+channels have; one scale per token or per tensor would ruin the weak channels. Nothing is clipped:
+``low`` is rounded down and ``step`` up until the codes cover the block, so the error of every
+value is at most step / 2 (plus the rounding of the product in float32).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mfdetr_cache.ops.devices import joined
+
+Preset = Literal["fp16", "int8", "int8-small", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the values of a map are stored.
+
+    Attributes:
+        bits: Bits of a code: 8, or 4 (two channels in a byte, the even one in the low half); 16
+            stores float16 as it is.
+        block_tokens: Tokens that share ``low`` and ``step``; 0 for all tokens of an image.
+    """
+
+    bits: Literal[16, 8, 4]
+    block_tokens: int
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether there are codes with ``low`` and ``step``, not plain float16."""
+        return self.bits < 16
+
+    def columns(self, channels: int) -> int:
+        """Stored values per token.
+
+        Args:
+            channels: Channels of the map.
+
+        Returns:
+            Width of the stored array.
+        """
+        return -(-channels // 2) if self.bits == 4 else channels
+
+    def blocks(self, tokens: int) -> int:
+        """How many blocks some tokens have.
+
+        Args:
+            tokens: Tokens of an image.
+
+        Returns:
+            Number of blocks; the last may be shorter.
+        """
+        return -(-tokens // self.block_tokens) if self.block_tokens else 1
+
+
+ENCODINGS: dict[Preset, Encoding] = {
+    "fp16": Encoding(16, 0),
+    "int8": Encoding(8, 64),
+    "int8-small": Encoding(8, 0),
+    "int4": Encoding(4, 64),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMap:
+    """A map of one image as it is stored, or as a live detector gave it.
+
+    ``np.asarray`` and :meth:`to_array` give the values; :func:`decode_maps` does the same for a
+    batch on the training device.
+
+    Attributes:
+        hw: Height and width in cells.
+        channels: Channels.
+        encoding: How ``values`` are to be understood.
+        values: Cells row-major by stored columns; may have more rows than cells, to whole blocks.
+        affine: ``low`` and ``step`` of every block, float16, shape (blocks, 2, C); None for float.
+    """
+
+    hw: tuple[int, int]
+    channels: int
+    encoding: Encoding
+    values: NDArray[np.generic]
+    affine: NDArray[np.float16] | None = None
+
+    @classmethod
+    def plain(cls, values_hwc: NDArray[np.generic]) -> "StoredMap":
+        """A map that is not quantised.
+
+        Args:
+            values_hwc: Shape (h, w, C), any float type.
+
+        Returns:
+            The map.
+        """
+        height, width, channels = values_hwc.shape
+        flat = values_hwc.reshape(height * width, channels)
+        return cls((height, width), channels, ENCODINGS["fp16"], flat)
+
+    def to_array(self) -> NDArray[np.generic]:
+        """The values.
+
+        Returns:
+            Shape (h, w, C): as stored for float, float32 for codes.
+        """
+        cells = self.hw[0] * self.hw[1]
+        if self.affine is None:
+            return self.values[:cells].reshape(*self.hw, self.channels)
+        decoded = decode_maps([self])[0].permute(1, 2, 0)
+        return np.ascontiguousarray(decoded.numpy())
+
+    def __array__(self, dtype: object = None, copy: object = None) -> NDArray[np.generic]:
+        return np.asarray(self.to_array(), dtype=dtype)  # type: ignore[call-overload, no-any-return]
+
+
+def encode_map(
+    tokens: NDArray[np.float32], encoding: Encoding
+) -> tuple[NDArray[np.generic], NDArray[np.float16] | None]:
+    """Values of one image as they are stored.
+
+    Args:
+        tokens: Finite values, shape (n, C).
+        encoding: How to store them.
+
+    Returns:
+        float16 of shape (n, C) and None; or codes, uint8, shape (n, columns), and ``low`` and
+        ``step``, float16, shape (blocks, 2, C).
+    """
+    if not encoding.is_affine:
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(tokens, dtype=np.float16), None
+    count, channels = tokens.shape
+    if not count:
+        columns = encoding.columns(channels)
+        return np.zeros((0, columns), np.uint8), np.zeros((0, 2, channels), np.float16)
+    # numba takes half a second to import, and only what writes a cache needs it.
+    from mfdetr_cache.ops.quantisation_numba import block_codes, block_extremes
+
+    block = encoding.block_tokens or count
+    planes = np.ascontiguousarray(tokens.T, dtype=np.float32)
+    lowest, highest = np.empty((2, encoding.blocks(count), channels), np.float32)
+    block_extremes(planes, block, lowest, highest)
+    most = 2**encoding.bits - 1
+    low, step = _affine(lowest, highest, most)
+    scale = np.where(step > 0, step, np.float16(1)).astype(np.float32)
+    codes: NDArray[np.uint8] = np.empty((count, channels), np.uint8)
+    block_codes(planes, block, low.astype(np.float32), scale, np.float32(most), codes)
+    if encoding.bits == 4:
+        codes = np.pad(codes, ((0, 0), (0, channels % 2)))
+        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+    return codes, np.stack((low, step), axis=1)
+
+
+def fits_float16(values: NDArray[np.float32]) -> bool:
+    """Whether every value is a number within the range of float16.
+
+    Args:
+        values: Contiguous, any shape.
+
+    Returns:
+        False if one does not.
+    """
+    from mfdetr_cache.ops import quantisation_numba as quantisation_kernels
+
+    return bool(quantisation_kernels.fits_float16(values.reshape(-1)))
+
+
+def _affine(
+    lowest: NDArray[np.float32], highest: NDArray[np.float32], levels: int
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """float16 ``low`` and ``step`` whose codes 0 .. levels cover [lowest, highest]."""
+    # Which zero is the least of 0 and -0 is up to the machine; the bytes of a cache are not.
+    low = _rounded(lowest + np.float32(0), down=True)
+    spread = highest - low.astype(np.float32)
+    step = _rounded(spread / np.float32(levels), down=False)
+    # A spread so small that the division underflows still needs a step above zero.
+    step[(spread > 0) & (step == 0)] = np.finfo(np.float16).smallest_normal
+    return low, step
+
+
+def _rounded(values: NDArray[np.float32], *, down: bool) -> NDArray[np.float16]:
+    """Values as float16, never above (``down``) or never below what they were."""
+    near = values.astype(np.float16)
+    back = near.astype(np.float32)
+    wrong = back > values if down else back < values
+    near[wrong] = np.nextafter(near[wrong], np.float16(-np.inf if down else np.inf))
+    return near
+
+
+def decode_maps(maps: Sequence[StoredMap], device: torch.device | str = "cpu") -> Tensor:
+    """Maps of equal size as one float tensor: codes travel to the device and are decoded there.
+
+    Args:
+        maps: At least one; of the same size, channels and encoding.
+        device: Where the result lives.
+
+    Returns:
+        float32, shape (B, C, h, w), channels innermost in memory.
+    """
+    return decode_groups([maps], device)[0]
+
+
+def decode_groups(
+    groups: Sequence[Sequence[StoredMap]], device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """:func:`decode_maps` for groups of images of different sizes, in one go.
+
+    Args:
+        groups: Maps of equal size in each; all of the same channels and encoding.
+        device: Where the results live.
+
+    Returns:
+        For each group float32, shape (B, C, h, w), channels innermost in memory; views of one
+        tensor.
+    """
+    first = groups[0][0]
+    channels, encoding = first.channels, first.encoding
+    if encoding.is_affine and not encoding.block_tokens and len(groups) > 1:
+        # A block is then as large as its image.
+        return [decode_maps(maps, device) for maps in groups]
+    maps = [m for group in groups for m in group]
+    rows = [_rows(m) for m in maps]
+    values = joined([_whole_blocks(m, n) for m, n in zip(maps, rows, strict=True)], device)
+    if first.affine is None:
+        values = values.float()
+    else:
+        affine = joined([m.affine for m in maps if m.affine is not None], device).float()
+        if encoding.bits == 4:
+            values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :channels]
+        values = values.unflatten(0, (len(affine), -1)).float()
+        values.mul_(affine[:, None, 1]).add_(affine[:, None, 0])
+        values = values.flatten(0, 1)
+    counts = [sum(_rows(m) for m in group) for group in groups]
+    decoded = []
+    for part, group in zip(values.split(counts), groups, strict=True):
+        height, width = group[0].hw
+        cells = part.unflatten(0, (len(group), -1))[:, : height * width]
+        decoded.append(cells.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+    return decoded
+
+
+def _rows(stored: StoredMap) -> int:
+    """Rows of a map's values that are decoded: its cells, to whole blocks."""
+    cells = stored.hw[0] * stored.hw[1]
+    if not stored.encoding.block_tokens or stored.affine is None:
+        return cells
+    return stored.encoding.blocks(cells) * stored.encoding.block_tokens
+
+
+def _whole_blocks(stored: StoredMap, tokens: int) -> NDArray[np.generic]:
+    values = stored.values[:tokens]
+    missing = tokens - len(values)
+    return np.pad(values, ((0, missing), (0, 0))) if missing else values

@@ -1,0 +1,57 @@
+"""A head as training begins: its architecture, and the mask basis learned from annotations."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
+from mfdetr_cache.head.mask_embedding import MaskCodec
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.matching.objects import object_masks
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.rows import trainable_rows
+
+# Images whose annotated masks a basis is learned from: some 30,000 objects of COCO.
+_BASIS_IMAGES = 4000
+
+
+def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> MaskHead:
+    """A head as a training begins with it; a basis of masks is learned from the annotations.
+
+    Args:
+        config: Architecture.
+        cache: A complete cache of the training split.
+        train: Which annotations may be looked at.
+
+    Returns:
+        The head; its weights come from torch's random state, its basis does not.
+    """
+    head = MaskHead(config, cache.spec)
+    if head.codec is not None:
+        rows = trainable_rows(cache, train)
+
+        def masks_of(row: int) -> NDArray[np.float32]:
+            truth, size_hw = cache.ground_truth(row), cache.original_hw(row)
+            return object_masks(truth, size_hw, train.held_out, MASK_SIDE)
+
+        fit_codec(head.codec, rows, masks_of)
+    return head
+
+
+def fit_codec(
+    codec: MaskCodec, rows: Sequence[int], masks_of: Callable[[int], NDArray[np.float32]]
+) -> None:
+    """Learn a basis of masks from the annotations of some images.
+
+    Args:
+        codec: What gets the basis.
+        rows: Images whose annotations may be looked at.
+        masks_of: Masks of an image, shape (G, 28, 28).
+    """
+    if len(rows) > _BASIS_IMAGES:
+        rows = sorted(np.random.default_rng(0).permutation(rows)[:_BASIS_IMAGES].tolist())
+    codec.fit(torch.from_numpy(np.concatenate([masks_of(row) for row in rows])))

@@ -1,0 +1,120 @@
+"""Masks that need no head of ours, on the very detections of a cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.sam import SamPrompter
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.evaluation.baselines import box_masks, ellipse_masks, oracle_masks
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, evaluate_results
+from mfdetr_cache.evaluation.detections import Detections, detections_of
+from mfdetr_cache.evaluation.measure import ground_truth_of
+from mfdetr_cache.evaluation.results import mask_results
+from mfdetr_cache.ops.masks import encode_mask
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.types import CachedImage
+from mfdetr_pipelines.ablation.rows import BASELINES, Baseline
+
+# RLE and final score of each detection.
+Masks = tuple[list[dict[str, Any]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class SamSource:
+    """What SAM needs beside a cache.
+
+    Attributes:
+        weights: Folder or hub id.
+        images: Image folder.
+    """
+
+    weights: str
+    images: Path
+
+
+def measure_baseline(
+    cache: FeatureCache,
+    baseline: Baseline,
+    reporter: Reporter,
+    *,
+    sam: SamSource | None = None,
+    device: torch.device,
+) -> tuple[CocoMetrics, list[Result]]:
+    """Mask AP of a baseline on a cache's detections.
+
+    Args:
+        cache: A complete cache.
+        baseline: Which.
+        reporter: Who is told about progress.
+        sam: For SAM.
+        device: Where SAM runs.
+
+    Returns:
+        The metrics and the COCO mask results.
+
+    Raises:
+        ConfigError: If SAM lacks weights or images.
+    """
+    masks_of = _maker(cache, baseline, sam, device)
+    results: list[Result] = []
+    reporter.start(BASELINES[baseline], len(cache), "images")
+    for row in cache.rows:
+        image = cache.read(row, ())
+        detections = detections_of(image, cache.spec)
+        rles, scores = masks_of(image, detections)
+        labels = cache.label_categories
+        results += mask_results(image.image_id, detections, labels, rles, scores)
+        reporter.advance()
+    reporter.finish()
+    return evaluate_results(ground_truth_of(cache), results, "segm"), results
+
+
+def _maker(
+    cache: FeatureCache, baseline: Baseline, sam: SamSource | None, device: torch.device
+) -> Callable[[CachedImage, Detections], Masks]:
+    if baseline == "sam":
+        if sam is None:
+            raise ConfigError("--baseline sam needs --sam-weights and --images")
+        return _sam_masks(sam, device)
+
+    def simple(image: CachedImage, detections: Detections) -> Masks:
+        size_hw = image.geometry.original_hw
+        if baseline == "box":
+            rles = box_masks(detections, size_hw)
+        elif baseline == "ellipse":
+            rles = ellipse_masks(detections, size_hw)
+        else:
+            truth = image.ground_truth
+            rles = oracle_masks(detections, truth, cache.label_categories, size_hw)
+        return rles, detections.class_scores.double().numpy()
+
+    return simple
+
+
+def _sam_masks(
+    source: SamSource, device: torch.device
+) -> Callable[[CachedImage, Detections], Masks]:
+    """SAM with one prompt per query; the score is the class score times SAM's IoU (as Eq. 13)."""
+    prompter = SamPrompter(source.weights, device)
+
+    def prompted(image: CachedImage, detections: Detections) -> Masks:
+        picture = load_image(source.images / image.file_name, image.geometry.original_hw)
+        queries, first, place = np.unique(
+            detections.query_index.numpy(), return_index=True, return_inverse=True
+        )
+        boxes = detections.boxes_xyxy.numpy()[first].astype(np.float32)
+        assert len(queries) == len(boxes)
+        masks, iou = prompter(picture, boxes)
+        rles = [encode_mask(m) for m in masks]
+        scores = detections.class_scores.double().numpy() * iou.clip(0, 1)[place]
+        return [rles[int(i)] for i in place], scores
+
+    return prompted

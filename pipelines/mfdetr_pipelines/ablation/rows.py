@@ -1,0 +1,290 @@
+"""The rows of an ablation: from a table of the paper, recipes or a file, and what they cost."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mfdetr_cache.errors import ConfigError, HeadError
+from mfdetr_cache.head.cost import HeadCost, hdetr_r50_spec, head_cost
+from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.types import DetectorSpec
+from mfdetr_pipelines.ablation.paper_tables import PaperRow, PaperTable
+
+Baseline = Literal["box", "ellipse", "oracle", "sam"]
+BASELINES: dict[Baseline, str] = {
+    "box": "box as mask",
+    "ellipse": "ellipse in the box",
+    "oracle": "annotated mask in the box",
+    "sam": "SAM, prompted with the boxes",
+}
+# What reviewers ask for: how small the head may be.
+_SMALL_WIDTHS = (32, 16, 8)
+_SMALL_ROI = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """One row: what is trained, and what the paper says about it.
+
+    Attributes:
+        name: What distinguishes it.
+        recipe: Head and training.
+        paper: The paper's row, where it is one.
+        note: What had to be changed to fit the detector; empty if nothing.
+        baseline: Masks that need no head of ours, in place of a training; empty for a head.
+        curve: The row without its label fraction, where it is a point of a curve over them.
+    """
+
+    name: str
+    recipe: Recipe
+    paper: PaperRow | None = None
+    note: str = ""
+    baseline: Baseline | Literal[""] = ""
+    curve: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What a row costs, before anything is trained.
+
+    Attributes:
+        row: The row.
+        cost: Parameters and multiply-adds; None where the head cannot be built.
+        problem: Why it cannot.
+    """
+
+    row: AblationRow
+    cost: HeadCost | None
+    problem: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values; metrics in [0, 1]."""
+        cost, paper = self.cost, self.row.paper
+        return {
+            "name": self.row.name,
+            "params_m": None if cost is None else cost.parameters / 1e6,
+            "macs_g": None if cost is None else cost.macs / 1e9,
+            "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
+            "paper_params_m": None if paper is None else paper.params_m,
+            "paper_macs_g": None if paper is None else paper.macs_g,
+            "paper_AP": None if paper is None else paper.metrics.AP,
+            "note": self.problem or self.row.note,
+        }
+
+
+def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
+    """The rows of a table of the paper.
+
+    Args:
+        table: The table.
+
+    Returns:
+        Its rows in order.
+    """
+    return tuple(AblationRow(r.name, table.recipe(r), r) for r in table.rows)
+
+
+def with_settings(
+    rows: Sequence[AblationRow], head: Mapping[str, Any], train: Mapping[str, Any]
+) -> tuple[AblationRow, ...]:
+    """Rows with the same settings replaced in all of them.
+
+    Args:
+        rows: Rows.
+        head: Fields of the architecture.
+        train: Fields of the training.
+
+    Returns:
+        New rows.
+    """
+    return tuple(
+        replace(
+            row,
+            recipe=replace(
+                row.recipe,
+                head=replace(row.recipe.head, **head),
+                train=replace(row.recipe.train, **train),
+            ),
+        )
+        for row in rows
+    )
+
+
+def plan_rows(rows: Sequence[AblationRow], spec: DetectorSpec | None = None) -> tuple[RowPlan, ...]:
+    """Parameters and multiply-adds of rows.
+
+    Args:
+        rows: Rows.
+        spec: The detector; None for the paper's H-DETR R50.
+
+    Returns:
+        One plan per row.
+    """
+    plans = []
+    for row in rows:
+        if row.baseline:
+            plans.append(RowPlan(row, None))
+            continue
+        fitted = row if spec is None else fit_row(row, spec)
+        try:
+            cost = head_cost(fitted.recipe.head, spec or hdetr_r50_spec())
+            plans.append(RowPlan(fitted, cost))
+        except HeadError as error:
+            plans.append(RowPlan(fitted, None, str(error)))
+    return tuple(plans)
+
+
+def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
+    """A row of the paper for another detector: what its widths force is changed, and noted.
+
+    Args:
+        row: A row.
+        spec: The detector.
+
+    Returns:
+        The row, with a neck where C1 and the encoder differ in width.
+    """
+    head = row.recipe.head
+    c1 = next((m.channels for m in spec.maps if m.role == "c1"), None)
+    width = max((m.channels for m in spec.maps if m.role == "encoder"), default=0)
+    if head.use_c1 and not head.neck and c1 not in (None, width):
+        recipe = replace(row.recipe, head=replace(head, neck=True))
+        note = f"neck added: C1 has {c1} channels, the encoder {width}"
+        return replace(row, recipe=recipe, note=note)
+    return row
+
+
+def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Notes as lines, each one once.
+
+    Args:
+        named: Name and note of every row; a note may be empty.
+
+    Returns:
+        Lines that name the rows they are about.
+    """
+    rows_of: dict[str, list[str]] = {}
+    for name, note in named:
+        if note:
+            rows_of.setdefault(note, []).append(name)
+    return [
+        f"{'all rows' if 1 < len(rows) == len(named) else ', '.join(rows)}: {note}"
+        for note, rows in rows_of.items()
+    ]
+
+
+def baseline_rows(names: Sequence[Baseline]) -> tuple[AblationRow, ...]:
+    """Rows of masks that need no head.
+
+    Args:
+        names: Which.
+
+    Returns:
+        One row each.
+    """
+    return tuple(
+        AblationRow(BASELINES[name], build_recipe("fast", {}), baseline=name) for name in names
+    )
+
+
+def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
+    """Rows written down in TOML: ``[[row]]`` tables with ``name``, ``recipe`` and ``set``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its rows in order.
+
+    Raises:
+        ConfigError: If the file or a row cannot be used.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"ablation file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ablation file {path} is not TOML ({error})") from error
+    entries = document.get("row")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path} has no [[row]]")
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        unknown = sorted(set(entry) - {"name", "recipe", "set"})
+        if unknown or not isinstance(entry.get("name"), str):
+            what = f"has the unknown key {unknown[0]!r}" if unknown else "has no name"
+            raise ConfigError(f"{path}: row {number} {what}; use name, recipe and set")
+        settings = {k: _as_typed(v) for k, v in entry.get("set", {}).items()}
+        try:
+            recipe = build_recipe(str(entry.get("recipe", "fast")), settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: row {entry['name']!r}: {error}") from error
+        rows.append(AblationRow(entry["name"], recipe))
+    names = [r.name for r in rows]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"{path}: two rows are called {twice[0]!r}")
+    return tuple(rows)
+
+
+def label_fraction_rows(
+    rows: Sequence[AblationRow], fractions: Sequence[float]
+) -> tuple[AblationRow, ...]:
+    """Every row with the masks of only a part of the images.
+
+    Args:
+        rows: Rows.
+        fractions: Parts in (0, 1].
+
+    Returns:
+        New rows, row by row.
+
+    Raises:
+        ConfigError: If a fraction is outside its range.
+    """
+    made = []
+    for row in rows:
+        if row.baseline:
+            made.append(row)
+            continue
+        for fraction in fractions:
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"--label-fraction {fraction}: give a number above 0, up to 1")
+            train = replace(row.recipe.train, label_fraction=fraction)
+            name = f"{row.name}, {100 * fraction:g} % of the masks"
+            recipe = replace(row.recipe, train=train)
+            made.append(replace(row, name=name, recipe=recipe, curve=row.name))
+    return tuple(made)
+
+
+def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
+    """Every row, followed by smaller heads than the paper's tables hold (beyond Tables 4 and 9).
+
+    Args:
+        rows: Rows.
+
+    Returns:
+        Each row, the same with hidden widths of 32, 16 and 8, and with RoIAlign of 8 x 8.
+    """
+    made: list[AblationRow] = []
+    for row in rows:
+        made.append(row)
+        if row.baseline:
+            continue
+        head = row.recipe.head
+        smaller = {f"d={width}": replace(head, hidden_dim=width) for width in _SMALL_WIDTHS}
+        smaller[f"RoI {_SMALL_ROI} x {_SMALL_ROI}"] = replace(head, roi_size=_SMALL_ROI)
+        for name, head in smaller.items():
+            recipe = replace(row.recipe, head=head)
+            made.append(replace(row, name=f"{row.name}, {name}", recipe=recipe, paper=None))
+    return tuple(made)
+
+
+def _as_typed(value: Any) -> str:  # noqa: ANN401  whatever TOML holds
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(_as_typed(v) for v in value)
+    return str(value)

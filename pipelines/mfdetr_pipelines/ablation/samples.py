@@ -1,0 +1,72 @@
+"""Sample masks of an ablation: what every row makes of the same images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.evaluation.objects import shown_objects
+from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
+from mfdetr_cache.evaluation.pictures import annotated_objects
+from mfdetr_cache.head.folder import HEAD_FILE, load_head
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_pipelines.ablation.run import AblateConfig, RowResult, folder_of, open_both
+from mfdetr_pipelines.html_page import Panel, PanelRow
+
+_THRESHOLD = 0.25
+
+
+def sample_masks(
+    config: AblateConfig, results: Sequence[RowResult], images: Path, count: int = 4
+) -> list[PanelRow]:
+    """The annotation of some validation images, and the masks of every row, side by side.
+
+    Args:
+        config: The ablation.
+        results: Its results; the first seed of each is shown.
+        images: Folder of the validation images.
+        count: How many images.
+
+    Returns:
+        One row of pictures per image.
+    """
+    validation = open_both(config)[1]
+    shown = [r for r in results if r.seeds and not r.plan.row.baseline]
+    heads = [(r.plan.row.name, _head(config, r, validation)) for r in shown]
+    # Images spread over the split, so that not all come from one folder or one hour.
+    rows = trainable_rows(validation, TrainConfig())
+    chosen = rows[:: max(1, len(rows) // count)][:count]
+    return [_panel_row(validation, row, heads, images) for row in chosen]
+
+
+def _head(config: AblateConfig, result: RowResult, cache: FeatureCache) -> MaskHead:
+    folder = folder_of(config, result.plan.row, 0)
+    if (folder / HEAD_FILE).is_file():
+        return load_head(folder).head
+    return MaskHead(result.plan.row.recipe.head, cache.spec).eval()
+
+
+def _panel_row(
+    cache: FeatureCache, row: int, heads: Sequence[tuple[str, MaskHead]], images: Path
+) -> PanelRow:
+    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    truth = cache.read(row, ())
+    size_hw = truth.geometry.original_hw
+    picture = load_image(images / truth.file_name, size_hw)
+    panels = [Panel("annotation", draw_overlay(picture, annotated_objects(cache, truth)))]
+    # All rows mask the same boxes; a box keeps its colour from row to row.
+    colours: dict[object, int] = {}
+    for name, head in heads:
+        cached = cache.read(row, head.map_names)
+        found = predict_masks(head, cached, cache.spec, torch.device("cpu"))
+        shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
+        for found_object in shown:
+            colours.setdefault(found_object.box_xyxy, len(colours))
+        items = [OverlayItem("", None, o.mask, colours[o.box_xyxy]) for o in reversed(shown)]
+        panels.append(Panel(name, draw_overlay(picture, items)))
+    return PanelRow(truth.file_name, tuple(panels))

@@ -1,0 +1,179 @@
+"""Cache bench: how fast a cache is read on this disk, against a plain read of the same bytes."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.shards import decompress
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.cache.view import ByteRange
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.reporter import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One way of reading.
+
+    Attributes:
+        what: ``cache``, ``plain read and decode`` or ``plain read``.
+        threads: Threads that read.
+        cold: Whether the bytes came from the disk and not from memory.
+        images_per_second: Images read per second.
+        megabytes_per_second: Stored bytes read per second, in 10^6.
+    """
+
+    what: str
+    threads: int
+    cold: bool
+    images_per_second: float
+    megabytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSummary:
+    """What was measured.
+
+    Attributes:
+        images: Images that were read in random order.
+        bytes_per_image: Their mean stored bytes.
+        speeds: Every measurement.
+        ratio_decode: Warm speed of the cache over a plain read and decode, best thread count.
+        ratio_cold: Cold speed of the cache over a cold plain read, best thread count.
+        num_threads: Recommended ``num_threads`` of a training.
+    """
+
+    images: int
+    bytes_per_image: float
+    speeds: tuple[Speed, ...]
+    ratio_decode: float
+    ratio_cold: float
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One image: its row and where its bytes are."""
+
+    view: str
+    row: int
+    ranges: tuple[ByteRange, ...]
+
+
+def run_bench(
+    path: Location, reporter: Reporter, *, images: int = 64, repeats: int = 3, seed: int = 0
+) -> BenchSummary:
+    """Read random whole images in several ways, interleaved, and compare.
+
+    Args:
+        path: The cache.
+        reporter: Who is told about progress.
+        images: How many images.
+        repeats: How often everything is measured; the fastest counts, since a machine's other work
+            only ever slows a reader down.
+        seed: Of the choice of images.
+
+    Returns:
+        Speeds and ratios.
+
+    Raises:
+        CacheError: If the cache is missing, unfinished or damaged.
+    """
+    keep_freed_memory()  # as a training does
+    cache = FeatureCache.open(path)
+    cache.require_complete()
+    if cache.storage.folder is None:
+        raise CacheError(f"{cache.path}: bench compares with plain reads of a local disk")
+    pairs = [(v, r) for v, opened in cache.views.items() for r in opened.rows]
+    random = np.random.default_rng(seed)
+    chosen = [pairs[int(i)] for i in random.permutation(len(pairs))[:images]]
+    jobs = [_Job(v, r, cache.views[v].byte_ranges(r)) for v, r in chosen]
+    total = sum(b.size for job in jobs for b in job.ranges)
+    ways = _ways(cache)
+    counts = sorted({1, 2, min(4, os.cpu_count() or 1), os.cpu_count() or 1})
+    best: dict[tuple[str, int, bool], float] = {}
+    reporter.start("bench", repeats * len(counts) * 2, "rounds")
+    for _ in range(repeats):
+        for threads in counts:
+            for cold in (True, False):
+                for what, way in ways.items():
+                    seconds = _measure(way, jobs, threads, cold=cold)
+                    key = (what, threads, cold)
+                    best[key] = min(best.get(key, float("inf")), seconds)
+                reporter.advance()
+    reporter.finish()
+    speeds = tuple(
+        Speed(what, threads, cold, len(jobs) / s, total / s / 1e6)
+        for (what, threads, cold), s in best.items()
+    )
+    fastest = {(w, c): min(best[w, t, c] for t in counts) for w in ways for c in (True, False)}
+    return BenchSummary(
+        images=len(jobs),
+        bytes_per_image=total / max(len(jobs), 1),
+        speeds=speeds,
+        ratio_decode=fastest["plain read and decode", False] / fastest["cache", False],
+        ratio_cold=fastest["plain read", True] / fastest["cache", True],
+        num_threads=min(counts, key=lambda t: best["cache", t, False] * (1 + 0.02 * t)),
+    )
+
+
+def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
+    raw = cache.layout.compression == "raw"
+
+    def through_cache(job: _Job) -> None:
+        cache.read(job.row, view=job.view)
+
+    def plain(job: _Job) -> None:
+        for found in job.ranges:
+            _pread(found)
+
+    def decoded(job: _Job) -> None:
+        # Written by hand and as lean as it can be: no checksum, no shape, no message. What is
+        # decoded is held until the image is whole, as whoever uses it must.
+        held = []
+        for found in job.ranges:
+            data = memoryview(_pread(found))
+            for start, size in found.chunks:
+                piece = data[start : start + size]
+                held.append(piece if raw else decompress(piece))
+
+    return {"cache": through_cache, "plain read and decode": decoded, "plain read": plain}
+
+
+def _measure(
+    way: Callable[[_Job], None], jobs: Sequence[_Job], threads: int, *, cold: bool
+) -> float:
+    files = {_file(found) for job in jobs for found in job.ranges}
+    if cold:
+        for file in files:
+            _forget(file)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(way, jobs):
+            pass
+    return time.perf_counter() - started
+
+
+def _pread(found: ByteRange) -> bytes:
+    with _file(found).open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), found.size, found.offset)
+
+
+def _file(found: ByteRange) -> Path:
+    folder = found.storage.folder
+    assert folder is not None
+    return folder / found.key
+
+
+def _forget(file: Path) -> None:
+    """Ask the system to drop a file from memory; where it cannot, cold is warm."""
+    with contextlib.suppress(AttributeError, OSError), file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,172 @@
+"""Cache certify: what a preset costs in mask AP, measured with one head and kept in the cache."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfdetr_cache.cache.certificate import Certificate, write_certificate
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import live_image
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, paired_bootstrap
+from mfdetr_cache.evaluation.coco_metrics import Result, coco_ground_truth
+from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
+from mfdetr_cache.evaluation.results import mask_results
+from mfdetr_cache.head.folder import HEAD_FILE, load_head
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.types import CachedImage
+from mfdetr_pipelines.cache.verify import LiveSource
+
+
+@dataclass(frozen=True, slots=True)
+class CertifyConfig:
+    """What ``mfdetr cache certify`` is told.
+
+    Attributes:
+        cache: The cache to certify.
+        head: Run folder of a trained head.
+        reference: Another cache of the same images with finer features.
+        source: Weights and images, to compare with the live detector instead.
+        samples: Bootstrap samples.
+        device: Where the head runs.
+    """
+
+    cache: Location
+    head: Path
+    reference: Location | None = None
+    source: LiveSource | None = None
+    samples: int = 1000
+    device: str = "cpu"
+
+
+def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
+    """Measure one head on both kinds of features and keep the result in the cache.
+
+    Args:
+        config: What to compare.
+        reporter: Who is told about progress.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        CacheError: If the two caches do not hold the same images, or nothing to compare with is
+            given.
+        IdentityError: If head, cache and reference do not come from the same detector.
+    """
+    cache = FeatureCache.open(config.cache)
+    cache.require_complete()
+    folder = load_head(config.head)
+    identity = detector_identity(cache.spec)
+    require_same(folder.detector, f"head {config.head}", identity, f"cache {cache.path}")
+    name, reference_of = _reference(config, cache)
+    device = torch_device(config.device)
+    keep_freed_memory()
+    head = folder.head.to(device)
+    first = _results(cache, head, device, reference_of, reporter, f"head on {name} features")
+    second = _results(
+        cache,
+        head,
+        device,
+        lambda row: cache.read(row, head.map_names),
+        reporter,
+        f"head on {cache.layout.preset} features",
+    )
+    truth = coco_ground_truth(
+        ((cache.image_id(r), cache.original_hw(r), cache.ground_truth(r)) for r in cache.rows),
+        cache.categories,
+    )
+    reporter.say(f"paired bootstrap over {len(cache)} images, {config.samples} samples")
+    found: PairedDifference = paired_bootstrap(
+        WeightedAP(truth, first, "segm"), WeightedAP(truth, second, "segm"), config.samples
+    )
+    weights = hashlib.sha256((config.head / HEAD_FILE).read_bytes()).hexdigest()[:16]
+    certificate = Certificate(
+        preset=cache.layout.preset,
+        reference=name,
+        head=weights,
+        images=len(cache),
+        AP_reference=found.first,
+        AP=found.second,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+        samples=found.samples,
+    )
+    write_certificate(cache.storage, certificate)
+    return certificate
+
+
+def _reference(
+    config: CertifyConfig, cache: FeatureCache
+) -> tuple[str, Callable[[int], CachedImage]]:
+    """The finer features, by row of the cache that is certified."""
+    identity = detector_identity(cache.spec)
+    if config.reference is not None:
+        other = FeatureCache.open(config.reference)
+        require_same(
+            identity, f"cache {cache.path}", detector_identity(other.spec), f"cache {other.path}"
+        )
+        other.require_complete()
+        row_of = {other.image_id(r): r for r in other.rows}
+        missing = [cache.image_id(r) for r in cache.rows if cache.image_id(r) not in row_of]
+        if missing:
+            raise CacheError(f"{other.path} lacks image {missing[0]} and {len(missing) - 1} others")
+        return other.layout.preset, lambda row: other.read(row_of[cache.image_id(row)])
+    if config.source is None:
+        raise CacheError("certify compares: give --reference CACHE, or --weights and --images")
+    source = config.source
+    name = cache.spec.name.split(":")[0]
+    detector = load_detector(name, source.weights, options_of(identity))
+    require_same(
+        identity, f"cache {cache.path}", detector_identity(detector.spec), f"{source.weights}"
+    )
+    device = torch_device(source.device)
+    detector = detector.to(device)
+
+    def live(row: int) -> CachedImage:
+        name = cache.file_name(row)
+        return live_image(
+            detector, load_image(source.images / name, cache.original_hw(row)), name, device
+        )
+
+    return "live", live
+
+
+def _results(
+    cache: FeatureCache,
+    head: MaskHead,
+    device: torch.device,
+    image_of: Callable[[int], CachedImage],
+    reporter: Reporter,
+    task: str,
+) -> list[Result]:
+    def collected() -> Iterator[dict[str, Any]]:
+        for row in cache.rows:
+            image = image_of(row)
+            prediction = predict_masks(head, image, cache.spec, device)
+            rles = masks_in_image(prediction, image.geometry.original_hw)
+            yield from mask_results(
+                cache.image_id(row),
+                prediction.detections,
+                cache.label_categories,
+                rles,
+                prediction.confidences,
+            )
+            reporter.advance()
+
+    reporter.start(task, len(cache), "images")
+    results = list(collected())
+    reporter.finish()
+    return results

@@ -1,0 +1,132 @@
+"""Cache info: what a cache is, from its metadata and manifests alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mfdetr_cache.cache.certificate import Certificate, read_certificates
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage.open import Location
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """One array of a cache.
+
+    Attributes:
+        name: Path below the view.
+        shape: What one image has of it.
+        dtype: Stored type.
+        stored_bytes: Bytes of all sealed parts.
+        share: Of the whole cache.
+        source: Where in the detector it comes from.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    stored_bytes: int
+    share: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """What ``mfdetr cache info`` tells.
+
+    Attributes:
+        cache_id: Hash of the identity.
+        format_version: Of the cache.
+        preset: How maps are stored.
+        compression: How chunks are compressed.
+        views: Names of the views.
+        detector: Its name.
+        weights_sha256: Hash of its weights.
+        dataset: Name of the annotation file.
+        annotations_sha256: Hash of that file.
+        rows: Images in the split.
+        images: Images with content.
+        objects: Annotated objects of these.
+        skipped: What was left out, and why.
+        complete: Whether every part is there.
+        parts: How many parts there are.
+        parts_missing: How many are missing.
+        stored_bytes: Bytes of the sealed parts.
+        bytes_per_image: The same per image.
+        ratio: Uncompressed bytes over stored ones.
+        arrays: The large arrays.
+        identity: The whole identity.
+        certificates: What its preset was measured to cost.
+    """
+
+    cache_id: str
+    format_version: int
+    preset: str
+    compression: str
+    views: tuple[str, ...]
+    detector: str
+    weights_sha256: str
+    dataset: str
+    annotations_sha256: str
+    rows: int
+    images: int
+    objects: int
+    skipped: tuple[dict[str, Any], ...]
+    complete: bool
+    parts: int
+    parts_missing: int
+    stored_bytes: int
+    bytes_per_image: float
+    ratio: float
+    arrays: tuple[ArrayInfo, ...]
+    identity: dict[str, Any]
+    certificates: tuple[Certificate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def describe_cache(path: Location) -> CacheInfo:
+    """What a cache is, whole or not.
+
+    Args:
+        path: The cache.
+
+    Returns:
+        Its description.
+
+    Raises:
+        CacheError: If there is no cache, or it cannot be read by this version.
+    """
+    cache = FeatureCache.open(path)
+    dataset = cache.identity["dataset"]
+    stored = cache.stored_bytes
+    sizes = cache.stored_bytes_of_arrays()
+    arrays = tuple(
+        ArrayInfo(a.name, a.shape, a.dtype, sizes[a.name], sizes[a.name] / max(stored, 1), a.source)
+        for a in cache.array_summaries()
+    )
+    return CacheInfo(
+        cache_id=cache.cache_id,
+        format_version=cache.format_version,
+        preset=cache.layout.preset,
+        compression=cache.layout.compression,
+        views=cache.layout.views,
+        detector=cache.spec.name,
+        weights_sha256=cache.spec.weights_sha256,
+        dataset=dataset["name"],
+        annotations_sha256=dataset["annotations_sha256"],
+        rows=cache.layout.num_rows,
+        images=len(cache),
+        objects=sum(len(cache.ground_truth(r)) for r in cache.rows),
+        skipped=cache.skipped,
+        complete=cache.is_complete,
+        parts=len(cache.layout.parts),
+        parts_missing=len(cache.missing_parts),
+        stored_bytes=stored,
+        bytes_per_image=stored / max(len(cache), 1),
+        ratio=cache.raw_bytes / max(stored, 1),
+        arrays=arrays,
+        identity=cache.identity,
+        certificates=read_certificates(cache.storage),
+    )

@@ -1,0 +1,156 @@
+"""Cache repair: extract again what is broken or missing, and nothing else."""
+
+import contextlib
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mfdetr_cache.cache.creation import CacheContent, create_cache
+from mfdetr_cache.cache.manifest import manifest_key, read_manifest
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.cache.storage.protocol import Storage
+from mfdetr_cache.cache.verify import check_foundation
+from mfdetr_cache.cache.writer import require_same_content
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.content import plan_cache
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.extract import run_extract
+
+
+@dataclass(frozen=True, slots=True)
+class RepairSummary:
+    """What was mended.
+
+    Attributes:
+        faults: What was wrong, one line each.
+        parts: Parts that were extracted again.
+        foundation_files: Files from the creation of the cache that were written again.
+        num_images: Images that went through the detector again.
+        whole: Whether a full check found no fault afterwards.
+    """
+
+    faults: tuple[str, ...]
+    parts: tuple[Part, ...]
+    foundation_files: int
+    num_images: int
+    whole: bool
+
+
+def run_repair(
+    path: Location,
+    weights: str,
+    images: Path,
+    annotations: Path,
+    reporter: Reporter,
+    *,
+    device: str = "cpu",
+) -> RepairSummary:
+    """Find every fault, then run the cache's own extraction for these parts.
+
+    Args:
+        path: The cache.
+        weights: Folder, file or hub id of the detector it was made with.
+        images: Its image folder.
+        annotations: Its annotation file.
+        reporter: Who is told about progress.
+        device: Where the detector runs.
+
+    Returns:
+        What was mended.
+
+    Raises:
+        CacheError: If weights or annotations are not those of the cache; nothing was changed then.
+    """
+    cache = FeatureCache.open(path)
+    found = run_verify(path, reporter, full=True)
+    if not found.faults:
+        return RepairSummary((), (), 0, 0, whole=True)
+    config = config_of(cache, weights, images, annotations, device)
+    content = _content_of(config)
+    # Before anything is touched: another detector or dataset could only make it worse.
+    require_same_content(cache.storage, content)
+    mended = _mend_foundation(cache.storage, replace(content, layout=cache.layout))
+    for part in found.broken_parts:
+        cache.storage.delete(manifest_key(part))
+    again = 0
+    if found.broken_parts:
+        again = run_extract(config, reporter).num_extracted
+    whole = not run_verify(path, reporter, full=True).faults
+    return RepairSummary(found.faults, found.broken_parts, mended, again, whole)
+
+
+def config_of(
+    cache: FeatureCache, weights: str, images: Path, annotations: Path, device: str
+) -> ExtractConfig:
+    """The extraction that made a cache.
+
+    Args:
+        cache: The cache.
+        weights: Folder, file or hub id of its detector.
+        images: Its image folder.
+        annotations: Its annotation file.
+        device: Where to run.
+
+    Returns:
+        The same settings.
+    """
+    identity, extra = cache.identity, cache.layout.views[1:]
+    return ExtractConfig(
+        detector=cache.spec.name.split(":")[0],
+        weights=weights,
+        images=images,
+        annotations=annotations,
+        cache=cache.storage,
+        limit=cache.layout.num_rows,
+        device=device,
+        options=options_of(detector_identity(cache.spec)),
+        preset=cache.layout.preset,
+        compression=cache.layout.compression,
+        c1=cache.layout.c1,
+        roi_size=32 if cache.layout.c1_roi is None else cache.layout.c1_roi.roi_size,
+        roi_sampling_ratio=0 if cache.layout.c1_roi is None else cache.layout.c1_roi.sampling_ratio,
+        views=len(extra),
+        policy=extra[0].rsplit("-", 1)[0] if extra else "deformable-detr",  # type: ignore[arg-type]
+        view_seed=identity["view_seed"] or 0,
+        on_bad_image="skip" if _has_skipped(cache) else "stop",
+        force=True,
+    )
+
+
+def _has_skipped(cache: FeatureCache) -> bool:
+    """Whether images were left out, as far as the manifests can still be read."""
+    for part in cache.layout.parts:
+        with contextlib.suppress(CacheError):
+            if (read_manifest(cache.storage, part) or {}).get("skipped"):
+                return True
+    return False
+
+
+def _content_of(config: ExtractConfig) -> CacheContent:
+    split = load_coco_split(config.annotations).first(config.limit)
+    return plan_cache(split, load_detector(config.detector, config.weights, config.options), config)
+
+
+def _mend_foundation(storage: Storage, content: CacheContent) -> int:
+    """Write what creation wrote again, elsewhere, and take over the files that are broken."""
+    if not check_foundation(storage, full=True):
+        return 0
+    mended = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = LocalStorage(Path(temporary) / "cache")
+        create_cache(fresh, content)
+        for key in fresh.sizes(""):
+            wanted = fresh.read(key)
+            if storage.size(key) != len(wanted) or storage.read(key) != wanted:
+                storage.write(key, [wanted])
+                mended += 1
+    return mended

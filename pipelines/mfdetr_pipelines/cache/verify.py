@@ -1,0 +1,183 @@
+"""Cache verify: whether a cache is whole, and whether it is what the detector gives today."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.cache.verify import check_foundation, check_parts
+from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import detector_identity, differences
+from mfdetr_cache.matching.crops import c1_crops
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.ops.quantisation import StoredMap, encode_map
+from mfdetr_cache.reporter import Reporter
+
+# A stored map may differ from a new one by what another device or thread count makes of the sums:
+# float32 noise of 1e-5, at most one code or one float16 rounding of a few values. A wrong weight
+# or preprocessing moves maps by tenths of their spread.
+LIVE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSource:
+    """What the detector is run from again.
+
+    Attributes:
+        weights: Folder, file or hub id.
+        images: Image folder.
+        device: Where to run.
+    """
+
+    weights: str
+    images: Path
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySummary:
+    """What was found.
+
+    Attributes:
+        parts: How many parts were checked.
+        bytes_checked: Bytes of their files.
+        full: Whether every byte was read.
+        faults: One line per fault.
+        broken_parts: Parts with a fault.
+        live_images: Images the detector was run on again.
+        live_difference: Largest mean difference of a map, in units of the map's spread.
+    """
+
+    parts: int
+    bytes_checked: int
+    full: bool
+    faults: tuple[str, ...]
+    broken_parts: tuple[Part, ...]
+    live_images: int = 0
+    live_difference: float = 0.0
+
+
+def run_verify(
+    path: Location,
+    reporter: Reporter,
+    *,
+    full: bool,
+    live: int = 0,
+    source: LiveSource | None = None,
+) -> VerifySummary:
+    """Check a cache.
+
+    Args:
+        path: The cache.
+        reporter: Who is told about progress.
+        full: Read every byte.
+        live: Run the detector again on so many images, spread over the cache.
+        source: Weights and images for that.
+
+    Returns:
+        What was found; nothing is changed.
+
+    Raises:
+        CacheError: If there is no cache at the path, or ``live`` lacks its source.
+    """
+    cache = FeatureCache.open(path)
+    reporter.start("verify", len(cache.layout.parts), "parts")
+    faults = list(check_foundation(cache.storage, full=full))
+    broken: list[Part] = []
+    total = 0
+    for check in check_parts(cache, full=full):
+        total += check.num_bytes
+        faults += check.faults
+        if check.faults:
+            broken.append(check.part)
+        reporter.advance(num_bytes=check.num_bytes)
+    reporter.finish()
+    compared, difference = 0, 0.0
+    if live and not faults:
+        if source is None:
+            raise CacheError("--live runs the detector again: give --weights and --images")
+        found, compared, difference = compare_live(cache, source, live, reporter)
+        faults += found
+    return VerifySummary(
+        len(cache.layout.parts), total, full, tuple(faults), tuple(broken), compared, difference
+    )
+
+
+def compare_live(
+    cache: FeatureCache, source: LiveSource, count: int, reporter: Reporter
+) -> tuple[list[str], int, float]:
+    """Run the detector on some images and compare with what is stored.
+
+    Args:
+        cache: A whole cache.
+        source: Weights and images.
+        count: How many images, spread evenly over all views.
+        reporter: Who is told about progress.
+
+    Returns:
+        Faults, images compared, and the largest mean map difference in units of its spread.
+    """
+    name = cache.spec.name.split(":")[0]
+    detector = load_detector(name, source.weights, options_of(detector_identity(cache.spec)))
+    other = differences(detector_identity(cache.spec), detector_identity(detector.spec))
+    if other:
+        field, stored, now = other[0]
+        return [f"another detector: {field} is {stored!r} in the cache and {now!r} now"], 0, 0.0
+    detector = detector.to(torch_device(source.device))
+    pairs = [(view, row) for view, opened in cache.views.items() for row in opened.rows]
+    chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
+    faults: list[str] = []
+    worst = 0.0
+    reporter.start("compare with the detector", len(chosen), "images")
+    for view, row in chosen:
+        gap, what = _largest_gap(cache, detector, view, row, source)
+        worst = max(worst, gap)
+        if gap > LIVE_TOLERANCE:
+            file = cache.file_name(row)
+            faults.append(f"row {row} ({file}) of view {view}: {what} is off by {gap:.3f} spreads")
+        reporter.advance()
+    reporter.finish()
+    return faults, len(chosen), worst
+
+
+def _largest_gap(
+    cache: FeatureCache, detector: Detector, view: str, row: int, source: LiveSource
+) -> tuple[float, str]:
+    stored = cache.read(row, view=view)
+    original = cache.original_hw(row)
+    transform = cache.views[view].transform(row)
+    image = load_image(source.images / stored.file_name, original)
+    pixels = detector.preprocess(transform_image(image, transform), transform.shortest_edge)
+    output = detector.forward(pixels[None].to(torch_device(source.device)))
+    gaps = {
+        "class_logits": _gap(stored.class_logits, output.class_logits[0].cpu().numpy()),
+        "boxes": _gap(stored.boxes_cxcywh_norm, output.boxes_cxcywh_norm[0].cpu().numpy()),
+        "queries": _gap(np.asarray(stored.queries), output.queries[0].cpu().numpy()),
+    }
+    if stored.c1_crops is not None:
+        now = c1_crops(output, stored.ground_truth, stored.geometry, cache.layout.c1_roi)  # type: ignore[arg-type]
+        if not np.array_equal(now.query_index, stored.c1_crops.query_index):
+            return float("inf"), "the matching of queries"
+        gaps["moments of C1"] = _gap(stored.c1_crops.moments, now.moments)
+    for name, kept in stored.maps.items():
+        tokens = output.maps[name][0].flatten(1).T.cpu().numpy()
+        again = StoredMap(kept.hw, kept.channels, kept.encoding, *encode_map(tokens, kept.encoding))
+        gaps[f"map {name}"] = _gap(kept.to_array(), again.to_array())
+    what = max(gaps, key=lambda k: gaps[k])
+    return gaps[what], what
+
+
+def _gap(stored: np.ndarray, now: np.ndarray) -> float:
+    """Mean absolute difference over the standard deviation."""
+    if stored.shape != now.shape:
+        return float("inf")
+    spread = max(float(now.astype(np.float32).std()), 1e-12)
+    return float(np.abs(stored.astype(np.float32) - now.astype(np.float32)).mean()) / spread
