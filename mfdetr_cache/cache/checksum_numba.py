@@ -7,16 +7,17 @@ their bytes, in place of one call for each.
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from mfdetr_cache.ops.numba_compile import compiled
 
 # CRC-32C (Castagnoli), bits reversed.
 _POLYNOMIAL = np.uint32(0x82F63B78)
 _ONE = np.uint32(1 << 31)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _times(a: Any, b: Any) -> Any:  # noqa: ANN401
     """Product of two polynomials over GF(2), modulo that of the checksum; bit 31 is the one."""
     found = np.uint32(0)
@@ -28,7 +29,7 @@ def _times(a: Any, b: Any) -> Any:  # noqa: ANN401
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def checksum_of_joined(checksums: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
     """CRC-32C of some stretches of bytes one behind the other.
 

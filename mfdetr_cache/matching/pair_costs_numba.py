@@ -7,14 +7,15 @@ operations that pass it around. Computed in float64 whatever goes in.
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from mfdetr_cache.ops.numba_compile import compiled
 
 Boxes = NDArray[np.floating[Any]]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
     """IoU and generalised IoU (Rezatofighi et al., 2019) of two boxes given by centre and size.
 
@@ -39,7 +40,7 @@ def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
     return iou, (iou - (hull - union) / hull if hull > 0 else iou)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def pair_costs(
     class_logits: NDArray[np.floating[Any]],
     boxes_cxcywh: Boxes,

@@ -13,18 +13,18 @@ image of each query, rising, sizes (I, L, 2) height and width of each level of e
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfdetr_cache.ops.numba_threads import OPTIONS, Floats, Ints, run_kernel
+from mfdetr_cache.ops.numba_compile import compiled
+from mfdetr_cache.ops.numba_threads import FAST, Floats, Ints, run_kernel
 from mfdetr_cache.ops.packed_levels import PackedLevels
 
 _BLOCK = 64
 
 
-@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(**FAST)
 def _forward(  # noqa: C901, PLR0913  one loop per axis, the inputs and the output
     first_task: int,
     last_task: int,
@@ -74,7 +74,7 @@ def _forward(  # noqa: C901, PLR0913  one loop per axis, the inputs and the outp
                     out[n, h, c] = total[c]
 
 
-@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(**FAST)
 def _backward(  # noqa: PLR0913  the inputs and a gradient for each
     first_task: int,
     last_task: int,

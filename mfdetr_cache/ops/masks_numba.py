@@ -7,15 +7,15 @@ half the time that array operations take on so few points (``benchmarks/rasteris
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from mfdetr_cache.ops.numba_compile import compiled
+
 # No fast mathematics: a point on the edge of a pixel has to fall where plain arithmetic puts it.
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@compiled()
 def _look_up_column(
     ends: NDArray[np.int64],
     first: int,
@@ -35,7 +35,7 @@ def _look_up_column(
         inside[i] = run % 2 == 1
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@compiled()
 def coverage_in_box(
     run_lengths: NDArray[np.uint32],
     height: int,
@@ -85,7 +85,7 @@ def coverage_in_box(
     return counts.T / np.float32(subsamples * subsamples)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@compiled()
 def coverage_in_boxes(
     run_lengths: NDArray[np.uint32],
     bounds: NDArray[np.int64],

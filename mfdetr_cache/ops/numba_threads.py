@@ -1,4 +1,4 @@
-"""Threads for kernels that numba compiles, and how it compiles them."""
+"""Threads for kernels that numba compiles."""
 
 import os
 import threading
@@ -14,11 +14,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 # Sums may be reordered and contracted for vector units; infinities and NaN keep their meaning.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "fastmath": {"reassoc", "contract", "nsz"},
-}
+FAST: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}}
 # Pieces of work per thread, so that none waits long for the last one.
 _PIECES = 4
 

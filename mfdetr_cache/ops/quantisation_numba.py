@@ -6,22 +6,19 @@ block's codes stay in the cache until they are written. Without the GIL, on one 
 encoded side by side.
 """
 
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-# Extremes may be taken in any order. Codes are plain IEEE arithmetic: the bytes of a cache must not
-# depend on the machine.
-_REORDERED: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"nsz"}}
-_EXACT: dict[str, Any] = {"nogil": True, "cache": True}
+from mfdetr_cache.ops.numba_compile import compiled
+
 # Tokens whose codes are turned to channels last together; blocks are multiples of it.
 _TILE = 64
 _NO_FRACTION = np.float32(1.5 * 2**23)
 
 
-@numba.njit(**_REORDERED)  # type: ignore[untyped-decorator]
+# Extremes may be taken in any order. Codes below are plain IEEE arithmetic: the bytes of a cache
+# must not depend on the machine.
+@compiled(fastmath={"nsz"})
 def block_extremes(
     planes: NDArray[np.float32],
     block: int,
@@ -49,7 +46,7 @@ def block_extremes(
             highest[number, channel] = largest
 
 
-@numba.njit(**_EXACT)  # type: ignore[untyped-decorator]
+@compiled()
 def block_codes(
     planes: NDArray[np.float32],
     block: int,
@@ -88,7 +85,7 @@ def block_codes(
                 token[channel] = tile[channel, i]
 
 
-@numba.njit(**_EXACT)  # type: ignore[untyped-decorator]
+@compiled()
 def fits_float16(values: NDArray[np.float32]) -> bool:
     """Whether every value is a number within the range of float16.
 

@@ -11,18 +11,18 @@ Arrays: maps (B, h, w, C), rois (R, 5) image and x0, y0, x1, y1 in input pixels,
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfdetr_cache.ops.numba_threads import OPTIONS, Floats, run_kernel
+from mfdetr_cache.ops.numba_compile import compiled
+from mfdetr_cache.ops.numba_threads import FAST, Floats, run_kernel
 
 # Channels that one task of the backward pass owns; a cache line of float32 is 16.
 _BLOCK = 32
 
 
-@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(**FAST)
 def _samples(
     start: float, length: float, cells: int, bins: int, ratio: int
 ) -> tuple[Any, Any, Any, int]:
@@ -47,7 +47,7 @@ def _samples(
     return low, high, share, number
 
 
-@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(**FAST)
 def _forward(
     first_task: int,
     last_task: int,
@@ -89,7 +89,7 @@ def _forward(
                     here[k] = total[k] * part
 
 
-@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(**FAST)
 def _backward(  # noqa: C901  one loop per axis
     first_task: int,
     last_task: int,
