@@ -10,8 +10,8 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.training.recipes import RECIPES
 
 if TYPE_CHECKING:
+    from mfdetr_cache.cache.locks import Partition
     from mfdetr_cache.cache.storage.protocol import Storage
-    from mfdetr_cache.cache.writer import Partition
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -117,7 +117,7 @@ def parse_partition(text: str | None) -> "Partition":
     Raises:
         ConfigError: If it cannot be understood.
     """
-    from mfdetr_cache.cache.writer import Partition
+    from mfdetr_cache.cache.locks import Partition
 
     found = os.environ.get
     if text is None:

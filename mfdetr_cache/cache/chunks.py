@@ -77,7 +77,10 @@ def read_chunks(
     end = 0
     for stretch in _stretches(ordered, total if pinned else _IN_CACHE):
         first, end = end, end + sum(run.num_bytes for run in stretch)
-        if not _filled(out[first:end], stretch, raw=raw):
+        # A damaged copy in a mirror is no damage of the cache: the source is asked once more.
+        if not _filled(out[first:end], stretch, raw=raw) and not (
+            _forget_copies(stretch) and _filled(out[first:end], stretch, raw=raw)
+        ):
             _fill_one_by_one(out[first:end], stretch, raw=raw)
     found: list[NDArray[Any]] = [out] * len(runs)
     end = 0
@@ -139,6 +142,12 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
         except (RuntimeError, ValueError):
             return False
     return True
+
+
+def _forget_copies(runs: Sequence[ChunkRun]) -> bool:
+    """Whether there were copies of these files, dropped now."""
+    files = {run.shard.key: run.shard.storage for run in runs}
+    return sum(storage.forget(key) for key, storage in files.items()) > 0
 
 
 def _room_for(size: int) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mfdetr_cache.cache.shards import ZSTD_LEVEL
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
@@ -88,8 +90,11 @@ def create_cache(storage: Storage, content: CacheContent) -> None:
     """Write metadata and everything known beforehand; it appears as a whole.
 
     Args:
-        storage: Where the cache goes; nothing, or an empty folder.
+        storage: Where the cache goes: nothing, an empty folder, or what a killed creation left.
         content: What the cache is of.
+
+    Raises:
+        CacheError: If the storage holds anything else.
     """
     if storage.folder is not None:
         _create_folder(storage.folder, content)
@@ -98,9 +103,19 @@ def create_cache(storage: Storage, content: CacheContent) -> None:
         local = LocalStorage(Path(temporary) / "cache")
         _fill(local, content)
         keys = [k for k in local.sizes("") if k != ROOT_KEY]
+        # What a killed creation left is written again; anything else is somebody else's.
+        if set(storage.sizes("")) - set(keys):
+            raise _not_free(storage)
         # The root's metadata makes it a cache: it goes last.
         for key in [*keys, ROOT_KEY]:
             storage.write(key, [local.read(key)])
+
+
+def _not_free(storage: Storage) -> CacheError:
+    """The refusal of a place that holds something else."""
+    return CacheError(
+        f"{storage.name} exists and is no cache; nothing was touched, use another --cache"
+    )
 
 
 def _create_folder(path: Path, content: CacheContent) -> None:
@@ -113,10 +128,17 @@ def _create_folder(path: Path, content: CacheContent) -> None:
         if (path / ROOT_KEY).is_file():
             return
         partial = path.with_name(path.name + ".creating")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise _not_free(LocalStorage(path))
         if path.is_dir():
-            path.rmdir()  # it is empty
-        _fill(LocalStorage(partial), content)
-        partial.rename(path)
+            path.rmdir()
+        try:
+            _fill(LocalStorage(partial), content)
+            partial.rename(path)
+        except OSError:
+            # On a full disk it would keep the room that somebody makes.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     finally:
         os.close(parent)
 

@@ -165,11 +165,13 @@ class ShardReader:
             raise CacheError(f"{where} is missing from the cache; {MEND}")
         if size < length:
             raise CacheError(f"{where} is cut off ({size} bytes); {MEND}")
-        tail = storage.read_ranges(key, [(size - length, length)])[0]
-        entries, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
-        if struct.unpack("<I", checksum)[0] != crc32c(entries):
+        index = _read_index(storage, key, size - length, length)
+        # A damaged copy in a mirror is no damage of the cache: the source is asked once more.
+        if index is None and storage.forget(key):
+            index = _read_index(storage, key, size - length, length)
+        if index is None:
             raise CacheError(f"{where} has a damaged index; {MEND}")
-        return cls(storage, key, np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2))
+        return cls(storage, key, index)
 
     @property
     def name(self) -> str:
@@ -215,3 +217,12 @@ class ShardReader:
         if any(len(p) != size for p, (_, size) in zip(pieces, entries, strict=True)):
             raise CacheError(f"{self.name} is cut off; {MEND}")
         return pieces
+
+
+def _read_index(storage: Storage, key: str, start: int, length: int) -> NDArray[np.uint64] | None:
+    """A shard's index; None where its checksum is wrong."""
+    tail = storage.read_ranges(key, [(start, length)])[0]
+    entries, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
+    if checksum != struct.pack("<I", crc32c(entries)):
+        return None
+    return np.frombuffer(entries, dtype="<u8").reshape(-1, 2)

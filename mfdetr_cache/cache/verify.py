@@ -41,14 +41,8 @@ def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
     Yields:
         One result per part.
     """
-    indexed = {
-        a.path: a.chunks_per_part
-        for view in cache.views.values()
-        for a in view.arrays.values()
-        if a.shard is not None
-    }
     for part in cache.layout.parts:
-        yield _check_part(cache.storage, part, indexed, full=full)
+        yield check_part(cache, part, full=full)
 
 
 def check_foundation(storage: Storage, *, full: bool) -> tuple[str, ...]:
@@ -71,7 +65,11 @@ def check_foundation(storage: Storage, *, full: bool) -> tuple[str, ...]:
     return tuple(f"{key} {fault}" for key, fault in faults if fault is not None)
 
 
-def _check_part(storage: Storage, part: Part, indexed: dict[str, int], *, full: bool) -> PartCheck:
+def check_part(cache: FeatureCache, part: Part, *, full: bool) -> PartCheck:
+    """Check one part; see :func:`check_parts`."""
+    storage = cache.storage
+    arrays = cache.views[part.view].arrays.values()
+    indexed = {a.path: a.chunks_per_part for a in arrays if a.shard is not None}
     try:
         manifest = read_manifest(storage, part)
     except CacheError as error:

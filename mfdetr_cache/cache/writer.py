@@ -5,17 +5,17 @@ other, and counted only when its manifest has been published last. Parts do not 
 other, so what a killed run leaves is what an uninterrupted run would have written, minus parts.
 """
 
-import fcntl
+import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.creation import CacheContent, create_cache
-from mfdetr_cache.cache.manifest import manifest_key, status_key, whole_parts
+from mfdetr_cache.cache.locks import WHOLE, Partition, locked
+from mfdetr_cache.cache.manifest import manifest_key, whole_parts
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,
@@ -67,63 +67,26 @@ class EncodedImage:
         return sum(len(c) for chunks in self.chunks.values() for c in chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Every ``count``-th part of a cache, for one of several processes that fill it.
-
-    Which parts these are follows from the two numbers alone, so that the processes need nothing in
-    common but the cache.
-
-    Attributes:
-        number: Which of them, from 1.
-        count: How many there are.
-    """
-
-    number: int = 1
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise CacheError(f"part {self.number}/{self.count}: give K/N with K from 1 to N")
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def of(self, parts: Sequence[Part]) -> list[Part]:
-        """Its parts.
-
-        Args:
-            parts: All parts of a cache.
-
-        Returns:
-            Every ``count``-th of them.
-        """
-        return list(parts[self.number - 1 :: self.count])
-
-
-WHOLE = Partition()
-
-
 class CacheWriter:
     """Fills a cache. Use :meth:`open_or_create`; holds its locks until :meth:`close`.
 
     Args:
         storage: Where the cache is.
         content: What the cache is of.
-        locks: Open lock files.
         partition: The parts it owns.
+        locks: What is left when it is closed.
     """
 
     def __init__(
         self,
         storage: Storage,
         content: CacheContent,
-        locks: Sequence[IO[str]] = (),
         partition: Partition = WHOLE,
+        locks: contextlib.ExitStack | None = None,
     ) -> None:
         self.storage = storage
         self._content = content
-        self._locks = tuple(locks)
+        self._locks = locks or contextlib.ExitStack()
         self._partition = partition
         layout = content.layout
         self._encoding = ENCODINGS[layout.preset]
@@ -155,19 +118,18 @@ class CacheWriter:
         storage = open_storage(location)
         with explained(storage):
             if storage.size(ROOT_KEY) is None:
-                _require_free(storage)
                 create_cache(storage, content)
             require_same_content(storage, content)
             # A cache keeps the parts it was created with, whatever this version would choose.
             content = replace(content, layout=FeatureCache.open(storage).layout)
-            locks = _lock(storage, partition)
-        return cls(storage, content, locks, partition)
+        locks = contextlib.ExitStack()
+        locks.enter_context(locked(storage, partition))
+        return cls(storage, content, partition, locks)
 
     def close(self) -> None:
         """Give the cache back. A part that is not sealed is forgotten."""
         self._open = None
-        for lock in self._locks:
-            lock.close()
+        self._locks.close()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -455,41 +417,3 @@ def require_same_content(storage: Storage, content: CacheContent) -> None:
             f"{storage.name} already holds another cache: {field_name} is {theirs!r} there and "
             f"{ours!r} now; nothing was changed, choose another --cache"
         )
-
-
-def _require_free(storage: Storage) -> None:
-    folder = storage.folder
-    if folder is None:
-        taken = bool(storage.sizes(""))
-    else:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken:
-        raise CacheError(
-            f"{storage.name} exists and is no cache; nothing was touched, use another --cache"
-        )
-
-
-def _lock(storage: Storage, partition: Partition) -> list[IO[str]]:
-    """Own the parts of a partition; all parts, when it is the only one."""
-    if storage.folder is None:
-        return []
-    folder = storage.folder / status_key()
-    shared = partition.count > 1
-    # Partitions share the cache's lock among each other and not with a writer of everything.
-    wanted = [(".writer.lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX)]
-    if shared:
-        name = f".writer-{partition.number}-of-{partition.count}.lock"
-        wanted.append((name, fcntl.LOCK_EX))
-    locks: list[IO[str]] = []
-    for name, kind in wanted:
-        lock = (folder / name).open("w")
-        locks.append(lock)
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            for held in locks:
-                held.close()
-            raise CacheError(
-                f"{storage.name} is being written by another process; wait for it"
-            ) from None
-    return locks

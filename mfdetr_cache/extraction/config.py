@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mfdetr_cache.cache.locks import WHOLE, Partition
 from mfdetr_cache.cache.schema import C1Mode, Compression
 from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.cache.writer import WHOLE, Partition
 from mfdetr_cache.coco.augmentation import Policy
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.extraction.cluster import Cluster

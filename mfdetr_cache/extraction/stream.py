@@ -85,6 +85,8 @@ class Extraction:
         self._content = content
         self._device = torch_device(config.device)
         keep_freed_memory()
+        # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
+        torch.backends.cudnn.allow_tf32 = False
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter

@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import socketserver
+import tempfile
 import threading
 import urllib.request
 import uuid
@@ -215,10 +216,10 @@ def test_a_mirror_without_room_is_no_reason_to_stop(
     source.write("a", [b"0123456789"])
     mirror = MirroredStorage(source, tmp_path / "mirror", 1000)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.warns(RuntimeWarning, match="mirror is full; what is read is no longer kept there"):
         assert mirror.read_ranges("a", [(2, 3)]) == [b"234"]
     assert mirror.read_ranges("a", [(4, 3)]) == [b"456"]
@@ -378,3 +379,153 @@ def test_training_through_a_mirror_reads_the_store_once(
     document = json.loads((tmp_path / "run/config.json").read_text())
     assert document["cache"]["path"] == location
     assert any((tmp_path / "mirror").iterdir())
+
+
+def test_a_mirror_keeps_what_came_first(tmp_path: Path) -> None:
+    """Epochs in new orders: as many hits as it holds of the cache, where LRU has next to none."""
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    source.write("zarr.json", [b"{}"])
+    source.write("a", [bytes(40_000)])
+    mirror = MirroredStorage(source, tmp_path / "m", 10_000)
+    random = np.random.default_rng(0)
+
+    def epoch() -> None:
+        for piece in random.permutation(400).tolist():
+            mirror.read_ranges("a", [(100 * piece, 100)])
+
+    epoch()
+    kept = set(LocalStorage(tmp_path / "m").sizes(""))
+    assert len(kept) == 100
+    epoch()
+    assert set(LocalStorage(tmp_path / "m").sizes("")) == kept
+
+
+@pytest.mark.parametrize("key", ["views/base/maps/c1/values/c/0/0", "views/base/queries/c/0/0/0"])
+@pytest.mark.parametrize("damage", ["flip", "other bytes", "cut off"])
+def test_a_damaged_copy_is_read_again_from_the_source(
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    drawn_cache: Path,
+    key: str,
+    damage: str,
+) -> None:
+    """Also the copy of an index; the mirror is named and the bucket, which is whole, is not."""
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    for name, data in contents(drawn_cache).items():
+        source.write(name, [data])
+    wanted = [FeatureCache.open(drawn_cache).read(row) for row in range(8)]
+
+    def read() -> None:
+        cache = FeatureCache.open(MirroredStorage(source, tmp_path / "m", 10**9))
+        for row, image in enumerate(wanted):
+            found = cache.read(row)
+            assert (found.queries == image.queries).all()
+            assert (found.maps["c1"].to_array() == image.maps["c1"].to_array()).all()
+
+    read()
+    flat = key.replace("/", "%2F")
+    copies = [f for f in (tmp_path / "m").glob(f"*/{flat}/*") if f.is_file()]
+    assert copies
+    for copy in copies:
+        data = bytearray(copy.read_bytes())
+        if damage == "flip":
+            data[len(data) // 2] ^= 1
+        elif damage == "cut off":
+            del data[-1]
+        else:
+            data = bytearray(len(data))
+        copy.write_bytes(data)
+    if damage == "cut off":
+        read()  # another size: no copy at all
+    else:
+        with pytest.warns(RuntimeWarning, match=r"copies of memory://.* in .*m were damaged"):
+            read()
+    # It is kept again, and right.
+    source.delete(key)
+    source.write(key, [bytes(len(contents(drawn_cache)[key]))])
+    read()
+
+
+def test_wrong_bytes_on_the_way_are_not_kept(tmp_path: Path, drawn_cache: Path) -> None:
+    """A store that answers once with a flipped bit."""
+    source = ObjectStorage(f"memory://{uuid.uuid4()}")
+    for name, data in contents(drawn_cache).items():
+        source.write(name, [data])
+    mirror = MirroredStorage(source, tmp_path / "m", 10**9)
+    cache = FeatureCache.open(mirror)
+    real, asked = source.read_ranges, []
+
+    def once(key: str, ranges: Any) -> list[bytes]:
+        found = real(key, ranges)
+        asked.append(key)
+        if len(asked) == 3:
+            found[0] = bytes([found[0][0] ^ 1]) + found[0][1:]
+        return found
+
+    source.read_ranges = once  # type: ignore[method-assign]
+    with pytest.warns(RuntimeWarning, match="is read again from the source"):
+        found = cache.read(0)
+    wanted = FeatureCache.open(drawn_cache).read(0)
+    assert (found.class_logits == wanted.class_logits).all()
+    assert (found.maps["c1"].to_array() == wanted.maps["c1"].to_array()).all()
+
+
+@pytest.mark.parametrize("objects", [0, 1, 40, -1])
+def test_a_creation_that_was_killed_goes_on_in_a_bucket(
+    scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path, objects: int
+) -> None:
+    """The root is written last; whatever creation left before it is ours."""
+    location = f"memory://{uuid.uuid4()}"
+    storage = open_storage(location)
+    real, written = ObjectStorage.write, []
+
+    def killed(self: Any, key: str, pieces: Any) -> Any:
+        if len(written) == objects or (objects < 0 and key == "zarr.json"):
+            raise KeyboardInterrupt
+        written.append(key)
+        return real(self, key, pieces)
+
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), location)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectStorage, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_extract(config, SilentReporter())
+    assert len(storage.sizes("")) == len(written)
+    run_extract(config, SilentReporter())
+    assert contents(location) == contents(drawn_cache)
+
+
+def test_somebody_elses_objects_are_not_touched(scenes_folder: Path, rtdetr_folder: Path) -> None:
+    location = f"memory://{uuid.uuid4()}"
+    open_storage(location).write("images/holiday.jpg", [b"x"])
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), location)
+    with pytest.raises(CacheError, match="exists and is no cache; nothing was touched"):
+        run_extract(config, SilentReporter())
+    assert contents(location) == {"images/holiday.jpg": b"x"}
+
+
+def test_pipes_devices_and_loops_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    storage = LocalStorage(tmp_path)
+    for key in ("pipe", "zeros", "folder"):
+        with pytest.raises(CacheError, match=f"{key} is no regular file"):
+            storage.read(key)
+        with pytest.raises(CacheError, match=f"{key} is no regular file"):
+            storage.read_ranges(key, [(0, 4)])
+        assert storage.size(key) is None
+    with pytest.raises(CacheError, match="loop cannot be read"):
+        storage.read("loop")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        LocalStorage(tmp_path).write("a/b", [b"123"])
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == []

@@ -1,16 +1,23 @@
 """verify --live and repair on a real extraction of drawn images."""
 
+import errno
+import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mfdetr_pipelines.cache import repair
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
+from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support.detectors import save_rtdetr
@@ -136,3 +143,60 @@ def test_live_notices_other_images(
     summary = run_verify(whole, SilentReporter(), full=False, live=2, source=source)
     assert len(summary.faults) == 2
     assert "is off by" in summary.faults[0]
+
+
+def test_repair_waits_for_nobody_and_destroys_nothing(
+    copy: Path, whole: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """While another process writes, the parts it has not sealed yet look broken."""
+    (copy / "views/base/status/manifest/000001.json").unlink()
+    before = files_of(copy)
+    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
+    with (
+        locked(LocalStorage(copy)),
+        pytest.raises(CacheError, match="is being written by another process"),
+    ):
+        run_repair(copy, str(rtdetr_folder), *arguments)
+    assert files_of(copy) == before
+
+
+def test_a_part_that_was_sealed_meanwhile_is_kept(
+    whole: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket has no locks: somebody writes the missing part while repair looks at the others."""
+    location = f"memory://{uuid.uuid4()}"
+    storage = open_storage(location)
+    files = {k: v for k, v in files_of(whole).items() if not k.endswith(".lock")}
+    for key, data in files.items():
+        storage.write(key, [data])
+    storage.delete("views/base/status/manifest/000000.json")
+    storage.delete("views/base/status/manifest/000001.json")
+    verified = repair.run_verify
+
+    def meanwhile(*arguments: Any, **settings: Any) -> Any:
+        found = verified(*arguments, **settings)
+        key = "views/base/status/manifest/000001.json"
+        storage.write(key, [files[key]])
+        return found
+
+    monkeypatch.setattr(repair, "run_verify", meanwhile)
+    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
+    summary = run_repair(location, str(rtdetr_folder), *arguments)
+    assert len(summary.parts) == 2
+    assert summary.num_images == len(FeatureCache.open(whole).layout.rows_of_part(0))
+    assert {k: storage.read(k) for k in storage.sizes("")} == files
+
+
+def test_a_whole_cache_on_a_read_only_disk(
+    copy: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_CREAT | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
+    assert run_repair(copy, str(rtdetr_folder), *arguments).whole

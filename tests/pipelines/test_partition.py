@@ -12,8 +12,9 @@ from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
+from mfdetr_cache.cache.locks import Partition
 from mfdetr_cache.cache.schema import Part
-from mfdetr_cache.cache.writer import CacheWriter, Partition
+from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes

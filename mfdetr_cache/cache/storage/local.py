@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mfdetr_cache.cache.storage.protocol import (
     checksum_of,
     files_below,
 )
+from mfdetr_cache.errors import CacheError
 
 # The disk is asked beforehand for stretches that are longer.
 _AT_ONCE = 512 * 1024
@@ -17,6 +19,8 @@ _AT_ONCE = 512 * 1024
 _MOST_BUFFERS = 1000
 # Linux only.
 _NO_WAIT: int = getattr(os, "RWF_NOWAIT", 0)
+# Opening a pipe must not wait for somebody who writes into it.
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class LocalStorage(Storage):
@@ -37,7 +41,8 @@ class LocalStorage(Storage):
 
     def read(self, key: str) -> bytes:
         """A whole file; see :class:`Storage`."""
-        return (self._folder / key).read_bytes()
+        with self._opened(key) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            return file.read()
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file; see :class:`Storage`."""
@@ -64,18 +69,31 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def _opened(self, key: str) -> Iterator[int]:
         # os.open and not pathlib's: an image lies in a dozen files.
-        descriptor = os.open(f"{self._folder}/{key}", os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        path = f"{self._folder}/{key}"
         try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, _READ)
+            try:
+                # A cache from a stranger may hold a pipe or a device, which never ends.
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise CacheError(f"{path} is no regular file: it is none of a cache")
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(path) from None
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""
+        path = self._folder / key
         try:
-            return (self._folder / key).stat().st_size
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Files below a prefix; see :class:`Storage`."""
@@ -88,12 +106,18 @@ class LocalStorage(Storage):
         path = self._folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            # On a full disk it would keep the room that somebody makes.
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         parent = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(parent)

@@ -1,6 +1,7 @@
 """A cache in an object store, with copies of what was read on a local disk."""
 
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -10,19 +11,22 @@ from typing import Any
 
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, checksum_of, files_below
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.files import DISK_FULL
 
-# How often a process looks at what others keep in a mirror, while it fills it once.
-_LOOKS = 64
+# A process counts what all keep in a mirror whenever it has added so many parts of its size.
+_COUNTS = 64
 
 
 class MirroredStorage(Storage):
-    """A storage whose parts are kept in a local folder once they were read, up to a size.
+    """A storage whose parts are copied to a local folder when they are first read, up to a size.
 
-    Copies are kept under the checksum of the source's root metadata, which holds the cache's
-    identity: another cache under the same URL never meets the copies of the old one. What was used
-    longest ago goes first. Several processes may share the folder: each looks now and then at what
-    is there, and expects the others to keep as much until the next look as they did until this one.
+    What came first stays: training reads every piece once an epoch in a new order, where dropping
+    the least recently used piece would drop mostly what is needed next. Copies are kept under the
+    checksum of the source's root metadata, which holds the cache's identity: another cache under
+    the same URL never meets the copies of the old one. A copy is not synced to disk; one that a
+    power cut has torn fails its checksum and is fetched again, see :meth:`forget`. Several
+    processes may share the folder.
 
     Args:
         source: The storage, usually an object store.
@@ -37,12 +41,11 @@ class MirroredStorage(Storage):
         self._root = mirror
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._place = ""
-        self._full = False
+        self._folder_of_cache = ""
+        self._is_full = False
         mirror.mkdir(parents=True, exist_ok=True)
-        self._held = sum(self._mirror.sizes("").values())
-        # Kept by this process since it last looked, and by the others until then.
-        self._kept, self._by_others = 0, 0
+        self._held = self._count()
+        self._added = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MirroredStorage, (self._source, self._root, self._max_bytes)
@@ -58,11 +61,9 @@ class MirroredStorage(Storage):
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of a file, from the mirror where they are there."""
-        place = f"{self._cache_place()}/{_flat(key)}"
-        names = [f"{place}/{start}-{size}" for start, size in ranges]
-        pieces = [
-            self._from_mirror(name, size) for name, (_, size) in zip(names, ranges, strict=True)
-        ]
+        folder = self._folder(key)
+        names = [f"{folder}/{start}-{size}" for start, size in ranges]
+        pieces = [self._copy(name, size) for name, (_, size) in zip(names, ranges, strict=True)]
         absent = [i for i, piece in enumerate(pieces) if piece is None]
         if absent:
             fetched = self._source.read_ranges(key, [ranges[i] for i in absent])
@@ -70,6 +71,22 @@ class MirroredStorage(Storage):
                 pieces[i] = piece
                 self._keep(names[i], piece)
         return [piece for piece in pieces if piece is not None]
+
+    def forget(self, key: str) -> bool:
+        """Drop all copies of a file; see :class:`Storage`."""
+        folder = self._root / self._folder(key)
+        if not folder.is_dir():
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        warnings.warn(
+            f"copies of {self.name}/{key} in {self._root} were damaged; it is read again from "
+            "the source",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        with self._lock:
+            self._held, self._added = self._count(), 0
+        return True
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; see :class:`Storage`."""
@@ -87,37 +104,34 @@ class MirroredStorage(Storage):
         """Remove from the source; see :class:`Storage`."""
         self._source.delete(key)
 
-    def _cache_place(self) -> str:
-        """Folder of this very cache in the mirror."""
-        if not self._place:
+    def _folder(self, key: str) -> str:
+        """Folder of a file of this very cache in the mirror."""
+        if not self._folder_of_cache:
             root = checksum_of([self._source.read(ROOT_KEY)])[1]
-            self._place = f"{_flat(self.name)}-{root:08x}"
-        return self._place
+            self._folder_of_cache = f"{_flat(self.name)}-{root:08x}"
+        return f"{self._folder_of_cache}/{_flat(key)}"
 
-    def _from_mirror(self, name: str, size: int) -> bytes | None:
+    def _copy(self, name: str, size: int) -> bytes | None:
         try:
             piece = self._mirror.read(name)
-            os.utime(self._root / name)
-        except OSError:
+        except (OSError, CacheError):
             return None
         return piece if len(piece) == size else None
 
     def _keep(self, name: str, piece: bytes) -> None:
-        if len(piece) > self._max_bytes or self._full:
-            return
         with self._lock:
-            if self._kept > self._max_bytes // _LOOKS:
-                self._look()
-            if self._held + self._by_others + len(piece) > self._max_bytes:
-                self._make_room(len(piece))
+            if self._added > self._max_bytes // _COUNTS:
+                self._held, self._added = self._count(), 0
+            if self._is_full or self._held + len(piece) > self._max_bytes:
+                return
             try:
-                self._write_copy(self._root / name, piece)
+                _write_copy(self._root / name, piece)
             except FileNotFoundError:
-                return  # another process made room, and this was among what it dropped
+                return  # another process dropped the copies of this file
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
-                self._full = True
+                self._is_full = True
                 warnings.warn(
                     f"the disk under {self._root} is full; what is read is no longer kept there",
                     RuntimeWarning,
@@ -125,39 +139,23 @@ class MirroredStorage(Storage):
                 )
                 return
             self._held += len(piece)
-            self._kept += len(piece)
+            self._added += len(piece)
 
-    def _look(self) -> list[tuple[int, int, str]]:
-        """When each copy was used, its bytes and its path."""
-        found = [(s.st_mtime_ns, s.st_size, f) for f, s in files_below(self._root)]
-        held = sum(size for _, size, _ in found)
-        self._by_others = max(0, held - self._held)
-        self._held, self._kept = held, 0
-        return found
+    def _count(self) -> int:
+        return sum(found.st_size for _, found in files_below(self._root))
 
-    def _write_copy(self, path: Path, piece: bytes) -> None:
-        """Another process may keep the same piece at this moment: the partial file is ours only."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(piece)
-                file.flush()
-                os.fsync(descriptor)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
 
-    def _make_room(self, needed: int) -> None:
-        """Drop what was used longest ago, a tenth of the room at a time."""
-        found = self._look()
-        goal = self._max_bytes - max(needed + self._by_others, self._max_bytes // 10)
-        for _, size, file in sorted(found):
-            if self._held <= goal:
-                return
-            Path(file).unlink(missing_ok=True)
-            self._held -= size
+def _write_copy(path: Path, piece: bytes) -> None:
+    """Another process may keep the same piece at this moment: the partial file is ours only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(piece)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def _flat(name: str) -> str:

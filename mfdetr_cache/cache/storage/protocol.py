@@ -77,6 +77,17 @@ class Storage(Protocol):
         # For whoever has no better way.
         return _scattered(self.read_ranges(key, ranges), places)
 
+    def forget(self, key: str) -> bool:  # noqa: ARG002
+        """Drop copies of a file that turned out to be damaged.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Whether there were any, so that the file is worth reading again.
+        """
+        return False
+
     def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none.
 

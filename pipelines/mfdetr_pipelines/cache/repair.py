@@ -6,24 +6,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mfdetr_cache.cache.creation import CacheContent, create_cache
+from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.manifest import manifest_key, read_manifest
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.cache.storage.protocol import Storage
-from mfdetr_cache.cache.verify import check_foundation
-from mfdetr_cache.cache.writer import require_same_content
+from mfdetr_cache.cache.verify import check_foundation, check_part
+from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.extraction.content import plan_cache
+from mfdetr_cache.extraction.stream import Extraction
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.extract import run_extract
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +69,31 @@ def run_repair(
         What was mended.
 
     Raises:
-        CacheError: If weights or annotations are not those of the cache; nothing was changed then.
+        CacheError: If weights or annotations are not those of the cache, or another process writes
+            it; nothing was changed then.
     """
     cache = FeatureCache.open(path)
-    found = run_verify(path, reporter, full=True)
-    if not found.faults:
-        return RepairSummary((), (), 0, 0, whole=True)
-    config = config_of(cache, weights, images, annotations, device)
-    content = _content_of(config)
-    # Before anything is touched: another detector or dataset could only make it worse.
-    require_same_content(cache.storage, content)
-    mended = _mend_foundation(cache.storage, replace(content, layout=cache.layout))
-    for part in found.broken_parts:
-        cache.storage.delete(manifest_key(part))
-    again = 0
-    if found.broken_parts:
-        again = run_extract(config, reporter).num_extracted
-    whole = not run_verify(path, reporter, full=True).faults
-    return RepairSummary(found.faults, found.broken_parts, mended, again, whole)
+    # What another process seals meanwhile must not be taken for broken.
+    with locked(cache.storage):
+        found = run_verify(path, reporter, full=True)
+        if not found.faults:
+            return RepairSummary((), (), 0, 0, whole=True)
+        config = config_of(cache, weights, images, annotations, device)
+        split = load_coco_split(annotations).first(config.limit)
+        detector = load_detector(config.detector, weights, config.options)
+        content = replace(plan_cache(split, detector, config), layout=cache.layout)
+        # Before anything is touched: another detector or dataset could only make it worse.
+        require_same_content(cache.storage, content)
+        mended = _mend_foundation(cache.storage, content)
+        for part in found.broken_parts:
+            # An object store has no locks: the part may have been written again since.
+            if check_part(cache, part, full=True).faults:
+                cache.storage.delete(manifest_key(part))
+        writer = CacheWriter(cache.storage, content)
+        extraction = Extraction(config, split, content, detector, writer, reporter)
+        extraction.run(writer.pending_parts())
+        whole = not run_verify(path, reporter, full=True).faults
+    return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 
 def config_of(
@@ -133,11 +141,6 @@ def _has_skipped(cache: FeatureCache) -> bool:
             if (read_manifest(cache.storage, part) or {}).get("skipped"):
                 return True
     return False
-
-
-def _content_of(config: ExtractConfig) -> CacheContent:
-    split = load_coco_split(config.annotations).first(config.limit)
-    return plan_cache(split, load_detector(config.detector, config.weights, config.options), config)
 
 
 def _mend_foundation(storage: Storage, content: CacheContent) -> int:
