@@ -64,8 +64,8 @@ def paper_map() -> str:
         "|---|---|---|",
         *(f"| {t} | {what} | {setting} |" for t, what, setting in TABLES),
         "",
-        "Tables are configurations in [paper_tables.py](../pipelines/mfdetr_pipelines/"
-        "paper_tables.py); `mfdetr ablate --table N --dry-run` shows one.",
+        "Tables are configurations in [paper_tables.toml](../pipelines/mfdetr_pipelines/ablation/"
+        "paper_tables.toml); `mfdetr ablate --table N --dry-run` shows one.",
         "",
         "## Parameters and multiply-adds",
         "",
@@ -85,9 +85,8 @@ def paper_map() -> str:
     ]
     spec = hdetr_r50_spec()
     for number in COUNTED:
-        table = PAPER_TABLES[number]
-        for row in table.rows:
-            cost = head_cost(table.recipe(row).head, spec)
+        for row in PAPER_TABLES[number].rows:
+            cost = head_cost(row.recipe.head, spec)
             assert row.params_m is not None
             assert row.macs_g is not None
             macs = cost.macs / 1e9

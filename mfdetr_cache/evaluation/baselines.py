@@ -70,7 +70,7 @@ def oracle_masks(
     Returns:
         COCO RLE of each detection; a pixel that the box touches is in the box.
     """
-    overlap = box_iou(detections.boxes_xyxy, torch.from_numpy(truth.boxes_xyxy))[0].numpy()
+    overlap = box_iou(detections.boxes_xyxy, torch.from_numpy(truth.boxes_xyxy)).numpy()
     masks = [decode_run_lengths(runs, original_hw) for runs in truth.run_lengths]
     rles = []
     for index, box in enumerate(detections.boxes_xyxy.tolist()):

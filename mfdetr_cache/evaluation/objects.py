@@ -30,7 +30,7 @@ class ShownObject:
     mask: NDArray[np.bool_]
 
     def to_item(self) -> OverlayItem:
-        """The object as something to draw."""
+        """The object as an overlay: its mask, its box, and its name with the confidence."""
         return OverlayItem(f"{self.name} {self.confidence:.2f}", self.box_xyxy, self.mask)
 
 
@@ -50,7 +50,7 @@ def shown_objects(
         names: Category id to name.
         size_hw: Height and width of the original image in pixels.
         threshold: Least confidence.
-        top_k: At most so many.
+        top_k: Largest number of objects.
 
     Returns:
         Objects by falling confidence.

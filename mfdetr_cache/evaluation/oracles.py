@@ -48,7 +48,7 @@ def with_perfect_boxes(image: CachedImage) -> CachedImage:
         return image
     boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
     targets = torch.from_numpy(truth.boxes_xyxy[objects])
-    overlap = box_iou(scale_boxes(cxcywh_to_xyxy(boxes), size_hw), targets)[0]
+    overlap = box_iou(scale_boxes(cxcywh_to_xyxy(boxes), size_hw), targets)
     height, width = size_hw
     exact = xyxy_to_cxcywh(targets / targets.new_tensor([width, height, width, height]))
     best, index = overlap.max(dim=1)

@@ -1,4 +1,7 @@
-"""Pictures of masks and boxes over an image."""
+"""Masks, boxes and labels drawn over an image.
+
+torchvision.utils draws neither outlines of masks nor labels that stay inside the image.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ PALETTE = (
     (255, 140, 140),
 )
 _FILL = 0.45
+# About the longer side of a panel beside others, in pixels; labels of 13 pixels leave room on it.
+PANEL_SIDE = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class OverlayItem:
         text: Label shown at the box; empty for none.
         box_xyxy: In pixels of the image; None draws no box.
         mask: True inside, shape of the image; None draws no mask.
-        colour: Place in the palette, which is gone round; None takes the item's own place.
+        colour: Palette index, modulo the palette's length; None uses the item's position.
     """
 
     text: str
@@ -41,17 +46,21 @@ class OverlayItem:
     colour: int | None = None
 
 
-def draw_overlay(image: Image.Image, items: Sequence[OverlayItem], scale: int = 1) -> Image.Image:
-    """An image with masks, outlines, boxes and labels on it.
+def draw_overlay(
+    image: Image.Image, items: Sequence[OverlayItem], least_side: int = 0
+) -> Image.Image:
+    """A copy of an image with masks, outlines, boxes and labels on it.
 
     Args:
         image: RGB.
         items: What to draw, the most important last.
-        scale: Enlarge the image so many times first, so that labels do not hide small ones.
+        least_side: Enlarge a smaller image first, by the whole number that brings its longer side
+            nearest to this, so that labels do not hide it; 0 never does.
 
     Returns:
-        A new image, ``scale`` times the size.
+        RGB, of the size of the image or of the enlarged one.
     """
+    scale = max(1, round(least_side / max(image.size)))
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
         items = [_enlarged(item, scale) for item in items]
@@ -108,27 +117,27 @@ def _draw_box(
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], height: int = 360) -> Image.Image:
-    """Pictures beside each other under their titles.
+    """Images beside each other under their titles.
 
     Args:
-        panels: Title and picture.
-        height: Height of the pictures in the result, in pixels.
+        panels: Title and image.
+        height: Height of each image in the result, in pixels.
 
     Returns:
-        One picture.
+        One image on white.
     """
     title_height, gap = 26, 8
     scaled = [
-        (title, picture.resize((round(picture.width * height / picture.height), height)))
-        for title, picture in panels
+        (title, image.resize((round(image.width * height / image.height), height)))
+        for title, image in panels
     ]
-    width = gap + sum(picture.width + gap for _, picture in scaled)
+    width = gap + sum(image.width + gap for _, image in scaled)
     sheet = Image.new("RGB", (width, height + title_height + gap), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=15)
     x = gap
-    for title, picture in scaled:
+    for title, image in scaled:
         draw.text((x, 5), title, fill=(0, 0, 0), font=font)
-        sheet.paste(picture, (x, title_height))
-        x += picture.width + gap
+        sheet.paste(image, (x, title_height))
+        x += image.width + gap
     return sheet

@@ -102,7 +102,7 @@ def match_by_iou(
     """
     best = class_logits.max(-1).values.topk(min(candidates, len(class_logits))).indices
     query_index = best.sort().values
-    iou = box_iou(boxes_xyxy_norm[query_index], object_xyxy_norm)[0]
+    iou = box_iou(boxes_xyxy_norm[query_index], object_xyxy_norm)
     overlap, object_index = iou.max(dim=1)
     keep = (overlap >= min_iou) & (overlap > 0)
     return Matches(query_index[keep].numpy(), object_index[keep].numpy(), overlap[keep].numpy())

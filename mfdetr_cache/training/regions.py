@@ -117,8 +117,8 @@ def _jitter(
         size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         moved = boxes + size * random.uniform(-config.box_jitter, config.box_jitter, boxes.shape)
         # A box that was moved off its object would teach nothing but background.
-        overlap = box_iou(torch.from_numpy(moved), torch.from_numpy(target))[0].diagonal().numpy()
-        before = box_iou(torch.from_numpy(boxes), torch.from_numpy(target))[0].diagonal().numpy()
+        overlap = box_iou(torch.from_numpy(moved), torch.from_numpy(target)).diagonal().numpy()
+        before = box_iou(torch.from_numpy(boxes), torch.from_numpy(target)).diagonal().numpy()
         good = (overlap >= np.minimum(before, 0.5))[:, None]
         boxes = np.where(good, moved, boxes)
     return with_least_side(boxes.astype(np.float32))

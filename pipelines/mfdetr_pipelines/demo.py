@@ -11,7 +11,7 @@ from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.evaluation.measure import EvaluateSummary
-from mfdetr_cache.evaluation.pictures import picture_of_path
+from mfdetr_cache.evaluation.panels import prediction_panels
 from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.files import writing
 from mfdetr_cache.head.folder import load_head
@@ -105,7 +105,7 @@ def _pictures(folder: Path, val_cache: Path, head_folder: Path, images: Path) ->
     made = []
     for row in cache.rows[:_NUM_PICTURES]:
         path = folder / f"picture-{row + 1}.png"
-        picture = picture_of_path(cache, row, head, images, torch_device("cpu"))
+        picture = prediction_panels(cache, row, head, images, torch_device("cpu"))
         with writing(path):
             picture.save(path)
         made.append(path)

@@ -63,7 +63,7 @@ def test_rows_are_trained_measured_and_written(drawn_cache: Path, tmp_path: Path
     assert [len(r.seeds) for r in results] == [2, 2]
     assert results[0].plan.cost != results[1].plan.cost
     files = write_report(tmp_path, "two heads", results)
-    assert [f.suffix for f in files] == [".md", ".csv", ".json", ".html"]
+    assert [f.suffix for f in files] == [".md", ".csv", ".json", ".pdf", ".html"]
     document = json.loads((tmp_path / "ablation.json").read_text())
     assert document["rows"][0]["name"] == "with scoring"
     assert 0 <= document["rows"][0]["AP"] <= 1
@@ -87,14 +87,14 @@ def test_sample_masks_of_every_row_are_drawn(
     samples = sample_masks(settings, results, scenes_folder / "images", count=2)
     assert len(samples) == 2
     assert [p.title for p in samples[0].panels] == ["annotation", "with scoring", "without"]
-    assert len({p.picture.size for p in samples[0].panels}) == 1
+    assert len({p.image.size for p in samples[0].panels}) == 1
     write_report(tmp_path, "two heads", results, samples)
     page = (tmp_path / "ablation.html").read_text()
-    pictures = re.findall(r"data:image/jpeg;base64,([^']+)' alt='([^']+)'", page)
+    pictures = re.findall(r'data:image/jpeg;base64,([^"]+)" alt="([^"]+)"', page)
     assert [title for _, title in pictures] == ["annotation", "with scoring", "without"] * 2
     assert all(Image.open(io.BytesIO(base64.b64decode(p))).height >= 200 for p, _ in pictures)
     # Nothing is fetched: the page is one file.
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", page)
 
 
 def result(row: AblationRow, *percent: float) -> RowResult:
@@ -102,39 +102,67 @@ def result(row: AblationRow, *percent: float) -> RowResult:
     return RowResult(RowPlan(row, None), metrics)
 
 
+def texts_of(svg: str) -> list[str]:
+    return ["".join(t.itertext()) for t in ElementTree.fromstring(svg).findall(".//{*}text")]
+
+
 def test_a_chart_holds_its_labels_and_a_bar_for_every_row() -> None:
     long = AblationRow(
         "a name that is much longer than a label was allowed to be", rows()[0].recipe
     )
-    chart = ElementTree.fromstring(ap_bars([result(long, 20, 22), result(rows()[1], 10)]))
-    texts = chart.findall("{*}text")
-    assert [t.text for t in texts] == [long.name, "21.0 ± 1.4", "without", "10.0"]
-    # The name ends where the bars begin, so it needs its length before that.
-    assert float(texts[0].attrib["x"]) >= 6 * len(long.name)
-    wide, narrow = (float(b.attrib["width"]) for b in chart.findall("{*}rect"))
-    assert wide / narrow == pytest.approx(2.1, rel=1e-2)
+    published = AblationRow("12 epochs", rows()[0].recipe, PAPER_TABLES[10].rows[1])
+    failed = RowResult(RowPlan(published, None), problem="the loss is nan")
+    chart = ap_bars([result(long, 20, 22), result(rows()[1], 10), failed])
+    assert texts_of(chart.to_svg()) == [
+        long.name, "without", "12 epochs", "21.0 ± 1.4", "10.0", "paper 46.0"
+    ]  # fmt: skip
+    widths = [bar.get_width() for bar in chart.figure.axes[0].patches]
+    assert widths == pytest.approx([21, 10, np.nan, np.nan, np.nan, 46.0], nan_ok=True)
+
+
+def test_charts_are_reproducible_and_take_the_colour_of_their_page() -> None:
+    results = [result(row, 5, 7) for row in rows()]
+    first, second = ap_bars(results), ap_bars(results)
+    assert first.to_svg() == second.to_svg()
+    assert first.to_pdf() == second.to_pdf()
+    assert first.to_pdf().startswith(b"%PDF")
+    labels = ElementTree.fromstring(first.to_svg()).findall(".//{*}text")
+    assert all("fill: currentColor" in t.attrib["style"] for t in labels)
 
 
 def test_label_fractions_are_a_curve(tmp_path: Path) -> None:
     made = label_fraction_rows(rows(), [1, 0.01, 0.1])
     results = [result(row, 5 + i, 7 + i) for i, row in enumerate(made)]
-    assert label_curves([result(rows()[0], 20, 22)]) == ""
-    chart = ElementTree.fromstring(label_curves(results))
-    lines = chart.findall("{*}polyline")
-    assert len(lines) == 2
-    points = [tuple(map(float, p.split(","))) for p in lines[0].attrib["points"].split()]
-    # From the fewest masks to the most, equally far from ten times to ten times.
-    steps = np.diff([x for x, _ in points])
-    assert steps[0] == pytest.approx(steps[1], abs=0.2)
-    assert steps[0] > 50
-    # 1 % was the second row (AP 7), 10 % the third (8), all the first (6); y points down.
-    heights = [y for _, y in points]
-    assert heights[1] < heights[0] < heights[2]
-    names = [t.text for t in chart.findall("{*}text")]
-    assert {"1 %", "10 %", "100 %", "with scoring", "without"} <= set(names)
+    assert label_curves([result(rows()[0], 20, 22)]) is None
+    chart = label_curves(results)
+    assert chart is not None
+    (axes,) = chart.figure.axes
+    # From the fewest masks to the most; 1 % was the second row (AP 7), 10 % the third, all the
+    # first.
+    first, second = (line.get_xydata() for line in axes.lines)
+    assert first == pytest.approx(np.array([[0.01, 7], [0.1, 8], [1, 6]]))
+    assert second == pytest.approx(np.array([[0.01, 10], [0.1, 11], [1, 9]]))
+    assert axes.get_xscale() == "log"
+    texts = texts_of(chart.to_svg())
+    assert {"1 %", "10 %", "100 %", "with scoring", "without"} <= set(texts)
     files = write_report(tmp_path, "labels", results)
-    assert "labels.svg" in [f.name for f in files]
+    assert {"labels.svg", "labels.pdf", "ablation.pdf"} <= {f.name for f in files}
+    assert (tmp_path / "labels.svg").read_text() == chart.to_svg()
     assert "![mask AP against label fraction](labels.svg)" in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_page_escapes_what_it_is_given_and_has_no_name_twice(tmp_path: Path) -> None:
+    row = AblationRow("<script>&", rows()[0].recipe, note="<b>")
+    made = label_fraction_rows([row, rows()[1]], [0.1, 1])
+    write_report(tmp_path, "<i>", [result(r, 5, 6) for r in made])
+    page = (tmp_path / "ablation.html").read_text()
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "<td>&lt;script&gt;&amp;, 10 % of the masks</td>" in page
+    # Charts of one page would share the names of their groups.
+    assert page.count("<svg") == 2
+    assert "<g id=" not in page
 
 
 def test_smaller_heads_than_the_papers_are_rows() -> None:

@@ -34,7 +34,7 @@ def test_the_page_shows_every_map_of_some_images(
     summary = run_view(drawn_cache, page, SilentReporter(), images=images, count=3)
     assert summary.images == 3
     text = page.read_text()
-    pictures = re.findall(r"data:image/jpeg;base64,([^']+)' alt='([^']+)'", text)
+    pictures = re.findall(r'data:image/jpeg;base64,([^"]+)" alt="([^"]+)"', text)
     titles = [title for _, title in pictures]
     per_image = len(FeatureCache.open(drawn_cache).spec.maps) + 1
     assert len(titles) == 3 * per_image

@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import torch
+from torchvision.ops import generalized_box_iou
 
 from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_hungarian
-from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou
+from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
 
 
 def scene(num_queries: int = 5, num_objects: int = 3) -> tuple[torch.Tensor, ...]:
@@ -42,7 +43,7 @@ def test_hungarian_finds_the_cheapest_assignment() -> None:
         )
         pairs = dict(zip(found.object_index.tolist(), found.query_index.tolist(), strict=True))
         assert tuple(pairs[g] for g in range(3)) == best
-        wanted = box_iou(xyxy, object_xyxy)[0][found.query_index, found.object_index]
+        wanted = box_iou(xyxy, object_xyxy)[found.query_index, found.object_index]
         np.testing.assert_allclose(found.iou, wanted, atol=1e-6)
 
 

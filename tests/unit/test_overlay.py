@@ -22,7 +22,7 @@ def test_masks_are_coloured_inside_and_nothing_else_changes() -> None:
 
 def test_enlarged_pictures_show_the_same_at_a_larger_size() -> None:
     image = Image.new("RGB", (80, 60), (100, 100, 100))
-    drawn = draw_overlay(image, [OverlayItem("", None, item().mask)], scale=3)
+    drawn = draw_overlay(image, [OverlayItem("", None, item().mask)], least_side=250)
     assert drawn.size == (240, 180)
     pixels = np.asarray(drawn)
     assert (pixels[58, 100] == 100).all()

@@ -1,7 +1,6 @@
-"""The result of an ablation as Markdown, CSV, JSON and one self-contained page."""
+"""The result of an ablation as Markdown, CSV, JSON, a self-contained page and figures."""
 
 import csv
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from mfdetr_cache.files import write_atomically
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
 from mfdetr_pipelines.ablation.rows import shared_notes
 from mfdetr_pipelines.ablation.run import RowResult
-from mfdetr_pipelines.html_page import PanelRow, html_page, panel_rows
+from mfdetr_pipelines.pages.page import PanelRow, Section, html_page
 
 COLUMNS = (
     "row",
@@ -86,32 +85,33 @@ def _versus(result: RowResult) -> str:
 def write_report(
     folder: Path, title: str, results: Sequence[RowResult], samples: Sequence[PanelRow] = ()
 ) -> list[Path]:
-    """Write all forms of the table.
+    """Write all forms of the table, and its charts as PDF for papers.
 
     Args:
         folder: Where to; made if needed.
         title: What was compared.
         results: One result per row.
-        samples: Pictures of sample masks for the page.
+        samples: Sample masks for the page.
 
     Returns:
-        The files; the curve over label fractions, where there is one, as a picture too.
+        The files; with label fractions their curve too, as SVG for the Markdown and as PDF.
     """
-    texts = {
-        "ablation.md": _markdown(title, results),
-        "ablation.csv": _csv(results),
-        "ablation.json": json.dumps(
-            {"title": title, "rows": [r.to_dict() for r in results]}, indent=2
-        ),
-        "ablation.html": _page(title, results, samples),
+    bars, curves = ap_bars(results), label_curves(results)
+    document = {"title": title, "rows": [r.to_dict() for r in results]}
+    charts = [bars.to_svg()]
+    files = {
+        "ablation.md": _markdown(title, results, with_curves=curves is not None).encode(),
+        "ablation.csv": _csv(results).encode(),
+        "ablation.json": json.dumps(document, indent=2).encode(),
+        "ablation.pdf": bars.to_pdf(),
     }
-    if curves := label_curves(results):
-        texts["labels.svg"] = curves
-    paths = []
-    for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
-        paths.append(folder / name)
-    return paths
+    if curves is not None:
+        charts.append(curves.to_svg())
+        files |= {"labels.svg": charts[1].encode(), "labels.pdf": curves.to_pdf()}
+    files["ablation.html"] = _page(title, results, charts, samples).encode()
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def _problems(results: Sequence[RowResult]) -> list[str]:
@@ -125,13 +125,13 @@ def _filled(results: Sequence[RowResult]) -> tuple[list[str], list[list[str]]]:
     return [COLUMNS[i] for i in kept], [[c[i] for i in kept] for c in cells]
 
 
-def _markdown(title: str, results: Sequence[RowResult]) -> str:
+def _markdown(title: str, results: Sequence[RowResult], *, with_curves: bool) -> str:
     columns, cells = _filled(results)
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(c) + " |" for c in cells]
     note = "vs first: difference in points with its 95 % interval over images; ~ holds zero."
-    picture = ["![mask AP against label fraction](labels.svg)", ""] if label_curves(results) else []
-    lines += ["", note, "", *picture, *(f"* {p}" for p in _problems(results))]
+    curves = ["![mask AP against label fraction](labels.svg)", ""] if with_curves else []
+    lines += ["", note, "", *curves, *(f"* {p}" for p in _problems(results))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -144,23 +144,18 @@ def _csv(results: Sequence[RowResult]) -> str:
 
 
 _LEGEND = (
-    "AP and its parts in percent, ± one standard deviation over seeds. <b>vs first</b>: difference "
-    "to the first row in points, with the 95 % interval of a paired bootstrap over images; ~ where "
-    "the interval holds zero."
+    "AP and its parts in percent, ± one standard deviation over seeds. vs first: difference to the "
+    "first row in points, with the 95 % interval of a paired bootstrap over images; ~ where the "
+    "interval holds zero."
 )
 
 
-def _page(title: str, results: Sequence[RowResult], samples: Sequence[PanelRow]) -> str:
+def _page(
+    title: str, results: Sequence[RowResult], charts: Sequence[str], samples: Sequence[PanelRow]
+) -> str:
     columns, cells = _filled(results)
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
+    table = Section(
+        charts=charts[:1], columns=columns, cells=cells, text=_LEGEND, notes=_problems(results)
     )
-    notes = "".join(f"<li>{html.escape(p)}</li>" for p in _problems(results))
-    pictures = f"<h2>Masks of the first seed</h2>{panel_rows(samples)}" if samples else ""
-    return html_page(
-        title,
-        f"{ap_bars(results)}<div class='scroll'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><p>{_LEGEND}</p><ul>{notes}</ul>"
-        f"{label_curves(results)}{pictures}",
-    )
+    masks = [Section("Masks of the first seed", rows=samples)] if samples else []
+    return html_page(title, [table, Section(charts=charts[1:]), *masks])

@@ -83,7 +83,7 @@ def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
     Returns:
         Its rows in order.
     """
-    return tuple(AblationRow(r.name, table.recipe(r), r) for r in table.rows)
+    return tuple(AblationRow(r.name, r.recipe, r) for r in table.rows)
 
 
 def with_settings(

@@ -10,13 +10,13 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
-from mfdetr_cache.evaluation.pictures import annotated_objects
+from mfdetr_cache.evaluation.panels import annotated_objects
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_pipelines.ablation.run import AblateConfig, RowResult, folder_of, open_both
-from mfdetr_pipelines.html_page import Panel, PanelRow
+from mfdetr_pipelines.pages.page import Panel, PanelRow
 
 _THRESHOLD = 0.25
 
@@ -33,7 +33,7 @@ def sample_masks(
         count: How many images.
 
     Returns:
-        One row of pictures per image.
+        One row of panels per image.
     """
     validation = open_both(config)[1]
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
@@ -57,8 +57,8 @@ def _panel_row(
     names = {int(c["id"]): str(c["name"]) for c in cache.categories}
     truth = cache.read(row, ())
     size_hw = truth.geometry.original_hw
-    picture = load_image(images / truth.file_name, size_hw)
-    panels = [Panel("annotation", draw_overlay(picture, annotated_objects(cache, truth)))]
+    image = load_image(images / truth.file_name, size_hw)
+    panels = [Panel("annotation", draw_overlay(image, annotated_objects(cache, truth)))]
     # All rows mask the same boxes; a box keeps its colour from row to row.
     colours: dict[object, int] = {}
     for name, head in heads:
@@ -68,5 +68,5 @@ def _panel_row(
         for found_object in shown:
             colours.setdefault(found_object.box_xyxy, len(colours))
         items = [OverlayItem("", None, o.mask, colours[o.box_xyxy]) for o in reversed(shown)]
-        panels.append(Panel(name, draw_overlay(picture, items)))
+        panels.append(Panel(name, draw_overlay(image, items)))
     return PanelRow(truth.file_name, tuple(panels))

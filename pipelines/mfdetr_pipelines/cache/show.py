@@ -1,11 +1,11 @@
 """Cache view: a page that shows what is in a cache, for looking instead of reading."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -15,11 +15,12 @@ from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.detections import detections_of
-from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
+from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
-from mfdetr_pipelines.html_page import Panel, PanelRow, html_page, panel_rows
+from mfdetr_pipelines.pages.chart import bars, draw
+from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page
 
 _SHOWN_BOXES = 12
 _LEAST_SCORE = 0.3
@@ -106,18 +107,21 @@ def principal_colours(features: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def _panel_row(cache: FeatureCache, image: CachedImage, view: str, images: Path | None) -> PanelRow:
     size_hw = image.geometry.original_hw
-    picture = Image.new("RGB", (size_hw[1], size_hw[0]), (128, 128, 128))
+    shown = Image.new("RGB", (size_hw[1], size_hw[0]), (128, 128, 128))
     if images is not None:
         original = load_image(images / image.file_name, cache.original_hw(image.row))
-        picture = transform_image(original, cache.views[view].transform(image.row))
-    panels = [Panel("detections", draw_overlay(picture, _boxes(cache, image)))]
+        shown = transform_image(original, cache.views[view].transform(image.row))
+    detections = draw_overlay(shown, _boxes(cache, image), PANEL_SIDE)
+    panels = [Panel("detections", detections)]
     for name, stored in image.maps.items():
         height, width = stored.hw
         features = np.asarray(stored.to_array(), np.float32).reshape(height, width, -1)
         colours = Image.fromarray(principal_colours(features))
         title = f"{name}: {height} x {width} x {features.shape[2]}"
         # As wide as the image: a map covers it all, whatever its cells are.
-        panels.append(Panel(title, colours.resize(picture.size, Image.Resampling.NEAREST), False))
+        panels.append(
+            Panel(title, colours.resize(detections.size, Image.Resampling.NEAREST), False)
+        )
     return PanelRow(f"{image.file_name}, view {view}", tuple(panels))
 
 
@@ -137,7 +141,7 @@ def _boxes(cache: FeatureCache, image: CachedImage) -> list[OverlayItem]:
 
 
 def _page(
-    cache: FeatureCache, shown: Sequence[PanelRow], values: dict[str, NDArray[np.float32]]
+    cache: FeatureCache, shown: Sequence[PanelRow], values: Mapping[str, NDArray[np.float32]]
 ) -> str:
     views = len(cache.layout.views)
     facts = {
@@ -148,44 +152,47 @@ def _page(
         "maps": f"{cache.layout.preset}, {cache.layout.compression}, C1 {cache.layout.c1}",
         "size": f"{cache.stored_bytes / 1e6:.1f} MB",
     }
-    rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    histograms = "".join(_histogram(name, found) for name, found in values.items())
+    about_maps = (
+        "Maps are shown by the three directions in which each varies most (PCA per image), as red, "
+        "green and blue; their values are those a mask network gets."
+    )
+    about_values = (
+        "How often a value occurs, on a logarithmic scale: what follows a ReLU is mostly zero."
+    )
     return html_page(
         "What is in this cache",
-        f"<table class='facts'>{rows}</table>"
-        "<p>Maps are shown by the three directions in which each varies most (PCA per image), as "
-        "red, green and blue; their values are those a mask network gets.</p>"
-        f"{panel_rows(shown)}<h2>Values</h2><p>How often a value occurs, on a logarithmic scale: "
-        "what follows a ReLU is mostly zero.</p>"
-        f"<div class='row'>{histograms}</div><h2>Bytes</h2>{_sizes(cache)}",
+        [
+            Section(facts=facts),
+            Section(text=about_maps, rows=shown),
+            Section("Values", text=about_values),
+            Section(charts=[_histogram(name, v) for name, v in values.items()]),
+            Section("Bytes", charts=[_sizes(cache)]),
+        ],
     )
 
 
 def _histogram(name: str, values: NDArray[np.float32]) -> str:
     low, high = np.percentile(values, (0.1, 99.9))
-    counts, _ = np.histogram(values, bins=_BINS, range=(low, high))
-    heights = np.log1p(counts) / np.log1p(max(int(counts.max()), 1))
-    bars = "".join(
-        f"<rect class='bar' x='{5 * i}' y='{100 - 100 * h:.1f}' width='4' height='{100 * h:.1f}'/>"
-        for i, h in enumerate(heights)
-    )
-    return (
-        f"<figure><svg width='{5 * _BINS}' height='120' role='img'>{bars}"
-        f"<text x='0' y='116'>{low:.2f}</text>"
-        f"<text x='{5 * _BINS}' y='116' text-anchor='end'>{high:.2f}</text></svg>"
-        f"<figcaption>{html.escape(name)}: mean {values.mean():.2f}, spread {values.std():.2f}"
-        "</figcaption></figure>"
-    )
+
+    def plot(axes: Axes) -> None:
+        axes.hist(values, bins=_BINS, range=(low, high), log=True)
+        axes.set_title(
+            f"{name}: mean {values.mean():.2g}, spread {values.std():.2g}", size="medium"
+        )
+        axes.yaxis.set_visible(False)
+        axes.locator_params(axis="x", nbins=4)
+        axes.ticklabel_format(axis="x", scilimits=(-3, 3))
+
+    return draw(plot, 3.4, 1.8).to_svg()
 
 
 def _sizes(cache: FeatureCache) -> str:
     sizes = {k: v for k, v in cache.stored_bytes_of_arrays().items() if v > 0}
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:10]
-    top = max((v for _, v in largest), default=1)
-    lines = "".join(
-        f"<text x='220' y='{22 * i + 15}' text-anchor='end'>{html.escape(name)}</text>"
-        f"<rect class='bar' x='228' y='{22 * i + 4}' width='{400 * size / top:.1f}' height='14'/>"
-        f"<text x='{236 + 400 * size / top:.1f}' y='{22 * i + 15}'>{size / 1e6:.2f} MB</text>"
-        for i, (name, size) in enumerate(largest)
-    )
-    return f"<svg width='760' height='{22 * len(largest)}' role='img'>{lines}</svg>"
+    largest = dict(sorted(sizes.items(), key=lambda item: -item[1])[:10])
+    megabytes = [size / 1e6 for size in largest.values()]
+    labels = [f"{size:.2f} MB" for size in megabytes]
+
+    def plot(axes: Axes) -> None:
+        bars(axes, list(largest), megabytes, labels)
+
+    return draw(plot, 8, 0.3 + 0.24 * len(largest)).to_svg()

@@ -1,4 +1,4 @@
-"""Pictures: what a head makes of cached images, beside the annotated masks."""
+"""Panels side by side: an image, its detections, predicted and annotated masks."""
 
 from pathlib import Path
 
@@ -10,16 +10,13 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
-from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay, side_by_side
+from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay, side_by_side
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.masks import decode_run_lengths
 from mfdetr_cache.types import CachedImage
 
-# Panels are drawn about this large, in pixels of the longer side.
-_PANEL_SIDE = 400
 
-
-def picture_of_path(
+def prediction_panels(
     cache: FeatureCache,
     row: int,
     head: MaskHead,
@@ -27,7 +24,7 @@ def picture_of_path(
     device: torch.device,
     threshold: float = 0.25,
 ) -> Image.Image:
-    """One image on its way: as it is, with the detector's boxes, with masks, with the annotation.
+    """An image, the frozen detector's boxes, the head's masks and the annotated masks.
 
     Args:
         cache: The cache.
@@ -38,7 +35,7 @@ def picture_of_path(
         threshold: Least confidence of what is shown.
 
     Returns:
-        Four panels side by side.
+        Four panels side by side, with titles.
     """
     cached = cache.read(row, head.map_names)
     size_hw = cached.geometry.original_hw
@@ -48,29 +45,20 @@ def picture_of_path(
     found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)
     # The most confident is drawn last, on top.
     shown = [o.to_item() for o in reversed(found)]
-    scale = max(1, round(_PANEL_SIDE / max(size_hw)))
     boxes = [OverlayItem(i.text, i.box_xyxy, None) for i in shown]
     masks = [OverlayItem("", None, i.mask) for i in shown]
     return side_by_side(
         [
             ("image", image),
-            (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, scale)),
-            ("masks from the cache", draw_overlay(image, masks, scale)),
-            ("annotation", draw_overlay(image, annotated_objects(cache, cached), scale)),
+            (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
+            ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
+            ("annotation", draw_overlay(image, annotated_objects(cache, cached), PANEL_SIDE)),
         ]
     )
 
 
 def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
-    """The annotated masks of an image, small ones last, on top.
-
-    Args:
-        cache: The cache.
-        cached: One of its images.
-
-    Returns:
-        Named masks without boxes; crowds are left out.
-    """
+    """The annotated masks of an image by falling area, named, without boxes and crowds."""
     names = {int(c["id"]): str(c["name"]) for c in cache.categories}
     truth, size_hw = cached.ground_truth, cached.geometry.original_hw
     order = np.argsort(-truth.areas)

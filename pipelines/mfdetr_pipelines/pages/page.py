@@ -1,0 +1,88 @@
+"""A self-contained HTML page: sections of text, tables, charts and captioned images."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jinja2
+from PIL import Image
+
+# Height of a stored image in pixels; shown at 180, it stays sharp on screens with small pixels.
+_STORED_HEIGHT = 320
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("mfdetr_pipelines.pages", ""),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One image with its caption.
+
+    Attributes:
+        title: What it shows, a few words.
+        image: Of any size.
+        smooth: Whether it is a photograph; the cells of a map stay cells.
+    """
+
+    title: str
+    image: Image.Image
+    smooth: bool = True
+
+    @property
+    def data(self) -> str:
+        """The image as base64 of a JPEG."""
+        size = (max(1, round(self.image.width * _STORED_HEIGHT / self.image.height)),)
+        how = Image.Resampling.BICUBIC if self.smooth else Image.Resampling.NEAREST
+        out = io.BytesIO()
+        self.image.convert("RGB").resize((*size, _STORED_HEIGHT), how).save(out, "JPEG", quality=85)
+        return base64.b64encode(out.getvalue()).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class PanelRow:
+    """Images of one thing beside each other; they wrap where the window is narrow.
+
+    Attributes:
+        title: What they are of, such as a file's name.
+        panels: The images.
+    """
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a page; what is empty is left out, the rest stands in this order.
+
+    Attributes:
+        heading: Plain text.
+        facts: Names and values.
+        charts: SVG elements.
+        columns: Heads of a table.
+        cells: Its rows.
+        text: A paragraph.
+        notes: A list.
+        rows: Images.
+    """
+
+    heading: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    charts: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    cells: Sequence[Sequence[str]] = ()
+    text: str = ""
+    notes: Sequence[str] = ()
+    rows: Sequence[PanelRow] = ()
+
+
+def html_page(title: str, sections: Sequence[Section]) -> str:
+    """HTML that needs nothing but itself, readable in light and dark."""
+    return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
