@@ -19,8 +19,8 @@ from mfdetr_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mfdetr_pipelines.ablation.result import RowResult
     from mfdetr_pipelines.ablation.rows import AblationRow, Baseline
-    from mfdetr_pipelines.ablation.run import RowResult
 
 
 def ablate(
@@ -209,8 +209,7 @@ def _plan(
     rows: "tuple[AblationRow, ...]", cache: str | None, seeds: int, device: str
 ) -> list[dict[str, Any]]:
     """What the rows cost; with a cache, a step of each is timed."""
-    from mfdetr_pipelines.ablation.rows import plan_rows
-    from mfdetr_pipelines.ablation.run import seconds_per_step
+    from mfdetr_pipelines.ablation.plan import plan_rows, seconds_per_step
 
     spec, seconds = None, {}
     if cache is not None:
@@ -248,7 +247,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     ]
     columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
     print_table(f"{title} (ours / paper)", columns, rows, wrap_first=True)
-    from mfdetr_pipelines.ablation.rows import shared_notes
+    from mfdetr_pipelines.ablation.plan import shared_notes
 
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):
         typer.echo(line)

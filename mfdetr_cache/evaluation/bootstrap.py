@@ -135,77 +135,41 @@ class PairedDifference:
         return self.low <= 0 <= self.high
 
 
-def paired_bootstrap(
-    first: WeightedAP, second: WeightedAP, samples: int, seed: int = 0
-) -> PairedDifference:
-    """Draw images with replacement, the same for both, and look at the difference of the APs.
-
-    Args:
-        first: Results of one.
-        second: Results of the other, on the same images.
-        samples: How many draws.
-        seed: Of the draws.
-
-    Returns:
-        The difference with its 95 % percentile interval.
-
-    Raises:
-        ValueError: If the two are of different images.
-    """
-    if first.image_ids != second.image_ids:
-        raise ValueError("a paired bootstrap needs two results of the same images")
-    count = len(first.image_ids)
-    whole = np.ones(count)
-    random = np.random.default_rng(seed)
-    differences = []
-    for _ in range(samples):
-        drawn = np.bincount(random.integers(0, count, count), minlength=count).astype(np.float64)
-        differences.append(second(drawn) - first(drawn))
-    low, high = np.percentile(differences, (2.5, 97.5))
-    ours, theirs = first(whole), second(whole)
-    return PairedDifference(ours, theirs, theirs - ours, float(low), float(high), samples)
-
-
-def compare_all(
-    curves: Sequence[Sequence[WeightedAP]], samples: int, seed: int = 0
-) -> list[list[PairedDifference]]:
-    """Every row of an ablation against every other, on the same draws of images.
+def differences_to_first(
+    rows: Sequence[Sequence[WeightedAP]], samples: int, seed: int = 0
+) -> list[PairedDifference]:
+    """How the AP of each row differs from the first row's, all on the same draws of images.
 
     A row's AP is the mean over its seeds, so that the interval is of the rows as they were trained:
     it says what other images would change, not what other seeds would.
 
     Args:
-        curves: The results of each row, one per seed, all of the same images.
-        samples: How many draws.
+        rows: The results of each row, one per seed, all of the same images.
+        samples: How many draws of the images, with replacement.
         seed: Of the draws.
 
     Returns:
-        ``[i][j]`` is row j minus row i.
+        For every row but the first, its AP minus the first's with the 95 % percentile interval.
 
     Raises:
         ValueError: If the rows are of different images.
     """
-    ids = curves[0][0].image_ids
-    if any(c.image_ids != ids for row in curves for c in row):
+    ids = rows[0][0].image_ids
+    if any(ap.image_ids != ids for row in rows for ap in row):
         raise ValueError("a paired bootstrap needs results of the same images")
     random = np.random.default_rng(seed)
     drawn = [np.ones(len(ids))]
     for _ in range(samples):
         picked = random.integers(0, len(ids), len(ids))
         drawn.append(np.bincount(picked, minlength=len(ids)).astype(np.float64))
-    values = np.array([[np.mean([c(d) for c in row]) for d in drawn] for row in curves])
-
-    def difference(first: int, second: int) -> PairedDifference:
-        moved = values[second] - values[first]
+    first, *others = np.array([[np.mean([ap(d) for ap in row]) for d in drawn] for row in rows])
+    found = []
+    for values in others:
+        moved = values - first
         low, high = np.percentile(moved[1:], (2.5, 97.5))
-        return PairedDifference(
-            float(values[first][0]),
-            float(values[second][0]),
-            float(moved[0]),
-            float(low),
-            float(high),
-            samples,
+        found.append(
+            PairedDifference(
+                float(first[0]), float(values[0]), float(moved[0]), float(low), float(high), samples
+            )
         )
-
-    count = range(len(curves))
-    return [[difference(i, j) for j in count] for i in count]
+    return found

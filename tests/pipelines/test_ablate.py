@@ -13,20 +13,19 @@ import torch
 from mfdetr_pipelines.ablation.baselines import SamSource
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, paper_table
+from mfdetr_pipelines.ablation.plan import RowPlan, plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import write_report
+from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
-    RowPlan,
     baseline_rows,
     label_fraction_rows,
-    plan_rows,
     rows_of_file,
     rows_of_table,
-    shared_notes,
     smaller_rows,
     with_settings,
 )
-from mfdetr_pipelines.ablation.run import AblateConfig, RowResult, run_ablate, seconds_per_step
+from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from PIL import Image
@@ -309,7 +308,7 @@ def test_settings_are_chosen_on_images_left_out_of_training(
 
     monkeypatch.setattr(FeatureCache, "read", counted)
     monkeypatch.setattr(
-        "mfdetr_pipelines.ablation.run.measure",
+        "mfdetr_pipelines.ablation.group.measure",
         lambda *_, **__: pytest.fail("not before it is trained"),
     )
     split = with_settings(rows()[:1], {}, {"val_split": 4, "steps": 6, "num_threads": 1})

@@ -12,7 +12,7 @@ from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.certificate import read_certificates
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.evaluation.bootstrap import WeightedAP, paired_bootstrap
+from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import SilentReporter
@@ -75,10 +75,10 @@ def test_a_paired_interval_is_narrow_around_a_paired_difference() -> None:
     truth, good = split(list(range(12)), quality=1.5)
     _, bad = split(list(range(12)), quality=6.0)
     better, worse = WeightedAP(truth, good, "segm"), WeightedAP(truth, bad, "segm")
-    found = paired_bootstrap(worse, better, samples=200)
+    (found,) = differences_to_first([[worse], [better]], samples=200)
     assert 0 < found.low < found.difference < found.high
-    assert found == paired_bootstrap(worse, better, samples=200)
-    same = paired_bootstrap(better, better, samples=20)
+    assert [found] == differences_to_first([[worse], [better]], samples=200)
+    (same,) = differences_to_first([[better], [better]], samples=20)
     assert (same.low, same.high) == (0.0, 0.0)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
-from mfdetr_pipelines.ablation.rows import AblationRow, fit_row, rows_of_table
+from mfdetr_pipelines.ablation.plan import fit_row
+from mfdetr_pipelines.ablation.rows import AblationRow, rows_of_table
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.reader import FeatureCache

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from mfdetr_pipelines.ablation.run import RowResult
+from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.chart import PUBLISHED, Chart, bars, draw
 
 

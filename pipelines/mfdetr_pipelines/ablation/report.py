@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mfdetr_cache.files import write_atomically
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
-from mfdetr_pipelines.ablation.rows import shared_notes
-from mfdetr_pipelines.ablation.run import RowResult
+from mfdetr_pipelines.ablation.plan import shared_notes
+from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.page import PanelRow, Section, html_page
 
 COLUMNS = (

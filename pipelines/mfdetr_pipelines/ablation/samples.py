@@ -15,7 +15,10 @@ from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.rows import trainable_rows
-from mfdetr_pipelines.ablation.run import AblateConfig, RowResult, folder_of, open_both
+from mfdetr_pipelines.ablation.caches import open_caches
+from mfdetr_pipelines.ablation.job import row_folder
+from mfdetr_pipelines.ablation.result import RowResult
+from mfdetr_pipelines.ablation.run import AblateConfig
 from mfdetr_pipelines.pages.page import Panel, PanelRow
 
 _THRESHOLD = 0.25
@@ -35,17 +38,17 @@ def sample_masks(
     Returns:
         One row of panels per image.
     """
-    validation = open_both(config)[1]
+    validation = open_caches(config.cache, config.val_cache, config.rows).validation
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
-    heads = [(r.plan.row.name, _head(config, r, validation)) for r in shown]
+    heads = [(r.plan.row.name, _head(config.out, r, validation)) for r in shown]
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation, TrainConfig())
     chosen = rows[:: max(1, len(rows) // count)][:count]
     return [_panel_row(validation, row, heads, images) for row in chosen]
 
 
-def _head(config: AblateConfig, result: RowResult, cache: FeatureCache) -> MaskHead:
-    folder = folder_of(config, result.plan.row, 0)
+def _head(out: Path, result: RowResult, cache: FeatureCache) -> MaskHead:
+    folder = row_folder(out, result.plan.row) / "seed-0"
     if (folder / HEAD_FILE).is_file():
         return load_head(folder).head
     return MaskHead(result.plan.row.recipe.head, cache.spec).eval()

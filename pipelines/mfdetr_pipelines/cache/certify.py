@@ -16,7 +16,7 @@ from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, paired_bootstrap
+from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import Result, coco_ground_truth
 from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
 from mfdetr_cache.evaluation.results import mask_results
@@ -88,9 +88,8 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
         cache.categories,
     )
     reporter.say(f"paired bootstrap over {len(cache)} images, {config.samples} samples")
-    found: PairedDifference = paired_bootstrap(
-        WeightedAP(truth, first, "segm"), WeightedAP(truth, second, "segm"), config.samples
-    )
+    aps = [[WeightedAP(truth, results, "segm")] for results in (first, second)]
+    (found,) = differences_to_first(aps, config.samples)
     weights = hashlib.sha256((config.head / HEAD_FILE).read_bytes()).hexdigest()[:16]
     certificate = Certificate(
         preset=cache.layout.preset,

@@ -1,0 +1,138 @@
+"""Train a group of jobs over one read of the cache, and measure each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mfdetr_cache.errors import MfdetrError, StoppedError
+from mfdetr_cache.evaluation.measure import measure
+from mfdetr_cache.files import make_folder
+from mfdetr_cache.head.folder import load_head, save_head
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.initial_head import new_head
+from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.run_folder import TrainHeadConfig, prepare_folder, run_document
+from mfdetr_cache.training.run_log import RunLog
+from mfdetr_pipelines.ablation.baselines import SamSource, measure_baseline
+from mfdetr_pipelines.ablation.caches import Caches
+from mfdetr_pipelines.ablation.job import Job
+from mfdetr_pipelines.train_head import require_c1, training_device
+
+
+def train_group(
+    jobs: Sequence[Job],
+    caches: Caches,
+    device_name: str,
+    sam: SamSource | None,
+    reporter: Reporter,
+) -> dict[str, str]:
+    """Train some jobs side by side and measure each; a job that fails leaves the others alone.
+
+    Args:
+        jobs: Jobs that learn from the same batches.
+        caches: What is trained from and measured on.
+        device_name: Where.
+        sam: Weights and images for the baseline ``sam``.
+        reporter: Who is told about progress.
+
+    Returns:
+        Names of the rows that failed, and why.
+
+    Raises:
+        StoppedError: If a signal ended it; the same command goes on from there.
+    """
+    device = torch_device(device_name)
+    problems: dict[str, str] = {}
+    runs: dict[str, Run] = {}
+    for job in jobs:
+        try:
+            if job.plan.is_trained:
+                runs[job.name] = _begin(job, caches, device_name)
+        except MfdetrError as error:
+            problems[job.name] = str(error)
+    if runs:
+        _train(
+            TrainingLoop(
+                caches.training, list(runs.values()), device, reporter, split_when_full=True
+            )
+        )
+    problems |= {name: str(run.problem) for name, run in runs.items() if run.problem is not None}
+    for job in jobs:
+        if job.name in problems:
+            continue
+        try:
+            if job.plan.row.baseline:
+                _measure_baseline(job, caches, sam, device, reporter)
+            else:
+                _measure_head(job, runs.get(job.name), caches, device, reporter)
+        except MfdetrError as error:
+            problems[job.name] = str(error)
+    return problems
+
+
+def _begin(job: Job, caches: Caches, device_name: str) -> Run:
+    """A run in the job's folder, or the one that was begun there."""
+    train, cache = job.recipe.train, caches.training
+    device = training_device(device_name, train.amp)
+    learner = build_learner(train, lambda: new_head(job.recipe.head, cache, train), device)
+    require_c1(cache, learner.head, train)
+    if learner.head.c1 is not None:
+        # Not after it was trained.
+        caches.validation.require_c1_map("evaluation")
+    begun = job.folder.exists() and any(job.folder.iterdir())
+    settings = TrainHeadConfig(cache.path, job.folder, job.recipe, resume=begun)
+    document = run_document(settings, train, cache, None)
+    prepare_folder(job.folder, job.recipe.head, document, resume=begun)
+    run = Run(learner, job.folder, RunLog(job.folder))
+    run.restore()
+    return run
+
+
+def _train(loop: TrainingLoop) -> None:
+    try:
+        loop.run()
+    except StoppedError as error:
+        # The loop's own message names --resume, which an ablation does not need.
+        raise StoppedError("stopped by a signal; the same command goes on from there") from error
+
+
+def _measure_head(
+    job: Job, run: Run | None, caches: Caches, device: torch.device, reporter: Reporter
+) -> None:
+    """Measure a trained head, or one without a run that needs no training."""
+    make_folder(job.folder)
+    seconds = speed = 0.0
+    if run is None:
+        head = MaskHead(job.recipe.head, caches.training.spec)
+    else:
+        save_head(job.folder, run.learner.result_weights())
+        head = load_head(job.folder).head
+        seconds = run.learner.seconds
+        speed = run.learner.images / max(seconds, 1e-9)
+    measured, masks = measure(caches.validation, head.to(device), device, reporter)
+    head_ms = 1000 * measured.latency["head"].median
+    job.write_result(_result(measured.mask.to_dict(), seconds, speed, head_ms), masks)
+
+
+def _measure_baseline(
+    job: Job, caches: Caches, sam: SamSource | None, device: torch.device, reporter: Reporter
+) -> None:
+    baseline = job.plan.row.baseline
+    assert baseline
+    metrics, masks = measure_baseline(caches.validation, baseline, reporter, sam=sam, device=device)
+    job.write_result(_result(metrics.to_dict()), masks)
+
+
+def _result(
+    mask: dict[str, float], seconds: float = 0.0, speed: float = 0.0, head_ms: float = 0.0
+) -> dict[str, Any]:
+    return {
+        "train_seconds": seconds,
+        "images_per_second": speed,
+        "head_ms": head_ms,
+        "mask": mask,
+    }

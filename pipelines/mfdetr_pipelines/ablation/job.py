@@ -1,0 +1,159 @@
+"""A job of an ablation: one row with one seed, trained and measured in a folder of its own."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mfdetr_cache.config import completed, to_dict
+from mfdetr_cache.errors import ConfigError, HeadError
+from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.files import write_atomically
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.identity import differences
+from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
+from mfdetr_cache.training.input.loader import stream_key
+from mfdetr_cache.training.recipes import Recipe
+from mfdetr_pipelines.ablation.caches import Caches
+from mfdetr_pipelines.ablation.plan import RowPlan
+from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.evaluate import json_results
+
+_RESULT_FILE = "result.json"
+_MASKS_FILE = "masks.json.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row with one seed.
+
+    Attributes:
+        plan: The row.
+        recipe: Its recipe with the seed.
+        folder: Its run folder, where its result is kept too.
+        identity: What its result depends on; a result with another identity is not its own.
+    """
+
+    plan: RowPlan
+    recipe: Recipe
+    folder: Path
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its row."""
+        return self.plan.row.name
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What was measured.
+
+        Returns:
+            Plain values; None where it is still to be done.
+
+        Raises:
+            HeadError: If the file is damaged or of another ablation.
+        """
+        path = self.folder / _RESULT_FILE
+        try:
+            done: dict[str, Any] = json.loads(path.read_bytes())
+            before = done["identity"]
+            for name, kind in (("head", HeadConfig), ("train", TrainConfig)):
+                before[name] = completed(kind, before[name])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise HeadError(f"{path} is damaged; remove it to train this row again") from error
+        # As they come back from JSON, where a tuple is a list.
+        now = json.loads(json.dumps(self.identity))
+        for key, theirs, ours in differences(before, now):
+            if key.removeprefix("train.") not in FREE_FIELDS:
+                raise HeadError(
+                    f"{path} is of another ablation: {key} was {theirs!r} and is {ours!r} now; "
+                    "give another --out"
+                )
+        return done
+
+    def write_result(self, result: dict[str, Any], masks: Sequence[Result]) -> None:
+        """Keep what was measured; with it the job is done."""
+        packed = gzip.compress(json_results(masks), 1, mtime=0)
+        write_atomically(self.folder / _MASKS_FILE, packed)
+        document = {**result, "identity": self.identity}
+        write_atomically(self.folder / _RESULT_FILE, json.dumps(document, indent=2).encode())
+
+    def read_masks(self) -> list[Result]:
+        """The COCO mask results that were measured."""
+        packed = (self.folder / _MASKS_FILE).read_bytes()
+        masks: list[Result] = json.loads(gzip.decompress(packed))
+        return masks
+
+
+def plan_jobs(plans: Sequence[RowPlan], num_seeds: int, out: Path, caches: Caches) -> list[Job]:
+    """The jobs of all rows that can be trained, seed by seed.
+
+    A row without anything to train has one job: its result depends on no seed.
+
+    Args:
+        plans: The rows.
+        num_seeds: Seeds 0 to N - 1 of every row.
+        out: Folder of the ablation.
+        caches: What is trained from and measured on.
+
+    Returns:
+        One job per row and seed.
+    """
+    return [
+        _job(plan, seed, out, caches)
+        for seed in range(num_seeds)
+        for plan in plans
+        if not plan.problem and (plan.is_trained or seed == 0)
+    ]
+
+
+def _job(plan: RowPlan, seed: int, out: Path, caches: Caches) -> Job:
+    train = replace(plan.row.recipe.train, seed=seed)
+    recipe = replace(plan.row.recipe, train=train)
+    identity = {
+        "head": to_dict(recipe.head),
+        "train": to_dict(train),
+        "cache": caches.training.cache_id,
+        "val_cache": caches.validation_id,
+        "baseline": plan.row.baseline,
+    }
+    return Job(plan, recipe, row_folder(out, plan.row) / f"seed-{seed}", identity)
+
+
+def row_folder(out: Path, row: AblationRow) -> Path:
+    """The folder below ``--out`` that holds a row's seeds."""
+    return out / "rows" / re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+
+
+def require_own_folders(rows: Sequence[AblationRow], out: Path) -> None:
+    """Refuse rows that would write over one another.
+
+    Args:
+        rows: All rows of the ablation.
+        out: Its folder.
+
+    Raises:
+        ConfigError: Naming two of them.
+    """
+    taken: dict[Path, str] = {}
+    for row in rows:
+        folder = row_folder(out, row)
+        if folder in taken:
+            raise ConfigError(
+                f"rows {taken[folder]!r} and {row.name!r} would share {folder}; give each "
+                "once, under a name of its own"
+            )
+        taken[folder] = row.name
+
+
+def by_stream(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs that can learn from the same batches, together."""
+    groups: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(stream_key(job.recipe.train), []).append(job)
+    yield from groups.values()
