@@ -19,6 +19,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks import deformable
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.devices import keep_freed_memory
@@ -106,7 +107,7 @@ def main() -> None:
         boxes_xyxy=boxes,
         image_index=owner.repeat_interleave(options.regions),
     )
-    ours = MaskHead(build_recipe("paper", {}).head, spec).to(device).train()
+    ours = build_head(build_recipe("paper", {}).head, spec).to(device).train()
     theirs = port(ours)
     own_core = deformable.deformable_attention
     seconds = {}

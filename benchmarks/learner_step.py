@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import build_learner
@@ -38,7 +38,7 @@ def measure(path: Path, recipe_name: str, steps: int) -> dict[str, float]:
     device = torch.device("cpu")
     recipe = build_recipe(recipe_name, {})
     cache = FeatureCache.open(path)
-    learner = build_learner(recipe.train, lambda: MaskHead(recipe.head, cache.spec), device)
+    learner = build_learner(recipe.train, lambda: build_head(recipe.head, cache.spec), device)
     learner.head.train()
     names = learner.head.map_names
     random = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import torch
 from geometry import made_cache
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import build_learner
@@ -24,7 +24,7 @@ from mfdetr_cache.training.recipes import Recipe, build_recipe
 
 def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) -> float:
     runs = [
-        Run(build_learner(r.train, lambda r=r: MaskHead(r.head, cache.spec), device))  # type: ignore[misc]
+        Run(build_learner(r.train, lambda r=r: build_head(r.head, cache.spec), device))  # type: ignore[misc]
         for r in recipes
     ]
     loop = TrainingLoop(cache, runs, device, SilentReporter())

@@ -23,7 +23,7 @@ from PIL import Image
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.head.batch import MapGroup, live_groups
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.input.threads import read_ahead
@@ -67,7 +67,7 @@ def main() -> None:
             Path(scratch) / "a.zarr", "int8", images=options.batch, spec=detector.spec
         )
         cache = FeatureCache.open(path)
-        head = MaskHead(recipe.head, cache.spec).to(device).train()
+        head = build_head(recipe.head, cache.spec).to(device).train()
         learner = Learner(head, recipe.train)
 
         def sample(image: CachedImage) -> TrainSample:

@@ -16,7 +16,7 @@ from geometry import made_cache, mixed_sizes
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import build_learner
@@ -52,7 +52,7 @@ def main() -> None:
         made_cache(path, options.dtype, images=options.images, spec=spec, sizes=sizes)
         cache = FeatureCache.open(path)
         size = cache.stored_bytes / len(cache)
-        learner = build_learner(recipe.train, lambda: MaskHead(recipe.head, cache.spec), device)
+        learner = build_learner(recipe.train, lambda: build_head(recipe.head, cache.spec), device)
 
         def after_step() -> str:
             if learner.step == options.first:

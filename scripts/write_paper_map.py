@@ -16,7 +16,8 @@ COUNTED = (1, 2, 3, 4, 5, 6, 9, 12)
 EQUATIONS = [
     ("Eq. 1, 5, 14", "fusion with C1, neck", "mfdetr_cache/head/fusion.py"),
     ("Eq. 2, 13", "final score of a mask", "mfdetr_cache/evaluation/scoring.py"),
-    ("Eq. 3", "RoIAlign", "mfdetr_cache/head/mask_head.py"),
+    ("Eq. 1, 3-12", "one after the other", "mfdetr_cache/head/mask_head.py"),
+    ("Eq. 3", "RoIAlign", "mfdetr_cache/ops/roi_align.py"),
     ("Eq. 4", "dot product of query and region", "mfdetr_cache/head/mask_predictor.py"),
     ("Eq. 6", "deformable blocks", "mfdetr_cache/head/blocks/deformable.py"),
     ("Eq. 7", "Swin blocks", "mfdetr_cache/head/blocks/swin.py"),

@@ -1,4 +1,4 @@
-"""What the mask network takes and gives. Maps are never padded: equal sizes share a group."""
+"""Input and output of the mask network. Maps are never padded: equal sizes share a group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class HeadBatch:
         groups: The images' maps.
         queries: The query of each region, shape (R, query_dim).
         boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4). May
-            stay on the CPU when the rest is on a GPU: what is computed depends on where they are.
+            stay on the CPU when the rest is on a GPU: the boxes decide which cells are computed.
         image_index: The image of each region, int64, shape (R,).
         c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
-        counts: Regions of each image, where that is known without asking the device; regions are
-            then in the order of their images.
+        counts: Number of regions of each image, where it is known without a copy from the device;
+            regions are then in the order of their images.
     """
 
     groups: tuple[MapGroup, ...]
@@ -57,14 +57,10 @@ class HeadBatch:
     c1_crops: Tensor | None = None
     counts: tuple[int, ...] | None = None
 
-    # How many regions there are decides what is done; a compiler could keep nothing.
+    # The number of regions differs from batch to batch: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def by_group(self) -> "RegionsByGroup":
-        """Regions in the order of the groups' images.
-
-        Returns:
-            Where they are, found out on the CPU.
-        """
+        """Sort the regions by the image they belong to, images in the order of the groups."""
         counts = self.counts
         if counts is None:
             images = sum(len(group.members) for group in self.groups)
@@ -72,28 +68,37 @@ class HeadBatch:
             counts = tuple(np.bincount(owner, minlength=images).tolist())
         else:
             owner = np.repeat(np.arange(len(counts)), counts)
+        # Groups without a region are left out.
         of_group = [sum(counts[m] for m in g.members) for g in self.groups]
         groups = [g for g, count in zip(self.groups, of_group, strict=True) if count]
         members = [m for group in groups for m in group.members]
-        place = np.zeros(len(counts), np.int64)
-        place[members] = np.arange(len(members))
-        order = np.argsort(place[owner], kind="stable")
-        boxes = self.boxes_xyxy.detach().cpu().numpy()[order]
+        rank = np.zeros(len(counts), np.int64)
+        rank[members] = np.arange(len(members))
+        order = np.argsort(rank[owner], kind="stable")
+        crops = self.c1_crops
+        if crops is not None:
+            crops = crops.index_select(0, to_device(torch.from_numpy(order), crops.device))
         return RegionsByGroup(
-            tuple(groups), tuple(c for c in of_group if c), order, place[owner][order], boxes
+            groups=tuple(groups),
+            counts=tuple(c for c in of_group if c),
+            order=order,
+            image=rank[owner][order],
+            boxes_xyxy=self.boxes_xyxy.detach().cpu().numpy()[order],
+            c1_crops=crops,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RegionsByGroup:
-    """Where the regions of a batch are, in the order of the groups' images, on the CPU.
+    """The regions of a batch sorted by group and image; arrays are on the CPU.
 
     Attributes:
         groups: Groups that have regions.
-        counts: How many each of them has.
-        order: Which region of the batch each is, shape (R,).
-        image: Its image, counted over these groups, rising, shape (R,).
+        counts: Number of regions of each group.
+        order: Index of each region in the batch, shape (R,).
+        image: Index of its image, counted over these groups, rising, shape (R,).
         boxes_xyxy: Its box in network input pixels, shape (R, 4).
+        c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
     """
 
     groups: tuple[MapGroup, ...]
@@ -101,25 +106,22 @@ class RegionsByGroup:
     order: NDArray[np.int64]
     image: NDArray[np.int64]
     boxes_xyxy: NDArray[np.floating]
+    c1_crops: Tensor | None
 
     @property
     def device(self) -> torch.device:
-        """Where the maps are."""
+        """Device of the maps."""
         return next(iter(self.groups[0].maps.values())).device
 
     @property
     def c1_hw(self) -> NDArray[np.int64]:
-        """Height and width of C1 for each region, where only crops of it are there, (R, 2)."""
+        """Height and width of the C1 that each region was cropped from, shape (R, 2)."""
         return np.repeat([group.c1_hw for group in self.groups], self.counts, axis=0)
 
     # Other indices in every batch, through pinned memory: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rois(self) -> Sequence[Tensor]:
-        """What RoIAlign takes for the maps of each group.
-
-        Returns:
-            For each group the index of the image inside it, then the box, shape (count, 5).
-        """
+        """RoIAlign's boxes for the maps of each group: image inside the group, box, (count, 5)."""
         sizes = [len(group.members) for group in self.groups]
         before = np.repeat(np.cumsum(sizes) - sizes, self.counts)
         index = (self.image - before).astype(self.boxes_xyxy.dtype)
@@ -128,40 +130,21 @@ class RegionsByGroup:
         return split
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def from_batch(self, rows: Tensor) -> Tensor:
-        """Something of each region, in the order of these.
-
-        Args:
-            rows: In the order of the batch, shape (R, ...).
-
-        Returns:
-            The same rows, shape (R, ...).
-        """
-        return rows.index_select(0, to_device(torch.from_numpy(self.order), rows.device))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_batch(self, rows: Tensor) -> Tensor:
-        """Something of each of these regions, in the order of the batch.
-
-        Args:
-            rows: In the order of these, shape (R, ...).
-
-        Returns:
-            The same rows, shape (R, ...).
-        """
+        """Reorder per-region rows (R, ...) from group order to batch order."""
         back = torch.from_numpy(self.order.argsort())
         return rows.index_select(0, to_device(back, rows.device))
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """What the mask network says about R regions.
+    """Predictions for R regions.
 
     Attributes:
         mask_logits: Over the box of each region, before the sigmoid, shape (R, r, r).
         mask_iou: Predicted IoU of the mask for each label, unbounded, shape (R, K); None without
             mask scoring.
-        codes: Mask codes the logits were decoded from, shape (R, K'), where the head predicts such.
+        codes: Mask codes the logits were decoded from, shape (R, K'); None for other predictors.
     """
 
     mask_logits: Tensor
@@ -174,10 +157,10 @@ def live_groups(
     geometries: Sequence[ImageGeometry],
     map_names: Sequence[str],
 ) -> tuple[MapGroup, ...]:
-    """The maps of images that a detector has just seen one by one, equal sizes together.
+    """Group the maps of a live detector by network input size; gradients flow back into them.
 
     Args:
-        outputs: One per image, each of batch size 1; gradients flow back into them.
+        outputs: One per image, each of batch size 1.
         geometries: Sizes of the images.
         map_names: Maps to take.
 
@@ -200,15 +183,15 @@ def live_groups(
 def map_groups(
     images: Sequence[CachedImage], map_names: Sequence[str], device: torch.device
 ) -> tuple[MapGroup, ...]:
-    """The maps of some images, equal sizes together.
+    """Decode the maps of cached images to float32, and group them by network input size.
 
     Args:
         images: Cached images.
         map_names: Maps to take.
-        device: Where the result lives.
+        device: Device of the result.
 
     Returns:
-        One group per network input size; values are float32.
+        One group per network input size.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):

@@ -4,10 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
-from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.image_encoder import plain_blocks
-
-BOX_WINDOW = 8
 
 
 class DeformableBoxEncoder(nn.Module):
@@ -42,20 +38,3 @@ class DeformableBoxEncoder(nn.Module):
             tokens = layer(tokens, self.position, centres, tokens, sizes_hw)
         refined: Tensor = tokens.unflatten(1, (side, side))
         return refined
-
-
-def build_box_encoder(config: HeadConfig) -> nn.Module:
-    """The box encoder a configuration asks for.
-
-    Args:
-        config: The head's configuration.
-
-    Returns:
-        A module over (R, r, r, D).
-    """
-    if config.box_layers == 0:
-        return nn.Identity()
-    if config.box_block == "deformable":
-        return DeformableBoxEncoder(config.hidden_dim, config.roi_size, config.box_layers)
-    blocks = plain_blocks(config.box_block, config.hidden_dim, config.box_layers, BOX_WINDOW)
-    return nn.Sequential(*blocks)

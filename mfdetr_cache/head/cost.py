@@ -20,6 +20,7 @@ from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock
 from mfdetr_cache.head.blocks.deformable import DeformableLayer
 from mfdetr_cache.head.blocks.swin import SwinBlock
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
@@ -86,7 +87,7 @@ def head_cost(
         Parameters and multiply-adds.
     """
     with torch.device("meta"):
-        head = MaskHead(config, spec).eval()
+        head = build_head(config, spec).eval()
         parameters = sum(p.numel() for p in head.parameters())
         executed = _count(head, spec, input_hw)
         for module in head.modules():
@@ -114,7 +115,7 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
             regions = head.align(fused, torch.empty(BOXES, 5))
             head.decode(regions, queries, torch.zeros(BOXES, dtype=torch.long))
         else:
-            head.compare_with_image(fused, queries)
+            head.decode_image(fused, queries)
     # The counter speaks of flops, two for a multiply-add.
     return counter.get_total_flops() // 2 + extra[0]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mfdetr_cache.config import from_dict, to_dict
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import write_atomically
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import Identity, spec_from_identity
@@ -103,7 +104,7 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
         document = json.loads((folder / CONFIG_FILE).read_bytes())
         detector = document["detector"]
         config = from_dict(HeadConfig, document["head"], f"{folder / CONFIG_FILE}: head")
-        head = MaskHead(config, spec_from_identity(detector))
+        head = build_head(config, spec_from_identity(detector))
     except (ValueError, KeyError, TypeError) as error:
         raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
     try:

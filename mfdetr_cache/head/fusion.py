@@ -1,23 +1,15 @@
-"""Feature fusion: the encoder map and the backbone's first map become one (Eq. 1, 5, 14)."""
+"""Feature fusion: refined encoder level and the backbone's first map added (Eq. 1, 5, 14)."""
+
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-def group_norm(width: int) -> nn.GroupNorm:
-    """Group norm with 32 groups, or as many as divide the width.
-
-    Args:
-        width: Channels.
-
-    Returns:
-        The module.
-    """
-    return nn.GroupNorm(max(g for g in range(1, 33) if width % g == 0), width)
+from mfdetr_cache.types import MapSpec
 
 
 class Projection(nn.Sequential):
-    """A 1x1 convolution and a group norm: the neck of Eq. 14, and the way in for other widths.
+    """A 1x1 convolution and a group norm: the neck of Eq. 14, and for levels of another width.
 
     Args:
         in_width: Channels of the map.
@@ -29,7 +21,34 @@ class Projection(nn.Sequential):
         nn.init.xavier_uniform_(conv.weight)
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
-        super().__init__(conv, group_norm(out_width))
+        # 32 groups, or as many as divide the width.
+        groups = max(g for g in range(1, 33) if out_width % g == 0)
+        super().__init__(conv, nn.GroupNorm(groups, out_width))
+
+
+class LevelProjections(nn.ModuleDict):
+    """Brings backbone maps, and encoder levels of another width, to the encoder's width.
+
+    Args:
+        levels: The maps, finest first.
+        width: Channels D wanted.
+    """
+
+    def __init__(self, levels: Sequence[MapSpec], width: int) -> None:
+        others = [m for m in levels if m.role != "encoder" or m.channels != width]
+        super().__init__({m.name: Projection(m.channels, width) for m in others})
+        self.names = [m.name for m in levels]
+
+    def forward(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
+        """Select and project the levels.
+
+        Args:
+            maps: Map name to (B, C, h, w).
+
+        Returns:
+            The levels, finest first, each (B, D, h, w).
+        """
+        return [self[name](maps[name]) if name in self else maps[name] for name in self.names]
 
 
 class FeatureFusion(nn.Module):
@@ -37,32 +56,37 @@ class FeatureFusion(nn.Module):
 
     Args:
         neck: Brings C1 to the encoder's width; None adds C1 as it is (Eq. 1).
+        upsample: Without C1, bring E' to stride 4 all the same (Table 1).
     """
 
-    def __init__(self, neck: nn.Module | None) -> None:
+    def __init__(self, neck: nn.Module | None, *, upsample: bool) -> None:
         super().__init__()
         self.neck = neck
+        self.upsample = upsample
 
-    def forward(
-        self, c1: Tensor | None, refined: Tensor, size_hw: tuple[int, int] | None = None
-    ) -> Tensor:
+    def forward(self, c1: Tensor | None, refined: Tensor, input_hw: tuple[int, int]) -> Tensor:
         """Fuse the maps of equal-sized images.
 
         Args:
             c1: Backbone stage-1 map, shape (B, C1, H/4, W/4); None where there is none.
-            refined: Refined encoder level, shape (B, D, h, w).
-            size_hw: Height and width of the result without C1; None keeps those of ``refined``.
+            refined: Refined encoder level E', shape (B, D, h, w).
+            input_hw: Network input size in pixels.
 
         Returns:
             The fused map, at the resolution of C1 where there is one.
         """
         if c1 is not None:
             size_hw = (int(c1.shape[-2]), int(c1.shape[-1]))
-        if size_hw is not None and tuple(refined.shape[-2:]) != size_hw:
-            refined = functional.interpolate(
-                refined, size=size_hw, mode="bilinear", align_corners=False
-            )
-        if c1 is None:
-            return refined
-        fused: Tensor = (self.neck(c1) if self.neck is not None else c1) + refined
-        return fused
+            projected = self.neck(c1) if self.neck is not None else c1
+            fused: Tensor = projected + resize_map(refined, size_hw)
+            return fused
+        if self.upsample:
+            return resize_map(refined, (-(-input_hw[0] // 4), -(-input_hw[1] // 4)))
+        return refined
+
+
+def resize_map(maps: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Bilinear resizing of maps (B, C, h, w), with cell centres aligned rather than corners."""
+    if tuple(maps.shape[-2:]) == size_hw:
+        return maps
+    return functional.interpolate(maps, size=size_hw, mode="bilinear", align_corners=False)

@@ -1,33 +1,24 @@
 """Image feature encoder F_e: refines the detector's encoder maps (Eq. 6-8, Tables 2 and 15)."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
-from mfdetr_cache.head.blocks.deformable import DeformableLayer
-from mfdetr_cache.head.blocks.swin import SwinBlock
-from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.packing import LevelTokens, PackedImages, ReadCells, cells_read
-
-IMAGE_WINDOW = 14
+from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
+from mfdetr_cache.head.position import sine_position
 
 
 class DeformableImageEncoder(nn.Module):
-    """Deformable layers over all levels; gives back the one level that is fused.
+    """Deformable layers over all levels (Eq. 6); returns the one level that is fused.
 
-    The last layer refines only that level's tokens, and in :meth:`refine_read` only those that some
-    region reads: the others would be computed and thrown away. Setting ``every_token`` computes
-    them all the same, which changes nothing in the result; the paper's MAC column counts them.
+    The last layer refines only that level's tokens: the others would be computed and thrown away.
+    Setting ``every_token`` computes them all the same, which changes nothing in the result; the
+    paper's MAC column counts them.
 
     Args:
         width: Channels of all levels.
         num_levels: Levels, finest first.
         num_layers: Layers.
-        fused_level: Index of the level that is given back.
+        fused_level: Index of the level that is returned.
         level_embed: The detector's frozen level embedding, shape (L, D); None learns one.
     """
 
@@ -52,9 +43,9 @@ class DeformableImageEncoder(nn.Module):
             nn.init.normal_(self.level_embed, std=0.02)
 
     @property
-    def computes_all(self) -> bool:
-        """Whether nothing is saved by :meth:`refine_read`: no layer, or every token is wanted."""
-        return self.every_token or not len(self.layers)
+    def omits_tokens(self) -> bool:
+        """Whether the last layer may leave out tokens that nothing reads."""
+        return bool(self.layers) and not self.every_token
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Refine one level with the help of all.
@@ -65,64 +56,40 @@ class DeformableImageEncoder(nn.Module):
         Returns:
             The refined level, shape (B, D, h, w).
         """
-        if not len(self.layers):
+        if not self.layers:
             return levels[self.fused_level]
-        lined_up = LevelTokens.of(levels, self.level_embed)
-        memory, centres, position = lined_up.tokens, lined_up.centres, lined_up.position
-        sizes_hw = lined_up.sizes_hw
+        # All cells of all levels as one sequence of tokens, level by level.
+        sizes_hw = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+        memory = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
+        dtype, precise = memory.dtype, torch.promote_types(memory.dtype, torch.float32)
+        centres = cell_centres(sizes_hw, memory.device).to(precise)
+        # A token's position: sine encoding of its cell, and the embedding of its level.
         counts = [h * w for h, w in sizes_hw]
-        first = sum(counts[: self.fused_level])
-        wanted = slice(first, first + counts[self.fused_level])
+        rows = zip(self.level_embed, counts, strict=True)
+        of_level = torch.cat([row.expand(count, -1) for row, count in rows])
+        position = (sine_position(centres, memory.shape[-1]) + of_level).to(dtype)
+        centres = centres.to(dtype)
         for layer in self.layers[:-1]:
             memory = layer(memory, position, centres, memory, sizes_hw)
-        chosen = slice(None) if self.every_token else wanted
-        tokens: Tensor = self.layers[-1](
+        first = sum(counts[: self.fused_level])
+        fused = slice(first, first + counts[self.fused_level])
+        chosen = slice(None) if self.every_token else fused
+        tokens = self.layers[-1](
             memory[:, chosen], position[chosen], centres[chosen], memory, sizes_hw
         )
-        tokens = tokens[:, wanted] if self.every_token else tokens
+        tokens = tokens[:, fused] if self.every_token else tokens
         refined: Tensor = tokens.transpose(1, 2).unflatten(2, sizes_hw[self.fused_level])
         return refined
 
-    def refine_read(
-        self,
-        groups: Sequence[Sequence[Tensor]],
-        image: NDArray[np.int64],
-        boxes_xyxy: NDArray[np.floating],
-        stride: int,
-    ) -> tuple[Tensor, ReadCells]:
-        """Refine those cells of one level that regions read, of images of any sizes at once.
-
-        Args:
-            groups: For each group of images of one size their levels, as :meth:`forward` takes.
-            image: Image of each region, counted over all groups, shape (R,).
-            boxes_xyxy: Its box in network input pixels, shape (R, 4).
-            stride: Input pixels per cell of the level.
-
-        Returns:
-            The refined cells, shape (N, D), and where they are.
-        """
-        packed = PackedImages.of(groups, self.level_embed)
-        memory = packed.tokens
-        for layer in self.layers[:-1]:
-            memory = layer(memory, packed.position, packed.centres, memory, packed.levels)
-        cells = cells_read(image, boxes_xyxy, packed.sizes_hw, self.fused_level, stride)
-        read = cells.on(memory.device)
-        refined: Tensor = self.layers[-1](
-            memory[read.token],
-            packed.position[read.token],
-            packed.centres[read.token],
-            memory,
-            packed.levels.for_queries(read.image),
-        )
-        return refined, read
-
 
 class SingleLevelImageEncoder(nn.Module):
-    """Swin or ConvNeXt blocks over the fused level alone, as the paper's MAC counts show.
+    """Swin (Eq. 7) or ConvNeXt blocks (Eq. 8) over the fused level alone.
+
+    The paper's MAC counts show that these do not see the other levels.
 
     Args:
         blocks: Blocks over channels-last maps.
-        fused_level: Index of the level that is refined and given back.
+        fused_level: Index of the level that is refined and returned.
     """
 
     def __init__(self, blocks: list[nn.Module], fused_level: int) -> None:
@@ -143,46 +110,3 @@ class SingleLevelImageEncoder(nn.Module):
         for layer in self.layers:
             maps = layer(maps)
         return maps.permute(0, 3, 1, 2)
-
-
-def build_image_encoder(
-    config: HeadConfig, width: int, num_levels: int, fused_level: int, level_embed: Tensor | None
-) -> nn.Module:
-    """The image encoder a configuration asks for.
-
-    Args:
-        config: The head's configuration.
-        width: Channels of all levels.
-        num_levels: Levels, finest first.
-        fused_level: Index of the level that is fused.
-        level_embed: The detector's frozen level embedding; None learns one.
-
-    Returns:
-        A module from a list of levels to the fused level.
-    """
-    count = config.image_layers
-    if config.image_block == "deformable":
-        return DeformableImageEncoder(width, num_levels, count, fused_level, level_embed)
-    return SingleLevelImageEncoder(
-        plain_blocks(config.image_block, width, count, IMAGE_WINDOW), fused_level
-    )
-
-
-def plain_blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:
-    """Swin or ConvNeXt blocks.
-
-    Args:
-        kind: ``swin`` or ``convnext``.
-        width: Channels.
-        count: How many.
-        window: Window side for Swin.
-
-    Returns:
-        The blocks, initialised.
-    """
-    if kind == "swin":
-        return [SwinBlock(width, window, shifted=bool(i % 2)) for i in range(count)]
-    blocks = [ConvNeXtBlock(width) for _ in range(count)]
-    for block in blocks:
-        init_convnext(block)
-    return list(blocks)

@@ -110,6 +110,21 @@ class EmbeddingPredictor(nn.Module):
             nn.Linear(256, code_width),
         )
 
+    def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits, and the codes they are decoded from.
+
+        Args:
+            queries: Shape (R, d).
+            regions: Shape (R, r, r, d).
+
+        Returns:
+            Shapes (R, r, r) and (R, K).
+        """
+        codes = self.codes(queries, regions)
+        masks = self.codec.decode(codes)[:, None]
+        side = regions.shape[1]
+        return functional.interpolate(masks, (side, side), mode="bilinear")[:, 0], codes
+
     def codes(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Mask codes.
 
@@ -129,16 +144,3 @@ class EmbeddingPredictor(nn.Module):
         joined = functional.relu(self.norms[2](self.join(mixed.flatten(1))))
         found: Tensor = self.code(joined)
         return found
-
-    def logits(self, codes: Tensor, side: int) -> Tensor:
-        """Decoded codes on the grid of the regions.
-
-        Args:
-            codes: Shape (R, K).
-            side: Cells r of the region along an axis.
-
-        Returns:
-            Shape (R, r, r).
-        """
-        masks = self.codec.decode(codes)[:, None]
-        return functional.interpolate(masks, (side, side), mode="bilinear")[:, 0]

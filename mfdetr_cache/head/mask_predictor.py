@@ -8,7 +8,7 @@ from torch.nn import functional
 class DotProductPredictor(nn.Module):
     """The logit of a cell is the dot product of its feature with the query (Eq. 4)."""
 
-    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
         """Mask logits.
 
         Args:
@@ -16,9 +16,9 @@ class DotProductPredictor(nn.Module):
             regions: Shape (R, r, r, d).
 
         Returns:
-            Shape (R, r, r).
+            Shape (R, r, r); no mask codes.
         """
-        return torch.einsum("rd,rhwd->rhw", queries, regions)
+        return torch.einsum("rd,rhwd->rhw", queries, regions), None
 
 
 class SegmenterPredictor(nn.Module):
@@ -37,7 +37,7 @@ class SegmenterPredictor(nn.Module):
         for linear in (self.project_query, self.project_region):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
         """Mask logits.
 
         Args:
@@ -45,11 +45,11 @@ class SegmenterPredictor(nn.Module):
             regions: Shape (R, r, r, d).
 
         Returns:
-            Shape (R, r, r).
+            Shape (R, r, r); no mask codes.
         """
         query = functional.normalize(self.project_query(queries), dim=-1)
         region = functional.normalize(self.project_region(regions), dim=-1)
-        return self.temperature * torch.einsum("rd,rhwd->rhw", query, region)
+        return self.temperature * torch.einsum("rd,rhwd->rhw", query, region), None
 
 
 class FcnPredictor(nn.Module):
@@ -73,7 +73,7 @@ class FcnPredictor(nn.Module):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
-    def forward(self, _queries: Tensor, regions: Tensor) -> Tensor:
+    def forward(self, _queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
         """Mask logits.
 
         Args:
@@ -81,10 +81,9 @@ class FcnPredictor(nn.Module):
             regions: Shape (R, r, r, d).
 
         Returns:
-            Shape (R, r, r).
+            Shape (R, r, r); no mask codes.
         """
         maps = regions.permute(0, 3, 1, 2)
         for layer in self.layers:
             maps = functional.relu(layer(maps))
-        logits: Tensor = self.last(maps)[:, 0]
-        return logits
+        return self.last(maps)[:, 0], None

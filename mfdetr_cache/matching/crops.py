@@ -1,13 +1,13 @@
 """Crops of C1 around the queries that training uses."""
 
 import torch
-from torchvision.ops import roi_align
 
 from mfdetr_cache.cache.schema import C1RoiLayout
 from mfdetr_cache.head.c1_crops import moments_of
 from mfdetr_cache.matching.matchers import hungarian_queries, with_least_side
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.ops.quantisation import StoredMap
+from mfdetr_cache.ops.roi_align import RoIAlign
 from mfdetr_cache.types import C1Crops, DetectorOutput, GroundTruth, ImageGeometry
 
 
@@ -32,8 +32,9 @@ def c1_crops(
     corners = scale_boxes(torch.from_numpy(chosen), geometry.resized_hw)
     rois = torch.cat((torch.zeros(len(queries), 1), corners), dim=1).to(c1)
     size = layout.roi_size
-    crops = roi_align(c1, rois, (size, size), 1 / 4, layout.sampling_ratio or -1, aligned=True)
-    below = crops.permute(0, 2, 3, 1).reshape(len(queries) * size, size, c1.shape[1])
+    # torchvision's on every device: the bytes of a cache must not change with our kernels.
+    crops = RoIAlign(size, 4, layout.sampling_ratio).with_torchvision(c1, rois)
+    below = crops.reshape(len(queries) * size, size, c1.shape[1])
     return C1Crops(
         query_index=queries,
         crops=StoredMap.plain(below.cpu().numpy()),

@@ -139,7 +139,7 @@ def _backward(  # noqa: C901  one loop per axis
                         d[k] += w11 * above[k]
 
 
-class KernelRoiAlign(torch.autograd.Function):
+class KernelRoIAlign(torch.autograd.Function):
     """RoIAlign through the kernels; float32 or float64 on the CPU."""
 
     @staticmethod

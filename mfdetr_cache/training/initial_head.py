@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_embedding import MaskCodec
@@ -30,7 +31,7 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
     Returns:
         The head; its weights come from torch's random state, its basis does not.
     """
-    head = MaskHead(config, cache.spec)
+    head = build_head(config, cache.spec)
     if head.codec is not None:
         rows = trainable_rows(cache, train)
 

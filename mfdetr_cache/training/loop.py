@@ -289,7 +289,7 @@ class TrainingLoop:
                 samples = [p.samples[key] for p in piece]
                 batch = collate(samples, self._map_names, self._device, groups)
                 if (head := self._cuts_c1(key)) is not None:
-                    batch = replace(batch, inputs=head.with_c1_cut(batch.inputs))
+                    batch = replace(batch, inputs=head.prepare(batch.inputs))
                 batches[key].append(batch)
         return batches
 

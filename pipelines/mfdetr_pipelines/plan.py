@@ -23,7 +23,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError, DatasetError
 from mfdetr_cache.extraction.stream import num_encoders
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, Preset, encode_map
 from mfdetr_cache.reporter import Reporter
@@ -233,7 +233,7 @@ def _head_seconds(
     recipe: Recipe, spec: DetectorSpec, outputs: Sequence[DetectorOutput], device: torch.device
 ) -> float:
     """Forward and backward of the head for one image, the fastest of three."""
-    head = MaskHead(recipe.head, spec).to(device).train()
+    head = build_head(recipe.head, spec).to(device).train()
     output = outputs[-1]
     maps = {name: values.to(device) for name, values in output.maps.items()}
     finest = min(spec.maps, key=lambda m: m.stride)

@@ -27,6 +27,7 @@ from mfdetr_cache.errors import ConfigError, HeadError, OutputError, StoppedErro
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.head.batch import live_groups
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import save_head, save_run_config
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_head import MaskHead
@@ -214,7 +215,7 @@ def _require_live(train: TrainConfig) -> None:
 
 
 def _new_head(config: TrainJointConfig, detector: Detector, data: LiveData) -> MaskHead:
-    head = MaskHead(config.recipe.head, detector.spec)
+    head = build_head(config.recipe.head, detector.spec)
     if head.codec is not None:
         fit_codec(head.codec, data.rows, lambda row: data.masks(row, MASK_SIDE))
     return head

@@ -13,8 +13,8 @@ from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import list_detectors, load_detector
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.mask_head import MaskHead
 from tests.support import detectors
 
 
@@ -230,8 +230,8 @@ def test_a_patch_of_14_pixels_is_a_stride_of_14(tmp_path: Path) -> None:
     detector = load_detector("hf", str(tmp_path))
     (only,) = detector.spec.maps
     assert (only.name, only.stride) == ("encoder14", 14)
-    head = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), detector.spec)
-    assert head.fused_stride == 14
+    head = build_head(HeadConfig(hidden_dim=16, roi_size=8), detector.spec)
+    assert head.align.stride == 14
     assert head.c1 is None
 
 

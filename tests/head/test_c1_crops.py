@@ -8,10 +8,10 @@ import torch
 from torchvision.ops import roi_align
 
 from mfdetr_cache.head.batch import HeadBatch
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.c1_crops import moments_of
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.ops.roi_align import roi_coverage
+from mfdetr_cache.ops.roi_align import RoIAlign
 from tests.support.images import make_batch, make_spec
 
 SIZES = [(96, 128), (64, 96), (96, 128)]
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_map(
     spec = make_spec(c1_channels=c1_channels)
     config = replace(HeadConfig(hidden_dim=16, roi_size=8), **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    head = MaskHead(config, spec).double()
+    head = build_head(config, spec).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -98,11 +98,11 @@ def test_outputs_and_gradients_are_those_of_the_whole_map(
     torch.testing.assert_close(crops_grad, whole_grad, rtol=1e-9, atol=1e-9)
 
 
-def test_a_batch_with_c1_cut_beforehand_teaches_the_same() -> None:
+def test_a_batch_with_c1_cropped_beforehand_gives_the_same() -> None:
     """Bit for bit: the same is done, only earlier. An image without regions stays as it is."""
     spec = make_spec(c1_channels=24)
     torch.manual_seed(0)
-    head = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), spec).train()
+    head = build_head(HeadConfig(hidden_dim=16, roi_size=8), spec).train()
     batch = make_batch(spec, [(96, 128), (64, 96), (96, 128), (64, 128)])
     kept = (batch.image_index != 3).nonzero()[:, 0]
     kept = kept[torch.randperm(len(kept))]
@@ -112,7 +112,7 @@ def test_a_batch_with_c1_cut_beforehand_teaches_the_same() -> None:
         boxes_xyxy=batch.boxes_xyxy[kept],
         image_index=batch.image_index[kept],
     )
-    cut = head.with_c1_cut(batch)
+    cut = head.prepare(batch)
     assert cut.c1_crops is not None
     assert ["c1" in group.maps for group in cut.groups] == [False, False, True]
     results = []
@@ -136,7 +136,7 @@ def test_coverage_is_the_align_of_ones(ratio: int) -> None:
     rois = torch.cat((torch.zeros(200, 1, dtype=torch.float64), boxes), dim=1)
     wanted = roi_align(ones, rois, (8, 8), 1 / 4, ratio or -1, aligned=True)[:, 0]
     sizes = np.full((200, 2), (13, 17))
-    down, across = torch.from_numpy(roi_coverage(boxes.numpy(), sizes, 8, 1 / 4, ratio))
+    down, across = torch.from_numpy(RoIAlign(8, 4, ratio).coverage(boxes.numpy(), sizes))
     torch.testing.assert_close(down[:, :, None] * across[:, None], wanted, rtol=0, atol=1e-12)
     assert 0 < float((wanted == 0).double().mean()) < 1
     assert float((wanted == 1).double().mean()) > 0.1

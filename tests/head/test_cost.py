@@ -10,10 +10,10 @@ import pytest
 import torch
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, PaperRow
 
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.cost import hdetr_r50_spec, head_cost
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
-from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.query_encoder import BoxToObject
 from tests.support.images import make_batch, make_spec
 
@@ -71,7 +71,7 @@ def test_what_is_left_out_changes_nothing(part: str) -> None:
     """
     spec = make_spec(strides=(8, 16, 32, 64))
     torch.manual_seed(0)
-    ours = MaskHead(HeadConfig(hidden_dim=16, roi_size=8), spec).double()
+    ours = build_head(HeadConfig(hidden_dim=16, roi_size=8), spec).double()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -106,7 +106,7 @@ def test_the_training_free_rows_run() -> None:
                 "hidden_dim": 32,
             }
         )
-        head = MaskHead(config, spec)
+        head = build_head(config, spec)
         assert not list(head.parameters())
         shape = head(batch).mask_logits.shape
         assert shape == ((3, 32, 32) if config.roialign else (3, 24, 32))

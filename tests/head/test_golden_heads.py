@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import HEAD_FILE, load_head, save_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
@@ -197,14 +198,14 @@ def test_a_golden_head_gives_what_it_gave(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_golden_head_gives_the_same_in_training(kind: str, tmp_path: Path) -> None:
-    """Where regions are few, training takes another way to the same masks, see ``_align_few``."""
+    """Where regions are few, training takes the shortcut of ``sampled_cells.py``."""
     folder = load_head(whole_folder(kind, tmp_path))
     spec = spec_from_identity(folder.detector)
     wanted = load_file(GOLDEN / kind / EXPECTED_FILE)
     head = folder.head.train()
     assert largest_difference(outputs_of(head, spec, torch.float64), wanted) <= 1e-7
     if head.config.roialign:
-        batch = head.with_c1_cut(batch_for(spec, torch.float64))
+        batch = head.prepare(batch_for(spec, torch.float64))
         with torch.no_grad():
             assert largest_difference(named(head.eval()(batch), ""), wanted) <= 1e-7
 
@@ -216,7 +217,7 @@ def test_names_and_shapes_of_weights_are_those_kept(kind: str) -> None:
         for name, t in load_file(GOLDEN / kind / HEAD_FILE).items()
     }
     head, detector = KINDS[kind]
-    built = MaskHead(HeadConfig(**PLAIN | head), small_spec(**detector))
+    built = build_head(HeadConfig(**PLAIN | head), small_spec(**detector))
     assert {name: tuple(t.shape) for name, t in built.state_dict().items()} == kept
 
 
@@ -230,7 +231,7 @@ def write_golden(kind: str) -> None:
     changes, detector = KINDS[kind]
     config, spec = HeadConfig(**PLAIN | changes), small_spec(**detector)
     torch.manual_seed(0)
-    head = MaskHead(config, spec).eval()
+    head = build_head(config, spec).eval()
     with torch.no_grad():
         # Fresh offsets and biases are too regular to tell one way of computing from another.
         for name, parameter in head.named_parameters():

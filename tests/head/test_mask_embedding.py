@@ -60,7 +60,7 @@ def test_the_predictor_learns_masks_from_queries() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    logits = predictor.logits(predictor.codes(queries, regions), 16)
+    logits, _ = predictor(queries, regions)
     wanted = functional.adaptive_avg_pool2d(masks[:, None], 16)[:, 0]
     agree = ((logits > 0) == (wanted > 0.5)).float().mean()
     assert logits.shape == (12, 16, 16)

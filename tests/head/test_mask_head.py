@@ -9,6 +9,7 @@ from torch import nn
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks.deformable import cell_centres
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import load_head, save_head, save_run_config
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
@@ -43,7 +44,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def build(config: HeadConfig = SMALL, **spec: Any) -> MaskHead:
     torch.manual_seed(0)
-    return MaskHead(config, make_spec(**spec))
+    return build_head(config, make_spec(**spec))
 
 
 def randomise(head: nn.Module) -> nn.Module:
@@ -92,7 +93,7 @@ def test_every_variant_runs_and_every_parameter_learns(changes: dict[str, Any]) 
 )
 def test_any_levels_and_widths(spec: dict[str, Any]) -> None:
     made = make_spec(**spec)
-    output = MaskHead(SMALL, made)(make_batch(made, [(90, 130), (64, 64)]))
+    output = build_head(SMALL, made)(make_batch(made, [(90, 130), (64, 64)]))
     assert output.mask_logits.shape == (6, 8, 8)
 
 
@@ -115,7 +116,7 @@ def select(batch: HeadBatch, image: int) -> HeadBatch:
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_output_does_not_depend_on_the_rest_of_the_batch(changes: dict[str, Any]) -> None:
     spec = make_spec()
-    head = randomise(MaskHead(dataclasses.replace(SMALL, **changes), spec).double())
+    head = randomise(build_head(dataclasses.replace(SMALL, **changes), spec).double())
     batch = make_batch(spec, [(96, 128), (64, 64), (96, 128), (72, 100)], dtype=torch.float64)
     together = head(batch)
     for image in range(4):
@@ -129,7 +130,7 @@ def test_output_does_not_depend_on_the_rest_of_the_batch(changes: dict[str, Any]
 @pytest.mark.parametrize("o2o", [False, True])
 def test_output_follows_the_order_of_the_queries(o2o: bool) -> None:
     spec = make_spec()
-    head = randomise(MaskHead(dataclasses.replace(SMALL, query_o2o=o2o), spec).double())
+    head = randomise(build_head(dataclasses.replace(SMALL, query_o2o=o2o), spec).double())
     batch = make_batch(spec, [(96, 128), (64, 64)], dtype=torch.float64)
     order = torch.randperm(len(batch.queries))
     shuffled = HeadBatch(
@@ -138,10 +139,22 @@ def test_output_follows_the_order_of_the_queries(o2o: bool) -> None:
     assert torch.allclose(head(shuffled).mask_logits, head(batch).mask_logits[order], atol=1e-10)
 
 
+def test_without_roialign_queries_of_an_image_see_one_another() -> None:
+    """Object-to-object attention, as with RoIAlign: another query changes the masks of all."""
+    spec = make_spec()
+    changes = {"roialign": False, "box_layers": 0, "query_b2o": False, "mask_scoring": False}
+    head = randomise(build_head(dataclasses.replace(SMALL, **changes, query_o2o=True), spec))
+    batch = make_batch(spec, [(64, 64)])
+    other = batch.queries.clone()
+    other[0] += 1
+    masks = head(batch).mask_logits, head(dataclasses.replace(batch, queries=other)).mask_logits
+    assert not torch.allclose(masks[0][1:], masks[1][1:], atol=1e-2)
+
+
 def test_no_region_gives_no_mask() -> None:
     spec = make_spec()
     batch = make_batch(spec, [(96, 128)], regions_per_image=0)
-    output = MaskHead(SMALL, spec)(batch)
+    output = build_head(SMALL, spec)(batch)
     assert output.mask_logits.shape == (0, 8, 8)
 
 
@@ -187,7 +200,7 @@ def test_sine_position_is_that_of_deformable_detr() -> None:
 
 def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:
     spec = make_spec(level_embed=True)
-    head = MaskHead(SMALL, spec).eval()
+    head = build_head(SMALL, spec).eval()
     randomise(head)
     save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
     save_head(tmp_path, head.state_dict())
@@ -204,7 +217,7 @@ def test_faulty_head_folders_are_named(tmp_path: Path) -> None:
     save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
     with pytest.raises(HeadError, match=r"it has no head\.safetensors"):
         load_head(tmp_path)
-    save_head(tmp_path, MaskHead(dataclasses.replace(SMALL, hidden_dim=8), spec).state_dict())
+    save_head(tmp_path, build_head(dataclasses.replace(SMALL, hidden_dim=8), spec).state_dict())
     with pytest.raises(HeadError, match="does not fit its config.json"):
         load_head(tmp_path)
     (tmp_path / "head.safetensors").write_bytes(b"torn")

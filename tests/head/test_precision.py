@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.learner import autocast
@@ -26,7 +27,7 @@ def single(batch: HeadBatch) -> HeadBatch:
 def made() -> tuple[MaskHead, HeadBatch]:
     spec = make_spec()
     torch.manual_seed(1)
-    head = MaskHead(SMALL, spec).double()
+    head = build_head(SMALL, spec).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

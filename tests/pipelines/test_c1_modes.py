@@ -17,7 +17,7 @@ from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import loss_of_batch
@@ -54,7 +54,7 @@ def caches(
 def step(path: Path, chosen: Recipe) -> tuple[float, torch.Tensor]:
     cache = FeatureCache.open(path)
     torch.manual_seed(0)
-    head = MaskHead(chosen.head, cache.spec)
+    head = build_head(chosen.head, cache.spec)
     images = [cache.read(row, head.map_names) for row in cache.rows]
     samples = [
         TrainSample(i, build_regions(i, chosen.train, 8, np.random.default_rng(0))) for i in images

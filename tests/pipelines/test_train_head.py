@@ -24,8 +24,8 @@ from mfdetr_cache.errors import (
     StoppedError,
     TrainingError,
 )
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
@@ -188,7 +188,7 @@ def test_a_step_from_the_cache_equals_a_step_from_the_live_detector(
         picture = load_image(path, image.geometry.original_hw)
         live.append(live_image(image, detector.forward(detector.preprocess(picture)[None])))
     torch.manual_seed(0)
-    head = MaskHead(recipe.head, cache.spec)
+    head = build_head(recipe.head, cache.spec)
 
     def step(images: list[CachedImage]) -> tuple[float, torch.Tensor]:
         head.zero_grad()
@@ -392,7 +392,7 @@ def test_a_step_in_pieces_has_the_losses_and_gradients_of_a_whole_one(
     recipe = small_recipe(name)
     cache = FeatureCache.open(drawn_cache)
     torch.manual_seed(0)
-    head = MaskHead(recipe.head, cache.spec)
+    head = build_head(recipe.head, cache.spec)
     samples, pieces = pieces_of(cache, recipe.train, 4)
     device = torch.device("cpu")
 
@@ -495,7 +495,7 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
     for name, recipe in recipes.items():
         train(drawn_cache, tmp_path / name, recipe)
         learner = build_learner(
-            recipe.train, lambda r=recipe: MaskHead(r.head, cache.spec), torch.device("cpu")
+            recipe.train, lambda r=recipe: build_head(r.head, cache.spec), torch.device("cpu")
         )
         runs[name] = Run(learner, tmp_path / "side", RunLog(tmp_path))
     (tmp_path / "side").mkdir()

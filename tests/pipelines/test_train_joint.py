@@ -122,7 +122,7 @@ def test_both_losses_reach_the_detector(scenes_folder: Path, rtdetr_folder: Path
         tuner = module.DetectorTuner(detector, "all", train, 0.1)
         learner = module.build_learner(
             train,
-            lambda d=detector, s=settings: module.MaskHead(s.recipe.head, d.spec),
+            lambda d=detector, s=settings: module.build_head(s.recipe.head, d.spec),
             torch.device("cpu"),
         )
         module._one_step([data.picture(row, 0) for row in data.rows[:3]], detector, learner, tuner)

@@ -13,7 +13,7 @@ from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.extraction.config import ExtractConfig
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import build_learner
@@ -54,7 +54,7 @@ def test_a_row_learns_from_real_features(
     width = recipe.head.hidden_dim if about_width else 64
     head = dataclasses.replace(recipe.head, hidden_dim=width)
     train = dataclasses.replace(recipe.train, steps=STEPS, lr=4e-4, clip_norm=1.0, num_threads=1)
-    learner = build_learner(train, lambda: MaskHead(head, cache.spec), torch.device("cpu"))
+    learner = build_learner(train, lambda: build_head(head, cache.spec), torch.device("cpu"))
     samples = []
     for place in cache.rows[:2]:
         image = cache.read(place, learner.head.map_names)

@@ -2,6 +2,7 @@
 
 import torch
 
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.learner import Learner
@@ -12,7 +13,7 @@ from tests.support.images import make_spec
 
 def head_of(**changes: str) -> MaskHead:
     torch.manual_seed(0)
-    return MaskHead(build_recipe("fast", {"hidden_dim": "16", **changes}).head, make_spec())
+    return build_head(build_recipe("fast", {"hidden_dim": "16", **changes}).head, make_spec())
 
 
 def test_every_parameter_is_changed_by_one_optimiser() -> None:

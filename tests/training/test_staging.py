@@ -9,7 +9,7 @@ from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.head.batch import HeadBatch
 from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.sampled_cells import SampledCellsHead
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import loop as training_loop
 from mfdetr_cache.training.input import staging
@@ -104,14 +104,14 @@ def test_staging_changes_no_weight(
         return load_head(tmp_path / name).head.state_dict()
 
     cut: list[bool] = []
-    with_c1_cut = MaskHead.with_c1_cut
+    prepare = SampledCellsHead.prepare
 
-    def counted(self: MaskHead, batch: HeadBatch) -> HeadBatch:
-        found = with_c1_cut(self, batch)
+    def counted(self: SampledCellsHead, batch: HeadBatch) -> HeadBatch:
+        found = prepare(self, batch)
         cut.append(found.c1_crops is not None)
         return found
 
-    monkeypatch.setattr(MaskHead, "with_c1_cut", counted)
+    monkeypatch.setattr(SampledCellsHead, "prepare", counted)
     plain = train("plain")
     assert not cut
     for module in (staging, training_loop):

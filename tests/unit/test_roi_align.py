@@ -2,9 +2,9 @@ import pytest
 import torch
 from torchvision import ops
 
-from mfdetr_cache.ops.roi_align import roi_align
+from mfdetr_cache.ops.roi_align import RoIAlign
 
-SCALE = 0.25
+STRIDE = 4
 
 
 def example(
@@ -25,7 +25,7 @@ def example(
 
 
 def torchvisions(maps: torch.Tensor, rois: torch.Tensor, size: int, ratio: int) -> torch.Tensor:
-    found = ops.roi_align(maps, rois, (size, size), SCALE, ratio or -1, aligned=True)
+    found = ops.roi_align(maps, rois, (size, size), 1 / STRIDE, ratio or -1, aligned=True)
     return found.permute(0, 2, 3, 1)
 
 
@@ -36,7 +36,8 @@ def test_values_and_gradients_are_torchvisions(
     images: int, channels: int, size: int, ratio: int
 ) -> None:
     maps, rois = example(images, channels)
-    ours, theirs = roi_align(maps, rois, size, SCALE, ratio), torchvisions(maps, rois, size, ratio)
+    ours = RoIAlign(size, STRIDE, ratio)(maps, rois)
+    theirs = torchvisions(maps, rois, size, ratio)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     above = torch.randn_like(ours)
     (mine,) = torch.autograd.grad(ours, maps, above)
@@ -49,7 +50,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        found = roi_align(maps, rois, 8, SCALE, 2)
+        found = RoIAlign(8, STRIDE, 2)(maps, rois)
         results.append((found, *torch.autograd.grad(found.square().sum(), maps)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -57,8 +58,8 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_maps_keep_exact_places() -> None:
     maps, rois = example(1, 16, torch.float32)
     half = maps.detach().bfloat16()
-    found = roi_align(half, rois, 8, SCALE, 2)
-    exact = roi_align(half.float(), rois, 8, SCALE, 2)
+    found = RoIAlign(8, STRIDE, 2)(half, rois)
+    exact = RoIAlign(8, STRIDE, 2)(half.float(), rois)
     assert found.dtype == torch.bfloat16
     # Only the result is rounded, to 8 bits.
     torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-6)
@@ -66,7 +67,7 @@ def test_half_precision_maps_keep_exact_places() -> None:
 
 def test_no_region_is_no_region() -> None:
     maps, rois = example(1, 4)
-    found = roi_align(maps, rois[:0], 8, SCALE, 2)
+    found = RoIAlign(8, STRIDE, 2)(maps, rois[:0])
     assert found.shape == (0, 8, 8, 4)
     (grad,) = torch.autograd.grad(found.sum(), maps)
     assert not grad.any()
@@ -76,7 +77,7 @@ def test_graphs_are_captured_with_operators() -> None:
     maps, rois = (t.detach().float() for t in example(1, 4))
 
     def function(m: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        return roi_align(m, r, 8, SCALE, 2)
+        return RoIAlign(8, STRIDE, 2)(m, r)
 
     wanted = function(maps, rois)
     compiled = torch.compile(function, backend="eager")

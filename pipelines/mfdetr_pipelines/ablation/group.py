@@ -8,8 +8,8 @@ import torch
 from mfdetr_cache.errors import MfdetrError, StoppedError
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.files import make_folder
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head, save_head
-from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.initial_head import new_head
@@ -107,7 +107,7 @@ def _measure_head(
     make_folder(job.folder)
     seconds = speed = 0.0
     if run is None:
-        head = MaskHead(job.recipe.head, caches.training.spec)
+        head = build_head(job.recipe.head, caches.training.spec)
     else:
         save_head(job.folder, run.learner.result_weights())
         head = load_head(job.folder).head

@@ -8,8 +8,8 @@ from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import HeadError
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.cost import HeadCost, hdetr_r50_spec, head_cost
-from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import Run, TrainingLoop
@@ -139,7 +139,7 @@ def seconds_per_step(
         device = training_device(device_name, recipe.train.amp)
         steps = 1 + _TIMED_STEPS
         train = replace(recipe.train, steps=steps, checkpoint_minutes=1e9)
-        learner = build_learner(train, lambda r=recipe: MaskHead(r.head, cache.spec), device)  # type: ignore[misc]
+        learner = build_learner(train, lambda r=recipe: build_head(r.head, cache.spec), device)  # type: ignore[misc]
         loop = TrainingLoop(cache, [Run(learner)], device, SilentReporter())
         seconds = []
         for last in range(1, steps + 1):

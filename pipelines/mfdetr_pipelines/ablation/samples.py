@@ -11,6 +11,7 @@ from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.evaluation.panels import annotated_objects
+from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
@@ -51,7 +52,7 @@ def _head(out: Path, result: RowResult, cache: FeatureCache) -> MaskHead:
     folder = row_folder(out, result.plan.row) / "seed-0"
     if (folder / HEAD_FILE).is_file():
         return load_head(folder).head
-    return MaskHead(result.plan.row.recipe.head, cache.spec).eval()
+    return build_head(result.plan.row.recipe.head, cache.spec).eval()
 
 
 def _panel_row(
