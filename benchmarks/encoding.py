@@ -16,8 +16,8 @@ from numcodecs.zstd import Zstd
 from mfdetr_cache.cache.shards import ZSTD_LEVEL, decompress
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.choices import Preset
 from mfdetr_cache.ops.devices import keep_freed_memory
-from mfdetr_cache.ops.quantisation import Preset
 from mfdetr_cache.types import ImageGeometry
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
+from mfdetr_cache.extraction.stream import Extraction, ImageSource
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 
@@ -65,17 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         annotations = write_pictures(folder, options.images)
-        config = ExtractConfig(
-            options.detector,
-            "",
-            folder / "images",
-            annotations,
-            folder / "a.zarr",
-            device=options.device,
-            preset=options.dtype,
-        )
         split = load_coco_split(annotations)
-        content = plan_cache(split, detector, config)
+        content = plan_cache(split, detector, MapOptions(options.dtype), ViewOptions())
+        source = ImageSource(split, folder / "images")
         pixels = [
             detector.preprocess(Image.open(folder / "images" / e.file_name).convert("RGB"))
             for e in split.images
@@ -92,8 +84,8 @@ def main() -> None:
         detector.forward(pixels[0][None].to(device))
         before = bare()
         started = time.perf_counter()
-        with CacheWriter.open_or_create(config.cache, content) as writer:
-            worker = Extraction(config, split, content, detector, writer, SilentReporter())
+        with CacheWriter.open_or_create(folder / "a.zarr", content) as writer:
+            worker = Extraction(source, content, detector, device, writer, SilentReporter())
             worker.run(writer.pending_parts())
         whole = time.perf_counter() - started
         # The machine may have changed its speed meanwhile: the forward is timed on both sides.

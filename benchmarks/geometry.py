@@ -7,15 +7,15 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
-from mfdetr_cache.cache.schema import Compression, plan_layout
+from mfdetr_cache.cache.schema import plan_layout
 from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.detectors.preprocess import shortest_edge_size
 from mfdetr_cache.head.cost import hdetr_r50_spec
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.ops.devices import threads_beside_gpu
+from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
-from mfdetr_cache.ops.quantisation import Preset
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, GroundTruth, ImageGeometry
 
 # Common sizes of COCO images, height and width.

@@ -108,6 +108,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether something is there already that a new folder would mix with.
+
+    Args:
+        folder: Where a folder is to be made.
+
+    Returns:
+        False for a folder that is empty or not there.
+    """
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, where they are not there yet.
 

@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from mfdetr_cache.choices import Scoring
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, HeadError
-from mfdetr_cache.evaluation.inference import Scoring, predict_masks
+from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
 from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.files import make_folder, whole_file
@@ -167,7 +169,7 @@ class MaskFrozenDETR:
         self.head = head.head.to(device).eval()
         self._folder = head
         self._label_categories = [int(c) for c in head.document["label_categories"]]
-        self._names = {int(c["id"]): str(c["name"]) for c in head.document["categories"]}
+        self._names = category_names(head.document["categories"])
 
     @classmethod
     def from_pretrained(

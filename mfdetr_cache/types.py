@@ -1,5 +1,6 @@
 """Dataclasses that cross a folder boundary; shapes are checked, nothing is computed."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,6 +87,11 @@ class DetectorSpec:
     preprocessing: dict[str, object] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def detector(self) -> str:
+        """What ``--detector`` calls it: the name without its variant."""
+        return self.name.partition(":")[0]
+
     def map_named(self, name: str) -> MapSpec:
         """The specification of one map.
 
@@ -127,6 +133,22 @@ class DetectorOutput:
         heads = {self.class_logits.shape[:2], self.boxes_cxcywh_norm.shape[:2]}
         if heads != {self.queries.shape[:2]}:
             raise ValueError("class_logits, boxes and queries disagree on (B, Q)")
+
+    def cpu(self, map_names: Collection[str] | None = None) -> "DetectorOutput":
+        """The same in this process's memory; waits for the device.
+
+        Args:
+            map_names: The maps to keep; None for all.
+
+        Returns:
+            The outputs on the CPU.
+        """
+        return DetectorOutput(
+            self.class_logits.cpu(),
+            self.boxes_cxcywh_norm.cpu(),
+            self.queries.cpu(),
+            {k: m.cpu() for k, m in self.maps.items() if map_names is None or k in map_names},
+        )
 
 
 @dataclass(frozen=True, slots=True)

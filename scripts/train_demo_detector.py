@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,6 @@ from transformers import (
 from transformers.models.deformable_detr import modeling_deformable_detr
 
 from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
 from mfdetr_cache.ops.deformable_attention import deformable_attention
 from mfdetr_cache.ops.devices import keep_freed_memory
@@ -487,7 +487,7 @@ def measure(out: Path) -> float:
         folder = Path(name)
         annotations = write_synthetic_split(folder, "heldout", HELD_OUT_SEED, HELD_OUT)
         config = ExtractConfig(
-            "hf", str(out), folder / "heldout", annotations, folder / "heldout.zarr"
+            str(out), folder / "heldout", annotations, folder / "heldout.zarr", device="cpu"
         )
         return run_extract(config, SilentReporter()).box.AP
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from mfdetr_pipelines.config.shared import WorkOptions, parse_assignments
 
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.training.recipes import RECIPES, build_recipe, split_settings
@@ -14,13 +15,14 @@ from mfdetr_cli.options import (
     JsonOption,
     LocalCacheOption,
     LocalCacheSizeOption,
-    parse_assignments,
     storage_at,
 )
 
 if TYPE_CHECKING:
     from mfdetr_pipelines.ablation.result import RowResult
-    from mfdetr_pipelines.ablation.rows import AblationRow, Baseline
+    from mfdetr_pipelines.ablation.rows import AblationRow
+
+    from mfdetr_cache.choices import Baseline
 
 
 def ablate(
@@ -113,8 +115,6 @@ def ablate(
     from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
     from mfdetr_pipelines.ablation.samples import sample_masks
 
-    from mfdetr_cache.extraction.cluster import Cluster
-
     title, needs, rows = _rows(file, table, recipe or [])
     rows = (*rows, *baseline_rows(_baselines(baseline or [])))
     head, train = split_settings(parse_assignments(set_ or []))
@@ -144,10 +144,8 @@ def ablate(
     if val_cache is not None:
         measured = storage_at(val_cache, local_cache, local_cache_size)
     sam = SamSource(sam_weights, images) if sam_weights and images else None
-    cluster = Cluster(address, workers)
-    config = AblateConfig(
-        rows, training, measured, out, seeds, device, engine, cluster, sam, detector_hours
-    )
+    work = WorkOptions(None, engine, address, workers)
+    config = AblateConfig(rows, training, measured, out, seeds, device, work, sam, detector_hours)
     results = run_ablate(config, ConsoleReporter())
     samples = [] if images is None else sample_masks(config, results, images)
     files = write_report(out, title, results, samples)

@@ -1,44 +1,79 @@
-"""The ``mfdetr`` command: registers the verbs, turns errors into one line and an exit code."""
+"""The ``mfdetr`` command: its verbs, and errors as one line and an exit code."""
 
+import importlib
 import sys
+from pathlib import Path
+from typing import Any
 
 import typer
+from mfdetr_pipelines.config.cache import (
+    BenchConfig,
+    CertifyConfig,
+    FinishConfig,
+    InfoConfig,
+    RepairConfig,
+    VerifyConfig,
+    ViewConfig,
+)
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
+from mfdetr_pipelines.config.demo import DemoConfig, DetectorsConfig
+from mfdetr_pipelines.config.export import ExportConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.plan import PlanConfig
+from mfdetr_pipelines.config.predict import PredictConfig
 
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
 from mfdetr_cli.ablate import ablate
-from mfdetr_cli.cache import cache_app
-from mfdetr_cli.console import print_error
-from mfdetr_cli.copy_paste import copy_paste
-from mfdetr_cli.demo import demo
-from mfdetr_cli.detectors import detectors
 from mfdetr_cli.evaluate import evaluate
-from mfdetr_cli.export import export
-from mfdetr_cli.extract import extract
-from mfdetr_cli.plan import plan
-from mfdetr_cli.predict import predict
+from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
+from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.train_head import train_head
 from mfdetr_cli.train_joint import train_joint
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,  # a bug gets the plain traceback
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Instance masks for any frozen DETR: extract once, train from the cache.",
-)
-app.command()(extract)
-app.command(name="train-head")(train_head)
-app.command(name="train-joint")(train_joint)
-app.command(name="copy-paste")(copy_paste)
+_ABOUT = "Instance masks for any frozen DETR: extract once, train from the cache."
+_SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "cls": HelpfulGroup,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+app = typer.Typer(help=_ABOUT, pretty_exceptions_enable=False, **_SETTINGS)
+cache_app = typer.Typer(help="Look after feature caches.", **_SETTINGS)
+
+
+def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
+    """Add a command, whose code is imported when it runs: torch takes seconds to import."""
+
+    def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
+        module, _, function = where.partition(":")
+        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
+
+    summary, about = help_of(kind)
+    to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
+
+
+_register(app, "extract", ExtractConfig, "extract:extract")
+app.command("train-head")(train_head)
+app.command("train-joint")(train_joint)
+_register(app, "copy-paste", CopyPasteConfig, "copy_paste:copy_paste")
 app.command()(evaluate)
-app.command()(predict)
+_register(app, "predict", PredictConfig, "predict:predict")
 app.command()(ablate)
-app.command()(plan)
-app.command()(export)
-app.command()(demo)
-app.command()(detectors)
-app.add_typer(cache_app, name="cache")
+_register(app, "plan", PlanConfig, "plan:plan")
+_register(app, "export", ExportConfig, "export:export")
+_register(app, "demo", DemoConfig, "demo:demo")
+_register(app, "detectors", DetectorsConfig, "detectors:detectors")
+app.add_typer(cache_app, name="cache", short_help="Look after feature caches.")
+_register(cache_app, "info", InfoConfig, "cache:info")
+_register(cache_app, "verify", VerifyConfig, "cache:verify")
+_register(cache_app, "view", ViewConfig, "cache:view")
+_register(cache_app, "finish", FinishConfig, "cache:finish")
+_register(cache_app, "repair", RepairConfig, "cache:repair")
+_register(cache_app, "certify", CertifyConfig, "cache:certify")
+_register(cache_app, "bench", BenchConfig, "cache:bench")
 
 
 def _print_version(value: bool) -> None:
@@ -53,25 +88,30 @@ def _root(
         False, "--version", callback=_print_version, is_eager=True, help="Show the version."
     ),
 ) -> None:
-    """Instance masks for any frozen DETR: extract once, train from the cache."""
+    """Options of ``mfdetr`` itself."""
 
 
 def main() -> None:
     """Run the command line: exit 0 done, 1 a check found a fault, 2 wrong input, 130 stopped."""
     try:
-        app()
+        app(prog_name="mfdetr")
     except StoppedError as error:
-        print_error(error)
+        _print_error(error)
         sys.exit(130)
     except CheckFailedError as error:
-        print_error(error)
+        _print_error(error)
         sys.exit(1)
     except MfdetrError as error:
-        print_error(error)
+        _print_error(error)
         sys.exit(2)
     except OSError as error:
         # A disk that is full or may not be written is nobody's bug, wherever it was noticed.
         if not disk_error(error):
             raise
-        print_error(error)
+        _print_error(error)
         sys.exit(2)
+
+
+def _print_error(error: Exception) -> None:
+    text = " ".join(str(error).split())
+    sys.stderr.write(f"error: {text}\n")

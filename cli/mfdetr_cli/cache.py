@@ -2,9 +2,24 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
+from mfdetr_pipelines.cache.bench import run_bench
+from mfdetr_pipelines.cache.certify import run_certify
+from mfdetr_pipelines.cache.finish import run_finish
+from mfdetr_pipelines.cache.info import describe_cache
+from mfdetr_pipelines.cache.repair import run_repair
+from mfdetr_pipelines.cache.show import run_view
+from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.config.cache import (
+    BenchConfig,
+    CertifyConfig,
+    FinishConfig,
+    InfoConfig,
+    RepairConfig,
+    VerifyConfig,
+    ViewConfig,
+)
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import (
@@ -16,30 +31,12 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
-from mfdetr_cli.options import CacheArgument, DeviceOption, JsonOption
-
-cache_app = typer.Typer(no_args_is_help=True, help="Look after feature caches.")
 
 
-@cache_app.callback()
-def _group() -> None:
-    """Look after feature caches."""
-
-
-@cache_app.command()
-def info(
-    cache: CacheArgument,
-    json: JsonOption = None,
-) -> None:
-    """Tell what a cache is, what made it, how large it is and whether it is whole.
-
-    Example:
-    mfdetr cache info val2017.zarr
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.info import describe_cache
-
-    about = describe_cache(cache)
+def info(config: InfoConfig, json: Path | None) -> None:
+    """Describe a cache, and list what is stored."""
+    about = describe_cache(config.cache)
+    write_json(json, about.to_dict())
     whole = (
         "complete" if about.complete else f"{about.parts_missing} of {about.parts} parts missing"
     )
@@ -63,7 +60,7 @@ def info(
         )
     for skip in about.skipped[:10]:
         facts[f"skipped {skip['image_id']}"] = str(skip["reason"])
-    print_facts(f"Cache {cache}", facts)
+    print_facts(f"Cache {config.cache}", facts)
     rows = [
         [
             a.name.removesuffix("/values"),
@@ -77,42 +74,26 @@ def info(
     ]
     columns = ["array", "per image", "type", "stored", "share", "source"]
     print_table("What is stored", columns, rows)
-    write_json(json, about.to_dict())
 
 
-@cache_app.command()
-def verify(
-    cache: CacheArgument,
-    full: Annotated[
-        bool, typer.Option("--full", help="Read every byte and compare its checksum.")
-    ] = False,
-    live: Annotated[int, typer.Option(help="Run the detector again on N images and compare.")] = 0,
-    weights: Annotated[str | None, typer.Option(help="The detector, for --live.")] = None,
-    images: Annotated[Path | None, typer.Option(help="The images, for --live.")] = None,
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-) -> None:
-    """Check that a cache is whole. Exit code 1 names what is broken; nothing is changed.
-
-    Looks at sizes and shard indexes, with --full at every checksum, with --live at the detector.
-
-    Example:
-    mfdetr cache verify val2017.zarr --full
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.verify import LiveSource, run_verify
-
-    source = LiveSource(weights, images, device) if weights and images else None
-    summary = run_verify(cache, ConsoleReporter(), full=full, live=live, source=source)
-    write_json(json, {"cache": str(cache), **asdict(summary)})
+def verify(config: VerifyConfig, json: Path | None) -> None:
+    """Check a cache, and name its faults."""
+    live, source = config.detector, None
+    if live.weights is not None and live.images is not None:
+        source = LiveSource(live.weights, live.images, config.device)
+    summary = run_verify(
+        config.cache, ConsoleReporter(), full=config.full, live=config.live, source=source
+    )
+    write_json(json, {"cache": str(config.cache), **asdict(summary)})
     for fault in summary.faults[:20]:
         typer.echo(fault)
     if summary.faults:
         raise CheckFailedError(
-            f"{cache}: {counted(len(summary.faults), 'fault')}, {len(summary.broken_parts)} of "
-            f"{counted(summary.parts, 'part')} broken; mend them with: mfdetr cache repair {cache}"
+            f"{config.cache}: {counted(len(summary.faults), 'fault')}, "
+            f"{len(summary.broken_parts)} of {counted(summary.parts, 'part')} broken; mend them "
+            f"with: mfdetr cache repair {config.cache}"
         )
-    how = "every byte read" if full else "sizes and indexes; --full reads every byte"
+    how = "every byte read" if config.full else "sizes and indexes; --full reads every byte"
     facts = {
         "whole": f"{counted(summary.parts, 'part')}, {human_bytes(summary.bytes_checked)} ({how})"
     }
@@ -121,55 +102,28 @@ def verify(
             f"{summary.live_images} images as the detector gives them now, largest mean "
             f"difference {summary.live_difference:.1e} of a map's spread"
         )
-    print_facts(f"Cache {cache}", facts)
+    print_facts(f"Cache {config.cache}", facts)
 
 
-@cache_app.command()
-def view(
-    cache: CacheArgument,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("cache.html"),
-    images: Annotated[
-        Path | None, typer.Option(help="Image folder; without it, boxes stand on grey.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="How many images.")] = 6,
-    json: JsonOption = None,
-) -> None:
-    """Draw a page of what is in a cache: detections, maps as colours, histograms, sizes.
-
-    Example:
-    mfdetr cache view val2017.zarr --images val2017 --out val2017.html
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.show import run_view
-
-    summary = run_view(cache, out, ConsoleReporter(), images=images, count=count)
-    print_facts(f"Cache {cache}", {"page": str(summary.page), "images": str(summary.images)})
-    write_json(json, {"cache": cache, "page": str(summary.page), "images": summary.images})
+def view(config: ViewConfig, json: Path | None) -> None:
+    """Draw the page."""
+    summary = run_view(
+        config.cache, config.out, ConsoleReporter(), images=config.images, count=config.count
+    )
+    document = {"cache": str(config.cache), "page": str(summary.page), "images": summary.images}
+    write_json(json, document)
+    print_facts(f"Cache {config.cache}", {"page": str(summary.page), "images": str(summary.images)})
 
 
-@cache_app.command()
-def finish(
-    cache: CacheArgument,
-    json: JsonOption = None,
-) -> None:
-    """Say whether a cache that several processes fill is whole, and which parts are missing.
-
-    Exit code 1 names them. When nothing is missing, shows the box AP of what is cached, as extract
-    does. Parts need no merging: each is whole from the moment its manifest is there.
-
-    Example:
-    mfdetr cache finish train2017.zarr
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.finish import run_finish
-
-    found = run_finish(cache, ConsoleReporter())
-    write_json(json, {"cache": cache, **asdict(found)})
+def finish(config: FinishConfig, json: Path | None) -> None:
+    """Name the missing parts, or show the box AP."""
+    found = run_finish(config.cache, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
     if found.missing:
         for line in found.missing[:20]:
             typer.echo(line)
         raise CheckFailedError(
-            f"{cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
+            f"{config.cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
             "processes that fill them again"
         )
     assert found.box is not None
@@ -177,30 +131,23 @@ def finish(
     print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
 
 
-@cache_app.command()
-def repair(
-    cache: CacheArgument,
-    weights: Annotated[str, typer.Option(help="The detector it was made with.")],
-    images: Annotated[Path, typer.Option(help="Its image folder.")],
-    annotations: Annotated[Path, typer.Option(help="Its annotation file.")],
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-) -> None:
-    """Extract again what is broken or missing, and nothing else.
-
-    Example:
-    mfdetr cache repair val2017.zarr --weights PekingU/rtdetr_r50vd --images val2017
-    --annotations annotations/instances_val2017.json
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.repair import run_repair
-
-    summary = run_repair(cache, weights, images, annotations, ConsoleReporter(), device=device)
-    write_json(json, {"cache": str(cache), **asdict(summary)})
+def repair(config: RepairConfig, json: Path | None) -> None:
+    """Mend what is broken, and say what it was."""
+    summary = run_repair(
+        config.cache,
+        config.weights,
+        config.images,
+        config.annotations,
+        ConsoleReporter(),
+        device=config.device,
+    )
+    write_json(json, {"cache": str(config.cache), **asdict(summary)})
     for fault in summary.faults[:20]:
         typer.echo(fault)
     if not summary.whole:
-        raise CheckFailedError(f"{cache} still has faults; see: mfdetr cache verify --full {cache}")
+        raise CheckFailedError(
+            f"{config.cache} still has faults; see: mfdetr cache verify --full {config.cache}"
+        )
     mended = "nothing was broken"
     if summary.faults:
         mended = (
@@ -208,38 +155,15 @@ def repair(
             f"({counted(summary.num_images, 'image')}), "
             f"{counted(summary.foundation_files, 'file')} of the foundation rewritten"
         )
-    print_facts(f"Cache {cache}", {"whole": mended})
+    print_facts(f"Cache {config.cache}", {"whole": mended})
 
 
-@cache_app.command()
-def certify(
-    cache: CacheArgument,
-    head: Annotated[Path, typer.Option(help="Run folder of a trained head.")],
-    reference: Annotated[
-        str | None, typer.Option(help="A cache of the same images with finer features.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Compare with the live detector instead: its weights.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Its image folder.")] = None,
-    samples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 1000,
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-) -> None:
-    """Measure what a preset costs in mask AP, and keep the result in the cache.
-
-    Example:
-    mfdetr cache certify val-int8.zarr --head runs/paper --reference val-fp16.zarr
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.certify import CertifyConfig, run_certify
-    from mfdetr_pipelines.cache.verify import LiveSource
-
-    source = LiveSource(weights, images, device) if weights and images else None
-    config = CertifyConfig(cache, head, reference, source, samples, device)
+def certify(config: CertifyConfig, json: Path | None) -> None:
+    """Show both APs and the interval of their difference."""
     found = run_certify(config, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
     print_facts(
-        f"Cache {cache}",
+        f"Cache {config.cache}",
         {
             f"AP on {found.reference}": f"{100 * found.AP_reference:.2f}",
             f"AP on {found.preset}": f"{100 * found.AP:.2f}",
@@ -247,24 +171,12 @@ def certify(
             f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}] over {found.images} images",
         },
     )
-    write_json(json, {"cache": str(cache), **asdict(found)})
 
 
-@cache_app.command()
-def bench(
-    cache: CacheArgument,
-    images: Annotated[int, typer.Option(help="How many random images are read.")] = 64,
-    json: JsonOption = None,
-) -> None:
-    """Measure how fast a cache is read on this disk, beside a plain read of the same bytes.
-
-    Example:
-    mfdetr cache bench train2017.zarr
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.cache.bench import run_bench
-
-    found = run_bench(cache, ConsoleReporter(), images=images)
+def bench(config: BenchConfig, json: Path | None) -> None:
+    """Show every way of reading, and the ratios."""
+    found = run_bench(config.cache, ConsoleReporter(), images=config.images)
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
     rows = [
         [
             s.what,
@@ -285,4 +197,3 @@ def bench(
             "recommended": f"--set num_threads={found.num_threads}",
         },
     )
-    write_json(json, {"cache": str(cache), **asdict(found)})

@@ -2,27 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import typer
+from mfdetr_pipelines.config.demo import DetectorsConfig
 
+from mfdetr_cache.detectors.registry import DetectorListing, list_detectors
 from mfdetr_cli.console import print_table, write_json
-from mfdetr_cli.options import JsonOption
-
-if TYPE_CHECKING:
-    from mfdetr_cache.detectors.registry import DetectorListing
 
 
-def detectors(json: JsonOption = None) -> None:
-    """List the detectors that can be frozen.
-
-    Example:
-    mfdetr detectors
-    """
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_cache.detectors.registry import list_detectors
-
+def detectors(_config: DetectorsConfig, json: Path | None) -> None:
+    """List detectors by what ``--detector`` and ``--weights`` take."""
     listed = list_detectors()
+    write_json(json, {"detectors": [asdict(d) for d in listed]})
     notes = list(dict.fromkeys(d.checked for d in listed))
     official = [d for d in listed if d.weights == "official .pth"]
     print_table(
@@ -44,10 +36,9 @@ def detectors(json: JsonOption = None) -> None:
     typer.echo("Checked against")
     for number, note in enumerate(notes):
         typer.echo(f" {_letter(number)}  {note}")
-    write_json(json, {"detectors": [asdict(d) for d in listed]})
 
 
-def _mark(listing: "DetectorListing", notes: Sequence[str]) -> str:
+def _mark(listing: DetectorListing, notes: Sequence[str]) -> str:
     return _letter(notes.index(listing.checked))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from mfdetr_pipelines.config.shared import parse_assignments
 
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
@@ -25,7 +26,6 @@ from mfdetr_cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
-    parse_assignments,
     parse_batch_size,
     storage_at,
 )

@@ -23,14 +23,15 @@ from mfdetr_cache.cache.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
     CacheLayout,
-    Compression,
     row_arrays,
 )
 from mfdetr_cache.cache.shards import ZSTD_LEVEL
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
+from mfdetr_cache.choices import Compression
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import is_taken
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
@@ -128,7 +129,7 @@ def _create_folder(path: Path, content: CacheContent) -> None:
         if (path / ROOT_KEY).is_file():
             return
         partial = path.with_name(path.name + ".creating")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if is_taken(path):
             raise _not_free(LocalStorage(path))
         if path.is_dir():
             path.rmdir()

@@ -3,52 +3,14 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from mfdetr_cache.cache.manifest import status_key
-from mfdetr_cache.cache.schema import Part
+from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.storage.protocol import Storage, explained
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.files import NOT_ALLOWED
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Every ``count``-th part of a cache, for one of several processes that fill it.
-
-    Which parts these are follows from the two numbers alone, so that the processes need nothing in
-    common but the cache.
-
-    Attributes:
-        number: Which of them, from 1.
-        count: How many there are.
-    """
-
-    number: int = 1
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise CacheError(f"part {self.number}/{self.count}: give K/N with K from 1 to N")
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def of(self, parts: Sequence[Part]) -> list[Part]:
-        """Its parts.
-
-        Args:
-            parts: All parts of a cache.
-
-        Returns:
-            Every ``count``-th of them.
-        """
-        return list(parts[self.number - 1 :: self.count])
-
-
-WHOLE = Partition()
 
 
 @contextlib.contextmanager

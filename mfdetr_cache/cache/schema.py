@@ -1,10 +1,11 @@
 """What is in a cache and under which name: the format of ``docs/cache-format.md`` as data."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from mfdetr_cache.choices import C1Mode, Compression, Preset
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.ops.quantisation import ENCODINGS, Preset
+from mfdetr_cache.ops.quantisation import ENCODINGS
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 FORMAT_NAME = "mfdetr-cache"
@@ -21,8 +22,6 @@ CHUNK_BYTES = 2**20
 # Chunks hold whole blocks of every preset.
 TOKEN_MULTIPLE = 64
 
-Compression = Literal["zstd", "raw"]
-C1Mode = Literal["full", "roi", "none"]
 C1_ROI = "c1_roi"
 # COCO has 7.3 objects an image; only the size of parts hangs on this.
 _TYPICAL_CROPS = 8

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.creation import CacheContent, create_cache
-from mfdetr_cache.cache.locks import WHOLE, Partition, locked
+from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.manifest import manifest_key, whole_parts
+from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import (
     ATTRIBUTES_KEY,

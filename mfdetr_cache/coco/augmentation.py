@@ -8,16 +8,14 @@ to a second interpolation.
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mfdetr_cache.choices import Policy
 from mfdetr_cache.ops.masks import RunLengths, crop_run_lengths
 from mfdetr_cache.types import GroundTruth
-
-Policy = Literal["deformable-detr", "large-scale-jitter"]
 
 # Deformable DETR's training transforms (COCO, its datasets/coco.py restated in detectors.md).
 _SHORT_SIDES = tuple(range(480, 801, 32))

@@ -1,7 +1,8 @@
 """Which category of a dataset each output of a detector stands for."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mfdetr_cache.coco.annotations import Category
 from mfdetr_cache.errors import DatasetError
@@ -48,3 +49,15 @@ def categories_of_labels(
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", " ").replace("-", " ")
+
+
+def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Names of categories as caches, heads and pycocotools keep them.
+
+    Args:
+        categories: ``{"id", "name"}`` each.
+
+    Returns:
+        Category id to name.
+    """
+    return {int(c["id"]): str(c["name"]) for c in categories}

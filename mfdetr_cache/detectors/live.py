@@ -24,18 +24,16 @@ def live_image(
         The image without ground truth.
     """
     size_hw = (image.height, image.width)
-    output = detector.forward(detector.preprocess(image)[None].to(device))
+    output = detector.forward(detector.preprocess(image)[None].to(device)).cpu()
     return CachedImage(
         row=0,
         image_id=0,
         file_name=name,
         geometry=detector.input_geometry(size_hw),
-        class_logits=output.class_logits[0].cpu().numpy(),
-        boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].cpu().numpy(),
-        queries=output.queries[0].cpu().numpy(),
-        maps={
-            k: StoredMap.plain(v[0].permute(1, 2, 0).cpu().numpy()) for k, v in output.maps.items()
-        },
+        class_logits=output.class_logits[0].numpy(),
+        boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].numpy(),
+        queries=output.queries[0].numpy(),
+        maps={k: StoredMap.plain(v[0].permute(1, 2, 0).numpy()) for k, v in output.maps.items()},
         ground_truth=GroundTruth(
             annotation_ids=np.zeros(0, np.int64),
             category_ids=np.zeros(0, np.int64),

@@ -1,30 +1,39 @@
 """What a user may choose about a detector."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from mfdetr_cache.identity import Identity
+from mfdetr_cache.options import Option
 
 
 @dataclass(frozen=True, slots=True)
 class DetectorOptions:
-    """Choices that change what is computed; all of them end up in a cache's identity.
+    """What the detector gives.
+
+    All of it changes what is computed and ends up in a cache's identity.
 
     Attributes:
-        num_queries: Queries per image. The official detectors then run so many, as their own code
-            does; of a transformers detector those with the highest class score are kept. None is
-            the detector's own number.
-        encoder_layer: Which encoder layer supplies the encoder maps, counted from 1, where the
-            encoder is a stack of layers (Table 14; the paper takes the fourth of six); None is 4
-            or the last. Encoders that end in a feature pyramid give their final maps.
-        backbone_stride8: Also give the backbone's stride-8 map when the encoder has none.
+        num_queries: Queries per image, the detector's own number by default. Official detectors
+            then run that many, as their own code does; of a transformers detector those of highest
+            class score are kept.
+        encoder_layer: Encoder layer that supplies the encoder maps, from 1 (default 4 as in the
+            paper, or the last); for encoders that are a stack of layers and no feature pyramid.
+        backbone_stride8: Also keep the backbone's stride-8 map where the encoder has no such level.
     """
 
     num_queries: int | None = None
     encoder_layer: int | None = None
-    backbone_stride8: bool = True
+    backbone_stride8: Annotated[
+        bool,
+        Option(
+            help="Leave out the backbone's stride-8 map, which is kept where the encoder has no "
+            "such level."
+        ),
+    ] = True
 
 
-def options_of(identity: Identity) -> DetectorOptions:
+def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
     """The options a cache or a head was made with.
 
     Args:

@@ -67,6 +67,20 @@ class Detector(Protocol):
         """
 
 
+def fixed_input_hw(detector: Detector) -> tuple[int, int] | None:
+    """The input size of a detector that has only one.
+
+    Args:
+        detector: The detector.
+
+    Returns:
+        Height and width; None where the size follows the image.
+    """
+    images_hw = ((64, 64), (64, 96), (96, 64), (100, 100))
+    sizes = {detector.input_geometry(image_hw).input_hw for image_hw in images_hw}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 @runtime_checkable
 class TunableDetector(Detector, Protocol):
     """A detector that can be trained on together with a mask network (Table 16).

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from mfdetr_cache.choices import Evaluator
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.ops.masks import compress_run_lengths
 from mfdetr_cache.types import GroundTruth
 
 Result = dict[str, Any]
 Kind = Literal["bbox", "segm", "boundary"]
-# faster-coco-eval gives pycocotools' numbers in half the time; pycocotools is the referee.
-Evaluator = Literal["fast", "pycocotools"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def measure_results(
     """
     objects = [a for a in ground_truth.dataset["annotations"] if not a.get("iscrowd", 0)]
     counts = Counter(int(a["category_id"]) for a in objects)
-    names = {int(c["id"]): str(c["name"]) for c in ground_truth.dataset["categories"]}
+    names = category_names(ground_truth.dataset["categories"])
     if not results:
         nothing = tuple(
             CategoryMetrics(c, n, counts[c], 0.0 if counts[c] else -1.0, 0.0 if counts[c] else -1.0)

@@ -1,13 +1,14 @@
 """Masks for the detections of an image, from its cached maps and a trained head."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.choices import Scoring
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
@@ -16,10 +17,6 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.ops.masks import compress_run_lengths, run_lengths_in_box
 from mfdetr_cache.types import CachedImage, DetectorSpec
-
-# The final score of a mask: class score times predicted IoU (Eq. 13), times mean probability inside
-# the mask (Eq. 2), or alone; ``auto`` is Eq. 13 where the head predicts IoUs, else Eq. 2.
-Scoring = Literal["auto", "iou", "mean", "class"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,29 +5,24 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.choices import Evaluator, Extra, Scoring
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
     CocoReport,
-    Evaluator,
     Kind,
     Result,
     coco_ground_truth,
     measure_results,
 )
-from mfdetr_cache.evaluation.inference import (
-    MaskPrediction,
-    Scoring,
-    masks_in_image,
-    predict_masks,
-)
+from mfdetr_cache.evaluation.inference import MaskPrediction, masks_in_image, predict_masks
 from mfdetr_cache.evaluation.oracles import (
     ORACLES,
     Oracle,
@@ -39,10 +34,6 @@ from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
-
-# Floor and ceiling; boundary AP; AP with one thing perfect at a time.
-Extra = Literal["baselines", "boundary", "oracles"]
-
 
 EXTRAS: tuple[Extra, ...] = ("baselines", "boundary", "oracles")
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
@@ -41,7 +42,7 @@ def prediction_panels(
     size_hw = cached.geometry.original_hw
     image = load_image(images / cached.file_name, size_hw)
     prediction = predict_masks(head, cached, cache.spec, device)
-    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    names = category_names(cache.categories)
     found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)
     # The most confident is drawn last, on top.
     shown = [o.to_item() for o in reversed(found)]
@@ -59,7 +60,7 @@ def prediction_panels(
 
 def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
     """The annotated masks of an image by falling area, named, without boxes and crowds."""
-    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    names = category_names(cache.categories)
     truth, size_hw = cached.ground_truth, cached.geometry.original_hw
     order = np.argsort(-truth.areas)
     return [

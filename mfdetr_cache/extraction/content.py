@@ -11,19 +11,22 @@ from mfdetr_cache.coco.augmentation import (
     transform_ground_truth,
 )
 from mfdetr_cache.coco.categories import categories_of_labels
-from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.matching.objects import trainable_objects
 
 
-def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> CacheContent:
+def plan_cache(
+    split: CocoSplit, detector: Detector, maps: MapOptions, views: ViewOptions
+) -> CacheContent:
     """Everything about a cache that is known before the detector runs.
 
     Args:
         split: The images and their ground truth.
         detector: The detector.
-        config: Preset and views.
+        maps: How the maps will be stored.
+        views: Which augmented views there will be.
 
     Returns:
         Identity, layout and ground truth.
@@ -33,39 +36,37 @@ def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> C
     label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
     truth = [split.ground_truth(e, label_of) for e in split.images]
     base = [identity_transform(e.size_hw) for e in split.images]
-    views = {BASE_VIEW: ViewContent(base, truth)}
+    contents = {BASE_VIEW: ViewContent(base, truth)}
     # A detector with one input size sees scales only through the window that is cut out.
-    fixed = detector.input_geometry((64, 64)).input_hw == detector.input_geometry((64, 96)).input_hw
-    for number in range(config.views):
-        name = f"{config.policy}-{number}"
+    fixed = fixed_input_hw(detector) is not None
+    for number in range(views.count):
+        name = f"{views.policy}-{number}"
         transforms = [
-            sample_transform(
-                config.policy, config.view_seed, name, e.image_id, e.size_hw, fixed=fixed
-            )
+            sample_transform(views.policy, views.seed, name, e.image_id, e.size_hw, fixed=fixed)
             for e in split.images
         ]
         moved = [
             transform_ground_truth(t, e.size_hw, transform)
             for t, e, transform in zip(truth, split.images, transforms, strict=True)
         ]
-        views[name] = ViewContent(transforms, moved)
+        contents[name] = ViewContent(transforms, moved)
     sizes = {
         detector.input_geometry(t.size_hw, t.shortest_edge).input_hw
-        for view in views.values()
+        for view in contents.values()
         for t in view.transforms
     }
     c1_roi = None
-    if config.c1 == "roi":
-        most = max(len(trainable_objects(t)) for v in views.values() for t in v.ground_truth)
-        c1_roi = C1RoiLayout(config.roi_size, config.roi_sampling_ratio, most)
+    if maps.c1 == "roi":
+        most = max(len(trainable_objects(t)) for v in contents.values() for t in v.ground_truth)
+        c1_roi = C1RoiLayout(maps.roi_size, maps.roi_sampling_ratio, most)
     layout = plan_layout(
         spec,
         sizes,
         len(split.images),
-        config.preset,
-        config.compression,
-        tuple(views),
-        config.c1,
+        maps.preset,
+        maps.compression,
+        tuple(contents),
+        maps.c1,
         c1_roi,
     )
     identity = {
@@ -76,8 +77,8 @@ def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> C
             "annotations_sha256": split.sha256,
             "num_images": len(split.images),
         },
-        "views": list(views),
-        "view_seed": config.view_seed if config.views else None,
+        "views": list(contents),
+        "view_seed": views.seed if views.count else None,
         "preset": layout.preset,
         "compression": layout.compression,
         "c1": layout.c1,
@@ -92,5 +93,5 @@ def plan_cache(split: CocoSplit, detector: Detector, config: ExtractConfig) -> C
         original_sizes_hw=[e.size_hw for e in split.images],
         categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
         label_categories=label_categories,
-        views=views,
+        views=contents,
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,17 +22,32 @@ from mfdetr_cache.errors import (
     ImageError,
     StoppedError,
 )
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.matching.crops import c1_crops
-from mfdetr_cache.ops.devices import keep_freed_memory, threads_beside_gpu, torch_device
+from mfdetr_cache.ops.cores import threads_beside_gpu
+from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.types import DetectorOutput, ImageGeometry
+from mfdetr_cache.types import ImageGeometry
 
 _PREFETCH = 8
 
 
 # Threads that quantise and compress while a GPU computes.
 _MOST_ENCODERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """The images of an extraction.
+
+    Attributes:
+        split: The dataset.
+        folder: Where its images are.
+        skip_bad: Leave out an image that cannot be read, instead of stopping.
+    """
+
+    split: CocoSplit
+    folder: Path
+    skip_bad: bool = False
 
 
 @dataclass
@@ -69,21 +85,29 @@ def num_encoders(device: torch.device) -> int:
 
 
 class Extraction:
-    """Decoding ahead, the detector in this thread, encoding and writing behind it, in order."""
+    """Decoding ahead, the detector in this thread, encoding and writing behind it, in order.
+
+    Args:
+        source: The images.
+        content: What the cache is of.
+        detector: The detector.
+        device: Where it runs.
+        writer: Of the cache.
+        reporter: Who is told about progress.
+    """
 
     def __init__(
         self,
-        config: ExtractConfig,
-        split: CocoSplit,
+        source: ImageSource,
         content: CacheContent,
         detector: Detector,
+        device: torch.device,
         writer: CacheWriter,
         reporter: Reporter,
     ) -> None:
-        self._config = config
-        self._split = split
+        self._source = source
         self._content = content
-        self._device = torch_device(config.device)
+        self._device = device
         keep_freed_memory()
         # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
         torch.backends.cudnn.allow_tf32 = False
@@ -142,12 +166,12 @@ class Extraction:
             return
 
     def _decode(self, view: str, row: int) -> _Decoded:
-        entry = self._split.images[row]
+        entry = self._source.split.images[row]
         transform = self._content.views[view].transforms[row]
         edge = transform.shortest_edge
         geometry = self._detector.input_geometry(transform.size_hw, edge)
         try:
-            image = load_image(self._config.images / entry.file_name, entry.size_hw)
+            image = load_image(self._source.folder / entry.file_name, entry.size_hw)
         except ImageError as error:
             return _Decoded(geometry, None, str(error))
         pixels = self._detector.preprocess(transform_image(image, transform), edge)
@@ -165,7 +189,7 @@ class Extraction:
 
     def _item_of(self, part: Part, row: int, decoded: _Decoded) -> _Item:
         if decoded.pixel_values is None:
-            if self._config.on_bad_image == "stop":
+            if not self._source.skip_bad:
                 raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
             self._reporter.warn(f"skipped: {decoded.problem}")
             return _Item(part, row, None, decoded.problem)
@@ -176,12 +200,7 @@ class Extraction:
             truth = self._content.views[part.view].ground_truth[row]
             crops = c1_crops(output, truth, decoded.geometry, self._content.layout.c1_roi)
         kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
-        on_cpu = DetectorOutput(
-            output.class_logits.cpu(),
-            output.boxes_cxcywh_norm.cpu(),
-            output.queries.cpu(),
-            {name: values.cpu() for name, values in output.maps.items() if name in kept},
-        )
+        on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started
         self.num_extracted += 1
         encode = self._writer.encode

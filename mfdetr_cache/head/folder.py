@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from mfdetr_cache.choices import Which
 from mfdetr_cache.config import from_dict, to_dict
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import write_atomically
@@ -40,8 +41,6 @@ class HeadFolder:
     path: Path
 
 
-# The weights at the end of a training, or those of its best validation.
-Which = Literal["last", "best"]
 _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
 
 

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.choices import Preset
 from mfdetr_cache.ops.devices import joined
-
-Preset = Literal["fp16", "int8", "int8-small", "int4"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from mfdetr_cache.ops.devices import threads_beside_gpu
+from mfdetr_cache.ops.cores import threads_beside_gpu
 
 # Settings that no weight depends on: a run may go on with others.
 FREE_FIELDS = ("num_threads", "num_processes", "checkpoint_minutes")

@@ -1,12 +1,13 @@
 """The detector's side of a joint training: its losses on boxes and its optimiser (Table 16)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mfdetr_cache.choices import Tune
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.errors import ConfigError, TrainingError
 from mfdetr_cache.matching.objects import trainable_objects
@@ -17,7 +18,6 @@ from mfdetr_cache.training.input.live import Picture
 from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.types import DetectorOutput
 
-Tune = Literal["nothing", "encoder-decoder", "all"]
 # As Deformable DETR and its descendants are trained.
 _CLIP_NORM, _WEIGHT_DECAY = 0.1, 1e-4
 # Losses of so many steps are averaged for display.

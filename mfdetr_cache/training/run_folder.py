@@ -14,15 +14,15 @@ import torchvision
 import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.choices import Tracker
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.files import make_folder
+from mfdetr_cache.files import is_taken, make_folder
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import CONFIG_FILE, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
 from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
 from mfdetr_cache.training.recipes import Recipe
-from mfdetr_cache.training.run_log import Tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def prepare_folder(
                     "give the same settings, or another --out"
                 )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise HeadError(
             f"{out} is not empty; nothing was touched. Pass --resume to go on with that "
             "run, or another --out"

@@ -7,14 +7,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
+from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError, OutputError
 from mfdetr_cache.files import writing
 
 METRICS_FILE = "metrics.jsonl"
-
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class _Sink(Protocol):

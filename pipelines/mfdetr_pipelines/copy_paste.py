@@ -17,35 +17,17 @@ from mfdetr_cache.coco.copy_paste import (
     copy_paste,
     num_donors,
 )
+from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
-from mfdetr_cache.files import make_folder, write_atomically, writing
+from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
 from mfdetr_cache.ops.masks import decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import Reporter
-from mfdetr_pipelines.extract import require_images
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 
 IMAGES, ANNOTATIONS = "images", "instances.json"
 # JPEG's own losses stay below those of COCO's images.
 _QUALITY = 95
-
-
-@dataclass(frozen=True, slots=True)
-class CopyPasteConfig:
-    """What ``mfdetr copy-paste`` is told.
-
-    Attributes:
-        images: Image folder.
-        annotations: COCO instances JSON.
-        out: New folder for images and annotations.
-        copies: Pictures to make of every image, beside itself.
-        seed: Of all chance.
-    """
-
-    images: Path
-    annotations: Path
-    out: Path
-    copies: int = 6
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +62,7 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
         DatasetError: If images or annotations cannot be used, or no object can be pasted.
         OutputError: If the folder cannot be written.
     """
-    if config.copies < 1 or config.seed < 0:
-        raise ConfigError(
-            f"--copies {config.copies} --seed {config.seed}: give 1 or more copies and a seed that "
-            "is not negative"
-        )
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+    if is_taken(config.out):
         raise ConfigError(
             f"{config.out} is no empty folder; nothing was touched, choose another --out"
         )

@@ -12,13 +12,13 @@ from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.evaluation.measure import EvaluateSummary
 from mfdetr_cache.evaluation.panels import prediction_panels
-from mfdetr_cache.extraction.config import ExtractConfig
-from mfdetr_cache.files import writing
+from mfdetr_cache.files import is_taken, writing
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run_folder import TrainHeadConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
@@ -63,7 +63,7 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
     Raises:
         MfdetrError: If the folder is in use.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise MfdetrError(f"{folder} is not empty; nothing was touched, choose another --out")
     seconds: dict[str, float] = {}
 
@@ -78,11 +78,11 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
     timed("draw the dataset", lambda: _draw(data, reporter))
     for name, cache in (("train", train_cache), ("val", val_cache)):
         config = ExtractConfig(
-            "hf",
             str(demo_detector()),
             data / name,
             data / f"instances_{name}.json",
             cache,
+            device="cpu",
         )
         timed(f"extract {name}", lambda config=config: run_extract(config, reporter))  # type: ignore[misc]
     train = TrainHeadConfig(train_cache, head, build_recipe("demo", {}))

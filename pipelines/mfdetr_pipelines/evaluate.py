@@ -11,19 +11,14 @@ import numpy as np
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.choices import Evaluator, Scoring, Which
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.evaluation.coco_metrics import (
-    Evaluator,
-    Result,
-)
-from mfdetr_cache.evaluation.inference import (
-    Scoring,
-)
+from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.measure import EXTRAS, EvaluateSummary, Latency, measure
 from mfdetr_cache.files import write_atomically
-from mfdetr_cache.head.folder import Which, load_head
+from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
@@ -146,8 +141,9 @@ def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
     """Time of the detector's forward on the first images, one at a time."""
     assert config.live is not None
     weights, images = config.live
-    kind = cache.spec.name.split(":")[0]
-    detector = load_detector(kind, weights, options_of(detector_identity(cache.spec)))
+    detector = load_detector(
+        cache.spec.detector, weights, options_of(detector_identity(cache.spec))
+    )
     require_same(
         detector_identity(detector.spec),
         f"--weights {weights}",

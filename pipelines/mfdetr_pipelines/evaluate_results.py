@@ -9,12 +9,12 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from mfdetr_cache.choices import Evaluator
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
     CocoReport,
-    Evaluator,
     Kind,
     Result,
     measure_results,

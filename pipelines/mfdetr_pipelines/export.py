@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
@@ -25,6 +25,7 @@ from mfdetr_cache.identity import detector_identity, require_same, spec_from_ide
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import DetectorSpec
+from mfdetr_pipelines.config.export import ExportConfig
 
 # Has grid_sample with border handling as torch has it, and RoIAlign with half-pixel offsets.
 _OPSET = 17
@@ -32,29 +33,6 @@ _OPSET = 17
 _NOTEWORTHY = 0.01
 # The first run of a check uses the sizes the graph was traced with, the others do not.
 _CHECKED_REGIONS = (20, 7, 1)
-# A token of the coarsest usual level.
-_LEAST_INPUT = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ExportConfig:
-    """What ``mfdetr export`` is told.
-
-    Attributes:
-        head: Run folder of a trained head.
-        out: The ONNX file.
-        input_hw: Height and width of the network input; the graph is for this size.
-        weights: Put the detector into the graph too: its folder, file or hub id.
-        detector: Name of the detector.
-        top_k: With the detector, compute masks for the best queries only.
-    """
-
-    head: Path
-    out: Path
-    input_hw: tuple[int, int] | None = None
-    weights: str | None = None
-    detector: str = "hf"
-    top_k: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +117,6 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
         HeadError: If there is no trained head.
         IdentityError: If head and detector do not belong together.
     """
-    if config.top_k < 1:
-        raise ConfigError(f"--top-k {config.top_k}: give 1 or more queries")
-    if config.input_hw is not None and min(config.input_hw) < _LEAST_INPUT:
-        height, width = config.input_hw
-        raise ConfigError(f"--input-size {height}x{width}: give {_LEAST_INPUT} or more each way")
     runtime = _packages()
     folder = load_head(config.head)
     if not folder.head.config.roialign:
@@ -231,17 +204,12 @@ def _full_graph(
         detector_identity(detector.spec),
         f"detector {config.weights}",
     )
-    input_hw = config.input_hw or _own_size(detector)
+    input_hw = config.input_hw or fixed_input_hw(detector)
+    if input_hw is None:
+        raise ConfigError("this detector's input size follows the image: give --input-size HxW")
     pixels = torch.rand(1, 3, *input_hw, generator=torch.Generator().manual_seed(0))
     graph = _FullGraph(detector, folder.head, input_hw, config.top_k).eval()
     return graph, (pixels,), ["pixel_values"]
-
-
-def _own_size(detector: Detector) -> tuple[int, int]:
-    sizes = {detector.input_geometry(hw).input_hw for hw in ((480, 640), (640, 480), (100, 100))}
-    if len(sizes) > 1:
-        raise ConfigError("this detector's input size follows the image: give --input-size HxW")
-    return sizes.pop()
 
 
 def _trace(

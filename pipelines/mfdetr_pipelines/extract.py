@@ -1,41 +1,33 @@
 """Extract: every image through the frozen detector once, into a cache."""
 
+import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import (
-    BASE_VIEW,
-    row_arrays,
-)
+from mfdetr_cache.cache.schema import BASE_VIEW, Part, row_arrays
 from mfdetr_cache.cache.storage.open import open_storage
-from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import (
-    CacheError,
-    DatasetError,
-    ImageError,
-)
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
-from mfdetr_cache.evaluation.detections import detections_of
-from mfdetr_cache.evaluation.results import box_results
-from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.errors import CacheError, DatasetError
+from mfdetr_cache.evaluation.cached_boxes import judged_box_metrics
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction
-from mfdetr_cache.reporter import Reporter
-from mfdetr_pipelines.ray_engine import fill_parts
-
-# A COCO-trained DETR has a box AP of 30 or more; a wrongly assembled one was seen at 3.5. A fresh
-# dataset's hard categories may pull a right one down, so this warns and does not stop.
-IMPLAUSIBLE_BOX_AP = 0.10
+from mfdetr_cache.extraction.stream import Extraction, ImageSource
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.ray_engine import on_cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +76,6 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     """
     if not config.images.is_dir():
         raise DatasetError(f"image folder {config.images} does not exist; check --images")
-    if config.limit is not None and config.limit < 1:
-        raise DatasetError(f"--limit {config.limit}: give 1 or more images")
-    if config.roi_size < 8 or config.roi_size % 8 or config.roi_sampling_ratio < 0:
-        raise DatasetError("--roi-size must be a multiple of 8, --roi-sampling-ratio 0 or more")
-    if config.views < 0:
-        raise DatasetError(f"--views {config.views}: give 0 or more augmented views")
     split = load_coco_split(config.annotations).first(config.limit)
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
@@ -97,20 +83,23 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
     torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
-    content = plan_cache(split, detector, config)
-    _announce(config, content, reporter)
+    content = plan_cache(split, detector, config.maps, config.views)
+    partition = config.work.part or WHOLE
+    _announce(config, content, partition, reporter)
     started = time.perf_counter()
-    with CacheWriter.open_or_create(config.cache, content, config.partition) as writer:
-        if config.engine == "ray":
+    with CacheWriter.open_or_create(config.cache, content, partition) as writer:
+        if config.work.engine == "ray":
             extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
         else:
-            worker = Extraction(config, split, content, detector, writer, reporter)
+            device = torch_device(config.device)
+            source = _images_of(config, split)
+            worker = Extraction(source, content, detector, device, writer, reporter)
             worker.run(writer.pending_parts())
             extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
     box = None
-    if config.partition.count == 1:
+    if partition == WHOLE:
         cache.require_complete()
     if cache.is_complete:
         box = judged_box_metrics(cache, reporter)
@@ -128,6 +117,19 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     )
 
 
+def _images_of(config: ExtractConfig, split: CocoSplit) -> ImageSource:
+    return ImageSource(split, config.images, skip_bad=config.on_bad_image == "skip")
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """What a task on a cluster did: images extracted, bytes written, seconds in the detector."""
+
+    images: int
+    num_bytes: int
+    detector_seconds: float
+
+
 def _fill_on_cluster(
     config: ExtractConfig, writer: CacheWriter, reporter: Reporter
 ) -> tuple[int, float]:
@@ -137,7 +139,8 @@ def _fill_on_cluster(
     total = writer.num_rows
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
     extracted, seconds = 0, 0.0
-    for part, done in fill_parts(config, pending, config.cluster):
+    fill = functools.partial(_fill_part, config)
+    for part, done in on_cluster(fill, pending, config.work):
         extracted += done.images
         seconds += done.detector_seconds
         reporter.advance(sizes[part], num_bytes=done.num_bytes)
@@ -145,50 +148,31 @@ def _fill_on_cluster(
     return extracted, seconds
 
 
-def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
-    """Box AP of the detections in a cache.
-
-    Args:
-        cache: A complete cache.
-
-    Returns:
-        COCO's summary for boxes.
-    """
-    results = []
-    for row in cache.rows:
-        image = cache.read(row, map_names=())
-        detections = detections_of(image, cache.spec)
-        results += box_results(image.image_id, detections, cache.label_categories)
-    truth = (
-        (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
-        for r in cache.rows
-    )
-    return evaluate_results(coco_ground_truth(truth, cache.categories), results, "bbox")
+@functools.lru_cache(maxsize=1)
+def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
+    """What all parts of an extraction need, kept by the worker process."""
+    split = load_coco_split(config.annotations).first(config.limit)
+    detector = load_detector(config.detector, config.weights, config.options)
+    content = plan_cache(split, detector, config.maps, config.views)
+    # The cache keeps the parts it was created with, whatever this version would choose.
+    storage = open_storage(config.cache)
+    require_same_content(storage, content)
+    return split, detector, replace(content, layout=FeatureCache.open(storage).layout)
 
 
-def require_images(images: Path, split: CocoSplit, advice: str) -> None:
-    """Refuse at once what would otherwise be noticed after hours.
-
-    Args:
-        images: Image folder.
-        split: What should be in it.
-        advice: What to do, for the message.
-
-    Raises:
-        DatasetError: If there is no such folder.
-        ImageError: If an image is missing.
-    """
-    if not images.is_dir():
-        raise DatasetError(f"image folder {images} does not exist; {advice}")
-    missing = [e for e in split.images if not (images / e.file_name).is_file()]
-    if missing:
-        raise ImageError(
-            f"{len(missing)} of {len(split.images)} images are not in {images}, the first is "
-            f"{missing[0].file_name}; {advice}"
-        )
+def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
+    """Fill one part; runs on a worker of a cluster."""
+    split, detector, content = _prepared(config)
+    writer = CacheWriter(open_storage(config.cache), content)
+    source, device = _images_of(config, split), torch_device(config.device)
+    worker = Extraction(source, content, detector, device, writer, SilentReporter())
+    worker.run([part])
+    return _Filled(worker.num_extracted, worker.num_bytes, worker.detector_seconds)
 
 
-def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) -> None:
+def _announce(
+    config: ExtractConfig, content: CacheContent, partition: Partition, reporter: Reporter
+) -> None:
     """Say what is coming and refuse a disk that cannot hold it."""
     needed = estimated_bytes(content)
     storage = open_storage(config.cache)
@@ -198,8 +182,8 @@ def _announce(config: ExtractConfig, content: CacheContent, reporter: Reporter) 
         f"{content.spec.name} as {content.layout.preset}; at most {needed / 1e9:.2f} GB (before "
         "compression)"
     )
-    if config.partition.count > 1:
-        line += f"; this is part {config.partition} of the work"
+    if partition != WHOLE:
+        line += f"; this is part {partition} of the work"
     if storage.folder is None:
         reporter.say(f"{line}, into {storage.name}")
         return
@@ -228,24 +212,3 @@ def estimated_bytes(content: CacheContent) -> int:
     arrays = row_arrays(content.spec, content.layout, BASE_VIEW).values()
     each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
     return each * len(content.views)
-
-
-def judged_box_metrics(cache: FeatureCache, reporter: Reporter) -> CocoMetrics:
-    """Box AP of a cache, with a warning where it is too low to be true.
-
-    Args:
-        cache: A complete cache.
-        reporter: Who is warned.
-
-    Returns:
-        COCO's summary for boxes.
-    """
-    box = cached_box_metrics(cache)
-    objects = sum(len(cache.ground_truth(r)) for r in cache.rows)
-    if box.AP < IMPLAUSIBLE_BOX_AP and objects:
-        reporter.warn(
-            f"box AP of the cached detections is {100 * box.AP:.1f}: implausibly low for a "
-            "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "
-            "a mask network cannot be better than its boxes"
-        )
-    return box

@@ -7,70 +7,34 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mfdetr_cache.cache.schema import C1Mode, c1_channels
+from mfdetr_cache.cache.schema import c1_channels
 from mfdetr_cache.cache.shards import encode_chunk
+from mfdetr_cache.choices import C1Mode, Preset
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import CacheError, DatasetError
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.extraction.options import MapOptions
 from mfdetr_cache.extraction.stream import num_encoders
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
-from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, Preset, encode_map
+from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, encode_map
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.recipes import Recipe
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
+from mfdetr_pipelines.config.plan import PlanConfig
 
 _BLOCK = 64 * 2**20
 # COCO has 7.3 objects an image; a training step sees about so many regions of each.
 _REGIONS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class PlanConfig:
-    """What ``mfdetr plan`` is told.
-
-    Attributes:
-        detector: Name of the detector.
-        weights: Its folder, file or hub id.
-        annotations: COCO instances JSON.
-        recipe: The head that will be trained.
-        images: Image folder, to measure on real pictures; None measures on noise, whose features
-            compress less.
-        disk: Where the cache would go.
-        sample: Images to measure on.
-        disk_seconds: How long the disk is written to; a drive's write cache must be passed.
-        epochs: Length of one training.
-        views: Augmented views beside the plain one.
-        options: What would be chosen about the detector.
-        c1: How much of C1 would be kept.
-        roi_size: Cells of a crop of C1, for ``roi``.
-        device: Where detector and head would run.
-    """
-
-    detector: str
-    weights: str
-    annotations: Path
-    recipe: Recipe
-    images: Path | None = None
-    disk: Path | None = None
-    sample: int = 8
-    disk_seconds: float = 10.0
-    epochs: float = 6.0
-    views: int = 0
-    options: DetectorOptions = field(default_factory=DetectorOptions)
-    c1: C1Mode = "full"
-    roi_size: int = 32
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +111,6 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         DetectorError: If the detector cannot be loaded.
         CacheError: If the disk cannot be written.
     """
-    if config.sample < 1 or config.views < 0 or config.epochs <= 0:
-        raise DatasetError("--sample and --epochs must be above 0, --views 0 or more")
     split = load_coco_split(config.annotations)
     device = torch_device(config.device)
     keep_freed_memory()  # as extraction does
@@ -162,14 +124,14 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     reporter.say(f"writing to {folder} for {config.disk_seconds:g} s")
     write_speed, read_speed = disk_speed(folder, config.disk_seconds)
     free = shutil.disk_usage(folder).free
-    passes = 1 + config.views
+    passes = 1 + config.views.count
     count = len(split.images)
     shown = config.epochs * count
     live = shown * (detector_seconds + head_seconds) / 3600
     presets = []
     for preset, encoding in ENCODINGS.items():
-        ratio, encode = _encoding(outputs, kept_maps(detector.spec, config.c1), encoding)
-        each = _mean_bytes(split, detector, encoding, config) / ratio
+        ratio, encode = _encoding(outputs, kept_maps(detector.spec, config.maps.c1), encoding)
+        each = _mean_bytes(split, detector, encoding, config.maps) / ratio
         total = each * count * passes
         slowest = max(detector_seconds, encode / num_encoders(device), each / write_speed)
         extract = count * passes * slowest / 3600
@@ -212,17 +174,8 @@ def _sample(
             size = detector.input_geometry(entry.size_hw).input_hw
             pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
         started = time.perf_counter()
-        output = detector.forward(pixels)
-        on_cpu = {name: values.cpu() for name, values in output.maps.items()}
+        outputs.append(detector.forward(pixels).cpu())
         seconds.append(time.perf_counter() - started)
-        outputs.append(
-            DetectorOutput(
-                output.class_logits.cpu(),
-                output.boxes_cxcywh_norm.cpu(),
-                output.queries.cpu(),
-                on_cpu,
-            )
-        )
         reporter.advance()
     reporter.finish()
     # The first call warms up.
@@ -278,7 +231,7 @@ def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
 
 
 def _mean_bytes(
-    split: CocoSplit, detector: Detector, encoding: Encoding, config: PlanConfig
+    split: CocoSplit, detector: Detector, encoding: Encoding, maps: MapOptions
 ) -> float:
     """Mean uncompressed bytes of an image, from the real sizes of the dataset."""
     spec = detector.spec
@@ -286,19 +239,19 @@ def _mean_bytes(
     sizes = Counter(detector.input_geometry(entry.size_hw).input_hw for entry in split.images)
     for (height, width), count in sizes.items():
         each = float(_row_bytes(spec))
-        for m in kept_maps(spec, config.c1):
+        for m in kept_maps(spec, maps.c1):
             tokens = -(-height // m.stride) * -(-width // m.stride)
             each += _map_bytes(tokens, m.channels, encoding)
         total += count * each
     mean = total / len(split.images)
-    if config.c1 == "roi":
+    if maps.c1 == "roi":
         # One crop for every object that Hungarian matching gives a query, and the moments.
         channels = c1_channels(spec)
         objects = sum(
             not a.get("iscrowd", 0) for found in split.annotations.values() for a in found
         )
         crops = min(objects / len(split.images), spec.num_queries)
-        mean += crops * _map_bytes(config.roi_size**2, channels, encoding)
+        mean += crops * _map_bytes(maps.roi_size**2, channels, encoding)
         mean += 4 * (channels + 1) * channels
     return mean
 

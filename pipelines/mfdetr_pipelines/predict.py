@@ -7,40 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
+from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.files import make_folder, write_atomically, writing
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.predict_video import VIDEO_SUFFIXES, Video
 
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
-
-
-@dataclass(frozen=True, slots=True)
-class PredictConfig:
-    """What ``mfdetr predict`` is told.
-
-    Attributes:
-        images: Files, folders and glob patterns.
-        detector: Name of the detector.
-        weights: Its folder, file or hub id.
-        head: Run folder of a trained head.
-        out: Where pictures and results go.
-        threshold: Least confidence of what is kept.
-        top_k: At most so many objects per image.
-        device: Where to compute.
-    """
-
-    images: tuple[str, ...]
-    detector: str
-    weights: str
-    head: Path
-    out: Path
-    threshold: float = 0.25
-    top_k: int = 100
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +69,6 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         DatasetError: If there is no image, or none can be read.
         IdentityError: If the head was trained with another detector.
     """
-    if not 0 <= config.threshold < 1:
-        raise ConfigError(f"--threshold {config.threshold:g}: give a confidence from 0 to below 1")
-    if config.top_k < 1:
-        raise ConfigError(f"--top-k {config.top_k}: give 1 or more objects")
     files = find_images(config.images)
     keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.choices import Policy, Tune
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
-from mfdetr_cache.coco.augmentation import Policy
+from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, HeadError, OutputError, StoppedError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
-from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.options import MapOptions
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import save_head, save_run_config
@@ -37,7 +38,7 @@ from mfdetr_cache.signals import stop_on_signals
 from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
 from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.detector_tuner import DetectorTuner, Tune
+from mfdetr_cache.training.detector_tuner import DetectorTuner
 from mfdetr_cache.training.initial_head import fit_codec
 from mfdetr_cache.training.input.live import LiveData, Picture
 from mfdetr_cache.training.input.threads import read_ahead
@@ -48,7 +49,8 @@ from mfdetr_cache.training.regions import build_regions
 from mfdetr_cache.training.run_folder import prepare_folder, versions
 from mfdetr_cache.training.run_log import RunLog
 from mfdetr_cache.types import CachedImage, DetectorOutput
-from mfdetr_pipelines.extract import require_images, run_extract
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import training_device, with_length
 
 DETECTOR_FOLDER = "detector"
@@ -372,14 +374,14 @@ def _validate(
         return None
     path = config.out / VALIDATION_CACHE
     extract = ExtractConfig(
-        detector=config.detector,
         weights=weights,
         images=config.val_images,
         annotations=config.val_annotations,
         cache=path,
-        device=config.device,
+        detector=config.detector,
         options=config.options,
-        preset="fp16",
+        maps=MapOptions(preset="fp16"),
+        device=config.device,
     )
     run_extract(extract, reporter)
     learner.head.load_state_dict(learner.result_weights())

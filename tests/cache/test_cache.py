@@ -14,20 +14,14 @@ from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.manifest import manifest_key, part_is_whole
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import (
-    PART_BYTES,
-    CacheLayout,
-    Compression,
-    MapLayout,
-    Part,
-    plan_layout,
-)
+from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, Part, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter
+from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.ops.quantisation import ENCODINGS, Preset, encode_map
+from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 from tests.support.images import make_ground_truth, make_spec

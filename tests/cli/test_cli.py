@@ -259,7 +259,7 @@ def test_errors_have_exit_codes(
     error: type[Exception],
     code: int,
 ) -> None:
-    def fail() -> None:
+    def fail(prog_name: str) -> None:
         raise error("something\nwrong")
 
     monkeypatch.setattr(app_module, "app", fail)
@@ -270,7 +270,7 @@ def test_errors_have_exit_codes(
 
 
 def test_a_bug_gets_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(prog_name: str) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(app_module, "app", fail)

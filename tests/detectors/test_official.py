@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
-from mfdetr_cache.detectors import DetectorOptions, list_detectors, load_detector
 from mfdetr_cache.detectors.conformance import DetectorConformance
 from mfdetr_cache.detectors.official.architecture import Architecture
 from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.detectors.official.detr import OfficialDetr
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.registry import list_detectors, load_detector
 from mfdetr_cache.errors import DetectorError
 from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint

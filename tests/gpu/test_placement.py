@@ -13,10 +13,12 @@ import torch
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.config.plan import PlanConfig
+from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.plan import PlanConfig, run_plan
-from mfdetr_pipelines.predict import PredictConfig, run_predict
+from mfdetr_pipelines.plan import run_plan
+from mfdetr_pipelines.predict import run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
@@ -106,7 +108,6 @@ def test_a_cache_is_made_and_learned_from(
             found = run_evaluate(evaluation, SilentReporter())
             prediction = PredictConfig(
                 (str(next(images.iterdir())),),
-                "hf",
                 weights,
                 out / "run",
                 out / "masks",
@@ -153,10 +154,9 @@ def test_detector_and_head_learn_together(tmp_path: Path, scenes_folder: Path) -
 
 def test_a_plan_measures(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path) -> None:
     config = PlanConfig(
-        "hf",
         str(rtdetr_folder),
         scenes_folder / "instances.json",
-        recipe(),
+        recipe=recipe(),
         images=scenes_folder / "images",
         disk=tmp_path,
         sample=2,

@@ -3,9 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache.certify import CertifyConfig, run_certify
+from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.cache.info import describe_cache
-from mfdetr_pipelines.cache.verify import LiveSource
+from mfdetr_pipelines.config.cache import CertifyConfig
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
@@ -112,8 +113,8 @@ def test_a_certificate_is_measured_and_kept(
     assert found.low <= found.difference <= found.high
     assert read_certificates(path) == (found,)
     assert describe_cache(path).certificates == (found,)
-    source = LiveSource(str(rtdetr_folder), scenes_folder / "images")
-    live = run_certify(CertifyConfig(path, head, source=source, samples=5), SilentReporter())
+    source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
+    live = run_certify(CertifyConfig(path, head, detector=source, samples=5), SilentReporter())
     assert live.reference == "live"
     # float16 rounds what the live detector gives; the head's masks hardly notice.
     assert live.AP_reference == pytest.approx(found.AP_reference, abs=0.02)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.copy_paste import CopyPasteConfig, run_copy_paste
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
+from mfdetr_pipelines.copy_paste import run_copy_paste
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 from pycocotools.coco import COCO

@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 from mfdetr_pipelines import demo
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
 from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
 
@@ -17,7 +17,7 @@ def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
     """On scenes that neither its training nor the demo uses."""
     annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 60)
     config = ExtractConfig(
-        "hf", str(demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
+        str(demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
     )
     assert run_extract(config, SilentReporter()).box.AP > 0.45
 

@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from mfdetr_pipelines.export import ExportConfig, run_export
+from mfdetr_pipelines.config.export import ExportConfig
+from mfdetr_pipelines.export import run_export
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.demo import demo_detector, demo_head

@@ -78,9 +78,9 @@ from mfdetr_cache.cache import schema
 schema.PART_BYTES = 1
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
 folder, weights, cache = map(Path, sys.argv[1:4])
-run_extract(ExtractConfig("hf", str(weights), folder / "images", folder / "instances.json", cache),
+run_extract(ExtractConfig(str(weights), folder / "images", folder / "instances.json", cache),
             SilentReporter())
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -213,7 +213,7 @@ def test_wrong_input_is_one_clear_line(
     cache = tmp_path / "c.zarr"
     with pytest.raises(DatasetError, match="image folder .*absent does not exist"):
         run(scenes_folder, rtdetr_folder, cache, images=tmp_path / "absent")
-    with pytest.raises(DatasetError, match="--limit 0"):
+    with pytest.raises(ConfigError, match="--limit 0"):
         run(scenes_folder, rtdetr_folder, cache, limit=0)
     with pytest.raises(DetectorError, match=r"is no detector: it has no config\.json"):
         run(scenes_folder, tmp_path, cache)

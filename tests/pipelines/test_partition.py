@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mfdetr_cli.options import parse_partition
+from mfdetr_cli.signature import built
 from mfdetr_pipelines.cache.finish import run_finish
+from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
-from mfdetr_cache.cache.locks import Partition
+from mfdetr_cache.cache.partition import Partition, partition_of_environment
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError, ConfigError
@@ -61,9 +62,10 @@ def test_shares_come_from_the_option_or_the_environment(
         monkeypatch.delenv(key, raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    assert parse_partition(text) == wanted
-    with pytest.raises(ConfigError, match="--part '3': write K/N, such as --part 3/16"):
-        parse_partition("3")
+    config = built(WorkOptions, {"part": text})
+    assert (config.part or partition_of_environment()) == wanted
+    with pytest.raises(ConfigError, match="--part 3: write K/N, such as 3/16"):
+        built(WorkOptions, {"part": "3"})
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_shares_in_any_order_make_the_cache_of_one_process(
     assert whole.box is not None
     total = 0
     for number in (3, 1, 2):
-        summary = extract("shared.zarr", partition=Partition(number, 3))
+        summary = extract("shared.zarr", work=WorkOptions(Partition(number, 3)))
         total += summary.num_extracted
         missing = run_finish(tmp_path / "shared.zarr", SilentReporter())
         assert missing.parts_missing == summary.parts_missing
@@ -105,7 +107,7 @@ def test_parts_that_are_being_written_are_refused(
     path = tmp_path / "a.zarr"
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)
     detector = load_detector("hf", str(rtdetr_folder))
-    content = plan_cache(load_coco_split(config.annotations), detector, config)
+    content = plan_cache(load_coco_split(config.annotations), detector, config.maps, config.views)
     with CacheWriter.open_or_create(path, content, Partition(1, 2)):
         with pytest.raises(CacheError, match="is being written by another process"):
             CacheWriter.open_or_create(path, content, Partition(1, 2))

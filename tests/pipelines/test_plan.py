@@ -2,11 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.plan import PlanConfig, disk_speed, run_plan
+from mfdetr_pipelines.plan import disk_speed, run_plan
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import DatasetError, DetectorError
+from mfdetr_cache.errors import ConfigError, DetectorError
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support.scenes import extract_config
@@ -55,7 +57,9 @@ def test_a_plan_foretells_the_cache(
 def test_a_plan_foretells_a_cache_without_the_whole_of_c1(
     scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path, c1: str
 ) -> None:
-    settings = config(scenes_folder, rtdetr_folder, disk=tmp_path, c1=c1, roi_size=8)
+    settings = config(
+        scenes_folder, rtdetr_folder, disk=tmp_path, maps=MapOptions(c1=c1, roi_size=8)
+    )
     plan = run_plan(settings, SilentReporter())
     path = tmp_path / "a.zarr"
     extraction = extract_config(
@@ -70,7 +74,9 @@ def test_a_plan_foretells_a_cache_without_the_whole_of_c1(
 
 
 def test_live_training_costs_the_detector_too(scenes_folder: Path, rtdetr_folder: Path) -> None:
-    plan = run_plan(config(scenes_folder, rtdetr_folder, epochs=3.0, views=2), SilentReporter())
+    plan = run_plan(
+        config(scenes_folder, rtdetr_folder, epochs=3.0, views=ViewOptions(2)), SilentReporter()
+    )
     each = plan.detector_seconds + plan.head_seconds
     assert plan.live_hours == pytest.approx(3 * 8 * each / 3600)
     preset = plan.presets[0]
@@ -89,7 +95,7 @@ def test_a_disk_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_named(scenes_folder: Path, rtdetr_folder: Path) -> None:
-    with pytest.raises(DatasetError, match="--sample and --epochs must be above 0"):
+    with pytest.raises(ConfigError, match="--sample and --epochs must be above 0"):
         run_plan(config(scenes_folder, rtdetr_folder, sample=0), SilentReporter())
     with pytest.raises(DetectorError, match="does not exist"):
         run_plan(config(scenes_folder, Path("/nowhere")), SilentReporter())

@@ -5,8 +5,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
-from mfdetr_pipelines.predict import PredictConfig, find_images, picture_names, run_predict
+from mfdetr_pipelines.predict import find_images, picture_names, run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -31,7 +32,12 @@ def test_masks_are_those_of_the_evaluation(
 ) -> None:
     """From a file, live, and from the cache: the same scores but for float16 rounding."""
     config = PredictConfig(
-        (str(scenes_folder / "images"),), "hf", str(rtdetr_folder), head, tmp_path / "out", 0.0, 5
+        (str(scenes_folder / "images"),),
+        str(rtdetr_folder),
+        head,
+        tmp_path / "out",
+        threshold=0.0,
+        top_k=5,
     )
     summary = run_predict(config, SilentReporter())
     assert len(summary.images) == 8
@@ -60,11 +66,11 @@ def test_an_unreadable_image_does_not_stop_the_others(
     good = next((scenes_folder / "images").glob("*.png"))
     reporter = SilentReporter()
     files = (str(tmp_path / "broken.jpg"), str(good))
-    config = PredictConfig(files, "hf", str(rtdetr_folder), head, tmp_path / "out")
+    config = PredictConfig(files, str(rtdetr_folder), head, tmp_path / "out")
     summary = run_predict(config, reporter)
     assert len(summary.images) == len(summary.unreadable) == 1
     assert sum("broken.jpg cannot be decoded" in m for m in reporter.messages) == 1
-    only_bad = PredictConfig(files[:1], "hf", str(rtdetr_folder), head, tmp_path / "out")
+    only_bad = PredictConfig(files[:1], str(rtdetr_folder), head, tmp_path / "out")
     with pytest.raises(DatasetError, match="none of 1 images could be read"):
         run_predict(only_bad, reporter)
 
@@ -91,21 +97,20 @@ def test_wrong_input_is_one_clear_line(
     detectors.save_rtdetr(tmp_path / "other", seed=3)
     with pytest.raises(IdentityError, match="come from different detectors: weights_sha256"):
         run_predict(
-            PredictConfig(images, "hf", str(tmp_path / "other"), head, tmp_path / "out"),
+            PredictConfig(images, str(tmp_path / "other"), head, tmp_path / "out"),
             SilentReporter(),
         )
     with pytest.raises(HeadError, match="is no trained head"):
         run_predict(
-            PredictConfig(images, "hf", str(rtdetr_folder), tmp_path, tmp_path / "out"),
+            PredictConfig(images, str(rtdetr_folder), tmp_path, tmp_path / "out"),
             SilentReporter(),
         )
     for changes, message in (
         ({"threshold": 2.0}, "--threshold 2: give a confidence from 0 to below 1"),
         ({"top_k": 0}, "--top-k 0: give 1 or more"),
     ):
-        config = PredictConfig(images, "hf", str(rtdetr_folder), head, tmp_path / "out", **changes)
         with pytest.raises(ConfigError, match=message):
-            run_predict(config, SilentReporter())
+            PredictConfig(images, str(rtdetr_folder), head, tmp_path / "out", **changes)
     assert np.array_equal(sorted(p.name for p in tmp_path.iterdir()), ["other"])
 
 
@@ -125,7 +130,9 @@ def test_a_video_becomes_a_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     files = (f"file://{tmp_path / 'clip.mp4'}",)
-    config = PredictConfig(files, "hf", str(rtdetr_folder), head, tmp_path / "out", 0.0, 2)
+    config = PredictConfig(
+        files, str(rtdetr_folder), head, tmp_path / "out", threshold=0.0, top_k=2
+    )
     summary = run_predict(config, SilentReporter())
     (only,) = summary.images
     assert (only.frames, only.num_objects) == (3, 6)
@@ -135,9 +142,7 @@ def test_a_video_becomes_a_video(
         pictures = [f.to_image() for f in drawn.decode(video=0)]
     assert [p.size for p in pictures] == [(160, 120)] * 3
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    broken = PredictConfig(
-        (str(tmp_path / "bad.mp4"),), "hf", str(rtdetr_folder), head, tmp_path / "out"
-    )
+    broken = PredictConfig((str(tmp_path / "bad.mp4"),), str(rtdetr_folder), head, tmp_path / "out")
     with pytest.raises(DatasetError, match="bad.mp4 cannot be decoded"):
         run_predict(broken, SilentReporter())
     monkeypatch.setitem(sys.modules, "av", None)

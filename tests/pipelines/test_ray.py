@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from mfdetr_pipelines import ray_engine
 from mfdetr_pipelines.ablation.run import run_ablate
+from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.ray_engine import on_cluster
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, ImageError
-from mfdetr_cache.extraction.cluster import Cluster as Address
 from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_ablate import config as ablation
 from tests.pipelines.test_partition import files_of
@@ -69,7 +69,7 @@ def test_a_killed_node_leaves_a_whole_and_identical_cache(
 
     whole = run_extract(config("local.zarr"), SilentReporter())
     reporter = KillsANode(cluster)
-    on_ray = {"engine": "ray", "cluster": Address(cluster.address, 2)}
+    on_ray = {"work": WorkOptions(None, "ray", cluster.address, 2)}
     summary = run_extract(config("ray.zarr", **on_ray), reporter)
     assert len(cluster.workers) == 1
     assert reporter.done == summary.num_extracted == 16
@@ -89,8 +89,7 @@ def test_a_reason_from_a_worker_arrives_as_it_is(
         copy,
         str(rtdetr_folder),
         tmp_path / "a.zarr",
-        engine="ray",
-        cluster=Address(cluster.address, 1),
+        work=WorkOptions(None, "ray", cluster.address, 1),
     )
     with pytest.raises(ImageError, match="on-bad-image skip leaves such images out"):
         run_extract(config, SilentReporter())
@@ -100,7 +99,7 @@ def test_rows_of_an_ablation_are_trained_on_the_cluster(
     cluster: Any, tmp_path: Path, drawn_cache: Path
 ) -> None:
     """Two rows with two seeds over two workers give what one process gives."""
-    on_ray = {"engine": "ray", "cluster": Address(cluster.address, 4)}
+    on_ray = {"work": WorkOptions(None, "ray", cluster.address, 4)}
     there = run_ablate(ablation(drawn_cache, tmp_path / "ray", **on_ray), SilentReporter())
     here = run_ablate(ablation(drawn_cache, tmp_path / "local"), SilentReporter())
     assert [r.seeds for r in there] == [r.seeds for r in here]
@@ -112,6 +111,6 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         ConfigError, match=r"Ray is not installed; pip install 'mfdetr-cache\[ray\]"
     ):
-        list(on_cluster(abs, [1], Address()))
+        list(on_cluster(abs, [1], WorkOptions()))
     monkeypatch.undo()
     assert ray_engine.on_cluster is on_cluster

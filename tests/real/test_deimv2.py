@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
@@ -19,7 +20,6 @@ from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.evaluation.detections import detections_of, select_detections
 from mfdetr_cache.evaluation.results import box_results, mask_results
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run_folder import TrainHeadConfig
@@ -36,7 +36,6 @@ def detector(shared: Path) -> Detector:
 def val_cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("real") / "val2017.zarr"
     config = ExtractConfig(
-        "hf",
         str(shared / "detectors/deimv2-femto-coco"),
         shared / "coco-mini/val2017",
         shared / "coco-mini/annotations/instances_val2017.json",

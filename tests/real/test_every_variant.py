@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
 from mfdetr_pipelines.ablation.plan import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow, rows_of_table
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.batch import TrainSample, collate
@@ -33,7 +34,6 @@ ROWS = [
 def cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     path = tmp_path_factory.mktemp("real") / "train2017.zarr"
     config = ExtractConfig(
-        "hf",
         str(shared / "detectors/deimv2-femto-coco"),
         shared / "coco-mini/train2017",
         shared / "coco-mini/annotations/instances_train2017.json",

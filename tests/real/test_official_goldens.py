@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mfdetr_cache.detectors import DetectorOptions, load_detector
 from mfdetr_cache.detectors.official.detr import OfficialOutput
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.detections import select_detections
 from tests.support.official import load_rule, rule_weights
 

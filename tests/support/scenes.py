@@ -1,13 +1,15 @@
 """Small COCO-format datasets, drawn."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mfdetr_pipelines.config.extract import ExtractConfig
 from PIL import Image, ImageDraw
 
-from mfdetr_cache.extraction.config import ExtractConfig
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 
 CATEGORIES = [{"id": 3, "name": "ellipse"}, {"id": 7, "name": "box"}, {"id": 11, "name": "crowd"}]
 
@@ -69,14 +71,20 @@ def load_annotations(folder: Path) -> dict[str, Any]:
 
 
 def extract_config(folder: Path, weights: str, cache: Path, **changes: Any) -> ExtractConfig:
+    """An extraction of drawn scenes on the CPU; the fields of maps may be given by themselves."""
+    # Tests compare with the detector's own numbers.
+    maps = {"preset": "fp16"} | {
+        f.name: changes.pop(f.name) for f in fields(MapOptions) if f.name in changes
+    }
     settings: dict[str, Any] = {
-        "detector": "hf",
         "weights": weights,
         "images": folder / "images",
         "annotations": folder / "instances.json",
         "cache": cache,
-        # Tests compare with the detector's own numbers.
-        "preset": "fp16",
+        "maps": MapOptions(**maps),
+        "device": "cpu",
         **changes,
     }
+    if isinstance(settings.get("views"), int):
+        settings["views"] = ViewOptions(settings["views"])
     return ExtractConfig(**settings)

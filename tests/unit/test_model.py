@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.predict import PredictConfig, run_predict
+from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.predict import run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -42,7 +43,7 @@ def test_it_finds_what_predict_finds(
 ) -> None:
     found = model(picture, threshold=0.0, top_k=5)
     config = PredictConfig(
-        (str(picture),), "hf", str(rtdetr_folder), head, tmp_path, threshold=0.0, top_k=5
+        (str(picture),), str(rtdetr_folder), head, tmp_path, threshold=0.0, top_k=5
     )
     summary = run_predict(config, SilentReporter())
     written = json.loads(summary.results.read_text())

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from mfdetr_cache.choices import Preset
 from mfdetr_cache.ops.quantisation import (
     ENCODINGS,
-    Preset,
     StoredMap,
     decode_groups,
     decode_maps,

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.choices import Policy
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import (
-    Policy,
     identity_transform,
     sample_transform,
     transform_ground_truth,
@@ -17,7 +17,7 @@ from mfdetr_cache.coco.augmentation import (
 )
 from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.matching.objects import object_masks, trainable_objects
 from mfdetr_cache.training.config import TrainConfig
@@ -82,8 +82,7 @@ class LiveData:
         self._detector = detector
         self._train = train
         self._augment = augment
-        sizes = [detector.input_geometry(hw).input_hw for hw in ((64, 64), (64, 96))]
-        self._fixed = sizes[0] == sizes[1]
+        self._fixed = fixed_input_hw(detector) is not None
         held_out = train.held_out
         rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t, held_out))]
         if not rows:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.choices import Baseline
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.sam import SamPrompter
 from mfdetr_cache.errors import ConfigError
@@ -21,7 +22,7 @@ from mfdetr_cache.evaluation.results import mask_results
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
-from mfdetr_pipelines.ablation.rows import BASELINES, Baseline
+from mfdetr_pipelines.ablation.rows import BASELINES
 
 # RLE and final score of each detection.
 Masks = tuple[list[dict[str, Any]], NDArray[np.float64]]

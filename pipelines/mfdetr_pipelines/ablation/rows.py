@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mfdetr_cache.choices import Baseline
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.training.recipes import Recipe, build_recipe
 from mfdetr_pipelines.ablation.paper_tables import PaperRow, PaperTable
 
-Baseline = Literal["box", "ellipse", "oracle", "sam"]
 BASELINES: dict[Baseline, str] = {
     "box": "box as mask",
     "ellipse": "ellipse in the box",

@@ -5,12 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.measure import ground_truth_of
-from mfdetr_cache.extraction.cluster import Cluster
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
 from mfdetr_pipelines.ablation.baselines import SamSource
@@ -20,6 +18,7 @@ from mfdetr_pipelines.ablation.job import Job, by_stream, plan_jobs, require_own
 from mfdetr_pipelines.ablation.plan import plan_rows
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
 from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.ray_engine import on_cluster
 
 
@@ -35,8 +34,7 @@ class AblateConfig:
         out: Where runs and tables go.
         seeds: Seeds 0 to N - 1 of every row.
         device: Where to train.
-        engine: Here, or groups of heads as tasks on a Ray cluster whose nodes share the folders.
-        cluster: Which cluster.
+        work: Where groups of heads are trained; the nodes of a cluster share the folders.
         sam: Weights and images for the baseline ``sam``.
         detector_hours: What training the detector and extracting took, for the total of a row.
     """
@@ -47,8 +45,7 @@ class AblateConfig:
     out: Path
     seeds: int = 1
     device: str = "cpu"
-    engine: Literal["local", "ray"] = "local"
-    cluster: Cluster = field(default_factory=Cluster)
+    work: WorkOptions = field(default_factory=WorkOptions)
     sam: SamSource | None = None
     detector_hours: float | None = None
 
@@ -77,7 +74,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     waiting, problems = _waiting(jobs)
     problems |= {p.row.name: p.problem for p in plans if p.problem}
     groups = list(by_stream([j for j in waiting if j.name not in problems]))
-    if config.engine == "ray":
+    if config.work.engine == "ray":
         problems |= _train_on_cluster(config, groups, reporter)
     else:
         problems |= _train_here(config, groups, caches, reporter)
@@ -132,14 +129,14 @@ def _train_on_cluster(
 ) -> dict[str, str]:
     """Groups as tasks, the largest halved until every worker has one; problems by row."""
     tasks = list(groups)
-    while tasks and len(tasks) < config.cluster.workers:
+    while tasks and len(tasks) < config.work.workers:
         tasks.sort(key=len)
         if len(tasks[-1]) == 1:
             break
         tasks += split(tasks.pop(), 2)
     problems: dict[str, str] = {}
     reporter.start("ablate", sum(map(len, tasks)), "heads")
-    for group, found in on_cluster(functools.partial(_train_there, config), tasks, config.cluster):
+    for group, found in on_cluster(functools.partial(_train_there, config), tasks, config.work):
         problems |= found
         reporter.advance(len(group))
     reporter.finish()

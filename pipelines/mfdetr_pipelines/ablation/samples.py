@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
@@ -58,7 +59,7 @@ def _head(out: Path, result: RowResult, cache: FeatureCache) -> MaskHead:
 def _panel_row(
     cache: FeatureCache, row: int, heads: Sequence[tuple[str, MaskHead]], images: Path
 ) -> PanelRow:
-    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    names = category_names(cache.categories)
     truth = cache.read(row, ())
     size_hw = truth.geometry.original_hw
     image = load_image(images / truth.file_name, size_hw)

@@ -2,23 +2,21 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mfdetr_cache.cache.certificate import Certificate, write_certificate
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
-from mfdetr_cache.evaluation.coco_metrics import Result, coco_ground_truth
+from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
+from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.evaluation.results import mask_results
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
@@ -26,28 +24,7 @@ from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
-from mfdetr_pipelines.cache.verify import LiveSource
-
-
-@dataclass(frozen=True, slots=True)
-class CertifyConfig:
-    """What ``mfdetr cache certify`` is told.
-
-    Attributes:
-        cache: The cache to certify.
-        head: Run folder of a trained head.
-        reference: Another cache of the same images with finer features.
-        source: Weights and images, to compare with the live detector instead.
-        samples: Bootstrap samples.
-        device: Where the head runs.
-    """
-
-    cache: Location
-    head: Path
-    reference: Location | None = None
-    source: LiveSource | None = None
-    samples: int = 1000
-    device: str = "cpu"
+from mfdetr_pipelines.config.cache import CertifyConfig
 
 
 def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
@@ -83,10 +60,7 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
         reporter,
         f"head on {cache.layout.preset} features",
     )
-    truth = coco_ground_truth(
-        ((cache.image_id(r), cache.original_hw(r), cache.ground_truth(r)) for r in cache.rows),
-        cache.categories,
-    )
+    truth = ground_truth_of(cache)
     reporter.say(f"paired bootstrap over {len(cache)} images, {config.samples} samples")
     aps = [[WeightedAP(truth, results, "segm")] for results in (first, second)]
     (found,) = differences_to_first(aps, config.samples)
@@ -123,22 +97,17 @@ def _reference(
         if missing:
             raise CacheError(f"{other.path} lacks image {missing[0]} and {len(missing) - 1} others")
         return other.layout.preset, lambda row: other.read(row_of[cache.image_id(row)])
-    if config.source is None:
+    weights, images = config.detector.weights, config.detector.images
+    if weights is None or images is None:
         raise CacheError("certify compares: give --reference CACHE, or --weights and --images")
-    source = config.source
-    name = cache.spec.name.split(":")[0]
-    detector = load_detector(name, source.weights, options_of(identity))
-    require_same(
-        identity, f"cache {cache.path}", detector_identity(detector.spec), f"{source.weights}"
-    )
-    device = torch_device(source.device)
+    detector = load_detector(cache.spec.detector, weights, options_of(identity))
+    require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
+    device = torch_device(config.device)
     detector = detector.to(device)
 
     def live(row: int) -> CachedImage:
         name = cache.file_name(row)
-        return live_image(
-            detector, load_image(source.images / name, cache.original_hw(row)), name, device
-        )
+        return live_image(detector, load_image(images / name, cache.original_hw(row)), name, device)
 
     return "live", live
 

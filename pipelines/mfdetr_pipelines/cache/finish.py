@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.evaluation.cached_boxes import judged_box_metrics
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.reporter import Reporter
-from mfdetr_pipelines.extract import judged_box_metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
+from mfdetr_cache.extraction.stream import Extraction, ImageSource
 from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.cache.verify import run_verify
 
@@ -78,10 +79,11 @@ def run_repair(
         found = run_verify(path, reporter, full=True)
         if not found.faults:
             return RepairSummary((), (), 0, 0, whole=True)
-        config = config_of(cache, weights, images, annotations, device)
-        split = load_coco_split(annotations).first(config.limit)
-        detector = load_detector(config.detector, weights, config.options)
-        content = replace(plan_cache(split, detector, config), layout=cache.layout)
+        split = load_coco_split(annotations).first(cache.layout.num_rows)
+        options = options_of(detector_identity(cache.spec))
+        detector = load_detector(cache.spec.detector, weights, options)
+        maps, views = _choices(cache)
+        content = replace(plan_cache(split, detector, maps, views), layout=cache.layout)
         # Before anything is touched: another detector or dataset could only make it worse.
         require_same_content(cache.storage, content)
         mended = _mend_foundation(cache.storage, content)
@@ -90,48 +92,23 @@ def run_repair(
             if check_part(cache, part, full=True).faults:
                 cache.storage.delete(manifest_key(part))
         writer = CacheWriter(cache.storage, content)
-        extraction = Extraction(config, split, content, detector, writer, reporter)
+        source = ImageSource(split, images, skip_bad=_has_skipped(cache))
+        extraction = Extraction(source, content, detector, torch_device(device), writer, reporter)
         extraction.run(writer.pending_parts())
         whole = not run_verify(path, reporter, full=True).faults
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 
-def config_of(
-    cache: FeatureCache, weights: str, images: Path, annotations: Path, device: str
-) -> ExtractConfig:
-    """The extraction that made a cache.
-
-    Args:
-        cache: The cache.
-        weights: Folder, file or hub id of its detector.
-        images: Its image folder.
-        annotations: Its annotation file.
-        device: Where to run.
-
-    Returns:
-        The same settings.
-    """
-    identity, extra = cache.identity, cache.layout.views[1:]
-    return ExtractConfig(
-        detector=cache.spec.name.split(":")[0],
-        weights=weights,
-        images=images,
-        annotations=annotations,
-        cache=cache.storage,
-        limit=cache.layout.num_rows,
-        device=device,
-        options=options_of(detector_identity(cache.spec)),
-        preset=cache.layout.preset,
-        compression=cache.layout.compression,
-        c1=cache.layout.c1,
-        roi_size=32 if cache.layout.c1_roi is None else cache.layout.c1_roi.roi_size,
-        roi_sampling_ratio=0 if cache.layout.c1_roi is None else cache.layout.c1_roi.sampling_ratio,
-        views=len(extra),
-        policy=extra[0].rsplit("-", 1)[0] if extra else "deformable-detr",  # type: ignore[arg-type]
-        view_seed=identity["view_seed"] or 0,
-        on_bad_image="skip" if _has_skipped(cache) else "stop",
-        force=True,
-    )
+def _choices(cache: FeatureCache) -> tuple[MapOptions, ViewOptions]:
+    """What was chosen when a cache was made."""
+    layout, extra = cache.layout, cache.layout.views[1:]
+    roi = layout.c1_roi
+    crops = () if roi is None else (roi.roi_size, roi.sampling_ratio)
+    maps = MapOptions(layout.preset, layout.compression, layout.c1, *crops)
+    if not extra:
+        return maps, ViewOptions()
+    policy = extra[0].rsplit("-", 1)[0]
+    return maps, ViewOptions(len(extra), policy, cache.identity["view_seed"])  # type: ignore[arg-type]
 
 
 def _has_skipped(cache: FeatureCache) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.detections import detections_of
@@ -127,7 +128,7 @@ def _panel_row(cache: FeatureCache, image: CachedImage, view: str, images: Path 
 
 def _boxes(cache: FeatureCache, image: CachedImage) -> list[OverlayItem]:
     detections = detections_of(image, cache.spec)
-    names = {int(c["id"]): str(c["name"]) for c in cache.categories}
+    names = category_names(cache.categories)
     items = []
     for index in range(min(len(detections), _SHOWN_BOXES)):
         score = float(detections.class_scores[index])

@@ -125,8 +125,8 @@ def compare_live(
     Returns:
         Faults, images compared, and the largest mean map difference in units of its spread.
     """
-    name = cache.spec.name.split(":")[0]
-    detector = load_detector(name, source.weights, options_of(detector_identity(cache.spec)))
+    options = options_of(detector_identity(cache.spec))
+    detector = load_detector(cache.spec.detector, source.weights, options)
     other = differences(detector_identity(cache.spec), detector_identity(detector.spec))
     if other:
         field, stored, now = other[0]
@@ -156,11 +156,11 @@ def _largest_gap(
     transform = cache.views[view].transform(row)
     image = load_image(source.images / stored.file_name, original)
     pixels = detector.preprocess(transform_image(image, transform), transform.shortest_edge)
-    output = detector.forward(pixels[None].to(torch_device(source.device)))
+    output = detector.forward(pixels[None].to(torch_device(source.device))).cpu()
     gaps = {
-        "class_logits": _gap(stored.class_logits, output.class_logits[0].cpu().numpy()),
-        "boxes": _gap(stored.boxes_cxcywh_norm, output.boxes_cxcywh_norm[0].cpu().numpy()),
-        "queries": _gap(np.asarray(stored.queries), output.queries[0].cpu().numpy()),
+        "class_logits": _gap(stored.class_logits, output.class_logits[0].numpy()),
+        "boxes": _gap(stored.boxes_cxcywh_norm, output.boxes_cxcywh_norm[0].numpy()),
+        "queries": _gap(np.asarray(stored.queries), output.queries[0].numpy()),
     }
     if stored.c1_crops is not None:
         now = c1_crops(output, stored.ground_truth, stored.geometry, cache.layout.c1_roi)  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def _largest_gap(
             return float("inf"), "the matching of queries"
         gaps["moments of C1"] = _gap(stored.c1_crops.moments, now.moments)
     for name, kept in stored.maps.items():
-        tokens = output.maps[name][0].flatten(1).T.cpu().numpy()
+        tokens = output.maps[name][0].flatten(1).T.numpy()
         again = StoredMap(kept.hw, kept.channels, kept.encoding, *encode_map(tokens, kept.encoding))
         gaps[f"map {name}"] = _gap(kept.to_array(), again.to_array())
     what = max(gaps, key=lambda k: gaps[k])

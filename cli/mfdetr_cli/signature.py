@@ -1,0 +1,156 @@
+"""Commands made of documented dataclasses: fields are the options, their texts are the help."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import typer
+
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import Built, Only, Option, writable_file
+
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT", bool: ""}
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What every command has.
+
+    Attributes:
+        json: Write the result to this file too, as JSON.
+    """
+
+    json: Annotated[Path | None, Option(metavar="FILE", parse=writable_file)] = None
+
+
+class _Setting(NamedTuple):
+    """A field of a settings dataclass, and what ``Annotated`` says of it."""
+
+    field: Field[Any]
+    hint: Any
+    option: Option
+    group: type[Any] | None  # its fields are options, in a panel of their own
+    only: tuple[str, ...]
+
+    @property
+    def name(self) -> str:  # as typed; an argument has no dashes
+        no = "no-" if self.field.default is True else ""
+        return self.option.name or f"--{no}{self.field.name.replace('_', '-')}"
+
+    @property
+    def parameter(self) -> str:  # of the function
+        return self.name.strip("-").replace("-", "_").lower()
+
+
+def command_of(kind: type[Any], run: Callable[[Any, Path | None], None]) -> Callable[..., None]:
+    """A function for Typer, with the options of ``kind``; runs with them and ``--json``'s file."""
+
+    def command(**typed: Any) -> None:  # noqa: ANN401
+        run(built(kind, typed), built(_Output, typed).json)
+
+    parameters = [*_parameters(kind), *_parameters(_Output)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def help_of(kind: type[Any]) -> tuple[str, str]:
+    """The first line of a command's help, and all that stands before its options."""
+    about, _, example = _docstring(kind)[0].partition("\n\nExample:\n")
+    # An option and its value stay together.
+    words = re.sub(r"(--\S+) (?=[^-])", r"\1\0", " ".join(example.split()))
+    lines = " \\\n    ".join(textwrap.wrap(words, 72, break_on_hyphens=False)).replace("\0", " ")
+    summary = " ".join(about.partition("\n\n")[0].split())
+    return summary, f"{about}\n\n\b\nExample:\n  {lines}"
+
+
+def _docstring(kind: type[Any]) -> tuple[str, dict[str, str]]:
+    """What a dataclass says before its attributes, and of each attribute."""
+    about, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
+    return about, {name: " ".join(text.split()) for name, text in entries}
+
+
+def _settings(kind: type[Any], only: tuple[str, ...] = ()) -> Iterator[_Setting]:
+    # What several commands share (--device) stands behind the options of their own.
+    for field in sorted(fields(kind), key=lambda f: bool(f.kw_only)):
+        if only and field.name not in only:
+            continue
+        annotated = get_origin(field.type) is Annotated
+        hint, *extra = get_args(field.type) if annotated else [field.type]
+        option = next((e for e in extra if isinstance(e, Option)), Option())
+        group = next((e.kind for e in extra if isinstance(e, Built)), hint)
+        chosen = next((e.names for e in extra if isinstance(e, Only)), ())
+        yield _Setting(field, hint, option, group if is_dataclass(group) else None, chosen)  # type: ignore[arg-type]
+
+
+def _parameters(
+    kind: type[Any], panel: str | None = None, only: tuple[str, ...] = ()
+) -> Iterator[inspect.Parameter]:
+    texts = {k: v for base in kind.__mro__ for k, v in _docstring(base)[1].items()}
+    for setting in _settings(kind, only):
+        field, hint, option, group, chosen = setting
+        if group is not None:
+            title = _docstring(group)[0].partition("\n")[0].rstrip(".")
+            yield from _parameters(group, title, chosen)
+            continue
+        taken, metavar = _taken(hint, option)
+        about: dict[str, Any] = {"help": option.help or texts[field.name], "rich_help_panel": panel}
+        about["metavar"] = option.metavar or metavar or None
+        is_option = setting.name.startswith("-")
+        info = typer.Option(setting.name, **about) if is_option else typer.Argument(**about)
+        yield inspect.Parameter(
+            setting.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(field),
+            annotation=Annotated[taken | None, info],
+        )
+
+
+def _taken(hint: Any, option: Option) -> tuple[Any, str]:  # noqa: ANN401
+    """The type that Typer makes of what is typed, and what stands for the value in the help."""
+    is_union = get_origin(hint) in (UnionType, Union)
+    kinds = [h for h in get_args(hint) if h is not NoneType] if is_union else [hint]
+    # What only the type checker knows, such as the location of a cache, is text.
+    kind = kinds[0] if len(kinds) == 1 else str
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Mapping:
+        return list[str], "KEY=VALUE"
+    if option.parse is None and origin is tuple:
+        return list[inner[0]], _METAVARS[inner[0]]  # type: ignore[valid-type]
+    if option.parse is None and (origin is Literal or kind in _METAVARS):
+        return kind, "|".join(inner) or _METAVARS[kind]
+    return str, "TEXT"
+
+
+def _default(field: Field[Any]) -> Any:  # noqa: ANN401
+    """A field's default as its option has it; None where there is nothing to show."""
+    if field.default is MISSING:
+        return inspect.Parameter.empty if field.default_factory is MISSING else None
+    if isinstance(field.default, tuple):
+        return ",".join(field.default) or None
+    return False if field.default is True else field.default
+
+
+def built(kind: type[Any], typed: Mapping[str, Any], only: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
+    """Settings from what Typer made of the options; what was not typed keeps its default."""
+    given: dict[str, Any] = {}
+    for setting in _settings(kind, only):
+        name, value = setting.field.name, typed.get(setting.parameter)
+        if setting.group is not None:
+            made = built(setting.group, typed, setting.only)
+            given[name] = made if setting.group is setting.hint else made.build()
+        elif value is True:
+            given[name] = setting.field.default is not True
+        elif value is not None and value is not False and value != []:
+            same = tuple if isinstance(value, list) else type(value)
+            try:
+                given[name] = (setting.option.parse or same)(value)
+            except ValueError as error:
+                raise ConfigError(f"{setting.name} {value}: {error}") from error
+    return kind(**given)

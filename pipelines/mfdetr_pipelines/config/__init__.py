@@ -1,0 +1,1 @@
+"""What every command is told: one documented dataclass each, importable without torch."""

@@ -1,0 +1,147 @@
+"""What the commands of ``mfdetr cache`` are told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from mfdetr_cache.options import FILE, FOLDER, Option, existing_cache
+from mfdetr_pipelines.config.shared import LiveDetector, OnDevice
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.storage.open import Location
+
+_CACHE = Option("CACHE", metavar="CACHE", parse=existing_cache)
+
+
+@dataclass(frozen=True, slots=True)
+class InfoConfig:
+    """Tell what a cache is, what made it, how large it is and whether it is whole.
+
+    Example:
+        mfdetr cache info val2017.zarr
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+    """
+
+    cache: Annotated["Location", _CACHE]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyConfig(OnDevice):
+    """Check that a cache is whole. Exit code 1 names what is broken; nothing is changed.
+
+    Looks at sizes and shard indexes, with --full at every checksum, with --live at the detector.
+
+    Example:
+        mfdetr cache verify val2017.zarr --full
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+        full: Read every byte and compare its checksum.
+        live: Run the detector again on N images and compare.
+        detector: For --live.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    full: bool = False
+    live: int = 0
+    detector: LiveDetector = field(default_factory=LiveDetector)
+
+
+@dataclass(frozen=True, slots=True)
+class ViewConfig:
+    """Draw a page of what is in a cache: detections, maps as colours, histograms, sizes.
+
+    Example:
+        mfdetr cache view val2017.zarr --images val2017 --out val2017.html
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+        out: The page.
+        images: Folder with the images of the cache. Boxes are drawn on grey if omitted.
+        count: How many images.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    out: Annotated[Path, Option(metavar="FILE")] = Path("cache.html")
+    images: Annotated[Path | None, FOLDER] = None
+    count: int = 6
+
+
+@dataclass(frozen=True, slots=True)
+class FinishConfig:
+    """Say whether a cache that several processes fill is whole, and which parts are missing.
+
+    Exit code 1 names them. When nothing is missing, shows the box AP of what is cached, as extract
+    does. Parts need no merging: each is whole from the moment its manifest is there.
+
+    Example:
+        mfdetr cache finish train2017.zarr
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+    """
+
+    cache: Annotated["Location", _CACHE]
+
+
+@dataclass(frozen=True, slots=True)
+class RepairConfig(OnDevice):
+    """Extract again what is broken or missing, and nothing else.
+
+    Example:
+        mfdetr cache repair val2017.zarr --weights PekingU/rtdetr_r50vd --images val2017
+        --annotations annotations/instances_val2017.json
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+        weights: The detector it was made with.
+        images: Its image folder.
+        annotations: Its annotation file.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    weights: Annotated[str, Option(metavar="NAME")]
+    images: Annotated[Path, FOLDER]
+    annotations: Annotated[Path, FILE]
+
+
+@dataclass(frozen=True, slots=True)
+class CertifyConfig(OnDevice):
+    """Measure what a preset costs in mask AP, and keep the result in the cache.
+
+    Compares with a cache of finer features, or with the detector itself.
+
+    Example:
+        mfdetr cache certify val-int8.zarr --head runs/paper --reference val-fp16.zarr
+
+    Attributes:
+        cache: The cache to certify: a folder, or a URL.
+        head: Run folder of a trained head.
+        reference: A cache of the same images with finer features.
+        samples: Bootstrap samples.
+        detector: In place of a reference.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    head: Annotated[Path, FOLDER]
+    reference: Annotated["Location | None", Option(metavar="CACHE", parse=existing_cache)] = None
+    samples: int = 1000
+    detector: LiveDetector = field(default_factory=LiveDetector)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    """Measure how fast a cache is read on this disk, beside a plain read of the same bytes.
+
+    Example:
+        mfdetr cache bench train2017.zarr
+
+    Attributes:
+        cache: The cache: a folder.
+        images: How many random images are read.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    images: int = 64

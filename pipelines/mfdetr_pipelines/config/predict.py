@@ -1,0 +1,43 @@
+"""What ``mfdetr predict`` is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import FOLDER, Option
+from mfdetr_pipelines.config.shared import OnDevice
+
+
+@dataclass(frozen=True, slots=True)
+class PredictConfig(OnDevice):
+    """Segment images and videos: copies with masks drawn on them, and the masks as COCO RLE.
+
+    Example:
+        mfdetr predict photos/ --weights PekingU/rtdetr_r50vd --head runs/paper --out masks
+
+    Attributes:
+        images: Image and video files, folders, patterns.
+        weights: The detector the head was trained with.
+        head: Run folder of train-head.
+        out: Where the drawn images and predictions.json go.
+        detector: A name that mfdetr detectors lists.
+        threshold: Least confidence of what is kept.
+        top_k: At most N objects per image.
+    """
+
+    images: Annotated[tuple[str, ...], Option("IMAGES", metavar="IMAGES")]
+    weights: Annotated[str, Option(metavar="NAME")]
+    head: Annotated[Path, FOLDER]
+    out: Annotated[Path, Option(metavar="FOLDER")]
+    detector: Annotated[str, Option(metavar="NAME")] = "hf"
+    threshold: float = 0.25
+    top_k: int = 100
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(
+                f"--threshold {self.threshold:g}: give a confidence from 0 to below 1"
+            )
+        if self.top_k < 1:
+            raise ConfigError(f"--top-k {self.top_k}: give 1 or more objects")

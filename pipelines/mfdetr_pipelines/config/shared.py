@@ -1,0 +1,169 @@
+"""Groups of options that several commands have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from mfdetr_cache.cache.partition import Partition, parse_partition
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import FOLDER, Option
+from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.storage.open import Location
+
+
+def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
+    """``KEY=VALUE`` texts as a dictionary; a later one of a key replaces an earlier one."""
+    pairs = [text.partition("=") for text in texts]
+    if not all(separator and key for key, separator, _ in pairs):
+        raise ValueError("write key=value, such as lr=3e-4")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """A command that computes on a device.
+
+    Attributes:
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one.
+    """
+
+    device: Annotated[str, Option(metavar="NAME")] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOptions:
+    """Several processes or machines.
+
+    Attributes:
+        part: Fill every N-th part of the cache only; several such processes fill it together.
+            Without it, torchrun's or a Slurm array's variables decide.
+        engine: Here, or as tasks on a Ray cluster.
+        address: Ray cluster, such as auto or ray://host:10001.
+        workers: Ray tasks at a time; 0 for one per GPU, or per two CPUs.
+    """
+
+    part: Annotated[Partition | None, Option(metavar="K/N", parse=parse_partition)] = None
+    engine: Literal["local", "ray"] = "local"
+    address: Annotated[str | None, Option(metavar="URL")] = None
+    workers: int = 0
+
+
+RECIPE = Option(metavar="NAME", help=f"One of: {', '.join(RECIPES)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeOptions:
+    """Recipe.
+
+    Attributes:
+        recipe: Name of a recipe.
+        set: Replace a setting of the recipe, such as lr=3e-4.
+    """
+
+    recipe: Annotated[str, RECIPE] = "fast"
+    set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
+
+    def build(self) -> Recipe:
+        """The recipe with its settings replaced."""
+        return build_recipe(self.recipe, self.set)
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Length of the training.
+
+    Attributes:
+        max_steps: Train for N steps; the schedule is fitted to them.
+        epochs: Train for N epochs; the schedule is fitted to them.
+    """
+
+    max_steps: int | None = None
+    epochs: Annotated[float | None, Option(metavar="N")] = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError("give --epochs or --max-steps, not both")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"--max-steps must be 1 or more, not {self.max_steps}")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDetector:
+    """The detector, run again.
+
+    Attributes:
+        weights: The detector the cache was made with.
+        images: Folder with the images of the cache.
+    """
+
+    weights: Annotated[str | None, Option(metavar="NAME")] = None
+    images: Annotated[Path | None, FOLDER] = None
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) != (self.images is None):
+            raise ConfigError("--weights and --images go together: they run the detector again")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCache:
+    """Caches in an object store.
+
+    Attributes:
+        folder: Keep what is read from an object store in this folder.
+        size: Most bytes kept there, such as 200GB.
+    """
+
+    folder: Annotated[Path | None, Option("--local-cache", metavar="FOLDER")] = None
+    size: Annotated[str, Option("--local-cache-size", metavar="SIZE")] = "100GB"
+
+    def __post_init__(self) -> None:
+        parse_size(self.size)
+
+    def before(self, location: "Location") -> "Location":
+        """A cache behind the local folder, where one is given and the cache is not local itself.
+
+        Args:
+            location: Folder or URL of the cache.
+
+        Returns:
+            What to open.
+        """
+        from mfdetr_cache.cache.storage.mirror import MirroredStorage
+        from mfdetr_cache.cache.storage.open import open_storage
+
+        storage = open_storage(location)
+        if self.folder is None or storage.folder is not None:
+            return storage
+        return MirroredStorage(storage, self.folder, parse_size(self.size))
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as people write it.
+
+    Args:
+        text: Such as ``200GB`` or ``1.5 TB``.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ConfigError: If it is no size.
+
+    Examples:
+        >>> parse_size("1.5 GB")
+        1500000000
+    """
+    plain = text.strip().upper()
+    unit = next((u for u in _UNITS if plain.endswith(u)), "")
+    try:
+        return int(float(plain.removesuffix(unit)) * _UNITS[unit or "B"])
+    except ValueError:
+        raise ConfigError(f"{text!r} is no size; write 200GB, 500MB or 2TB") from None
