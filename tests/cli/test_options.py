@@ -1,0 +1,76 @@
+"""Options are a contract: what exists stays, with its default; and help needs no torch."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from mfdetr_cli.app import app
+
+KNOWN = Path(__file__).with_name("options.txt")
+HEAVY = ("torch", "numpy", "scipy", "numba", "transformers", "PIL")
+
+
+def leaves(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "list_commands"):
+        yield names, command
+        return
+    for name in command.list_commands(None):
+        yield from leaves(command.get_command(None, name), (*names, name))
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app)))
+
+
+def options_of(names: tuple[str, ...], command: Any) -> Iterator[str]:
+    for option in command.params:
+        is_option = option.param_type_name == "option"
+        words = [*names, *(option.opts if is_option else [option.name.upper()])]
+        words += ["repeatable"] if getattr(option, "multiple", False) or option.nargs != 1 else []
+        words += ["required"] if option.required else []
+        default = option.default
+        shown = default is not None and default is not False and "UNSET" not in repr(default)
+        yield " ".join([*words, f"= {default}"] if shown else words)
+
+
+def test_every_option_is_known_with_its_default() -> None:
+    found = {line for names, command in COMMANDS.items() for line in options_of(names, command)}
+    known = set(KNOWN.read_text().splitlines())
+    assert known - found == set(), "an option that people use has gone or changed"
+    assert found - known == set(), "a new option: add it to options.txt"
+
+
+def modules_after(*arguments: str) -> tuple[int, set[str]]:
+    """Exit code of the command line, and the packages that it imported."""
+    code = (
+        "import sys\nfrom mfdetr_cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "print('\\nMODULES', code, *{m.partition('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    _, exit_code, *names = done.stdout.splitlines()[-1].split()
+    return int(exit_code), set(names)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "extract --help",
+        "cache info --help",
+        "extract --weight x",
+        "extract --weights",
+        "extract --limit many",
+        "extract --weights a --images absent --annotations b --cache c",
+        "cache info absent.zarr",
+    ],
+)
+def test_help_and_wrong_arguments_need_no_torch(arguments: str) -> None:
+    code, modules = modules_after(*arguments.split())
+    assert code == (0 if "--help" in arguments else 2)
+    assert modules.isdisjoint(HEAVY)
