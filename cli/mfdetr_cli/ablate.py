@@ -9,7 +9,7 @@ from mfdetr_pipelines.config.shared import WorkOptions, parse_assignments
 
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.training.recipes import RECIPES, build_recipe, split_settings
-from mfdetr_cli.console import ConsoleReporter, print_facts, print_table, write_json
+from mfdetr_cli.console import ConsoleReporter, print_facts, print_lines, print_table, write_json
 from mfdetr_cli.options import (
     DeviceOption,
     JsonOption,
@@ -169,10 +169,10 @@ def _print_results(title: str, results: "Sequence[RowResult]") -> None:
     ):
         names = [n for n in wanted if any(c[n] != "-" for c in cells)]
         lines = [[c["row"], *(c[n] for n in names)] for c in cells]
-        print_table(title_, ["row", *names], lines, wrap_first=True)
+        print_table(title_, ["row", *names], lines)
     for result in results:
         if result.problem:
-            typer.echo(f"{result.plan.row.name}: {result.problem}")
+            print_lines(f"{result.plan.row.name}: {result.problem}")
 
 
 def _baselines(names: list[str]) -> "list[Baseline]":
@@ -244,8 +244,8 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
         for plan in plans
     ]
     columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
-    print_table(f"{title} (ours / paper)", columns, rows, wrap_first=True)
+    print_table(f"{title} (ours / paper)", columns, rows)
     from mfdetr_pipelines.ablation.plan import shared_notes
 
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):
-        typer.echo(line)
+        print_lines(line)

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import typer
 from mfdetr_pipelines.cache.bench import run_bench
 from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.cache.finish import run_finish
@@ -28,6 +27,7 @@ from mfdetr_cli.console import (
     human_bytes,
     metric_rows,
     print_facts,
+    print_lines,
     print_table,
     write_json,
 )
@@ -86,7 +86,7 @@ def verify(config: VerifyConfig, json: Path | None) -> None:
     )
     write_json(json, {"cache": str(config.cache), **asdict(summary)})
     for fault in summary.faults[:20]:
-        typer.echo(fault)
+        print_lines(fault)
     if summary.faults:
         raise CheckFailedError(
             f"{config.cache}: {counted(len(summary.faults), 'fault')}, "
@@ -121,7 +121,7 @@ def finish(config: FinishConfig, json: Path | None) -> None:
     write_json(json, {"cache": str(config.cache), **asdict(found)})
     if found.missing:
         for line in found.missing[:20]:
-            typer.echo(line)
+            print_lines(line)
         raise CheckFailedError(
             f"{config.cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
             "processes that fill them again"
@@ -143,7 +143,7 @@ def repair(config: RepairConfig, json: Path | None) -> None:
     )
     write_json(json, {"cache": str(config.cache), **asdict(summary)})
     for fault in summary.faults[:20]:
-        typer.echo(fault)
+        print_lines(fault)
     if not summary.whole:
         raise CheckFailedError(
             f"{config.cache} still has faults; see: mfdetr cache verify --full {config.cache}"

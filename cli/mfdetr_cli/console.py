@@ -1,14 +1,17 @@
 """What people see: progress, tables and messages, on a terminal or as plain lines."""
 
+import io
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.box import SIMPLE_HEAD
+from rich.box import ASCII, SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,9 +21,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from mfdetr_cache.errors import MfdetrError
 
+# Cells up to so many letters are numbers or as good as numbers, and stay on one line.
+_LONGEST_WHOLE = 14
+# Below this, wrapped names cannot be read, and a table is spelled out row by row.
+_NARROWEST = 12
+_GAP = 3
+_WIDTH_OF_A_FILE = 500
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
 
@@ -196,26 +206,44 @@ def print_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     justify: Literal["left", "right"] = "right",
-    *,
-    wrap_first: bool = False,
 ) -> None:
-    """Print a table to standard output; the first column is left-aligned and never cut.
+    """Print a table to standard output; names wrap where room is short, numbers are never cut.
 
     Args:
         title: What it shows.
         columns: Headings.
-        rows: Cells as text.
+        rows: Cells as text; the first of each is left-aligned.
         justify: How the other columns are aligned.
-        wrap_first: Where the table is too wide, wrap the first column instead of the others.
     """
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    widest = [max(cell_len(c) for c in cells) for cells in zip(columns, *rows, strict=True)]
+    wraps = [i == 0 or width > _LONGEST_WHOLE for i, width in enumerate(widest)]
+    least = [min(width, _NARROWEST) if w else width for w, width in zip(wraps, widest, strict=True)]
+    console = _console()
+    if sum(least) + _GAP * (len(columns) - 1) > console.width:
+        lines = [_spelled_out(columns, row, console.width) for row in rows]
+        print_lines(title, *(line for found in lines for line in found), "")
+        return
+    lines_of = SIMPLE_HEAD if _encoding().lower().startswith("utf") else ASCII
+    table = Table(
+        title=Text(title), title_justify="left", box=lines_of, show_edge=False, pad_edge=False
+    )
     for index, column in enumerate(columns):
-        first = index == 0
-        how: Literal["left", "right"] = "left" if first else justify
-        table.add_column(column, justify=how, no_wrap=first != wrap_first)
+        how: Literal["left", "right"] = justify if index else "left"
+        table.add_column(Text(column), justify=how, no_wrap=not wraps[index], overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*(Text(cell) for cell in row))
+    _print(console, table)
+
+
+def _spelled_out(columns: Sequence[str], row: Sequence[str], width: int) -> list[str]:
+    """A row of a table that is wider than the terminal: its name, and the rest below."""
+    pairs = (
+        f"{c} {cell}".replace(" ", "\0")
+        for c, cell in zip(columns[1:], row[1:], strict=True)
+        if cell
+    )
+    below = textwrap.wrap("  ".join(pairs), width - 2, break_on_hyphens=False)
+    return [row[0], *("  " + line.replace("\0", " ") for line in below)]
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
@@ -225,12 +253,49 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
         title: What they are of.
         facts: Name to value.
     """
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="bold")
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(Text(name), Text(value))
+    _print(_console(), table)
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines to standard output as they are.
+
+    Args:
+        *lines: Text.
+    """
+    _write("".join(f"{line}\n" for line in lines))
+
+
+def _console() -> Console:
+    """A console that renders into memory, for a terminal or a pipe."""
+    terminal = sys.stdout.isatty()
+    # What goes into a pipe or a file has no width, unless somebody says so.
+    width = None if terminal or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal)
+
+
+def _print(console: Console, table: Table) -> None:
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    print_lines(*(line.rstrip() for line in console.file.getvalue().splitlines()), "")
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
+
+
+def _write(text: str) -> None:
+    """Write to standard output, which is never what ends a command."""
+    try:
+        sys.stdout.write(text.encode(_encoding(), "replace").decode(_encoding()))
+        sys.stdout.flush()
+    except OSError:
+        # A pipe that nobody reads any more, or a full disk: the rest is for nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:
@@ -285,16 +350,6 @@ def write_json(path: Path | None, document: Mapping[str, object]) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n")
+        path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:
         raise MfdetrError(f"--json {path} cannot be written: {error.strerror}") from error
-
-
-def print_error(error: Exception) -> None:
-    """Print an error as one line to standard error.
-
-    Args:
-        error: What is wrong.
-    """
-    text = " ".join(str(error).split())
-    sys.stderr.write(f"error: {text}\n")

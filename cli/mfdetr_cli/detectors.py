@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import typer
 from mfdetr_pipelines.config.demo import DetectorsConfig
 
 from mfdetr_cache.detectors.registry import DetectorListing, list_detectors
-from mfdetr_cli.console import print_table, write_json
+from mfdetr_cli.console import print_lines, print_table, write_json
 
 
 def detectors(_config: DetectorsConfig, json: Path | None) -> None:
@@ -33,9 +32,9 @@ def detectors(_config: DetectorsConfig, json: Path | None) -> None:
     if plugins:
         rows = [[d.name, d.model, _mark(d, notes)] for d in plugins]
         print_table("--detector NAME, of other packages", ["NAME", "model", "checked"], rows)
-    typer.echo("Checked against")
+    print_lines("Checked against")
     for number, note in enumerate(notes):
-        typer.echo(f" {_letter(number)}  {note}")
+        print_lines(f" {_letter(number)}  {note}")
 
 
 def _mark(listing: DetectorListing, notes: Sequence[str]) -> str:

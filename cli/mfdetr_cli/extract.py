@@ -3,7 +3,6 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import typer
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 
@@ -14,6 +13,7 @@ from mfdetr_cli.console import (
     human_time,
     metric_rows,
     print_facts,
+    print_lines,
     print_table,
     write_json,
 )
@@ -41,7 +41,7 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
         box = summary.box.to_dict()
         print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
     if summary.parts_missing:
-        typer.echo(
+        print_lines(
             f"{summary.parts_missing} parts of the cache are not there yet; when the other "
             f"processes are done: mfdetr cache finish {config.cache}"
         )
