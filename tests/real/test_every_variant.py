@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mfdetr_cache.extraction.config import ExtractConfig
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
 from mfdetr_pipelines.ablation.plan import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow, rows_of_table
