@@ -31,7 +31,8 @@ def ablate(
         typer.Argument(help="Rows in TOML: [[row]] tables with name, recipe and set."),
     ] = None,
     table: Annotated[
-        int | None, typer.Option(help="A table of the paper: 1-6, 9, 10, 12, 13, 15.")
+        int | None,
+        typer.Option(help="A table of the paper: 1-6, 9, 10, 12, 13, 15; others as a dry run."),
     ] = None,
     recipe: Annotated[
         list[str] | None, typer.Option(help=f"A recipe; may be repeated: {', '.join(RECIPES)}.")
@@ -71,7 +72,12 @@ def ablate(
     images: Annotated[
         Path | None, typer.Option(help="Folder of the validation images, for sample masks.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Train every row for N steps.")] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Train every row for N steps; of rows in epochs (Tables 10, 13) the longest."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting in every row."),
@@ -118,8 +124,6 @@ def ablate(
     title, needs, rows = _rows(file, table, recipe or [])
     rows = (*rows, *baseline_rows(_baselines(baseline or [])))
     head, train = split_settings(parse_assignments(set_ or []))
-    if max_steps is not None:
-        train["steps"] = max_steps
     if val_split is not None:
         train["val_split"] = val_split
     rows = with_settings(rows, head, train)
@@ -128,8 +132,10 @@ def ablate(
     if label_fraction:
         rows = label_fraction_rows(rows, label_fraction)
     if dry_run:
-        plans = _plan(rows, cache, seeds, device)
+        plans = _plan(rows, cache, seeds, device, max_steps)
         _print_plan(title, plans)
+        if needs:
+            print_lines(f"It needs {needs}")
         write_json(json, {"table": table, "title": title, "needs": needs, "rows": plans})
         return
     if needs:
@@ -145,7 +151,9 @@ def ablate(
         measured = storage_at(val_cache, local_cache, local_cache_size)
     sam = SamSource(sam_weights, images) if sam_weights and images else None
     work = WorkOptions(None, engine, address, workers)
-    config = AblateConfig(rows, training, measured, out, seeds, device, work, sam, detector_hours)
+    config = AblateConfig(
+        rows, training, measured, out, seeds, device, work, sam, detector_hours, max_steps
+    )
     results = run_ablate(config, ConsoleReporter())
     samples = [] if images is None else sample_masks(config, results, images)
     files = write_report(out, title, results, samples)
@@ -156,6 +164,7 @@ def ablate(
 
 def _print_results(title: str, results: "Sequence[RowResult]") -> None:
     """Three tables, since eighty columns do not hold one; what no row has is left out."""
+    from mfdetr_pipelines.ablation.plan import MACS_SIZE
     from mfdetr_pipelines.ablation.report import COLUMNS, report_cells
 
     cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
@@ -164,7 +173,7 @@ def _print_results(title: str, results: "Sequence[RowResult]") -> None:
         ("By size of the object", ("APS", "APM", "APL")),
         (
             "What each costs",
-            ("params M", "MACs G", "train min", "images/s", "head ms", "total h"),
+            ("params M", f"MACs G, {MACS_SIZE}", "train min", "images/s", "head ms", "total h"),
         ),
     ):
         names = [n for n in wanted if any(c[n] != "-" for c in cells)]
@@ -204,48 +213,65 @@ def _rows(
 
 
 def _plan(
-    rows: "tuple[AblationRow, ...]", cache: str | None, seeds: int, device: str
+    rows: "tuple[AblationRow, ...]",
+    cache: str | None,
+    seeds: int,
+    device: str,
+    max_steps: int | None,
 ) -> list[dict[str, Any]]:
     """What the rows cost; with a cache, a step of each is timed."""
     from mfdetr_pipelines.ablation.plan import plan_rows, seconds_per_step
 
-    spec, seconds = None, {}
+    opened = None
     if cache is not None:
         from mfdetr_cache.cache.reader import FeatureCache
 
         opened = FeatureCache.open(cache)
         opened.require_complete()
-        spec = opened.spec
-        seconds = seconds_per_step(plan_rows(rows, spec), opened, device)
-    plans = [p.to_dict() for p in plan_rows(rows, spec)]
-    for plan, row in zip(plans, rows, strict=True):
-        each = seconds.get(row.name)
-        plan["seconds"] = None if each is None else each * row.recipe.train.steps * seeds
-    return plans
+    plans = plan_rows(rows, opened, max_steps)
+    seconds = {} if opened is None else seconds_per_step(plans, opened, device)
+    shown = []
+    for plan in plans:
+        each = seconds.get(plan.row.name)
+        total = None if each is None else each * plan.row.recipe.train.steps * seeds
+        shown.append({**plan.to_dict(), "seconds": total})
+    return shown
 
 
 def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
+    """Two tables, since eighty columns do not hold one."""
+    from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
+
     def text(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
         return "-" if value is None else f"{scale * value:.{digits}f}"
 
     def pair(plan: dict[str, Any], ours: str, paper: str) -> str:
         return f"{text(plan[ours])} / {text(plan[paper])}"
 
-    timed = any(plan["seconds"] is not None for plan in plans)
-    rows = [
+    cost = [
         [
             plan["name"],
             pair(plan, "params_m", "paper_params_m"),
             pair(plan, "macs_g", "paper_macs_g"),
             text(plan["executed_macs_g"]),
             text(plan["paper_AP"], 1, 100),
+        ]
+        for plan in plans
+    ]
+    columns = ["row", "M params", f"G MACs, {MACS_SIZE}", "done", "AP"]
+    print_table(f"{title} (ours / paper)", columns, cost)
+    timed = any(plan["seconds"] is not None for plan in plans)
+    training = [
+        [
+            plan["name"],
+            text(plan["steps"], 0),
+            text(plan["batch_size"], 0),
+            text(plan["epochs"]),
             *([text(plan["seconds"], 1, 1 / 60)] if timed else []),
         ]
         for plan in plans
     ]
-    columns = ["row", "M params", "G MACs", "done", "AP", *(["minutes"] if timed else [])]
-    print_table(f"{title} (ours / paper)", columns, rows)
-    from mfdetr_pipelines.ablation.plan import shared_notes
-
+    columns = ["row", "steps", "images per step", "epochs", *(["minutes"] if timed else [])]
+    print_table("Training", columns, training)
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):
         print_lines(line)

@@ -136,7 +136,9 @@ def evaluate(
         print_table("Mask AP, if only this were perfect", ["", *columns], metric_rows(rows))
     parts = summary.details.get("held_out")
     facts = {"images": f"{summary.num_images} in {human_time(summary.seconds)}"}
-    facts["mask network"] = f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs"
+    facts["mask network"] = (
+        f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs at 800x1124"
+    )
     if parts is not None:
         seen, unseen = (f"{100 * parts[k]:.1f}" for k in ("seen_AP", "unseen_AP"))
         facts["categories"] = f"mask AP {seen} of those seen in training, {unseen} of the others"

@@ -53,23 +53,33 @@ class HeadCost:
     executed_macs: int
 
 
-def hdetr_r50_spec() -> DetectorSpec:
-    """H-DETR with ResNet-50, the detector of the paper's ablations, as far as a head asks.
+# Queries, channels of C1 and strides of the encoder's levels.
+_PAPER_DETECTORS = {
+    "h-detr-r50": (300, 256, (8, 16, 32, 64)),
+    "h-detr-swin-l": (300, 192, (8, 16, 32, 64)),
+    "dino-focalnet-l": (900, 192, (4, 8, 16, 32, 64)),
+}
 
-    Returns:
-        Its maps, widths and outputs; no weights.
-    """
-    levels = [MapSpec(f"encoder{s}", "encoder", s, 256, "encoder layer 4") for s in (8, 16, 32, 64)]
+
+def hdetr_r50_spec() -> DetectorSpec:
+    """H-DETR with ResNet-50, the detector of the paper's ablations."""
+    return paper_detector("h-detr-r50")
+
+
+def paper_detector(name: str) -> DetectorSpec:
+    """A detector of the paper as far as a head asks: maps, widths and outputs, no weights."""
+    num_queries, c1_channels, strides = _PAPER_DETECTORS[name]
+    levels = [MapSpec(f"encoder{s}", "encoder", s, 256, "encoder layer 4") for s in strides]
     return DetectorSpec(
-        name="h-detr-r50",
+        name=name,
         weights_sha256="",
-        num_queries=300,
+        num_queries=num_queries,
         query_dim=256,
         num_labels=91,
         score_function="sigmoid",
         label_names=tuple(f"LABEL_{i}" for i in range(91)),
-        maps=(MapSpec("c1", "c1", 4, 256, "layer1"), *levels),
-        encoder_level_embed=((0.0,) * 256,) * 4,
+        maps=(MapSpec("c1", "c1", 4, c1_channels, "layer1"), *levels),
+        encoder_level_embed=((0.0,) * 256,) * len(strides),
     )
 
 

@@ -121,6 +121,9 @@ def deformable_attention(
     Returns:
         Shape (B, N, D).
     """
+    if value.device.type == "meta":
+        # Shapes alone, for counting a head; sampling step by step would take most of its time.
+        return value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
     if (attention := _kernels_for(value)) is None:
         return sampled_attention(value, sizes_hw, locations, weights)
     batch, queries = locations.shape[:2]

@@ -157,6 +157,17 @@ def test_a_dry_run_shows_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     assert [r["paper_AP"] for r in rows] == pytest.approx([0.449, 0.447, 0.446, 0.445])
 
 
+@pytest.mark.parametrize("number", range(1, 17))
+def test_every_table_can_be_looked_at(number: int, tmp_path: Path) -> None:
+    output = run("ablate", "--table", number, "--dry-run", "--json", tmp_path / "t.json").output
+    assert "G MACs, 800x1124" in output
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert ("It needs" in output) == bool(document["needs"])
+    for row in document["rows"]:
+        trained = row["params_m"] > 0
+        assert all((row[k] is not None) == trained for k in ("steps", "batch_size", "epochs"))
+
+
 def test_plan_bench_certify_and_ablate_run(
     tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def test_fewer_masks_are_nested_and_every_fraction_is_a_row(drawn_cache: Path) -
 
 def test_steps_are_timed_for_a_dry_run(drawn_cache: Path, tmp_path: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
-    plans = plan_rows(rows(), cache.spec)
+    plans = plan_rows(rows(), cache)
     seconds = seconds_per_step(plans, cache, "cpu")
     assert set(seconds) == {"with scoring", "without"}
     assert all(s > 0 for s in seconds.values())
@@ -357,19 +358,73 @@ def test_rows_that_would_write_over_one_another_are_refused(
     assert not (tmp_path / "rows").exists()
 
 
-def test_training_free_rows_are_measured_without_training(
+def test_a_row_with_nothing_to_train_stays_so_or_says_why(
     drawn_cache: Path, tmp_path: Path
 ) -> None:
-    """Table 1 needs C1 as wide as the encoder; here a neck would have to be trained."""
-    chosen = with_settings(rows_of_table(PAPER_TABLES[1])[:2], {"hidden_dim": 32}, {})
-    results = run_ablate(config(drawn_cache, tmp_path, rows=chosen, seeds=1), SilentReporter())
-    assert [r.problem for r in results] == ["", ""]
-    assert all(r.train_seconds == 0 and r.mean() is not None for r in results)
+    """Here the encoder is 32 wide and C1 16: only the rows without C1 can do without a neck."""
+    chosen = rows_of_table(PAPER_TABLES[1])
+    results = run_ablate(config(drawn_cache, tmp_path, rows=chosen, seeds=2), SilentReporter())
+    wanted = "nothing to train in this row, but C1 has 16 channels and the encoder 32"
+    assert [wanted in r.problem for r in results] == [False, False, True, True]
+    for found in results[:2]:
+        assert found.plan.cost is not None
+        assert found.plan.cost.parameters == 0
+        assert found.train_seconds == 0
+        assert len(found.seeds) == 1
+        assert found.plan.row.note == "d=32, the detector's own width"
+    # Whoever asks for a width gets it, and with it a mapper to train.
+    plans = plan_rows(
+        with_settings(chosen[:1], {"hidden_dim": 64}, {}), FeatureCache.open(drawn_cache)
+    )
+    assert plans[0].is_trained
+
+
+def test_rows_in_epochs_show_every_image_equally_often(drawn_cache: Path) -> None:
+    batches, lengths = (rows_of_table(PAPER_TABLES[n]) for n in (13, 10))
+    plans = plan_rows(batches)
+    assert [p.row.recipe.train.batch_size for p in plans] == [2, 4, 8]
+    assert [p.epochs for p in plans] == [6, 6, 6]
+    # The paper trains for 88,500 steps.
+    assert plans[2].row.recipe.train.steps == pytest.approx(88_500, rel=0.01)
+    assert [p.epochs for p in plan_rows(lengths)] == [6, 12]
+
+    def steps(plans: Sequence[RowPlan]) -> list[int]:
+        return [p.row.recipe.train.steps for p in plans]
+
+    cache = FeatureCache.open(drawn_cache)  # of eight images
+    assert steps(plan_rows(batches, cache)) == [24, 12, 6]
+    assert steps(plan_rows(batches, cache, max_steps=100)) == [100, 50, 25]
+    assert steps(plan_rows(lengths, cache, max_steps=100)) == [50, 100]
+    assert steps(plan_rows((*lengths, rows()[0]), cache, max_steps=100)) == [50, 100, 100]
+    assert steps(plan_rows(with_settings(lengths, {}, {"steps": 3}), cache)) == [3, 3]
+    with pytest.raises(ConfigError, match="--max-steps must be 1 or more, not 0"):
+        plan_rows(lengths, cache, max_steps=0)
+
+
+def test_a_row_whose_settings_cannot_be_is_a_row_that_says_why() -> None:
+    chosen = with_settings(rows_of_table(PAPER_TABLES[1]), {"box_layers": 1}, {})
+    plans = plan_rows(chosen)
+    assert ["roialign=false leaves no regions" in p.problem for p in plans] == [True, False] * 2
+
+
+@pytest.mark.parametrize("number", [n for n, t in PAPER_TABLES.items() if not t.needs])
+def test_every_row_of_the_papers_tables_is_trained_and_measured(
+    number: int, drawn_cache: Path, tmp_path: Path
+) -> None:
+    """On a detector whose widths are none of the paper's, a step each; cells as few as can be."""
+    chosen = rows_of_table(PAPER_TABLES[number])
+    small = {"hidden_dim": 16} if number == 9 else {"roi_size": 8}
+    chosen = with_settings(chosen, small, {"val_split": 4})
+    settings = AblateConfig(chosen, drawn_cache, None, tmp_path, max_steps=1)
+    results = run_ablate(settings, SilentReporter())
+    without_neck = [n for n, r in zip(range(99), results, strict=False) if r.problem]
+    assert without_neck == {1: [2, 3], 2: [0]}.get(number, [])
+    assert all(r.problem or r.mean() is not None for r in results)
 
 
 def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
-    spec = FeatureCache.open(drawn_cache).spec
-    plans = plan_rows(rows_of_table(PAPER_TABLES[5]), spec)
+    cache = FeatureCache.open(drawn_cache)
+    plans = plan_rows(rows_of_table(PAPER_TABLES[5]), cache)
     assert all("neck added: C1 has 16 channels, the encoder 32" in p.row.note for p in plans)
     named = [(p.row.name, p.row.note) for p in plans]
     assert shared_notes(named) == [f"all rows: {plans[0].row.note}"]
@@ -379,8 +434,8 @@ def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
 
 
 def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--table 16 .it trains the detector too .*train-joint"):
-        paper_table(16)
+    with pytest.raises(ConfigError, match="--table 17: the paper has 1 to 16"):
+        paper_table(17)
     with pytest.raises(ConfigError, match="--seeds 0: give 1 or more"):
         run_ablate(config(drawn_cache, tmp_path, seeds=0), SilentReporter())
     (tmp_path / "rows/with-scoring/seed-0").mkdir(parents=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mfdetr_cache.errors import MfdetrError, StoppedError
+from mfdetr_cache.errors import HeadError, MfdetrError, StoppedError, TrainingError
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.files import make_folder
 from mfdetr_cache.head.build import build_head
@@ -55,12 +55,7 @@ def train_group(
         except MfdetrError as error:
             problems[job.name] = str(error)
     if runs:
-        _train(
-            TrainingLoop(
-                caches.training, list(runs.values()), device, reporter, split_when_full=True
-            )
-        )
-    problems |= {name: str(run.problem) for name, run in runs.items() if run.problem is not None}
+        problems |= _train(caches, runs, device, reporter)
     for job in jobs:
         if job.name in problems:
             continue
@@ -92,12 +87,21 @@ def _begin(job: Job, caches: Caches, device_name: str) -> Run:
     return run
 
 
-def _train(loop: TrainingLoop) -> None:
+def _train(
+    caches: Caches, runs: dict[str, Run], device: torch.device, reporter: Reporter
+) -> dict[str, str]:
+    """Train all runs to their ends; problems by row."""
     try:
+        loop = TrainingLoop(
+            caches.training, list(runs.values()), device, reporter, split_when_full=True
+        )
         loop.run()
     except StoppedError as error:
         # The loop's own message names --resume, which an ablation does not need.
         raise StoppedError("stopped by a signal; the same command goes on from there") from error
+    except (HeadError, TrainingError) as error:
+        return dict.fromkeys(runs, str(error))
+    return {name: str(run.problem) for name, run in runs.items() if run.problem is not None}
 
 
 def _measure_head(

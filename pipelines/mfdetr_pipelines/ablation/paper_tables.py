@@ -6,20 +6,11 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from mfdetr_cache.config import nearest
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.recipes import Recipe
-
-# Tables that are not in the file, and why.
-_NOT_RUN = {
-    7: "comparison of systems, nothing to run",
-    8: "comparison of systems, nothing to run",
-    16: "it trains the detector too and needs no cache: mfdetr train-joint --tune nothing, "
-    "encoder-decoder or all",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +22,10 @@ class PaperRow:
         recipe: Its head and training.
         params_m: Printed parameters in millions; None where the table has no such column.
         macs_g: Printed "FLOPs" in 10^9, which are multiply-adds.
-        metrics: Printed mask AP in [0, 1].
+        metrics: Printed mask AP in [0, 1]; -1 where it is not printed.
+        epochs: How long it trains; None for as many steps as the recipe has.
+        own_width: Whether the hidden width is the detector's own.
+        detector: Whose geometry the paper counted.
     """
 
     name: str
@@ -39,6 +33,9 @@ class PaperRow:
     params_m: float | None
     macs_g: float | None
     metrics: CocoMetrics
+    epochs: float | None = None
+    own_width: bool = False
+    detector: str = "h-detr-r50"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +65,34 @@ def paper_table(number: int) -> PaperTable:
         The table.
 
     Raises:
-        ConfigError: If the table is none that can be run.
+        ConfigError: If there is no such table.
     """
     if number not in PAPER_TABLES:
-        hint = f" ({_NOT_RUN[number]})" if number in _NOT_RUN else ""
-        known = [str(n) for n in PAPER_TABLES]
-        raise ConfigError(f"--table {number}{hint}{nearest('', known)}")
+        raise ConfigError(f"--table {number}: the paper has 1 to {max(PAPER_TABLES)}")
     return PAPER_TABLES[number]
 
 
 def _table(entry: Mapping[str, Any]) -> PaperTable:
-    head = replace(HeadConfig(), **entry.get("head", {}))
-    train = replace(TrainConfig(), **entry.get("train", {}))
-    return PaperTable(
-        entry["number"],
-        entry["caption"],
-        tuple(_row(row, head, train) for row in entry["rows"]),
-        entry.get("needs", ""),
-    )
+    rows = tuple(_row({**entry, **row}, entry, row) for row in entry["rows"])
+    return PaperTable(entry["number"], entry["caption"], rows, entry.get("needs", ""))
 
 
-def _row(entry: Mapping[str, Any], head: HeadConfig, train: TrainConfig) -> PaperRow:
-    recipe = Recipe(
-        entry["name"],
-        replace(head, **entry.get("head", {})),
-        replace(train, **entry.get("train", {})),
+def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> PaperRow:
+    """A row from its entry over its table's; the changes of head and training are added up."""
+    head, train = HeadConfig(), TrainConfig()
+    for change in changes:
+        head = replace(head, **change.get("head", {}))
+        train = replace(train, **change.get("train", {}))
+    return PaperRow(
+        both["name"],
+        Recipe(both["name"], head, train),
+        both.get("params_m"),
+        both.get("macs_g"),
+        CocoMetrics(*(round(percent / 100, 5) for percent in both["AP"])),
+        both.get("epochs"),
+        both.get("own_width", False),
+        both.get("detector", "h-detr-r50"),
     )
-    metrics = CocoMetrics(*(round(percent / 100, 5) for percent in entry["AP"]))
-    return PaperRow(entry["name"], recipe, entry.get("params_m"), entry.get("macs_g"), metrics)
 
 
 _TEXT = files("mfdetr_pipelines.ablation").joinpath("paper_tables.toml").read_text()

@@ -2,23 +2,31 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import HeadError
+from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.head.build import build_head
-from mfdetr_cache.head.cost import HeadCost, hdetr_r50_spec, head_cost
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, HeadCost, head_cost, paper_detector
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import Run, TrainingLoop
-from mfdetr_cache.types import DetectorSpec
+from mfdetr_cache.training.order import steps_per_epoch
+from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_pipelines.ablation.fit import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.train_head import training_device
 
 # Steps that are timed for a dry run, after one that is not.
 _TIMED_STEPS = 2
+# Images of COCO train2017 with an object.
+_COCO_IMAGES = 117_266
+# Multiply-adds are counted for this size everywhere, and columns say so.
+MACS_SIZE = "{}x{}".format(*MEAN_COCO_INPUT_HW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +36,13 @@ class RowPlan:
     Attributes:
         row: The row.
         cost: Parameters and multiply-adds; None where the head cannot be built.
-        problem: Why it cannot.
+        epochs: How often it sees every image; None where nothing is trained.
+        problem: Why it cannot be trained or measured; empty if it can.
     """
 
     row: AblationRow
     cost: HeadCost | None
+    epochs: float | None = None
     problem: str = ""
 
     @property
@@ -42,9 +52,13 @@ class RowPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values; metrics in [0, 1]."""
-        cost, paper = self.cost, self.row.paper
+        cost, paper, train = self.cost, self.row.paper, self.row.recipe.train
         return {
             "name": self.row.name,
+            "steps": train.steps if self.is_trained else None,
+            "batch_size": train.batch_size if self.is_trained else None,
+            "epochs": self.epochs,
+            "macs_input_hw": MEAN_COCO_INPUT_HW,
             "params_m": None if cost is None else cost.parameters / 1e6,
             "macs_g": None if cost is None else cost.macs / 1e9,
             "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
@@ -55,48 +69,89 @@ class RowPlan:
         }
 
 
-def plan_rows(rows: Sequence[AblationRow], spec: DetectorSpec | None = None) -> tuple[RowPlan, ...]:
-    """Parameters and multiply-adds of rows.
+def plan_rows(
+    rows: Sequence[AblationRow], cache: FeatureCache | None = None, max_steps: int | None = None
+) -> tuple[RowPlan, ...]:
+    """What rows cost, fitted to the detector of a cache.
+
+    Rows in epochs show every image equally often, whatever their batch size. ``max_steps`` shortens
+    them in proportion: the longest takes so many steps, as every other row does.
 
     Args:
         rows: Rows.
-        spec: The detector; None for the paper's H-DETR R50.
+        cache: Cache of the training split; None counts for COCO train2017 and the detector that the
+            paper counted.
+        max_steps: Steps of a row, in place of its own.
 
     Returns:
-        One plan per row.
+        One plan per row; one that cannot be says why.
+
+    Raises:
+        ConfigError: If ``max_steps`` is not 1 or more.
     """
+    if max_steps is not None and max_steps < 1:
+        raise ConfigError(f"--max-steps must be 1 or more, not {max_steps}")
+    count = _epoch_sizes(cache)
+    costs: dict[tuple[str, HeadConfig], HeadCost] = {}
     plans = []
-    for row in rows:
-        if row.baseline:
-            plans.append(RowPlan(row, None))
+    for row in _with_lengths(rows, count, max_steps):
+        if row.baseline or row.problem:
+            plans.append(RowPlan(row, None, problem=row.problem))
             continue
-        fitted = row if spec is None else fit_row(row, spec)
         try:
-            cost = head_cost(fitted.recipe.head, spec or hdetr_r50_spec())
-            plans.append(RowPlan(fitted, cost))
+            if cache is None:
+                detector = "h-detr-r50" if row.paper is None else row.paper.detector
+                spec, fitted = paper_detector(detector), row
+            else:
+                spec, fitted = cache.spec, fit_row(row, cache.spec)
+            # Many rows differ in their training alone.
+            key = (spec.name, fitted.recipe.head)
+            if key not in costs:
+                costs[key] = head_cost(fitted.recipe.head, spec)
         except HeadError as error:
-            plans.append(RowPlan(fitted, None, str(error)))
+            plans.append(RowPlan(row, None, problem=str(error)))
+            continue
+        train = fitted.recipe.train
+        epochs = train.steps / steps_per_epoch(count(train), train.batch_size)
+        plans.append(RowPlan(fitted, costs[key], epochs if costs[key].parameters else None))
     return tuple(plans)
 
 
-def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
-    """A row of the paper for another detector: what its widths force is changed, and noted.
+def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
+    """How many images an epoch of some settings has; looked up once, whatever the seed."""
+    known: dict[tuple[object, ...], int] = {}
 
-    Args:
-        row: A row.
-        spec: The detector.
+    def count(train: TrainConfig) -> int:
+        key = (train.label_fraction, train.held_out, train.val_split)
+        if key not in known:
+            known[key] = (
+                max(1, round(train.label_fraction * _COCO_IMAGES))
+                if cache is None
+                else len(trainable_rows(cache, train))
+            )
+        return known[key]
 
-    Returns:
-        The row, with a neck where C1 and the encoder differ in width.
-    """
-    head = row.recipe.head
-    c1 = next((m.channels for m in spec.maps if m.role == "c1"), None)
-    width = max((m.channels for m in spec.maps if m.role == "encoder"), default=0)
-    if head.use_c1 and not head.neck and c1 not in (None, width):
-        recipe = replace(row.recipe, head=replace(head, neck=True))
-        note = f"neck added: C1 has {c1} channels, the encoder {width}"
-        return replace(row, recipe=recipe, note=note)
-    return row
+    return count
+
+
+def _with_lengths(
+    rows: Sequence[AblationRow], count: Callable[[TrainConfig], int], max_steps: int | None
+) -> list[AblationRow]:
+    """Rows with their steps settled."""
+    in_epochs = {
+        row.name: row.epochs * steps_per_epoch(count(row.recipe.train), row.recipe.train.batch_size)
+        for row in rows
+        if row.epochs is not None
+    }
+    share = 1 if max_steps is None else max_steps / max(in_epochs.values(), default=1)
+    settled = []
+    for row in rows:
+        steps = max_steps or row.recipe.train.steps
+        if row.name in in_epochs:
+            steps = max(1, round(share * in_epochs[row.name]))
+        train = replace(row.recipe.train, steps=steps)
+        settled.append(replace(row, recipe=replace(row.recipe, train=train)))
+    return settled
 
 
 def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mfdetr_cache.files import write_atomically
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
-from mfdetr_pipelines.ablation.plan import shared_notes
+from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.page import PanelRow, Section, html_page
 
@@ -22,14 +22,14 @@ COLUMNS = (
     "APM",
     "APL",
     "params M",
-    "MACs G",
+    f"MACs G, {MACS_SIZE}",
     "train min",
     "images/s",
     "head ms",
     "total h",
     "paper AP",
     "paper params M",
-    "paper MACs G",
+    f"paper MACs G, {MACS_SIZE}",
 )
 
 

@@ -33,6 +33,9 @@ class AblationRow:
         note: What had to be changed to fit the detector; empty if nothing.
         baseline: Masks that need no head of ours, in place of a training; empty for a head.
         curve: The row without its label fraction, where it is a point of a curve over them.
+        epochs: How long it trains; None for the recipe's steps.
+        own_width: Whether its hidden width is the detector's own, whatever the recipe says.
+        problem: Why its settings cannot be; empty if they can.
     """
 
     name: str
@@ -41,6 +44,9 @@ class AblationRow:
     note: str = ""
     baseline: Baseline | Literal[""] = ""
     curve: str = ""
+    epochs: float | None = None
+    own_width: bool = False
+    problem: str = ""
 
 
 def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
@@ -52,7 +58,9 @@ def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
     Returns:
         Its rows in order.
     """
-    return tuple(AblationRow(r.name, r.recipe, r) for r in table.rows)
+    return tuple(
+        AblationRow(r.name, r.recipe, r, epochs=r.epochs, own_width=r.own_width) for r in table.rows
+    )
 
 
 def with_settings(
@@ -63,22 +71,26 @@ def with_settings(
     Args:
         rows: Rows.
         head: Fields of the architecture.
-        train: Fields of the training.
+        train: Fields of the training; ``steps`` replace a row's epochs too.
 
     Returns:
-        New rows.
+        New rows; one that cannot have these settings says why.
     """
-    return tuple(
-        replace(
-            row,
-            recipe=replace(
+    made = []
+    for row in rows:
+        try:
+            recipe = replace(
                 row.recipe,
                 head=replace(row.recipe.head, **head),
                 train=replace(row.recipe.train, **train),
-            ),
-        )
-        for row in rows
-    )
+            )
+        except ValueError as error:
+            made.append(replace(row, problem=str(error)))
+            continue
+        epochs = None if "steps" in train else row.epochs
+        own_width = row.own_width and "hidden_dim" not in head
+        made.append(replace(row, recipe=recipe, epochs=epochs, own_width=own_width))
+    return tuple(made)
 
 
 def baseline_rows(names: Sequence[Baseline]) -> tuple[AblationRow, ...]:
@@ -183,8 +195,10 @@ def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
         smaller = {f"d={width}": replace(head, hidden_dim=width) for width in _SMALL_WIDTHS}
         smaller[f"RoI {_SMALL_ROI} x {_SMALL_ROI}"] = replace(head, roi_size=_SMALL_ROI)
         for name, head in smaller.items():
-            recipe = replace(row.recipe, head=head)
-            made.append(replace(row, name=f"{row.name}, {name}", recipe=recipe, paper=None))
+            changed = replace(
+                row, name=f"{row.name}, {name}", recipe=replace(row.recipe, head=head), paper=None
+            )
+            made.append(replace(changed, own_width=row.own_width and not name.startswith("d=")))
     return tuple(made)
 
 

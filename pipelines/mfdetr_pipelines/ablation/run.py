@@ -37,6 +37,7 @@ class AblateConfig:
         work: Where groups of heads are trained; the nodes of a cluster share the folders.
         sam: Weights and images for the baseline ``sam``.
         detector_hours: What training the detector and extracting took, for the total of a row.
+        max_steps: Steps of every row in place of its own; see ``plan_rows``.
     """
 
     rows: tuple[AblationRow, ...]
@@ -48,6 +49,7 @@ class AblateConfig:
     work: WorkOptions = field(default_factory=WorkOptions)
     sam: SamSource | None = None
     detector_hours: float | None = None
+    max_steps: int | None = None
 
 
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
@@ -69,7 +71,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     """
     _require_usable(config)
     caches = open_caches(config.cache, config.val_cache, config.rows)
-    plans = plan_rows(config.rows, caches.training.spec)
+    plans = plan_rows(config.rows, caches.training, config.max_steps)
     jobs = plan_jobs(plans, config.seeds, config.out, caches)
     waiting, problems = _waiting(jobs)
     problems |= {p.row.name: p.problem for p in plans if p.problem}
