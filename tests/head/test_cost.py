@@ -102,7 +102,7 @@ def test_the_training_free_rows_run() -> None:
     spec = make_spec(width=32, c1_channels=32)
     batch = make_batch(spec, [(96, 128)])
     for row in PAPER_TABLES[1].rows:
-        recipe = PAPER_TABLES[1].recipe(row)
+        recipe = row.recipe
         config = HeadConfig(
             **{
                 **{f: getattr(recipe.head, f) for f in recipe.head.__slots__},
