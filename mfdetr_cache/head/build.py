@@ -5,6 +5,7 @@ from torch import nn
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
+from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.box_encoder import DeformableBoxEncoder
 from mfdetr_cache.head.config import HeadConfig
@@ -14,6 +15,7 @@ from mfdetr_cache.head.mask_embedding import EmbeddingPredictor
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
 from mfdetr_cache.head.mask_scoring import MaskScoring
+from mfdetr_cache.head.position import DINO_SINE, SineEncoding
 from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.head.sampled_cells import SampledCellsHead
 from mfdetr_cache.ops.roi_align import RoIAlign
@@ -107,7 +109,9 @@ def _image_encoder(
     # The detector's own level embedding, unless a backbone map stands in for a level.
     embed = spec.encoder_level_embed
     frozen = torch.tensor(embed) if embed and len(embed) == num_levels else None
-    return DeformableImageEncoder(width, num_levels, config.image_layers, fused, frozen)
+    # DINO's encoder has another sine encoding than Deformable DETR's, H-DETR's and most others.
+    sine = DINO_SINE if spec.settings.get("scheme") == "dino" else SineEncoding()
+    return DeformableImageEncoder(width, num_levels, config.image_layers, fused, frozen, sine)
 
 
 def _neck(config: HeadConfig, c1: MapSpec | None, width: int) -> nn.Module | None:
@@ -148,6 +152,8 @@ def _box_encoder(config: HeadConfig) -> nn.Module:
 def _blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:
     if kind == "swin":
         return [SwinBlock(width, window, shifted=bool(i % 2)) for i in range(count)]
+    if kind == "ffn":
+        return [FfnBlock(width) for _ in range(count)]
     blocks = [ConvNeXtBlock(width) for _ in range(count)]
     for block in blocks:
         init_convnext(block)

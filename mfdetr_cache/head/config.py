@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-BlockKind = Literal["deformable", "swin", "convnext"]
+# "ffn" is a deformable layer without its attention: what is left when no cell sees another.
+BlockKind = Literal["deformable", "swin", "convnext", "ffn"]
 
 
 @dataclass(frozen=True, slots=True)

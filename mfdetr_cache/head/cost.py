@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock
 from mfdetr_cache.head.blocks.deformable import DeformableLayer
+from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
@@ -34,7 +35,12 @@ BOXES = 100
 MEAN_COCO_INPUT_HW = (800, 1124)
 
 # Element-wise steps per output element: residuals, q scaling (Swin), layer scale (ConvNeXt).
-_STEPS: dict[type[nn.Module], int] = {DeformableLayer: 2, SwinBlock: 3, ConvNeXtBlock: 2}
+_STEPS: dict[type[nn.Module], int] = {
+    DeformableLayer: 2,
+    SwinBlock: 3,
+    ConvNeXtBlock: 2,
+    FfnBlock: 1,
+}
 
 
 @dataclass(frozen=True, slots=True)

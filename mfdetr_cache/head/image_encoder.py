@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
-from mfdetr_cache.head.position import sine_position
+from mfdetr_cache.head.position import SineEncoding, sine_position
 
 
 class DeformableImageEncoder(nn.Module):
@@ -20,6 +20,7 @@ class DeformableImageEncoder(nn.Module):
         num_layers: Layers.
         fused_level: Index of the level that is returned.
         level_embed: The detector's frozen level embedding, shape (L, D); None learns one.
+        sine: The detector's position encoding of cells.
     """
 
     level_embed: Tensor
@@ -31,8 +32,10 @@ class DeformableImageEncoder(nn.Module):
         num_layers: int,
         fused_level: int,
         level_embed: Tensor | None,
+        sine: SineEncoding | None = None,
     ) -> None:
         super().__init__()
+        self.sine = sine or SineEncoding()
         self.fused_level = fused_level
         self.every_token = False
         self.layers = nn.ModuleList(DeformableLayer(width, num_levels) for _ in range(num_layers))
@@ -67,7 +70,9 @@ class DeformableImageEncoder(nn.Module):
         counts = [h * w for h, w in sizes_hw]
         rows = zip(self.level_embed, counts, strict=True)
         of_level = torch.cat([row.expand(count, -1) for row, count in rows])
-        position = (sine_position(centres, memory.shape[-1]) + of_level).to(dtype)
+        shifted = cell_centres(sizes_hw, memory.device, self.sine.shift).to(precise)
+        sine = sine_position(shifted, memory.shape[-1], self.sine.temperature)
+        position = (sine + of_level).to(dtype)
         centres = centres.to(dtype)
         for layer in self.layers[:-1]:
             memory = layer(memory, position, centres, memory, sizes_hw)

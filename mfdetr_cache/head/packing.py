@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mfdetr_cache.head.blocks.deformable import cell_centres
-from mfdetr_cache.head.position import sine_position
+from mfdetr_cache.head.position import SineEncoding, sine_position
 from mfdetr_cache.ops.devices import to_device
 from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
@@ -36,12 +36,15 @@ class PackedImages:
     sizes_hw: tuple[SizesHw, ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Sequence[Tensor]], level_embed: Tensor) -> "PackedImages":
+    def of(
+        cls, groups: Sequence[Sequence[Tensor]], level_embed: Tensor, sine: SineEncoding
+    ) -> "PackedImages":
         """Pack maps.
 
         Args:
             groups: For each group of equal-sized images their levels, finest first, (B, D, h, w).
             level_embed: Added to the position of each level's tokens, shape (L, D).
+            sine: Position encoding of cells.
 
         Returns:
             The packed images, in the order of the groups.
@@ -54,11 +57,15 @@ class PackedImages:
             # Image by image, each level by level.
             maps += [cells for image in zip(*images, strict=True) for cells in image]
             sizes += [tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)] * len(levels[0])
-        centres = torch.cat([cell_centres(size, device) for size in sizes])
-        centres = centres.to(torch.promote_types(dtype, torch.float32))
+        precise = torch.promote_types(dtype, torch.float32)
+        centres = torch.cat([cell_centres(size, device) for size in sizes]).to(precise)
+        shifted = centres
+        if sine.shift:
+            cells = [cell_centres(size, device, sine.shift) for size in sizes]
+            shifted = torch.cat(cells).to(precise)
         counts = np.array(sizes).prod(axis=2)
         level = np.repeat(np.tile(np.arange(counts.shape[1]), len(sizes)), counts.flatten())
         of_level = level_embed.index_select(0, to_device(torch.from_numpy(level), device))
-        position = sine_position(centres, width) + of_level
+        position = sine_position(shifted, width, sine.temperature) + of_level
         packed = PackedLevels.of(sizes, device)
         return cls(torch.cat(maps), centres.to(dtype), position.to(dtype), packed, tuple(sizes))

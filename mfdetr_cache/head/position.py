@@ -1,12 +1,29 @@
-"""Sine position encoding of map cells, as the encoders of Deformable DETR and H-DETR add it."""
+"""Sine position encoding of map cells, as the detectors' encoders add it."""
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from mfdetr_cache.ops.devices import is_plain
+
+
+@dataclass(frozen=True, slots=True)
+class SineEncoding:
+    """How a detector's encoder numbers the cells of a level.
+
+    Attributes:
+        temperature: Base of the frequencies.
+        shift: Where a cell is taken to be, in cells from its centre along both axes.
+    """
+
+    temperature: float = 10000.0
+    shift: float = 0.0
+
+
+DINO_SINE = SineEncoding(temperature=20.0, shift=0.5)
 
 
 def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> Tensor:

@@ -176,7 +176,7 @@ def _refine_sampled(
     Returns:
         The refined cells, shape (N, D), and which they are.
     """
-    packed = PackedImages.of(groups, encoder.level_embed)
+    packed = PackedImages.of(groups, encoder.level_embed, encoder.sine)
     memory = packed.tokens
     for layer in encoder.layers[:-1]:
         memory = layer(memory, packed.position, packed.centres, memory, packed.levels)

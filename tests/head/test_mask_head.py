@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from mfdetr_cache.detectors.official.positions import map_position
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
 from mfdetr_cache.head.blocks.deformable import cell_centres
+from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import load_head, save_head, save_run_config
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.head.position import sine_position
+from mfdetr_cache.head.position import DINO_SINE, SineEncoding, sine_position
 from mfdetr_cache.head.query_encoder import BoxToObject
 from mfdetr_cache.identity import detector_identity
 from tests.support.images import make_batch, make_spec
@@ -25,9 +28,11 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"image_block": "swin", "image_layers": 2},
     {"image_block": "convnext", "image_layers": 2},
+    {"image_block": "ffn", "image_layers": 2},
     {"image_layers": 0, "box_layers": 0},
     {"box_block": "swin", "box_layers": 2},
     {"box_block": "convnext"},
+    {"box_block": "ffn"},
     {"query_ffn": False, "query_b2o": False},
     {"query_o2o": True},
     {"mask_predictor": "segmenter"},
@@ -196,6 +201,57 @@ def test_sine_position_is_that_of_deformable_detr() -> None:
     wanted = wanted.reshape(1, -1, 16) if wanted.ndim == 3 else wanted.flatten(2).transpose(1, 2)
     ours = sine_position(cell_centres(((5, 7),), torch.device("cpu")), 16)
     assert torch.allclose(ours, wanted[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sine", "temperature", "offset"), [(SineEncoding(), 10000, 0.5), (DINO_SINE, 20, 0)]
+)
+def test_positions_are_those_of_the_official_encoders(
+    sine: SineEncoding, temperature: float, offset: float
+) -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    wanted = map_position(torch.zeros(1, 5, 7, dtype=torch.bool), temperature, offset, like)[0]
+    cells = cell_centres(((5, 7),), torch.device("cpu"), sine.shift).double()
+    # The official code divides by the size and 1e-6, which turns an angle of 2 pi by 1e-6 at most.
+    assert torch.allclose(sine_position(cells, 256, sine.temperature), wanted, atol=3e-6)
+
+
+def test_a_head_has_the_position_encoding_of_its_detector() -> None:
+    plain = make_spec()
+    dino = dataclasses.replace(plain, settings={"scheme": "dino"})
+    heads = [build_head(SMALL, spec).eval() for spec in (plain, dino)]
+    heads[1].load_state_dict(randomise(heads[0]).state_dict())
+    assert [h.image_encoder.sine for h in heads] == [SineEncoding(), DINO_SINE]
+    # Few regions and many: the encoder over sampled cells, and over whole maps.
+    for regions in (1, 40):
+        batch = make_batch(plain, [(96, 128)], regions_per_image=regions)
+        ours, other = (h(batch).mask_logits for h in heads)
+        assert not torch.allclose(ours, other, atol=1e-3)
+        encoder = heads[1].image_encoder
+        assert isinstance(encoder, DeformableImageEncoder)
+        encoder.every_token = True
+        assert torch.allclose(heads[1](batch).mask_logits, other, atol=1e-4)
+        encoder.every_token = False
+
+
+def test_an_ffn_block_mixes_no_cells() -> None:
+    block = randomise(FfnBlock(8))
+    maps = torch.randn(1, 4, 5, 8)
+    changed = maps.clone()
+    changed[0, 1, 2] += 1
+    same = torch.isclose(block(maps), block(changed), atol=1e-6).all(-1)[0]
+    assert same.sum() == 19
+    assert not same[1, 2]
+
+
+def test_a_convnext_block_begins_as_the_identity_and_old_weights_have_no_scale() -> None:
+    block = ConvNeXtBlock(8)
+    init_convnext(block)
+    maps = torch.randn(1, 4, 5, 8)
+    assert torch.allclose(block(maps), maps, atol=1e-5)
+    old = {k: v for k, v in block.state_dict().items() if k != "scale"}
+    block.load_state_dict(old)
+    assert block.scale.tolist() == [1.0] * 8
 
 
 def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 """ConvNeXt block (Eq. 8): depth-wise 7x7 convolution, layer norm, FFN, layer scale, residual."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+# As in ConvNeXt (Liu et al., 2022).
+_INITIAL_SCALE = 1e-6
 
 
 class ConvNeXtBlock(nn.Module):
@@ -18,6 +23,7 @@ class ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, 4 * width)
         self.linear2 = nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, maps: Tensor) -> Tensor:
         """Refine maps.
@@ -30,12 +36,17 @@ class ConvNeXtBlock(nn.Module):
         """
         mixed = self.depthwise(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         hidden = functional.gelu(self.linear1(self.norm(mixed)))
-        refined: Tensor = maps + self.linear2(hidden)
+        refined: Tensor = maps + self.scale * self.linear2(hidden)
         return refined
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
+        # Heads from before there was a scale.
+        state_dict.setdefault(prefix + "scale", torch.ones_like(self.scale))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def init_convnext(block: ConvNeXtBlock) -> None:
-    """ConvNeXt's initialisation: truncated normal weights, zero biases.
+    """ConvNeXt's initialisation: truncated normal weights, zero biases, blocks near the identity.
 
     Args:
         block: Changed in place.
@@ -45,7 +56,6 @@ def init_convnext(block: ConvNeXtBlock) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02)
             assert module.bias is not None
             nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        # Paper: 538,880 parameters leave no layer scale; a small last layer starts the block near
-        # the identity instead.
-        block.linear2.weight.mul_(0.1)
+    # Paper: its multiply-adds count a product per element beside the residual, which is the layer
+    # scale, and its parameters have room for it.
+    nn.init.constant_(block.scale, _INITIAL_SCALE)

@@ -35,32 +35,33 @@ def num_heads_for(width: int, wanted: int = 8) -> int:
     return max(h for h in range(1, wanted + 1) if width % h == 0)
 
 
-def cell_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
+def cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float = 0.0) -> Tensor:
     """Normalised centres of all cells of all levels, levels one after the other, row-major.
 
     Args:
         sizes_hw: Height and width of each level.
         device: Where the result lives.
+        shift: Added along both axes, in cells.
 
     Returns:
         x and y in (0, 1), shape (S, 2).
     """
     if is_plain(torch.empty(0, device=device)):
-        return _kept_centres(sizes_hw, device)
-    return _cell_centres(sizes_hw, device)
+        return _kept_centres(sizes_hw, device, shift)
+    return _cell_centres(sizes_hw, device, shift)
 
 
 @lru_cache(maxsize=256)
-def _kept_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
+def _kept_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tensor:
     with torch.inference_mode(mode=False):  # a training may be the next to use them
-        return _cell_centres(sizes_hw, device)
+        return _cell_centres(sizes_hw, device, shift)
 
 
-def _cell_centres(sizes_hw: SizesHw, device: torch.device) -> Tensor:
+def _cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tensor:
     centres = []
     for height, width in sizes_hw:
-        y = (torch.arange(height, device=device) + 0.5) / height
-        x = (torch.arange(width, device=device) + 0.5) / width
+        y = (torch.arange(height, device=device) + (0.5 + shift)) / height
+        x = (torch.arange(width, device=device) + (0.5 + shift)) / width
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         centres.append(torch.stack((grid_x, grid_y), dim=-1).flatten(0, 1))
     return torch.cat(centres)
