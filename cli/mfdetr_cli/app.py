@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.cache import (
     BenchConfig,
     CertifyConfig,
@@ -17,6 +18,7 @@ from mfdetr_pipelines.config.cache import (
 )
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.demo import DemoConfig, DetectorsConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.plan import PlanConfig
@@ -25,8 +27,6 @@ from mfdetr_pipelines.config.predict import PredictConfig
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
-from mfdetr_cli.ablate import ablate
-from mfdetr_cli.evaluate import evaluate
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
 from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.train_head import train_head
@@ -59,9 +59,9 @@ _register(app, "extract", ExtractConfig, "extract:extract")
 app.command("train-head")(train_head)
 app.command("train-joint")(train_joint)
 _register(app, "copy-paste", CopyPasteConfig, "copy_paste:copy_paste")
-app.command()(evaluate)
+_register(app, "evaluate", EvaluateConfig, "evaluate:evaluate")
 _register(app, "predict", PredictConfig, "predict:predict")
-app.command()(ablate)
+_register(app, "ablate", AblateConfig, "ablate:ablate")
 _register(app, "plan", PlanConfig, "plan:plan")
 _register(app, "export", ExportConfig, "export:export")
 _register(app, "demo", DemoConfig, "demo:demo")

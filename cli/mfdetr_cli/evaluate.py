@@ -2,11 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
+from mfdetr_pipelines.evaluate_results import run_evaluate_results
 
-from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.evaluation.measure import EvaluateSummary
+from mfdetr_cache.evaluation.oracles import ORACLES
 from mfdetr_cli.console import (
     ConsoleReporter,
     human_time,
@@ -16,145 +19,58 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
-from mfdetr_cli.options import (
-    DeviceOption,
-    JsonOption,
-    LocalCacheOption,
-    LocalCacheSizeOption,
-    storage_at,
-)
 
 
-def evaluate(
-    cache: Annotated[str | None, typer.Option(help="Cache of the split to measure on.")] = None,
-    head: Annotated[Path | None, typer.Option(help="Run folder of train-head.")] = None,
-    which: Annotated[
-        Literal["last", "best"],
-        typer.Option(help="Weights of the end of the training, or of its best validation."),
-    ] = "last",
-    results: Annotated[
-        Path | None, typer.Option(help="Measure a COCO results file instead, of any tool.")
-    ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO instances JSON, for --results.")
-    ] = None,
-    score: Annotated[
-        Literal["auto", "iou", "mean", "class"],
-        typer.Option(
-            metavar="RULE",
-            help="Class score times predicted IoU (iou, Eq. 13), times mean probability (mean, "
-            "Eq. 2), or alone (class); auto is iou where the head predicts it, else mean.",
-        ),
-    ] = "auto",
-    no_baselines: Annotated[
-        bool,
-        typer.Option(
-            "--no-baselines", help="Leave out the floor and the ceiling of these detections."
-        ),
-    ] = False,
-    no_boundary: Annotated[
-        bool, typer.Option("--no-boundary", help="Leave out boundary AP.")
-    ] = False,
-    oracles: Annotated[
-        bool,
-        typer.Option(
-            "--oracles",
-            help="Show what AP would be if masks, scores, boxes, labels or the missing "
-            "objects were perfect.",
-        ),
-    ] = False,
-    per_category: Annotated[
-        bool, typer.Option("--per-category", help="Show the AP of every category.")
-    ] = False,
-    evaluator: Annotated[
-        Literal["fast", "pycocotools"],
-        typer.Option(help="Who computes AP; both give the same numbers."),
-    ] = "fast",
-    weights: Annotated[
-        str | None, typer.Option(help="Time the detector too: its weights, with --images.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Image folder, for --weights.")] = None,
-    save_results: Annotated[
-        Path | None, typer.Option(help="Write the masks as a COCO results file.")
-    ] = None,
-    local_cache: LocalCacheOption = None,
-    local_cache_size: LocalCacheSizeOption = "100GB",
-    device: DeviceOption = "auto",
-    json: JsonOption = None,
-) -> None:
-    """Measure COCO mask AP of a head, with the detector's box AP and the bounds beside it.
-
-    Example:
-    mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
-    """
-    if results is not None:
-        if oracles:
-            raise ConfigError("--oracles needs --cache and --head: it runs the head again")
-        if annotations is None or cache is not None or head is not None:
-            raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
-        from mfdetr_pipelines.evaluate_results import run_evaluate_results
-
-        found = run_evaluate_results(results, annotations, evaluator, boundary=not no_boundary)
-        title = f"{found.num_results} results on {found.num_images} images, in percent"
-        document = {"num_images": found.num_images, "num_results": found.num_results}
-        _show(title, found.metrics(), found.details(), per_category=per_category)
-        details = found.details()
-        write_json(
-            json, {**document, **found.metrics(), "details": details, "results": str(results)}
-        )
+def evaluate(config: EvaluateConfig, json: Path | None) -> None:
+    """Measure a head on a cache, or a results file."""
+    if config.file.results is not None and config.file.annotations is not None:
+        _evaluate_file(config, config.file.results, config.file.annotations, json)
         return
-    if cache is None or head is None:
-        raise ConfigError("give --cache and --head, or --results and --annotations")
-    if (weights is None) != (images is None):
-        raise ConfigError("--weights and --images go together: they time the live detector")
-    # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
-
-    from mfdetr_cache.evaluation.oracles import ORACLES
-
-    live = None if weights is None or images is None else (weights, images)
-    config = EvaluateConfig(
-        storage_at(cache, local_cache, local_cache_size),
-        head,
-        device,
-        not no_baselines,
-        save_results,
-        score,
-        which,
-        evaluator,
-        not no_boundary,
-        live,
-        oracles,
-    )
     summary = run_evaluate(config, ConsoleReporter())
     metrics = summary.metrics()
-    _show(f"{cache}, in percent", metrics, summary.details, per_category=per_category)
+    paths = {"cache": str(config.cache), "head": str(config.head)}
+    write_json(json, {**asdict(summary), **metrics, **paths})
+    _show(f"{config.cache}, in percent", metrics, summary.details, config)
     if summary.oracles:
         rows = {f"+ {ORACLES[name]}": m.to_dict() for name, m in summary.oracles.items()}
         rows = {"as it is": summary.mask.to_dict(), **rows}
         columns = list(summary.mask.to_dict())
         print_table("Mask AP, if only this were perfect", ["", *columns], metric_rows(rows))
-    parts = summary.details.get("held_out")
+    print_facts("Cost", _facts(summary))
+
+
+def _evaluate_file(
+    config: EvaluateConfig, results: Path, annotations: Path, json: Path | None
+) -> None:
+    boundary = "boundary" in config.extras
+    found = run_evaluate_results(results, annotations, config.evaluator, boundary=boundary)
+    metrics, details = found.metrics(), found.details()
+    counts = {"num_images": found.num_images, "num_results": found.num_results}
+    write_json(json, {**counts, **metrics, "details": details, "results": str(results)})
+    title = f"{found.num_results} results on {found.num_images} images, in percent"
+    _show(title, metrics, details, config)
+
+
+def _facts(summary: EvaluateSummary) -> dict[str, str]:
     facts = {"images": f"{summary.num_images} in {human_time(summary.seconds)}"}
     facts["mask network"] = (
         f"{summary.parameters / 1e6:.2f} M, {summary.macs / 1e9:.1f} G MACs at 800x1124"
     )
+    parts = summary.details.get("held_out")
     if parts is not None:
         seen, unseen = (f"{100 * parts[k]:.1f}" for k in ("seen_AP", "unseen_AP"))
         facts["categories"] = f"mask AP {seen} of those seen in training, {unseen} of the others"
     for name, latency in summary.latency.items():
         median, p90 = 1000 * latency.median, 1000 * latency.p90
         facts[name.replace("_", "-")] = f"{median:.0f} ms per image (median), {p90:.0f} ms (p90)"
-    print_facts("", facts)
-    write_json(json, {**asdict(summary), **metrics, "cache": str(cache), "head": str(head)})
+    return facts
 
 
 def _show(
     title: str,
     metrics: dict[str, dict[str, float] | None],
     details: dict[str, Any],
-    *,
-    per_category: bool,
+    config: EvaluateConfig,
 ) -> None:
     """Tables: metrics, recalls, and the categories if asked for."""
     print_evaluation(title, metrics)
@@ -162,7 +78,7 @@ def _show(
     recalls = {name: found["recall"] for name, found in details.items()}
     columns = list(next(iter(recalls.values())))
     print_table("Average recall", ["", *columns], metric_rows(recalls))
-    if not per_category:
+    if not config.per_category:
         return
     names = list(details)
     lists = [details[name]["categories"] for name in names]

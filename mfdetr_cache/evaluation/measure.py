@@ -35,9 +35,6 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
 
-EXTRAS: tuple[Extra, ...] = ("baselines", "boundary", "oracles")
-
-
 _READ_AHEAD = 4
 
 
@@ -154,7 +151,6 @@ def measure(
     """
     if head.c1 is not None:
         cache.require_c1_map("evaluation")
-    baselines, boundary, oracles = (extra in extras for extra in EXTRAS)
     started = time.perf_counter()
     head.eval()
     scored: list[_Scored] = []
@@ -167,9 +163,9 @@ def measure(
             prediction = predict_masks(head, image, cache.spec, device, scoring)
             head_seconds.append(time.perf_counter() - begun)
             exact = None
-            if oracles:
+            if "oracles" in extras:
                 exact = predict_masks(head, with_perfect_boxes(image), cache.spec, device, scoring)
-            behind.append(pool.submit(_score, cache, image, prediction, exact, baselines=baselines))
+            behind.append(pool.submit(_score, cache, image, prediction, exact, extras))
             # Bounded, so that memory is that of a few images however many there are.
             if len(behind) > _WORKERS:
                 scored.append(behind.popleft().result())
@@ -184,8 +180,10 @@ def measure(
 
     mask = metrics(masks, "segm")
     box = metrics([r for s in scored for r in s.box], "bbox")
-    floor = metrics([r for s in scored for r in s.floor], "segm").metrics if baselines else None
-    ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics if baselines else None
+    floor, ceiling = None, None
+    if "baselines" in extras:
+        floor = metrics([r for s in scored for r in s.floor], "segm").metrics
+        ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics
     cost = head_cost(head.config, cache.spec)
     summary = EvaluateSummary(
         num_images=len(cache),
@@ -193,7 +191,7 @@ def measure(
         box=box.metrics,
         floor=floor,
         ceiling=ceiling,
-        boundary=metrics(masks, "boundary").metrics if boundary else None,
+        boundary=metrics(masks, "boundary").metrics if "boundary" in extras else None,
         details={"mask": mask.details(), "box": box.details()},
         seconds=time.perf_counter() - started,
         latency={
@@ -205,7 +203,7 @@ def measure(
         oracles={
             name: metrics([r for s in scored for r in s.oracles[name]], "segm").metrics
             for name in ORACLES
-            if oracles
+            if "oracles" in extras
         },
     )
     return summary, masks
@@ -243,8 +241,7 @@ def _score(
     image: CachedImage,
     prediction: MaskPrediction,
     exact: MaskPrediction | None,
-    *,
-    baselines: bool,
+    extras: Collection[Extra],
 ) -> _Scored:
     """Masks of one image at the original size and everything else COCO wants to know."""
     size_hw, labels = image.geometry.original_hw, cache.label_categories
@@ -261,7 +258,7 @@ def _score(
             image_id, exact.detections, labels, there, exact.confidences
         )
     floor, ceiling = [], []
-    if baselines:
+    if "baselines" in extras:
         scores = detections.class_scores.double().numpy()
         squares = box_masks(detections, size_hw)
         annotated = oracle_masks(detections, image.ground_truth, labels, size_hw)

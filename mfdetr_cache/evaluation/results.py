@@ -1,5 +1,6 @@
 """COCO results of one image: boxes, and masks from whatever gives a mask."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,3 +87,20 @@ def mask_results(
             continue
         results.append(mask_result(image_id, category_id, rles[index], float(confidences[index])))
     return results
+
+
+def json_results(results: Sequence[Result]) -> bytes:
+    """Mask results as a COCO results file.
+
+    Args:
+        results: With compressed RLE.
+
+    Returns:
+        JSON.
+    """
+    plain = []
+    for result in results:
+        rle = result["segmentation"]
+        counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
+        plain.append({**result, "segmentation": {"size": rle["size"], "counts": counts}})
+    return json.dumps(plain).encode()

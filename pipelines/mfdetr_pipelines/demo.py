@@ -18,8 +18,9 @@ from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run_folder import TrainHeadConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -87,7 +88,7 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
         timed(f"extract {name}", lambda config=config: run_extract(config, reporter))  # type: ignore[misc]
     train = TrainHeadConfig(train_cache, head, build_recipe("demo", {}))
     timed("train the head", lambda: run_train_head(train, reporter))
-    measure = EvaluateConfig(val_cache, head)
+    measure = EvaluateConfig(val_cache, head, device="cpu")
     evaluation = timed("evaluate", lambda: run_evaluate(measure, reporter))
     pictures = timed("pictures", lambda: _pictures(folder, val_cache, head, data / "val"))
     cache_bytes = sum(FeatureCache.open(c).stored_bytes for c in (train_cache, val_cache))

@@ -1,60 +1,28 @@
 """Evaluate: masks of a trained head for a cached split, measured as COCO does."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.choices import Evaluator, Scoring, Which
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.evaluation.coco_metrics import Result
-from mfdetr_cache.evaluation.measure import EXTRAS, EvaluateSummary, Latency, measure
+from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure
+from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 
 _TIMED_IMAGES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluateConfig:
-    """What ``mfdetr evaluate`` is told.
-
-    Attributes:
-        cache: A complete cache of the split to measure on.
-        head: Run folder of a trained head.
-        device: Where the head runs.
-        baselines: Also measure the floor and the ceiling.
-        results: Write COCO results here.
-        scoring: How the class score becomes the final one.
-        which: Weights of the end of the training, or of its best validation.
-        evaluator: Who computes AP.
-        boundary: Measure boundary AP too.
-        live: Weights and image folder, to time the detector beside the head.
-        oracles: Also measure what AP would be if one thing were perfect.
-    """
-
-    cache: Location
-    head: Path
-    device: str = "cpu"
-    baselines: bool = True
-    results: Path | None = None
-    scoring: Scoring = "auto"
-    which: Which = "last"
-    evaluator: Evaluator = "fast"
-    boundary: bool = True
-    live: tuple[str, Path] | None = None
-    oracles: bool = False
 
 
 def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
@@ -72,7 +40,9 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         HeadError: If there is no trained head.
         IdentityError: If head and cache come from different detectors.
     """
-    cache = FeatureCache.open(config.cache)
+    assert config.cache is not None  # checked with the settings: it is these, or a results file
+    assert config.head is not None
+    cache = FeatureCache.open(config.local_cache.before(config.cache))
     folder = load_head(config.head, config.which)
     require_same(
         folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
@@ -86,7 +56,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         folder.head.to(device),
         device,
         reporter,
-        [extra for extra in EXTRAS if getattr(config, extra)],
+        config.extras,
         scoring=config.scoring,
         evaluator=config.evaluator,
     )
@@ -94,11 +64,12 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     if held_out:
         parts = seen_and_unseen(summary.details["mask"]["categories"], held_out)
         summary = replace(summary, details={**summary.details, "held_out": parts})
-    if config.live is not None:
-        latency = {**summary.latency, "detector": _detector_latency(config, cache)}
+    if config.live.weights is not None and config.live.images is not None:
+        timed = _detector_latency(cache, config.live.weights, config.live.images, device)
+        latency = {**summary.latency, "detector": timed}
         summary = replace(summary, latency=latency)
-    if config.results is not None:
-        write_atomically(config.results, json_results(masks))
+    if config.save_results is not None:
+        write_atomically(config.save_results, json_results(masks))
     return summary
 
 
@@ -137,10 +108,10 @@ def seen_and_unseen(
     return {"seen_AP": mean(False), "unseen_AP": mean(True)}
 
 
-def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
+def _detector_latency(
+    cache: FeatureCache, weights: str, images: Path, device: torch.device
+) -> Latency:
     """Time of the detector's forward on the first images, one at a time."""
-    assert config.live is not None
-    weights, images = config.live
     detector = load_detector(
         cache.spec.detector, weights, options_of(detector_identity(cache.spec))
     )
@@ -150,7 +121,6 @@ def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
         detector_identity(cache.spec),
         f"cache {cache.path}",
     )
-    device = torch_device(config.device)
     detector.to(device)
     seconds = []
     for row in cache.rows[:_TIMED_IMAGES]:
@@ -160,20 +130,3 @@ def _detector_latency(config: EvaluateConfig, cache: FeatureCache) -> Latency:
         detector.forward(pixels).class_logits.cpu()
         seconds.append(time.perf_counter() - begun)
     return Latency.of(seconds)
-
-
-def json_results(results: Sequence[Result]) -> bytes:
-    """Mask results as a COCO results file.
-
-    Args:
-        results: With compressed RLE.
-
-    Returns:
-        JSON.
-    """
-    plain = []
-    for result in results:
-        rle = result["segmentation"]
-        counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
-        plain.append({**result, "segmentation": {"size": rle["size"], "counts": counts}})
-    return json.dumps(plain).encode()

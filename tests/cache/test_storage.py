@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from mfdetr_pipelines.ablation.rows import AblationRow
-from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+from mfdetr_pipelines.ablation.rows import AblationRow, Comparison
+from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.plan import run_plan
 from mfdetr_pipelines.predict import run_predict
@@ -132,7 +134,9 @@ def test_rows_learn_side_by_side(tmp_path: Path, drawn_cache: Path) -> None:
         AblationRow("every loss", recipe(steps=2, mask_scoring="true", points="grid")),
     )
     with pretend_gpu():
-        config = AblateConfig(rows, drawn_cache, drawn_cache, tmp_path, device="cuda")
+        config = AblateConfig(
+            Comparison("rows", rows), drawn_cache, drawn_cache, out=tmp_path, device="cuda"
+        )
         results = run_ablate(config, SilentReporter())
     assert [r.problem for r in results] == ["", ""]
 

@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.ablation.baselines import SamSource
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, paper_table
 from mfdetr_pipelines.ablation.plan import RowPlan, plan_rows, seconds_per_step, shared_notes
@@ -19,6 +18,7 @@ from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
+    Comparison,
     baseline_rows,
     label_fraction_rows,
     rows_of_file,
@@ -26,9 +26,11 @@ from mfdetr_pipelines.ablation.rows import (
     smaller_rows,
     with_settings,
 )
-from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -54,8 +56,9 @@ def rows() -> tuple[AblationRow, ...]:
 
 def config(drawn_cache: Path, out: Path, **changes: Any) -> AblateConfig:
     settings: dict[str, Any] = {"rows": rows(), "seeds": 2, **changes}
-    settings["rows"] = with_settings(settings["rows"], {}, {"steps": settings.pop("steps", 2)})
-    return AblateConfig(cache=drawn_cache, val_cache=drawn_cache, out=out, **settings)
+    chosen = with_settings(settings.pop("rows"), {}, {"steps": settings.pop("steps", 2)})
+    compared = Comparison("rows", chosen)
+    return AblateConfig(compared, cache=drawn_cache, val_cache=drawn_cache, out=out, **settings)
 
 
 def test_rows_are_trained_measured_and_written(drawn_cache: Path, tmp_path: Path) -> None:
@@ -330,7 +333,8 @@ def test_settings_are_chosen_on_images_left_out_of_training(
     mixed = (*split, *with_settings(rows()[1:], {}, {"val_split": 2}))
     for wrong in (rows(), mixed):
         with pytest.raises(ConfigError, match="give --val-cache, or --val-split N"):
-            run_ablate(replace(settings, rows=wrong, out=tmp_path / "b"), SilentReporter())
+            other = replace(settings, comparison=Comparison("rows", wrong), out=tmp_path / "b")
+            run_ablate(other, SilentReporter())
 
 
 def test_results_from_before_a_setting_existed_are_its_default(
@@ -480,9 +484,9 @@ def test_baselines_are_rows_on_the_same_detections(
 ) -> None:
     save_sam(tmp_path / "sam")
     chosen = baseline_rows(("box", "ellipse", "oracle", "sam"))
-    sam = SamSource(str(tmp_path / "sam"), scenes_folder / "images")
+    sam = {"sam_weights": str(tmp_path / "sam"), "images": scenes_folder / "images"}
     results = run_ablate(
-        config(drawn_cache, tmp_path / "a", rows=chosen, seeds=1, sam=sam), SilentReporter()
+        config(drawn_cache, tmp_path / "a", rows=chosen, seeds=1, **sam), SilentReporter()
     )
     assert [r.problem for r in results] == [""] * 4
     found = dict(zip(("box", "ellipse", "oracle", "sam"), (r.mean() for r in results), strict=True))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from mfdetr_pipelines.ablation.rows import AblationRow
-from mfdetr_pipelines.ablation.run import AblateConfig, run_ablate
+from mfdetr_pipelines.ablation.rows import AblationRow, Comparison
+from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -111,7 +113,7 @@ def test_training_runs_and_evaluation_is_refused(caches: dict[str, Path], tmp_pa
         run_evaluate(EvaluateConfig(caches["roi"], tmp_path / "run"), SilentReporter())
     # The head is a head like any other.
     run_evaluate(
-        EvaluateConfig(caches["full"], tmp_path / "run", baselines=False), SilentReporter()
+        EvaluateConfig(caches["full"], tmp_path / "run", extras=frozenset()), SilentReporter()
     )
     with pytest.raises(CacheError, match="cannot serve validation"):
         run_train_head(
@@ -128,7 +130,9 @@ def test_an_ablation_does_not_train_what_it_cannot_measure(
     monkeypatch.setattr(TrainingLoop, "run", lambda *_: pytest.fail("trained in vain"))
     rows = (AblationRow("one", recipe()),)
     for name in ("full", "roi"):
-        settings = AblateConfig(rows, caches[name], caches["roi"], tmp_path / name)
+        settings = AblateConfig(
+            Comparison("rows", rows), caches[name], caches["roi"], out=tmp_path / name
+        )
         (found,) = run_ablate(settings, SilentReporter())
         assert "extracted with --c1 roi" in found.problem
         assert "cannot serve evaluation" in found.problem
@@ -160,7 +164,9 @@ def test_without_c1_a_head_must_do_without(caches: dict[str, Path], tmp_path: Pa
     chosen = recipe(use_c1="false")
     config = TrainHeadConfig(caches["none"], tmp_path / "b", chosen, max_steps=1)
     run_train_head(config, SilentReporter())
-    run_evaluate(EvaluateConfig(caches["none"], tmp_path / "b", baselines=False), SilentReporter())
+    run_evaluate(
+        EvaluateConfig(caches["none"], tmp_path / "b", extras=frozenset()), SilentReporter()
+    )
 
 
 def test_verify_and_resume_know_crops(

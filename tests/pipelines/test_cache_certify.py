@@ -6,8 +6,9 @@ import pytest
 from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.config.cache import CertifyConfig
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.shared import LiveDetector
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -108,7 +109,7 @@ def test_a_certificate_is_measured_and_kept(
     config = CertifyConfig(path, head, reference=drawn_cache, samples=20)
     found = run_certify(config, SilentReporter())
     for cache, value in ((path, found.AP), (drawn_cache, found.AP_reference)):
-        summary = run_evaluate(EvaluateConfig(cache, head, baselines=False), SilentReporter())
+        summary = run_evaluate(EvaluateConfig(cache, head, extras=frozenset()), SilentReporter())
         assert value == pytest.approx(summary.mask.AP, abs=1e-12)
     assert found.low <= found.difference <= found.high
     assert read_certificates(path) == (found,)

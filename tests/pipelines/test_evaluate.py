@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.evaluate import EvaluateConfig, TimedDetector
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
 from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
@@ -40,7 +41,9 @@ def test_metrics_are_pycocotools_own(
 ) -> None:
     """The written results, scored by pycocotools against the user's own JSON, give our numbers."""
     results = tmp_path / "results.json"
-    summary = run_evaluate(EvaluateConfig(drawn_cache, head, results=results), SilentReporter())
+    summary = run_evaluate(
+        EvaluateConfig(drawn_cache, head, save_results=results), SilentReporter()
+    )
     referee = run_evaluate(
         EvaluateConfig(drawn_cache, head, evaluator="pycocotools"), SilentReporter()
     )
@@ -142,7 +145,9 @@ def test_the_final_score_can_be_chosen(drawn_cache: Path, tmp_path: Path, head: 
     results = {}
     for scoring in ("auto", "iou", "mean", "class"):
         path = tmp_path / f"{scoring}.json"
-        config = EvaluateConfig(drawn_cache, head, baselines=False, results=path, scoring=scoring)
+        config = EvaluateConfig(
+            drawn_cache, head, extras=frozenset(), save_results=path, scoring=scoring
+        )
         run_evaluate(config, SilentReporter())
         results[scoring] = json.loads(path.read_text())
     assert results["auto"] == results["iou"]
@@ -158,7 +163,7 @@ def test_a_results_file_is_measured_as_the_run_that_wrote_it(
 ) -> None:
     path = tmp_path / "results.json"
     wanted = run_evaluate(
-        EvaluateConfig(drawn_cache, head, baselines=False, results=path), SilentReporter()
+        EvaluateConfig(drawn_cache, head, extras=frozenset(), save_results=path), SilentReporter()
     )
     found = run_evaluate_results(path, scenes_folder / "instances.json")
     assert found.mask == wanted.mask
@@ -247,9 +252,9 @@ def test_boundary_ap_is_what_its_definition_gives(drawn_cache: Path, tmp_path: P
 
 
 def test_what_would_be_if_one_thing_were_perfect(drawn_cache: Path, head: Path) -> None:
-    config = EvaluateConfig(drawn_cache, head, boundary=False, scoring="class")
+    config = EvaluateConfig(drawn_cache, head, extras=frozenset({"baselines"}), scoring="class")
     assert run_evaluate(config, SilentReporter()).oracles == {}
-    summary = run_evaluate(replace(config, oracles=True), SilentReporter())
+    summary = run_evaluate(replace(config, extras=config.extras | {"oracles"}), SilentReporter())
     assert set(summary.oracles) == set(ORACLES)
     # Scored by class alone, the oracle's masks are the ceiling.
     assert summary.oracles["masks"] == summary.ceiling
@@ -260,9 +265,9 @@ def test_what_would_be_if_one_thing_were_perfect(drawn_cache: Path, head: Path) 
 def test_latency_of_head_masks_and_detector(
     drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
 ) -> None:
-    live = (str(rtdetr_folder), scenes_folder / "images")
+    live = TimedDetector(str(rtdetr_folder), scenes_folder / "images")
     summary = run_evaluate(
-        EvaluateConfig(drawn_cache, head, baselines=False, boundary=False, live=live),
+        EvaluateConfig(drawn_cache, head, extras=frozenset(), live=live),
         SilentReporter(),
     )
     assert set(summary.latency) == {"head", "post_processing", "detector"}

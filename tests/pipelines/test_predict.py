@@ -5,8 +5,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.predict import find_images, picture_names, run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
@@ -45,7 +46,7 @@ def test_masks_are_those_of_the_evaluation(
     results = json.loads(summary.results.read_text())
     assert len(results) == 40
     run_evaluate(
-        EvaluateConfig(drawn_cache, head, results=tmp_path / "cached.json"), SilentReporter()
+        EvaluateConfig(drawn_cache, head, save_results=tmp_path / "cached.json"), SilentReporter()
     )
     cached = json.loads((tmp_path / "cached.json").read_text())
     cache = FeatureCache.open(drawn_cache)

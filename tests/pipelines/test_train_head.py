@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines import train_head as train_head_module
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 

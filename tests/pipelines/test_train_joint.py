@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from mfdetr_pipelines import train_joint as module
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 

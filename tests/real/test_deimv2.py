@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
-from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -154,7 +155,7 @@ def test_a_head_learns_and_every_oracle_is_an_upper_bound(val_cache: Path, tmp_p
     run_train_head(
         TrainHeadConfig(val_cache, tmp_path / "run", build_recipe("fast", small)), SilentReporter()
     )
-    config = EvaluateConfig(val_cache, tmp_path / "run", boundary=False, oracles=True)
+    config = EvaluateConfig(val_cache, tmp_path / "run", extras=frozenset({"baselines", "oracles"}))
     summary = run_evaluate(config, SilentReporter())
     assert summary.floor is not None
     assert summary.mask.AP50 > summary.floor.AP50

@@ -11,6 +11,7 @@ from typing import Any
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.identity import differences
@@ -20,7 +21,6 @@ from mfdetr_cache.training.recipes import Recipe
 from mfdetr_pipelines.ablation.caches import Caches
 from mfdetr_pipelines.ablation.plan import RowPlan
 from mfdetr_pipelines.ablation.rows import AblationRow
-from mfdetr_pipelines.evaluate import json_results
 
 _RESULT_FILE = "result.json"
 _MASKS_FILE = "masks.json.gz"

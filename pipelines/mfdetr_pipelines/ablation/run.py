@@ -1,12 +1,8 @@
 """Ablate: many heads over one read of a cache, every row for every seed, one table at the end."""
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -17,39 +13,8 @@ from mfdetr_pipelines.ablation.group import train_group
 from mfdetr_pipelines.ablation.job import Job, by_stream, plan_jobs, require_own_folders
 from mfdetr_pipelines.ablation.plan import plan_rows
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
-from mfdetr_pipelines.ablation.rows import AblationRow
-from mfdetr_pipelines.config.shared import WorkOptions
+from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.ray_engine import on_cluster
-
-
-@dataclass(frozen=True, slots=True)
-class AblateConfig:
-    """What ``mfdetr ablate`` is told.
-
-    Attributes:
-        rows: What to compare.
-        cache: Cache of the training split.
-        val_cache: Cache of the split to measure on; None for the images of ``cache`` that the rows'
-            setting ``val_split`` leaves out of training.
-        out: Where runs and tables go.
-        seeds: Seeds 0 to N - 1 of every row.
-        device: Where to train.
-        work: Where groups of heads are trained; the nodes of a cluster share the folders.
-        sam: Weights and images for the baseline ``sam``.
-        detector_hours: What training the detector and extracting took, for the total of a row.
-        max_steps: Steps of every row in place of its own; see ``plan_rows``.
-    """
-
-    rows: tuple[AblationRow, ...]
-    cache: Location
-    val_cache: Location | None
-    out: Path
-    seeds: int = 1
-    device: str = "cpu"
-    work: WorkOptions = field(default_factory=WorkOptions)
-    sam: SamSource | None = None
-    detector_hours: float | None = None
-    max_steps: int | None = None
 
 
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
@@ -69,8 +34,10 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
         IdentityError: If the two caches come from different detectors.
         StoppedError: If a signal ended it; the same command goes on from there.
     """
-    _require_usable(config)
-    caches = open_caches(config.cache, config.val_cache, config.rows)
+    if config.comparison.needs:
+        raise ConfigError(f"--table {config.comparison.table} needs {config.comparison.needs}")
+    require_own_folders(config.rows, config.out)
+    caches = open_caches(*config.caches, config.rows)
     plans = plan_rows(config.rows, caches.training, config.max_steps)
     jobs = plan_jobs(plans, config.seeds, config.out, caches)
     waiting, problems = _waiting(jobs)
@@ -94,14 +61,6 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     return compared_with_first(results, jobs, ground_truth_of(caches.validation))
 
 
-def _require_usable(config: AblateConfig) -> None:
-    if config.seeds < 1:
-        raise ConfigError(f"--seeds {config.seeds}: give 1 or more")
-    if config.detector_hours is not None and not 0 <= config.detector_hours < math.inf:
-        raise ConfigError(f"--detector-hours {config.detector_hours}: give 0 or more hours")
-    require_own_folders(config.rows, config.out)
-
-
 def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
     """The jobs without a result; problems of rows whose results cannot be used."""
     waiting, problems = [], {}
@@ -122,7 +81,7 @@ def _train_here(
     for group in groups:
         names, seed = ", ".join(j.name for j in group), group[0].recipe.train.seed
         reporter.say(f"seed {seed}, {len(group)} heads over one read: {names}")
-        problems |= train_group(group, caches, config.device, config.sam, reporter)
+        problems |= train_group(group, caches, config.device, _sam(config), reporter)
     return problems
 
 
@@ -147,5 +106,11 @@ def _train_on_cluster(
 
 def _train_there(config: AblateConfig, group: Sequence[Job]) -> dict[str, str]:
     """A group on a worker, which opens the caches by itself and whose messages nobody sees."""
-    caches = open_caches(config.cache, config.val_cache, config.rows)
-    return train_group(group, caches, config.device, config.sam, SilentReporter())
+    caches = open_caches(*config.caches, config.rows)
+    return train_group(group, caches, config.device, _sam(config), SilentReporter())
+
+
+def _sam(config: AblateConfig) -> SamSource | None:
+    if config.sam_weights is None or config.images is None:
+        return None
+    return SamSource(config.sam_weights, config.images)

@@ -17,32 +17,34 @@ from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.rows import trainable_rows
-from mfdetr_pipelines.ablation.caches import open_caches
 from mfdetr_pipelines.ablation.job import row_folder
 from mfdetr_pipelines.ablation.result import RowResult
-from mfdetr_pipelines.ablation.run import AblateConfig
 from mfdetr_pipelines.pages.page import Panel, PanelRow
 
 _THRESHOLD = 0.25
 
 
 def sample_masks(
-    config: AblateConfig, results: Sequence[RowResult], images: Path, count: int = 4
+    validation: FeatureCache,
+    results: Sequence[RowResult],
+    out: Path,
+    images: Path,
+    count: int = 4,
 ) -> list[PanelRow]:
     """The annotation of some validation images, and the masks of every row, side by side.
 
     Args:
-        config: The ablation.
-        results: Its results; the first seed of each is shown.
+        validation: The cache that was measured on.
+        results: Of the rows; the first seed of each is shown.
+        out: Folder of the ablation.
         images: Folder of the validation images.
         count: How many images.
 
     Returns:
         One row of panels per image.
     """
-    validation = open_caches(config.cache, config.val_cache, config.rows).validation
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
-    heads = [(r.plan.row.name, _head(config.out, r, validation)) for r in shown]
+    heads = [(r.plan.row.name, _head(out, r, validation)) for r in shown]
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation, TrainConfig())
     chosen = rows[:: max(1, len(rows) // count)][:count]

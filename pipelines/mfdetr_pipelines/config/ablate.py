@@ -1,0 +1,125 @@
+"""What ``mfdetr ablate`` is told."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import CACHE, FOLDER, Built, Only, Option, existing_file
+from mfdetr_cache.training.recipes import RECIPES
+from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions, parse_assignments
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.storage.open import Location
+    from mfdetr_pipelines.ablation.rows import AblationRow, Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """Rows.
+
+    Attributes:
+        file: Rows in TOML: [[row]] tables with name, recipe and set.
+        table: A table of the paper: 1-6, 9, 10, 12, 13, 15; others as a dry run.
+        recipe: A recipe.
+        baseline: A row without a head: box, ellipse, oracle or sam. Repeatable.
+        label_fraction: Train every row on the masks of this part of the images. Repeatable.
+        smaller: Add to every row hidden widths of 32, 16 and 8, and RoI 8 x 8.
+        set: Replace a setting in every row.
+    """
+
+    file: Annotated[Path | None, Option("FILE", metavar="FILE", parse=existing_file)] = None
+    table: int | None = None
+    recipe: Annotated[
+        tuple[str, ...],
+        Option(metavar="NAME", help=f"A recipe: {', '.join(RECIPES)}. Repeatable."),
+    ] = ()
+    baseline: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
+    label_fraction: Annotated[tuple[float, ...], Option(metavar="SHARE")] = ()
+    smaller: bool = False
+    set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.file is not None) + (self.table is not None) + bool(self.recipe) != 1:
+            raise ConfigError(
+                "give FILE, or --table N, or --recipe (one or more): one of the three"
+            )
+
+    def build(self) -> "Comparison":
+        """The rows, with the settings that all of them get."""
+        # It counts multiply-adds and knows the paper's metrics, for which torch is imported.
+        from mfdetr_pipelines.ablation.rows import comparison_of
+
+        return comparison_of(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AblateConfig(OnDevice):
+    """Train and compare many heads from one cache: a table of the paper, or recipes.
+
+    Rows that go through the cache in the same order learn from one read of it. What was trained
+    before is kept: the same command goes on where it stopped. Without --cache, a dry run counts for
+    the paper's H-DETR R50; with it, a step of every row is timed.
+
+    Example:
+        mfdetr ablate --table 3 --cache train2017.zarr --val-cache val2017.zarr
+        --max-steps 2000 --seeds 3 --out ablations/table3
+
+    Attributes:
+        comparison: The rows and their title.
+        cache: Cache of the training split.
+        val_cache: Cache of the split to measure on.
+        val_split: Without --val-cache: leave every N-th image of --cache out of training and
+            measure on these, to choose settings.
+        out: Where runs and tables go.
+        max_steps: Train every row for N steps; of rows in epochs (Tables 10, 13) the longest.
+        seeds: Train every row with seeds 0 to N - 1.
+        sam_weights: SAM, SAM 2 or HQ-SAM of transformers, for --baseline sam.
+        images: Folder of the validation images, for sample masks and --baseline sam.
+        detector_hours: Hours of the detector's training and the extraction, for a total.
+        dry_run: Show rows, parameters and MACs; train nothing.
+        work: Where groups of heads are trained; on a cluster its nodes share the folders.
+        local_cache: In front of an object store.
+    """
+
+    comparison: Annotated["Comparison", Built(RowOptions)]
+    cache: Annotated["Location | None", CACHE] = None
+    val_cache: Annotated["Location | None", CACHE] = None
+    val_split: int | None = None
+    out: Annotated[Path, Option(metavar="FOLDER")] = Path("ablation")
+    max_steps: int | None = None
+    seeds: int = 1
+    sam_weights: Annotated[str | None, Option(metavar="NAME")] = None
+    images: Annotated[Path | None, FOLDER] = None
+    detector_hours: float | None = None
+    dry_run: bool = False
+    work: Annotated[WorkOptions, Only("engine", "address", "workers")] = field(
+        default_factory=WorkOptions
+    )
+    local_cache: LocalCache = field(default_factory=LocalCache)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds {self.seeds}: give 1 or more")
+        if self.detector_hours is not None and not 0 <= self.detector_hours < math.inf:
+            raise ConfigError(f"--detector-hours {self.detector_hours}: give 0 or more hours")
+        if self.val_cache is not None and self.val_split is not None:
+            raise ConfigError("give --val-cache or --val-split, not both")
+
+    @property
+    def rows(self) -> "tuple[AblationRow, ...]":
+        """The rows, with the images that are left out of training."""
+        from mfdetr_pipelines.ablation.rows import with_settings
+
+        train = {} if self.val_split is None else {"val_split": self.val_split}
+        return with_settings(self.comparison.rows, {}, train)
+
+    @property
+    def caches(self) -> "tuple[Location, Location | None]":
+        """Where to train from, and where to measure, if that is another cache."""
+        if self.cache is None:
+            raise ConfigError("give --cache to train from, or --dry-run")
+        before = self.local_cache.before
+        return before(self.cache), None if self.val_cache is None else before(self.val_cache)

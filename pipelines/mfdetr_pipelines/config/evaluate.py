@@ -1,0 +1,103 @@
+"""What ``mfdetr evaluate`` is told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from mfdetr_cache.choices import Evaluator, Extra, Scoring, Which
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import CACHE, FILE, FOLDER, Built, Option
+from mfdetr_pipelines.config.shared import LiveDetector, LocalCache, OnDevice
+
+if TYPE_CHECKING:
+    from mfdetr_cache.cache.storage.open import Location
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraOptions:
+    """What is measured beside mask and box AP.
+
+    Attributes:
+        baselines: Measure the floor and the ceiling of these detections.
+        boundary: Measure boundary AP.
+        oracles: Show what AP would be if masks, scores, boxes, labels or the missing objects were
+            perfect.
+    """
+
+    baselines: Annotated[
+        bool, Option(help="Leave out the floor and the ceiling of these detections.")
+    ] = True
+    boundary: Annotated[bool, Option(help="Leave out boundary AP.")] = True
+    oracles: bool = False
+
+    def build(self) -> frozenset[Extra]:
+        """The chosen ones."""
+        chosen: dict[Extra, bool] = {
+            "baselines": self.baselines,
+            "boundary": self.boundary,
+            "oracles": self.oracles,
+        }
+        return frozenset(name for name, wanted in chosen.items() if wanted)
+
+
+class TimedDetector(LiveDetector):
+    """The detector, timed beside the head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsFile:
+    """A results file in place of cache and head.
+
+    Attributes:
+        results: Measure this COCO results file, of any tool.
+        annotations: COCO instances JSON, for --results.
+    """
+
+    results: Annotated[Path | None, FILE] = None
+    annotations: Annotated[Path | None, FILE] = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateConfig(OnDevice):
+    """Measure COCO mask AP of a head, with the detector's box AP and the bounds beside it.
+
+    Example:
+        mfdetr evaluate --cache val2017.zarr --head runs/fast --json fast.json
+
+    Attributes:
+        cache: Cache of the split to measure on.
+        head: Run folder of train-head.
+        which: Weights of the end of the training (last), or of its best validation.
+        scoring: Class score times predicted IoU (iou, Eq. 13), times mean probability (mean,
+            Eq. 2), or alone (class); auto is iou where the head predicts it, else mean.
+        evaluator: Who computes AP; both give the same numbers.
+        save_results: Write the masks as a COCO results file.
+        per_category: Show the AP of every category.
+        extras: What else is measured.
+        file: A results file, in place of cache and head.
+        live: The detector, to time it too.
+        local_cache: In front of an object store.
+    """
+
+    cache: Annotated["Location | None", CACHE] = None
+    head: Annotated[Path | None, FOLDER] = None
+    which: Which = "last"
+    scoring: Annotated[Scoring, Option("--score", metavar="RULE")] = "auto"
+    evaluator: Evaluator = "fast"
+    save_results: Annotated[Path | None, Option(metavar="FILE")] = None
+    per_category: bool = False
+    extras: Annotated[frozenset[Extra], Built(ExtraOptions)] = ExtraOptions().build()
+    file: ResultsFile = field(default_factory=ResultsFile)
+    live: TimedDetector = field(default_factory=TimedDetector)
+    local_cache: LocalCache = field(default_factory=LocalCache)
+
+    def __post_init__(self) -> None:
+        results, annotations = self.file.results, self.file.annotations
+        if results is not None and "oracles" in self.extras:
+            raise ConfigError("--oracles needs --cache and --head: it runs the head again")
+        if (results is None) != (annotations is None) or (
+            results is not None and (self.cache is not None or self.head is not None)
+        ):
+            raise ConfigError("--results FILE goes with --annotations FILE, and without --cache")
+        if results is None and (self.cache is None or self.head is None):
+            raise ConfigError("give --cache and --head, or --results and --annotations")
