@@ -14,12 +14,12 @@ from mfdetr_pipelines.config.ablate import AblateConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cli.console import (
-    ConsoleReporter,
     print_facts,
     print_lines,
     print_table,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def ablate(config: AblateConfig, json: Path | None) -> None:

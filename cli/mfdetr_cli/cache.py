@@ -22,7 +22,6 @@ from mfdetr_pipelines.config.cache import (
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import (
-    ConsoleReporter,
     counted,
     human_bytes,
     metric_rows,
@@ -31,6 +30,7 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def info(config: InfoConfig, json: Path | None) -> None:

@@ -1,11 +1,10 @@
-"""What people see: progress, tables and messages, on a terminal or as plain lines."""
+"""What a command prints on standard output: tables, names with values, lines; and its JSON."""
 
 import io
 import json
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,13 +12,6 @@ from typing import Literal
 from rich.box import ASCII, SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -31,116 +23,11 @@ _LONGEST_WHOLE = 14
 _NARROWEST = 12
 _GAP = 3
 _WIDTH_OF_A_FILE = 500
-# Seconds between two lines of progress where there is no terminal.
-_PLAIN_EVERY = 10.0
 
 
 def is_first_process() -> bool:
     """Whether this process is to print results; of several under ``torchrun``, one does."""
     return os.environ.get("RANK", "0") == "0"
-
-
-class ConsoleReporter:
-    """Shows a pipeline's progress on standard error, so that standard output stays for results."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._progress: Progress | None = None
-        self._reset("", 0, "", 0)
-
-    def _reset(self, task: str, total: int, unit: str, done: int) -> None:
-        self._task, self._total, self._unit = task, total, unit
-        self._first, self._done, self._shown, self._bytes = done, done, done, 0
-        self._note = ""
-        self._started = time.monotonic()
-        self._last_line = self._started
-
-    def say(self, message: str) -> None:
-        """Print a line.
-
-        Args:
-            message: One line of text.
-        """
-        self._console.print(message, markup=False)
-
-    def warn(self, message: str) -> None:
-        """Print a line nobody should miss.
-
-        Args:
-            message: One line of text.
-        """
-        self._console.print(f"warning: {message}", style="bold yellow", markup=False)
-
-    def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        """Begin a task.
-
-        Args:
-            task: What is being done.
-            total: How many units there are.
-            unit: Name of a unit, in the plural.
-            done: How many were done in an earlier run.
-        """
-        self._reset(task, total, unit, done)
-        if done:
-            self.say(f"{task}: {done} of {total} {unit} were done before")
-        if not self._console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
-        self._progress.start()
-        self._progress.add_task(task, total=total, completed=done, rate="", note="")
-
-    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
-        """Units of the running task are done.
-
-        Args:
-            count: How many.
-            num_bytes: Bytes they wrote or read.
-            note: What to show beside the bar.
-        """
-        self._done += count
-        self._bytes += num_bytes
-        self._note = note or self._note
-        if self._progress is not None:
-            self._progress.update(
-                self._progress.task_ids[0],
-                completed=self._done,
-                rate=self._rate(),
-                note=self._note,
-            )
-        elif time.monotonic() - self._last_line >= _PLAIN_EVERY:
-            self._last_line, self._shown = time.monotonic(), self._done
-            self.say(self._line())
-
-    def finish(self) -> None:
-        """End the running task."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        elif self._done > self._shown:
-            self.say(self._line())
-
-    def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        text = f"{(self._done - self._first) / seconds:.1f} {self._unit}/s"
-        if self._bytes:
-            text += f", {human_bytes(self._bytes)}"
-        return text
-
-    def _line(self) -> str:
-        done = max(self._done - self._first, 1)
-        left = (time.monotonic() - self._started) / done * (self._total - self._done)
-        line = f"{self._task}: {self._done}/{self._total} {self._unit}, {self._rate()}"
-        line += f", {human_time(left)} left" if self._done < self._total else ""
-        return f"{line}, {self._note}" if self._note else line
 
 
 def human_bytes(count: float) -> str:
@@ -272,7 +159,7 @@ def print_lines(*lines: str) -> None:
 
 def _console() -> Console:
     """A console that renders into memory, for a terminal or a pipe."""
-    terminal = sys.stdout.isatty()
+    terminal = bool(sys.stdout) and sys.stdout.isatty()
     # What goes into a pipe or a file has no width, unless somebody says so.
     width = None if terminal or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
     return Console(file=io.StringIO(), width=width, force_terminal=terminal)
@@ -285,11 +172,13 @@ def _print(console: Console, table: Table) -> None:
 
 
 def _encoding() -> str:
-    return sys.stdout.encoding or "utf-8"
+    return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
 
 
 def _write(text: str) -> None:
     """Write to standard output, which is never what ends a command."""
+    if not sys.stdout:
+        return  # closed by whoever started the command
     try:
         sys.stdout.write(text.encode(_encoding(), "replace").decode(_encoding()))
         sys.stdout.flush()

@@ -7,13 +7,13 @@ from mfdetr_pipelines.config.demo import DemoConfig
 from mfdetr_pipelines.demo import run_demo
 
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_bytes,
     human_time,
     print_evaluation,
     print_facts,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def demo(config: DemoConfig, json: Path | None) -> None:

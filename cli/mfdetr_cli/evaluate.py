@@ -11,7 +11,6 @@ from mfdetr_pipelines.evaluate_results import run_evaluate_results
 from mfdetr_cache.evaluation.measure import EvaluateSummary
 from mfdetr_cache.evaluation.oracles import ORACLES
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_time,
     metric_rows,
     print_evaluation,
@@ -19,6 +18,7 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def evaluate(config: EvaluateConfig, json: Path | None) -> None:

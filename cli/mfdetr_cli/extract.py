@@ -8,7 +8,6 @@ from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.partition import partition_of_environment
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_bytes,
     human_time,
     metric_rows,
@@ -17,6 +16,7 @@ from mfdetr_cli.console import (
     print_table,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def extract(config: ExtractConfig, json: Path | None) -> None:

@@ -7,13 +7,13 @@ from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.plan import run_plan
 
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_bytes,
     human_time,
     print_facts,
     print_table,
     write_json,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def plan(config: PlanConfig, json: Path | None) -> None:

@@ -9,7 +9,6 @@ from mfdetr_pipelines.config.shared import parse_assignments
 
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_time,
     is_first_process,
     print_evaluation,
@@ -29,6 +28,7 @@ from mfdetr_cli.options import (
     parse_batch_size,
     storage_at,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def train_head(

@@ -9,7 +9,6 @@ from mfdetr_pipelines.config.shared import parse_assignments
 
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
-    ConsoleReporter,
     human_time,
     print_evaluation,
     print_facts,
@@ -24,6 +23,7 @@ from mfdetr_cli.options import (
     ResumeOption,
     SetOption,
 )
+from mfdetr_cli.progress import ConsoleReporter
 
 
 def train_joint(

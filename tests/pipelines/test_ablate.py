@@ -332,8 +332,8 @@ def test_settings_are_chosen_on_images_left_out_of_training(
     assert found.mean() == alone.mask.AP
     mixed = (*split, *with_settings(rows()[1:], {}, {"val_split": 2}))
     for wrong in (rows(), mixed):
+        other = replace(settings, comparison=Comparison("rows", wrong), out=tmp_path / "b")
         with pytest.raises(ConfigError, match="give --val-cache, or --val-split N"):
-            other = replace(settings, comparison=Comparison("rows", wrong), out=tmp_path / "b")
             run_ablate(other, SilentReporter())
 
 

@@ -1,0 +1,72 @@
+"""What is printed: numbers are never cut, names are text, and standard output ends no command."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from mfdetr_cli.console import print_evaluation, print_facts, print_table
+
+METRICS = {"AP": 0.123, "AP50": 0.234, "AP75": 0.345, "APS": 0.456, "APM": 1.0, "APL": -1.0}
+NUMBERS = ("12.3", "23.4", "34.5", "45.6", "100.0")
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80", None])
+def test_numbers_are_whole_at_any_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str | None
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    print_evaluation("all", {"mask": METRICS, "box": METRICS, "ceiling": METRICS})
+    names = ["fire extinguisher cabinet, wall mounted, lower storey", "disc"]
+    print_table("names", ["", *METRICS], [[name, *NUMBERS, "-"] for name in names])
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for number in NUMBERS:
+        assert printed.count(number) == 5
+    if columns is not None:
+        assert max(map(len, printed.splitlines())) <= int(columns) or columns == "40"
+    else:
+        # A line of a pipe is a row of the table.
+        (line,) = [row for row in printed.splitlines() if "storey" in row]
+        assert all(number in line for number in NUMBERS)
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("[b]title", ["[i]name", "n"], [["bolt [/M6]", "1"], ["wire [red]", "2"]])
+    print_facts("[b]facts", {"[red]a": "[/x]"})
+    printed = capsys.readouterr().out
+    for text in ("[b]title", "[i]name", "bolt [/M6]", "wire [red]", "[b]facts", "[red]a", "[/x]"):
+        assert text in printed
+
+
+PRINTS = (
+    "import sys\nfrom mfdetr_cli.console import print_lines, print_table\n"
+    "print_table('t', ['', 'n'], [['\u87ba\u4e1d', '12.5']])\n"
+    "print_lines(*['a line'] * 20_000)\nprint_lines('the last one')\nsys.exit(7)"
+)
+
+
+@pytest.mark.parametrize(
+    ("shell", "output"),
+    [
+        ("PYTHONIOENCODING=cp1252 {}", "12.5"),
+        ("{} | head -n 1", "t"),
+        ("{} > /dev/full", ""),
+        ("{} >&-", ""),
+    ],
+)
+def test_standard_output_ends_no_command(shell: str, output: str) -> None:
+    command = shell.format(f'"{sys.executable}" -c "$PRINTS"')
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PRINTS": PRINTS},
+        check=False,
+    )
+    # The exit code is the command's own, whatever became of its text.
+    assert done.returncode == 7
+    assert done.stderr == ""
+    assert output in done.stdout
