@@ -22,11 +22,12 @@ import torch
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
-from mfdetr_cache.training.batch import TrainSample, collate
+from mfdetr_cache.training.batch import collate
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.optimisers import build_optimisers
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.regions import RegionTargets, build_regions
+from mfdetr_cache.types import CachedImage
 
 # Steps that are not counted: kernels are compiled and memory is taken in them.
 _FIRST = 5
@@ -43,10 +44,10 @@ def measure(path: Path, recipe_name: str, steps: int) -> dict[str, float]:
     names = learner.head.map_names
     random = np.random.default_rng(0)
 
-    def sample() -> TrainSample:
+    def sample() -> tuple[CachedImage, RegionTargets]:
         row = int(random.choice(cache.rows))
         image = cache.read(row, names, str(random.choice(cache.layout.views)))
-        return TrainSample(image, build_regions(image, recipe.train, recipe.head.roi_size, random))
+        return image, build_regions(image, learner.regions, random)
 
     read = [[sample() for _ in range(recipe.train.batch_size)] for _ in range(steps + _FIRST)]
     other = copy.deepcopy(learner.head)
@@ -63,7 +64,8 @@ def measure(path: Path, recipe_name: str, steps: int) -> dict[str, float]:
 
     for samples in read:
         start = time.perf_counter()
-        batch = collate(samples, names, device)
+        images, regions = zip(*samples, strict=True)
+        batch = collate(images, regions, names, device)
         learner.learn([batch], 0, len(batch.labels))
         timed("step", start)
         for name in chosen:

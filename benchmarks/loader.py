@@ -17,9 +17,9 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample
-from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.types import CachedImage
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = options.cache or made_cache(Path(scratch) / "a.zarr", "int8", images=12)
         cache = FeatureCache.open(path)
+        regions = RegionSettings.of(recipe.train, recipe.head)
         order = np.random.default_rng(0).permutation(options.images) % len(cache)
         rows = [cache.rows[int(i)] for i in order]
         ranges = {row: cache.base.byte_ranges(row) for row in set(rows)}
@@ -41,7 +42,7 @@ def main() -> None:
         def load(row: int, step: int) -> TrainSample:
             image = cache.read(row)
             random = np.random.default_rng((step, row))
-            return TrainSample(image, build_regions(image, recipe.train, 32, random))
+            return TrainSample(image, {regions: build_regions(image, regions, random)})
 
         def read(row: int, _step: int) -> CachedImage:
             return cache.read(row)
@@ -61,8 +62,8 @@ def main() -> None:
             for name, way in ways.items():
                 started = time.perf_counter()
                 steps = range(len(rows))
-                for _batch in read_ahead(way, lambda step: [rows[step]], steps, options.threads):
-                    pass
+                batches = read_in_threads(way, lambda s: [rows[s]], steps, options.threads)
+                assert sum(1 for _ in batches) == len(rows)
                 best[name] = min(best[name], time.perf_counter() - started)
     speed = {name: len(rows) / seconds for name, seconds in best.items()}
     print(

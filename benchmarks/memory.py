@@ -15,8 +15,7 @@ import numpy as np
 from geometry import made_cache
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.training.batch import READ_AHEAD
-from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.input.threads import READ_AHEAD, read_in_threads
 
 
 def peak_mb() -> float:
@@ -33,7 +32,7 @@ def read(path: Path, images: int) -> None:
     order = np.random.default_rng(0).permutation(images).tolist()
     pairs = [order[i : i + 2] for i in range(0, images, 2)]
     steps = range(len(pairs))
-    for batch in read_ahead(lambda row, _: cache.read(row), lambda s: pairs[s], steps, 2):
+    for batch in read_in_threads(lambda row, _: cache.read(row), lambda s: pairs[s], steps, 2):
         assert batch
 
 

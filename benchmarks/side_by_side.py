@@ -17,9 +17,11 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.run import Run
 
 
 def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) -> float:
@@ -27,7 +29,8 @@ def seconds(cache: FeatureCache, recipes: list[Recipe], device: torch.device) ->
         Run(build_learner(r.train, lambda r=r: build_head(r.head, cache.spec), device))  # type: ignore[misc]
         for r in recipes
     ]
-    loop = TrainingLoop(cache, runs, device, SilentReporter())
+    source = CacheSource(cache, [run.learner for run in runs])
+    loop = TrainingLoop(source, runs, SilentReporter())
     loop.run(until=1)
     started = time.perf_counter()
     loop.run()

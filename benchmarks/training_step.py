@@ -26,7 +26,7 @@ from mfdetr_cache.head.batch import MapGroup, live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample, collate
-from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.learner import Learner, autocast
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import build_regions
@@ -72,14 +72,17 @@ def main() -> None:
 
         def sample(image: CachedImage) -> TrainSample:
             random = np.random.default_rng(0)
-            regions = build_regions(image, recipe.train, recipe.head.roi_size, random)
-            return TrainSample(image, regions)
+            return TrainSample(
+                image, {learner.regions: build_regions(image, learner.regions, random)}
+            )
 
         def learn(samples: list[TrainSample], groups: tuple[MapGroup, ...] | None = None) -> None:
-            batch = collate(samples, head.map_names, device, groups)
+            images = [s.image for s in samples]
+            regions = [s.regions[learner.regions] for s in samples]
+            batch = collate(images, regions, head.map_names, device, groups)
             learner.learn([batch], 0, len(batch.labels))
 
-        stream = read_ahead(
+        stream = read_in_threads(
             lambda row, _step: sample(cache.read(row, head.map_names, pinned=on_gpu)),
             lambda _step: list(cache.rows),
             range(options.steps + 1),

@@ -19,9 +19,11 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run import Run
 
 # Images of COCO train2017 with an object to learn from, times the epochs of the paper.
 COCO_IMAGES = 6 * 117_266
@@ -54,16 +56,15 @@ def main() -> None:
         size = cache.stored_bytes / len(cache)
         learner = build_learner(recipe.train, lambda: build_head(recipe.head, cache.spec), device)
 
-        def after_step() -> str:
-            if learner.step == options.first:
+        def on_step(done: int) -> None:
+            if done == options.first:
                 # Kernels are built by now, and whatever reads has started.
                 learner.images, learner.seconds, learner.waiting_seconds = 0, 0.0, 0.0
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            return ""
 
-        run = Run(learner, after_step=after_step)
-        TrainingLoop(cache, [run], device, SilentReporter()).run()
+        source = CacheSource(cache, [learner])
+        TrainingLoop(source, [Run(learner)], SilentReporter(), on_step=on_step).run()
     speed = learner.images / learner.seconds
     print(
         f"{options.detector}, {options.dtype}, recipe {options.recipe} {' '.join(options.set)}, "

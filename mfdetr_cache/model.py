@@ -168,8 +168,8 @@ class MaskFrozenDETR:
         self.detector = detector.to(device)
         self.head = head.head.to(device).eval()
         self._folder = head
-        self._label_categories = [int(c) for c in head.document["label_categories"]]
-        self._names = category_names(head.document["categories"])
+        self._label_categories = list(head.run.label_categories)
+        self._names = category_names(head.run.categories)
 
     @classmethod
     def from_pretrained(

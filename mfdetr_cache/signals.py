@@ -8,22 +8,23 @@ from types import FrameType
 
 
 @contextmanager
-def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the step that is running instead of the process.
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Let SIGTERM and Ctrl-C ask to stop, where they would end the process.
 
-    Args:
-        stop: Set when a signal arrives.
+    Yields:
+        Set when a signal arrives; outside of the main thread none does.
     """
+    stop = threading.Event()
 
     def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
     before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

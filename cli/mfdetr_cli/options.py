@@ -12,6 +12,7 @@ from mfdetr_cache.training.recipes import RECIPES
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.protocol import Storage
+    from mfdetr_cache.choices import Tracker
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -56,6 +57,35 @@ LocalCacheOption = Annotated[
 LocalCacheSizeOption = Annotated[
     str, typer.Option(metavar="SIZE", help="Most bytes kept there, such as 200GB.")
 ]
+
+
+BatchSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Images per step instead of the recipe's; auto keeps the recipe's and computes a step "
+        "in as many micro-batches as the GPU's memory asks for.",
+    ),
+]
+TrackOption = Annotated[
+    str,
+    typer.Option(
+        help="Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with "
+        "commas, or none."
+    ),
+]
+
+
+def parse_trackers(text: str) -> "tuple[Tracker, ...]":
+    """``--track`` as names; whether they are known is seen later.
+
+    Args:
+        text: As typed.
+
+    Returns:
+        The names; nothing for ``none``.
+    """
+    return tuple(t.strip() for t in text.split(",") if t.strip() not in ("", "none"))  # type: ignore[misc]
 
 
 def storage_at(location: str, local_cache: Path | None, local_cache_size: str) -> "Storage":

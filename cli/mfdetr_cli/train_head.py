@@ -16,6 +16,7 @@ from mfdetr_cli.console import (
     write_json,
 )
 from mfdetr_cli.options import (
+    BatchSizeOption,
     DeviceOption,
     EpochsOption,
     JsonOption,
@@ -25,7 +26,9 @@ from mfdetr_cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
+    TrackOption,
     parse_batch_size,
+    parse_trackers,
     storage_at,
 )
 from mfdetr_cli.progress import ConsoleReporter
@@ -59,24 +62,11 @@ def train_head(
             "unseen categories. Repeatable."
         ),
     ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Images per step instead of the recipe's; auto keeps the recipe's and computes a "
-            "step in as many pieces as the GPU's memory asks for.",
-        ),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile the network; the first steps take minutes.")
     ] = False,
-    track: Annotated[
-        str,
-        typer.Option(
-            help="Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with "
-            "commas, or none."
-        ),
-    ] = "tensorboard",
+    track: TrackOption = "tensorboard",
     resume: ResumeOption = False,
     local_cache: LocalCacheOption = None,
     local_cache_size: LocalCacheSizeOption = "100GB",
@@ -93,9 +83,7 @@ def train_head(
     and is divided among the processes.
     """
     # torch takes seconds to import; --help and a mistyped option need not wait for it.
-    from mfdetr_pipelines.train_head import run_train_head
-
-    from mfdetr_cache.training.run_folder import TrainHeadConfig
+    from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
     settings = parse_assignments(set_ or []) | ({} if amp is None else {"amp": amp})
     if compile_:
@@ -110,7 +98,7 @@ def train_head(
         val_every=val_every,
         batch_size=parse_batch_size(batch_size),
         hold_out=tuple(hold_out or ()),
-        track=tuple(t.strip() for t in track.split(",") if t.strip() not in ("", "none")),  # type: ignore[misc]
+        track=parse_trackers(track),
         epochs=epochs,
         max_steps=max_steps,
         resume=resume,

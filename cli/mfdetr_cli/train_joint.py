@@ -10,11 +10,13 @@ from mfdetr_pipelines.config.shared import parse_assignments
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cli.console import (
     human_time,
+    is_first_process,
     print_evaluation,
     print_facts,
     write_json,
 )
 from mfdetr_cli.options import (
+    BatchSizeOption,
     DeviceOption,
     EpochsOption,
     JsonOption,
@@ -22,6 +24,9 @@ from mfdetr_cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
+    TrackOption,
+    parse_batch_size,
+    parse_trackers,
 )
 from mfdetr_cli.progress import ConsoleReporter
 
@@ -35,7 +40,7 @@ def train_joint(
     tune: Annotated[
         Literal["nothing", "encoder-decoder", "all"],
         typer.Option(
-            metavar="PART", help="What moves beside the head: nothing, encoder-decoder or all."
+            metavar="PART", help="What is tuned beside the head: nothing, encoder-decoder or all."
         ),
     ] = "encoder-decoder",
     detector_lr: Annotated[
@@ -53,6 +58,13 @@ def train_joint(
         Path | None, typer.Option(help="Image folder of the validation split, measured at the end.")
     ] = None,
     val_annotations: Annotated[Path | None, typer.Option(help="Its COCO instances JSON.")] = None,
+    val_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure every N steps too, through the detector as it is then; with --tune "
+            "nothing the best weights of the head are kept."
+        ),
+    ] = None,
     recipe: RecipeOption = "fast",
     set_: SetOption = None,
     max_steps: MaxStepsOption = None,
@@ -61,6 +73,8 @@ def train_joint(
         int | None, typer.Option(help="Encoder layer whose maps the head reads; 4 by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    batch_size: BatchSizeOption = None,
+    track: TrackOption = "tensorboard",
     resume: ResumeOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = None,
@@ -68,7 +82,8 @@ def train_joint(
     """Train a mask network and its detector together, without a cache (Table 16).
 
     For testing what freezing costs: the same recipe with the detector frozen, its encoder and
-    decoder tuned, or all of it, at a tenth of the head's learning rate.
+    decoder tuned, or all of it, at a tenth of the head's learning rate. torchrun starts it in
+    several processes as it starts train-head.
 
     Example:
     mfdetr train-joint --detector hf --weights DETECTOR --images coco/train2017
@@ -96,8 +111,13 @@ def train_joint(
         limit=limit,
         resume=resume,
         device=device,
+        val_every=val_every,
+        batch_size=parse_batch_size(batch_size),
+        track=parse_trackers(track),
     )
     summary = run_train_joint(config, ConsoleReporter())
+    if not is_first_process():
+        return
     print_facts(
         f"Run {out}",
         {

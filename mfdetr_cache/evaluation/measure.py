@@ -32,10 +32,11 @@ from mfdetr_cache.evaluation.oracles import (
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
 
-_READ_AHEAD = 4
+_READ_AHEAD = 5
 
 
 # Threads that paste and encode masks while the head is at the next image.
@@ -227,13 +228,9 @@ def ground_truth_of(cache: FeatureCache) -> COCO:
 
 def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedImage]:
     with ThreadPoolExecutor(1, "reader") as pool:
-        ahead: deque[Future[CachedImage]] = deque()
-        for row in cache.rows:
-            ahead.append(pool.submit(cache.read, row, map_names))
-            if len(ahead) > _READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from read_ahead(
+            lambda row: pool.submit(cache.read, row, map_names).result, cache.rows, _READ_AHEAD
+        )
 
 
 def _score(

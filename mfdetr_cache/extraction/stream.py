@@ -25,6 +25,7 @@ from mfdetr_cache.errors import (
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import ImageGeometry
 
@@ -179,13 +180,11 @@ class Extraction:
 
     def _decode_ahead(self, ordered: list[tuple[Part, int]]) -> Iterator[_Decoded]:
         with ThreadPoolExecutor(2, "decode") as pool:
-            waiting: list[Future[_Decoded]] = []
-            for part, row in ordered:
-                waiting.append(pool.submit(self._decode, part.view, row))
-                if len(waiting) >= _PREFETCH:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+            yield from read_ahead(
+                lambda item: pool.submit(self._decode, item[0].view, item[1]).result,
+                ordered,
+                _PREFETCH,
+            )
 
     def _item_of(self, part: Part, row: int, decoded: _Decoded) -> _Item:
         if decoded.pixel_values is None:

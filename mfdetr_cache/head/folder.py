@@ -1,8 +1,8 @@
 """A trained head as a folder: its weights, its architecture, and the detector it belongs to."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,80 @@ BEST_HEAD_FILE = "head-best.safetensors"
 CONFIG_FILE = "config.json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What a run's ``config.json`` says beside the architecture of its head.
+
+    Attributes:
+        recipe: Name of the recipe.
+        train: Training settings, as plain values.
+        detector: Identity of the detector the head was trained for.
+        cache: Path, id and dataset of the cache it was trained from; None without a cache.
+        val_cache: Path of the cache it was measured on.
+        joint: What ``train-joint`` was told beside these settings.
+        categories: ``{"id", "name"}`` of the dataset's categories.
+        label_categories: Category id of each of the detector's labels, -1 for none.
+        command: The command line.
+        versions: Versions of what the numbers depend on.
+    """
+
+    recipe: str | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    detector: Identity
+    cache: dict[str, Any] | None = None
+    val_cache: str | None = None
+    joint: dict[str, Any] | None = None
+    categories: Sequence[dict[str, Any]] = ()
+    label_categories: Sequence[int] = ()
+    command: Sequence[str] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """Ids of the categories whose masks were hidden from training."""
+        return tuple(self.train.get("held_out", ()))
+
+    @property
+    def val_split(self) -> int:
+        """Every so-many-th image of the cache was left out of training; 0 for none."""
+        return int(self.train.get("val_split", 0))
+
+    @property
+    def cache_id(self) -> str | None:
+        """Of the cache it was trained from."""
+        return None if self.cache is None else self.cache["cache_id"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in the file."""
+        # A run from a cache says null where it has no validation cache; one without says neither.
+        unused = {"joint"} if self.joint is None else {"cache", "val_cache"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "RunRecord":
+        """The record that a file holds; what an earlier version did not write is empty."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in document.items() if name in known})
+
+
 @dataclass(frozen=True)
 class HeadFolder:
-    """A trained head and what it belongs to.
+    """A trained head and its run.
 
     Attributes:
         head: The mask network, in evaluation mode.
-        detector: Identity of the detector it was trained for.
-        document: The whole ``config.json``.
+        run: What its run says.
         path: The folder.
     """
 
     head: MaskHead
-    detector: Identity
-    document: dict[str, Any]
+    run: RunRecord
     path: Path
+
+    @property
+    def detector(self) -> Identity:
+        """Identity of the detector the head was trained for."""
+        return self.run.detector
 
 
 _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
@@ -60,18 +119,18 @@ def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last"
     write_atomically(folder / _FILES[which], save(tensors, metadata={"format": "pt"}))
 
 
-def save_run_config(folder: Path, config: HeadConfig, document: dict[str, Any]) -> None:
+def save_run_config(folder: Path, config: HeadConfig, run: RunRecord) -> None:
     """Write a run's ``config.json``.
 
     Args:
         folder: The run folder.
         config: Architecture of the head.
-        document: Everything else: training settings, identities, versions.
+        run: Everything else.
 
     Raises:
         OutputError: If the disk is full.
     """
-    full = {"head": to_dict(config), **document}
+    full = {"head": to_dict(config), **run.to_dict()}
     write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())
 
 
@@ -101,9 +160,9 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
             )
     try:
         document = json.loads((folder / CONFIG_FILE).read_bytes())
-        detector = document["detector"]
         config = from_dict(HeadConfig, document["head"], f"{folder / CONFIG_FILE}: head")
-        head = build_head(config, spec_from_identity(detector))
+        run = RunRecord.from_dict(document)
+        head = build_head(config, spec_from_identity(run.detector))
     except (ValueError, KeyError, TypeError) as error:
         raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
     try:
@@ -115,4 +174,4 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
-    return HeadFolder(head.eval(), detector, document, folder)
+    return HeadFolder(head.eval(), run, folder)

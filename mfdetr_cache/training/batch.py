@@ -1,8 +1,7 @@
-"""One training batch: images with their regions, on the device."""
+"""A micro-batch: images with the regions a head is trained on, on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,36 +12,26 @@ from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup, map_groups
 from mfdetr_cache.ops.devices import to_device
 from mfdetr_cache.ops.quantisation import decode_maps
-from mfdetr_cache.training.regions import RegionTargets
+from mfdetr_cache.training.regions import RegionSettings, RegionTargets
 from mfdetr_cache.types import CachedImage
-
-LoadedT = TypeVar("LoadedT")
-
-
-# Batches being prepared while one is computed; bounds the memory of the reader.
-READ_AHEAD = 3
-
-
-# Parts of the cache whose rows are mixed with one another when a training goes part by part.
-PARTS_MIXED = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One image ready for training.
+    """One image of a step, in memory.
 
     Attributes:
-        image: As cached, with the maps the head reads.
-        regions: What is trained on.
+        image: As cached, with the maps that some head reads.
+        regions: What is trained on, for every way in which some head wants regions.
     """
 
     image: CachedImage
-    regions: RegionTargets
+    regions: Mapping[RegionSettings, RegionTargets]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """A batch on the training device.
+    """A micro-batch on the training device, with R regions.
 
     Attributes:
         inputs: What the mask network takes.
@@ -60,72 +49,77 @@ class TrainBatch:
 
 
 def collate(
-    samples: Sequence[TrainSample],
+    images: Sequence[CachedImage],
+    regions: Sequence[RegionTargets],
     map_names: Sequence[str],
     device: torch.device,
     groups: tuple[MapGroup, ...] | None = None,
 ) -> TrainBatch:
-    """Some samples as one batch.
+    """Some images as one micro-batch.
 
     Args:
-        samples: At least one.
+        images: At least one.
+        regions: The regions of each.
         map_names: Maps the head reads.
         device: Where the batch lives.
-        groups: The maps of the same images where they are on the device already.
+        groups: The maps of these images where they are on the device already.
 
     Returns:
         The batch; it may have no region.
+
+    Raises:
+        TrainingError: If the cache holds crops of C1 in place of the map, and none for a region.
     """
     queries, boxes, owner = [], [], []
-    for index, sample in enumerate(samples):
-        regions = sample.regions
-        height, width = sample.image.geometry.resized_hw
+    for index, (image, found) in enumerate(zip(images, regions, strict=True)):
+        height, width = image.geometry.resized_hw
         scale = np.array([width, height, width, height], dtype=np.float32)
-        queries.append(sample.image.queries[regions.query_index].astype(np.float32))
-        boxes.append(regions.boxes_xyxy_norm * scale)
-        owner.append(np.full(len(regions), index, dtype=np.int64))
+        queries.append(image.queries[found.query_index].astype(np.float32))
+        boxes.append(found.boxes_xyxy_norm * scale)
+        owner.append(np.full(len(found), index, dtype=np.int64))
 
     def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
         return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
     inputs = HeadBatch(
-        groups=map_groups([s.image for s in samples], map_names, device)
-        if groups is None
-        else groups,
+        groups=map_groups(images, map_names, device) if groups is None else groups,
         queries=joined(queries),
+        # On the CPU: where boxes are decides which cells are computed at all.
         boxes_xyxy=torch.from_numpy(np.concatenate(boxes)),
         image_index=joined(owner),
-        c1_crops=_crops_of(samples, device),
-        counts=tuple(len(s.regions) for s in samples),
+        c1_crops=_crops_of(images, regions, device),
+        counts=tuple(len(found) for found in regions),
     )
     return TrainBatch(
         inputs=inputs,
-        masks=joined([s.regions.masks for s in samples]),
-        labels=joined([s.regions.labels for s in samples]),
-        outside=joined([s.regions.outside for s in samples]),
-        image_ids=tuple(s.image.image_id for s in samples),
+        masks=joined([found.masks for found in regions]),
+        labels=joined([found.labels for found in regions]),
+        outside=joined([found.outside for found in regions]),
+        image_ids=tuple(image.image_id for image in images),
     )
 
 
-def _crops_of(samples: Sequence[TrainSample], device: torch.device) -> Tensor | None:
-    """The crop of C1 of every region, where the cache holds crops."""
+def _crops_of(
+    images: Sequence[CachedImage], regions: Sequence[RegionTargets], device: torch.device
+) -> Tensor | None:
+    """The crop of C1 of every region, shape (R, r, r, C), where the cache holds crops."""
     parts = []
-    for sample in samples:
-        found = sample.image.c1_crops
-        if found is None:
+    for image, wanted in zip(images, regions, strict=True):
+        held = image.c1_crops
+        if held is None:
             return None
-        count, side = len(found.query_index), found.crops.hw[1]
-        if not len(sample.regions):
+        count, side = len(held.query_index), held.crops.hw[1]
+        if not len(wanted):
             continue
         # Queries are stored in rising order, so that a region's crop is found by bisection.
-        place = np.searchsorted(found.query_index, sample.regions.query_index)
-        held = np.minimum(place, max(count - 1, 0))
-        if not count or (found.query_index[held] != sample.regions.query_index).any():
+        position = np.searchsorted(held.query_index, wanted.query_index)
+        nearest = np.minimum(position, max(count - 1, 0))
+        if not count or (held.query_index[nearest] != wanted.query_index).any():
             raise TrainingError(
-                f"image {sample.image.image_id}: the cache has no crop of C1 for a matched query; "
+                f"image {image.image_id}: the cache has no crop of C1 for a matched query; "
                 "it holds those of the matching it was extracted with"
             )
-        decoded = decode_maps([found.crops], device)[0].permute(1, 2, 0)
+        decoded = decode_maps([held.crops], device)[0].permute(1, 2, 0)
         crops = decoded.reshape(count, side, side, -1)
-        parts.append(crops[to_device(torch.from_numpy(place), device)])
+        parts.append(crops[to_device(torch.from_numpy(position), device)])
     return torch.cat(parts) if parts else None

@@ -12,14 +12,11 @@ CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write what a training needs to go on.
+    """Replace the checkpoint of a run folder, or keep the one before where the disk is full.
 
     Args:
         folder: The run folder.
         state: Tensors and plain values only.
-
-    Raises:
-        OutputError: If the disk is full; the checkpoint before is kept.
     """
     # Through a file of Python's: torch's own does not say why a write failed.
     with whole_file(folder / CHECKPOINT_FILE) as partial, partial.open("wb") as file:
@@ -27,17 +24,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """What :func:`save_checkpoint` wrote.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The state.
-
-    Raises:
-        HeadError: If there is none or it is damaged.
-    """
+    """The state that :func:`save_checkpoint` wrote; a HeadError if there is none, or damaged."""
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         raise HeadError(f"{folder} has no {CHECKPOINT_FILE}: nothing to resume; leave --resume out")

@@ -1,23 +1,33 @@
-"""The detector's side of a joint training: its losses on boxes and its optimiser (Table 16)."""
+"""A detector that is trained on together with a head: its losses on boxes, its optimiser."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mfdetr_cache.choices import Tune
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.errors import ConfigError, TrainingError
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.matching.objects import trainable_objects
 from mfdetr_cache.ops.boxes import xyxy_to_cxcywh
+from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.detection_loss import detection_loss
-from mfdetr_cache.training.input.live import Picture
+from mfdetr_cache.training.distributed import Processes
+from mfdetr_cache.training.input.live import LiveBatch, LiveImage
+from mfdetr_cache.training.learner import Learner, StepReport
 from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.types import DetectorOutput
 
+TUNED: dict[Tune, str] = {
+    "nothing": "frozen",
+    "encoder-decoder": "tuned but for its backbone",
+    "all": "tuned as a whole",
+}
 # As Deformable DETR and its descendants are trained.
 _CLIP_NORM, _WEIGHT_DECAY = 0.1, 1e-4
 # Losses of so many steps are averaged for display.
@@ -25,22 +35,30 @@ _RECENT = 50
 
 
 class DetectorTuner:
-    """Moves a part of a detector, or nothing.
+    """Trains a part of a detector (Table 16), or nothing.
 
     Args:
         detector: On its device.
-        tune: What moves.
+        tune: Which part.
         train: The head's training settings; schedule and betas are shared.
-        share: The detector's learning rate as a share of the head's.
+        lr_ratio: The detector's learning rate over the head's.
+        processes: Those that train it together.
 
     Attributes:
-        num_parameters: How many parameters move.
+        num_parameters: How many parameters are trained.
 
     Raises:
         ConfigError: If the detector cannot be tuned.
     """
 
-    def __init__(self, detector: Detector, tune: Tune, train: TrainConfig, share: float) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        tune: Tune,
+        train: TrainConfig,
+        lr_ratio: float,
+        processes: Processes | None = None,
+    ) -> None:
         self._parameters: list[nn.Parameter] = []
         if tune != "nothing":
             if not isinstance(detector, TunableDetector):
@@ -54,8 +72,10 @@ class DetectorTuner:
         self.num_parameters = sum(p.numel() for p in self._parameters)
         self._score_function = detector.spec.score_function
         self._train = train
-        self._share = share
+        self._lr_ratio = lr_ratio
+        self._processes = processes or Processes()
         self._losses: list[float] = []
+        self._loss = 0.0
         self._optimiser: torch.optim.AdamW | None = None
         if self._parameters:
             self._optimiser = torch.optim.AdamW(
@@ -66,57 +86,74 @@ class DetectorTuner:
             )
 
     def recent_loss(self) -> float:
-        """Mean loss of the last steps; 0 where nothing moves."""
+        """Mean loss of the last steps; 0 where nothing is trained."""
         return float(np.mean(self._losses)) if self._losses else 0.0
 
-    def begin(self, outputs: Sequence[DetectorOutput], pictures: Sequence[Picture]) -> None:
-        """Gradients of the boxes' losses. The graph stays for the masks' losses.
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
+        self._loss = 0.0
+        if self._optimiser is not None:
+            self._optimiser.zero_grad(set_to_none=True)
+
+    def add_gradients(
+        self,
+        outputs: Sequence[DetectorOutput],
+        images: Sequence[LiveImage],
+        num_objects: int,
+    ) -> None:
+        """Add the gradients of the losses on boxes. The graph stays for the losses on masks.
 
         Args:
             outputs: One per image.
-            pictures: The images.
+            images: The images of a micro-batch.
+            num_objects: Objects of the whole step, by which the loss is divided.
 
         Raises:
             TrainingError: If the loss is not finite.
         """
         if self._optimiser is None:
             return
-        self._optimiser.zero_grad(set_to_none=True)
-        total, count = outputs[0].class_logits.sum() * 0, 0
-        for output, picture in zip(outputs, pictures, strict=True):
-            objects = trainable_objects(picture.truth)
-            count += len(objects)
-            height, width = picture.geometry.original_hw
-            scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-            boxes = torch.from_numpy(picture.truth.boxes_xyxy[objects]) / scale
-            total = total + detection_loss(
-                output.class_logits[0],
-                output.boxes_cxcywh_norm[0],
-                torch.from_numpy(picture.truth.labels[objects]),
-                xyxy_to_cxcywh(boxes),
-                self._score_function,
-            )
-        loss = total / max(count, 1)
+        total = outputs[0].class_logits.sum() * 0
+        for output, image in zip(outputs, images, strict=True):
+            total = total + self._loss_of(output, image)
+        loss = total / max(num_objects, 1)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the detector's loss is {float(loss)}; images "
-                f"{[p.image_id for p in pictures]}. Lower --detector-lr, or look at these images"
+                f"{[image.image_id for image in images]}. Lower --detector-lr, or look at these "
+                "images"
             )
         loss.backward(retain_graph=True)
-        self._losses = [*self._losses[1 - _RECENT :], float(loss.detach())]
+        self._loss += float(loss.detach())
 
-    def finish(self, step: int) -> None:
-        """Move the detector.
+    def _loss_of(self, output: DetectorOutput, image: LiveImage) -> Tensor:
+        """The summed loss of one image."""
+        objects = trainable_objects(image.truth)
+        height, width = image.geometry.original_hw
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+        boxes_xyxy_norm = torch.from_numpy(image.truth.boxes_xyxy[objects]) / scale
+        return detection_loss(
+            output.class_logits[0],
+            output.boxes_cxcywh_norm[0],
+            torch.from_numpy(image.truth.labels[objects]),
+            xyxy_to_cxcywh(boxes_xyxy_norm),
+            self._score_function,
+        )
 
-        Args:
-            step: Step, counted from 0.
-        """
+    def end_step(self, step: int) -> float | None:
+        """Change the detector; returns the loss of the step, None where nothing is trained."""
         if self._optimiser is None:
-            return
+            return None
+        device = self._parameters[0].device
+        loss = self._processes.sum_gradients(
+            self._parameters, torch.tensor([self._loss], device=device)
+        )
         for group in self._optimiser.param_groups:
-            group["lr"] = self._share * learning_rate(self._train, step)
+            group["lr"] = self._lr_ratio * learning_rate(self._train, step)
         nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
         self._optimiser.step()
+        self._losses = [*self._losses[1 - _RECENT :], float(loss)]
+        return self._losses[-1]
 
     def state(self) -> dict[str, Any]:
         """What is needed to go on."""
@@ -127,14 +164,70 @@ class DetectorTuner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
-
-        Args:
-            state: From :meth:`state`.
-        """
+        """Go back to a state."""
         with torch.no_grad():
             for parameter, value in zip(self._parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         if self._optimiser is not None:
             self._optimiser.load_state_dict(state["optimiser"])
         self._losses = list(state["losses"])
+
+
+class JointLearner(Learner):
+    """A head together with the detector it is trained on.
+
+    Args:
+        head: The mask network, on its device.
+        train: Training settings.
+        tuner: Trains the detector.
+        processes: Those that train both together.
+    """
+
+    def __init__(
+        self,
+        head: MaskHead,
+        train: TrainConfig,
+        tuner: DetectorTuner,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__(head, train, processes)
+        self._tuner = tuner
+
+    def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
+        """One step of both. No weight has changed when it raises.
+
+        Args:
+            batches: This process's micro-batches of the step, from a live detector.
+            first: Regions of the step that belong to processes before this one.
+            total: Regions of the step over all processes.
+
+        Returns:
+            What was done; None for a step without regions, from which only the detector learns.
+
+        Raises:
+            TrainingError: If a loss is not finite, naming the images.
+        """
+        step = self.step
+        self._tuner.begin_step()
+        batches = self._with_box_losses(batches)
+        if not total:
+            batches = list(batches)
+        report = super().learn(batches, first, total)
+        box_loss = self._tuner.end_step(step)
+        return None if report is None else replace(report, box_loss=box_loss)
+
+    def _with_box_losses(self, batches: Iterable[TrainBatch]) -> Iterator[TrainBatch]:
+        """The same micro-batches, the gradients of the boxes before those of the masks."""
+        for batch in batches:
+            assert isinstance(batch, LiveBatch)
+            self._tuner.add_gradients(batch.outputs, batch.images, batch.num_objects)
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on from here, as tensors and plain values."""
+        return {"learner": super().state(), "tuner": self._tuner.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state; KeyError, RuntimeError or ValueError if it is of another training."""
+        super().restore(state["learner"])
+        self._tuner.restore(state["tuner"])

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,26 +38,11 @@ class Processes:
         return self.rank == 0
 
     def share_of(self, items: Sequence[Item]) -> list[Item]:
-        """The consecutive items of a step that are this process's.
-
-        Args:
-            items: All of a step.
-
-        Returns:
-            Its own; the shares of all processes in order are the whole.
-        """
+        """The consecutive items of a step that are this process's, of all of its items."""
         return split(items, self.world)[self.rank]
 
     def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Some integers of every process.
-
-        Args:
-            values: This process's.
-            device: Where the training runs.
-
-        Returns:
-            One list per process, by rank.
-        """
+        """The integers of every process, by rank; each gives as many."""
         if self.world == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=device)
@@ -65,11 +50,11 @@ class Processes:
         distributed.all_gather(found, mine)
         return [[int(v) for v in one] for one in found]
 
-    def sum_gradients(self, head: nn.Module, extra: Tensor) -> Tensor:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], extra: Tensor) -> Tensor:
         """Replace the gradients of all processes by their sum.
 
         Args:
-            head: The mask network.
+            parameters: What is trained; those that need no gradient are left alone.
             extra: More numbers to be summed on the way, shape (N,).
 
         Returns:
@@ -77,7 +62,7 @@ class Processes:
         """
         if self.world == 1:
             return extra
-        parameters = [p for p in head.parameters() if p.requires_grad]
+        parameters = [p for p in parameters if p.requires_grad]
         pieces = [
             p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters
         ]

@@ -21,7 +21,7 @@ _BASIS_IMAGES = 4000
 
 
 def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> MaskHead:
-    """A head as a training begins with it; a basis of masks is learned from the annotations.
+    """A head to be trained from a cache; a basis of masks is learned from its annotations.
 
     Args:
         config: Architecture.
@@ -33,13 +33,12 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
     """
     head = build_head(config, cache.spec)
     if head.codec is not None:
-        rows = trainable_rows(cache, train)
 
         def masks_of(row: int) -> NDArray[np.float32]:
             truth, size_hw = cache.ground_truth(row), cache.original_hw(row)
             return object_masks(truth, size_hw, train.held_out, MASK_SIDE)
 
-        fit_codec(head.codec, rows, masks_of)
+        fit_codec(head.codec, trainable_rows(cache, train), masks_of)
     return head
 
 

@@ -1,6 +1,6 @@
 """One mask network and everything that training changes about it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.losses import LossParts, head_losses
 from mfdetr_cache.training.optimisers import build_optimisers, learning_rate
+from mfdetr_cache.training.regions import RegionSettings
 
 # Steps that the reported loss is a mean of.
 _RECENT = 50
@@ -28,24 +29,26 @@ class StepReport:
     """What one step did.
 
     Attributes:
+        lr: Learning rate.
         loss: Total loss.
         bce: Its binary cross entropy, unweighted.
         dice: Its dice loss, unweighted.
         scoring: Its mask-IoU loss, unweighted.
-        lr: Learning rate.
         regions: Regions trained on, over all processes.
+        box_loss: Loss of the detector, where it is tuned too.
     """
 
+    lr: float
     loss: float
     bce: float
     dice: float
     scoring: float
-    lr: float
     regions: int
+    box_loss: float | None = None
 
 
 class Learner:
-    """A head, its optimiser, its averaged weights and its place in the training.
+    """A head, its optimiser, its averaged weights, and how far its training has come.
 
     What it computes depends on the batches of each step and on nothing else, so that heads trained
     side by side end with the weights of heads trained alone.
@@ -56,9 +59,10 @@ class Learner:
         processes: Those that train it together.
 
     Attributes:
+        regions: Which regions it wants of an image.
         step: Steps done.
         images: Images trained on, over all processes.
-        seconds: Time of its steps, its part of reading included.
+        seconds: Time of its steps, its share of reading included.
         waiting_seconds: Part of it spent waiting for data.
     """
 
@@ -68,6 +72,7 @@ class Learner:
         self.head = head
         self.train = train
         self.device = next(head.parameters()).device
+        self.regions = RegionSettings.of(train, head.config)
         self.step = 0
         self.images = 0
         self.seconds = 0.0
@@ -95,55 +100,29 @@ class Learner:
         """The averaged weights where averaging is on, else the last ones."""
         return self._average if self.train.ema_decay else self.head.state_dict()
 
-    def pass_over(self) -> None:
-        """Count a step whose images have no region: there is nothing to learn from."""
-        self.step += 1
-
-    def learn(self, pieces: Sequence[TrainBatch], first: int, total: int) -> StepReport:
-        """One optimiser step. Nothing has changed when it raises.
+    def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
+        """One optimiser step. No weight has changed when it raises.
 
         Args:
-            pieces: The batches of this process, together its share of the step.
+            batches: This process's micro-batches of the step.
             first: Regions of the step that belong to processes before this one.
             total: Regions of the step over all processes.
 
         Returns:
-            What was done.
+            What was done; None for a step without regions, which only counts.
 
         Raises:
             TrainingError: If the loss is not finite, naming the images.
         """
+        if not total:
+            self.step += 1
+            return None
         rate = learning_rate(self.train, self.step)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(4, device=self.device)
-        known = arriving(sums)
-        place = first
-        for piece in pieces:
-            count = len(piece.labels)
-            if not count:
-                continue
-            losses = loss_of_batch(
-                self.head, piece, self.train, self.step, (place, total), self._forward
-            )
-            place += count
-            parts = (losses.total.detach(), losses.bce, losses.dice, losses.scoring)
-            sums = sums + torch.stack([p.float() for p in parts])
-            # Before the backward pass, so that the GPU is busy with it while the loss is looked at
-            # and the next step is prepared.
-            known = arriving(sums)
-            self._scaler.scale(losses.total).backward()
-        if self._processes.world > 1:
-            known = arriving(self._processes.sum_gradients(self.head, sums))
-        loss, bce, dice, scoring = known()
-        if not np.isfinite(loss):
-            images = [i for piece in pieces for i in piece.image_ids]
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; images {images}. Lower the learning "
-                "rate (--set lr=...), or look at these images"
-            )
+        loss, bce, dice, scoring = self._add_gradients(batches, first, total)
         for optimiser in self._optimisers:
             self._scaler.unscale_(optimiser)
         if self.train.clip_norm:
@@ -151,10 +130,40 @@ class Learner:
         for optimiser in self._optimisers:
             self._scaler.step(optimiser)
         self._scaler.update()
-        self._follow()
+        self._average_weights()
         self.step += 1
         self._losses = [*self._losses[1 - _RECENT :], loss]
-        return StepReport(loss, bce, dice, scoring, rate, total)
+        return StepReport(rate, loss, bce, dice, scoring, total)
+
+    def _add_gradients(self, batches: Iterable[TrainBatch], first: int, total: int) -> list[float]:
+        """The gradients of a step over all processes; its loss, BCE, dice and scoring."""
+        sums = torch.zeros(4, device=self.device)
+        known = arriving(sums)
+        image_ids: list[int] = []
+        for batch in batches:
+            image_ids += batch.image_ids
+            count = len(batch.labels)
+            if not count:
+                continue
+            losses = loss_of_batch(
+                self.head, batch, self.train, self.step, (first, total), self._forward
+            )
+            first += count
+            parts = (losses.total.detach(), losses.bce, losses.dice, losses.scoring)
+            sums = sums + torch.stack([p.float() for p in parts])
+            # Before the backward pass, so that the GPU is busy with it while the loss is looked at
+            # and the next step is prepared.
+            known = arriving(sums)
+            self._scaler.scale(losses.total).backward()
+        if self._processes.world > 1:
+            known = arriving(self._processes.sum_gradients(self.head.parameters(), sums))
+        total_loss, *parts_of_it = known()
+        if not np.isfinite(total_loss):
+            raise TrainingError(
+                f"the loss is {total_loss} at step {self.step}; images {image_ids}. Lower the "
+                "learning rate (--set lr=...), or look at these images"
+            )
+        return [total_loss, *parts_of_it]
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as tensors and plain values."""
@@ -171,14 +180,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
-
-        Args:
-            state: From :meth:`state`.
-
-        Raises:
-            KeyError, RuntimeError, ValueError: If it is of another training.
-        """
+        """Go back to a state; KeyError, RuntimeError or ValueError if it is of another training."""
         self.step = int(state["step"])
         self.images = int(state["images"])
         self.seconds = float(state["seconds"])
@@ -192,8 +194,8 @@ class Learner:
             optimiser.load_state_dict(values)
         self._scaler.load_state_dict(state["scaler"])
 
-    def _follow(self) -> None:
-        """Move the averaged weights; early on they follow faster, so that they start in place."""
+    def _average_weights(self) -> None:
+        """Move the averaged weights; the first steps move them more, away from the initial ones."""
         if not self.train.ema_decay:
             return
         decay = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
@@ -209,25 +211,17 @@ def build_learner(
     device: torch.device,
     processes: Processes | None = None,
 ) -> Learner:
-    """A learner whose initial weights depend on the seed alone.
+    """A learner of a :func:`seeded_head`."""
+    return Learner(seeded_head(config.seed, make_head, device), config, processes)
 
-    Args:
-        config: Training settings.
-        make_head: Builds the head.
-        device: Where it trains.
-        processes: Those that train it together.
 
-    Returns:
-        The learner.
-
-    Raises:
-        TrainingError: If the head has nothing to train.
-    """
-    torch.manual_seed(config.seed)
+def seeded_head(seed: int, make_head: Callable[[], MaskHead], device: torch.device) -> MaskHead:
+    """A head whose initial weights depend on the seed alone, whatever the device."""
+    torch.manual_seed(seed)
     head = make_head().to(device)
     if not any(True for _ in head.parameters()):
         raise TrainingError("this head has no parameter to train; measure it with mfdetr ablate")
-    return Learner(head, config, processes)
+    return head
 
 
 def loss_of_batch(
@@ -238,14 +232,15 @@ def loss_of_batch(
     share: tuple[int, int] | None = None,
     forward: Callable[[HeadBatch], HeadOutput] | None = None,
 ) -> LossParts:
-    """The losses of one step or of a piece of it; the points depend on seed and step alone.
+    """The losses of a micro-batch; the points depend on seed and step alone.
 
     Args:
         head: The mask network.
         batch: From a cache, or from a live detector.
         train: Training settings.
         step: Step, counted from 0.
-        share: Where the batch's regions stand in a step that is computed in pieces.
+        share: How many regions of the step come before the batch's, and how many there are in all;
+            None for a step that is one micro-batch.
         forward: What to call in place of the head, such as its compiled form.
 
     Returns:
@@ -267,15 +262,7 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(
     amp: Literal["off", "bf16", "fp16"], device: torch.device
 ) -> AbstractContextManager[object]:
-    """The context a network runs in.
-
-    Args:
-        amp: Precision asked for.
-        device: Where it runs.
-
-    Returns:
-        torch's autocast, or nothing.
-    """
+    """Run a network in this precision where that is safe."""
     if amp == "off":
         return nullcontext()
     return torch.autocast(device.type, _TYPES[amp])

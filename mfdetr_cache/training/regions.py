@@ -1,17 +1,45 @@
 """From one cached image to regions with targets: matched queries, their boxes, what is inside."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_one_to_one, with_least_side
 from mfdetr_cache.matching.objects import trainable_objects
 from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
 from mfdetr_cache.ops.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.types import CachedImage
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSettings:
+    """What decides the regions of a head and how C1 is cut; heads with equal ones share both.
+
+    Attributes are those of :class:`TrainConfig` and :class:`HeadConfig` with the same names.
+    """
+
+    match: Literal["hungarian", "iou"]
+    min_match_iou: float
+    iou_candidates: int
+    max_regions: int
+    gt_box_share: float
+    box_jitter: float
+    target_scale: int
+    held_out: tuple[int, ...]
+    roi_size: int
+    roi_sampling_ratio: int
+
+    @classmethod
+    def of(cls, train: TrainConfig, head: HeadConfig) -> "RegionSettings":
+        """Those of a head of this architecture, trained in this way."""
+        of_head = ("roi_size", "roi_sampling_ratio")
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: getattr(head if n in of_head else train, n) for n in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +65,20 @@ class RegionTargets:
 
 
 def build_regions(
-    image: CachedImage, config: TrainConfig, roi_size: int, random: np.random.Generator
+    image: CachedImage, config: RegionSettings, random: np.random.Generator
 ) -> RegionTargets:
     """Match, jitter and rasterise one image.
 
     Args:
         image: A cached image; its maps are not needed.
-        config: How to match and to jitter.
-        roi_size: Cells of the predicted masks along an axis.
+        config: How to match and to jitter, and on which grid.
         random: Source of jitter and of the choice among too many regions.
 
     Returns:
         The regions, none where the image has no object that a query answers for.
     """
     objects = trainable_objects(image.ground_truth, config.held_out)
-    grid = roi_size * config.target_scale
+    grid = config.roi_size * config.target_scale
     if not len(objects):
         return _no_regions(grid)
     height, width = image.geometry.original_hw
@@ -96,7 +123,7 @@ def _no_regions(grid: int) -> RegionTargets:
     )
 
 
-def _choose(matches: Matches, config: TrainConfig, random: np.random.Generator) -> Matches:
+def _choose(matches: Matches, config: RegionSettings, random: np.random.Generator) -> Matches:
     keep = np.flatnonzero(matches.iou >= config.min_match_iou)
     if config.max_regions and len(keep) > config.max_regions:
         keep = np.sort(random.choice(keep, config.max_regions, replace=False))
@@ -106,7 +133,7 @@ def _choose(matches: Matches, config: TrainConfig, random: np.random.Generator) 
 def _jitter(
     boxes: NDArray[np.float32],
     target: NDArray[np.float32],
-    config: TrainConfig,
+    config: RegionSettings,
     random: np.random.Generator,
 ) -> NDArray[np.float32]:
     """Replace some boxes by the object's own and move the sides a little."""
@@ -116,7 +143,7 @@ def _jitter(
     if config.box_jitter:
         size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         moved = boxes + size * random.uniform(-config.box_jitter, config.box_jitter, boxes.shape)
-        # A box that was moved off its object would teach nothing but background.
+        # A box that was moved off its object would have nothing but background to learn from.
         overlap = box_iou(torch.from_numpy(moved), torch.from_numpy(target)).diagonal().numpy()
         before = box_iou(torch.from_numpy(boxes), torch.from_numpy(target)).diagonal().numpy()
         good = (overlap >= np.minimum(before, 0.5))[:, None]

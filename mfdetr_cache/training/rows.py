@@ -11,22 +11,21 @@ from mfdetr_cache.training.config import TrainConfig
 
 
 def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
-    """Rows with something to learn from.
+    """Rows with an object to learn from, in order; a TrainingError if there is none.
 
     Args:
         cache: A complete cache.
-        train: Training settings: which categories are hidden, which images are kept to measure on,
-            and of how many of the others the masks are seen.
+        train: Which categories are hidden, which images are kept to measure on, and of how many of
+            the others the masks are seen.
 
     Returns:
-        Rows in order, at least one.
-
-    Raises:
-        TrainingError: If there is none.
+        At least one row.
     """
     if train.val_split:
         cache, _ = cache.split(train.val_split)
-    rows = [row for row in cache.rows if _can_teach(cache, row, train.held_out)]
+    rows = [
+        row for row in cache.rows if len(trainable_objects(cache.ground_truth(row), train.held_out))
+    ]
     if not rows:
         raise TrainingError(
             f"no image of {cache.path} has an object to learn from (only crowds, categories the "
@@ -36,20 +35,7 @@ def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
 
 
 def kept_rows(rows: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """A part of some rows; smaller parts lie inside larger ones of the same seed.
-
-    Args:
-        rows: In rising order.
-        fraction: How much of them, in (0, 1].
-        seed: Which they are.
-
-    Returns:
-        At least one, in rising order.
-    """
+    """A fraction of some rows, at least one; smaller ones lie inside larger ones of one seed."""
     order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
     kept = order[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(kept)]
-
-
-def _can_teach(cache: FeatureCache, row: int, held_out: Sequence[int]) -> bool:
-    return bool(len(trainable_objects(cache.ground_truth(row), held_out)))

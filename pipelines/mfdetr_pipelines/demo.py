@@ -17,12 +17,11 @@ from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 ResultT = TypeVar("ResultT")
 

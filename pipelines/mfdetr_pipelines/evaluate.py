@@ -1,7 +1,7 @@
 """Evaluate: masks of a trained head for a cached split, measured as COCO does."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure
 from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
-from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.head.folder import RunRecord, load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
@@ -48,7 +48,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
     )
     cache.require_complete()
-    cache = _unseen(cache, folder.document, reporter)
+    cache = _unseen(cache, folder.run, reporter)
     device = torch_device(config.device)
     keep_freed_memory()
     summary, masks = measure(
@@ -60,9 +60,8 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         scoring=config.scoring,
         evaluator=config.evaluator,
     )
-    held_out = folder.document.get("train", {}).get("held_out", [])
-    if held_out:
-        parts = seen_and_unseen(summary.details["mask"]["categories"], held_out)
+    if folder.run.held_out:
+        parts = seen_and_unseen(summary.details["mask"]["categories"], folder.run.held_out)
         summary = replace(summary, details={**summary.details, "held_out": parts})
     if config.live.weights is not None and config.live.images is not None:
         timed = _detector_latency(cache, config.live.weights, config.live.images, device)
@@ -73,15 +72,14 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     return summary
 
 
-def _unseen(cache: FeatureCache, document: Mapping[str, Any], reporter: Reporter) -> FeatureCache:
+def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:
     """Of the cache a head was trained from, the images it was not trained on."""
-    split = document.get("train", {}).get("val_split", 0)
-    if document.get("cache", {}).get("cache_id") != cache.cache_id:
+    if run.cache_id != cache.cache_id:
         return cache
-    if not split:
+    if not run.val_split:
         reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
         return cache
-    _, unseen = cache.split(split)
+    _, unseen = cache.split(run.val_split)
     reporter.say(f"measuring on the {len(unseen)} images that the training left out")
     return unseen
 

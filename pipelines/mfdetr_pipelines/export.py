@@ -248,8 +248,8 @@ def _describe(path: Path, folder: HeadFolder) -> None:
     notes = {
         "detector": str(folder.detector["name"]),
         "weights_sha256": str(folder.detector["weights_sha256"]),
-        "label_categories": json.dumps(folder.document["label_categories"]),
-        "categories": json.dumps(folder.document["categories"]),
+        "label_categories": json.dumps(list(folder.run.label_categories)),
+        "categories": json.dumps(list(folder.run.categories)),
         "mask_logits": "over each box; sigmoid, resize to the box, threshold 0.5",
     }
     for key, value in notes.items():

@@ -1,63 +1,52 @@
 """Train a mask network and its detector together, live (Table 16): what freezing is tested against.
 
 Without a cache every step runs the detector. ``--tune nothing`` leaves it frozen, which is the
-paper's own way of training; the other two move the encoder and decoder, or everything.
+paper's own way of training; the other two tune the encoder and decoder, or everything.
 """
 
-import itertools
-import sys
-import threading
-import time
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.choices import Policy, Tune
-from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.choices import Policy, Tracker, Tune
+from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.image_folder import require_images
-from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError, HeadError, OutputError, StoppedError
+from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
-from mfdetr_cache.head.batch import live_groups
-from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import save_head, save_run_config
-from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.signals import stop_on_signals
-from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
-from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
-from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.detector_tuner import DetectorTuner
-from mfdetr_cache.training.initial_head import fit_codec
-from mfdetr_cache.training.input.live import LiveData, Picture
-from mfdetr_cache.training.input.threads import read_ahead
-from mfdetr_cache.training.learner import Learner, build_learner
-from mfdetr_cache.training.order import rows_of_step, steps_per_epoch
+from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
+from mfdetr_cache.training.distributed import training_processes
+from mfdetr_cache.training.input.live import LiveImages, LiveSource
+from mfdetr_cache.training.learner import seeded_head
+from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import Recipe
-from mfdetr_cache.training.regions import build_regions
-from mfdetr_cache.training.run_folder import prepare_folder, versions
-from mfdetr_cache.training.run_log import RunLog
-from mfdetr_cache.types import CachedImage, DetectorOutput
+from mfdetr_cache.training.run import Validation, begin_run
+from mfdetr_cache.training.run_folder import record_of_images
+from mfdetr_cache.training.run_log import require_trackers
+from mfdetr_cache.training.settings import (
+    require_live,
+    require_validation,
+    training_device,
+    with_batch_size,
+    with_length,
+)
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import training_device, with_length
 
 DETECTOR_FOLDER = "detector"
-VALIDATION_CACHE = "val.zarr"
-_LOG_EVERY = 10
-# Settings that are about a cache or several processes, and what they must be here.
-_WITHOUT_CACHE = {"views": "all", "shuffle": "images", "accumulate": 1, "val_split": 0}
+VAL_CACHE = "val.zarr"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +71,10 @@ class TrainJointConfig:
         limit: Only the first so many images.
         resume: Go on with the run in ``out``.
         device: Where to train.
+        val_every: Measure every so many steps too; a frozen detector's best head is kept.
+        batch_size: Images per step instead of the recipe's; ``auto`` keeps the recipe's and
+            computes a step in as many micro-batches as the GPU's memory asks for.
+        track: Where numbers go beside ``metrics.jsonl``.
     """
 
     detector: str
@@ -101,6 +94,9 @@ class TrainJointConfig:
     limit: int | None = None
     resume: bool = False
     device: str = "cpu"
+    val_every: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    track: tuple[Tracker, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +113,8 @@ class TrainJointSummary:
         mask_loss: Mean loss of the head over the last steps.
         box_loss: The same of the detector; 0 where it stays frozen.
         validation: Metrics on the validation split, where one was given.
+        best_AP: Best mask AP that was measured, where there is a validation split.
+        best_step: Step it was measured at.
     """
 
     out: str
@@ -128,14 +126,21 @@ class TrainJointSummary:
     mask_loss: float
     box_loss: float
     validation: EvaluateSummary | None
+    best_AP: float | None
+    best_step: int | None
 
 
-def run_train_joint(config: TrainJointConfig, reporter: Reporter) -> TrainJointSummary:
+def run_train_joint(
+    config: TrainJointConfig, reporter: Reporter, on_step: Callable[[int], None] | None = None
+) -> TrainJointSummary:
     """Train, save head and detector, and measure them where a validation split is given.
+
+    Under ``torchrun``, together with the other processes.
 
     Args:
         config: What to do.
         reporter: Who is told about progress.
+        on_step: Called after each step with the number of steps done.
 
     Returns:
         What was done.
@@ -147,44 +152,70 @@ def run_train_joint(config: TrainJointConfig, reporter: Reporter) -> TrainJointS
         TrainingError: If there is nothing to learn from, or a loss is not finite.
         StoppedError: If a signal ended it early; the run can be resumed.
     """
-    if (config.val_images is None) != (config.val_annotations is None):
-        raise ConfigError("--val-images and --val-annotations go together")
-    if not 0 < config.detector_lr <= 1:
-        raise ConfigError(f"--detector-lr {config.detector_lr}: a share above 0 and at most 1")
-    _require_live(config.recipe.train)
+    _require_possible(config)
+    require_trackers(config.track)
     split = load_coco_split(config.annotations).first(config.limit)
     require_images(config.images, split, "check --images")
     if config.val_images is not None and config.val_annotations is not None:
         # Not after hours of training.
-        validation = load_coco_split(config.val_annotations)
-        require_images(config.val_images, validation, "check --val-images")
+        require_images(
+            config.val_images, load_coco_split(config.val_annotations), "check --val-images"
+        )
     detector = load_detector(config.detector, config.weights, config.options)
-    data = LiveData(split, config.images, detector, config.recipe.train, config.augment)
-    train = with_length(config.recipe.train, config.epochs, config.max_steps, len(data.rows))
+    train = with_batch_size(config.recipe.train, config.batch_size)
+    images = LiveImages(split, config.images, detector, train, config.augment)
+    train = with_length(train, config.epochs, config.max_steps, len(images.rows))
     device = training_device(config.device, train.amp)
-    detector = detector.to(device)
-    tuner = DetectorTuner(detector, config.tune, train, config.detector_lr)
-    learner = build_learner(train, lambda: _new_head(config, detector, data), device)
-    document = _document(config, train, detector, split, data.label_categories)
-    same = ("head", "train", "joint")
-    prepare_folder(config.out, config.recipe.head, document, resume=config.resume, same=same)
-    if config.resume and (config.out / CHECKPOINT_FILE).is_file():
-        _restore(config.out, learner, tuner)
-    reporter.say(
-        f"recipe {config.recipe.name}, {config.detector} {_WORDS[config.tune]}: "
-        f"{tuner.num_parameters / 1e6:.1f} M of its parameters move; {train.steps} steps of "
-        f"{train.batch_size} images ({len(data.rows)} with objects)"
-    )
-    _train(config, data, detector, learner, tuner, reporter)
-    save_head(config.out, learner.result_weights())
-    weights = config.weights
-    if config.tune != "nothing":
-        assert isinstance(detector, TunableDetector)
-        weights = detector.save_weights(config.out / DETECTOR_FOLDER)
-        # The head belongs to the detector as it is now.
-        tuned = load_detector(config.detector, weights, config.options)
-        document = {**document, "detector": detector_identity(tuned.spec)}
-    save_run_config(config.out, config.recipe.head, document)
+    with training_processes(device) as processes:
+        if not processes.is_first:
+            reporter = SilentReporter()
+        detector = detector.to(device)
+        tuner = DetectorTuner(detector, config.tune, train, config.detector_lr, processes)
+        head = seeded_head(train.seed, lambda: images.new_head(config.recipe.head), device)
+        learner = JointLearner(head, train, tuner, processes)
+        is_tuned = config.tune != "nothing"
+        source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
+
+        joint = {name: getattr(config, name) for name in ("tune", "detector_lr", "augment")}
+        record = record_of_images(
+            config.recipe.name, train, detector.spec, split, images.label_categories, joint
+        )
+        run = begin_run(
+            learner,
+            config.out,
+            record,
+            processes,
+            track=config.track,
+            validation=_validation(config, detector, device),
+            resume=config.resume,
+            same=("head", "train", "joint"),
+        )
+        reporter.say(
+            f"recipe {config.recipe.name}, {config.detector} {TUNED[config.tune]}: "
+            f"{tuner.num_parameters / 1e6:.1f} M of its parameters are trained; {train.steps} "
+            f"steps of {train.batch_size} images ({len(images.rows)} with objects)"
+        )
+        loop = TrainingLoop(
+            source,
+            [run],
+            reporter,
+            processes,
+            split_when_full=config.batch_size == "auto",
+            on_step=on_step,
+        )
+        loop.run()
+        if run.problem is not None:
+            raise run.problem
+        weights = config.weights
+        if processes.is_first:
+            save_head(config.out, learner.result_weights())
+            weights = _saved_weights(config, detector)
+            if is_tuned:
+                # The head belongs to the detector as it is now.
+                tuned = load_detector(config.detector, weights, config.options)
+                record = replace(record, detector=detector_identity(tuned.spec))
+            save_run_config(config.out, head.config, record)
+        measured = run.end(reporter, processes)
     return TrainJointSummary(
         out=str(config.out),
         weights=weights,
@@ -194,198 +225,54 @@ def run_train_joint(config: TrainJointConfig, reporter: Reporter) -> TrainJointS
         images_per_second=learner.images / max(learner.seconds, 1e-9),
         mask_loss=learner.recent_loss(),
         box_loss=tuner.recent_loss(),
-        validation=_validate(config, weights, learner, reporter),
+        validation=measured,
+        best_AP=run.best_ap,
+        best_step=run.best_step,
     )
 
 
-_WORDS: dict[Tune, str] = {
-    "nothing": "frozen",
-    "encoder-decoder": "tuned but for its backbone",
-    "all": "tuned as a whole",
-}
+def _require_possible(config: TrainJointConfig) -> None:
+    """Refuse what contradicts itself, or would do nothing here."""
+    if (config.val_images is None) != (config.val_annotations is None):
+        raise ConfigError("--val-images and --val-annotations go together")
+    require_validation(config.val_every, "--val-images", config.val_images)
+    if not 0 < config.detector_lr <= 1:
+        raise ConfigError(f"--detector-lr {config.detector_lr}: a share above 0 and at most 1")
+    require_live(config.recipe.train, is_tuned=config.tune != "nothing")
 
 
-def _require_live(train: TrainConfig) -> None:
-    """Refuse settings that would do nothing here."""
-    if train.amp == "fp16":
-        raise ConfigError("a joint training has no amp=fp16: use amp=bf16 or amp=off")
-    for name, value in _WITHOUT_CACHE.items():
-        if getattr(train, name) != value:
-            raise ConfigError(
-                f"--set {name}={getattr(train, name)} does nothing without a cache; leave it out"
-            )
+def _saved_weights(config: TrainJointConfig, detector: Detector) -> str:
+    """What to pass as ``--weights`` for the detector as it is now."""
+    if config.tune == "nothing":
+        return config.weights
+    assert isinstance(detector, TunableDetector)
+    return detector.save_weights(config.out / DETECTOR_FOLDER)
 
 
-def _new_head(config: TrainJointConfig, detector: Detector, data: LiveData) -> MaskHead:
-    head = build_head(config.recipe.head, detector.spec)
-    if head.codec is not None:
-        fit_codec(head.codec, data.rows, lambda row: data.masks(row, MASK_SIDE))
-    return head
-
-
-def _train(
-    config: TrainJointConfig,
-    data: LiveData,
-    detector: Detector,
-    learner: Learner,
-    tuner: DetectorTuner,
-    reporter: Reporter,
-) -> None:
-    train, first = learner.train, learner.step
-    per_epoch = steps_per_epoch(len(data.rows), train.batch_size)
-    stop, log = threading.Event(), RunLog(config.out)
-    learner.head.train()
-    reporter.start("train", train.steps, "steps", done=first)
-    saved = time.monotonic()
-    steps = read_ahead(
-        lambda row, step: data.picture(row, step // per_epoch),
-        lambda step: rows_of_step(data.rows, train.batch_size, train.seed, step),
-        range(first, train.steps),
-        train.reader_threads(on_gpu=learner.device.type == "cuda"),
-    )
-    with stop_on_signals(stop):
-        for pictures in itertools.takewhile(lambda _: not stop.is_set(), steps):
-            started = time.perf_counter()
-            _one_step(pictures, detector, learner, tuner)
-            learner.images += len(pictures)
-            learner.seconds += time.perf_counter() - started
-            losses = {"loss": learner.recent_loss(), "box_loss": tuner.recent_loss()}
-            if learner.step % _LOG_EVERY == 0 or learner.is_done:
-                log.add({"step": learner.step, **losses, "seconds": round(learner.seconds, 3)})
-            speed = learner.images / max(learner.seconds, 1e-9)
-            reporter.advance(
-                note=f"{speed:.2f} images/s, masks {losses['loss']:.3f}, "
-                f"boxes {losses['box_loss']:.3f}"
-            )
-            if time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                _save(config.out, learner, tuner, reporter, going_on=True)
-                saved = time.monotonic()
-        steps.close()
-    reporter.finish()
-    log.close()
-    _save(config.out, learner, tuner, reporter, going_on=learner.is_done)
-    if not learner.is_done:
-        raise StoppedError(
-            f"stopped by a signal at step {learner.step}; go on with the same command and --resume"
-        )
-
-
-def _one_step(
-    pictures: Sequence[Picture], detector: Detector, learner: Learner, tuner: DetectorTuner
-) -> None:
-    """Both learn from some images; what flows between them goes through queries and maps."""
-    device, step = learner.device, learner.step
-    outputs = [detector.forward(p.pixel_values[None].to(device)) for p in pictures]
-    batch = _live_batch(pictures, outputs, learner, step)
-    tuner.begin(outputs, pictures)
-    if len(batch.labels):
-        learner.learn([batch], 0, len(batch.labels))
-    else:
-        learner.pass_over()
-    tuner.finish(step)
-
-
-def _live_batch(
-    pictures: Sequence[Picture],
-    outputs: Sequence[DetectorOutput],
-    learner: Learner,
-    step: int,
-) -> TrainBatch:
-    """The batch a cache would give, with gradients into the detector."""
-    train, size = learner.train, learner.head.config.roi_size
-    samples = []
-    for picture, output in zip(pictures, outputs, strict=True):
-        image = CachedImage(
-            row=picture.row,
-            image_id=picture.image_id,
-            file_name=picture.file_name,
-            geometry=picture.geometry,
-            class_logits=output.class_logits[0].detach().cpu().numpy(),
-            boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].detach().cpu().numpy(),
-            queries=output.queries[0].detach().cpu().numpy(),
-            maps={},
-            ground_truth=picture.truth,
-        )
-        random = np.random.default_rng((train.seed, step, picture.row))
-        samples.append(TrainSample(image, build_regions(image, train, size, random)))
-    names = learner.head.map_names
-    groups = live_groups(outputs, [p.geometry for p in pictures], names)
-    batch = collate(samples, names, learner.device, groups)
-    chosen = [
-        output.queries[0][torch.from_numpy(sample.regions.query_index).to(learner.device)]
-        for output, sample in zip(outputs, samples, strict=True)
-    ]
-    return replace(batch, inputs=replace(batch.inputs, queries=torch.cat(chosen)))
-
-
-def _document(
-    config: TrainJointConfig,
-    train: TrainConfig,
-    detector: Detector,
-    split: CocoSplit,
-    label_categories: Sequence[int],
-) -> dict[str, Any]:
-    identity = detector_identity(detector.spec)
-    return {
-        "recipe": config.recipe.name,
-        "train": to_dict(train),
-        "detector": identity,
-        "joint": {
-            "tune": config.tune,
-            "detector_lr": config.detector_lr,
-            "augment": config.augment,
-            "began_with": identity,
-            "dataset": {"name": split.name, "annotations_sha256": split.sha256},
-            "num_images": len(split.images),
-        },
-        "categories": [{"id": c.category_id, "name": c.name} for c in split.categories],
-        "label_categories": list(label_categories),
-        "command": sys.argv,
-        "versions": versions(),
-    }
-
-
-def _save(
-    out: Path, learner: Learner, tuner: DetectorTuner, reporter: Reporter, *, going_on: bool
-) -> None:
-    """A checkpoint; where there is something left to do, a full disk ends nothing yet."""
-    try:
-        save_checkpoint(out, {"learner": learner.state(), "tuner": tuner.state()})
-    except OutputError as error:
-        if not going_on:
-            raise
-        reporter.warn(f"{error}; training goes on")
-
-
-def _restore(out: Path, learner: Learner, tuner: DetectorTuner) -> None:
-    try:
-        state = load_checkpoint(out)
-        learner.restore(state["learner"])
-        tuner.restore(state["tuner"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise HeadError(f"{out / CHECKPOINT_FILE} does not fit this run ({error})") from error
-
-
-def _validate(
-    config: TrainJointConfig, weights: str, learner: Learner, reporter: Reporter
-) -> EvaluateSummary | None:
-    """The validation split through the detector as it is now, and the head on what it gave."""
+def _validation(
+    config: TrainJointConfig, detector: Detector, device: torch.device
+) -> Validation | None:
+    """A cache of the validation split through the detector as it is then, and the head on it."""
     if config.val_images is None or config.val_annotations is None:
         return None
-    path = config.out / VALIDATION_CACHE
-    extract = ExtractConfig(
-        weights=weights,
-        images=config.val_images,
-        annotations=config.val_annotations,
-        cache=path,
-        detector=config.detector,
-        options=config.options,
-        maps=MapOptions(preset="fp16"),
-        device=config.device,
-    )
-    run_extract(extract, reporter)
-    learner.head.load_state_dict(learner.result_weights())
-    found, _ = measure(
-        FeatureCache.open(path), learner.head, learner.device, reporter, ["baselines"]
-    )
-    return found
+    images, annotations, path = config.val_images, config.val_annotations, config.out / VAL_CACHE
+
+    def measured(head: MaskHead, reporter: Reporter) -> EvaluateSummary:
+        if config.tune != "nothing":
+            # It holds what other weights gave.
+            shutil.rmtree(path, ignore_errors=True)
+        extract = ExtractConfig(
+            weights=_saved_weights(config, detector),
+            images=images,
+            annotations=annotations,
+            cache=path,
+            detector=config.detector,
+            options=config.options,
+            maps=MapOptions(preset="fp16"),
+            device=config.device,
+        )
+        run_extract(extract, reporter)
+        return measure(FeatureCache.open(path), head, device, reporter, ["baselines"])[0]
+
+    # The best head of a detector that goes on changing would be of no use.
+    return Validation(measured, config.val_every, keeps_best=config.tune == "nothing")

@@ -23,7 +23,7 @@ from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.local import LocalStorage
@@ -33,7 +33,6 @@ from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.storage.protocol import checksum_of
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe, weights_of
 from tests.support import scenes
 

@@ -12,7 +12,7 @@ import torch
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -22,13 +22,12 @@ from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.deformable_attention import deformable_attention, sampled_attention
 from mfdetr_cache.ops.quantisation import decode_maps
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
+from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.initial_head import new_head
 from mfdetr_cache.training.learner import Learner, loss_of_batch
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.regions import build_regions
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import scenes
+from tests.support.batches import batch_of
 
 # Another name only checks that the tests themselves run.
 DEVICE = os.environ.get("MFDETR_TEST_DEVICE", "cuda")
@@ -120,12 +119,8 @@ def test_losses_and_gradients_are_those_of_a_cpu(drawn_cache: Path, name: str) -
                     # They begin as whole cells, where rounding decides which slope is taken.
                     parameter.add_(torch.rand(parameter.shape) * 0.8 + 0.1)
         head.to(device)
-        samples = []
-        for row in cache.rows[:3]:
-            image = cache.read(row, head.map_names)
-            regions = build_regions(image, settings.train, 8, np.random.default_rng(row))
-            samples.append(TrainSample(image, regions))
-        batch = double(collate(samples, head.map_names, torch.device(device)))
+        images = [cache.read(row, head.map_names) for row in cache.rows[:3]]
+        batch = double(batch_of(images, head, settings.train, device))
         loss = loss_of_batch(head, batch, settings.train, 0).total
         loss.backward()
         grads = [p.grad.cpu() for p in head.parameters() if p.grad is not None]
@@ -244,12 +239,8 @@ def test_forward_and_backward_never_wait_for_the_gpu(drawn_cache: Path, name: st
         pytest.skip("a CPU waits for itself")
     cache, settings = FeatureCache.open(drawn_cache), recipe(name, amp="bf16")
     head = new_head(settings.head, cache, settings.train).to(DEVICE).train()
-    samples = []
-    for row in cache.rows[:3]:
-        image = cache.read(row, head.map_names)
-        regions = build_regions(image, settings.train, 8, np.random.default_rng(row))
-        samples.append(TrainSample(image, regions))
-    batch = collate(samples, head.map_names, torch.device(DEVICE))
+    images = [cache.read(row, head.map_names) for row in cache.rows[:3]]
+    batch = batch_of(images, head, settings.train, DEVICE)
     try:
         # The first time kernels are built, which may wait.
         for mode in ("default", "error"):

@@ -21,7 +21,7 @@ from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.plan import run_plan
 from mfdetr_pipelines.predict import run_predict
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
 from mfdetr_cache.demo import demo_detector
@@ -30,7 +30,6 @@ from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import scenes
 from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 

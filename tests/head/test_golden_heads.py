@@ -25,7 +25,7 @@ from torch import Tensor
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.folder import HEAD_FILE, load_head, save_head, save_run_config
+from mfdetr_cache.head.folder import HEAD_FILE, RunRecord, load_head, save_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, spec_from_identity
 from mfdetr_cache.types import DetectorSpec
@@ -248,13 +248,13 @@ def write_golden(kind: str) -> None:
     folder = GOLDEN / kind
     folder.mkdir(parents=True)
     names = [{"id": i + 1, "name": name} for i, name in enumerate(spec.label_names)]
-    document = {
-        "recipe": "golden",
-        "detector": detector_identity(spec),
-        "categories": names,
-        "label_categories": [entry["id"] for entry in names],
-    }
-    save_run_config(folder, config, document)
+    record = RunRecord(
+        recipe="golden",
+        detector=detector_identity(spec),
+        categories=names,
+        label_categories=[entry["id"] for entry in names],
+    )
+    save_run_config(folder, config, record)
     kept = {
         # In place of a weight that follows from the rule, its shape.
         n: torch.tensor(t.shape, dtype=torch.int32) if n.startswith(BY_RULE) else t

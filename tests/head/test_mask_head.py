@@ -14,7 +14,7 @@ from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.folder import load_head, save_head, save_run_config
+from mfdetr_cache.head.folder import RunRecord, load_head, save_head, save_run_config
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding, sine_position
@@ -258,7 +258,7 @@ def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:
     spec = make_spec(level_embed=True)
     head = build_head(SMALL, spec).eval()
     randomise(head)
-    save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
+    save_run_config(tmp_path, SMALL, RunRecord(detector=detector_identity(spec)))
     save_head(tmp_path, head.state_dict())
     loaded = load_head(tmp_path)
     assert loaded.head.config == SMALL
@@ -270,7 +270,7 @@ def test_faulty_head_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"is no trained head: it has no config\.json"):
         load_head(tmp_path)
     spec = make_spec()
-    save_run_config(tmp_path, SMALL, {"detector": detector_identity(spec)})
+    save_run_config(tmp_path, SMALL, RunRecord(detector=detector_identity(spec)))
     with pytest.raises(HeadError, match=r"it has no head\.safetensors"):
         load_head(tmp_path)
     save_head(tmp_path, build_head(dataclasses.replace(SMALL, hidden_dim=8), spec).state_dict())

@@ -1,7 +1,9 @@
 import base64
 import io
 import json
+import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,6 @@ from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.rows import trainable_rows
 
@@ -250,25 +251,38 @@ def test_steps_are_timed_for_a_dry_run(drawn_cache: Path, tmp_path: Path) -> Non
     assert all(s > 0 for s in seconds.values())
 
 
-def test_the_same_command_goes_on(
-    drawn_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class StoppedReporter(SilentReporter):
+    """Asks to stop in the course of a step; counts the steps of each training."""
+
+    def __init__(self, stop_at: int) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self._left = stop_at
+        self._task = ""
+
+    def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        self._task = task
+        if task == "train":
+            self.steps.append(0)
+
+    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+        if self._task == "train":
+            self.steps[-1] += 1
+            self._left -= 1
+            if not self._left:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_same_command_goes_on(drawn_cache: Path, tmp_path: Path) -> None:
     """Stopped in the second seed: nothing is trained twice, and the results are the same."""
-    real, steps = TrainingLoop._one_step, []
-
-    def counted(self: Any, step: int, *arguments: Any) -> bool:
-        steps.append((self._train.seed, step, len(self._runs)))
-        if len(steps) == 3:
-            self._stop.set()
-        return real(self, step, *arguments)
-
-    monkeypatch.setattr(TrainingLoop, "_one_step", counted)
+    reporter = StoppedReporter(3)
     with pytest.raises(StoppedError, match="the same command goes on from there"):
-        run_ablate(config(drawn_cache, tmp_path / "a"), SilentReporter())
+        run_ablate(config(drawn_cache, tmp_path / "a"), reporter)
     # Two steps of both heads with seed 0, one with seed 1.
-    assert steps == [(0, 0, 2), (0, 1, 2), (1, 0, 2)]
-    resumed = run_ablate(config(drawn_cache, tmp_path / "a"), SilentReporter())
-    assert steps[3:] == [(1, 1, 2)]
+    assert reporter.steps == [2, 1]
+    again = StoppedReporter(0)
+    resumed = run_ablate(config(drawn_cache, tmp_path / "a"), again)
+    assert again.steps == [1]
     whole = run_ablate(config(drawn_cache, tmp_path / "b"), SilentReporter())
     assert [r.seeds for r in resumed] == [r.seeds for r in whole]
 

@@ -15,18 +15,16 @@ from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import loss_of_batch
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.regions import build_regions
-from mfdetr_cache.training.run_folder import TrainHeadConfig
+from tests.support.batches import batch_of
 from tests.support.scenes import extract_config
 
 
@@ -58,11 +56,7 @@ def step(path: Path, chosen: Recipe) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
     head = build_head(chosen.head, cache.spec)
     images = [cache.read(row, head.map_names) for row in cache.rows]
-    samples = [
-        TrainSample(i, build_regions(i, chosen.train, 8, np.random.default_rng(0))) for i in images
-    ]
-    batch = collate(samples, head.map_names, torch.device("cpu"))
-    losses = loss_of_batch(head, batch, chosen.train, 0)
+    losses = loss_of_batch(head, batch_of(images, head, chosen.train), chosen.train, 0)
     losses.total.backward()
     return losses.total.item(), torch.cat(
         [p.grad.flatten() for p in head.parameters() if p.grad is not None]

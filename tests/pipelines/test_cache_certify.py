@@ -10,7 +10,7 @@ from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.certificate import read_certificates
 from mfdetr_cache.errors import CacheError
@@ -19,7 +19,6 @@ from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_res
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from mfdetr_cache.types import GroundTruth
 from tests.support.images import make_ground_truth
 from tests.support.scenes import extract_config

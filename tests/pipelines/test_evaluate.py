@@ -8,7 +8,7 @@ import pytest
 from mfdetr_pipelines.config.evaluate import EvaluateConfig, TimedDetector
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import binary_erosion
@@ -24,7 +24,6 @@ from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.export import run_export
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.detectors.images import load_image
@@ -20,7 +20,6 @@ from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe
 
 # float32 has 24 bits; a graph of some hundred operations, each rounding once, stays within some

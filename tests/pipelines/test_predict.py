@@ -9,14 +9,13 @@ from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.predict import find_images, picture_names, run_predict
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import detectors
 

@@ -1,4 +1,4 @@
-"""Two processes started by torchrun train the weights that one process trains."""
+"""Several processes started by torchrun train the weights that one process trains."""
 
 import json
 import os
@@ -8,28 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mfdetr_cache.head.folder import load_head
 from tests.pipelines.test_train_head import SMALL
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
-def run_cli(command: list[str], cache: Path, out: Path) -> None:
-    settings = {**SMALL, "batch_size": "4", "steps": "5", "box_jitter": "0.1"}
+
+def run_cli(command: list[str], verb: str, options: dict[str, object], steps: int) -> None:
+    settings = {**SMALL, "batch_size": "4", "steps": str(steps), "box_jitter": "0.1"}
     arguments = [w for k, v in settings.items() for w in ("--set", f"{k}={v}")]
+    arguments += [w for k, v in options.items() for w in (f"--{k}", str(v))]
     done = subprocess.run(
-        [
-            *command,
-            "-m",
-            "mfdetr_cli",
-            "train-head",
-            "--cache",
-            str(cache),
-            "--out",
-            str(out),
-            "--device",
-            "cpu",
-            *arguments,
-        ],
+        [*command, "-m", "mfdetr_cli", verb, "--device", "cpu", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -38,25 +30,58 @@ def run_cli(command: list[str], cache: Path, out: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def assert_close(
+    one: dict[str, torch.Tensor], many: dict[str, torch.Tensor], steps: int, lr: float
+) -> None:
+    for name in one:
+        # Float32 sums in another order: an entry whose gradient is near zero may move by the
+        # learning rate a step in either direction; nearly all are far closer.
+        difference = (one[name].float() - many[name].float()).abs()
+        assert float(difference.max()) <= steps * lr
+        assert float(difference.mean()) <= 2e-5, name
+
+
+def last_line(out: Path) -> dict[str, float]:
+    line: dict[str, float] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return line
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_train_what_one_trains(
     tmp_path: Path, drawn_cache: Path, count: int
 ) -> None:
     """Eight images in batches of four; with three processes the shares differ in size."""
-    run_cli([sys.executable], drawn_cache, tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run_cli([*torchrun, f"--nproc-per-node={count}"], drawn_cache, tmp_path / "many")
-    one, many = (load_head(tmp_path / n).head.state_dict() for n in ("one", "many"))
-    for name in one:
-        # Float32 sums in another order, five steps of `fast`: an entry whose gradient is near zero
-        # may move by up to lr = 1e-3 a step in either direction; nearly all are far closer.
-        difference = (one[name] - many[name]).abs()
-        assert float(difference.max()) <= 5e-3
-        assert float(difference.mean()) <= 2e-5, name
-    losses = [
-        json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])
-        for n in ("one", "many")
-    ]
-    assert losses[0]["regions"] == losses[1]["regions"]
-    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-4)
-    assert torch.isfinite(torch.tensor(losses[0]["loss"]))
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_cli([sys.executable], "train-head", {"cache": drawn_cache, "out": one}, 5)
+    command = [*TORCHRUN, f"--nproc-per-node={count}"]
+    run_cli(command, "train-head", {"cache": drawn_cache, "out": many}, 5)
+    assert_close(
+        load_head(one).head.state_dict(), load_head(many).head.state_dict(), steps=5, lr=1e-3
+    )
+    lines = last_line(one), last_line(many)
+    assert lines[0]["regions"] == lines[1]["regions"]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-4)
+    assert torch.isfinite(torch.tensor(lines[0]["loss"]))
+
+
+def test_several_processes_tune_what_one_tunes(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """Head and detector, whose losses are divided by the objects of all processes."""
+    data = {
+        "detector": "hf",
+        "weights": rtdetr_folder,
+        "images": scenes_folder / "images",
+        "annotations": scenes_folder / "instances.json",
+        "tune": "all",
+    }
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_cli([sys.executable], "train-joint", {**data, "out": one}, 3)
+    run_cli([*TORCHRUN, "--nproc-per-node=2"], "train-joint", {**data, "out": many}, 3)
+    heads = [load_head(out).head.state_dict() for out in (one, many)]
+    assert_close(*heads, steps=3, lr=1e-3)
+    detectors = [load_file(out / "detector/model.safetensors") for out in (one, many)]
+    assert_close(*detectors, steps=3, lr=1e-4)
+    lines = last_line(one), last_line(many)
+    for name in ("loss", "box_loss"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4)

@@ -1,20 +1,21 @@
 import dataclasses
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines import train_head as train_head_module
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.detectors import registry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
@@ -25,29 +26,32 @@ from mfdetr_cache.errors import (
     StoppedError,
     TrainingError,
 )
+from mfdetr_cache.evaluation import measure as measure_module
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
-from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.checkpoint import load_checkpoint
 from mfdetr_cache.training.distributed import split
-from mfdetr_cache.training.input.threads import read_ahead
+from mfdetr_cache.training.input.loader import CacheSource
+from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.learner import build_learner, loss_of_batch
-from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.order import (
+    Order,
     epoch_order,
     epoch_order_by_parts,
-    rows_of_step,
     view_of_epoch,
 )
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.regions import build_regions
-from mfdetr_cache.training.run_folder import TrainHeadConfig
+from mfdetr_cache.training.regions import RegionSettings, build_regions
+from mfdetr_cache.training.run import Run
 from mfdetr_cache.training.run_log import RunLog, read_log
 from mfdetr_cache.types import CachedImage
 from tests.support import detectors, scenes
+from tests.support.batches import batch_of
+from tests.support.signals import stop_after
 
 SMALL = {
     "hidden_dim": "16",
@@ -59,38 +63,60 @@ SMALL = {
 }
 
 
+def small_settings(**changes: Any) -> dict[str, str]:
+    return {**SMALL, **{k: str(v) for k, v in changes.items()}}
+
+
 def small_recipe(name: str = "fast", **changes: Any) -> Recipe:
-    return build_recipe(name, {**SMALL, **{k: str(v) for k, v in changes.items()}})
+    return build_recipe(name, small_settings(**changes))
 
 
-def train(cache: Path, out: Path, recipe: Recipe | None = None, **changes: Any) -> Any:
+def train(
+    cache: Path,
+    out: Path,
+    recipe: Recipe | None = None,
+    on_step: Callable[[int], None] | None = None,
+    **changes: Any,
+) -> Any:
     config = TrainHeadConfig(cache, out, recipe or small_recipe(), **changes)
-    return run_train_head(config, SilentReporter())
+    return run_train_head(config, SilentReporter(), on_step)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
     return load_head(out).head.state_dict()
 
 
-def test_trains_without_a_detector_and_twice_from_one_cache(
-    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a detector was built")
-
-    monkeypatch.setattr(registry, "load_detector", refuse)
-    monkeypatch.setattr(registry, "load_huggingface_detector", refuse)
+def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> None:
     for name in ("fast", "paper"):
         summary = train(drawn_cache, tmp_path / name, small_recipe(name))
         assert summary.steps == 4
         assert np.isfinite(summary.loss)
-        lines = [
-            json.loads(s) for s in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert lines[-1]["step"] == 4
+        assert read_log(tmp_path / name)[-1]["step"] == 4
         measured = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / name), SilentReporter())
-        assert 0 <= measured.mask.AP <= 1
         assert measured.num_images == 8
+
+
+def test_training_from_a_cache_loads_no_detector(tmp_path: Path, drawn_cache: Path) -> None:
+    """Neither the library of the detectors nor ours, also where the head is measured."""
+    script = f"""
+import sys
+from pathlib import Path
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
+cache = Path({str(drawn_cache)!r})
+recipe = build_recipe("fast", {small_settings(steps=1)!r})
+config = TrainHeadConfig(cache, Path({str(tmp_path / "run")!r}), recipe, val_cache=cache)
+run_train_head(config, SilentReporter())
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "mfdetr_cache.training.loop" in loaded
+    assert "mfdetr_cache.evaluation.measure" in loaded
+    unwanted = ("transformers", "mfdetr_cache.detectors", "mfdetr_cache.extraction")
+    assert not [name for name in loaded if name.startswith(unwanted)]
 
 
 def test_the_loss_falls(tmp_path: Path, drawn_cache: Path) -> None:
@@ -103,23 +129,13 @@ def test_the_loss_falls(tmp_path: Path, drawn_cache: Path) -> None:
 def test_resumed_weights_are_bit_identical(
     tmp_path: Path,
     drawn_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
     stop_at: int,
     optimiser: str,
 ) -> None:
     recipe = small_recipe(steps=7, box_jitter=0.1, max_regions=1, optimiser=optimiser)
     train(drawn_cache, tmp_path / "whole", recipe)
-    real = TrainingLoop._one_step
-
-    def stop(self: Any, step: int, *arguments: Any) -> bool:
-        if step == stop_at - 1:
-            self._stop.set()
-        return real(self, step, *arguments)
-
-    monkeypatch.setattr(TrainingLoop, "_one_step", stop)
     with pytest.raises(StoppedError, match=f"stopped by a signal at step {stop_at}; go on with"):
-        train(drawn_cache, tmp_path / "parts", recipe)
-    monkeypatch.undo()
+        train(drawn_cache, tmp_path / "parts", recipe, on_step=stop_after(stop_at))
     summary = train(drawn_cache, tmp_path / "parts", recipe, resume=True)
     assert summary.steps == 7
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
@@ -135,10 +151,11 @@ def test_epochs_and_steps(tmp_path: Path, drawn_cache: Path) -> None:
 
 
 def test_every_image_once_per_epoch() -> None:
-    rows = list(range(10, 30))
+    order = Order(tuple(range(10, 30)), 8, 5)
+    assert order.steps_per_epoch == 3
     for epoch in range(2):
-        seen = [r for s in range(3) for r in rows_of_step(rows, 8, 5, 3 * epoch + s)]
-        assert sorted(seen) == rows
+        seen = [row for s in range(3) for row in order.rows_of(3 * epoch + s)]
+        assert sorted(seen) == list(order.rows)
     assert (epoch_order(20, 5, 0) != epoch_order(20, 5, 1)).any()
     assert (epoch_order(20, 5, 0) != epoch_order(20, 6, 0)).any()
 
@@ -149,10 +166,10 @@ def test_reading_ahead_keeps_order_and_reports_errors() -> None:
             raise HeadError("row 7")
         return (row, step)
 
-    steps = list(read_ahead(load, lambda s: [s, s + 1], range(3), 2))
+    steps = list(read_in_threads(load, lambda s: [s, s + 1], range(3), 2))
     assert steps == [[(0, 0), (1, 0)], [(1, 1), (2, 1)], [(2, 2), (3, 2)]]
     with pytest.raises(HeadError, match="row 7"):
-        list(read_ahead(load, lambda s: [s], range(9), 2))
+        list(read_in_threads(load, lambda s: [s], range(9), 2))
 
 
 def live_image(cached: CachedImage, output: Any) -> CachedImage:
@@ -193,11 +210,7 @@ def test_a_step_from_the_cache_equals_a_step_from_the_live_detector(
 
     def step(images: list[CachedImage]) -> tuple[float, torch.Tensor]:
         head.zero_grad()
-        samples = [
-            TrainSample(i, build_regions(i, recipe.train, 8, np.random.default_rng(0)))
-            for i in images
-        ]
-        batch = collate(samples, head.map_names, torch.device("cpu"))
+        batch = batch_of(images, head, recipe.train)
         assert len(batch.labels)
         losses = loss_of_batch(head, batch, recipe.train, 0)
         losses.total.backward()
@@ -268,21 +281,18 @@ def test_a_full_disk_does_not_end_a_training(tmp_path: Path, drawn_cache: Path) 
     folder, reference = tmp_path / "run", tmp_path / "reference"
     settings = {"steps": 20, "checkpoint_minutes": 0.0}
     train(drawn_cache, reference, small_recipe(**settings))
-    real, reporter = TrainingLoop._one_step, SilentReporter()
+    reporter = SilentReporter()
 
-    def with_a_full_disk(self: Any, step: int, *arguments: Any) -> bool:
-        if step == 8:
+    def fill_the_disk(done: int) -> None:
+        if done == 8:
             (folder / "checkpoint.pt.partial").symlink_to("/dev/full")
             (folder / "metrics.jsonl").symlink_to("/dev/full")
-        if step == 15:
+        if done == 15:
             (folder / "metrics.jsonl").unlink()
-        return real(self, step, *arguments)
 
     config = TrainHeadConfig(drawn_cache, folder, small_recipe(**settings), device="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_one_step", with_a_full_disk)
-        with pytest.warns(UserWarning, match="metrics.jsonl cannot be written, the disk is full"):
-            run_train_head(config, reporter)
+    with pytest.warns(UserWarning, match="metrics.jsonl cannot be written, the disk is full"):
+        run_train_head(config, reporter, fill_the_disk)
     (warning,) = [m for m in reporter.messages if m.startswith("warning")]
     assert "checkpoint.pt cannot be written, the disk is full" in warning
     assert [line["step"] for line in read_log(folder)] == [10, 20]
@@ -377,14 +387,6 @@ def test_parts_are_mixed_and_every_image_comes_once() -> None:
     assert runs < 100
 
 
-def pieces_of(cache: FeatureCache, train_config: Any, count: int) -> Any:
-    images = [cache[i] for i in range(6)]
-    samples = [
-        TrainSample(i, build_regions(i, train_config, 8, np.random.default_rng(0))) for i in images
-    ]
-    return samples, split(samples, count)
-
-
 @pytest.mark.parametrize("name", ["fast", "paper"])
 def test_a_step_in_pieces_has_the_losses_and_gradients_of_a_whole_one(
     drawn_cache: Path, name: str
@@ -394,14 +396,14 @@ def test_a_step_in_pieces_has_the_losses_and_gradients_of_a_whole_one(
     cache = FeatureCache.open(drawn_cache)
     torch.manual_seed(0)
     head = build_head(recipe.head, cache.spec)
-    samples, pieces = pieces_of(cache, recipe.train, 4)
-    device = torch.device("cpu")
+    images = [cache[i] for i in range(6)]
+    whole_batch = batch_of(images, head, recipe.train)
 
     def gradients(parts: list[Any]) -> tuple[float, torch.Tensor]:
         head.zero_grad()
-        total, place, loss = sum(len(s.regions) for s in samples), 0, 0.0
+        total, place, loss = len(whole_batch.labels), 0, 0.0
         for part in parts:
-            batch = collate(part, head.map_names, device)
+            batch = batch_of(part, head, recipe.train)
             count = len(batch.labels)
             if not count:
                 continue
@@ -412,12 +414,12 @@ def test_a_step_in_pieces_has_the_losses_and_gradients_of_a_whole_one(
         assert place == total
         return loss, torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
 
-    whole_loss, whole = gradients([samples])
-    loss, gradient = gradients(pieces)
+    whole_loss, whole = gradients([images])
+    loss, gradient = gradients(split(images, 4))
     # float32: 24 bits, sums of some thousand terms in another order.
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     assert float((gradient - whole).norm()) < 1e-4 * float(whole.norm())
-    plain = loss_of_batch(head, collate(samples, head.map_names, device), recipe.train, 3)
+    plain = loss_of_batch(head, whole_batch, recipe.train, 3)
     assert plain.total.item() == pytest.approx(whole_loss, rel=1e-6)
 
 
@@ -500,7 +502,8 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
         )
         runs[name] = Run(learner, tmp_path / "side", RunLog(tmp_path))
     (tmp_path / "side").mkdir()
-    TrainingLoop(cache, list(runs.values()), torch.device("cpu"), SilentReporter()).run()
+    source = CacheSource(cache, [run.learner for run in runs.values()])
+    TrainingLoop(source, list(runs.values()), SilentReporter()).run()
     for name, run in runs.items():
         alone, beside = weights_of(tmp_path / name), run.learner.result_weights()
         assert run.learner.step == recipes[name].train.steps
@@ -530,10 +533,11 @@ def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: P
     assert summary.steps == 4
     document = json.loads((tmp_path / "run/config.json").read_text())
     assert document["train"]["held_out"] == [number]
-    config = dataclasses.replace(small_recipe().train, held_out=(number,), max_regions=0)
+    seen = dataclasses.replace(small_recipe().train, held_out=(number,), max_regions=0)
+    settings = RegionSettings.of(seen, small_recipe().head)
     label_of = {c: label for label, c in enumerate(cache.label_categories) if c >= 0}
     for row in cache.rows:
-        regions = build_regions(cache.read(row, ()), config, 8, np.random.default_rng(0))
+        regions = build_regions(cache.read(row, ()), settings, np.random.default_rng(0))
         assert label_of[number] not in regions.labels
     found = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "run"), SilentReporter())
     by_id = {c["category_id"]: c["AP"] for c in found.details["mask"]["categories"]}
@@ -549,7 +553,7 @@ def test_the_best_weights_survive_a_stop(
 ) -> None:
     """A worse validation after a resume does not replace a better one before it."""
     values = iter([0.5, 0.1, 0.2])
-    real = train_head_module.measure
+    real = measure_module.measure
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         found, masks = real(*arguments, **options)
@@ -557,19 +561,10 @@ def test_the_best_weights_survive_a_stop(
             found, mask=dataclasses.replace(found.mask, AP=next(values))
         ), masks
 
-    monkeypatch.setattr(train_head_module, "measure", scripted)
-    step = TrainingLoop._one_step
-
-    def stop(self: Any, number: int, *arguments: Any) -> bool:
-        if number == 2:
-            self._stop.set()
-        return step(self, number, *arguments)
-
+    monkeypatch.setattr(measure_module, "measure", scripted)
     recipe, out = small_recipe(steps=6), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_one_step", stop)
-        with pytest.raises(StoppedError, match="at step 3"):
-            train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2)
+    with pytest.raises(StoppedError, match="at step 3"):
+        train(drawn_cache, out, recipe, stop_after(3), val_cache=drawn_cache, val_every=2)
     best = (out / "head-best.safetensors").read_bytes()
     summary = train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2, resume=True)
     assert (summary.best_AP, summary.best_step) == (0.5, 2)
@@ -597,11 +592,10 @@ def test_a_part_of_the_cache_serves_as_validation(drawn_cache: Path, tmp_path: P
 def test_time_spent_validating_is_not_time_spent_training(
     tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        train_head_module._Validator, "after_step", lambda self: time.sleep(0.5) or ""
-    )
+    real = measure_module.measure
+    monkeypatch.setattr(measure_module, "measure", lambda *a: time.sleep(0.5) or real(*a))
     started = time.perf_counter()
-    summary = train(drawn_cache, tmp_path / "run", val_cache=drawn_cache)
+    summary = train(drawn_cache, tmp_path / "run", val_cache=drawn_cache, val_every=1)
     assert summary.seconds < time.perf_counter() - started - 4 * 0.5
 
 

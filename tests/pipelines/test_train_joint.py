@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,10 @@ import torch
 from mfdetr_pipelines import train_joint as module
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
 
+from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.protocol import TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
@@ -25,10 +24,12 @@ from mfdetr_cache.errors import (
 )
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.detector_tuner import DetectorTuner, JointLearner
+from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint
+from tests.support.signals import stop_after
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -116,17 +117,17 @@ def test_both_losses_reach_the_detector(scenes_folder: Path, rtdetr_folder: Path
     for name, weight in (("boxes", 0.0), ("both", 1.0)):
         changes = {"bce_weight": 5 * weight, "dice_weight": 5 * weight}
         settings = config(scenes_folder, rtdetr_folder, Path("x"), recipe=recipe(**changes))
-        split = module.load_coco_split(settings.annotations)
+        split = load_coco_split(settings.annotations)
         detector: Any = load_detector("hf", str(rtdetr_folder))
         train = settings.recipe.train
-        data = module.LiveData(split, settings.images, detector, train, None)
-        tuner = module.DetectorTuner(detector, "all", train, 0.1)
-        learner = module.build_learner(
-            train,
-            lambda d=detector, s=settings: module.build_head(s.recipe.head, d.spec),
-            torch.device("cpu"),
-        )
-        module._one_step([data.picture(row, 0) for row in data.rows[:3]], detector, learner, tuner)
+        images = LiveImages(split, settings.images, detector, train, None)
+        torch.manual_seed(0)
+        tuner = DetectorTuner(detector, "all", train, 0.1)
+        learner = JointLearner(images.new_head(settings.recipe.head), train, tuner)
+        source = LiveSource(images, detector, learner, is_tuned=True)
+        (step,) = source.steps(range(1))
+        step.prepare(1)
+        learner.learn(step.batches(learner.regions), 0, step.counts[learner.regions])
         found = {n: p.grad for n, p in detector.model.named_parameters() if p.grad is not None}
         gradients[name] = next(g for n, g in found.items() if "backbone" in n)
     assert not torch.allclose(gradients["boxes"], gradients["both"], rtol=1e-3)
@@ -153,51 +154,113 @@ def test_tuning_teaches_the_detector(tmp_path: Path, scenes_folder: Path) -> Non
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_checkpoint_that_finds_no_room_costs_no_training(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
     settings = config(scenes_folder, rtdetr_folder, tmp_path / "run")
-    step = module._one_step
 
-    def with_a_full_disk(*arguments: Any) -> None:
-        step(*arguments)
+    def fill_the_disk(_done: int) -> None:
         partial = settings.out / "checkpoint.pt.partial"
         partial.unlink(missing_ok=True)
         partial.symlink_to("/dev/full")
 
-    monkeypatch.setattr(module, "_one_step", with_a_full_disk)
     reporter = SilentReporter()
-    assert run_train_joint(settings, reporter).steps == 4
+    assert run_train_joint(settings, reporter, fill_the_disk).steps == 4
     assert any("checkpoint.pt cannot be written, the disk" in m for m in reporter.messages)
     assert not (settings.out / "checkpoint.pt").exists()
     assert load_head(settings.out).head is not None
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
     whole = config(scenes_folder, rtdetr_folder, tmp_path / "whole", augment="deformable-detr")
     run_train_joint(whole, SilentReporter())
-    parted = module.replace(whole, out=tmp_path / "parted")
-    step = module._one_step
-
-    def stop_after_two(pictures: Any, detector: Any, learner: Any, tuner: Any) -> None:
-        step(pictures, detector, learner, tuner)
-        if learner.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_one_step", stop_after_two)
-        with pytest.raises(StoppedError, match="at step 2"):
-            run_train_joint(parted, SilentReporter())
+    parted = dataclasses.replace(whole, out=tmp_path / "parted")
+    with pytest.raises(StoppedError, match="at step 2"):
+        run_train_joint(parted, SilentReporter(), stop_after(2))
     with pytest.raises(HeadError, match=r"joint.tune was 'encoder-decoder' and is 'all' now"):
-        run_train_joint(module.replace(parted, resume=True, tune="all"), SilentReporter())
-    run_train_joint(module.replace(parted, resume=True), SilentReporter())
+        run_train_joint(dataclasses.replace(parted, resume=True, tune="all"), SilentReporter())
+    run_train_joint(dataclasses.replace(parted, resume=True), SilentReporter())
     first, second = load_head(whole.out).head.state_dict(), load_head(parted.out).head.state_dict()
     assert all(torch.equal(first[n], second[n]) for n in first)
     theirs, ours = state_of(str(whole.out / "detector")), state_of(str(parted.out / "detector"))
     assert all(torch.equal(theirs[n], ours[n]) for n in theirs)
     lines = [json.loads(t) for t in (parted.out / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
+
+
+def test_a_step_in_micro_batches_trains_what_a_whole_one_trains(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """With a tuned detector every image then goes through it twice, with the same result."""
+    for name, accumulate in (("whole", 1), ("parts", 3)):
+        run_train_joint(
+            config(
+                scenes_folder,
+                rtdetr_folder,
+                tmp_path / name,
+                tune="all",
+                recipe=recipe(accumulate=accumulate, steps=2),
+            ),
+            SilentReporter(),
+        )
+    first, second = (load_head(tmp_path / n).head.state_dict() for n in ("whole", "parts"))
+    for name, value in first.items():
+        # Sums in another order: an entry whose gradient is near zero may move by lr = 1e-3 a step
+        # in either direction; nearly all are far closer.
+        assert float((value - second[name]).abs().max()) <= 2 * 2e-3
+        assert float((value - second[name]).abs().mean()) <= 2e-5, name
+    theirs, ours = (state_of(str(tmp_path / n / "detector")) for n in ("whole", "parts"))
+    for name, value in theirs.items():
+        assert float((value.float() - ours[name].float()).abs().max()) <= 2 * 2e-4
+
+
+def test_a_gpu_that_is_full_splits_the_step(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of one image fit the memory, the detector's outputs of three do not."""
+    detect = LiveSource.detect
+
+    def small_memory(self: Any, images: Any, *, gradients: bool) -> Any:
+        if gradients and len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return detect(self, images, gradients=gradients)
+
+    monkeypatch.setattr(LiveSource, "detect", small_memory)
+    settings = config(scenes_folder, rtdetr_folder, tmp_path / "full", tune="all")
+    with pytest.raises(TrainingError, match="does not hold 3 images .*--batch-size auto"):
+        run_train_joint(settings, SilentReporter())
+    reporter = SilentReporter()
+    settings = dataclasses.replace(settings, out=tmp_path / "split", batch_size="auto")
+    split = run_train_joint(settings, reporter)
+    assert any("computing each step in 4 micro-batches" in m for m in reporter.messages)
+    monkeypatch.undo()
+    whole = run_train_joint(dataclasses.replace(settings, out=tmp_path / "whole"), SilentReporter())
+    assert split.mask_loss == pytest.approx(whole.mask_loss, rel=1e-3)
+    assert split.box_loss == pytest.approx(whole.box_loss, rel=1e-3)
+
+
+def test_validation_on_the_way_changes_nothing(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    validation = {
+        "val_images": scenes_folder / "images",
+        "val_annotations": scenes_folder / "instances.json",
+        "val_every": 2,
+    }
+    for tune in ("nothing", "all"):
+        plain = config(scenes_folder, rtdetr_folder, tmp_path / f"{tune}-plain", tune=tune)
+        measured = dataclasses.replace(plain, out=tmp_path / tune, **validation)
+        run_train_joint(plain, SilentReporter())
+        summary = run_train_joint(measured, SilentReporter())
+        first, second = (load_head(c.out).head.state_dict() for c in (plain, measured))
+        assert all(torch.equal(first[n], second[n]) for n in first)
+        lines = [json.loads(t) for t in (measured.out / "metrics.jsonl").read_text().splitlines()]
+        found = {s["step"]: s["validation"]["mask"]["AP"] for s in lines if "validation" in s}
+        assert sorted(found) == [2, 4]
+        assert summary.best_AP == max(found.values())
+        # Of a detector that goes on changing, an earlier head would be of no use.
+        assert (measured.out / "head-best.safetensors").exists() == (tune == "nothing")
 
 
 def test_official_detectors_are_tuned_and_saved_in_their_own_form(
@@ -225,12 +288,12 @@ def test_official_detectors_are_tuned_and_saved_in_their_own_form(
 
 def test_labels_that_are_held_back_are_not_seen(scenes_folder: Path, rtdetr_folder: Path) -> None:
     detector = load_detector("hf", str(rtdetr_folder))
-    split = module.load_coco_split(scenes_folder / "instances.json")
+    split = load_coco_split(scenes_folder / "instances.json")
     train = recipe().train
 
     def rows(**changes: Any) -> list[int]:
         seen = dataclasses.replace(train, **changes)
-        return module.LiveData(split, scenes_folder / "images", detector, seen, None).rows
+        return LiveImages(split, scenes_folder / "images", detector, seen, None).rows
 
     few, some = rows(label_fraction=0.25), rows(label_fraction=0.5)
     assert set(few) < set(some) < set(rows())
@@ -273,14 +336,18 @@ def test_bad_input_gets_one_line(
         ({"max_steps": 2, "epochs": 1.0}, "not both"),
         ({"recipe": recipe(amp="fp16")}, "amp=bf16"),
         ({"recipe": recipe(views="base")}, "views=base does nothing without a cache"),
-        ({"recipe": recipe(accumulate=2)}, "accumulate=2 does nothing"),
+        ({"recipe": recipe(val_split=4)}, "val_split=4 does nothing without a cache"),
+        ({"recipe": recipe(amp="fp16"), "tune": "nothing"}, "needs a GPU"),
+        ({"val_every": 2}, "--val-every needs --val-images"),
+        ({"batch_size": 0}, "--batch-size must be 1 or more"),
+        ({"track": ("mlflow",)}, "--track mlflow: the package is not installed"),
     ]
     for changes, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            run_train_joint(module.replace(good, **changes), SilentReporter())
+            run_train_joint(dataclasses.replace(good, **changes), SilentReporter())
     validation = {"val_annotations": good.annotations, "val_images": tmp_path}
     with pytest.raises(ImageError, match="check --val-images"):
-        run_train_joint(module.replace(good, **validation), SilentReporter())
+        run_train_joint(dataclasses.replace(good, **validation), SilentReporter())
     real = load_detector("hf", str(rtdetr_folder))
     assert isinstance(real, TunableDetector)
 

@@ -10,7 +10,7 @@ from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split
@@ -23,7 +23,6 @@ from mfdetr_cache.evaluation.detections import detections_of, select_detections
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,8 @@ from mfdetr_pipelines.extract import run_extract
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.batch import TrainSample, collate
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.regions import build_regions
+from tests.support.batches import batch_of
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +53,8 @@ def test_a_row_learns_from_real_features(
     head = dataclasses.replace(recipe.head, hidden_dim=width)
     train = dataclasses.replace(recipe.train, steps=STEPS, lr=4e-4, clip_norm=1.0, num_threads=1)
     learner = build_learner(train, lambda: build_head(head, cache.spec), torch.device("cpu"))
-    samples = []
-    for place in cache.rows[:2]:
-        image = cache.read(place, learner.head.map_names)
-        regions = build_regions(image, train, head.roi_size, np.random.default_rng(place))
-        samples.append(TrainSample(image, regions))
-    batch = collate(samples, learner.head.map_names, torch.device("cpu"))
+    images = [cache.read(row, learner.head.map_names) for row in cache.rows[:2]]
+    batch = batch_of(images, learner.head, train)
     assert len(batch.labels) > 3
     learner.head.train()
     losses = [learner.learn([batch], 0, len(batch.labels)).loss for _ in range(STEPS)]

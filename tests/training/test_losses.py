@@ -1,17 +1,20 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from mfdetr_cache.head.batch import HeadOutput
+from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.matching.objects import trainable_objects
 from mfdetr_cache.ops.masks import decode_run_lengths
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import dice_loss, head_losses, mask_iou_targets
 from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
-from mfdetr_cache.training.regions import build_regions
+from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
+from mfdetr_cache.types import CachedImage
 from tests.support.images import make_ground_truth, make_image, make_spec
 
 
@@ -114,10 +117,14 @@ def test_schedule_steps_and_cosine() -> None:
     assert learning_rate(cosine, 200) == pytest.approx(0.0)
 
 
+def regions_of(image: CachedImage, **changes: Any) -> RegionTargets:
+    settings = RegionSettings.of(TrainConfig(**changes), HeadConfig(roi_size=8))
+    return build_regions(image, settings, np.random.default_rng(0))
+
+
 def test_regions_carry_the_mask_inside_the_predicted_box() -> None:
     image = make_image(make_spec())
-    config = TrainConfig(min_match_iou=0.5, target_scale=2)
-    regions = build_regions(image, config, 8, np.random.default_rng(0))
+    regions = regions_of(image, min_match_iou=0.5, target_scale=2)
     assert sorted(regions.query_index.tolist()) == [0, 1]
     for region, query in enumerate(regions.query_index):
         mask = decode_run_lengths(image.ground_truth.run_lengths[query], image.geometry.original_hw)
@@ -129,8 +136,8 @@ def test_regions_carry_the_mask_inside_the_predicted_box() -> None:
 
 def test_jitter_moves_boxes_and_their_targets_together() -> None:
     image = make_image(make_spec())
-    still = build_regions(image, TrainConfig(), 8, np.random.default_rng(0))
-    moved = build_regions(image, TrainConfig(box_jitter=0.2), 8, np.random.default_rng(0))
+    still = regions_of(image)
+    moved = regions_of(image, box_jitter=0.2)
     assert (still.query_index == moved.query_index).all()
     assert np.abs(still.boxes_xyxy_norm - moved.boxes_xyxy_norm).max() > 0.01
     assert np.abs(still.masks - moved.masks).max() > 0
@@ -143,16 +150,15 @@ def test_crowds_and_unknown_categories_are_not_trained_on() -> None:
     assert trainable_objects(truth).tolist() == [2]
     truth.is_crowd[2] = True
     image = make_image(make_spec(), ground_truth=truth)
-    assert len(build_regions(image, TrainConfig(), 8, np.random.default_rng(0))) == 0
+    assert len(regions_of(image)) == 0
 
 
 def test_empty_images_have_no_regions() -> None:
     image = make_image(make_spec(), ground_truth=make_ground_truth((120, 160), count=0))
-    regions = build_regions(image, TrainConfig(), 8, np.random.default_rng(0))
+    regions = regions_of(image)
     assert regions.masks.shape == (0, 16, 16)
 
 
 def test_regions_per_image_can_be_bounded() -> None:
     image = make_image(make_spec(), ground_truth=make_ground_truth((120, 160), count=6, seed=2))
-    config = TrainConfig(max_regions=2)
-    assert len(build_regions(image, config, 8, np.random.default_rng(0))) == 2
+    assert len(regions_of(image, max_regions=2)) == 2

@@ -1,6 +1,5 @@
 """Reading by processes: what threads give, and nothing left behind."""
 
-import dataclasses
 import os
 import subprocess
 import time
@@ -12,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training import loop as training_loop
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.input import loader
 from mfdetr_cache.training.input import processes as reader_processes
-from mfdetr_cache.training.input.processes import read_ahead_in_processes
+from mfdetr_cache.training.input.processes import read_in_processes
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.run_folder import TrainHeadConfig
 from tests.support import loads, scenes
 
 needs_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
@@ -36,7 +34,7 @@ def read(
     processes: int = 2,
     threads: int = 0,
 ) -> Generator[list[Any], None, None]:
-    return read_ahead_in_processes(
+    return read_in_processes(
         load,
         rows_of,
         range(steps),
@@ -185,12 +183,14 @@ def test_a_head_ends_with_the_weights_that_threads_give(
 ) -> None:
     # Threads would be done before the processes are there.
     monkeypatch.setattr(
-        training_loop,
-        "read_ahead_in_processes",
-        lambda *a, **k: read_ahead_in_processes(*a, **{**k, "threads_meanwhile": 0}),
+        loader,
+        "read_in_processes",
+        lambda *a, **k: read_in_processes(*a, **{**k, "threads_meanwhile": 0}),
     )
-    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), tmp_path / "c.zarr")
-    run_extract(dataclasses.replace(config, preset=preset, views=1), SilentReporter())
+    config = scenes.extract_config(
+        scenes_folder, str(rtdetr_folder), tmp_path / "c.zarr", preset=preset, views=1
+    )
+    run_extract(config, SilentReporter())
     cache = FeatureCache.open(tmp_path / "c.zarr")
     names = tuple(m.name for m in cache.spec.maps)
     most = max(

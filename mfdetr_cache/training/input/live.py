@@ -1,9 +1,12 @@
-"""Images for training without a cache: decoded, transformed and annotated anew for every step."""
+"""A live detector as a source: images are decoded, augmented and detected anew for every step."""
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,23 +22,36 @@ from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
+from mfdetr_cache.head.batch import live_groups
+from mfdetr_cache.head.build import build_head
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.matching.objects import object_masks, trainable_objects
+from mfdetr_cache.training.batch import TrainBatch, collate
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.distributed import Processes, split
+from mfdetr_cache.training.initial_head import fit_codec
+from mfdetr_cache.training.input.source import Step
+from mfdetr_cache.training.input.threads import read_in_threads
+from mfdetr_cache.training.learner import Learner
+from mfdetr_cache.training.order import Order
+from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
 from mfdetr_cache.training.rows import kept_rows
-from mfdetr_cache.types import GroundTruth, ImageGeometry
+from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGeometry
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An image as one step shows it.
+class LiveImage:
+    """An image as one epoch shows it.
 
     Attributes:
         image_id: COCO image id.
         file_name: Relative to the image folder.
-        row: Place in the split.
+        row: Position in the split.
         pixel_values: The network's input, float32, shape (3, H, W).
-        geometry: Sizes of picture and input.
-        truth: What is in the picture, in its own pixels.
+        geometry: Sizes of the augmented image and of the input.
+        truth: The annotated objects, in pixels of the augmented image.
     """
 
     image_id: int
@@ -46,18 +62,33 @@ class Picture:
     truth: GroundTruth
 
 
-class LiveData:
+@dataclass(frozen=True, slots=True)
+class LiveBatch(TrainBatch):
+    """A micro-batch that a detector has just computed.
+
+    Attributes:
+        outputs: What the detector gave, one per image; with gradients where it is tuned.
+        images: The images.
+        num_objects: Objects that can be learned from, in the whole step over all processes.
+    """
+
+    outputs: tuple[DetectorOutput, ...]
+    images: tuple[LiveImage, ...]
+    num_objects: int
+
+
+class LiveImages:
     """The images of a split that have something to learn from.
 
     Args:
         split: The split.
-        images: Its image folder.
+        folder: Its image folder.
         detector: Says how an image becomes its input.
         train: Which annotations may be seen.
         augment: Show every image in another way in every epoch; None shows it as it is.
 
     Attributes:
-        rows: Places in the split, in rising order.
+        rows: Positions in the split, in rising order.
         label_categories: Category id of every label of the detector, -1 where there is none.
 
     Raises:
@@ -68,7 +99,7 @@ class LiveData:
     def __init__(
         self,
         split: CocoSplit,
-        images: Path,
+        folder: Path,
         detector: Detector,
         train: TrainConfig,
         augment: Policy | None,
@@ -78,54 +109,45 @@ class LiveData:
         label_of = {c: label for label, c in enumerate(self.label_categories) if c >= 0}
         self._truth = [split.ground_truth(e, label_of) for e in split.images]
         self._split = split
-        self._images = images
+        self._folder = folder
         self._detector = detector
-        self._train = train
         self._augment = augment
+        self._seed = train.seed
+        self._held_out = train.held_out
         self._fixed = fixed_input_hw(detector) is not None
-        held_out = train.held_out
-        rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t, held_out))]
+        rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t, self._held_out))]
         if not rows:
             raise TrainingError(f"no image of {split.name} has an object to learn from")
         self.rows = kept_rows(rows, train.label_fraction, train.seed)
 
-    def masks(self, row: int, side: int) -> NDArray[np.float32]:
-        """Masks of an image's objects over their own boxes.
+    def new_head(self, config: HeadConfig) -> MaskHead:
+        """A head to be trained on these images; a mask basis is learned from the annotations."""
+        head = build_head(config, self._detector.spec)
+        if head.codec is not None:
 
-        Args:
-            row: Its place in the split.
-            side: Cells along both axes.
+            def masks_of(row: int) -> NDArray[np.float32]:
+                size_hw = self._split.images[row].size_hw
+                return object_masks(self._truth[row], size_hw, self._held_out, MASK_SIDE)
 
-        Returns:
-            Shape (G, side, side).
-        """
-        size_hw = self._split.images[row].size_hw
-        return object_masks(self._truth[row], size_hw, self._train.held_out, side)
+            fit_codec(head.codec, self.rows, masks_of)
+        return head
 
-    def picture(self, row: int, epoch: int) -> Picture:
-        """An image of an epoch.
-
-        Args:
-            row: Its place in the split.
-            epoch: Counted from 0; decides the augmentation.
-
-        Returns:
-            The picture and what is in it.
-        """
+    def read(self, row: int, epoch: int) -> LiveImage:
+        """The image of a row as an epoch, counted from 0, shows it."""
         entry = self._split.images[row]
         transform = identity_transform(entry.size_hw)
         if self._augment is not None:
             transform = sample_transform(
                 self._augment,
-                self._train.seed,
+                self._seed,
                 f"epoch-{epoch}",
                 entry.image_id,
                 entry.size_hw,
                 fixed=self._fixed,
             )
-        image = load_image(self._images / entry.file_name, entry.size_hw)
+        image = load_image(self._folder / entry.file_name, entry.size_hw)
         edge = transform.shortest_edge
-        return Picture(
+        return LiveImage(
             entry.image_id,
             entry.file_name,
             row,
@@ -133,3 +155,164 @@ class LiveData:
             self._detector.input_geometry(transform.size_hw, edge),
             transform_ground_truth(self._truth[row], entry.size_hw, transform),
         )
+
+
+class LiveSource:
+    """Steps from images and a detector.
+
+    Args:
+        images: The images.
+        detector: On the device of the learner.
+        learner: The head that learns from it.
+        processes: Those that train together.
+        is_tuned: Whether gradients flow into the detector.
+
+    Attributes:
+        learner: The head.
+        is_tuned: Whether gradients flow into the detector.
+        order: Which rows each step trains on.
+    """
+
+    def __init__(
+        self,
+        images: LiveImages,
+        detector: Detector,
+        learner: Learner,
+        processes: Processes | None = None,
+        *,
+        is_tuned: bool,
+    ) -> None:
+        train = learner.train
+        self.order = Order(tuple(images.rows), train.batch_size, train.seed)
+        self._images = images
+        self._detector = detector
+        self.learner = learner
+        self._processes = processes or Processes()
+        self.is_tuned = is_tuned
+
+    def steps(self, numbers: range) -> Generator[Step, None, None]:
+        """Steps in order; images are read ahead, the detector runs when a step is prepared."""
+        device, per_epoch = self.learner.device, self.order.steps_per_epoch
+        read = read_in_threads(
+            lambda row, step: self._images.read(row, step // per_epoch),
+            lambda step: self._processes.share_of(self.order.rows_of(step)),
+            numbers,
+            self.learner.train.reader_threads(on_gpu=device.type == "cuda"),
+        )
+        with contextlib.closing(read):
+            for number, images in zip(numbers, read, strict=True):
+                objects = sum(len(trainable_objects(image.truth)) for image in images)
+                objects_of = self._processes.gather([objects], device)
+                num_objects = sum(count for (count,) in objects_of)
+                yield _LiveStep(self, number, images, len(self.order.rows_of(number)), num_objects)
+
+    def detect(self, images: Sequence[LiveImage], *, gradients: bool) -> list[DetectorOutput]:
+        """What the detector gives for each image, with gradients into its tuned part or without."""
+        device = self.learner.device
+        with torch.set_grad_enabled(gradients):
+            return [self._detector.forward(i.pixel_values[None].to(device)) for i in images]
+
+
+class _LiveStep:
+    """A step of a :class:`LiveSource`.
+
+    Where the detector is tuned and there are several micro-batches, keeping its activations for the
+    whole step would take the memory that they are to save. The images then go through it twice:
+    without gradients to find the regions, whose number divides every loss, and with gradients when
+    the turn of their micro-batch comes.
+    """
+
+    def __init__(
+        self,
+        source: LiveSource,
+        number: int,
+        images: list[LiveImage],
+        num_images: int,
+        num_objects: int,
+    ) -> None:
+        self.num_images = num_images
+        self.num_own_images = len(images)
+        self.micro_batches = 0
+        self.counts: Mapping[RegionSettings, int] = {}
+        self._source = source
+        self._number = number
+        self._images = images
+        self._num_objects = num_objects
+        self._is_prepared = False
+        self._outputs: list[DetectorOutput] = []
+        self._regions: list[RegionTargets] = []
+
+    def prepare(self, micro_batches: int) -> None:
+        """Detect and match, unless that is done for so many micro-batches."""
+        if self._is_prepared and self.micro_batches == micro_batches:
+            return
+        self.release()
+        source, settings = self._source, self._source.learner.regions
+        twice = source.is_tuned and micro_batches > 1
+        outputs = source.detect(self._images, gradients=not twice)
+        self._regions = []
+        for image, output in zip(self._images, outputs, strict=True):
+            random = np.random.default_rng((source.learner.train.seed, self._number, image.row))
+            self._regions.append(build_regions(_without_maps(image, output), settings, random))
+        self.counts = {settings: sum(len(found) for found in self._regions)}
+        self._outputs = [] if twice else outputs
+        self.micro_batches = micro_batches
+        self._is_prepared = True
+
+    def batches(self, regions: RegionSettings) -> Iterator[LiveBatch]:
+        """The micro-batches, one after the other."""
+        assert regions == self._source.learner.regions
+        for part in filter(None, split(range(len(self._images)), self.micro_batches)):
+            images = [self._images[i] for i in part]
+            if self._outputs:
+                outputs = [self._outputs[i] for i in part]
+            else:
+                outputs = self._source.detect(images, gradients=True)
+            yield self._collated(images, outputs, [self._regions[i] for i in part])
+
+    def release(self) -> None:
+        """Let go of what the detector gave."""
+        self._outputs = []
+        self._is_prepared = False
+
+    def _collated(
+        self,
+        images: Sequence[LiveImage],
+        outputs: Sequence[DetectorOutput],
+        regions: Sequence[RegionTargets],
+    ) -> LiveBatch:
+        """The batch a cache would give, with gradients into maps and queries."""
+        learner = self._source.learner
+        names = learner.head.map_names
+        groups = live_groups(outputs, [image.geometry for image in images], names)
+        cached = [_without_maps(i, o) for i, o in zip(images, outputs, strict=True)]
+        batch = collate(cached, regions, names, learner.device, groups)
+        queries = [
+            output.queries[0][torch.from_numpy(found.query_index).to(learner.device)]
+            for output, found in zip(outputs, regions, strict=True)
+        ]
+        return LiveBatch(
+            inputs=replace(batch.inputs, queries=torch.cat(queries)),
+            masks=batch.masks,
+            labels=batch.labels,
+            outside=batch.outside,
+            image_ids=batch.image_ids,
+            outputs=tuple(outputs),
+            images=tuple(images),
+            num_objects=self._num_objects,
+        )
+
+
+def _without_maps(image: LiveImage, output: DetectorOutput) -> CachedImage:
+    """What a cache would hold of an image, not rounded, but for its maps."""
+    return CachedImage(
+        row=image.row,
+        image_id=image.image_id,
+        file_name=image.file_name,
+        geometry=image.geometry,
+        class_logits=output.class_logits[0].detach().cpu().numpy(),
+        boxes_cxcywh_norm=output.boxes_cxcywh_norm[0].detach().cpu().numpy(),
+        queries=output.queries[0].detach().cpu().numpy(),
+        maps={},
+        ground_truth=image.truth,
+    )

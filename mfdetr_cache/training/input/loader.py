@@ -1,29 +1,27 @@
-"""Reads one row of a cache and builds the regions that each head trains on."""
+"""A cache as a source: rows are read with the regions that each head trains on."""
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.protocol import Storage
-from mfdetr_cache.training.batch import TrainSample
+from mfdetr_cache.head.batch import map_groups
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.distributed import Processes, split
+from mfdetr_cache.training.input.processes import read_in_processes
+from mfdetr_cache.training.input.source import Step
+from mfdetr_cache.training.input.staging import staged
+from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.order import steps_per_epoch, view_of_epoch
-from mfdetr_cache.training.regions import build_regions
-from mfdetr_cache.types import CachedImage
-
-# What decides which regions of an image are trained on, and on which grid.
-RegionKey = tuple[object, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedImage:
-    """An image with its regions for every way in which some head wants them."""
-
-    image: CachedImage
-    samples: dict[RegionKey, TrainSample]
+from mfdetr_cache.training.order import Order, view_of_epoch
+from mfdetr_cache.training.regions import RegionSettings, build_regions
+from mfdetr_cache.training.rows import trainable_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,72 +32,183 @@ class Loader:
         cache: The cache.
         map_names: Maps that some head reads.
         views: Views to walk through.
-        num_rows: Rows that are trained on.
-        ways: Settings and grid size of every way in which some head wants regions.
+        steps_per_epoch: Steps after which the next view is shown.
+        seed: Of the training.
+        regions: Every way in which some head wants regions.
         pinned: Whether a GPU copies from what is read by this process.
     """
 
     cache: FeatureCache
     map_names: tuple[str, ...]
     views: tuple[str, ...]
-    num_rows: int
-    ways: dict[RegionKey, tuple[TrainConfig, int]]
+    steps_per_epoch: int
+    seed: int
+    regions: tuple[RegionSettings, ...]
     pinned: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens the cache by itself, and no GPU copies from its memory.
-        rest = (self.map_names, self.views, self.num_rows, self.ways, False)
+        rest = (self.map_names, self.views, self.steps_per_epoch, self.seed, self.regions, False)
         return _opened_loader, (self.cache.storage, *rest)
 
-    def __call__(self, row: int, step: int) -> LoadedImage:
+    def __call__(self, row: int, step: int) -> TrainSample:
         """Read a row and build its regions."""
-        train = next(iter(self.ways.values()))[0]
-        epoch = step // steps_per_epoch(self.num_rows, train.batch_size)
-        view = view_of_epoch(self.views, train.seed, row, epoch)
+        view = view_of_epoch(self.views, self.seed, row, step // self.steps_per_epoch)
         image = self.cache.read(row, self.map_names, view, pinned=self.pinned)
-        samples = {}
-        for key, (settings, size) in self.ways.items():
-            random = np.random.default_rng((train.seed, step, row))
-            samples[key] = TrainSample(image, build_regions(image, settings, size, random))
-        return LoadedImage(image, samples)
+        return TrainSample(
+            image,
+            {
+                regions: build_regions(
+                    image, regions, np.random.default_rng((self.seed, step, row))
+                )
+                for regions in self.regions
+            },
+        )
 
 
 def _opened_loader(storage: Storage, *rest: Any) -> Loader:  # noqa: ANN401
     return Loader(FeatureCache.open(storage), *rest)
 
 
-def stream_key(train: TrainConfig) -> tuple[object, ...]:
-    """What two heads must have in common to learn from one stream of batches.
+class CacheSource:
+    """Steps from a cache, read once for all heads that learn from them.
 
     Args:
-        train: Training settings.
+        cache: A complete cache of the training split.
+        learners: Those that learn from it, all of one :func:`stream_key`.
+        processes: Those that train together.
+        stage: Prepare the next step while this one is computed; by default beside a GPU, since a
+            CPU would only share its cores.
 
-    Returns:
-        The settings that decide which images make up which step.
+    Attributes:
+        regions: Every way in which some head wants regions.
+        order: Which rows each step trains on.
+
+    Raises:
+        TrainingError: If there is nothing to learn from.
     """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        learners: Sequence[Learner],
+        processes: Processes | None = None,
+        *,
+        stage: bool | None = None,
+    ) -> None:
+        assert len({stream_key(learner.train) for learner in learners}) == 1
+        self._train = learners[0].train
+        self._device = learners[0].device
+        self._cache = cache
+        self._processes = processes or Processes()
+        self._map_names = tuple(dict.fromkeys(n for one in learners for n in one.head.map_names))
+        self._stage = self._device.type == "cuda" if stage is None else stage
+        # Where steps are staged, a head that reads C1 cuts it for all that want the same regions.
+        self._heads: dict[RegionSettings, MaskHead] = {}
+        for learner in sorted(learners, key=lambda one: one.head.c1 is None):
+            self._heads.setdefault(learner.regions, learner.head)
+        self.regions = tuple(self._heads)
+        self.order = order_of(cache, self._train)
+
+    def steps(self, numbers: range) -> Generator[Step, None, None]:
+        """Steps in order, read ahead and, beside a GPU, put on it ahead."""
+        steps = self._read(numbers)
+        return staged(steps, self._train.accumulate, self._device) if self._stage else steps
+
+    def _read(self, numbers: range) -> Generator[Step, None, None]:
+        train, on_gpu = self._train, self._device.type == "cuda"
+        views = self._cache.layout.views
+        load = Loader(
+            self._cache,
+            self._map_names,
+            tuple(views if train.views == "all" else views[:1]),
+            self.order.steps_per_epoch,
+            train.seed,
+            self.regions,
+            pinned=on_gpu,
+        )
+        num_threads = train.reader_threads(on_gpu=on_gpu)
+        num_processes = train.reader_processes(on_gpu=on_gpu)
+        if num_processes:
+            samples = read_in_processes(
+                load,
+                self._own_rows,
+                numbers,
+                num_processes,
+                batch_size=train.batch_size,
+                largest_maps=self._cache.largest_maps(self._map_names),
+                device=self._device,
+                threads_meanwhile=num_threads,
+            )
+        else:
+            samples = read_in_threads(load, self._own_rows, numbers, num_threads)
+        with contextlib.closing(samples):
+            for number, own in zip(numbers, samples, strict=True):
+                yield _CacheStep(self, own, len(self.order.rows_of(number)))
+
+    def _own_rows(self, step: int) -> list[int]:
+        return self._processes.share_of(self.order.rows_of(step))
+
+    def collated(
+        self, samples: Sequence[TrainSample], micro_batches: int
+    ) -> dict[RegionSettings, list[TrainBatch]]:
+        """A step's samples in so many micro-batches, their maps decoded once for all heads."""
+        batches: dict[RegionSettings, list[TrainBatch]] = {regions: [] for regions in self._heads}
+        for part in filter(None, split(samples, micro_batches)):
+            images = [sample.image for sample in part]
+            groups = map_groups(images, self._map_names, self._device)
+            for regions, head in self._heads.items():
+                targets = [sample.regions[regions] for sample in part]
+                batch = collate(images, targets, self._map_names, self._device, groups)
+                if self._stage:
+                    # Nothing learned takes part in it: it need not wait for the step before.
+                    batch = replace(batch, inputs=head.prepare(batch.inputs))
+                batches[regions].append(batch)
+        return batches
+
+
+class _CacheStep:
+    """A step of a :class:`CacheSource`."""
+
+    def __init__(self, source: CacheSource, samples: list[TrainSample], num_images: int) -> None:
+        self.num_images = num_images
+        self.num_own_images = len(samples)
+        self.micro_batches = 0
+        self.counts: Mapping[RegionSettings, int] = {
+            regions: sum(len(sample.regions[regions]) for sample in samples)
+            for regions in source.regions
+        }
+        self._source = source
+        self._samples = samples
+        self._batches: dict[RegionSettings, list[TrainBatch]] | None = None
+
+    def prepare(self, micro_batches: int) -> None:
+        """Put the images on the device, unless they are there in so many micro-batches."""
+        if self._batches is None or self.micro_batches != micro_batches:
+            self.release()
+            self._batches = self._source.collated(self._samples, micro_batches)
+            self.micro_batches = micro_batches
+
+    def batches(self, regions: RegionSettings) -> Iterable[TrainBatch]:
+        """The micro-batches of those regions."""
+        assert self._batches is not None
+        return self._batches[regions]
+
+    def release(self) -> None:
+        """Let go of what is on the device."""
+        self._batches = None
+
+
+def order_of(cache: FeatureCache, train: TrainConfig) -> Order:
+    """Which rows of a complete cache each step trains on."""
+    rows = tuple(trainable_rows(cache, train))
+    parts = None
+    if train.shuffle == "parts":
+        parts = tuple(row // cache.layout.images_per_part for row in rows)
+    return Order(rows, train.batch_size, train.seed, parts)
+
+
+def stream_key(train: TrainConfig) -> tuple[object, ...]:
+    """The settings that decide which images make up which step: one source, one key."""
     order = (train.batch_size, train.seed, train.views, train.shuffle)
     return (*order, train.accumulate, train.label_fraction, train.held_out, train.val_split)
-
-
-def region_key(learner: Learner) -> RegionKey:
-    """What decides the regions of a head and how C1 is cut; heads of one key share both.
-
-    Args:
-        learner: The head and its settings.
-
-    Returns:
-        The settings that :func:`build_regions` and RoIAlign look at.
-    """
-    train = learner.train
-    return (
-        train.match,
-        train.min_match_iou,
-        train.iou_candidates,
-        train.max_regions,
-        train.gt_box_share,
-        train.box_jitter,
-        train.target_scale,
-        train.held_out,
-        learner.head.config.roi_size,
-        learner.head.config.roi_sampling_ratio,
-    )

@@ -14,20 +14,18 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from mfdetr_cache.errors import ConfigError, MfdetrError, TrainingError
 from mfdetr_cache.ops.devices import keep_freed_memory
-from mfdetr_cache.training.batch import READ_AHEAD
-
-LoadedT = TypeVar("LoadedT")
+from mfdetr_cache.read_ahead import read_ahead
+from mfdetr_cache.training.input.threads import READ_AHEAD, LoadedT, results_of
 
 # Arrays shorter than this are sent as they are.
 _SHORT = 4096
@@ -40,7 +38,7 @@ _START = (
 )
 
 
-def read_ahead_in_processes(
+def read_in_processes(
     load: Callable[[int, int], LoadedT],
     rows_of: Callable[[int], list[int]],
     steps: range,
@@ -51,7 +49,7 @@ def read_ahead_in_processes(
     device: torch.device,
     threads_meanwhile: int = 0,
 ) -> Generator[list[LoadedT], None, None]:
-    """:func:`read_ahead` by processes.
+    """:func:`read_in_threads`, by processes.
 
     What is yielded lies in shared memory and is valid until two steps later. Processes take some
     seconds to start; threads can read until then.
@@ -76,37 +74,34 @@ def read_ahead_in_processes(
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("num_processes needs Linux; leave it at 0 and set num_threads")
-    # Those being prepared, the one in use and the one before it.
-    places = (READ_AHEAD + 2) * batch_size
+    # Those being read, the one in use and the one before it.
+    slots = (READ_AHEAD + 2) * batch_size
     room = -(-(largest_maps + _ROOM_BESIDE_MAPS) // mmap.PAGESIZE) * mmap.PAGESIZE
-    with _shared_memory(places * room, device) as (descriptor, memory):
+    with _shared_memory(slots * room, device) as (descriptor, memory):
         processes = [_Reader(descriptor, memory, load) for _ in range(num_processes)]
         readers = _Readers(processes, batch_size, room, are_awaited=not threads_meanwhile)
         threads = ThreadPoolExecutor(max(1, threads_meanwhile), "reader")
-        ahead: deque[list[Callable[[], LoadedT]]] = deque()
-        coming = iter(steps)
+
+        def begin(step: int) -> Callable[[], list[LoadedT]]:
+            rows = rows_of(step)
+            if readers.are_there():
+                return readers.ask(rows, step)
+            return results_of([threads.submit(load, row, step) for row in rows])
+
         try:
-            while True:
-                while len(ahead) < READ_AHEAD and (step := next(coming, None)) is not None:
-                    if readers.are_there():
-                        ahead.append(readers.ask(rows_of(step), step))
-                    else:
-                        ahead.append([threads.submit(load, r, step).result for r in rows_of(step)])
-                if not ahead:
-                    return
-                yield [answer() for answer in ahead.popleft()]
+            yield from read_ahead(begin, steps, READ_AHEAD)
         finally:
             readers.stop()
             threads.shutdown(cancel_futures=True)
 
 
 class _Readers:
-    """Processes that read, each image into a place of its own.
+    """Processes that read, each image into a slot of its own.
 
     Args:
         processes: They have just been started.
         batch_size: Most rows of a step.
-        room: Bytes of a place.
+        room: Bytes of a slot.
         are_awaited: Ask them before they listen, too: there is nobody else.
     """
 
@@ -129,16 +124,16 @@ class _Readers:
                 self.stop()
         return self._are_there
 
-    def ask(self, rows: list[int], step: int) -> list[Callable[[], Any]]:
-        """Have the rows of a step read; what gives each."""
+    def ask(self, rows: list[int], step: int) -> Callable[[], list[Any]]:
+        """Have the rows of a step read; returns what waits for them."""
         answers = []
         for number, row in enumerate(rows):
-            place = (step % (READ_AHEAD + 2)) * self._batch_size + number
+            slot = (step % (READ_AHEAD + 2)) * self._batch_size + number
             # In turn, whatever the size of a batch.
             process = self._processes[self._asked % len(self._processes)]
-            answers.append(process.ask(row, step, place * self._room, self._room))
+            answers.append(process.ask(row, step, slot * self._room, self._room))
             self._asked += 1
-        return answers
+        return lambda: [answer() for answer in answers]
 
     def stop(self) -> None:
         """End all of them, whatever they do."""

@@ -1,84 +1,68 @@
-"""The next batch on its way to the GPU while this one is computed."""
+"""The next step is put on the GPU while this one is computed."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-LoadedT = TypeVar("LoadedT")
-BuiltT = TypeVar("BuiltT")
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether copying and decoding can go on beside computing: a CPU would only share its cores.
-
-    Args:
-        device: Where the batches go.
-
-    Returns:
-        True on a GPU.
-    """
-    return device.type == "cuda"
+from mfdetr_cache.training.input.source import Step
 
 
 def staged(
-    stream: Generator[LoadedT, None, None],
-    build: Callable[[LoadedT], BuiltT],
-    device: torch.device,
-) -> Generator[tuple[LoadedT, Callable[[], BuiltT]], None, None]:
-    """Loaded samples and what gives their batch.
-
-    On a GPU the batch after the one that is yielded is read, copied from pinned memory and decoded
-    in a thread and a CUDA stream of its own. Elsewhere it is built when asked for.
+    steps: Generator[Step, None, None], micro_batches: int, device: torch.device
+) -> Generator[Step, None, None]:
+    """The same steps, each one prepared in a thread and a CUDA stream of its own.
 
     Args:
-        stream: Samples of one step after the other.
-        build: Makes the batch; for a GPU it must copy through :func:`to_device`.
+        steps: Steps; preparing one must copy through :func:`to_device`.
+        micro_batches: How many the first one is computed in. Later ones follow the last step that
+            was handed out, which the loop may have prepared anew in more.
         device: Where the batches go.
 
     Yields:
-        Samples, and a function that gives their batch, ready for the current stream.
+        Steps, ready for the current stream. One that found no room beside the step before is not
+        prepared yet.
     """
-    if not overlaps(device):
-        for loaded in stream:
-            yield loaded, lambda loaded=loaded: build(loaded)  # type: ignore[misc]
-        return
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare() -> tuple[LoadedT, BuiltT, Any] | None:
-        loaded = next(stream, None)
-        if loaded is None:
+    def prepared(micro_batches: int) -> "tuple[Step, torch.cuda.Event | None] | None":
+        step = next(steps, None)
+        if step is None:
             return None
-        with _on(side):
-            built = build(loaded)
-            event = None if side is None else side.record_event()
-            if event is not None:
-                # What it was copied from is free to be read into again.
-                event.synchronize()
-        return loaded, built, event
+        event = None
+        try:
+            with _on(side):
+                step.prepare(micro_batches)
+                if side is not None:
+                    event = side.record_event()
+                    # What it was copied from is then free to be read into again.
+                    event.synchronize()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return step, event
 
     with ThreadPoolExecutor(1, "stager") as pool:
+        coming = pool.submit(prepared, micro_batches)
         try:
-            coming = pool.submit(prepare)
-            while (ready := coming.result()) is not None:
-                coming = pool.submit(prepare)
-                loaded, built, event = ready
+            while (found := coming.result()) is not None:
+                step, event = found
+                coming = pool.submit(prepared, micro_batches)
                 if event is not None:
                     current = torch.cuda.current_stream(device)
                     current.wait_event(event)
-                    for tensor in filter(_on_gpu, _tensors(built)):
+                    for tensor in _gpu_tensors([list(step.batches(r)) for r in step.counts]):
                         # Its memory must not be given to the side stream while it is still read.
                         tensor.record_stream(current)
-                yield loaded, lambda built=built: built  # type: ignore[misc]
+                yield step
+                micro_batches = step.micro_batches
         finally:
-            # The generator must not be closed while the thread is inside it.
+            # A generator must not be closed while the thread is inside it.
             coming.cancel()
             pool.shutdown()
-            stream.close()
+            steps.close()
 
 
 @contextmanager
@@ -90,20 +74,14 @@ def _on(side: "torch.cuda.Stream | None") -> Iterator[None]:
         yield
 
 
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
-
-
-def _tensors(found: object) -> Iterable[Tensor]:
-    """Every tensor in nested dataclasses and containers."""
+def _gpu_tensors(found: object) -> Iterable[Tensor]:
+    """Every tensor of a GPU in nested dataclasses and containers."""
     if isinstance(found, Tensor):
-        yield found
+        if found.is_cuda:
+            yield found
     elif is_dataclass(found):
         for field in fields(found):
-            yield from _tensors(getattr(found, field.name))
-    elif isinstance(found, dict):
-        for value in found.values():
-            yield from _tensors(value)
-    elif isinstance(found, list | tuple):
-        for value in found:
-            yield from _tensors(value)
+            yield from _gpu_tensors(getattr(found, field.name))
+    elif isinstance(found, dict | list | tuple):
+        for value in found.values() if isinstance(found, dict) else found:
+            yield from _gpu_tensors(value)

@@ -12,15 +12,17 @@ from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head, save_head
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.initial_head import new_head
+from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.loop import Run, TrainingLoop
-from mfdetr_cache.training.run_folder import TrainHeadConfig, prepare_folder, run_document
-from mfdetr_cache.training.run_log import RunLog
+from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.run import Run, begin_run
+from mfdetr_cache.training.run_folder import record_of_cache
+from mfdetr_cache.training.settings import require_c1, training_device
 from mfdetr_pipelines.ablation.baselines import SamSource, measure_baseline
 from mfdetr_pipelines.ablation.caches import Caches
 from mfdetr_pipelines.ablation.job import Job
-from mfdetr_pipelines.train_head import require_c1, training_device
 
 
 def train_group(
@@ -55,7 +57,7 @@ def train_group(
         except MfdetrError as error:
             problems[job.name] = str(error)
     if runs:
-        problems |= _train(caches, runs, device, reporter)
+        problems |= _train(caches, runs, reporter)
     for job in jobs:
         if job.name in problems:
             continue
@@ -79,22 +81,17 @@ def _begin(job: Job, caches: Caches, device_name: str) -> Run:
         # Not after it was trained.
         caches.validation.require_c1_map("evaluation")
     begun = job.folder.exists() and any(job.folder.iterdir())
-    settings = TrainHeadConfig(cache.path, job.folder, job.recipe, resume=begun)
-    document = run_document(settings, train, cache, None)
-    prepare_folder(job.folder, job.recipe.head, document, resume=begun)
-    run = Run(learner, job.folder, RunLog(job.folder))
-    run.restore()
-    return run
+    record = record_of_cache(job.recipe.name, train, cache, None)
+    return begin_run(
+        learner, job.folder, record, Processes(), track=(), validation=None, resume=begun
+    )
 
 
-def _train(
-    caches: Caches, runs: dict[str, Run], device: torch.device, reporter: Reporter
-) -> dict[str, str]:
+def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str, str]:
     """Train all runs to their ends; problems by row."""
     try:
-        loop = TrainingLoop(
-            caches.training, list(runs.values()), device, reporter, split_when_full=True
-        )
+        source = CacheSource(caches.training, [run.learner for run in runs.values()])
+        loop = TrainingLoop(source, list(runs.values()), reporter, split_when_full=True)
         loop.run()
     except StoppedError as error:
         # The loop's own message names --resume, which an ablation does not need.

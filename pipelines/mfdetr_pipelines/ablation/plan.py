@@ -13,13 +13,15 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, HeadCost, head_cost, paper_detector
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.loop import Run, TrainingLoop
+from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.order import steps_per_epoch
 from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_cache.training.run import Run
+from mfdetr_cache.training.settings import training_device
 from mfdetr_pipelines.ablation.fit import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow
-from mfdetr_pipelines.train_head import training_device
 
 # Steps that are timed for a dry run, after one that is not.
 _TIMED_STEPS = 2
@@ -195,7 +197,7 @@ def seconds_per_step(
         steps = 1 + _TIMED_STEPS
         train = replace(recipe.train, steps=steps, checkpoint_minutes=1e9)
         learner = build_learner(train, lambda r=recipe: build_head(r.head, cache.spec), device)  # type: ignore[misc]
-        loop = TrainingLoop(cache, [Run(learner)], device, SilentReporter())
+        loop = TrainingLoop(CacheSource(cache, [learner]), [Run(learner)], SilentReporter())
         seconds = []
         for last in range(1, steps + 1):
             started = time.perf_counter()

@@ -1,0 +1,157 @@
+"""From what a user asks for to the settings and the device of a training, refused early."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.config import nearest
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.order import steps_per_epoch
+
+# Settings that are about a cache, and what they must be without one.
+_WITHOUT_CACHE = {"views": "all", "shuffle": "images", "val_split": 0}
+
+
+def training_device(name: str, amp: Literal["off", "bf16", "fp16"]) -> torch.device:
+    """The device of ``--device``, checked, with this process's memory prepared for training."""
+    device = torch_device(name)
+    keep_freed_memory()
+    if device.type == "cpu" and amp == "fp16":
+        raise ConfigError("amp=fp16 needs a GPU; on a CPU use amp=bf16 or amp=off")
+    return device
+
+
+def with_batch_size(train: TrainConfig, batch_size: int | Literal["auto"] | None) -> TrainConfig:
+    """Training settings with the batch size of ``--batch-size``; ``auto`` keeps the recipe's."""
+    if not isinstance(batch_size, int):
+        return train
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be 1 or more, not {batch_size}")
+    return replace(train, batch_size=batch_size)
+
+
+def with_length(
+    train: TrainConfig, epochs: float | None, max_steps: int | None, num_rows: int
+) -> TrainConfig:
+    """Training settings with the length of ``--epochs`` or ``--max-steps``.
+
+    Args:
+        train: The recipe's, with its final batch size.
+        epochs: As typed; None if it was not.
+        max_steps: As typed; None if it was not.
+        num_rows: Images of an epoch; only looked at for epochs.
+
+    Returns:
+        The settings.
+    """
+    if epochs is not None and max_steps is not None:
+        raise ConfigError("give --epochs or --max-steps, not both")
+    if max_steps is not None:
+        if max_steps < 1:
+            raise ConfigError(f"--max-steps must be 1 or more, not {max_steps}")
+        return replace(train, steps=max_steps)
+    if epochs is not None:
+        if epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, not {epochs}")
+        per_epoch = steps_per_epoch(num_rows, train.batch_size)
+        return replace(train, steps=max(1, round(epochs * per_epoch)))
+    return train
+
+
+def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """Ids, in rising order, of the categories that ``--hold-out`` names or numbers."""
+    by_name = {str(c["name"]).lower(): int(c["id"]) for c in categories}
+    known = set(by_name.values())
+    ids = set()
+    for name in names:
+        plain = name.strip().lower()
+        number = int(plain) if plain.isdigit() else by_name.get(plain)
+        if number not in known:
+            raise ConfigError(f"--hold-out {name}: no such category{nearest(plain, list(by_name))}")
+        ids.add(number)
+    return tuple(sorted(ids))
+
+
+def open_validation(
+    cache: FeatureCache, location: Location | None, val_split: int, head: HeadConfig
+) -> FeatureCache | None:
+    """What a head is measured on: another cache of the same detector, or a part of its own.
+
+    Args:
+        cache: Cache of the training split.
+        location: Cache of the validation split, if there is one.
+        val_split: Else, every so-many-th image of ``cache``; 0 for nothing.
+        head: Architecture of the head.
+
+    Returns:
+        A complete cache with what the head reads; None for nothing to measure on.
+    """
+    if location is not None:
+        validation = FeatureCache.open(location)
+        require_same(
+            detector_identity(cache.spec),
+            f"--cache {cache.path}",
+            detector_identity(validation.spec),
+            f"--val-cache {validation.path}",
+        )
+        validation.require_complete()
+    elif val_split:
+        validation = cache.split(val_split)[1]
+    else:
+        return None
+    if head.use_c1:
+        validation.require_c1_map("validation")
+    return validation
+
+
+def require_validation(every: int | None, what: str, validation: object | None) -> None:
+    """Refuse ``--val-every`` where there is no validation; ``what`` names options that give one."""
+    if every is not None and every < 1:
+        raise ConfigError(f"--val-every must be 1 or more, not {every}")
+    if every is not None and validation is None:
+        raise ConfigError(f"--val-every needs {what}")
+
+
+def require_live(train: TrainConfig, *, is_tuned: bool) -> None:
+    """Refuse settings that cannot work with a live detector, or would do nothing."""
+    if train.amp == "fp16" and is_tuned:
+        raise ConfigError(
+            "amp=fp16 would let the detector's gradients vanish: use amp=bf16, or --tune nothing"
+        )
+    for name, value in _WITHOUT_CACHE.items():
+        if getattr(train, name) != value:
+            raise ConfigError(
+                f"--set {name}={getattr(train, name)} does nothing without a cache; leave it out"
+            )
+
+
+def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
+    """Refuse settings that need more of C1 than the cache holds, naming those it fixes."""
+    layout = cache.layout
+    if head.c1 is None or layout.c1 == "full":
+        return
+    if layout.c1 == "none":
+        raise ConfigError(f"{cache.path} was extracted with --c1 none: pass --set use_c1=false")
+    assert layout.c1_roi is not None
+    fixed = {
+        "match": (train.match, "hungarian"),
+        "gt_box_share": (train.gt_box_share, 0.0),
+        "box_jitter": (train.box_jitter, 0.0),
+        "roi_size": (head.config.roi_size, layout.c1_roi.roi_size),
+        "roi_sampling_ratio": (head.config.roi_sampling_ratio, layout.c1_roi.sampling_ratio),
+    }
+    wrong = [f"{name}={held}" for name, (asked, held) in fixed.items() if asked != held]
+    if wrong:
+        raise ConfigError(
+            f"{cache.path} holds C1 as crops (--c1 roi), which fix some settings: pass "
+            + " ".join(f"--set {w}" for w in wrong)
+        )
