@@ -23,14 +23,14 @@ from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
 
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
 from mfdetr_cli.signature import command_of, help_of
-from mfdetr_cli.train_head import train_head
-from mfdetr_cli.train_joint import train_joint
 
 _ABOUT = "Instance masks for any frozen DETR: extract once, train from the cache."
 _SETTINGS: dict[str, Any] = {
@@ -56,8 +56,8 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
 
 
 _register(app, "extract", ExtractConfig, "extract:extract")
-app.command("train-head")(train_head)
-app.command("train-joint")(train_joint)
+_register(app, "train-head", TrainHeadConfig, "train_head:train_head")
+_register(app, "train-joint", TrainJointConfig, "train_joint:train_joint")
 _register(app, "copy-paste", CopyPasteConfig, "copy_paste:copy_paste")
 _register(app, "evaluate", EvaluateConfig, "evaluate:evaluate")
 _register(app, "predict", PredictConfig, "predict:predict")

@@ -2,12 +2,35 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.ops.cores import threads_beside_gpu
+from mfdetr_cache.options import Option
 
 # Settings that no weight depends on: a run may go on with others.
 FREE_FIELDS = ("num_threads", "num_processes", "checkpoint_minutes")
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Length of the training.
+
+    Attributes:
+        max_steps: Train for N steps; the schedule is fitted to them.
+        epochs: Train for N epochs; the schedule is fitted to them.
+    """
+
+    max_steps: int | None = None
+    epochs: Annotated[float | None, Option(metavar="N")] = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError("give --epochs or --max-steps, not both")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"--max-steps must be 1 or more, not {self.max_steps}")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
-from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.config import Length, TrainConfig
 from mfdetr_cache.training.order import steps_per_epoch
 
 # Settings that are about a cache, and what they must be without one.
@@ -39,31 +39,22 @@ def with_batch_size(train: TrainConfig, batch_size: int | Literal["auto"] | None
     return replace(train, batch_size=batch_size)
 
 
-def with_length(
-    train: TrainConfig, epochs: float | None, max_steps: int | None, num_rows: int
-) -> TrainConfig:
+def with_length(train: TrainConfig, length: Length, num_rows: int) -> TrainConfig:
     """Training settings with the length of ``--epochs`` or ``--max-steps``.
 
     Args:
         train: The recipe's, with its final batch size.
-        epochs: As typed; None if it was not.
-        max_steps: As typed; None if it was not.
+        length: In place of the recipe's.
         num_rows: Images of an epoch; only looked at for epochs.
 
     Returns:
         The settings.
     """
-    if epochs is not None and max_steps is not None:
-        raise ConfigError("give --epochs or --max-steps, not both")
-    if max_steps is not None:
-        if max_steps < 1:
-            raise ConfigError(f"--max-steps must be 1 or more, not {max_steps}")
-        return replace(train, steps=max_steps)
-    if epochs is not None:
-        if epochs <= 0:
-            raise ConfigError(f"--epochs must be above 0, not {epochs}")
+    if length.max_steps is not None:
+        return replace(train, steps=length.max_steps)
+    if length.epochs is not None:
         per_epoch = steps_per_epoch(num_rows, train.batch_size)
-        return replace(train, steps=max(1, round(epochs * per_epoch)))
+        return replace(train, steps=max(1, round(length.epochs * per_epoch)))
     return train
 
 
@@ -115,8 +106,6 @@ def open_validation(
 
 def require_validation(every: int | None, what: str, validation: object | None) -> None:
     """Refuse ``--val-every`` where there is no validation; ``what`` names options that give one."""
-    if every is not None and every < 1:
-        raise ConfigError(f"--val-every must be 1 or more, not {every}")
     if every is not None and validation is None:
         raise ConfigError(f"--val-every needs {what}")
 

@@ -19,9 +19,10 @@ from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 ResultT = TypeVar("ResultT")
 
@@ -85,7 +86,7 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
             device="cpu",
         )
         timed(f"extract {name}", lambda config=config: run_extract(config, reporter))  # type: ignore[misc]
-    train = TrainHeadConfig(train_cache, head, build_recipe("demo", {}))
+    train = TrainHeadConfig(train_cache, head, build_recipe("demo", {}), device="cpu")
     timed("train the head", lambda: run_train_head(train, reporter))
     measure = EvaluateConfig(val_cache, head, device="cpu")
     evaluation = timed("evaluate", lambda: run_evaluate(measure, reporter))

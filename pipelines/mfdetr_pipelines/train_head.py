@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.choices import Tracker
 from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import TrainConfig
@@ -16,7 +13,6 @@ from mfdetr_cache.training.initial_head import new_head
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.recipes import Recipe
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import record_of_cache
@@ -30,43 +26,10 @@ from mfdetr_cache.training.settings import (
     with_batch_size,
     with_length,
 )
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 
 if TYPE_CHECKING:
     from mfdetr_cache.evaluation.measure import EvaluateSummary
-
-
-@dataclass(frozen=True, slots=True)
-class TrainHeadConfig:
-    """What ``mfdetr train-head`` is told.
-
-    Attributes:
-        cache: Cache of the training split.
-        out: Run folder.
-        recipe: Head and training settings.
-        val_cache: Cache of the validation split, measured at the end.
-        val_every: Measure on it every so many steps too, and keep the best weights.
-        batch_size: Images per step instead of the recipe's; ``auto`` keeps the recipe's and
-            computes a step in as many pieces as the GPU's memory asks for.
-        hold_out: Names or ids of categories whose masks are hidden from training.
-        track: Where numbers go beside ``metrics.jsonl``.
-        epochs: Replaces the recipe's number of steps.
-        max_steps: Stop after so many steps of the recipe's schedule shortened to them.
-        resume: Go on with the run in ``out``.
-        device: Where to train.
-    """
-
-    cache: Location
-    out: Path
-    recipe: Recipe
-    val_cache: Location | None = None
-    val_every: int | None = None
-    batch_size: int | Literal["auto"] | None = None
-    hold_out: tuple[str, ...] = ()
-    track: tuple[Tracker, ...] = ("tensorboard",)
-    epochs: float | None = None
-    max_steps: int | None = None
-    resume: bool = False
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +83,13 @@ def run_train_head(
         TrainingError: If there is nothing to learn from, or the loss is not finite.
         StoppedError: If a signal ended it early; the run can be resumed.
     """
-    cache = FeatureCache.open(config.cache)
+    before, wanted = config.local_cache.before, config.validation
+    cache = FeatureCache.open(before(config.cache))
     cache.require_complete()
+    location = None if wanted.val_cache is None else before(wanted.val_cache)
     val_split = config.recipe.train.val_split
-    val_cache = open_validation(cache, config.val_cache, val_split, config.recipe.head)
-    require_validation(config.val_every, "--val-cache, or --set val_split=N", val_cache)
+    val_cache = open_validation(cache, location, val_split, config.recipe.head)
+    require_validation(wanted.val_every, "--val-cache, or --set val_split=N", val_cache)
     require_trackers(config.track)
     train = _settled(config, cache)
     device = training_device(config.device, train.amp)
@@ -139,7 +104,7 @@ def run_train_head(
 
         validation, val_path = None, None
         if val_cache is not None:
-            validation = Validation.on_cache(val_cache, device, config.val_every)
+            validation = Validation.on_cache(val_cache, device, wanted.val_every)
             val_path = val_cache.path
         run = begin_run(
             learner,
@@ -191,5 +156,5 @@ def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
     train = with_batch_size(config.recipe.train, config.batch_size)
     if config.hold_out:
         train = replace(train, held_out=category_ids(config.hold_out, cache.categories))
-    num_rows = 0 if config.epochs is None else len(trainable_rows(cache, train))
-    return with_length(train, config.epochs, config.max_steps, num_rows)
+    num_rows = 0 if config.length.epochs is None else len(trainable_rows(cache, train))
+    return with_length(train, config.length, num_rows)

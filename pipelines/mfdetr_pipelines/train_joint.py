@@ -6,20 +6,16 @@ paper's own way of training; the other two tune the encoder and decoder, or ever
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.choices import Policy, Tracker, Tune
+from mfdetr_cache.choices import Policy
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.image_folder import require_images
-from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
 from mfdetr_cache.head.folder import save_head, save_run_config
@@ -31,7 +27,6 @@ from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.learner import seeded_head
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.recipes import Recipe
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import record_of_images
 from mfdetr_cache.training.run_log import require_trackers
@@ -43,60 +38,11 @@ from mfdetr_cache.training.settings import (
     with_length,
 )
 from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.extract import run_extract
 
 DETECTOR_FOLDER = "detector"
 VAL_CACHE = "val.zarr"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJointConfig:
-    """What ``mfdetr train-joint`` is told.
-
-    Attributes:
-        detector: Name of the detector.
-        weights: Its folder, file or hub id.
-        images: Image folder of the training split.
-        annotations: Its COCO instances JSON.
-        out: Run folder.
-        recipe: Head and training settings.
-        tune: What moves beside the head.
-        detector_lr: Its learning rate as a share of the head's.
-        augment: Show every image in another way in every epoch.
-        options: What the user chose about the detector.
-        val_images: Image folder of the validation split, measured at the end.
-        val_annotations: Its COCO instances JSON.
-        epochs: Replaces the recipe's number of steps.
-        max_steps: Replaces it too.
-        limit: Only the first so many images.
-        resume: Go on with the run in ``out``.
-        device: Where to train.
-        val_every: Measure every so many steps too; a frozen detector's best head is kept.
-        batch_size: Images per step instead of the recipe's; ``auto`` keeps the recipe's and
-            computes a step in as many micro-batches as the GPU's memory asks for.
-        track: Where numbers go beside ``metrics.jsonl``.
-    """
-
-    detector: str
-    weights: str
-    images: Path
-    annotations: Path
-    out: Path
-    recipe: Recipe
-    tune: Tune = "encoder-decoder"
-    detector_lr: float = 0.1
-    augment: Policy | None = None
-    options: DetectorOptions = field(default_factory=DetectorOptions)
-    val_images: Path | None = None
-    val_annotations: Path | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    limit: int | None = None
-    resume: bool = False
-    device: str = "cpu"
-    val_every: int | None = None
-    batch_size: int | Literal["auto"] | None = None
-    track: tuple[Tracker, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +99,12 @@ def run_train_joint(
         StoppedError: If a signal ended it early; the run can be resumed.
     """
     _require_possible(config)
-    require_trackers(config.track)
     split = load_coco_split(config.annotations).first(config.limit)
     require_images(config.images, split, "check --images")
-    if config.val_images is not None and config.val_annotations is not None:
-        # Not after hours of training.
-        require_images(
-            config.val_images, load_coco_split(config.val_annotations), "check --val-images"
-        )
     detector = load_detector(config.detector, config.weights, config.options)
     train = with_batch_size(config.recipe.train, config.batch_size)
-    images = LiveImages(split, config.images, detector, train, config.augment)
-    train = with_length(train, config.epochs, config.max_steps, len(images.rows))
+    images = LiveImages(split, config.images, detector, train, _augment(config))
+    train = with_length(train, config.length, len(images.rows))
     device = training_device(config.device, train.amp)
     with training_processes(device) as processes:
         if not processes.is_first:
@@ -176,7 +116,11 @@ def run_train_joint(
         is_tuned = config.tune != "nothing"
         source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
 
-        joint = {name: getattr(config, name) for name in ("tune", "detector_lr", "augment")}
+        joint = {
+            "tune": config.tune,
+            "detector_lr": config.detector_lr,
+            "augment": _augment(config),
+        }
         record = record_of_images(
             config.recipe.name, train, detector.spec, split, images.label_categories, joint
         )
@@ -232,13 +176,18 @@ def run_train_joint(
 
 
 def _require_possible(config: TrainJointConfig) -> None:
-    """Refuse what contradicts itself, or would do nothing here."""
-    if (config.val_images is None) != (config.val_annotations is None):
-        raise ConfigError("--val-images and --val-annotations go together")
-    require_validation(config.val_every, "--val-images", config.val_images)
-    if not 0 < config.detector_lr <= 1:
-        raise ConfigError(f"--detector-lr {config.detector_lr}: a share above 0 and at most 1")
+    """Refuse at once what would be noticed after hours of training, or would do nothing here."""
+    wanted = config.validation
+    require_validation(wanted.val_every, "--val-images", wanted.val_images)
+    if wanted.val_images is not None and wanted.val_annotations is not None:
+        split = load_coco_split(wanted.val_annotations)
+        require_images(wanted.val_images, split, "check --val-images")
     require_live(config.recipe.train, is_tuned=config.tune != "nothing")
+    require_trackers(config.track)
+
+
+def _augment(config: TrainJointConfig) -> Policy | None:
+    return None if config.augment == "none" else config.augment
 
 
 def _saved_weights(config: TrainJointConfig, detector: Detector) -> str:
@@ -253,9 +202,10 @@ def _validation(
     config: TrainJointConfig, detector: Detector, device: torch.device
 ) -> Validation | None:
     """A cache of the validation split through the detector as it is then, and the head on it."""
-    if config.val_images is None or config.val_annotations is None:
+    wanted, path = config.validation, config.out / VAL_CACHE
+    images, annotations = wanted.val_images, wanted.val_annotations
+    if images is None or annotations is None:
         return None
-    images, annotations, path = config.val_images, config.val_annotations, config.out / VAL_CACHE
 
     def measured(head: MaskHead, reporter: Reporter) -> EvaluateSummary:
         if config.tune != "nothing":
@@ -275,4 +225,4 @@ def _validation(
         return measure(FeatureCache.open(path), head, device, reporter, ["baselines"])[0]
 
     # The best head of a detector that goes on changing would be of no use.
-    return Validation(measured, config.val_every, keeps_best=config.tune == "nothing")
+    return Validation(measured, wanted.val_every, keeps_best=config.tune == "nothing")

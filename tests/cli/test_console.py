@@ -1,9 +1,12 @@
 """What is printed: numbers are never cut, names are text, and standard output ends no command."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import mfdetr_cli
 import pytest
 from mfdetr_cli.console import print_evaluation, print_facts, print_table
 
@@ -70,3 +73,28 @@ def test_standard_output_ends_no_command(shell: str, output: str) -> None:
     assert done.returncode == 7
     assert done.stderr == ""
     assert output in done.stdout
+
+
+def calls(function: ast.FunctionDef) -> list[str]:
+    found = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+    ordered = sorted(found, key=lambda n: (n.lineno, n.col_offset))
+    return [n.func.id for n in ordered if isinstance(n.func, ast.Name)]
+
+
+def test_json_is_written_before_anything_is_printed() -> None:
+    """What was measured in hours is not lost because a table cannot be shown."""
+    commands = 0
+    for path in sorted(Path(mfdetr_cli.__file__).parent.glob("*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and "json" in [
+                a.arg for a in function.args.args
+            ]:
+                names = calls(function)
+                if "write_json" not in names:
+                    continue
+                commands += 1
+                first = next(
+                    (i for i, n in enumerate(names) if n.startswith(("print", "_show"))), 99
+                )
+                assert names.index("write_json") < first, f"{path.stem}: {function.name}"
+    assert commands >= 18

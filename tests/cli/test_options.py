@@ -11,7 +11,7 @@ import typer
 from mfdetr_cli.app import app
 
 KNOWN = Path(__file__).with_name("options.txt")
-HEAVY = ("torch", "numpy", "scipy", "numba", "transformers", "PIL")
+HEAVY = ("torch", "numpy", "scipy", "numba", "transformers", "rich", "PIL")
 
 
 def leaves(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
-from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import StoppedError
@@ -145,7 +147,9 @@ def test_a_head_learns_and_is_measured(tmp_path: Path, drawn_cache: Path, amp: s
     found = run_evaluate(
         EvaluateConfig(drawn_cache, tmp_path / "run", device=DEVICE), SilentReporter()
     )
-    on_cpu = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "run"), SilentReporter())
+    on_cpu = run_evaluate(
+        EvaluateConfig(drawn_cache, tmp_path / "run", device="cpu"), SilentReporter()
+    )
     # Pixels at a probability of one half may fall to either side.
     assert abs(found.mask.AP - on_cpu.mask.AP) < 0.02
 

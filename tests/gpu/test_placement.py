@@ -17,12 +17,14 @@ from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.plan import run_plan
 from mfdetr_pipelines.predict import run_predict
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
-from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import StoppedError

@@ -13,14 +13,16 @@ from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig, Validation
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.learner import loss_of_batch
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import Recipe, build_recipe
@@ -101,7 +103,7 @@ def test_crops_are_smaller_and_stored_plainly(caches: dict[str, Path]) -> None:
 
 
 def test_training_runs_and_evaluation_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
-    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(), max_steps=2)
+    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(), length=Length(2))
     assert run_train_head(config, SilentReporter()).steps == 2
     with pytest.raises(CacheError, match="extracted with --c1 roi.*cannot serve evaluation"):
         run_evaluate(EvaluateConfig(caches["roi"], tmp_path / "run"), SilentReporter())
@@ -112,7 +114,11 @@ def test_training_runs_and_evaluation_is_refused(caches: dict[str, Path], tmp_pa
     with pytest.raises(CacheError, match="cannot serve validation"):
         run_train_head(
             TrainHeadConfig(
-                caches["full"], tmp_path / "two", recipe(), val_cache=caches["roi"], max_steps=1
+                caches["full"],
+                tmp_path / "two",
+                recipe(),
+                validation=Validation(caches["roi"]),
+                length=Length(1),
             ),
             SilentReporter(),
         )
@@ -143,7 +149,7 @@ def test_an_ablation_does_not_train_what_it_cannot_measure(
 def test_settings_that_crops_fix_are_named(
     caches: dict[str, Path], tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
-    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(**changes), max_steps=1)
+    config = TrainHeadConfig(caches["roi"], tmp_path / "run", recipe(**changes), length=Length(1))
     with pytest.raises(ConfigError, match=message):
         run_train_head(config, SilentReporter())
     assert not (tmp_path / "run").exists()
@@ -152,11 +158,11 @@ def test_settings_that_crops_fix_are_named(
 def test_without_c1_a_head_must_do_without(caches: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--c1 none: pass --set use_c1=false"):
         run_train_head(
-            TrainHeadConfig(caches["none"], tmp_path / "a", recipe(), max_steps=1),
+            TrainHeadConfig(caches["none"], tmp_path / "a", recipe(), length=Length(1)),
             SilentReporter(),
         )
     chosen = recipe(use_c1="false")
-    config = TrainHeadConfig(caches["none"], tmp_path / "b", chosen, max_steps=1)
+    config = TrainHeadConfig(caches["none"], tmp_path / "b", chosen, length=Length(1))
     run_train_head(config, SilentReporter())
     run_evaluate(
         EvaluateConfig(caches["none"], tmp_path / "b", extras=frozenset()), SilentReporter()

@@ -8,9 +8,10 @@ from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.config.cache import CertifyConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.shared import LiveDetector
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.certificate import read_certificates
 from mfdetr_cache.errors import CacheError
@@ -18,6 +19,7 @@ from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.types import GroundTruth
 from tests.support.images import make_ground_truth
@@ -96,7 +98,7 @@ def made(
     small = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
     recipe = build_recipe("fast", {**small, "min_match_iou": "0"})
     run_train_head(
-        TrainHeadConfig(drawn_cache, folder / "head", recipe, max_steps=3), SilentReporter()
+        TrainHeadConfig(drawn_cache, folder / "head", recipe, length=Length(3)), SilentReporter()
     )
     return folder / "int4.zarr", folder / "head"
 

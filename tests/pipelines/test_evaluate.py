@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from mfdetr_pipelines.config.evaluate import EvaluateConfig, TimedDetector
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import binary_erosion

@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 import torch
 from mfdetr_pipelines.config.export import ExportConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.export import run_export
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.detectors.images import load_image

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.reporter import SilentReporter

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
@@ -33,6 +34,7 @@ from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
 from mfdetr_cache.training.checkpoint import load_checkpoint
+from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.input.threads import read_in_threads
@@ -51,6 +53,7 @@ from mfdetr_cache.training.run_log import RunLog, read_log
 from mfdetr_cache.types import CachedImage
 from tests.support import detectors, scenes
 from tests.support.batches import batch_of
+from tests.support.configs import changed
 from tests.support.signals import stop_after
 
 SMALL = {
@@ -78,7 +81,7 @@ def train(
     on_step: Callable[[int], None] | None = None,
     **changes: Any,
 ) -> Any:
-    config = TrainHeadConfig(cache, out, recipe or small_recipe(), **changes)
+    config = changed(TrainHeadConfig(cache, out, recipe or small_recipe()), **changes)
     return run_train_head(config, SilentReporter(), on_step)
 
 
@@ -101,12 +104,14 @@ def test_training_from_a_cache_loads_no_detector(tmp_path: Path, drawn_cache: Pa
     script = f"""
 import sys
 from pathlib import Path
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.config.train_head import TrainHeadConfig, Validation
+from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
 cache = Path({str(drawn_cache)!r})
 recipe = build_recipe("fast", {small_settings(steps=1)!r})
-config = TrainHeadConfig(cache, Path({str(tmp_path / "run")!r}), recipe, val_cache=cache)
+out = Path({str(tmp_path / "run")!r})
+config = TrainHeadConfig(cache, out, recipe, validation=Validation(cache))
 run_train_head(config, SilentReporter())
 print(*sys.modules)
 """
@@ -341,11 +346,11 @@ def test_caches_of_different_detectors_are_refused(
 
 def test_half_precision_trains_and_says_where_it_cannot(drawn_cache: Path, tmp_path: Path) -> None:
     whole = run_train_head(
-        TrainHeadConfig(drawn_cache, tmp_path / "whole", small_recipe(), max_steps=2),
+        TrainHeadConfig(drawn_cache, tmp_path / "whole", small_recipe(), length=Length(2)),
         SilentReporter(),
     )
     half = run_train_head(
-        TrainHeadConfig(drawn_cache, tmp_path / "half", small_recipe(amp="bf16"), max_steps=2),
+        TrainHeadConfig(drawn_cache, tmp_path / "half", small_recipe(amp="bf16"), length=Length(2)),
         SilentReporter(),
     )
     # bfloat16 has 8 bits: the loss of two steps moves by a few per cent at most, but it moves.

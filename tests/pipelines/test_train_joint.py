@@ -7,9 +7,11 @@ import pytest
 import torch
 from mfdetr_pipelines import train_joint as module
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
-from mfdetr_pipelines.train_joint import TrainJointConfig, run_train_joint
+from mfdetr_pipelines.train_head import run_train_head
+from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.protocol import TunableDetector
@@ -28,6 +30,7 @@ from mfdetr_cache.training.detector_tuner import DetectorTuner, JointLearner
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.recipes import Recipe, build_recipe
 from tests.support import detectors
+from tests.support.configs import changed
 from tests.support.official import SMALL, write_checkpoint
 from tests.support.signals import stop_after
 
@@ -46,9 +49,8 @@ def config(folder: Path, weights: Path | str, out: Path, **changes: Any) -> Trai
         "annotations": folder / "instances.json",
         "out": out,
         "recipe": recipe(),
-        **changes,
     }
-    return TrainJointConfig(**settings)
+    return changed(TrainJointConfig(**settings), **changes)
 
 
 def state_of(weights: str, detector: str = "hf") -> dict[str, torch.Tensor]:
@@ -250,7 +252,7 @@ def test_validation_on_the_way_changes_nothing(
     }
     for tune in ("nothing", "all"):
         plain = config(scenes_folder, rtdetr_folder, tmp_path / f"{tune}-plain", tune=tune)
-        measured = dataclasses.replace(plain, out=tmp_path / tune, **validation)
+        measured = changed(plain, out=tmp_path / tune, **validation)
         run_train_joint(plain, SilentReporter())
         summary = run_train_joint(measured, SilentReporter())
         first, second = (load_head(c.out).head.state_dict() for c in (plain, measured))
@@ -344,10 +346,10 @@ def test_bad_input_gets_one_line(
     ]
     for changes, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            run_train_joint(dataclasses.replace(good, **changes), SilentReporter())
+            run_train_joint(changed(good, **changes), SilentReporter())
     validation = {"val_annotations": good.annotations, "val_images": tmp_path}
     with pytest.raises(ImageError, match="check --val-images"):
-        run_train_joint(dataclasses.replace(good, **validation), SilentReporter())
+        run_train_joint(changed(good, **validation), SilentReporter())
     real = load_detector("hf", str(rtdetr_folder))
     assert isinstance(real, TunableDetector)
 

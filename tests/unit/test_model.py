@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.predict import run_predict
-from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
+from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
 

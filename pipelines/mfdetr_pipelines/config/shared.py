@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mfdetr_cache.cache.partition import Partition, parse_partition
+from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
 from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
@@ -31,6 +32,42 @@ class OnDevice:
     """
 
     device: Annotated[str, Option(metavar="NAME")] = "auto"
+
+
+def parse_batch_size(text: str) -> int | Literal["auto"]:
+    """A number of images, or ``auto``."""
+    if text == "auto":
+        return "auto"
+    if not text.isdigit():
+        raise ValueError("give a number, or auto")
+    return int(text)
+
+
+def parse_trackers(text: str) -> tuple[Tracker, ...]:
+    """Names with commas between them; ``none`` is no name. Whether they are known is seen later."""
+    names = (name.strip() for name in text.split(","))
+    return tuple(name for name in names if name not in ("", "none"))  # type: ignore[misc]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun(OnDevice):
+    """A command that trains.
+
+    Attributes:
+        batch_size: Images per step instead of the recipe's; auto keeps the recipe's and computes a
+            step in as many micro-batches as the GPU's memory asks for.
+        track: Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with
+            commas, or none.
+        resume: Go on with the run in --out.
+    """
+
+    batch_size: Annotated[
+        int | Literal["auto"] | None, Option(metavar="N|auto", parse=parse_batch_size)
+    ] = None
+    track: Annotated[tuple[Tracker, ...], Option(metavar="NAMES", parse=parse_trackers)] = (
+        "tensorboard",
+    )
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +106,6 @@ class RecipeOptions:
     def build(self) -> Recipe:
         """The recipe with its settings replaced."""
         return build_recipe(self.recipe, self.set)
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """Length of the training.
-
-    Attributes:
-        max_steps: Train for N steps; the schedule is fitted to them.
-        epochs: Train for N epochs; the schedule is fitted to them.
-    """
-
-    max_steps: int | None = None
-    epochs: Annotated[float | None, Option(metavar="N")] = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ConfigError("give --epochs or --max-steps, not both")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"--max-steps must be 1 or more, not {self.max_steps}")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
 
 
 @dataclass(frozen=True, slots=True)
