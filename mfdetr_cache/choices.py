@@ -10,6 +10,8 @@ Compression = Literal["zstd", "raw"]
 C1Mode = Literal["full", "roi", "none"]
 # How the images of augmented views are made (coco/augmentation.py).
 Policy = Literal["deformable-detr", "large-scale-jitter"]
+# The same for a training that makes its images anew in every epoch, or does not.
+Augmentation = Literal["none", "deformable-detr", "large-scale-jitter"]
 # What train-joint trains beside the head.
 Tune = Literal["nothing", "encoder-decoder", "all"]
 # Where a training's numbers go beside metrics.jsonl.

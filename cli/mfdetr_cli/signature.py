@@ -4,28 +4,18 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
+from mfdetr_pipelines.config.shared import Output
 
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import Built, Only, Option, writable_file
+from mfdetr_cache.options import Built, Only, Option
 
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT", bool: ""}
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What every command has.
-
-    Attributes:
-        json: Write the result to this file too, as JSON.
-    """
-
-    json: Annotated[Path | None, Option(metavar="FILE", parse=writable_file)] = None
 
 
 class _Setting(NamedTuple):
@@ -51,9 +41,9 @@ def command_of(kind: type[Any], run: Callable[[Any, Path | None], None]) -> Call
     """A function for Typer, with the options of ``kind``; runs with them and ``--json``'s file."""
 
     def command(**typed: Any) -> None:  # noqa: ANN401
-        run(built(kind, typed), built(_Output, typed).json)
+        run(built(kind, typed), built(Output, typed).json)
 
-    parameters = [*_parameters(kind), *_parameters(_Output)]
+    parameters = [*_parameters(kind), *_parameters(Output)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from mfdetr_cache.cache.partition import Partition, parse_partition
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FOLDER, Option
+from mfdetr_cache.options import FOLDER, Option, writable_file
 from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What every command has.
+
+    Attributes:
+        json: Write the result to this file too, as JSON.
+    """
+
+    json: Annotated[Path | None, Option(metavar="FILE", parse=writable_file)] = None
 
 
 def parse_assignments(texts: Sequence[str]) -> dict[str, str]:

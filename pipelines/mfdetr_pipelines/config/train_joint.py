@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from mfdetr_cache.choices import Policy, Tune
+from mfdetr_cache.choices import Augmentation, Tune
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
@@ -72,7 +72,7 @@ class TrainJointConfig(TrainingRun):
     recipe: Annotated[Recipe, Built(RecipeOptions)]
     tune: Annotated[Tune, Option(metavar="PART")] = "encoder-decoder"
     detector_lr: float = 0.1
-    augment: Annotated[Policy | Literal["none"], Option(metavar="POLICY")] = "none"
+    augment: Annotated[Augmentation, Option(metavar="POLICY")] = "none"
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)
