@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import CACHE, FOLDER, Built, Only, Option, existing_file
 from mfdetr_cache.training.recipes import RECIPES
-from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions, parse_assignments
+from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions
+from mfdetr_pipelines.config.training import parse_assignments
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location

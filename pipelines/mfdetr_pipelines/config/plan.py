@@ -9,7 +9,8 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
 from mfdetr_cache.training.recipes import Recipe, paper
-from mfdetr_pipelines.config.shared import RECIPE, OnDevice, RecipeOptions
+from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.config.training import RECIPE, RecipeOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,12 @@
 """Groups of options that several commands have."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mfdetr_cache.cache.partition import Partition, parse_partition
-from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option, writable_file
-from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
@@ -26,14 +23,6 @@ class Output:
     json: Annotated[Path | None, Option(metavar="FILE", parse=writable_file)] = None
 
 
-def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
-    """``KEY=VALUE`` texts as a dictionary; a later one of a key replaces an earlier one."""
-    pairs = [text.partition("=") for text in texts]
-    if not all(separator and key for key, separator, _ in pairs):
-        raise ValueError("write key=value, such as lr=3e-4")
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnDevice:
     """A command that computes on a device.
@@ -43,42 +32,6 @@ class OnDevice:
     """
 
     device: Annotated[str, Option(metavar="NAME")] = "auto"
-
-
-def parse_batch_size(text: str) -> int | Literal["auto"]:
-    """A number of images, or ``auto``."""
-    if text == "auto":
-        return "auto"
-    if not text.isdigit():
-        raise ValueError("give a number, or auto")
-    return int(text)
-
-
-def parse_trackers(text: str) -> tuple[Tracker, ...]:
-    """Names with commas between them; ``none`` is no name. Whether they are known is seen later."""
-    names = (name.strip() for name in text.split(","))
-    return tuple(name for name in names if name not in ("", "none"))  # type: ignore[misc]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingRun(OnDevice):
-    """A command that trains.
-
-    Attributes:
-        batch_size: Images per step instead of the recipe's; auto keeps the recipe's and computes a
-            step in as many micro-batches as the GPU's memory asks for.
-        track: Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with
-            commas, or none.
-        resume: Go on with the run in --out.
-    """
-
-    batch_size: Annotated[
-        int | Literal["auto"] | None, Option(metavar="N|auto", parse=parse_batch_size)
-    ] = None
-    track: Annotated[tuple[Tracker, ...], Option(metavar="NAMES", parse=parse_trackers)] = (
-        "tensorboard",
-    )
-    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +50,6 @@ class WorkOptions:
     engine: Literal["local", "ray"] = "local"
     address: Annotated[str | None, Option(metavar="URL")] = None
     workers: int = 0
-
-
-RECIPE = Option(metavar="NAME", help=f"One of: {', '.join(RECIPES)}.")
-
-
-@dataclass(frozen=True, slots=True)
-class RecipeOptions:
-    """Recipe.
-
-    Attributes:
-        recipe: Name of a recipe.
-        set: Replace a setting of the recipe, such as lr=3e-4.
-    """
-
-    recipe: Annotated[str, RECIPE] = "fast"
-    set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
-
-    def build(self) -> Recipe:
-        """The recipe with its settings replaced."""
-        return build_recipe(self.recipe, self.set)
 
 
 @dataclass(frozen=True, slots=True)

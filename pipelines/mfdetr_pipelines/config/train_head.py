@@ -8,7 +8,8 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import CACHE, Built, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_pipelines.config.shared import LocalCache, RecipeOptions, TrainingRun
+from mfdetr_pipelines.config.shared import LocalCache
+from mfdetr_pipelines.config.training import RecipeOptions, TrainingRun
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location

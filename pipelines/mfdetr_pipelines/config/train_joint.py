@@ -10,7 +10,7 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import Recipe
-from mfdetr_pipelines.config.shared import RecipeOptions, TrainingRun
+from mfdetr_pipelines.config.training import RecipeOptions, TrainingRun
 
 
 @dataclass(frozen=True, slots=True)
