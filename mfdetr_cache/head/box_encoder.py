@@ -11,7 +11,7 @@ class DeformableBoxEncoder(nn.Module):
 
     Args:
         width: Channels.
-        roi_size: Cells r along both axes.
+        roi_size: Cells r of a region along an axis.
         num_layers: Layers.
     """
 
@@ -22,14 +22,8 @@ class DeformableBoxEncoder(nn.Module):
         self.layers = nn.ModuleList(DeformableLayer(width, 1) for _ in range(num_layers))
 
     def forward(self, regions: Tensor) -> Tensor:
-        """Refine regions.
-
-        Args:
-            regions: Shape (R, r, r, D).
-
-        Returns:
-            Shape (R, r, r, D).
-        """
+        """Refine region features of shape (R, r, r, d)."""
+        # A region is one level of r x r tokens; every token is a query.
         side = int(regions.shape[1])
         sizes_hw = ((side, side),)
         centres = cell_centres(sizes_hw, regions.device).to(regions.dtype)

@@ -50,8 +50,8 @@ class HeadCost:
     Attributes:
         parameters: Trained parameters.
         macs: Multiply-adds by the paper's rule, of the network as the paper describes it.
-        executed_macs: The same rule for what is computed here: no token of the last image-encoder
-            layer that nobody reads, and box-to-object attention with folded projections.
+        executed_macs: By the same rule, of what runs here: no unused token in the last layer of the
+            image encoder, and box-to-object attention with folded projections.
     """
 
     parameters: int
@@ -73,7 +73,7 @@ def hdetr_r50_spec() -> DetectorSpec:
 
 
 def paper_detector(name: str) -> DetectorSpec:
-    """A detector of the paper as far as a head asks: maps, widths and outputs, no weights."""
+    """A detector of the paper, without weights: maps, widths and outputs."""
     num_queries, c1_channels, strides = _PAPER_DETECTORS[name]
     levels = [MapSpec(f"encoder{s}", "encoder", s, 256, "encoder layer 4") for s in strides]
     return DetectorSpec(
@@ -92,7 +92,7 @@ def paper_detector(name: str) -> DetectorSpec:
 def head_cost(
     config: HeadConfig, spec: DetectorSpec, input_hw: tuple[int, int] = MEAN_COCO_INPUT_HW
 ) -> HeadCost:
-    """Count a head; nothing is computed, tensors have shapes only.
+    """Count a head on meta tensors: nothing is computed.
 
     Args:
         config: Its architecture.

@@ -1,7 +1,7 @@
 """A baseline after ISTR (Hu et al., 2021): the query predicts a short code of its whole mask.
 
 A basis of 28 x 28 masks is learned once from the ground truth; a mask is its mean plus a weighted
-sum of the basis. The network never compares cells with a query, it only chooses the weights.
+sum of the basis, and the code is the weights.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 SIDE = 28
 # Cells of the region features the code is read from, along an axis; divides every RoI size.
 _POOLED = 8
-# A decoded mask lies around [0, 1]; logits of +-6 are as sure as a sigmoid needs to be.
+# A decoded mask lies around [0, 1]; this makes logits of +-6, near the sigmoid's limits.
 _LOGIT_SCALE = 12.0
 
 
@@ -26,7 +26,7 @@ def _cosines(width: int) -> Tensor:
 
 
 class MaskCodec(nn.Module):
-    """Principal components of masks, as buffers: they travel with the weights of a head.
+    """Principal components of masks, as buffers: they are part of a head's state dict.
 
     Until it is fitted, the basis holds the lowest frequencies of a cosine transform.
 
@@ -63,26 +63,12 @@ class MaskCodec(nn.Module):
         return float(values[: len(self.basis)].sum() / values.sum().clamp(min=1e-12))
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Codes of masks.
-
-        Args:
-            masks: Coverage over each box, shape (R, t, t).
-
-        Returns:
-            Shape (R, K).
-        """
+        """Codes (R, K) of masks given as coverage over each box, (R, t, t)."""
         small = functional.adaptive_avg_pool2d(masks[:, None], SIDE).flatten(1)
         return (small - self.mean) @ self.basis.T
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Mask logits of codes; 0 where the decoded mask is a half.
-
-        Args:
-            codes: Shape (R, K).
-
-        Returns:
-            Shape (R, 28, 28).
-        """
+        """Mask logits (R, 28, 28) of codes (R, K); 0 where the decoded mask is a half."""
         masks: Tensor = self.mean + codes @ self.basis
         return (_LOGIT_SCALE * (masks - 0.5)).view(-1, SIDE, SIDE)
 
@@ -111,30 +97,15 @@ class EmbeddingPredictor(nn.Module):
         )
 
     def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits, and the codes they are decoded from.
-
-        Args:
-            queries: Shape (R, d).
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shapes (R, r, r) and (R, K).
-        """
+        """Mask logits (R, r, r), and the codes (R, K) they are decoded from."""
         codes = self.codes(queries, regions)
         masks = self.codec.decode(codes)[:, None]
         side = regions.shape[1]
         return functional.interpolate(masks, (side, side), mode="bilinear")[:, 0], codes
 
     def codes(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Mask codes.
-
-        Args:
-            queries: Shape (R, d).
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shape (R, K).
-        """
+        """Mask codes (R, K) of queries (R, d) and regions (R, r, r, d)."""
+        # Cells pooled to 8 x 8, then two layers whose weights come from the query.
         step = regions.shape[1] // _POOLED
         cells = functional.avg_pool2d(regions.permute(0, 3, 1, 2), step).flatten(2).transpose(1, 2)
         first, second = self.kernels(queries).chunk(2, -1)

@@ -1,4 +1,7 @@
-"""From queries and region features to mask logits (Eq. 4, Table 12)."""
+"""From queries and region features to mask logits (Eq. 4, Table 12).
+
+Every predictor returns logits and mask codes; only that of ``mask_embedding.py`` has codes.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +12,7 @@ class DotProductPredictor(nn.Module):
     """The logit of a cell is the dot product of its feature with the query (Eq. 4)."""
 
     def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
-        """Mask logits.
-
-        Args:
-            queries: Shape (R, d).
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shape (R, r, r); no mask codes.
-        """
+        """Logits (R, r, r) of queries (R, d) and regions (R, r, r, d); there are no codes."""
         return torch.einsum("rd,rhwd->rhw", queries, regions), None
 
 
@@ -38,15 +33,7 @@ class SegmenterPredictor(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
-        """Mask logits.
-
-        Args:
-            queries: Shape (R, d).
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shape (R, r, r); no mask codes.
-        """
+        """Logits (R, r, r) of queries (R, d) and regions (R, r, r, d); there are no codes."""
         query = functional.normalize(self.project_query(queries), dim=-1)
         region = functional.normalize(self.project_region(regions), dim=-1)
         return self.temperature * torch.einsum("rd,rhwd->rhw", query, region), None
@@ -74,15 +61,7 @@ class FcnPredictor(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, _queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
-        """Mask logits.
-
-        Args:
-            _queries: Not looked at.
-            regions: Shape (R, r, r, d).
-
-        Returns:
-            Shape (R, r, r); no mask codes.
-        """
+        """Logits (R, r, r) of regions (R, r, r, d) alone; there are no codes."""
         maps = regions.permute(0, 3, 1, 2)
         for layer in self.layers:
             maps = functional.relu(layer(maps))

@@ -14,7 +14,7 @@ class MaskScoring(nn.Module):
 
     Args:
         region_width: Channels of the region features.
-        roi_size: Cells along both axes.
+        roi_size: Cells r of a region along an axis.
         num_labels: Labels K of the detector.
     """
 
@@ -31,7 +31,7 @@ class MaskScoring(nn.Module):
         for module in (*self.convs, *self.linears):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-        # A mask is worth about half before anything is learned.
+        # Training begins with a predicted IoU of about a half.
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.constant_(self.output.bias, 0.5)
 

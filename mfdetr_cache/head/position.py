@@ -51,7 +51,7 @@ def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> 
 def _frequencies(
     half: int, temperature: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What a coordinate is multiplied with, and what is added: a quarter turn makes a cosine."""
+    """Frequency and phase of each channel; a phase of pi / 2 makes a cosine of a sine."""
     channel = torch.arange(half, device=device)
     exponent = torch.div(channel, 2, rounding_mode="floor").double() * 2 / half
     frequency = 2 * math.pi * temperature**-exponent
@@ -62,5 +62,6 @@ def _frequencies(
 def _kept_frequencies(
     half: int, temperature: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(mode=False):  # a training may be the next to use it
+    # An inference tensor could not be used by a later training.
+    with torch.inference_mode(mode=False):
         return _frequencies(half, temperature, device, dtype)

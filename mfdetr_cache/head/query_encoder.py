@@ -28,15 +28,7 @@ class ObjectToObject(nn.Module):
         self.value = _xavier(nn.Linear(width, width))
 
     def forward(self, queries: Tensor, image_index: Tensor) -> Tensor:
-        """Let queries of the same image see one another.
-
-        Args:
-            queries: Shape (R, D).
-            image_index: Image of each query, shape (R,).
-
-        Returns:
-            What is added to the queries, shape (R, D).
-        """
+        """Residual (R, D) of queries (R, D) that attend to those of the same image, (R,)."""
         query, key, value = (
             f(queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for f in (self.query, self.key, self.value)
@@ -69,15 +61,7 @@ class BoxToObject(nn.Module):
         self.value = _xavier(nn.Linear(region_width, query_width))
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Attend to the regions.
-
-        Args:
-            queries: Shape (R, D).
-            regions: Region features after the box encoder, shape (R, cells, d).
-
-        Returns:
-            What is added to the queries, shape (R, D).
-        """
+        """Residual (R, D) of queries (R, D) that attend to region features (R, cells, d)."""
         heads = self.num_heads
         query = self.query(queries).unflatten(-1, (heads, -1))  # (R, H, D/H)
         if not self.folded:
@@ -85,6 +69,7 @@ class BoxToObject(nn.Module):
             value = self.value(regions).unflatten(-1, (heads, -1)).transpose(1, 2)
             plain = functional.scaled_dot_product_attention(query[:, :, None], key, value)
             return plain[:, :, 0].flatten(1)
+        # Logits of the cells from W_k^T q in place of the keys.
         scale = query.shape[-1] ** -0.5
         key_weight = self.key.weight.unflatten(0, (heads, -1))  # (H, D/H, d)
         key_bias = self.key.bias.unflatten(0, (heads, -1))
@@ -93,6 +78,7 @@ class BoxToObject(nn.Module):
         # The bias shifts all cells of a head alike; it stays so that autograd sees the parameter.
         scores = scores + torch.einsum("rhe,he->rh", query, key_bias)[..., None]
         weights = (scores * scale).softmax(-1)
+        # W_v after the weighted sum of cells in place of the values.
         attended = torch.einsum("rhc,rcd->rhd", weights, regions)
         value_weight = self.value.weight.unflatten(0, (heads, -1))
         mixed = torch.einsum("rhd,hed->rhe", attended, value_weight).flatten(1)
@@ -100,7 +86,7 @@ class BoxToObject(nn.Module):
 
 
 class QueryEncoder(nn.Module):
-    """Refines the queries of the boxes: attention, then FFN, each with a residual.
+    """F_q: object-to-object attention, box-to-object attention, FFN, each with a residual.
 
     Args:
         query_width: Channels of the queries.
@@ -131,7 +117,7 @@ class QueryEncoder(nn.Module):
 
         Args:
             queries: Shape (R, D).
-            regions: Shape (R, cells, d).
+            regions: Region features after the box encoder, shape (R, cells, d).
             image_index: Image of each query, shape (R,).
 
         Returns:

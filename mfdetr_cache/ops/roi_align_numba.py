@@ -1,9 +1,9 @@
 """RoIAlign on a CPU, compiled by numba when it is first used.
 
-torchvision's runs on one thread and walks through planes of channels. Here the channels of a cell
-lie next to each other, as the cache stores them, and nothing is permuted. Every region, and every
-image's gradient in a block of channels, is computed by one thread in a fixed order: results do not
-depend on the number of threads.
+torchvision's runs on one thread and goes through the channels plane by plane. Here the channels of
+a cell lie next to each other, as the cache stores them, and nothing is permuted. Every region, and
+every image's gradient in a block of channels, is computed by one thread in a fixed order: results
+do not depend on the number of threads.
 
 Arrays: maps (B, h, w, C), rois (R, 5) image and x0, y0, x1, y1 in input pixels, out (R, r, r, C).
 """
@@ -151,19 +151,7 @@ class KernelRoIAlign(torch.autograd.Function):
         scale: float,
         ratio: int,
     ) -> Tensor:
-        """Means of bilinear samples.
-
-        Args:
-            ctx: Keeps the regions.
-            maps: Shape (B, C, h, w).
-            rois: Shape (R, 5).
-            size: Cells r of a region along an axis.
-            scale: Cells of the map per input pixel.
-            ratio: Samples per cell along an axis; 0 takes as many as it spans.
-
-        Returns:
-            Shape (R, r, r, C).
-        """
+        """From maps (B, C, h, w) and rois (R, 5) to regions (R, r, r, C)."""
         cells, rois = maps.permute(0, 2, 3, 1).contiguous(), rois.contiguous()
         ctx.save_for_backward(rois)
         ctx.shape, ctx.numbers = cells.shape, (scale, ratio)
@@ -173,15 +161,7 @@ class KernelRoIAlign(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
-        """Gradient with respect to the maps; regions have none.
-
-        Args:
-            ctx: The regions.
-            grad: Shape (R, r, r, C).
-
-        Returns:
-            The gradient, shape (B, C, h, w).
-        """
+        """Gradient with respect to the maps, from (R, r, r, C) to (B, C, h, w); rois have none."""
         (rois,) = ctx.saved_tensors
         below = grad.new_zeros(ctx.shape)
         tasks = ctx.shape[0] * -(-ctx.shape[3] // _BLOCK)

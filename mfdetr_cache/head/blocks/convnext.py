@@ -26,14 +26,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Refine maps.
-
-        Args:
-            maps: Shape (B, h, w, D).
-
-        Returns:
-            Shape (B, h, w, D).
-        """
+        """Refine maps of shape (B, h, w, D)."""
         mixed = self.depthwise(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         hidden = functional.gelu(self.linear1(self.norm(mixed)))
         refined: Tensor = maps + self.scale * self.linear2(hidden)
@@ -46,11 +39,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 def init_convnext(block: ConvNeXtBlock) -> None:
-    """ConvNeXt's initialisation: truncated normal weights, zero biases, blocks near the identity.
-
-    Args:
-        block: Changed in place.
-    """
+    """Initialise in place as ConvNeXt: truncated normal, zero biases, near the identity."""
     for module in block.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)

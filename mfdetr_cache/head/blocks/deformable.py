@@ -2,7 +2,7 @@
 
 Shape letters: B batch, N query tokens, S tokens of all levels, D width, H heads, L levels,
 P sampling points. A batch is of images of one size, (B, N, D), or of any sizes, packed into one
-sequence without the leading axis, (N, D).
+sequence without the leading axis: (N, D).
 """
 
 import math
@@ -23,15 +23,7 @@ from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
 
 def num_heads_for(width: int, wanted: int = 8) -> int:
-    """The largest number of heads up to ``wanted`` that divides a width.
-
-    Args:
-        width: Channels.
-        wanted: How many heads the paper has.
-
-    Returns:
-        A divisor of ``width``.
-    """
+    """The largest number of heads up to ``wanted``, the paper's, that divides a width."""
     return max(h for h in range(1, wanted + 1) if width % h == 0)
 
 
@@ -40,7 +32,7 @@ def cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float = 0.0) ->
 
     Args:
         sizes_hw: Height and width of each level.
-        device: Where the result lives.
+        device: Device of the result.
         shift: Added along both axes, in cells.
 
     Returns:
@@ -53,7 +45,8 @@ def cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float = 0.0) ->
 
 @lru_cache(maxsize=256)
 def _kept_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tensor:
-    with torch.inference_mode(mode=False):  # a training may be the next to use them
+    # An inference tensor could not be used by a later training.
+    with torch.inference_mode(mode=False):
         return _cell_centres(sizes_hw, device, shift)
 
 
@@ -89,7 +82,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Each head looks in its own direction, point k at distance k cells."""
+        """Each head samples in its own direction, point k at a distance of k cells."""
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
         directions = directions / directions.abs().max(dim=-1, keepdim=True).values
@@ -112,7 +105,7 @@ class MultiScaleDeformableAttention(nn.Module):
             query: Tokens with their position added, shape (B, N, D) or (N, D).
             centres: Normalised reference point of each query token, shape (N, 2).
             memory: Tokens of all levels, shape (B, S, D) or (S, D).
-            levels: Height and width of each level, or whose the packed tokens are.
+            levels: Height and width of each level, or the layout of packed tokens.
 
         Returns:
             Shape of the query.
@@ -167,10 +160,10 @@ class DeformableLayer(nn.Module):
             position: Added to them as attention queries, shape (N, D).
             centres: Their normalised centres, shape (N, 2).
             memory: Tokens of all levels, shape (B, S, D) or (S, D).
-            levels: Height and width of each level, or whose the packed tokens are.
+            levels: Height and width of each level, or the layout of packed tokens.
 
         Returns:
-            Refined tokens, shape as they came.
+            Refined tokens, shape of ``tokens``.
         """
         attended = self.attention(tokens + position, centres, memory, levels)
         tokens = self.norm1(tokens + attended)

@@ -43,14 +43,9 @@ class SwinBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Refine maps.
+        """Refine maps of shape (B, h, w, D) of any size.
 
-        Args:
-            maps: Shape (B, h, w, D), any size; padded inside to whole windows, and cells that are
-                padding are never attended to.
-
-        Returns:
-            Shape (B, h, w, D).
+        They are padded inside to whole windows; cells of padding are never attended to.
         """
         maps = maps + self._attend(self.norm1(maps))
         refined: Tensor = maps + self.linear2(functional.gelu(self.linear1(self.norm2(maps))))
@@ -60,6 +55,7 @@ class SwinBlock(nn.Module):
         batch, height, width, channels = maps.shape
         side, heads = self.window, self.num_heads
         pad_h, pad_w = -height % side, -width % side
+        # Whole windows, shifted; attention stays between cells of the same region.
         padded = functional.pad(maps, (0, 0, 0, pad_w, 0, pad_h))
         full_h, full_w = height + pad_h, width + pad_w
         region = self._regions((height, width), (full_h, full_w), maps.device)
@@ -69,6 +65,7 @@ class SwinBlock(nn.Module):
         windows = self._split(padded)  # (B * n, side * side, D)
         regions = self._split(region[None, ..., None])[..., 0]  # (n, side * side)
         allowed = regions[:, :, None] == regions[:, None, :]
+        # One mask for both: the relative position bias, and the lowest number between regions.
         bias = self.position_bias[self.relative_index].permute(2, 0, 1)  # (H, side^2, side^2)
         minus = torch.finfo(bias.dtype).min
         mask = bias[None].masked_fill(~allowed[:, None], minus)  # (n, H, ., .)
@@ -79,6 +76,7 @@ class SwinBlock(nn.Module):
         mask = mask.repeat(batch, 1, 1, 1).to(query.dtype)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        # Windows back to a map, shifted back, without the padding.
         rows, cols = full_h // side, full_w // side
         merged = mixed.view(batch, rows, cols, side, side, channels).permute(0, 1, 3, 2, 4, 5)
         merged = merged.reshape(batch, full_h, full_w, channels)
@@ -88,6 +86,7 @@ class SwinBlock(nn.Module):
         return attended
 
     def _split(self, maps: Tensor) -> Tensor:
+        """From maps (B, h, w, D) to windows (B * n, window^2, D)."""
         batch, height, width, channels = maps.shape
         side = self.window
         cut = maps.view(batch, height // side, side, width // side, side, channels)
@@ -96,7 +95,7 @@ class SwinBlock(nn.Module):
     def _regions(
         self, size_hw: tuple[int, int], full_hw: tuple[int, int], device: torch.device
     ) -> Tensor:
-        """Number of the region each cell belongs to; attention stays inside a region.
+        """Number of the region each cell belongs to.
 
         After the shift, a window at the border holds cells from opposite sides of the map; those
         are different regions, and padding is a region of its own.
