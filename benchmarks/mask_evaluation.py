@@ -21,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn import functional
 
 from mfdetr_cache.evaluation.coco_metrics import Result, coco_ground_truth, evaluate_results
-from mfdetr_cache.ops.masks import compress_run_lengths, run_lengths_in_box
+from mfdetr_cache.ops.masks import compress_run_lengths
+from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 
 Made = list[tuple[int, tuple[int, int], NDArray[np.float64], NDArray[np.float32], NDArray]]
 

@@ -26,7 +26,7 @@ from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import torch_device
-from mfdetr_cache.ops.masks import encode_mask
+from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,16 @@ class Segmentation:
     """The objects of one image, by falling score.
 
     Attributes:
-        masks: True inside, at the image's size, shape (N, H, W).
+        size_hw: Height and width of the image in pixels.
+        run_lengths: Mask of each object on the image, length N.
         boxes_xyxy: In pixels of the image, float32, shape (N, 4).
         scores: Final scores s_i in [0, 1], float32, shape (N,).
         category_ids: Of the dataset the head was trained on, int64, shape (N,).
         names: Names of the categories, length N.
     """
 
-    masks: NDArray[np.bool_]
+    size_hw: tuple[int, int]
+    run_lengths: tuple[RunLengths, ...]
     boxes_xyxy: NDArray[np.float32]
     scores: NDArray[np.float32]
     category_ids: NDArray[np.int64]
@@ -49,6 +51,14 @@ class Segmentation:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """True inside, at the image's size, shape (N, H, W); made anew at every call."""
+        masks = np.empty((len(self), *self.size_hw), np.bool_)
+        for mask, runs in zip(masks, self.run_lengths, strict=True):
+            mask[:] = decode_run_lengths(runs, self.size_hw)
+        return masks
 
     def draw(self, image: Image.Image) -> Image.Image:
         """The objects on their image.
@@ -106,7 +116,7 @@ class Segmentation:
         """
         results = []
         for found in self._objects():
-            rle = encode_mask(found.mask)
+            rle = compress_run_lengths(found.run_lengths, self.size_hw)
             x0, y0, x1, y1 = found.box_xyxy
             results.append(
                 {
@@ -121,10 +131,10 @@ class Segmentation:
 
     def _objects(self) -> list[ShownObject]:
         found = []
-        for index, (name, mask) in enumerate(zip(self.names, self.masks, strict=True)):
+        for index, (name, runs) in enumerate(zip(self.names, self.run_lengths, strict=True)):
             x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
             category_id, score = int(self.category_ids[index]), float(self.scores[index])
-            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), mask))
+            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs))
         return found
 
 
@@ -258,7 +268,8 @@ class MaskFrozenDETR:
             prediction, self._label_categories, self._names, size_hw, threshold, top_k
         )
         result = Segmentation(
-            masks=np.array([o.mask for o in found]).reshape(-1, *size_hw).astype(np.bool_),
+            size_hw=size_hw,
+            run_lengths=tuple(o.run_lengths for o in found),
             boxes_xyxy=np.array([o.box_xyxy for o in found], np.float32).reshape(-1, 4),
             scores=np.array([o.confidence for o in found], np.float32),
             category_ids=np.array([o.category_id for o in found], np.int64),

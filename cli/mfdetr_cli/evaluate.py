@@ -43,7 +43,9 @@ def _evaluate_file(
     config: EvaluateConfig, results: Path, annotations: Path, json: Path | None
 ) -> None:
     boundary = "boundary" in config.extras
-    found = run_evaluate_results(results, annotations, config.evaluator, boundary=boundary)
+    found = run_evaluate_results(
+        results, annotations, config.evaluator, ConsoleReporter(), boundary=boundary
+    )
     metrics, details = found.metrics(), found.details()
     counts = {"num_images": found.num_images, "num_results": found.num_results}
     write_json(json, {**counts, **metrics, "details": details, "results": str(results)})

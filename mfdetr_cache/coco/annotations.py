@@ -1,44 +1,20 @@
 """One split of a COCO-format dataset: its images, its categories and its ground truth."""
 
-import hashlib
-import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mfdetr_cache.coco.faults import Faults, OnBad
+from mfdetr_cache.coco.ids import SourceId, source_id
+from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
+from mfdetr_cache.coco.json_file import read_json
+from mfdetr_cache.coco.objects import Annotation, Masks, read_annotations
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.ops.masks import RunLengths, run_lengths_of_segmentation
+from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import GroundTruth
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A COCO category.
-
-    Attributes:
-        category_id: Its id in the annotation file; ids may have gaps.
-        name: Its name.
-    """
-
-    category_id: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageEntry:
-    """An image as the annotation file lists it.
-
-    Attributes:
-        image_id: COCO image id.
-        file_name: Relative to the image folder.
-        size_hw: Height and width in pixels.
-    """
-
-    image_id: int
-    file_name: str
-    size_hw: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,14 +26,16 @@ class CocoSplit:
         sha256: Hash of the file's bytes.
         images: In the order of the file.
         categories: In the order of the file.
-        annotations: Image id to its raw annotation dictionaries.
+        annotations: Image id to its annotations, in the order of the file.
+        faults: What was left out or repaired, of images and of annotations.
     """
 
     name: str
     sha256: str
     images: tuple[ImageEntry, ...]
     categories: tuple[Category, ...]
-    annotations: dict[int, list[dict[str, Any]]]
+    annotations: dict[int, list[Annotation]]
+    faults: tuple[Faults, ...] = field(default=(), compare=False)
 
     def first(self, limit: int | None) -> "CocoSplit":
         """The same split with the first ``limit`` images only.
@@ -72,9 +50,22 @@ class CocoSplit:
             return self
         images = self.images[:limit]
         kept = {e.image_id: self.annotations[e.image_id] for e in images}
-        return CocoSplit(self.name, self.sha256, images, self.categories, kept)
+        return replace(self, images=images, annotations=kept)
 
-    def ground_truth(self, entry: ImageEntry, label_of_category: dict[int, int]) -> GroundTruth:
+    def tell_faults(self, reporter: Reporter) -> None:
+        """Warn of everything that was left out or repaired.
+
+        Args:
+            reporter: Who is told.
+        """
+        for faults in self.faults:
+            faults.tell(reporter)
+
+    def objects_per_category(self) -> Counter[int]:
+        """Category id to its annotated objects, crowds among them."""
+        return Counter(a.category_id for found in self.annotations.values() for a in found)
+
+    def ground_truth(self, entry: ImageEntry, label_of_category: Mapping[int, int]) -> GroundTruth:
         """The objects of one image, masks as run lengths.
 
         Args:
@@ -83,58 +74,53 @@ class CocoSplit:
                 gets label -1.
 
         Returns:
-            The objects in the order of the file.
-
-        Raises:
-            DatasetError: If a segmentation or a box is malformed.
+            The objects in the order of the file; run lengths of length 0 stand for no mask.
         """
-        raw = self.annotations[entry.image_id]
-        boxes = np.zeros((len(raw), 4), dtype=np.float32)
-        runs: list[RunLengths] = []
-        for index, annotation in enumerate(raw):
-            where = f"{self.name}: annotation {annotation['id']} of image {entry.image_id}"
-            try:
-                x, y, w, h = (float(v) for v in annotation["bbox"])
-                runs.append(run_lengths_of_segmentation(annotation["segmentation"], entry.size_hw))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise DatasetError(
-                    f"{where} has no usable bbox and segmentation ({error})"
-                ) from error
-            boxes[index] = (x, y, x + w, y + h)
-        categories = np.array([a["category_id"] for a in raw], dtype=np.int64)
+        found = self.annotations[entry.image_id]
+        boxes = np.array([a.box_xywh for a in found], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         return GroundTruth(
-            annotation_ids=np.array([a["id"] for a in raw], dtype=np.int64),
-            category_ids=categories,
+            annotation_ids=np.array([a.annotation_id for a in found], dtype=np.int64),
+            category_ids=np.array([a.category_id for a in found], dtype=np.int64),
             labels=np.array(
-                [label_of_category.get(int(c), -1) for c in categories], dtype=np.int64
+                [label_of_category.get(a.category_id, -1) for a in found], dtype=np.int64
             ),
-            boxes_xyxy=boxes,
-            areas=np.array([a["area"] for a in raw], dtype=np.float64),
-            is_crowd=np.array([bool(a.get("iscrowd", 0)) for a in raw], dtype=np.bool_),
-            run_lengths=tuple(runs),
+            boxes_xyxy=boxes.astype(np.float32),
+            areas=np.array([a.area for a in found], dtype=np.float64),
+            is_crowd=np.array([a.is_crowd for a in found], dtype=np.bool_),
+            run_lengths=tuple(a.run_lengths for a in found),
         )
 
 
-def load_coco_split(path: Path) -> CocoSplit:
+def load_coco_split(
+    path: Path,
+    images: Path | None = None,
+    *,
+    on_bad: OnBad = "stop",
+    limit: int | None = None,
+    masks: Masks = "required",
+) -> CocoSplit:
     """Read and check a COCO ``instances`` file.
 
+    Nothing of it reaches pycocotools unchecked. Ids of any form become whole numbers; those of the
+    file stay where they are such numbers and each is used once.
+
     Args:
-        path: The JSON file.
+        path: The JSON file, plain or compressed by gzip.
+        images: Image folder: names are looked up there, and sizes that the file lacks are read.
+        on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
+        limit: Only the first so many images; what is wrong with others is not looked at.
+        masks: Whether an annotation without a mask can be used.
 
     Returns:
         The split.
 
     Raises:
         DatasetError: If the file is missing, is no COCO instances file, lists no image, has no
-            annotation, or refers to an unknown image or category.
+            annotation, or has something that cannot be used.
     """
-    if not path.is_file():
-        raise DatasetError(f"annotation file {path} does not exist; pass a COCO instances JSON")
-    data = path.read_bytes()
-    try:
-        document = json.loads(data)
-    except ValueError as error:
-        raise DatasetError(f"annotation file {path} is not JSON ({error})") from error
+    file = read_json(path, "annotation file", "pass a COCO instances JSON")
+    document = file.document
     if not isinstance(document, dict):
         raise DatasetError(f"annotation file {path} holds no COCO document (no images)")
     for key in ("images", "annotations", "categories"):
@@ -142,45 +128,28 @@ def load_coco_split(path: Path) -> CocoSplit:
             raise DatasetError(f"annotation file {path} has no list {key!r}; is it COCO instances?")
         if not document[key]:
             raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")
-    try:
-        images = tuple(
-            ImageEntry(int(i["id"]), str(i["file_name"]), (int(i["height"]), int(i["width"])))
-            for i in document["images"]
-        )
-        categories = tuple(Category(int(c["id"]), str(c["name"])) for c in document["categories"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"annotation file {path}: an image or category lacks {error}") from error
-    grouped = _group_annotations(path, document["annotations"], images, categories)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return CocoSplit(path.stem, sha256, images, categories, grouped)
-
-
-def _group_annotations(
-    path: Path,
-    annotations: list[dict[str, Any]],
-    images: tuple[ImageEntry, ...],
-    categories: tuple[Category, ...],
-) -> dict[int, list[dict[str, Any]]]:
-    grouped: dict[int, list[dict[str, Any]]] = {e.image_id: [] for e in images}
-    if len(grouped) != len(images):
-        raise DatasetError(f"annotation file {path} lists an image id twice")
-    known = {c.category_id for c in categories}
-    for annotation in annotations:
-        try:
-            number, image_id = annotation["id"], annotation["image_id"]
-            category_id = annotation["category_id"]
-            float(annotation["area"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"annotation file {path}: an annotation lacks {error}") from error
-        if image_id not in grouped:
-            raise DatasetError(
-                f"annotation file {path}: annotation {number} is of image {image_id}, "
-                "which is not in its list of images"
-            )
-        if category_id not in known:
-            raise DatasetError(
-                f"annotation file {path}: annotation {number} has category_id {category_id}, "
-                "which is not in its list of categories"
-            )
-        grouped[image_id].append(annotation)
-    return grouped
+    faults = Faults(str(path), "image")
+    listed = read_images(path, document["images"], images, faults, limit)
+    faults.total = len(document["images"])
+    categories = read_categories(path, document["categories"])
+    faults.stop_if_unusable(on_bad)
+    if not listed:
+        raise DatasetError(f"annotation file {path} has no image that can be used")
+    known = {source_id(i.get("id")) for i in document["images"] if isinstance(i, dict)}
+    left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
+    of_annotations = Faults(str(path), "annotation")
+    found = read_annotations(
+        document["annotations"], listed, left_out, categories, of_annotations, masks
+    )
+    of_annotations.stop_if_unusable(on_bad)
+    grouped: dict[int, list[Annotation]] = {e.image_id: [] for e in listed.values()}
+    for annotation in found:
+        grouped[annotation.image_id].append(annotation)
+    return CocoSplit(
+        file.name,
+        file.sha256,
+        tuple(listed.values()),
+        tuple(categories.values()),
+        grouped,
+        (faults, of_annotations),
+    )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mfdetr_cache.coco.annotations import Category
+from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
 

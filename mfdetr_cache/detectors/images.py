@@ -1,21 +1,43 @@
 """Image files, opened so that pixels and annotations speak of the same picture."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mfdetr_cache.coco.image_files import open_image, orientation
 from mfdetr_cache.errors import ImageError
 
-_LARGEST_16_BITS = (1 << 16) - 1
+_LARGEST_16_BITS, _LARGEST_12_BITS = (1 << 16) - 1, (1 << 12) - 1
+
+# What is odd about a file that can be read, for warnings with a count.
+EXIF_UNTOLD = (
+    "images whose size cannot tell whether they were annotated before or after EXIF rotation; they "
+    "are rotated, as viewers and predict do. Remove the tag where the annotations were made without"
+)
+DARK_16_BITS = (
+    "images of 16 bits that use the lowest 12 alone: of 16 bits the upper eight are kept, so they "
+    "are nearly black. Save them as 8 bits, or scale them to the whole range"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A decoded image file.
+
+    Attributes:
+        image: RGB at its original size.
+        oddities: What is odd about the file, each one of the texts above.
+    """
+
+    image: Image.Image
+    oddities: tuple[str, ...]
 
 
 def load_image(path: Path, annotated_hw: tuple[int, int] | None = None) -> Image.Image:
-    """An image file as RGB at its original size.
-
-    Grayscale, palette and CMYK files become RGB; of 16 bits the upper eight are kept, as OpenCV
-    does, where Pillow alone would make everything above 255 white. COCO's annotations ignore EXIF
-    rotation; other tools apply it. The annotated size tells which one is meant here.
+    """An image file as RGB at its original size; see :func:`load_with_oddities`.
 
     Args:
         path: The image file.
@@ -28,25 +50,49 @@ def load_image(path: Path, annotated_hw: tuple[int, int] | None = None) -> Image
         ImageError: If the file is missing, cannot be decoded to its end, or has another size than
             annotated.
     """
-    if not path.is_file():
-        raise ImageError(f"image {path} is not on disk; check --images")
+    return load_with_oddities(path, annotated_hw).image
+
+
+def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) -> LoadedImage:
+    """An image file as RGB at its original size, and what is odd about it.
+
+    Grayscale, palette and CMYK files become RGB; of 16 bits the upper eight are kept, as OpenCV
+    does, where Pillow alone would make everything above 255 white. COCO's annotations ignore EXIF
+    rotation; other tools apply it. The annotated size tells which one is meant here; where both
+    sizes are the same, rotation is applied, as it is without annotations.
+
+    Args:
+        path: The image file.
+        annotated_hw: Height and width in the annotation file; None applies EXIF rotation.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        ImageError: If the file is missing, cannot be decoded to its end, or has another size than
+            annotated.
+    """
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
+            stored = str(getattr(opened, "tile", ""))
             opened.load()
-            if annotated_hw is None:
-                return as_rgb(ImageOps.exif_transpose(opened))
-            if (opened.height, opened.width) == annotated_hw:
-                return as_rgb(opened)
-            rotated = ImageOps.exif_transpose(opened)
-            if (rotated.height, rotated.width) == annotated_hw:
-                return as_rgb(rotated)
             size = (opened.height, opened.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            turned = orientation(opened)
+            upright = size[::-1] if turned >= 5 else size
+            oddities = (EXIF_UNTOLD,) if annotated_hw and turned > 1 and upright == size else ()
+            if annotated_hw is not None and annotated_hw not in (size, upright):
+                raise ImageError(
+                    f"image {path} is {size[0]} x {size[1]} (height x width), its annotation says "
+                    f"{annotated_hw[0]} x {annotated_hw[1]}; are these the right --images and "
+                    "--annotations?"
+                )
+            if ";16" in stored and _largest(opened) <= _LARGEST_12_BITS:
+                oddities = (*oddities, DARK_16_BITS)
+            if turned > 1 and annotated_hw in (None, upright):
+                return LoadedImage(as_rgb(ImageOps.exif_transpose(opened)), oddities)
+            return LoadedImage(as_rgb(opened), oddities)
+    except (OSError, ValueError, SyntaxError, OverflowError, MemoryError, TypeError) as error:
         raise ImageError(f"image {path} cannot be decoded: {error}") from error
-    raise ImageError(
-        f"image {path} is {size[0]} x {size[1]} (height x width), its annotation says "
-        f"{annotated_hw[0]} x {annotated_hw[1]}; are these the right --images and --annotations?"
-    )
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -69,3 +115,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("its pixels have more than 16 bits; convert it to 8 or 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _largest(image: Image.Image) -> int:
+    """The largest value of an image of 16 bits, of which Pillow keeps the upper eight in colour."""
+    extrema: tuple[Any, ...] = image.getextrema()
+    if image.mode.startswith("I"):
+        return int(extrema[1])
+    return max(int(high) for _, high in extrema[:3]) << 8

@@ -40,8 +40,8 @@ def judged_box_metrics(cache: FeatureCache, reporter: Reporter) -> CocoMetrics:
         COCO's summary for boxes.
     """
     box = cached_box_metrics(cache)
-    objects = sum(len(cache.ground_truth(r)) for r in cache.rows)
-    if box.AP < IMPLAUSIBLE_BOX_AP and objects:
+    # Without an object to find there is no AP, which is -1 then.
+    if 0 <= box.AP < IMPLAUSIBLE_BOX_AP:
         reporter.warn(
             f"box AP of the cached detections is {100 * box.AP:.1f}: implausibly low for a "
             "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mfdetr_cache.choices import Evaluator
+from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.categories import category_names
-from mfdetr_cache.ops.masks import compress_run_lengths
+from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths
 from mfdetr_cache.types import GroundTruth
 
 Result = dict[str, Any]
@@ -49,6 +50,8 @@ class CocoMetrics:
 
 
 _RECALLS = ("AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+# All, small, medium and large, in square pixels, as COCO has them.
+_AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +111,78 @@ def coco_ground_truth(
         for index in range(len(objects)):
             x0, y0, x1, y1 = (float(v) for v in objects.boxes_xyxy[index])
             annotations.append(
-                {
-                    "id": int(objects.annotation_ids[index]),
-                    "image_id": image_id,
-                    "category_id": int(objects.category_ids[index]),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": float(objects.areas[index]),
-                    "iscrowd": int(objects.is_crowd[index]),
-                    "segmentation": compress_run_lengths(objects.run_lengths[index], size_hw),
-                }
+                _annotation(
+                    image_id,
+                    int(objects.category_ids[index]),
+                    [x0, y0, x1 - x0, y1 - y0],
+                    float(objects.areas[index]),
+                    objects.run_lengths[index],
+                    size_hw,
+                    is_crowd=bool(objects.is_crowd[index]),
+                )
             )
+    return _indexed(listed, annotations, list(categories))
+
+
+def ground_truth_of_split(split: CocoSplit) -> COCO:
+    """The ground truth of an annotation file as pycocotools takes it.
+
+    Args:
+        split: The file, checked.
+
+    Returns:
+        An indexed ``COCO``, boxes in double precision as they are written.
+    """
+    listed = [
+        {"id": e.image_id, "height": e.size_hw[0], "width": e.size_hw[1]} for e in split.images
+    ]
+    annotations = [
+        _annotation(
+            a.image_id,
+            a.category_id,
+            list(a.box_xywh),
+            a.area,
+            a.run_lengths,
+            entry.size_hw,
+            is_crowd=a.is_crowd,
+        )
+        for entry in split.images
+        for a in split.annotations[entry.image_id]
+    ]
+    categories = [{"id": c.category_id, "name": c.name} for c in split.categories]
+    return _indexed(listed, annotations, categories)
+
+
+def _annotation(
+    image_id: int,
+    category_id: int,
+    box_xywh: list[float],
+    area: float,
+    run_lengths: RunLengths,
+    size_hw: tuple[int, int],
+    *,
+    is_crowd: bool,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": box_xywh,
+        "area": area,
+        "iscrowd": int(is_crowd),
+    }
+    if len(run_lengths):
+        found["segmentation"] = compress_run_lengths(run_lengths, size_hw)
+    return found
+
+
+def _indexed(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: list[Any]
+) -> COCO:
+    # Evaluators mark what is matched by the id of the annotation, and 0 or less is "not matched".
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
     coco = COCO()
-    coco.dataset = {"images": listed, "annotations": annotations, "categories": list(categories)}
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -138,7 +201,7 @@ def evaluate_results(
         evaluator: Who computes.
 
     Returns:
-        The summary; all zero when there is no result.
+        The summary.
     """
     return measure_results(ground_truth, results, kind, evaluator).metrics
 
@@ -160,18 +223,16 @@ def measure_results(
             knows none.
 
     Returns:
-        The report; all zero when there is no result.
+        The report. Objects without a mask do not count for masks; without a result everything is 0
+        where there is an object, else -1.
     """
-    objects = [a for a in ground_truth.dataset["annotations"] if not a.get("iscrowd", 0)]
+    if kind != "bbox":
+        ground_truth = _with_masks(ground_truth)
+    objects = [a for a in ground_truth.dataset["annotations"] if not a["iscrowd"]]
     counts = Counter(int(a["category_id"]) for a in objects)
     names = category_names(ground_truth.dataset["categories"])
     if not results:
-        nothing = tuple(
-            CategoryMetrics(c, n, counts[c], 0.0 if counts[c] else -1.0, 0.0 if counts[c] else -1.0)
-            for c, n in sorted(names.items())
-        )
-        zeros = CocoMetrics(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        return CocoReport(zeros, dict.fromkeys(_RECALLS, 0.0), nothing)
+        return _report_of_nothing([float(a["area"]) for a in objects], counts, names)
     # loadRes adds fields to what it is given, and takes a box for a polygon when both are there.
     wanted = "bbox" if kind == "bbox" else "segmentation"
     fields = ("image_id", "category_id", "score", wanted)
@@ -192,6 +253,31 @@ def measure_results(
     return CocoReport(
         CocoMetrics(*stats[:6]), dict(zip(_RECALLS, stats[6:], strict=True)), categories
     )
+
+
+def _with_masks(ground_truth: COCO) -> COCO:
+    """The ground truth without the objects that have a box only."""
+    document = ground_truth.dataset
+    kept = [a for a in document["annotations"] if "segmentation" in a]
+    if len(kept) == len(document["annotations"]):
+        return ground_truth
+    return _indexed(document["images"], [dict(a) for a in kept], document["categories"])
+
+
+def _report_of_nothing(
+    areas: list[float], counts: Mapping[int, int], names: Mapping[int, str]
+) -> CocoReport:
+    """What pycocotools would say without a result: 0 where there is an object, else -1."""
+    whole, *by_size = (
+        0.0 if any(low <= area <= high for area in areas) else -1.0 for low, high in _AREA_RANGES
+    )
+    metrics = CocoMetrics(whole, whole, whole, *by_size)
+    recall = dict(zip(_RECALLS, (whole, whole, whole, *by_size), strict=True))
+    each = [(c, name, counts.get(c, 0)) for c, name in sorted(names.items())]
+    categories = tuple(
+        CategoryMetrics(c, name, n, *((0.0, 0.0) if n else (-1.0, -1.0))) for c, name, n in each
+    )
+    return CocoReport(metrics, recall, categories)
 
 
 def _evaluation(ground_truth: COCO, plain: list[Result], kind: Kind, evaluator: Evaluator) -> Any:  # noqa: ANN401

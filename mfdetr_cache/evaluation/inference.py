@@ -15,7 +15,8 @@ from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
-from mfdetr_cache.ops.masks import compress_run_lengths, run_lengths_in_box
+from mfdetr_cache.ops.masks import compress_run_lengths
+from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 from mfdetr_cache.types import CachedImage, DetectorSpec
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mfdetr_cache.evaluation.inference import MaskPrediction
 from mfdetr_cache.evaluation.overlay import OverlayItem
-from mfdetr_cache.ops.masks import paste_mask_in_image
+from mfdetr_cache.ops.masks import RunLengths
+from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +20,18 @@ class ShownObject:
         name: Name of the category.
         confidence: Final score s_i.
         box_xyxy: In original image pixels.
-        mask: True inside, at the original size.
+        run_lengths: Its mask, at the original size.
     """
 
     category_id: int
     name: str
     confidence: float
     box_xyxy: tuple[float, float, float, float]
-    mask: NDArray[np.bool_]
+    run_lengths: RunLengths
 
     def to_item(self) -> OverlayItem:
         """The object as an overlay: its mask, its box, and its name with the confidence."""
-        return OverlayItem(f"{self.name} {self.confidence:.2f}", self.box_xyxy, self.mask)
+        return OverlayItem(f"{self.name} {self.confidence:.2f}", self.box_xyxy, self.run_lengths)
 
 
 def shown_objects(
@@ -67,8 +67,8 @@ def shown_objects(
             continue
         seen.add(mask_index)
         box = prediction.boxes_xyxy[mask_index].double().numpy()
-        mask = paste_mask_in_image(prediction.mask_probs[mask_index].numpy(), box, size_hw)
+        runs = run_lengths_in_box(prediction.mask_probs[mask_index].numpy(), box, size_hw)
         x0, y0, x1, y1 = (float(v) for v in box)
         name = names.get(category_id, str(category_id))
-        shown.append(ShownObject(category_id, name, confidence, (x0, y0, x1, y1), mask))
+        shown.append(ShownObject(category_id, name, confidence, (x0, y0, x1, y1), runs))
     return shown

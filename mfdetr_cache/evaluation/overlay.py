@@ -11,6 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
+from mfdetr_cache.ops.masks import (
+    RunLengths,
+    box_of_run_lengths,
+    crop_run_lengths,
+    decode_run_lengths,
+)
+
 # Okabe and Ito's palette for colour-blind readers, without black, and lighter tints of it.
 PALETTE = (
     (230, 159, 0),
@@ -36,13 +43,13 @@ class OverlayItem:
     Attributes:
         text: Label shown at the box; empty for none.
         box_xyxy: In pixels of the image; None draws no box.
-        mask: True inside, shape of the image; None draws no mask.
+        run_lengths: Its mask on the image; None draws no mask.
         colour: Palette index, modulo the palette's length; None uses the item's position.
     """
 
     text: str
     box_xyxy: tuple[float, float, float, float] | None
-    mask: NDArray[np.bool_] | None
+    run_lengths: RunLengths | None
     colour: int | None = None
 
 
@@ -50,6 +57,8 @@ def draw_overlay(
     image: Image.Image, items: Sequence[OverlayItem], least_side: int = 0
 ) -> Image.Image:
     """A copy of an image with masks, outlines, boxes and labels on it.
+
+    Memory is that of the image and of one object's box at a time.
 
     Args:
         image: RGB.
@@ -61,23 +70,21 @@ def draw_overlay(
         RGB, of the size of the image or of the enlarged one.
     """
     scale = max(1, round(least_side / max(image.size)))
+    size_hw = (image.height, image.width)
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-        items = [_enlarged(item, scale) for item in items]
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
+    pixels = np.array(image.convert("RGB"))
+    line = max(1, round(max(image.size) / 400))
     for index, item in enumerate(items):
-        if item.mask is None or not item.mask.any():
-            continue
-        colour = np.array(_colour(item, index), dtype=np.float32)
-        pixels[item.mask] = (1 - _FILL) * pixels[item.mask] + _FILL * colour
-        width = max(1, round(max(image.size) / 400))
-        pixels[item.mask & ~binary_erosion(item.mask, iterations=width)] = colour
-    drawn = Image.fromarray(pixels.astype(np.uint8))
+        if item.run_lengths is not None:
+            _draw_mask(pixels, item.run_lengths, size_hw, _colour(item, index), line, scale)
+    drawn = Image.fromarray(pixels)
     draw = ImageDraw.Draw(drawn)
     font = ImageFont.load_default(size=max(13, round(max(image.size) / 42)))
     for index, item in enumerate(items):
         if item.box_xyxy is not None:
-            _draw_box(draw, item, _colour(item, index), font, image.size)
+            box = tuple(scale * v for v in item.box_xyxy)
+            _draw_box(draw, box, item.text, _colour(item, index), font, image.size)
     return drawn
 
 
@@ -85,35 +92,52 @@ def _colour(item: OverlayItem, index: int) -> tuple[int, int, int]:
     return PALETTE[(index if item.colour is None else item.colour) % len(PALETTE)]
 
 
-def _enlarged(item: OverlayItem, scale: int) -> OverlayItem:
-    box, mask = item.box_xyxy, item.mask
-    if box is not None:
-        box = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
-    if mask is not None:
-        mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-    return OverlayItem(item.text, box, mask, item.colour)
+def _draw_mask(
+    pixels: NDArray[np.uint8],
+    run_lengths: RunLengths,
+    size_hw: tuple[int, int],
+    colour: tuple[int, int, int],
+    line: int,
+    scale: int,
+) -> None:
+    box = box_of_run_lengths(run_lengths, size_hw)
+    if box is None:
+        return
+    x0, y0, x1, y1 = box
+    runs = crop_run_lengths(run_lengths, size_hw, box)
+    inside = decode_run_lengths(runs, (y1 - y0, x1 - x0))
+    if scale > 1:
+        inside = inside.repeat(scale, axis=0).repeat(scale, axis=1)
+    region = pixels[scale * y0 : scale * y1, scale * x0 : scale * x1]
+    # There is nothing of the mask outside its box, so the box's border is an outline too.
+    outline = inside & ~binary_erosion(inside, iterations=line)
+    for channel, value in enumerate(colour):
+        mixed = ((1 - _FILL) * np.arange(256) + _FILL * value).astype(np.uint8)
+        values = region[..., channel]
+        values[inside] = mixed[values[inside]]
+        values[outline] = value
 
 
 def _draw_box(
     draw: ImageDraw.ImageDraw,
-    item: OverlayItem,
+    box_xyxy: tuple[float, ...],
+    text: str,
     colour: tuple[int, int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size_wh: tuple[int, int],
 ) -> None:
-    assert item.box_xyxy is not None
-    x0, y0, x1, y1 = item.box_xyxy
+    x0, y0, x1, y1 = box_xyxy
     line = max(1, round(max(size_wh) / 320))
     draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
-    if not item.text:
+    if not text:
         return
-    left, top, right, bottom = draw.textbbox((0, 0), item.text, font=font)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     # Above the box where there is room, else inside it; never off the image.
     x = min(max(x0, 0), size_wh[0] - width)
     y = y0 - height if y0 >= height else max(y0, 0)
     draw.rectangle((x, y, x + width, y + height), fill=colour)
-    draw.text((x + 2 - left, y + 2 - top), item.text, fill=(0, 0, 0), font=font)
+    draw.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0), font=font)
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], height: int = 360) -> Image.Image:

@@ -13,7 +13,6 @@ from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay, side_by_side
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.ops.masks import decode_run_lengths
 from mfdetr_cache.types import CachedImage
 
 
@@ -47,7 +46,7 @@ def prediction_panels(
     # The most confident is drawn last, on top.
     shown = [o.to_item() for o in reversed(found)]
     boxes = [OverlayItem(i.text, i.box_xyxy, None) for i in shown]
-    masks = [OverlayItem("", None, i.mask) for i in shown]
+    masks = [OverlayItem("", None, i.run_lengths) for i in shown]
     return side_by_side(
         [
             ("image", image),
@@ -61,14 +60,10 @@ def prediction_panels(
 def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
     """The annotated masks of an image by falling area, named, without boxes and crowds."""
     names = category_names(cache.categories)
-    truth, size_hw = cached.ground_truth, cached.geometry.original_hw
+    truth = cached.ground_truth
     order = np.argsort(-truth.areas)
     return [
-        OverlayItem(
-            names.get(int(truth.category_ids[i]), "?"),
-            None,
-            decode_run_lengths(truth.run_lengths[i], size_hw),
-        )
+        OverlayItem(names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i])
         for i in order
         if not truth.is_crowd[i]
     ]

@@ -1,10 +1,10 @@
-"""Instance masks: COCO run lengths, bitmaps, sampling inside a box, pasting into an image.
+"""Instance masks: COCO run lengths, bitmaps, sampling inside a box.
 
 Run lengths are COCO's: column-major, alternating background and foreground, starting with
 background; they sum to height x width. Pixel (row y, column x) covers [x, x+1) x [y, y+1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,17 @@ from pycocotools import mask as coco_mask
 
 RunLengths = NDArray[np.uint32]
 
+# Run lengths are 32-bit; pycocotools counts fifths of a pixel in 32-bit integers, up to eleven
+# times the image away, and keeps ten of them for every pixel of an outline.
+_MOST_PIXELS, _LONGEST_SIDE = 2**31 - 1, 1_000_000
+_FARTHEST = 10
+_LONGEST_OUTLINE = 10_000_000
+# 35 bits hold every difference of two run lengths.
+_LONGEST_COUNT = 7
+
 
 def run_lengths_of_segmentation(
-    segmentation: list[list[float]] | dict[str, Any], size_hw: tuple[int, int]
+    segmentation: Sequence[Sequence[float]] | Mapping[str, Any], size_hw: tuple[int, int]
 ) -> RunLengths:
     """The run lengths of a COCO ``segmentation`` field, drawn by pycocotools itself.
 
@@ -29,45 +37,155 @@ def run_lengths_of_segmentation(
     Raises:
         ValueError: If the segmentation is malformed or of another image size.
     """
-    height, width = size_hw
-    if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]
-        if not polygons:
-            raise ValueError("a polygon needs at least three points")
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    if not isinstance(segmentation, Mapping):
+        return run_lengths_of_polygons(segmentation, size_hw)
+    size = list(segmentation.get("size", ()))[:3]
+    if size != list(size_hw):
+        swapped = "; its size is [width, height], COCO's is [height, width]"
+        raise ValueError(
+            f"RLE of size {size} in an image of {list(size_hw)} (height, width)"
+            f"{swapped if size == list(reversed(size_hw)) else ''}"
+        )
+    return run_lengths_of_counts(segmentation.get("counts"), size_hw)
+
+
+def run_lengths_of_polygons(
+    polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
+) -> RunLengths:
+    """The union of some polygons as run lengths, drawn by pycocotools.
+
+    pycocotools ends the process, or fills the memory, on numbers that it does not expect: nothing
+    that is not checked here may reach it.
+
+    Args:
+        polygons: ``[x, y, x, y, ...]`` in pixels; those of fewer than three points are left out,
+            and so are those that do not touch the image where another one does.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        Run lengths, uint32.
+
+    Raises:
+        ValueError: If no polygon has three points, or one is malformed or far outside the image.
+    """
+    height, width = check_size(size_hw)
+    outlines = [_outline(p, (height, width)) for p in polygons if len(p) >= 6]
+    if not outlines:
+        raise ValueError("a polygon needs at least three points")
+    drawn = [o for o in outlines if _touches(o, (height, width))]
+    if not drawn:
+        raise ValueError("the polygons lie outside the image")
+    rles = coco_mask.frPyObjects(drawn, height, width)
+    rle = rles[0] if len(rles) == 1 else coco_mask.merge(rles)
+    return run_lengths_of_counts(rle["counts"], size_hw)
+
+
+def run_lengths_of_counts(counts: object, size_hw: tuple[int, int]) -> RunLengths:
+    """The run lengths of the ``counts`` of an RLE dictionary.
+
+    Args:
+        counts: A list of run lengths, or these compressed as text or bytes.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        Run lengths, uint32.
+
+    Raises:
+        ValueError: If they are no counts, or are not those of an image of this size.
+    """
+    height, width = check_size(size_hw)
+    runs: NDArray[np.float64] | NDArray[np.int64]
+    if isinstance(counts, (str, bytes)):
+        runs = _decompress(counts)
     else:
-        if list(segmentation.get("size", ())) != [height, width]:
-            raise ValueError(f"RLE of size {segmentation.get('size')} in an image of {size_hw}")
-        if isinstance(segmentation.get("counts"), list):
-            return _checked(np.asarray(segmentation["counts"], dtype=np.uint32), size_hw)
-        rle = segmentation
-    return _checked(_decompress(rle["counts"]), size_hw)
+        try:
+            runs = np.asarray(counts, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError("the counts of an RLE are a list of numbers, or text") from error
+        if runs.ndim != 1 or not np.isfinite(runs).all() or (runs % 1).any():
+            raise ValueError("the counts of an RLE are a list of whole numbers, or text")
+    if (runs < 0).any():
+        raise ValueError("the counts of an RLE must not be negative")
+    if (total := int(runs.sum())) != height * width:
+        raise ValueError(f"run lengths do not sum to {height} x {width} pixels but to {total}")
+    return runs.astype(np.uint32)
 
 
-def _checked(run_lengths: RunLengths, size_hw: tuple[int, int]) -> RunLengths:
-    if int(run_lengths.sum(dtype=np.int64)) != size_hw[0] * size_hw[1]:
-        raise ValueError(f"run lengths do not sum to {size_hw[0]} x {size_hw[1]} pixels")
-    return run_lengths
+def check_size(size_hw: tuple[int, int]) -> tuple[int, int]:
+    """The size of an image, refused where run lengths could not hold it.
+
+    Args:
+        size_hw: Height and width in pixels.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If a side is below 1 or there are too many pixels.
+    """
+    height, width = size_hw
+    if not (1 <= height <= _LONGEST_SIDE and 1 <= width <= _LONGEST_SIDE):
+        raise ValueError(f"an image of {height} x {width} pixels (1 to {_LONGEST_SIDE} a side)")
+    if height * width > _MOST_PIXELS:
+        raise ValueError(f"an image of {height} x {width} pixels (at most {_MOST_PIXELS})")
+    return size_hw
 
 
-def _decompress(counts: bytes | str) -> RunLengths:
+def _outline(polygon: Sequence[float], size_hw: tuple[int, int]) -> NDArray[np.float64]:
+    try:
+        outline = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError("a polygon holds something that is no number") from error
+    if outline.ndim != 1 or len(outline) % 2:
+        raise ValueError("a polygon is a flat list of x, y, x, y, ...")
+    if not np.isfinite(outline).all():
+        raise ValueError("a polygon has a coordinate that is not finite")
+    for axis, side in enumerate(reversed(size_hw)):
+        along = outline[axis::2]
+        low, high = float(along.min()), float(along.max())
+        if low < -_FARTHEST * side or high > (1 + _FARTHEST) * side:
+            raise ValueError(
+                f"a polygon reaches {'xy'[axis]} = {low if low < -side else high:g} "
+                f"in an image of {size_hw[1]} x {size_hw[0]} (width x height)"
+            )
+    points = outline.reshape(-1, 2)
+    steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1)
+    if steps.sum() > _LONGEST_OUTLINE:
+        raise ValueError(f"the outline of a polygon is longer than {_LONGEST_OUTLINE} pixels")
+    return outline
+
+
+def _touches(outline: NDArray[np.float64], size_hw: tuple[int, int]) -> bool:
+    x, y = outline[::2], outline[1::2]
+    height, width = size_hw
+    return bool(x.max() >= 0 and x.min() <= width and y.max() >= 0 and y.min() <= height)
+
+
+def _decompress(counts: bytes | str) -> NDArray[np.int64]:
     """COCO's LEB128-like string as run lengths (the format of pycocotools' rleFrString)."""
-    data = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(data):
-        value, shift, more = 0, 0, True
-        while more:
-            byte = data[position] - 48
-            value |= (byte & 0x1F) << shift
-            more = bool(byte & 0x20)
-            position += 1
-            shift += 5
-            if not more and byte & 0x10:
-                value |= -1 << shift
-        # From the third run on, COCO stores the difference to the run before last.
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    return np.asarray(runs, dtype=np.uint32)
+    try:
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+    except UnicodeEncodeError as error:
+        raise ValueError("the counts of an RLE hold a character that is not of an RLE") from error
+    groups = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
+    if not len(groups):
+        raise ValueError("the counts of an RLE are empty")
+    if groups.min() < 0 or groups.max() > 63:
+        raise ValueError("the counts of an RLE hold a character that is not of an RLE")
+    # Five bits a character, low ones first; the sixth says that more follow.
+    ends = np.flatnonzero(groups < 32)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if not len(ends) or ends[-1] != len(groups) - 1 or lengths.max() > _LONGEST_COUNT:
+        raise ValueError("the counts of an RLE are cut off or too large")
+    position = np.arange(len(groups)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((groups & 31) << (5 * position), starts)
+    # The highest bit of the last character is the sign.
+    values -= ((groups[ends] & 16) << 1) << (5 * (lengths - 1))
+    # From the third run on, COCO stores the difference to the run before last.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
 
 
 def compress_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> dict[str, Any]:
@@ -84,6 +202,36 @@ def compress_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> d
     plain = {"size": [height, width], "counts": [int(r) for r in run_lengths]}
     rle: dict[str, Any] = coco_mask.frPyObjects(plain, height, width)
     return rle
+
+
+def box_of_run_lengths(
+    run_lengths: RunLengths, size_hw: tuple[int, int]
+) -> tuple[int, int, int, int] | None:
+    """The box around a mask.
+
+    Args:
+        run_lengths: Run lengths of one mask.
+        size_hw: Height and width of the image in pixels.
+
+    Returns:
+        x0, y0, x1, y1 around its pixels; None where it has none.
+
+    Examples:
+        >>> box_of_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2))
+        (0, 0, 2, 2)
+    """
+    height = size_hw[0]
+    ends: NDArray[np.int64] = np.cumsum(run_lengths, dtype=np.int64)
+    last = ends[1::2] - 1
+    first = ends[::2][: len(last)]
+    first, last = first[last >= first], last[last >= first]
+    if not len(first):
+        return None
+    # A run that goes on in the next column covers the bottom of one and the top of the other.
+    whole = bool((first // height != last // height).any())
+    top = 0 if whole else int((first % height).min())
+    bottom = height if whole else int((last % height).max()) + 1
+    return int(first[0] // height), top, int(last[-1] // height) + 1, bottom
 
 
 def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
@@ -222,101 +370,3 @@ def rasterise_in_boxes(
         runs.astype(np.uint32, copy=False), bounds, size_hw, boxes, grid_size, subsamples
     )
     return found
-
-
-def paste_mask_in_image(
-    mask_probs: NDArray[np.float32],
-    box_xyxy: NDArray[np.float64],
-    size_hw: tuple[int, int],
-    threshold: float = 0.5,
-) -> NDArray[np.bool_]:
-    """A square mask interpolated to its box in the image and thresholded (Eq. 4).
-
-    Cell centres lie at ``(i + 0.5) / r`` of the box; between them values are bilinear, and between
-    the outermost centres and the border of the box they are constant. Pixels whose centre is
-    outside the box are outside the mask.
-
-    Args:
-        mask_probs: Probabilities, shape (r, r).
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        size_hw: Height and width of the image in pixels.
-        threshold: Probability from which on a pixel is inside.
-
-    Returns:
-        The mask, shape (height, width); empty when no pixel centre is in the box.
-    """
-    mask = np.zeros(size_hw, dtype=np.bool_)
-    rows, columns, inside = _paste(mask_probs, box_xyxy, size_hw, threshold)
-    mask[rows, columns] = inside
-    return mask
-
-
-def run_lengths_in_box(
-    mask_probs: NDArray[np.float32],
-    box_xyxy: NDArray[np.float64],
-    size_hw: tuple[int, int],
-    threshold: float = 0.5,
-) -> RunLengths:
-    """What :func:`paste_mask_in_image` gives, as run lengths and without a bitmap of the image.
-
-    The cost is that of the box, not of the image.
-
-    Args:
-        mask_probs: Probabilities, shape (r, r).
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        size_hw: Height and width of the image in pixels.
-        threshold: Probability from which on a pixel is inside.
-
-    Returns:
-        Run lengths of the whole image, column by column, beginning with background.
-    """
-    height, width = size_hw
-    rows, columns, inside = _paste(mask_probs, box_xyxy, size_hw, threshold)
-    bounds = [0, height * width]
-    if inside.any():
-        # Per column, the rows at which the mask begins or ends; a column ends what it began.
-        edges = np.zeros((inside.shape[1], inside.shape[0] + 1), dtype=np.int8)
-        edges[:, :-1] = inside.T
-        edges[:, 1:] -= inside.T.astype(np.int8)
-        column, row = np.nonzero(edges)
-        places = (column + columns.start) * height + row + rows.start
-        # A run that reaches the bottom and one that begins at the top of the next column are one.
-        same = np.flatnonzero(places[1:] == places[:-1])
-        places = np.delete(places, np.concatenate((same, same + 1)))
-        bounds = [0, *places.tolist(), height * width]
-    runs = np.diff(bounds).astype(np.uint32)
-    return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
-
-
-def _paste(
-    mask_probs: NDArray[np.float32],
-    box_xyxy: NDArray[np.float64],
-    size_hw: tuple[int, int],
-    threshold: float,
-) -> tuple[slice, slice, NDArray[np.bool_]]:
-    """Rows and columns of the image that a box covers, and which of its pixels are inside."""
-    height, width = size_hw
-    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
-    rows, row_low, row_high, row_weight = _interpolation(y0, y1, height, mask_probs.shape[0])
-    columns, col_low, col_high, col_weight = _interpolation(x0, x1, width, mask_probs.shape[1])
-    if rows.stop <= rows.start or columns.stop <= columns.start:
-        return slice(0, 0), slice(0, 0), np.zeros((0, 0), dtype=np.bool_)
-    down = (
-        mask_probs[row_low] * (1 - row_weight)[:, None] + mask_probs[row_high] * row_weight[:, None]
-    )
-    full = down[:, col_low] * (1 - col_weight) + down[:, col_high] * col_weight
-    return rows, columns, full >= threshold
-
-
-def _interpolation(
-    start: float, stop: float, length: int, cells: int
-) -> tuple[slice, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Pixels of an axis with centre in [start, stop], and the two cells and weight of each."""
-    first = max(0, int(np.ceil(start - 0.5)))
-    last = min(length, int(np.floor(stop - 0.5)) + 1)
-    centres = np.arange(first, max(first, last)) + 0.5
-    position = (centres - start) / max(stop - start, 1e-9) * cells - 0.5
-    position = np.clip(position, 0, cells - 1)
-    low = np.floor(position).astype(np.int64)
-    high = np.minimum(low + 1, cells - 1)
-    return slice(first, last), low, high, (position - low).astype(np.float32)

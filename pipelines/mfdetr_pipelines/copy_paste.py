@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mfdetr_cache.coco.annotations import CocoSplit, ImageEntry, load_coco_split
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.copy_paste import (
     LEAST_PIXELS_TO_PASTE,
     Scene,
@@ -17,11 +18,13 @@ from mfdetr_cache.coco.copy_paste import (
     copy_paste,
     num_donors,
 )
+from mfdetr_cache.coco.ids import SourceId
 from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
-from mfdetr_cache.ops.masks import decode_run_lengths, encode_mask
+from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 
@@ -66,7 +69,8 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
         raise ConfigError(
             f"{config.out} is no empty folder; nothing was touched, choose another --out"
         )
-    split = load_coco_split(config.annotations)
+    split = load_coco_split(config.annotations, config.images)
+    split.tell_faults(reporter)
     require_images(config.images, split, "check --images")
     maker = _Maker(config, split)
     make_folder(config.out / IMAGES)
@@ -74,7 +78,7 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
     document: dict[str, Any] = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": c.category_id, "name": c.name} for c in split.categories],
+        "categories": [{"id": c.written_id, "name": c.name} for c in split.categories],
     }
     reporter.start("copy-paste", len(split.images) * (1 + config.copies), "pictures")
     for entry in split.images:
@@ -102,7 +106,9 @@ class _Maker:
         self._config = config
         self._split = split
         self._taken = {e.file_name for e in split.images}
-        self._next_id = max(e.image_id for e in split.images) + 1
+        self._written_category = {c.category_id: c.written_id for c in split.categories}
+        written = [i for e in split.images for i in (e.image_id, e.written_id)]
+        self._next_id = max(i for i in written if isinstance(i, int)) + 1
         self._donors = [e for e in split.images if self._gives(e)]
         if not self._donors:
             raise DatasetError(
@@ -116,8 +122,19 @@ class _Maker:
         make_folder(target.parent)
         with writing(target):
             shutil.copyfile(self._config.images / entry.file_name, target)
-        objects = [dict(a) for a in self._split.annotations[entry.image_id]]
-        return _listed(entry.image_id, entry.file_name, entry.size_hw), objects
+        written = entry.written_id
+        objects = [
+            {
+                "image_id": written,
+                "category_id": self._written_category[a.category_id],
+                "iscrowd": int(a.is_crowd),
+                "area": a.area,
+                "bbox": list(a.box_xywh),
+                "segmentation": _as_text(compress_run_lengths(a.run_lengths, entry.size_hw)),
+            }
+            for a in self._split.annotations[entry.image_id]
+        ]
+        return _listed(written, entry.file_name, entry.size_hw), objects
 
     def picture(self, entry: ImageEntry, copy: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """An image with objects of others on it; depends on the seed and its arguments alone."""
@@ -131,7 +148,8 @@ class _Maker:
             Image.fromarray(made.pixels).save(target, quality=_QUALITY)
         image_id = self._next_id
         self._next_id += 1
-        return _listed(image_id, file_name, made.size_hw), _annotations(image_id, made)
+        objects = _annotations(image_id, made, self._written_category)
+        return _listed(image_id, file_name, made.size_hw), objects
 
     def _free_name(self, original: Path, copy: int) -> str:
         """A name that no other picture has."""
@@ -154,11 +172,17 @@ class _Maker:
         return Scene(np.asarray(image), stacked, truth.category_ids, truth.is_crowd)
 
 
-def _listed(image_id: int, file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:
+def _listed(image_id: SourceId, file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:
     return {"id": image_id, "file_name": file_name, "height": size_hw[0], "width": size_hw[1]}
 
 
-def _annotations(image_id: int, scene: Scene) -> list[dict[str, Any]]:
+def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def _annotations(
+    image_id: int, scene: Scene, written_category: Mapping[int, SourceId]
+) -> list[dict[str, Any]]:
     """The objects of a scene as COCO lists them; they get their ids later."""
     found = []
     rows = zip(scene.masks, scene.category_ids, scene.is_crowd, scene.num_pixels, strict=True)
@@ -168,14 +192,11 @@ def _annotations(image_id: int, scene: Scene) -> list[dict[str, Any]]:
         found.append(
             {
                 "image_id": image_id,
-                "category_id": int(category_id),
+                "category_id": written_category[int(category_id)],
                 "iscrowd": int(is_crowd),
                 "area": int(area),
                 "bbox": [x, y, int(across[-1]) - x + 1, int(down[-1]) - y + 1],
-                "segmentation": {
-                    "size": list(scene.size_hw),
-                    "counts": encode_mask(mask)["counts"].decode(),
-                },
+                "segmentation": _as_text(encode_mask(mask)),
             }
         )
     return found

@@ -1,24 +1,23 @@
 """Evaluate a COCO results file of any tool with the same code: boxes and masks."""
 
-import contextlib
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pycocotools.coco import COCO
-
 from mfdetr_cache.choices import Evaluator
-from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.faults import OnBad
+from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
     CocoReport,
     Kind,
     Result,
+    ground_truth_of_split,
     measure_results,
 )
+from mfdetr_cache.reporter import Reporter, SilentReporter
 
 _FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
 
@@ -67,16 +66,24 @@ class ResultsSummary:
 
 
 def run_evaluate_results(
-    results: Path, annotations: Path, evaluator: Evaluator = "fast", *, boundary: bool = True
+    results: Path,
+    annotations: Path,
+    evaluator: Evaluator = "fast",
+    reporter: Reporter | None = None,
+    *,
+    boundary: bool = True,
+    on_bad: OnBad = "stop",
 ) -> ResultsSummary:
     """Measure a results file.
 
     Args:
         results: COCO results: a list of ``image_id``, ``category_id``, ``score``, and ``bbox``
-            (xywh) or ``segmentation`` (RLE).
+            (xywh) or ``segmentation``.
         annotations: COCO instances JSON of the same images.
         evaluator: Who computes.
+        reporter: Who is warned of what was left out, repaired or cannot be measured.
         boundary: Measure boundary AP too.
+        on_bad: Refuse files when an annotation or a result cannot be used, or leave these out.
 
     Returns:
         Its metrics.
@@ -84,38 +91,50 @@ def run_evaluate_results(
     Raises:
         DatasetError: If a file cannot be used, or a result speaks of an unknown image.
     """
-    split = load_coco_split(annotations)
-    found = _load_results(results)
-    known = {entry.image_id for entry in split.images}
-    for number, result in enumerate(found):
-        if result["image_id"] not in known:
-            raise DatasetError(
-                f"{results}: result {number} is of image {result['image_id']}, which is not in "
-                f"{annotations}"
+    reporter = reporter or SilentReporter()
+    split = load_coco_split(annotations, on_bad=on_bad, masks="optional")
+    split.tell_faults(reporter)
+    found = load_results(results, split, on_bad)
+    found.faults.tell(reporter)
+    truth = ground_truth_of_split(split)
+    asked: dict[Kind, list[Result]] = {
+        kind: found.with_field(field)
+        for kind, field in _FIELDS.items()
+        if kind != "boundary" or boundary
+    }
+    if len(found.results):
+        # A kind that no result has is not measured; an empty list is an AP of 0.
+        asked = {kind: those for kind, those in asked.items() if those}
+    asked = _without_masks_that_nobody_drew(split, asked, reporter)
+    for kind in ("segm", "bbox"):
+        if kind in asked and (lacking := len(found.results) - len(asked[kind])):
+            reporter.warn(
+                f"{results}: {lacking} of {len(found.results)} results have no {_FIELDS[kind]}; "
+                f"{'mask' if kind == 'segm' else 'box'} AP is that of the others"
             )
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-    reports: dict[Kind, CocoReport] = {}
-    for kind, field in _FIELDS.items():
-        asked = kind != "boundary" or boundary
-        if asked and all(field in r for r in found):
-            reports[kind] = measure_results(truth, found, kind, evaluator)
-    if not reports:
-        raise DatasetError(f"{results}: its results have neither segmentation nor bbox throughout")
-    return ResultsSummary(len(split.images), len(found), reports)
+    reports = {
+        kind: measure_results(truth, those, kind, evaluator) for kind, those in asked.items()
+    }
+    return ResultsSummary(len(split.images), found.faults.total, reports)
 
 
-def _load_results(path: Path) -> list[Result]:
-    if not path.is_file():
-        raise DatasetError(f"results file {path} does not exist; check --results")
-    try:
-        document: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DatasetError(f"results file {path} is not JSON ({error})") from error
-    if not isinstance(document, list) or not document:
-        raise DatasetError(f"results file {path} holds no list of results")
-    for number, result in enumerate(document):
-        for field in ("image_id", "category_id", "score"):
-            if not isinstance(result, dict) or not isinstance(result.get(field), (int, float)):
-                raise DatasetError(f"{path}: result {number} has no number {field!r}")
-    return document
+def _without_masks_that_nobody_drew(
+    split: CocoSplit, asked: dict[Kind, list[Result]], reporter: Reporter
+) -> dict[Kind, list[Result]]:
+    """What can be measured: masks need annotated masks."""
+    drawn = [bool(len(a.run_lengths)) for found in split.annotations.values() for a in found]
+    if all(drawn) or not asked.keys() - {"bbox"}:
+        return asked
+    if any(drawn):
+        reporter.warn(
+            f"{drawn.count(False)} of {len(drawn)} annotations have no mask; they do not count for "
+            "mask AP"
+        )
+        return asked
+    boxes: dict[Kind, list[Result]] = {k: v for k, v in asked.items() if k == "bbox"}
+    if not boxes:
+        raise DatasetError(
+            "the annotations have boxes only and the results masks only: nothing can be measured"
+        )
+    reporter.warn("the annotations have no masks: only boxes are measured")
+    return boxes

@@ -76,7 +76,8 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     """
     if not config.images.is_dir():
         raise DatasetError(f"image folder {config.images} does not exist; check --images")
-    split = load_coco_split(config.annotations).first(config.limit)
+    split = load_coco_split(config.annotations, config.images, limit=config.limit)
+    split.tell_faults(reporter)
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
         require_images(config.images, split, advice)
@@ -151,7 +152,7 @@ def _fill_on_cluster(
 @functools.lru_cache(maxsize=1)
 def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     """What all parts of an extraction need, kept by the worker process."""
-    split = load_coco_split(config.annotations).first(config.limit)
+    split = load_coco_split(config.annotations, config.images, limit=config.limit)
     detector = load_detector(config.detector, config.weights, config.options)
     content = plan_cache(split, detector, config.maps, config.views)
     # The cache keeps the parts it was created with, whatever this version would choose.

@@ -111,7 +111,8 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         DetectorError: If the detector cannot be loaded.
         CacheError: If the disk cannot be written.
     """
-    split = load_coco_split(config.annotations)
+    split = load_coco_split(config.annotations, config.images)
+    split.tell_faults(reporter)
     device = torch_device(config.device)
     keep_freed_memory()  # as extraction does
     detector = load_detector(config.detector, config.weights, config.options).to(device)
@@ -247,9 +248,7 @@ def _mean_bytes(
     if maps.c1 == "roi":
         # One crop for every object that Hungarian matching gives a query, and the moments.
         channels = c1_channels(spec)
-        objects = sum(
-            not a.get("iscrowd", 0) for found in split.annotations.values() for a in found
-        )
+        objects = sum(not a.is_crowd for found in split.annotations.values() for a in found)
         crops = min(objects / len(split.images), spec.num_queries)
         mean += crops * _map_bytes(maps.roi_size**2, channels, encoding)
         mean += 4 * (channels + 1) * channels

@@ -2,18 +2,28 @@
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mfdetr_cache.detectors.images import load_image
+from PIL.PngImagePlugin import PngInfo
+
+from mfdetr_cache.coco.image_files import open_image
+from mfdetr_cache.coco.json_file import read_json
+from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.errors import DatasetError, ImageError
-from mfdetr_cache.files import make_folder, write_atomically, writing
+from mfdetr_cache.files import make_folder, whole_file, write_atomically, writing
 from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.predict_video import VIDEO_SUFFIXES, Video
+from mfdetr_pipelines.predict_video import (
+    VIDEO_SUFFIXES,
+    WRITTEN_BY,
+    Video,
+    was_written_by_predict,
+)
 
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
@@ -70,6 +80,9 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         IdentityError: If the head was trained with another detector.
     """
     files = find_images(config.images)
+    results_path = config.out / RESULTS_FILE
+    _require_ours(results_path)
+    pictures = picture_paths(files, config.out)
     keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(
         config.weights, config.head, kind=config.detector, device=config.device
@@ -78,20 +91,23 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     done: list[PredictedImage] = []
     unreadable: list[str] = []
     results: list[dict[str, object]] = []
+    oddities: Counter[str] = Counter()
     reporter.start("predict", len(files), "files")
-    for file, name in zip(files, picture_names(files), strict=True):
+    for file, picture in zip(files, pictures, strict=True):
         try:
             if file.suffix.lower() in VIDEO_SUFFIXES:
-                with writing(config.out / name):
-                    one = _video(config, model, file, config.out / name, results, reporter)
+                with writing(picture):
+                    one = _video(config, model, file, picture, results, reporter)
                 done.append(one)
             else:
-                image = load_image(file)
-                found = model.timed(image, config.threshold, config.top_k)
-                with writing(config.out / name):
-                    found.result.draw(image).save(config.out / name)
+                loaded = load_with_oddities(file)
+                found = model.timed(loaded.image, config.threshold, config.top_k)
+                drawn = found.result.draw(loaded.image)
+                with whole_file(picture) as partial:
+                    drawn.save(partial, "PNG", pnginfo=_mark())
                 results += _results(file, found.result)
-                done.append(_entry(file, config.out / name, [found]))
+                done.append(_entry(file, picture, [found]))
+                oddities.update(loaded.oddities)
         except ImageError as error:
             unreadable.append(str(error))
             reporter.warn(str(error))
@@ -99,9 +115,10 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     reporter.finish()
     if not done:
         raise DatasetError(f"none of {len(files)} images could be read: {unreadable[0]}")
-    path = config.out / RESULTS_FILE
-    write_atomically(path, json.dumps(results).encode())
-    return PredictSummary(tuple(done), tuple(unreadable), path)
+    for what, count in oddities.items():
+        reporter.warn(f"{count} of {len(files)}: {what}")
+    write_atomically(results_path, json.dumps(results).encode())
+    return PredictSummary(tuple(done), tuple(unreadable), results_path)
 
 
 def _video(
@@ -166,25 +183,66 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def picture_names(files: Sequence[Path]) -> list[str]:
-    """A name for the picture of every image; images of the same name keep theirs apart.
+def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
+    """Where the picture of every image goes: beside files of the same name, never over them.
 
     Args:
         files: The images.
+        out: Folder of the pictures.
 
     Returns:
-        File names ending in ``.png``, or ``.mp4`` for a video, all different.
+        Files ending in ``.png``, or ``.mp4`` for a video, all different; one that is there already
+        is an earlier picture of this command.
     """
+    inputs = {file.resolve() for file in files}
+    # Some file systems take names that differ in case for the same.
     taken: set[str] = set()
-    names = []
+    paths = []
     for file in files:
         ending = ".mp4" if file.suffix.lower() in VIDEO_SUFFIXES else ".png"
-        name, number = file.stem + ending, 2
-        while name in taken:
-            name, number = f"{file.stem}-{number}{ending}", number + 1
-        taken.add(name)
-        names.append(name)
-    return names
+        path, number = out / f"{file.stem}{ending}", 2
+        while path.name.casefold() in taken or path.resolve() in inputs or not _is_ours(path):
+            path, number = out / f"{file.stem}-{number}{ending}", number + 1
+        taken.add(path.name.casefold())
+        paths.append(path)
+    return paths
+
+
+def _mark() -> PngInfo:
+    """Says in a picture that this command wrote it."""
+    mark = PngInfo()
+    mark.add_text("Software", WRITTEN_BY)
+    return mark
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a picture may be written there: nothing is, or an earlier picture."""
+    if not path.exists() and not path.is_symlink():
+        return True
+    if path.suffix == ".mp4":
+        return was_written_by_predict(path)
+    try:
+        with open_image(path) as picture:
+            return picture.info.get("Software") == WRITTEN_BY
+    except ImageError:
+        return False
+
+
+def _require_ours(path: Path) -> None:
+    """Refuse to write over a file of results that is somebody else's."""
+    if not path.exists():
+        return
+    try:
+        found = read_json(path, "results file", "").document
+    except DatasetError:
+        found = None
+    keys = {"file_name", "category", "segmentation"}
+    ours = isinstance(found, list) and all(isinstance(r, dict) and keys <= r.keys() for r in found)
+    if not ours:
+        raise DatasetError(
+            f"{path} is there and was not written by predict; nothing was touched, choose another "
+            "--out"
+        )
 
 
 def _results(file: Path, found: Segmentation) -> list[dict[str, object]]:

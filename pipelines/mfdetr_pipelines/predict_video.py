@@ -10,6 +10,8 @@ from PIL import Image
 
 from mfdetr_cache.errors import ConfigError, ImageError
 
+# In the metadata of what the command writes: only that may be written over by a later run.
+WRITTEN_BY = "mfdetr predict"
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
@@ -35,6 +37,7 @@ class Video:
             raise ImageError(f"video {path} cannot be decoded: {error}") from error
         self.frames = int(self._stream.frames or 0)
         self._copy: Any = self._av.open(str(copy), "w")
+        self._copy.metadata["comment"] = WRITTEN_BY
         codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
         self._out = self._copy.add_stream(codec, rate=self._stream.average_rate or 25)
         self._out.pix_fmt = "yuv420p"
@@ -72,6 +75,23 @@ class Video:
         kept = picture.crop((0, 0, self._out.width, self._out.height))
         for packet in self._out.encode(self._av.VideoFrame.from_image(kept)):
             self._copy.mux(packet)
+
+
+def was_written_by_predict(path: Path) -> bool:
+    """Whether a video is a copy that this command made.
+
+    Args:
+        path: A file.
+
+    Returns:
+        False also for what is no video.
+    """
+    av = _decoder(path)
+    try:
+        with av.open(str(path)) as video:
+            return bool(video.metadata.get("comment") == WRITTEN_BY)
+    except (OSError, av.FFmpegError):
+        return False
 
 
 def _decoder(path: Path) -> Any:  # noqa: ANN401  an optional package

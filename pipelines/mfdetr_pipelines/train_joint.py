@@ -99,7 +99,7 @@ def run_train_joint(
         StoppedError: If a signal ended it early; the run can be resumed.
     """
     _require_possible(config)
-    split = load_coco_split(config.annotations).first(config.limit)
+    split = load_coco_split(config.annotations, config.images, limit=config.limit)
     require_images(config.images, split, "check --images")
     detector = load_detector(config.detector, config.weights, config.options)
     train = with_batch_size(config.recipe.train, config.batch_size)
@@ -180,7 +180,7 @@ def _require_possible(config: TrainJointConfig) -> None:
     wanted = config.validation
     require_validation(wanted.val_every, "--val-images", wanted.val_images)
     if wanted.val_images is not None and wanted.val_annotations is not None:
-        split = load_coco_split(wanted.val_annotations)
+        split = load_coco_split(wanted.val_annotations, wanted.val_images)
         require_images(wanted.val_images, split, "check --val-images")
     require_live(config.recipe.train, is_tuned=config.tune != "nothing")
     require_trackers(config.track)

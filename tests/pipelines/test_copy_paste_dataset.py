@@ -35,13 +35,18 @@ def test_it_is_extracted_like_any_other(
         name = entry.file_name
         original = (scenes_folder / "images" / name).read_bytes()
         assert (summary.images / name).read_bytes() == original
-        kept = [{**a, "id": 0} for a in after.annotations[entry.image_id]]
-        assert kept == [{**a, "id": 0} for a in before.annotations[entry.image_id]]
-    numbers = [a["id"] for objects in after.annotations.values() for a in objects]
+        kept, there = (s.ground_truth(entry, {}) for s in (after, before))
+        for name in ("category_ids", "boxes_xyxy", "areas", "is_crowd"):
+            np.testing.assert_array_equal(getattr(kept, name), getattr(there, name))
+        for ours, theirs in zip(kept.run_lengths, there.run_lengths, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    document = json.loads(summary.annotations.read_text())
+    numbers = [a["id"] for a in document["annotations"]]
     assert len(set(numbers)) == len(numbers) == summary.num_objects
     # What pycocotools makes of the outlines is what is said about them.
     coco = COCO(str(summary.annotations))
-    pasted = [a for e in after.images if e not in originals for a in after.annotations[e.image_id]]
+    old = {e.image_id for e in originals}
+    pasted = [a for a in document["annotations"] if a["image_id"] not in old]
     assert len(pasted) > 2 * sum(len(v) for v in before.annotations.values())
     for annotation in pasted:
         mask = coco.annToMask(annotation)

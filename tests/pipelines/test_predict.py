@@ -9,7 +9,7 @@ from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
-from mfdetr_pipelines.predict import find_images, picture_names, run_predict
+from mfdetr_pipelines.predict import find_images, picture_paths, run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -84,11 +84,8 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     assert [f.name for f in found] == ["a.webp", "1.png", "2.JPG"]
     with pytest.raises(DatasetError, match="no image there"):
         find_images([str(tmp_path / "*.gif")])
-    assert picture_names([Path("x/1.png"), Path("y/1.jpg"), Path("2.png")]) == [
-        "1.png",
-        "1-2.png",
-        "2.png",
-    ]
+    files = [Path("x/1.png"), Path("y/1.jpg"), Path("2.png")]
+    assert [p.name for p in picture_paths(files, tmp_path)] == ["1.png", "1-2.png", "2.png"]
 
 
 def test_wrong_input_is_one_clear_line(

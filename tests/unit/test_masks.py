@@ -8,12 +8,11 @@ from mfdetr_cache.ops.masks import (
     compress_run_lengths,
     decode_run_lengths,
     encode_mask,
-    paste_mask_in_image,
     rasterise_in_boxes,
-    run_lengths_in_box,
     run_lengths_of_segmentation,
     sample_run_lengths,
 )
+from mfdetr_cache.ops.masks_pasting import paste_mask_in_image, run_lengths_in_box
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

@@ -74,6 +74,6 @@ def _panel_row(
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
         for found_object in shown:
             colours.setdefault(found_object.box_xyxy, len(colours))
-        items = [OverlayItem("", None, o.mask, colours[o.box_xyxy]) for o in reversed(shown)]
+        items = [OverlayItem("", None, o.run_lengths, colours[o.box_xyxy]) for o in reversed(shown)]
         panels.append(Panel(name, draw_overlay(image, items)))
     return PanelRow(truth.file_name, tuple(panels))

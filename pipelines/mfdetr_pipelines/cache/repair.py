@@ -79,7 +79,9 @@ def run_repair(
         found = run_verify(path, reporter, full=True)
         if not found.faults:
             return RepairSummary((), (), 0, 0, whole=True)
-        split = load_coco_split(annotations).first(cache.layout.num_rows)
+        # What cannot be used was left out when the cache was made, or nothing had been extracted.
+        rows = cache.layout.num_rows
+        split = load_coco_split(annotations, images, on_bad="skip", limit=rows)
         options = options_of(detector_identity(cache.spec))
         detector = load_detector(cache.spec.detector, weights, options)
         maps, views = _choices(cache)

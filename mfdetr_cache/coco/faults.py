@@ -1,0 +1,128 @@
+"""What is wrong with a file of annotations or results: collected first, then told at once."""
+
+import reprlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.reporter import Reporter
+
+OnBad = Literal["stop", "skip"]
+
+# So many are named; the others are a number.
+_NAMED = 10
+# COCO itself has boxes beside their masks; from this share on it is worth a word.
+_SHARE_WORTH_A_WORD = 0.02
+
+_shortener = reprlib.Repr()
+_shortener.maxlevel, _shortener.maxlist, _shortener.maxdict = 3, 4, 4
+_shortener.maxstring = _shortener.maxother = _shortener.maxlong = 40
+
+
+def short(value: object) -> str:
+    """A value from a file, for a message.
+
+    Args:
+        value: Anything that JSON holds, of any size and depth.
+
+    Returns:
+        What ``repr`` says, cut.
+    """
+    return _shortener.repr(value)
+
+
+@dataclass
+class Faults:
+    """The faults of one file.
+
+    Attributes:
+        file: The file, for messages.
+        noun: What its entries are, such as ``annotation``.
+        total: How many entries it has.
+        unusable: Entries that cannot be used.
+        repaired: Entries that could be repaired, by what was done.
+        noticed: Entries that are used as they stand although they look wrong, by what is odd.
+    """
+
+    file: str
+    noun: str
+    total: int = 0
+    unusable: int = 0
+    repaired: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    _named: list[str] = field(default_factory=list)
+    _examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def refuse(self, where: str, what: str) -> None:
+        """An entry cannot be used.
+
+        Args:
+            where: Which.
+            what: Why.
+        """
+        self.unusable += 1
+        if len(self._named) < _NAMED:
+            self._named.append(f"{where} {what}")
+
+    def repair(self, where: str, what: str) -> None:
+        """An entry is used, though not as it stands.
+
+        Args:
+            where: Which.
+            what: What is done about it; the same text for all of a kind.
+        """
+        self.repaired[what] += 1
+        self._keep(where, what)
+
+    def notice(self, where: str, what: str) -> None:
+        """An entry is used as it stands; it is told about if there are many of its kind.
+
+        Args:
+            where: Which.
+            what: What is odd; the same text for all of a kind.
+        """
+        self.noticed[what] += 1
+        self._keep(where, what)
+
+    def _keep(self, where: str, what: str) -> None:
+        examples = self._examples.setdefault(what, [])
+        if len(examples) < _NAMED:
+            examples.append(where)
+
+    def stop_if_unusable(self, on_bad: OnBad) -> None:
+        """Refuse the file unless its unusable entries are to be left out.
+
+        Args:
+            on_bad: What the user chose.
+
+        Raises:
+            DatasetError: Naming the first ten, and how many there are.
+        """
+        if self.unusable and on_bad == "stop":
+            raise DatasetError(
+                f"{self.file}: {self._said()}; --on-bad-annotation skip leaves them out"
+            )
+
+    def tell(self, reporter: Reporter) -> None:
+        """Warn of everything that was left out or repaired.
+
+        Args:
+            reporter: Who is told.
+        """
+        if self.unusable:
+            reporter.warn(f"{self.file}: left out: {self._said()}")
+        least = _SHARE_WORTH_A_WORD * self.total
+        many = Counter({what: n for what, n in self.noticed.items() if n >= least})
+        for what, count in (self.repaired + many).items():
+            which = _listed(self._examples[what], count)
+            reporter.warn(f"{self.file}: {count} of {self.total} {self.noun}s: {what} ({which})")
+
+    def _said(self) -> str:
+        named = _listed(self._named, self.unusable, "; ")
+        return f"{self.unusable} of {self.total} {self.noun}s cannot be used: {named}"
+
+
+def _listed(named: list[str], count: int, between: str = ", ") -> str:
+    more = f"{between}and {count - len(named)} more" if count > len(named) else ""
+    return between.join(named) + more

@@ -1,0 +1,136 @@
+"""Image files of a dataset: found under the name an annotation file gives them, opened safely."""
+
+import re
+import unicodedata
+import warnings
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from mfdetr_cache.errors import DatasetError, ImageError
+
+# Decoders that read pixels and run nothing; Pillow alone would hand PostScript to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+# Pillow's own limit of an error. An image of this size takes half a gigabyte as RGB.
+MOST_PIXELS = 178_956_970
+# Half of it is worth a warning to Pillow, which would come in the middle of our own lines.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+_ORIENTATION = 0x0112
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Refuse a file name that leads out of the image folder, on any operating system.
+
+    Args:
+        name: As in an annotation file.
+        where: Whose it is, for the message.
+
+    Raises:
+        DatasetError: If it is absolute, has ``..`` in it, or is no name of a file.
+    """
+    plain = PurePosixPath(name.replace("\\", "/"))
+    if plain.is_absolute() or re.match("[A-Za-z]:[/\\\\]", name):
+        raise DatasetError(
+            f"{where} has the absolute file_name {name!r}; write it relative to the image folder"
+        )
+    if ".." in plain.parts:
+        raise DatasetError(
+            f"{where} has the file_name {name!r}, which leaves the image folder; write it relative "
+            "to the image folder, without '..'"
+        )
+    if not plain.parts or "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise DatasetError(f"{where} has the file_name {name!r}, which is no name of a file")
+
+
+def find_file(folder: Path, name: str) -> str:
+    """The name under which a file is in a folder.
+
+    Args:
+        folder: Image folder.
+        name: As in an annotation file, perhaps with the separators of Windows, or its letters
+            composed in another way than on disk.
+
+    Returns:
+        The name that is there, relative to the folder; ``name`` itself if none is.
+    """
+    if (folder / name).is_file():
+        return name
+    separated = (name, name.replace("\\", "/"))
+    for spelled in separated:
+        for form in ("NFC", "NFD"):
+            if (folder / (other := unicodedata.normalize(form, spelled))).is_file():
+                return other
+        if spelled is not name and (folder / spelled).is_file():
+            return spelled
+    return name
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image file without decoding its pixels.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The image; close it.
+
+    Raises:
+        ImageError: If it is no regular file, no image of a known format, or too large.
+    """
+    if not path.is_file():
+        lacking = "is no regular file" if path.exists() else "is not on disk"
+        raise ImageError(f"image {path} {lacking}; check --images")
+    try:
+        opened = Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {path} {_too_large(str(error))}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"image {path} cannot be decoded: it is none of {', '.join(_FORMATS)}"
+        ) from error
+    except (OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
+        raise ImageError(f"image {path} cannot be decoded: {error}") from error
+    if opened.width * opened.height > MOST_PIXELS:
+        opened.close()
+        raise ImageError(f"image {path} {_too_large(f'{opened.width * opened.height} pixels')}")
+    return opened
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image.
+
+    Args:
+        image: Opened, perhaps not decoded.
+
+    Returns:
+        1 to 8; 1, upright, where there is none or it cannot be read.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, OverflowError):
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """The size of an image file as viewers show it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Height and width in pixels, after EXIF rotation.
+
+    Raises:
+        ImageError: If it is no image.
+    """
+    with open_image(path) as image:
+        size = (image.height, image.width)
+        return size[::-1] if orientation(image) >= 5 else size
+
+
+def _too_large(said: str) -> str:
+    return (
+        f"has too many pixels ({said.split(',')[0]}; the limit of mfdetr is {MOST_PIXELS}): cut it "
+        "into tiles, or save it smaller"
+    )

@@ -1,0 +1,188 @@
+"""The ``images`` and ``categories`` of a COCO document."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mfdetr_cache.coco.faults import Faults, short
+from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
+from mfdetr_cache.coco.image_files import check_file_name, find_file, upright_size
+from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.ops.masks import check_size
+
+_SPELLED_OTHERWISE = "file_name is on disk with '/' for backslashes, or accents composed otherwise"
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """A COCO category.
+
+    Attributes:
+        category_id: Its id in the annotation file where that can be used, else its number from 1;
+            ids may have gaps.
+        name: Its name.
+        source_id: Its id in the annotation file, for files that we write; None is the same id.
+    """
+
+    category_id: int
+    name: str
+    source_id: SourceId | None = None
+
+    @property
+    def written_id(self) -> SourceId:
+        """Its id as the user knows it."""
+        return self.category_id if self.source_id is None else self.source_id
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """An image as the annotation file lists it.
+
+    Attributes:
+        image_id: COCO image id where that can be used, else its number from 1.
+        file_name: Relative to the image folder.
+        size_hw: Height and width in pixels.
+        source_id: Its id in the annotation file, for files that we write; None is the same id.
+    """
+
+    image_id: int
+    file_name: str
+    size_hw: tuple[int, int]
+    source_id: SourceId | None = None
+
+    @property
+    def written_id(self) -> SourceId:
+        """Its id as the user knows it."""
+        return self.image_id if self.source_id is None else self.source_id
+
+    def __str__(self) -> str:
+        name = f" ({self.file_name})" if self.file_name else ""
+        return f"image {self.written_id}{name}"
+
+
+def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
+    """The categories of a document.
+
+    Args:
+        path: The file, for messages.
+        raw: Its list of categories.
+
+    Returns:
+        Id as written to category, in the order of the file. One without a name is called by its id.
+
+    Raises:
+        DatasetError: If one has no id, or two different ones share theirs.
+    """
+    names: dict[SourceId, str] = {}
+    for number, category in enumerate(raw):
+        written = source_id(category.get("id")) if isinstance(category, dict) else None
+        if written is None:
+            raise DatasetError(
+                f"annotation file {path}: category {number} (counted from 0) lacks an 'id'"
+            )
+        name = category.get("name")
+        text = f"category {written}" if name is None else str(name)
+        text = text.encode(errors="replace").decode()
+        if names.setdefault(written, text) != text:
+            raise DatasetError(
+                f"annotation file {path} has two categories of id {written}: "
+                f"{names[written]!r} and {text!r}; give them different ids"
+            )
+    ids = internal_ids(list(names))
+    return {
+        written: Category(own, name, None if own == written else written)
+        for (written, name), own in zip(names.items(), ids, strict=True)
+    }
+
+
+def read_images(
+    path: Path, raw: Sequence[Any], folder: Path | None, faults: Faults, limit: int | None
+) -> dict[SourceId, ImageEntry]:
+    """The images of a document.
+
+    Args:
+        path: The file, for messages.
+        raw: Its list of images.
+        folder: Image folder, where names are looked up and sizes that lack are read; None does
+            without both.
+        faults: Takes down what cannot be used.
+        limit: Only the first so many.
+
+    Returns:
+        Id as written to image, in the order of the file.
+
+    Raises:
+        DatasetError: If an id is listed twice, or a file name leads out of the folder.
+    """
+    listed: dict[SourceId, dict[str, Any]] = {}
+    for number, image in enumerate(raw):
+        written = source_id(image.get("id")) if isinstance(image, dict) else None
+        if written is None:
+            faults.refuse(f"image {number} (counted from 0)", "lacks an 'id'")
+            continue
+        if written in listed and image.get("file_name") != listed[written].get("file_name"):
+            raise DatasetError(
+                f"annotation file {path} lists an image id twice: {written} is "
+                f"{short(listed[written].get('file_name'))} and {short(image.get('file_name'))}; "
+                "give every image its own id"
+            )
+        listed.setdefault(written, image)
+    ids = dict(zip(listed, internal_ids(list(listed)), strict=True))
+    found: dict[SourceId, ImageEntry] = {}
+    for written, image in listed.items():
+        if limit is not None and len(found) == limit:
+            break
+        own = ids[written]
+        where = f"image {written}"
+        name = image.get("file_name")
+        if isinstance(name, str):
+            where += f" ({name})"
+            check_file_name(name, f"annotation file {path}: image {written}")
+            if folder is not None and (there := find_file(folder, name)) != name:
+                faults.repair(where, _SPELLED_OTHERWISE)
+                name = there
+        elif folder is None and name is None:
+            name = ""  # nobody is going to open it
+        else:
+            faults.refuse(where, f"lacks a 'file_name' (it is {short(name)})")
+            continue
+        size = _size(image, where, name, folder, faults)
+        if size is not None:
+            found[written] = ImageEntry(own, name, size, None if own == written else written)
+    return found
+
+
+def _size(
+    image: dict[str, Any], where: str, name: str, folder: Path | None, faults: Faults
+) -> tuple[int, int] | None:
+    """Height and width as written, else as the file has them."""
+    sides = [image.get(key) for key in ("height", "width")]
+    height, width = (_whole(side) for side in sides)
+    if height is not None and width is not None:
+        try:
+            return check_size((height, width))
+        except ValueError as error:
+            faults.refuse(where, f"is {error}")
+            return None
+    said = f"height {short(sides[0])} and width {short(sides[1])}"
+    if folder is None:
+        faults.refuse(where, f"has {said} in place of its size in pixels")
+        return None
+    try:
+        size = upright_size(folder / name)
+    except ImageError as error:
+        faults.refuse(where, f"has {said}, and {error}")
+        return None
+    faults.repair(where, "height and width missing, taken from the file")
+    return size
+
+
+def _whole(value: object) -> int | None:
+    """A side in pixels; None for what stands where it is not known: nothing, 0, -1."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if math.isfinite(number) and number.is_integer() and number > 0 else None

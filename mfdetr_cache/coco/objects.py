@@ -1,0 +1,301 @@
+"""The ``annotations`` of a COCO document, checked, repaired where that is certain."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mfdetr_cache.coco.faults import Faults, short
+from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
+from mfdetr_cache.coco.image_list import Category, ImageEntry
+from mfdetr_cache.coco.segmentation import read_segmentation
+from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
+
+CORNERS = "bbox is x0, y0, x1, y1 (COCO's is x, y, width, height) and read so"
+
+Box = tuple[float, float, float, float]
+Masks = Literal["required", "optional"]
+
+# A box this far from its mask's box, in pixels and in parts of its side, is still of that mask.
+_SLACK_PIXELS, _SLACK_SHARE = 2.0, 0.05
+# Boxes are read as corners when so many times more of them fit that way.
+_CLEAR_MAJORITY = 9
+# Without masks: this part of the boxes leaves the image as xywh, and all are corners inside it.
+_LEAVING_SHARE = 0.2
+_FARTHEST = 10
+_NO_MASK = np.zeros(0, dtype=np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One annotated object.
+
+    Attributes:
+        annotation_id: Its id in the file where all can be used, else its number from 1.
+        image_id: Image it is on.
+        category_id: Its category.
+        box_xywh: In pixels.
+        area: COCO ``area`` in pixels.
+        is_crowd: Whether it is a crowd.
+        run_lengths: Its mask; of length 0 where it has a box only.
+    """
+
+    annotation_id: int
+    image_id: int
+    category_id: int
+    box_xywh: Box
+    area: float
+    is_crowd: bool
+    run_lengths: RunLengths
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An annotation before its box is understood."""
+
+    where: str
+    number: SourceId | None
+    entry: ImageEntry
+    category: Category
+    is_crowd: bool
+    run_lengths: RunLengths
+    mask_box: tuple[int, int, int, int] | None
+    box: Box | None
+    raw: Mapping[str, Any]
+
+
+def read_annotations(
+    raw: Sequence[Any],
+    images: Mapping[SourceId, ImageEntry],
+    left_out: set[SourceId],
+    categories: Mapping[SourceId, Category],
+    faults: Faults,
+    masks: Masks,
+) -> list[Annotation]:
+    """The annotations of some images.
+
+    Args:
+        raw: The list of the document.
+        images: Id as written to image.
+        left_out: Ids of images that nothing is wanted of.
+        categories: Id as written to category.
+        faults: Takes down what cannot be used, and what is repaired.
+        masks: Whether an annotation without a mask can be used.
+
+    Returns:
+        Those that can be used, in the order of the file.
+    """
+    drafts = []
+    for number, annotation in enumerate(raw):
+        if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
+            continue
+        faults.total += 1
+        draft = _draft(number, annotation, images, categories, faults, masks)
+        if draft is not None:
+            drafts.append(draft)
+    if corners := boxes_are_corners((d.box, d.mask_box, d.entry.size_hw) for d in drafts):
+        for draft in drafts:
+            if draft.box is not None:
+                faults.repair(draft.where, CORNERS)
+    ids = internal_ids([d.number for d in drafts])
+    found = [
+        _finished(draft, own, faults, corners=corners)
+        for draft, own in zip(drafts, ids, strict=True)
+    ]
+    return [a for a in found if a is not None]
+
+
+def _draft(
+    number: int,
+    annotation: object,
+    images: Mapping[SourceId, ImageEntry],
+    categories: Mapping[SourceId, Category],
+    faults: Faults,
+    masks: Masks,
+) -> _Draft | None:
+    if not isinstance(annotation, dict):
+        faults.refuse(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
+        return None
+    own = source_id(annotation.get("id"))
+    where = f"annotation {number} (counted from 0)" if own is None else f"annotation {own}"
+    image_id = source_id(annotation.get("image_id"))
+    if image_id not in images:
+        which = short(annotation.get("image_id")) if image_id is None else image_id
+        faults.refuse(where, f"is of image {which}, which is not in its list of images")
+        return None
+    assert image_id is not None
+    entry = images[image_id]
+    where = f"{where} of image {image_id}"
+    category_id = source_id(annotation.get("category_id"))
+    if category_id not in categories:
+        which = short(annotation.get("category_id")) if category_id is None else category_id
+        faults.refuse(where, f"has category_id {which}, which is not in its list of categories")
+        return None
+    assert category_id is not None
+    try:
+        crowd = is_crowd(annotation.get("iscrowd"))
+        runs = read_segmentation(annotation.get("segmentation"), entry.size_hw)
+    except ValueError as error:
+        faults.refuse(where, f"cannot be understood: {error}")
+        return None
+    if runs is None and masks == "required":
+        faults.refuse(where, f"has no mask (segmentation {short(annotation.get('segmentation'))})")
+        return None
+    return _Draft(
+        where,
+        own,
+        entry,
+        categories[category_id],
+        crowd,
+        _NO_MASK if runs is None else runs,
+        None if runs is None else box_of_run_lengths(runs, entry.size_hw),
+        four_numbers(annotation.get("bbox")),
+        annotation,
+    )
+
+
+def _finished(draft: _Draft, own: int, faults: Faults, *, corners: bool) -> Annotation | None:
+    box = draft.box
+    if box is not None and corners:
+        box = (box[0], box[1], box[2] - box[0], box[3] - box[1])
+    if box is None or not _is_usable(box, draft.entry.size_hw):
+        if draft.mask_box is not None:
+            x0, y0, x1, y1 = draft.mask_box
+            box = (x0, y0, x1 - x0, y1 - y0)
+            faults.repair(draft.where, "bbox missing or not usable, taken from the mask")
+        elif box is None or not len(draft.run_lengths) or min(box[2:]) < 0:
+            what = f"has no usable bbox ({short(draft.raw.get('bbox'))}) and no pixel in its mask"
+            faults.refuse(draft.where, what)
+            return None
+    elif draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
+        faults.notice(draft.where, "bbox does not fit the mask (IoU below 0.5), kept as it is")
+    if len(draft.run_lengths) and draft.mask_box is None:
+        faults.notice(draft.where, "no pixel in the mask, nothing to learn from")
+    area = _number(draft.raw.get("area"))
+    pixels = int(draft.run_lengths[1::2].sum(dtype=np.int64))
+    if area is None or area < 0 or (area == 0 and pixels):
+        source = "mask" if len(draft.run_lengths) else "box"
+        area = float(pixels) if source == "mask" else box[2] * box[3]
+        faults.repair(draft.where, f"area missing or not usable, taken from the {source}")
+    return Annotation(
+        own,
+        draft.entry.image_id,
+        draft.category.category_id,
+        box,
+        area,
+        draft.is_crowd,
+        draft.run_lengths,
+    )
+
+
+def is_crowd(value: object) -> bool:
+    """The meaning of an ``iscrowd`` field.
+
+    Args:
+        value: As in a JSON file.
+
+    Returns:
+        False for nothing, null, 0, false and their texts; True for 1, true and theirs.
+
+    Raises:
+        ValueError: If it is anything else.
+
+    Examples:
+        >>> [is_crowd(v) for v in (None, 0, "0", 0.0, "False", 1, True, "1")]
+        [False, False, False, False, False, True, True, True]
+    """
+    text = str(value).strip().lower() if isinstance(value, (str, int, float, bool)) else value
+    if text in (None, "", "0", "0.0", "false", "no", "none", "null"):
+        return False
+    if text in ("1", "1.0", "true", "yes"):
+        return True
+    raise ValueError(f"iscrowd {short(value)}; it is 0 or 1")
+
+
+def four_numbers(value: object) -> Box | None:
+    """A ``bbox`` field as four finite numbers.
+
+    Args:
+        value: As in a JSON file; a list, also as text.
+
+    Returns:
+        The numbers; None if it is anything else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        return None
+    numbers = [_number(v) for v in value]
+    if any(n is None for n in numbers):
+        return None
+    x, y, w, h = (float(n or 0) for n in numbers)
+    return x, y, w, h
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def boxes_are_corners(
+    boxes: Iterable[tuple[Box | None, tuple[int, int, int, int] | None, tuple[int, int]]],
+) -> bool:
+    """Whether the boxes of a file are x0, y0, x1, y1 instead of x, y, width, height.
+
+    Masks decide where there are any: nearly all boxes must be their mask's one way and not the
+    other. Without masks all must be corners inside the image, and many must leave it otherwise.
+
+    Args:
+        boxes: Each ``bbox`` as written, the corners of its mask, and height and width of the image.
+
+    Returns:
+        True if it is certain.
+    """
+    as_corners = as_size = leaving = inside = total = 0
+    for box, mask, (height, width) in boxes:
+        if box is None:
+            continue
+        total += 1
+        x, y, w, h = box
+        leaving += x + w > 1.01 * width + 1 or y + h > 1.01 * height + 1
+        inside += 0 <= x < w <= 1.01 * width + 1 and 0 <= y < h <= 1.01 * height + 1
+        if mask is not None:
+            one, other = _is_close((x, y, w, h), mask), _is_close((x, y, x + w, y + h), mask)
+            as_corners += one and not other
+            as_size += other and not one
+    if as_corners or as_size:
+        return as_corners > _CLEAR_MAJORITY * as_size
+    return bool(total) and inside == total and leaving >= max(1, _LEAVING_SHARE * total)
+
+
+def _is_close(corners: Box, mask: tuple[int, int, int, int]) -> bool:
+    side = max(mask[2] - mask[0], mask[3] - mask[1])
+    apart = max(abs(a - b) for a, b in zip(corners, mask, strict=True))
+    return apart <= _SLACK_PIXELS + _SLACK_SHARE * side
+
+
+def _is_usable(box: Box, size_hw: tuple[int, int]) -> bool:
+    x, y, w, h = box
+    height, width = size_hw
+    near = x >= -_FARTHEST * width and y >= -_FARTHEST * height
+    near = near and x + w <= (1 + _FARTHEST) * width and y + h <= (1 + _FARTHEST) * height
+    return w > 0 and h > 0 and near
+
+
+def _overlap(box: Box, mask: tuple[int, int, int, int]) -> float:
+    x, y, w, h = box
+    x0, y0, x1, y1 = mask
+    across = max(0.0, min(x + w, x1) - max(x, x0))
+    down = max(0.0, min(y + h, y1) - max(y, y0))
+    return across * down / (w * h + (x1 - x0) * (y1 - y0) - across * down)

@@ -1,0 +1,181 @@
+"""COCO results files of any tool, checked against the annotation file they speak of."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.faults import Faults, OnBad, short
+from mfdetr_cache.coco.ids import SourceId, source_id
+from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.coco.json_file import read_json
+from mfdetr_cache.coco.objects import CORNERS, Box, boxes_are_corners, four_numbers
+from mfdetr_cache.coco.segmentation import read_segmentation
+from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsFile:
+    """The results of a file that can be used.
+
+    Attributes:
+        results: As evaluators take them: ids of the split, ``bbox`` and ``segmentation`` where the
+            result has them, masks as RLE dictionaries.
+        faults: What was left out or repaired.
+    """
+
+    results: list[dict[str, Any]]
+    faults: Faults
+
+    def with_field(self, name: str) -> list[dict[str, Any]]:
+        """The results that have a field.
+
+        Args:
+            name: ``bbox`` or ``segmentation``.
+
+        Returns:
+            These, in the order of the file.
+        """
+        return [r for r in self.results if name in r]
+
+
+@dataclass(slots=True)
+class _Draft:
+    where: str
+    entry: ImageEntry
+    category_id: int
+    score: float
+    box: Box | None
+    run_lengths: RunLengths | None
+
+
+def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> ResultsFile:
+    """Read and check a COCO results file.
+
+    Args:
+        path: The JSON file: a list of ``image_id``, ``category_id``, ``score``, and ``bbox``
+            (xywh) or ``segmentation``; plain or compressed by gzip.
+        split: The annotations of the same images.
+        on_bad: Refuse the file when a result cannot be used, or leave these out.
+
+    Returns:
+        The results; a list without any is one.
+
+    Raises:
+        DatasetError: If it is no list of results, or one cannot be used.
+    """
+    document = read_json(path, "results file", "check --results").document
+    if not isinstance(document, list):
+        raise DatasetError(f"results file {path} holds no list of results")
+    faults = Faults(str(path), "result", total=len(document))
+    images = _images_by_id(split)
+    categories = {c.written_id: c.category_id for c in split.categories}
+    drafts = [
+        draft
+        for number, result in enumerate(document)
+        if (draft := _draft(number, result, images, categories, faults)) is not None
+    ]
+    corners = boxes_are_corners(
+        (
+            d.box,
+            None if d.run_lengths is None else box_of_run_lengths(d.run_lengths, d.entry.size_hw),
+            d.entry.size_hw,
+        )
+        for d in drafts
+    )
+    results = [r for d in drafts if (r := _finished(d, faults, corners=corners)) is not None]
+    faults.stop_if_unusable(on_bad)
+    return ResultsFile(results, faults)
+
+
+def _images_by_id(split: CocoSplit) -> dict[SourceId, ImageEntry]:
+    """Every id that can only mean one image: its own, its file's name, the name without ending."""
+    by_name: dict[SourceId, ImageEntry] = {}
+    names = [
+        (name, entry)
+        for entry in split.images
+        if entry.file_name
+        for file in [PurePosixPath(entry.file_name.replace("\\", "/"))]
+        for name in {str(file), file.name, file.stem}
+    ]
+    counts = Counter(name for name, _ in names)
+    by_name.update({name: entry for name, entry in names if counts[name] == 1})
+    return {**by_name, **{e.written_id: e for e in split.images}}
+
+
+def _draft(
+    number: int,
+    result: object,
+    images: Mapping[SourceId, ImageEntry],
+    categories: Mapping[SourceId, int],
+    faults: Faults,
+) -> _Draft | None:
+    where = f"result {number}"
+    if not isinstance(result, dict):
+        faults.refuse(where, f"is {short(result)}")
+        return None
+    image_id, category_id = (source_id(result.get(k)) for k in ("image_id", "category_id"))
+    score = _score(result.get("score"))
+    for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
+        if value is None:
+            kind = "number" if key == "score" else "id"
+            faults.refuse(where, f"has no {kind} {key!r} (it is {short(result.get(key))})")
+            return None
+    assert image_id is not None
+    assert category_id is not None
+    assert score is not None
+    entry = images.get(image_id)
+    if entry is None:
+        faults.refuse(where, f"is of image {image_id}, which is not in the annotation file")
+        return None
+    if category_id not in categories:
+        faults.repair(where, "category_id is not in the annotation file, so it matches nothing")
+        return None
+    box = four_numbers(result.get("bbox"))
+    if box is None and result.get("bbox") not in (None, []):
+        faults.refuse(where, f"has the bbox {short(result['bbox'])}; it is four numbers")
+        return None
+    try:
+        runs = read_segmentation(result.get("segmentation"), entry.size_hw)
+    except ValueError as error:
+        faults.refuse(where, f"has no usable segmentation: {error}")
+        return None
+    if box is None and runs is None:
+        faults.refuse(where, "has neither bbox nor segmentation")
+        return None
+    category = categories[category_id]
+    return _Draft(f"{where} of image {image_id}", entry, category, score, box, runs)
+
+
+def _finished(draft: _Draft, faults: Faults, *, corners: bool) -> dict[str, Any] | None:
+    result: dict[str, Any] = {
+        "image_id": draft.entry.image_id,
+        "category_id": draft.category_id,
+        "score": draft.score,
+    }
+    if draft.box is not None:
+        x, y, w, h = draft.box
+        if corners:
+            faults.repair(draft.where, CORNERS)
+            w, h = w - x, h - y
+        if w < 0 or h < 0:
+            faults.refuse(draft.where, f"has a bbox of width {w:g} and height {h:g}")
+            return None
+        result["bbox"] = [x, y, w, h]
+    if draft.run_lengths is not None:
+        result["segmentation"] = compress_run_lengths(draft.run_lengths, draft.entry.size_hw)
+    return result
+
+
+def _score(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        score = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return score if math.isfinite(score) else None

@@ -1,0 +1,318 @@
+import json
+import math
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.ops.masks import decode_run_lengths
+from mfdetr_cache.reporter import SilentReporter
+from tests.support import scenes
+
+
+@pytest.fixture
+def document(scenes_folder: Path) -> dict[str, Any]:
+    return scenes.load_annotations(scenes_folder)
+
+
+def written(tmp_path: Path, document: object) -> Path:
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_ground_truth_is_complete(scenes_folder: Path, document: dict[str, Any]) -> None:
+    split = load_coco_split(scenes_folder / "instances.json")
+    assert [e.image_id for e in split.images] == [i["id"] for i in document["images"]]
+    truth = split.ground_truth(split.images[0], {3: 0, 7: 1})
+    assert truth.labels.tolist() == [0, 1]
+    assert truth.category_ids.tolist() == [3, 7]
+    x, y, w, h = document["annotations"][0]["bbox"]
+    assert truth.boxes_xyxy[0].tolist() == [x, y, x + w, y + h]
+    assert np.isclose(
+        truth.run_lengths[1][1::2].sum(), document["annotations"][1]["area"], rtol=0.1
+    )
+
+
+def test_categories_the_detector_lacks_have_label_minus_one(scenes_folder: Path) -> None:
+    split = load_coco_split(scenes_folder / "instances.json")
+    assert split.ground_truth(split.images[0], {7: 1}).labels.tolist() == [-1, 1]
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="absent.json does not exist"):
+        load_coco_split(tmp_path / "absent.json")
+
+
+def test_no_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "text.json"
+    path.write_text("hello")
+    with pytest.raises(DatasetError, match="is not JSON"):
+        load_coco_split(path)
+
+
+def change(where: str, position: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
+    """Replace fields of an entry of a document; ``...`` removes one."""
+
+    def apply(document: dict[str, Any]) -> None:
+        entry = document[where][position]
+        for key, value in fields.items():
+            if value is ...:
+                del entry[key]
+            else:
+                entry[key] = value
+
+    return apply
+
+
+def empty(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document.update({key: []})
+
+
+def append(key: str, entry: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document[key].append(entry)
+
+
+FAULTS = [
+    (empty("annotations"), "empty list 'annotations'"),
+    (empty("images"), "empty list 'images'"),
+    (
+        change("annotations", 2, category_id=99),
+        "1002 of image 105 has category_id 99, which is not",
+    ),
+    (change("annotations", 2, category_id=None), "1002 of image 105 has category_id None, which"),
+    (change("annotations", 2, image_id=99), "1002 is of image 99, which is not in its list of im"),
+    (append("annotations", 7), r"annotation 16 \(counted from 0\) is 7"),
+    (change("images", 1, id=100), "lists an image id twice: 100 is"),
+    (change("images", 1, id=None), r"image 1 \(counted from 0\) lacks an 'id'"),
+    (change("images", 1, height=-1), r"image 105 .* has height -1 and width \d+ in place of"),
+    (change("images", 1, height=2**40), "image 105 .* is an image of 1099511627776 x"),
+    (change("images", 1, file_name="../../.ssh/id"), "which leaves the image folder"),
+    (change("images", 1, file_name="a/..\\\\..\\\\b.png"), "which leaves the image folder"),
+    (change("images", 1, file_name="/etc/passwd"), "has the absolute file_name '/etc/passwd'"),
+    (change("images", 1, file_name="C:\\\\photos\\\\a.png"), "has the absolute file_name"),
+    (change("images", 1, file_name="a\0.png"), "which is no name of a file"),
+    (change("images", 1, file_name="\udc00.png"), "which is no name of a file"),
+    (change("categories", 1, id=3), "two categories of id 3: 'ellipse' and 'box'"),
+    (change("categories", 1, id=None), "category 1 .* lacks an 'id'"),
+    (
+        change("annotations", 2, iscrowd="maybe"),
+        "1002 of image 105 .*iscrowd 'maybe'; it is 0 or 1",
+    ),
+    (change("annotations", 2, iscrowd=2), "iscrowd 2; it is 0 or 1"),
+    (change("annotations", 2, segmentation=None), "annotation 1002 of image 105 has no mask"),
+    (change("annotations", 2, segmentation=...), "annotation 1002 of image 105 has no mask"),
+    (change("annotations", 2, segmentation=[[]]), "annotation 1002 of image 105 has no mask"),
+    (change("annotations", 2, segmentation=5), "a segmentation is a list of polygons or an RLE"),
+    (change("annotations", 2, segmentation=[[5, 5, 2e8, 5, 2e8, 2e8]]), "1002 .* reaches x = 2e"),
+    (change("annotations", 2, segmentation=[[5, 5, 1e300, 5, 9, 9]]), "reaches x = 1e"),
+    (change("annotations", 2, segmentation=[[5, 5, math.nan, 5, 9, 9]]), "is not finite"),
+    (change("annotations", 2, segmentation=[[500, 5, 600, 5, 600, 9]]), "lie outside the image"),
+    (change("annotations", 2, segmentation={"size": [5, 5], "counts": [25]}), "RLE of size"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTS)
+def test_faults_are_named(
+    tmp_path: Path, document: dict[str, Any], spoil: Any, message: str
+) -> None:
+    spoil(document)
+    with pytest.raises(DatasetError, match=message):
+        load_coco_split(written(tmp_path, document))
+
+
+def test_all_faults_are_named_at_once_and_can_be_left_out(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    for annotation in document["annotations"][3:]:
+        annotation["segmentation"] = []
+    path = written(tmp_path, document)
+    with pytest.raises(DatasetError) as caught:
+        load_coco_split(path)
+    said = str(caught.value)
+    assert "13 of 16 annotations cannot be used: annotation 1003 of image 105 has no" in said
+    assert "annotation 1012 " in said
+    assert "annotation 1013 " not in said
+    assert said.endswith("; and 3 more; --on-bad-annotation skip leaves them out")
+    split = load_coco_split(path, on_bad="skip")
+    assert [len(split.annotations[e.image_id]) for e in split.images] == [2, 1, *[0] * 6]
+    reporter = SilentReporter()
+    split.tell_faults(reporter)
+    assert "left out: 13 of 16 annotations cannot be used" in reporter.messages[0]
+    kept = load_coco_split(path, masks="optional")
+    assert sum(len(a) for a in kept.annotations.values()) == 16
+    assert len(kept.ground_truth(kept.images[-1], {}).run_lengths[0]) == 0
+
+
+def test_an_image_that_cannot_be_used_is_left_out_with_its_annotations(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    document["images"][1]["width"] = 0
+    path = written(tmp_path, document)
+    split = load_coco_split(path, on_bad="skip")
+    assert [e.image_id for e in split.images] == [i["id"] for i in document["images"] if i["width"]]
+    assert split.faults[0].unusable == 1
+    assert split.faults[1].unusable == 0
+
+
+def test_a_limit_looks_at_nothing_else(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["annotations"][-1]["segmentation"] = None
+    document["images"][-1]["height"] = None
+    path = written(tmp_path, document)
+    assert len(load_coco_split(path, limit=3).images) == 3
+
+
+def test_sizes_and_names_come_from_the_files(tmp_path: Path, document: dict[str, Any]) -> None:
+    """Backslashes, decomposed accents, sizes of -1; one file is rotated by EXIF."""
+    images = tmp_path / "images"
+    sizes = {}
+    names = ["sub\\s\u00e9.png", "gro\u00df.png", "turned.jpg"]
+    for number, (entry, name) in enumerate(zip(document["images"], names, strict=False)):
+        on_disk = images / unicodedata.normalize("NFD", name.replace("\\", "/"))
+        on_disk.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number == 2 else 1
+        Image.new("RGB", (100 + number, 90)).save(on_disk, exif=exif)
+        sizes[entry["id"]] = (102, 90) if number == 2 else (90, 100 + number)
+        entry.update(file_name=name, height=-1, width=None)
+    document["images"] = document["images"][:3]
+    kept = [i["id"] for i in document["images"]]
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = [[5, 5, 30, 5, 30, 40]]
+    path = written(tmp_path, document)
+    split = load_coco_split(path, images)
+    assert {e.image_id: e.size_hw for e in split.images} == sizes
+    assert all((images / e.file_name).is_file() for e in split.images)
+    reporter = SilentReporter()
+    split.tell_faults(reporter)
+    assert any("3 of 3 images: height and width missing" in m for m in reporter.messages)
+    assert any("of 3 images: file_name is on disk with" in m for m in reporter.messages)
+    with pytest.raises(DatasetError, match="has height -1 and width None in place of its size"):
+        load_coco_split(path)
+
+
+def test_boxes_are_taken_from_masks_and_areas_too(tmp_path: Path, document: dict[str, Any]) -> None:
+    wanted = load_coco_split(written(tmp_path, document))
+    odd = [None, [], [1, 2, 3], ["a", 1, 2, 3], [math.nan] * 4, [5, 5, 0, 9], [5, 5, -3, 9], {}]
+    areas = [None, -1, math.inf, "x", 0, [], math.nan, {}]
+    for annotation, box, area in zip(document["annotations"], odd, areas, strict=False):
+        annotation.update(bbox=box, area=area)
+    split = load_coco_split(written(tmp_path, document))
+    pairs = [
+        (ours, theirs)
+        for e in split.images
+        for ours, theirs in zip(
+            split.annotations[e.image_id], wanted.annotations[e.image_id], strict=True
+        )
+    ]
+    assert len(pairs) == 16
+    for ours, theirs in pairs:
+        mask = decode_run_lengths(
+            ours.run_lengths, next(e.size_hw for e in split.images if e.image_id == ours.image_id)
+        )
+        assert np.abs(np.subtract(ours.box_xywh, theirs.box_xywh)).max() <= 1
+        if ours.box_xywh != theirs.box_xywh:
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            x, y = columns[0], rows[0]
+            assert ours.box_xywh == (x, y, columns[-1] + 1 - x, rows[-1] + 1 - y)
+    assert [p[0].area for p in pairs[:8]] == [p[0].run_lengths[1::2].sum() for p in pairs[:8]]
+    assert [p[0].area for p in pairs[8:]] == [p[1].area for p in pairs[8:]]
+    reporter = SilentReporter()
+    split.tell_faults(reporter)
+    assert "8 of 16 annotations: bbox missing or not usable, taken from the mask" in "".join(
+        reporter.messages
+    )
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_boxes_written_as_corners_are_read_as_corners(
+    tmp_path: Path, document: dict[str, Any], masks: bool
+) -> None:
+    if not masks:
+        for annotation in document["annotations"]:
+            del annotation["segmentation"]
+    plain = load_coco_split(written(tmp_path, document), masks="optional")
+    assert not any(f.repaired for f in plain.faults)
+    for annotation in document["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    split = load_coco_split(written(tmp_path, document), masks="optional")
+    for entry in split.images:
+        ours, theirs = (s.ground_truth(entry, {}).boxes_xyxy for s in (split, plain))
+        np.testing.assert_array_equal(ours, theirs)
+    reporter = SilentReporter()
+    split.tell_faults(reporter)
+    assert "16 of 16 annotations: bbox is x0, y0, x1, y1 (COCO's is" in reporter.messages[0]
+
+
+def test_boxes_beside_their_masks_are_worth_a_word(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    for annotation in document["annotations"]:
+        annotation["bbox"] = [v / 100 for v in annotation["bbox"]]
+    reporter = SilentReporter()
+    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
+    assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
+
+
+def test_null_names_are_no_names(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["categories"][1]["name"] = None
+    names = [c.name for c in load_coco_split(written(tmp_path, document)).categories]
+    assert names == ["ellipse", "category 7", "crowd"]
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.sampled_from([-1, 0, 1, 3, 7, 100, 1000, 1e10, 1e300, -0.5, "1", "\ud800", "[1]", "b'0'"])
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=8)
+        | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+FIELDS = (
+    [("images", key) for key in ("id", "file_name", "height", "width")]
+    + [
+        ("annotations", key)
+        for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    ]
+    + [("categories", key) for key in ("id", "name")]
+)
+
+
+@given(
+    changes=st.lists(st.tuples(st.sampled_from(FIELDS), st.integers(0, 7), values), min_size=1),
+    on_bad=st.sampled_from(["stop", "skip"]),
+)
+@settings(max_examples=200)
+def test_whatever_stands_in_a_file_is_right_or_one_line(
+    scenes_folder: Path, tmp_path_factory: pytest.TempPathFactory, changes: Any, on_bad: Any
+) -> None:
+    document = scenes.load_annotations(scenes_folder)
+    for (key, field), position, value in changes:
+        entries = document[key]
+        entries[position % len(entries)][field] = value
+    path = tmp_path_factory.getbasetemp() / "whatever.json"
+    path.write_text(json.dumps(document))
+    try:
+        split = load_coco_split(path, on_bad=on_bad)
+    except DatasetError:
+        return
+    for entry in split.images:
+        truth = split.ground_truth(entry, {})
+        assert np.isfinite(truth.boxes_xyxy).all()
+        assert np.isfinite(truth.areas).all()
+        assert all(int(r.sum()) == entry.size_hw[0] * entry.size_hw[1] for r in truth.run_lengths)
