@@ -174,12 +174,11 @@ def test_a_results_file_is_measured_as_the_run_that_wrote_it(
     ("document", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds no list of results"),
-        ('[{"image_id": 1}]', "result 0 has no number 'category_id'"),
+        ('[{"image_id": 1}]', "result 0 has no id 'category_id'"),
         ('[{"image_id": 1, "category_id": 3, "score": 0.5}]', "result 0 is of image 1, which is"),
         (
             '[{"image_id": 100, "category_id": 3, "score": 0.5}]',
-            "have neither segmentation nor bbox",
+            "result 0 has neither bbox nor segmentation",
         ),
     ],
 )
