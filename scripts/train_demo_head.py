@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mfdetr_cli.console import ConsoleReporter
+from mfdetr_cli.progress import ConsoleReporter
 from mfdetr_pipelines.demo import run_demo
 
 from mfdetr_cache.demo import demo_head
