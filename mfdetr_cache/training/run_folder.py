@@ -5,14 +5,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
 
 import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import is_taken, make_folder
@@ -20,7 +18,6 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import CONFIG_FILE, RunRecord, save_run_config
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
 from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
-from mfdetr_cache.types import DetectorSpec
 
 
 def record_of_cache(
@@ -41,44 +38,6 @@ def record_of_cache(
         val_cache=val_cache,
         categories=cache.categories,
         label_categories=cache.label_categories,
-        command=sys.argv,
-        versions=versions(),
-    )
-
-
-def record_of_images(
-    recipe: str,
-    train: TrainConfig,
-    spec: DetectorSpec,
-    split: CocoSplit,
-    label_categories: Sequence[int],
-    settings: dict[str, Any],
-) -> RunRecord:
-    """The record of a run that trains from images and a live detector.
-
-    Args:
-        recipe: Name of the recipe.
-        train: The settled training settings.
-        spec: The detector as the training begins.
-        split: The training split.
-        label_categories: Category id of each of the detector's labels, -1 for none.
-        settings: What decides the weights beside ``train``, as plain values.
-
-    Returns:
-        What ``config.json`` is to say.
-    """
-    return RunRecord(
-        recipe=recipe,
-        train=to_dict(train),
-        detector=detector_identity(spec),
-        joint={
-            **settings,
-            "began_with": detector_identity(spec),
-            "dataset": {"name": split.name, "annotations_sha256": split.sha256},
-            "num_images": len(split.images),
-        },
-        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=label_categories,
         command=sys.argv,
         versions=versions(),
     )

@@ -28,7 +28,6 @@ from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.learner import seeded_head
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.run import Validation, begin_run
-from mfdetr_cache.training.run_folder import record_of_images
 from mfdetr_cache.training.run_log import require_trackers
 from mfdetr_cache.training.settings import (
     require_live,
@@ -121,9 +120,7 @@ def run_train_joint(
             "detector_lr": config.detector_lr,
             "augment": _augment(config),
         }
-        record = record_of_images(
-            config.recipe.name, train, detector.spec, split, images.label_categories, joint
-        )
+        record = images.record(config.recipe.name, train, joint)
         run = begin_run(
             learner,
             config.out,

@@ -1,9 +1,11 @@
 """A live detector as a source: images are decoded, augmented and detected anew for every step."""
 
 import contextlib
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +21,17 @@ from mfdetr_cache.coco.augmentation import (
     transform_image,
 )
 from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.folder import RunRecord
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.matching.objects import object_masks, trainable_objects
 from mfdetr_cache.training.batch import TrainBatch, collate
 from mfdetr_cache.training.config import TrainConfig
@@ -38,6 +43,7 @@ from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.order import Order
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
 from mfdetr_cache.training.rows import kept_rows
+from mfdetr_cache.training.run_folder import versions
 from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGeometry
 
 
@@ -131,6 +137,26 @@ class LiveImages:
 
             fit_codec(head.codec, self.rows, masks_of)
         return head
+
+    def record(self, recipe: str, train: TrainConfig, joint: dict[str, Any]) -> RunRecord:
+        """The record of a run on these images; ``joint`` is what decides it beside ``train``."""
+        identity = detector_identity(self._detector.spec)
+        split = self._split
+        return RunRecord(
+            recipe=recipe,
+            train=to_dict(train),
+            detector=identity,
+            joint={
+                **joint,
+                "began_with": identity,
+                "dataset": {"name": split.name, "annotations_sha256": split.sha256},
+                "num_images": len(split.images),
+            },
+            categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
+            label_categories=self.label_categories,
+            command=sys.argv,
+            versions=versions(),
+        )
 
     def read(self, row: int, epoch: int) -> LiveImage:
         """The image of a row as an epoch, counted from 0, shows it."""
