@@ -36,6 +36,19 @@ class MapGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryContext:
+    """The queries q_1 to q_N that object-to-object attention looks at (Eq. 10).
+
+    Attributes:
+        queries: Of all images, shape (M, query_dim).
+        image_index: The image of each, int64, shape (M,).
+    """
+
+    queries: Tensor
+    image_index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class HeadBatch:
     """A batch for the mask network: maps of the images, and R regions to segment.
 
@@ -48,6 +61,8 @@ class HeadBatch:
         c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
         counts: Number of regions of each image, where it is known without a copy from the device;
             regions are then in the order of their images.
+        context: The detected queries of the images where regions are only some of them, as in
+            training; None where the regions are all.
     """
 
     groups: tuple[MapGroup, ...]
@@ -56,6 +71,7 @@ class HeadBatch:
     image_index: Tensor
     c1_crops: Tensor | None = None
     counts: tuple[int, ...] | None = None
+    context: QueryContext | None = None
 
     # The number of regions differs from batch to batch: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

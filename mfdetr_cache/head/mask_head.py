@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, RegionsByGroup
+from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, QueryContext, RegionsByGroup
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
@@ -95,11 +95,11 @@ class MaskHead(nn.Module):
         if not self.config.roialign:
             if len(batch.groups) != 1 or len(batch.groups[0].members) != 1:
                 raise HeadError("a head without RoIAlign takes one image at a time")
-            return self.decode_image(self.fuse(batch.groups[0]), batch.queries)
+            return self.decode_image(self.fuse(batch.groups[0]), batch.queries, batch.context)
         # Maps of different sizes cannot be stacked: up to RoIAlign, one group after the other.
         grouped = batch.by_group()
         regions = grouped.to_batch(self.region_features(grouped))
-        return self.decode(regions, batch.queries, batch.image_index)
+        return self.decode(regions, batch.queries, batch.image_index, batch.context)
 
     def prepare(self, batch: HeadBatch) -> HeadBatch:
         """Do beforehand what no weight takes part in; here there is nothing."""
@@ -118,37 +118,48 @@ class MaskHead(nn.Module):
         pairs = zip(fused, grouped.rois(), strict=True)
         return torch.cat([self.align(maps, rois) for maps, rois in pairs])  # Eq. 3
 
-    def decode(self, regions: Tensor, queries: Tensor, image_index: Tensor) -> HeadOutput:
+    def decode(
+        self,
+        regions: Tensor,
+        queries: Tensor,
+        image_index: Tensor,
+        context: QueryContext | None = None,
+    ) -> HeadOutput:
         """From region features to masks.
 
         Args:
             regions: Shape (R, r, r, d).
             queries: Shape (R, query_dim).
             image_index: Image of each region, shape (R,).
+            context: The detected queries of the images; None where the regions' are all.
 
         Returns:
             Mask logits and predicted IoUs.
         """
         regions = self.box_encoder(regions)  # Eq. 9
-        queries = self.query_encoder(queries, regions.flatten(1, 2), image_index)  # Eq. 10, 11
+        cells = regions.flatten(1, 2)
+        queries = self.query_encoder(queries, cells, image_index, context)  # Eq. 10, 11
         logits, codes = self.predictor(self.map_query(queries), regions)  # Eq. 4
         iou = (
             self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
         )  # Eq. 12
         return HeadOutput(logits, iou, codes)
 
-    def decode_image(self, fused: Tensor, queries: Tensor) -> HeadOutput:
+    def decode_image(
+        self, fused: Tensor, queries: Tensor, context: QueryContext | None = None
+    ) -> HeadOutput:
         """The dot product of each query with every cell of one image (Table 1, no RoIAlign).
 
         Args:
             fused: The fused map, shape (1, d, h, w).
             queries: Shape (R, query_dim).
+            context: The detected queries of the image; None where these are all.
 
         Returns:
             Mask logits over the whole image, shape (R, h, w).
         """
-        same_image = queries.new_zeros(len(queries))
-        queries = self.map_query(self.query_encoder(queries, queries[:, None], same_image))
+        image = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+        queries = self.map_query(self.query_encoder(queries, queries[:, None], image, context))
         return HeadOutput(torch.einsum("rd,dhw->rhw", queries, fused[0]), None)
 
     def _no_masks(self, queries: Tensor) -> HeadOutput:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mfdetr_cache.head.batch import QueryContext
 from mfdetr_cache.head.blocks.deformable import num_heads_for
 
 
@@ -14,7 +15,7 @@ def _xavier(linear: nn.Linear) -> nn.Linear:
 
 
 class ObjectToObject(nn.Module):
-    """Self-attention among the queries of one image, without output projection (Eq. 10).
+    """Attention among the queries of one image, without output projection (Eq. 10).
 
     Args:
         width: Channels of the queries.
@@ -27,13 +28,17 @@ class ObjectToObject(nn.Module):
         self.key = _xavier(nn.Linear(width, width))
         self.value = _xavier(nn.Linear(width, width))
 
-    def forward(self, queries: Tensor, image_index: Tensor) -> Tensor:
-        """Residual (R, D) of queries (R, D) that attend to those of the same image, (R,)."""
+    def forward(self, queries: Tensor, image_index: Tensor, context: QueryContext) -> Tensor:
+        """Residual (R, D) of queries (R, D) that attend to the detected ones of their image."""
         query, key, value = (
-            f(queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-            for f in (self.query, self.key, self.value)
+            f(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for f, x in (
+                (self.query, queries),
+                (self.key, context.queries),
+                (self.value, context.queries),
+            )
         )
-        same = image_index[:, None] == image_index[None, :]
+        same = image_index[:, None] == context.image_index[None, :]
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=same)
         return mixed.transpose(0, 1).flatten(1)
 
@@ -112,19 +117,27 @@ class QueryEncoder(nn.Module):
             else None
         )
 
-    def forward(self, queries: Tensor, regions: Tensor, image_index: Tensor) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        regions: Tensor,
+        image_index: Tensor,
+        context: QueryContext | None = None,
+    ) -> Tensor:
         """Refine queries.
 
         Args:
             queries: Shape (R, D).
             regions: Region features after the box encoder, shape (R, cells, d).
             image_index: Image of each query, shape (R,).
+            context: The detected queries of the images; None where these are all.
 
         Returns:
             Shape (R, D).
         """
         if self.o2o is not None:
-            queries = queries + self.o2o(queries, image_index)
+            seen = context or QueryContext(queries, image_index)
+            queries = queries + self.o2o(queries, image_index, seen)
         if self.b2o is not None:
             queries = queries + self.b2o(queries, regions)
         if self.ffn is not None:

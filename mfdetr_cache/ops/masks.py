@@ -340,10 +340,10 @@ def rasterise_in_boxes(
     run_lengths: Sequence[RunLengths],
     size_hw: tuple[int, int],
     boxes_xyxy: NDArray[np.float64],
-    grid_size: int,
+    grid_size: int | tuple[int, int],
     subsamples: int = 2,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The parts of objects inside boxes, as coverage of square grids laid over the boxes.
+    """The parts of objects inside boxes, as coverage of grids laid over the boxes.
 
     Every cell averages ``subsamples`` x ``subsamples`` regularly placed points, so the cost depends
     on the grid and not on the image. All objects of an image are one call without the GIL.
@@ -352,21 +352,22 @@ def rasterise_in_boxes(
         run_lengths: Run lengths of each object.
         size_hw: Height and width of the image in pixels.
         boxes_xyxy: A box for each in original image pixels, shape (R, 4); they may leave the image.
-        grid_size: Cells along both axes.
+        grid_size: Cells along both axes, or along the height and the width.
         subsamples: Points per cell along both axes.
 
     Returns:
-        Coverage in [0, 1], shape (R, grid_size, grid_size), rows from top to bottom; the area of
-        each object outside its box as a share of the box's area, shape (R,).
+        Coverage in [0, 1], shape (R, rows, columns), rows from top to bottom; the area of each
+        object outside its box as a share of the box's area, shape (R,).
     """
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.ops.masks_numba import coverage_in_boxes
 
+    grid_hw = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     if not len(run_lengths):
-        return np.zeros((0, grid_size, grid_size), np.float32), np.zeros(0, np.float32)
+        return np.zeros((0, *grid_hw), np.float32), np.zeros(0, np.float32)
     bounds = np.cumsum([0, *map(len, run_lengths)], dtype=np.int64)
     runs, boxes = np.concatenate(run_lengths), np.asarray(boxes_xyxy, np.float64)
     found: tuple[NDArray[np.float32], NDArray[np.float32]] = coverage_in_boxes(
-        runs.astype(np.uint32, copy=False), bounds, size_hw, boxes, grid_size, subsamples
+        runs.astype(np.uint32, copy=False), bounds, size_hw, boxes, grid_hw, subsamples
     )
     return found

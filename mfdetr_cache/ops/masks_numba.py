@@ -41,7 +41,7 @@ def coverage_in_box(
     height: int,
     width: int,
     box_xyxy: NDArray[np.float64],
-    grid_size: int,
+    grid_hw: tuple[int, int],
     subsamples: int,
 ) -> NDArray[np.float32]:
     """Share of the sampled points of every cell that lie inside an object.
@@ -51,35 +51,35 @@ def coverage_in_box(
         height: Of the image in pixels.
         width: Of the image in pixels.
         box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        grid_size: Cells along both axes.
+        grid_hw: Cells along the height and the width.
         subsamples: Points per cell along both axes.
 
     Returns:
-        Coverage in [0, 1], shape (grid_size, grid_size), rows from top to bottom.
+        Coverage in [0, 1], shape (rows, columns), rows from top to bottom.
     """
     ends = np.empty(len(run_lengths), np.int64)
     total = 0
     for i in range(len(run_lengths)):
         total += int(run_lengths[i])
         ends[i] = total
-    points = grid_size * subsamples
+    down, across = grid_hw[0] * subsamples, grid_hw[1] * subsamples
     x0, y0, x1, y1 = box_xyxy
-    rows = np.empty(points, np.int64)
-    for i in range(points):
-        rows[i] = math.floor(y0 + (i + 0.5) / points * (y1 - y0))
+    rows = np.empty(down, np.int64)
+    for i in range(down):
+        rows[i] = math.floor(y0 + (i + 0.5) / down * (y1 - y0))
     # Column by column, as the points are looked up.
-    counts = np.zeros((grid_size, grid_size), np.float32)
-    inside = np.zeros(points, np.bool_)
+    counts = np.zeros((grid_hw[1], grid_hw[0]), np.float32)
+    inside = np.zeros(down, np.bool_)
     before = -1
-    for j in range(points):
-        column = math.floor(x0 + (j + 0.5) / points * (x1 - x0))
+    for j in range(across):
+        column = math.floor(x0 + (j + 0.5) / across * (x1 - x0))
         if column < 0 or column >= width:
             continue
         if column != before:
             before = column
             _look_up_column(ends, column * height, height, rows, inside)
         cell = j // subsamples
-        for i in range(grid_size):
+        for i in range(grid_hw[0]):
             for k in range(i * subsamples, (i + 1) * subsamples):
                 counts[cell, i] += inside[k]
     return counts.T / np.float32(subsamples * subsamples)
@@ -91,7 +91,7 @@ def coverage_in_boxes(
     bounds: NDArray[np.int64],
     size_hw: tuple[int, int],
     boxes_xyxy: NDArray[np.float64],
-    grid_size: int,
+    grid_hw: tuple[int, int],
     subsamples: int,
 ) -> tuple[Any, Any]:
     """:func:`coverage_in_box` for an object in each box, and what of each lies outside.
@@ -101,27 +101,27 @@ def coverage_in_boxes(
         bounds: Where those of each object begin, and the end, shape (R + 1,).
         size_hw: Height and width of the image in pixels.
         boxes_xyxy: The boxes in original image pixels, shape (R, 4).
-        grid_size: Cells along both axes.
+        grid_hw: Cells along the height and the width.
         subsamples: Points per cell along both axes.
 
     Returns:
-        Coverage, float32, shape (R, grid_size, grid_size); the area of each object outside its box
+        Coverage, float32, shape (R, rows, columns); the area of each object outside its box
         as a share of the box's area, float32, shape (R,).
     """
     count = len(boxes_xyxy)
-    masks = np.empty((count, grid_size, grid_size), np.float32)
+    masks = np.empty((count, grid_hw[0], grid_hw[1]), np.float32)
     outside = np.empty(count, np.float32)
     for r in range(count):
         runs = run_lengths[bounds[r] : bounds[r + 1]]
         box = boxes_xyxy[r]
-        masks[r] = coverage_in_box(runs, size_hw[0], size_hw[1], box, grid_size, subsamples)
+        masks[r] = coverage_in_box(runs, size_hw[0], size_hw[1], box, grid_hw, subsamples)
         area = 0.0
         for i in range(1, len(runs), 2):
             area += runs[i]
         inside = 0.0
-        for i in range(grid_size):
-            for j in range(grid_size):
+        for i in range(grid_hw[0]):
+            for j in range(grid_hw[1]):
                 inside += masks[r, i, j]
         share = area / max((box[2] - box[0]) * (box[3] - box[1]), 1e-6)
-        outside[r] = max(share - inside / (grid_size * grid_size), 0.0)
+        outside[r] = max(share - inside / (grid_hw[0] * grid_hw[1]), 0.0)
     return masks, outside

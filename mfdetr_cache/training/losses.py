@@ -77,7 +77,8 @@ def head_losses(
 
     Args:
         output: What the mask network gave.
-        masks: Coverage of the object over each box, shape (R, t, t).
+        masks: Coverage of the object over each box, shape (R, t, t), or over the whole image where
+            the output's masks are, of any two sides.
         labels: Label of each object, shape (R,).
         outside: Area of each object outside the box, in units of the box's area, shape (R,).
         config: Points and weights.
@@ -97,9 +98,9 @@ def head_losses(
     if not len(logits):
         raise ValueError("a batch without regions has no loss")
     if config.points == "grid":
-        side = int(logits.shape[-1])
+        height, width = logits.shape[1:]
         predicted = logits.flatten(1)
-        wanted = functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
+        wanted = functional.adaptive_avg_pool2d(masks[:, None], (height, width)).flatten(1)
     else:
         points = uncertain_points(
             logits,

@@ -6,10 +6,10 @@ from torch.nn import functional
 
 
 def sample_at(grids: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of square grids at normalised points.
+    """Bilinear values of grids at normalised points.
 
     Args:
-        grids: Shape (R, s, s).
+        grids: Shape (R, h, w).
         points: x and y in [0, 1] over each grid, shape (R, N, 2).
 
     Returns:
@@ -36,7 +36,7 @@ def uncertain_points(
     """Points where a mask is least certain, filled up with uniform ones (section 3.5).
 
     Args:
-        mask_logits: Shape (R, r, r).
+        mask_logits: Shape (R, h, w).
         num_points: Points N per mask.
         oversample_ratio: Uniform candidates per point (k of the paper).
         importance_sample_ratio: Share of N taken from the least certain candidates (beta).

@@ -8,7 +8,7 @@ from torch import nn
 
 from mfdetr_cache.detectors.official.positions import map_position
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.head.batch import HeadBatch, MapGroup
+from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
 from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.blocks.ffn import FfnBlock
@@ -232,6 +232,26 @@ def test_a_head_has_the_position_encoding_of_its_detector() -> None:
         encoder.every_token = True
         assert torch.allclose(heads[1](batch).mask_logits, other, atol=1e-4)
         encoder.every_token = False
+
+
+def test_regions_in_training_see_the_queries_that_they_see_in_evaluation() -> None:
+    """Eq. 10: a mask does not change when only some of the detected queries are regions."""
+    spec = make_spec()
+    head = randomise(build(dataclasses.replace(SMALL, query_o2o=True)).eval())
+    batch = make_batch(spec, [(96, 128), (64, 64)], regions_per_image=4)
+    wanted = head(batch).mask_logits
+    few = torch.tensor([1, 6])
+    some = dataclasses.replace(
+        batch,
+        queries=batch.queries[few],
+        boxes_xyxy=batch.boxes_xyxy[few],
+        image_index=batch.image_index[few],
+        counts=(1, 1),
+    )
+    context = QueryContext(batch.queries, batch.image_index)
+    found = head(dataclasses.replace(some, context=context)).mask_logits
+    assert torch.allclose(found, wanted[few], atol=1e-5)
+    assert not torch.allclose(head(some).mask_logits, wanted[few], atol=1e-3)
 
 
 def test_an_ffn_block_mixes_no_cells() -> None:

@@ -108,6 +108,15 @@ def test_rasterising_pixel_aligned_boxes_gives_their_pixels_and_counts_the_other
     assert nothing.shape == (0,)
 
 
+def test_rasterising_the_whole_image_cell_by_pixel_gives_the_mask() -> None:
+    mask = random_mask((12, 20), 5)
+    runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
+    box = np.array([[0.0, 0.0, 20.0, 12.0]])
+    assert (rasterise_in_boxes([runs], mask.shape, box, (12, 20))[0][0] == mask).all()
+    halves = rasterise_in_boxes([runs], mask.shape, box, (6, 10))[0][0]
+    assert (halves == mask.reshape(6, 2, 10, 2).mean(axis=(1, 3))).all()
+
+
 def test_rasterising_beyond_the_border_is_background() -> None:
     mask = np.ones((10, 10), dtype=bool)
     runs = run_lengths_of_segmentation(encode_mask(mask), mask.shape)
