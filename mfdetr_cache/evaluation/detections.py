@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
@@ -73,6 +74,12 @@ def select_detections(
     query_index = torch.div(index, scores.shape[-1], rounding_mode="floor")
     boxes = scale_boxes(cxcywh_to_xyxy(boxes_cxcywh_norm), original_hw)
     return Detections(query_index, index % scores.shape[-1], best, boxes[query_index])
+
+
+def detected_queries(image: CachedImage, spec: DetectorSpec) -> NDArray[np.int64]:
+    """The queries that the detections of a cached image have, each once, in rising order."""
+    queries: NDArray[np.int64] = detections_of(image, spec).query_index.unique().numpy()
+    return queries
 
 
 def detections_of(image: CachedImage, spec: DetectorSpec) -> Detections:

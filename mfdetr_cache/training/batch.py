@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import TrainingError
-from mfdetr_cache.head.batch import HeadBatch, MapGroup, map_groups
+from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext, map_groups
 from mfdetr_cache.ops.devices import to_device
 from mfdetr_cache.ops.quantisation import decode_maps
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets
@@ -23,10 +23,12 @@ class TrainSample:
     Attributes:
         image: As cached, with the maps that some head reads.
         regions: What is trained on, for every way in which some head wants regions.
+        detected: The queries that detections have, shape (N,); None where no head asks for them.
     """
 
     image: CachedImage
     regions: Mapping[RegionSettings, RegionTargets]
+    detected: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class TrainBatch:
 
     Attributes:
         inputs: What the mask network takes.
-        masks: Target coverage, shape (R, t, t).
+        masks: Target coverage, shape (R, t, t), or (R, h, w) over one image.
         labels: Labels of the objects, shape (R,).
         outside: Area of each object outside its box over the box's area, shape (R,).
         image_ids: COCO ids of the images, to name them when something goes wrong.
@@ -54,6 +56,7 @@ def collate(
     map_names: Sequence[str],
     device: torch.device,
     groups: tuple[MapGroup, ...] | None = None,
+    detected: Sequence[NDArray[np.int64]] | None = None,
 ) -> TrainBatch:
     """Some images as one micro-batch.
 
@@ -63,6 +66,7 @@ def collate(
         map_names: Maps the head reads.
         device: Where the batch lives.
         groups: The maps of these images where they are on the device already.
+        detected: The detected queries of each, where the head looks at these (Eq. 10).
 
     Returns:
         The batch; it may have no region.
@@ -89,6 +93,7 @@ def collate(
         image_index=joined(owner),
         c1_crops=_crops_of(images, regions, device),
         counts=tuple(len(found) for found in regions),
+        context=None if detected is None else _context_of(images, regions, detected, device),
     )
     return TrainBatch(
         inputs=inputs,
@@ -96,6 +101,22 @@ def collate(
         labels=joined([found.labels for found in regions]),
         outside=joined([found.outside for found in regions]),
         image_ids=tuple(image.image_id for image in images),
+    )
+
+
+def _context_of(
+    images: Sequence[CachedImage],
+    regions: Sequence[RegionTargets],
+    detected: Sequence[NDArray[np.int64]],
+    device: torch.device,
+) -> QueryContext:
+    """The queries that evaluation has as regions, and those trained on where they are others."""
+    seen = [np.union1d(d, r.query_index) for d, r in zip(detected, regions, strict=True)]
+    queries = [image.queries[s] for image, s in zip(images, seen, strict=True)]
+    owner = np.repeat(np.arange(len(images)), [len(s) for s in seen])
+    return QueryContext(
+        to_device(torch.from_numpy(np.concatenate(queries).astype(np.float32)), device),
+        to_device(torch.from_numpy(owner), device),
     )
 
 

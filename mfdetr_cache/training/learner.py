@@ -64,11 +64,19 @@ class Learner:
         images: Images trained on, over all processes.
         seconds: Time of its steps, its share of reading included.
         waiting_seconds: Part of it spent waiting for data.
+
+    Raises:
+        TrainingError: If a head without RoIAlign would get several images at a time.
     """
 
     def __init__(
         self, head: MaskHead, train: TrainConfig, processes: Processes | None = None
     ) -> None:
+        if not head.config.roialign and train.accumulate < train.batch_size:
+            raise TrainingError(
+                "roialign=false compares queries with one image at a time; pass --set accumulate="
+                f"{train.batch_size}, a micro-batch for each image of a step"
+            )
         self.head = head
         self.train = train
         self.device = next(head.parameters()).device

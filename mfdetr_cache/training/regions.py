@@ -15,6 +15,8 @@ from mfdetr_cache.ops.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.types import CachedImage
 
+_WHOLE_IMAGE = np.array([0, 0, 1, 1], dtype=np.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class RegionSettings:
@@ -33,11 +35,12 @@ class RegionSettings:
     held_out: tuple[int, ...]
     roi_size: int
     roi_sampling_ratio: int
+    roialign: bool
 
     @classmethod
     def of(cls, train: TrainConfig, head: HeadConfig) -> "RegionSettings":
         """Those of a head of this architecture, trained in this way."""
-        of_head = ("roi_size", "roi_sampling_ratio")
+        of_head = ("roi_size", "roi_sampling_ratio", "roialign")
         names = [f.name for f in fields(cls)]
         return cls(**{n: getattr(head if n in of_head else train, n) for n in names})
 
@@ -50,7 +53,8 @@ class RegionTargets:
         query_index: Query of each region, int64, shape (R,).
         boxes_xyxy_norm: Box of each region relative to the resized image, float32, shape (R, 4).
         labels: Label of the object, -1 where the detector has none, int64, shape (R,).
-        masks: Coverage of the object over the box, float32, shape (R, t, t).
+        masks: Coverage of the object over the box, float32, shape (R, t, t); without RoIAlign over
+            the whole image, in cells of four input pixels, shape (R, h, w).
         outside: Area of the object outside the box, as a share of the box's area, shape (R,).
     """
 
@@ -78,9 +82,12 @@ def build_regions(
         The regions, none where the image has no object that a query answers for.
     """
     objects = trainable_objects(image.ground_truth, config.held_out)
-    grid = config.roi_size * config.target_scale
+    side = config.roi_size * config.target_scale
+    # Masks over the whole image have the cells of the finest map that queries are compared with.
+    input_height, input_width = image.geometry.input_hw
+    grid_hw = (side, side) if config.roialign else (-(-input_height // 4), -(-input_width // 4))
     if not len(objects):
-        return _no_regions(grid)
+        return _no_regions(grid_hw)
     height, width = image.geometry.original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
     truth_xyxy = image.ground_truth.boxes_xyxy[objects] / scale
@@ -98,13 +105,14 @@ def build_regions(
         )
     matches = _choose(matches, config, random)
     if not len(matches.query_index):
-        return _no_regions(grid)
+        return _no_regions(grid_hw)
     # A handful of numbers: torch would let go of the GIL for each operation, numpy does not.
     boxes = _corners(image.boxes_cxcywh_norm[matches.query_index])
     boxes = _jitter(boxes, truth_xyxy[matches.object_index], config, random)
     runs = [image.ground_truth.run_lengths[i] for i in objects[matches.object_index]]
-    in_pixels = (boxes * scale).astype(np.float64)
-    masks, outside = rasterise_in_boxes(runs, (height, width), in_pixels, grid)
+    seen = boxes if config.roialign else np.tile(_WHOLE_IMAGE, (len(boxes), 1))
+    in_pixels = (seen * scale).astype(np.float64)
+    masks, outside = rasterise_in_boxes(runs, (height, width), in_pixels, grid_hw)
     return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)
 
 
@@ -113,12 +121,12 @@ def _corners(boxes_cxcywh: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate((centre - half, centre + half), axis=1)
 
 
-def _no_regions(grid: int) -> RegionTargets:
+def _no_regions(grid_hw: tuple[int, int]) -> RegionTargets:
     return RegionTargets(
         np.zeros(0, dtype=np.int64),
         np.zeros((0, 4), dtype=np.float32),
         np.zeros(0, dtype=np.int64),
-        np.zeros((0, grid, grid), dtype=np.float32),
+        np.zeros((0, *grid_hw), dtype=np.float32),
         np.zeros(0, dtype=np.float32),
     )
 

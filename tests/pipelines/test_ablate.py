@@ -440,6 +440,24 @@ def test_every_row_of_the_papers_tables_is_trained_and_measured(
     assert all(r.problem or r.mean() is not None for r in results)
 
 
+def test_a_branch_over_the_whole_image_is_trained_an_image_at_a_time(
+    drawn_cache: Path, tmp_path: Path
+) -> None:
+    chosen = with_settings(
+        rows_of_table(PAPER_TABLES[1])[:1], {"hidden_dim": 64, "image_layers": 1}, {"batch_size": 2}
+    )
+    (refused,) = run_ablate(
+        config(drawn_cache, tmp_path / "a", rows=chosen, seeds=1), SilentReporter()
+    )
+    assert "one image at a time; pass --set accumulate=2" in refused.problem
+    chosen = with_settings(chosen, {}, {"accumulate": 2})
+    (trained,) = run_ablate(
+        config(drawn_cache, tmp_path / "b", rows=chosen, seeds=1), SilentReporter()
+    )
+    assert trained.problem == ""
+    assert trained.mean() is not None
+
+
 def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
     plans = plan_rows(rows_of_table(PAPER_TABLES[5]), cache)

@@ -28,6 +28,7 @@ from mfdetr_cache.errors import (
     TrainingError,
 )
 from mfdetr_cache.evaluation import measure as measure_module
+from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.quantisation import StoredMap
@@ -497,6 +498,7 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
         "a": small_recipe(steps=5),
         "b": small_recipe(steps=3, hidden_dim=24, lr=5e-3),
         "c": small_recipe("paper", steps=5, roi_size=16, use_c1="false", box_block="convnext"),
+        "d": small_recipe(steps=2, query_o2o="true"),
     }
     cache = FeatureCache.open(drawn_cache)
     runs = {}
@@ -513,6 +515,30 @@ def test_heads_side_by_side_end_with_the_weights_of_heads_alone(
         alone, beside = weights_of(tmp_path / name), run.learner.result_weights()
         assert run.learner.step == recipes[name].train.steps
         assert all(torch.equal(alone[k], beside[k]) for k in alone), name
+
+
+def test_object_to_object_attention_sees_in_training_what_it_sees_in_evaluation(
+    drawn_cache: Path,
+) -> None:
+    cache, recipe = FeatureCache.open(drawn_cache), small_recipe(query_o2o="true", batch_size=3)
+    learner = build_learner(
+        recipe.train, lambda: build_head(recipe.head, cache.spec), torch.device("cpu")
+    )
+    source = CacheSource(cache, [learner])
+    step = next(source.steps(range(1)))
+    step.prepare(1)
+    (batch,) = step.batches(learner.regions)
+    context = batch.inputs.context
+    assert context is not None
+    assert len(context.queries) > len(batch.inputs.queries)
+    for index, row in enumerate(source.order.rows_of(0)):
+        image = cache.read(row, ())
+        seen = context.queries[context.image_index == index].numpy()
+        for query in detections_of(image, cache.spec).query_index.unique():
+            assert (seen == image.queries[query].astype(np.float32)).all(axis=1).any()
+        # A matched query is among them even where no detection has it.
+        for query in batch.inputs.queries[batch.inputs.image_index == index].numpy():
+            assert (seen == query).all(axis=1).any()
 
 
 def test_mask_codes_get_their_basis_from_the_masks_that_may_be_seen(

@@ -58,15 +58,18 @@ def state_of(weights: str, detector: str = "hf") -> dict[str, torch.Tensor]:
     return dict(loaded.model.state_dict())
 
 
+@pytest.mark.parametrize("o2o", ["false", "true"])
 def test_a_frozen_detector_gives_the_losses_of_a_cache(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
+    o2o: str, tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
 ) -> None:
     """Live and cached are the same training but for float16 in the cache."""
+    chosen = recipe(query_o2o=o2o)
     live = run_train_joint(
-        config(scenes_folder, rtdetr_folder, tmp_path / "live", tune="nothing"), SilentReporter()
+        config(scenes_folder, rtdetr_folder, tmp_path / "live", tune="nothing", recipe=chosen),
+        SilentReporter(),
     )
     cached = run_train_head(
-        TrainHeadConfig(drawn_cache, tmp_path / "cached", recipe()), SilentReporter()
+        TrainHeadConfig(drawn_cache, tmp_path / "cached", chosen), SilentReporter()
     )
     # Maps rounded to 11 bits, seen through four steps of a loss near 6.
     assert live.mask_loss == pytest.approx(cached.loss, rel=2e-3)

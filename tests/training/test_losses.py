@@ -8,7 +8,11 @@ import torch
 from mfdetr_cache.head.batch import HeadOutput
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.matching.objects import trainable_objects
-from mfdetr_cache.ops.masks import decode_run_lengths
+from mfdetr_cache.ops.masks import (
+    decode_run_lengths,
+    encode_mask,
+    run_lengths_of_segmentation,
+)
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import dice_loss, head_losses, mask_iou_targets
 from mfdetr_cache.training.optimisers import learning_rate
@@ -120,6 +124,35 @@ def test_schedule_steps_and_cosine() -> None:
 def regions_of(image: CachedImage, **changes: Any) -> RegionTargets:
     settings = RegionSettings.of(TrainConfig(**changes), HeadConfig(roi_size=8))
     return build_regions(image, settings, np.random.default_rng(0))
+
+
+def test_a_perfect_mask_over_the_whole_image_has_no_loss() -> None:
+    """A head without RoIAlign gives masks over the image, in cells of four input pixels."""
+    image = make_image(make_spec())
+    truth, (height, width) = image.ground_truth, image.geometry.original_hw
+    # A rectangle of whole cells, which are five pixels wide here: each is inside or outside.
+    bitmap = np.zeros((height, width), dtype=bool)
+    bitmap[20:80, 30:120] = True
+    runs = run_lengths_of_segmentation(encode_mask(bitmap), bitmap.shape)
+    truth = dataclasses.replace(truth, run_lengths=tuple(runs for _ in truth.run_lengths))
+    train = TrainConfig(points="grid")
+    head = HeadConfig(roialign=False, box_layers=0, query_b2o=False, mask_scoring=False)
+    regions = build_regions(
+        dataclasses.replace(image, ground_truth=truth),
+        RegionSettings.of(train, head),
+        np.random.default_rng(0),
+    )
+    assert regions.masks.shape == (len(regions), 24, 32)
+    assert (regions.masks == bitmap.reshape(24, 5, 32, 5).mean(axis=(1, 3))).all()
+    assert (regions.outside == 0).all()
+    masks, labels, outside = (
+        torch.from_numpy(a) for a in (regions.masks, regions.labels, regions.outside)
+    )
+    perfect = HeadOutput(100 * (masks - 0.5), None)
+    losses = head_losses(perfect, masks, labels, outside, train, generator())
+    assert losses.total.item() == pytest.approx(0, abs=1e-6)
+    inverted = HeadOutput(-perfect.mask_logits, None)
+    assert head_losses(inverted, masks, labels, outside, train, generator()).total > 100
 
 
 def test_regions_carry_the_mask_inside_the_predicted_box() -> None:

@@ -25,6 +25,7 @@ from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
+from mfdetr_cache.evaluation.detections import detected_queries
 from mfdetr_cache.head.batch import live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
@@ -195,6 +196,7 @@ class LiveSource:
 
     Attributes:
         learner: The head.
+        spec: The detector.
         is_tuned: Whether gradients flow into the detector.
         order: Which rows each step trains on.
     """
@@ -210,6 +212,7 @@ class LiveSource:
     ) -> None:
         train = learner.train
         self.order = Order(tuple(images.rows), train.batch_size, train.seed)
+        self.spec = detector.spec
         self._images = images
         self._detector = detector
         self.learner = learner
@@ -312,7 +315,10 @@ class _LiveStep:
         names = learner.head.map_names
         groups = live_groups(outputs, [image.geometry for image in images], names)
         cached = [_without_maps(i, o) for i, o in zip(images, outputs, strict=True)]
-        batch = collate(cached, regions, names, learner.device, groups)
+        detected = None
+        if learner.head.config.query_o2o:
+            detected = [detected_queries(image, self._source.spec) for image in cached]
+        batch = collate(cached, regions, names, learner.device, groups, detected)
         queries = [
             output.queries[0][torch.from_numpy(found.query_index).to(learner.device)]
             for output, found in zip(outputs, regions, strict=True)

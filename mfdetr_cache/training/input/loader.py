@@ -9,6 +9,7 @@ import numpy as np
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.protocol import Storage
+from mfdetr_cache.evaluation.detections import detected_queries
 from mfdetr_cache.head.batch import map_groups
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
@@ -35,6 +36,7 @@ class Loader:
         steps_per_epoch: Steps after which the next view is shown.
         seed: Of the training.
         regions: Every way in which some head wants regions.
+        detected: Whether some head looks at all detected queries.
         pinned: Whether a GPU copies from what is read by this process.
     """
 
@@ -44,11 +46,13 @@ class Loader:
     steps_per_epoch: int
     seed: int
     regions: tuple[RegionSettings, ...]
+    detected: bool
     pinned: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens the cache by itself, and no GPU copies from its memory.
-        rest = (self.map_names, self.views, self.steps_per_epoch, self.seed, self.regions, False)
+        order = (self.views, self.steps_per_epoch, self.seed)
+        rest = (self.map_names, *order, self.regions, self.detected, False)
         return _opened_loader, (self.cache.storage, *rest)
 
     def __call__(self, row: int, step: int) -> TrainSample:
@@ -63,6 +67,7 @@ class Loader:
                 )
                 for regions in self.regions
             },
+            detected_queries(image, self.cache.spec) if self.detected else None,
         )
 
 
@@ -107,6 +112,7 @@ class CacheSource:
         self._heads: dict[RegionSettings, MaskHead] = {}
         for learner in sorted(learners, key=lambda one: one.head.c1 is None):
             self._heads.setdefault(learner.regions, learner.head)
+        self._detected = any(learner.head.config.query_o2o for learner in learners)
         self.regions = tuple(self._heads)
         self.order = order_of(cache, self._train)
 
@@ -125,6 +131,7 @@ class CacheSource:
             self.order.steps_per_epoch,
             train.seed,
             self.regions,
+            self._detected,
             pinned=on_gpu,
         )
         num_threads = train.reader_threads(on_gpu=on_gpu)
@@ -157,9 +164,10 @@ class CacheSource:
         for part in filter(None, split(samples, micro_batches)):
             images = [sample.image for sample in part]
             groups = map_groups(images, self._map_names, self._device)
+            detected = [s.detected for s in part if s.detected is not None] or None
             for regions, head in self._heads.items():
                 targets = [sample.regions[regions] for sample in part]
-                batch = collate(images, targets, self._map_names, self._device, groups)
+                batch = collate(images, targets, self._map_names, self._device, groups, detected)
                 if self._stage:
                     # Nothing learned takes part in it: it need not wait for the step before.
                     batch = replace(batch, inputs=head.prepare(batch.inputs))
