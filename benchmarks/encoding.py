@@ -13,9 +13,10 @@ from pathlib import Path
 from geometry import COCO_SIZES, input_size, made_content, made_output
 from numcodecs.zstd import Zstd
 
+from mfdetr_cache.cache.encoder import EncodedImage
 from mfdetr_cache.cache.shards import ZSTD_LEVEL, decompress
 from mfdetr_cache.cache.storage.local import LocalStorage
-from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Preset
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.types import ImageGeometry
@@ -38,7 +39,7 @@ def ways(folder: Path, preset: Preset) -> tuple[Callable[[int], object], Callabl
 
     def whole(i: int) -> EncodedImage:
         geometry = ImageGeometry(COCO_SIZES[i % 4], sizes[i % 4], sizes[i % 4])
-        return writer.encode(0, geometry, outputs[i % 4])
+        return writer.encoder.encode(0, geometry, outputs[i % 4])
 
     plain = [
         [decompress(memoryview(chunk)) for chunks in whole(i).chunks.values() for chunk in chunks]

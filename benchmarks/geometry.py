@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.encoder import EncodedImage
 from mfdetr_cache.cache.schema import plan_layout
-from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.detectors.preprocess import shortest_edge_size
@@ -95,7 +96,7 @@ def made_content(
     return CacheContent(
         identity={
             "detector": detector_identity(spec),
-            "dataset": {"name": "made", "annotations_sha256": "", "num_images": images},
+            "images": {"count": images, "sha256": ""},
             "views": ["base"],
             "view_seed": None,
             "preset": preset,
@@ -108,6 +109,7 @@ def made_content(
         original_sizes_hw=list(sizes),
         categories=[{"id": 1, "name": "thing"}],
         label_categories=(-1, 1, *(-1,) * (spec.num_labels - 2)),
+        annotations={"name": "made", "sha256": ""},
         views={
             "base": ViewContent(
                 [identity_transform(s) for s in sizes],
@@ -140,7 +142,8 @@ def made_cache(
         def encoded(row: int) -> EncodedImage:
             size = content.original_sizes_hw[row]
             geometry = ImageGeometry(size, input_size(size), input_size(size))
-            return writer.encode(row, geometry, made_output(content.spec, input_size(size), row))
+            output = made_output(content.spec, input_size(size), row)
+            return writer.encoder.encode(row, geometry, output)
 
         for part in writer.pending_parts():
             writer.begin_part(part)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import IdentityError
-from mfdetr_cache.types import DetectorSpec, MapSpec
+from mfdetr_cache.fields import Fields
+from mfdetr_cache.types import DetectorSpec, MapRole, MapSpec
 
 Identity = dict[str, Any]
 
@@ -24,25 +25,66 @@ def detector_identity(spec: DetectorSpec) -> Identity:
     return to_dict(spec)
 
 
-def spec_from_identity(identity: Identity) -> DetectorSpec:
+def spec_from_identity(identity: object, where: str = "detector") -> DetectorSpec:
     """The detector specification kept in an identity.
 
     Args:
         identity: What :func:`detector_identity` gave.
+        where: What is being read, for messages.
 
     Returns:
         The specification.
+
+    Raises:
+        IdentityError: If a field is missing or not what it can be.
     """
-    values = dict(identity)
-    embed = values.get("encoder_level_embed")
-    return DetectorSpec(
-        **{
-            **values,
-            "label_names": tuple(values["label_names"]),
-            "maps": tuple(MapSpec(**m) for m in values["maps"]),
-            "encoder_level_embed": tuple(map(tuple, embed)) if embed else None,
-        }
+    if isinstance(identity, Mapping):
+        # What a detector may be without.
+        unset: Identity = {"encoder_level_embed": None, "preprocessing": {}, "settings": {}}
+        identity = {**unset, **identity}
+    fields = Fields(identity, where, IdentityError)
+    maps = tuple(
+        MapSpec(
+            name=m.name("name"),
+            role=m.text("role", get_args(MapRole)),  # type: ignore[arg-type]
+            stride=m.integer("stride", 1, 2**16),
+            channels=m.integer("channels", 1, 2**16),
+            source=m.text("source"),
+        )
+        for m in fields.each("maps")
     )
+    if len({m.name for m in maps}) != len(maps):
+        raise IdentityError(f"{where}: two maps have one name")
+    spec = DetectorSpec(
+        name=fields.text("name"),
+        weights_sha256=fields.text("weights_sha256"),
+        num_queries=fields.integer("num_queries", 1, 2**20),
+        query_dim=fields.integer("query_dim", 1, 2**20),
+        num_labels=fields.integer("num_labels", 1, 2**20),
+        score_function=fields.text("score_function", ("sigmoid", "softmax")),  # type: ignore[arg-type]
+        label_names=fields.texts("label_names"),
+        maps=maps,
+        encoder_level_embed=fields.matrix("encoder_level_embed"),
+        preprocessing=dict(fields.fields("preprocessing").values),
+        settings=dict(fields.fields("settings").values),
+    )
+    if len(spec.label_names) != spec.num_labels:
+        raise IdentityError(f"{where}: {len(spec.label_names)} names for {spec.num_labels} labels")
+    return spec
+
+
+def images_identity(images: Iterable[tuple[int, str, tuple[int, int]]]) -> Identity:
+    """What two caches of the same images have in common.
+
+    Args:
+        images: Id, file name, and height and width of every image, in order.
+
+    Returns:
+        Their number, and a SHA-256 over ids, names and sizes.
+    """
+    listed = [[image_id, name, *size_hw] for image_id, name, size_hw in images]
+    text = json.dumps(listed, separators=(",", ":"))
+    return {"count": len(listed), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

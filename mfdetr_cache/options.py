@@ -66,7 +66,9 @@ def existing_folder(text: str) -> Path:
 
 def existing_cache(text: str) -> str:
     """A cache that must be there, unless it is in an object store, which answers later."""
-    if "://" not in text and not Path(text).exists():
+    # Behind an @ stands the version of its annotations.
+    before = text.rpartition("@")[0] if text.rpartition("@")[2].isdigit() else ""
+    if "://" not in text and not any(Path(path).exists() for path in (text, before) if path):
         raise ValueError("does not exist; make it with: mfdetr extract")
     return text
 

@@ -12,6 +12,7 @@ from mfdetr_pipelines.config.cache import (
     CertifyConfig,
     FinishConfig,
     InfoConfig,
+    RelabelConfig,
     RepairConfig,
     VerifyConfig,
     ViewConfig,
@@ -72,6 +73,7 @@ _register(cache_app, "verify", VerifyConfig, "cache:verify")
 _register(cache_app, "view", ViewConfig, "cache:view")
 _register(cache_app, "finish", FinishConfig, "cache:finish")
 _register(cache_app, "repair", RepairConfig, "cache:repair")
+_register(cache_app, "relabel", RelabelConfig, "cache:relabel")
 _register(cache_app, "certify", CertifyConfig, "cache:certify")
 _register(cache_app, "bench", BenchConfig, "cache:bench")
 

@@ -7,6 +7,7 @@ from mfdetr_pipelines.cache.bench import run_bench
 from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.cache.info import describe_cache
+from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.show import run_view
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
@@ -15,6 +16,7 @@ from mfdetr_pipelines.config.cache import (
     CertifyConfig,
     FinishConfig,
     InfoConfig,
+    RelabelConfig,
     RepairConfig,
     VerifyConfig,
     ViewConfig,
@@ -44,7 +46,9 @@ def info(config: InfoConfig, json: Path | None) -> None:
         "cache id": about.cache_id,
         "format": f"version {about.format_version}, maps as {about.preset}, {about.compression}",
         "detector": f"{about.detector}, weights {about.weights_sha256[:16]}",
-        "dataset": f"{about.dataset}, annotations {about.annotations_sha256[:16]}",
+        "dataset": f"{about.dataset}, annotations {about.annotations_id}",
+        "annotations": f"version {about.annotations_version} of "
+        f"{', '.join(map(str, about.annotations_versions))}",
         "images": f"{about.images} of {about.rows} ({len(about.skipped)} skipped), "
         f"{about.objects} objects",
         "views": ", ".join(about.views),
@@ -97,6 +101,8 @@ def verify(config: VerifyConfig, json: Path | None) -> None:
     facts = {
         "whole": f"{counted(summary.parts, 'part')}, {human_bytes(summary.bytes_checked)} ({how})"
     }
+    for key in summary.unknown_files[:20]:
+        print_lines(f"{key} is no file of this cache; nothing reads it")
     if summary.live_images:
         facts["live"] = (
             f"{summary.live_images} images as the detector gives them now, largest mean "
@@ -156,6 +162,23 @@ def repair(config: RepairConfig, json: Path | None) -> None:
             f"{counted(summary.foundation_files, 'file')} of the foundation rewritten"
         )
     print_facts(f"Cache {config.cache}", {"whole": mended})
+
+
+def relabel(config: RelabelConfig, json: Path | None) -> None:
+    """Say which version was written, and of what."""
+    found = run_relabel(config, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    state = "written" if found.is_new else "there already"
+    facts = {
+        "annotations": f"version {found.version} ({found.annotations_id}), {state}",
+        "images": f"{found.images} of the cache, {found.objects} objects",
+        "took": f"{found.seconds:.1f} s, {human_bytes(found.num_bytes)}",
+    }
+    if found.unused:
+        facts["not in the cache"] = counted(found.unused, "image")
+    if found.images_extracted:
+        facts["extracted again"] = f"crops of C1 of {counted(found.images_extracted, 'image')}"
+    print_facts(f"Cache {config.cache}", facts)
 
 
 def certify(config: CertifyConfig, json: Path | None) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 
+from mfdetr_cache.cache.document import read_document
 from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage, explained
@@ -53,9 +54,25 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
     found = []
     storage = open_storage(location)
     for key in storage.sizes(CERTIFICATES_KEY):
+        if not key.endswith(".json"):
+            continue
         try:
-            found.append(Certificate(**json.loads(storage.read(key))))
-        except (ValueError, TypeError) as error:
+            fields = read_document(storage, key)
+            found.append(
+                Certificate(
+                    preset=fields.text("preset"),
+                    reference=fields.text("reference"),
+                    head=fields.text("head"),
+                    images=fields.integer("images"),
+                    AP_reference=fields.number("AP_reference"),
+                    AP=fields.number("AP"),
+                    difference=fields.number("difference"),
+                    low=fields.number("low"),
+                    high=fields.number("high"),
+                    samples=fields.integer("samples"),
+                )
+            )
+        except CacheError as error:
             where = f"{storage.name}/{key}"
             raise CacheError(f"{where} is damaged; remove it and certify again") from error
     return tuple(found)

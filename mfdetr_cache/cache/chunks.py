@@ -17,7 +17,8 @@ from crc32c import crc32c
 from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk
+from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk, frame_bytes
+from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.ops.devices import pinned_array
 
 _BYTES = np.dtype(np.uint8)
@@ -48,7 +49,17 @@ class ChunkRun:
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
-        return self.count * self.length * self.dtype.itemsize
+        return self.count * self.chunk_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the values of a chunk."""
+        return self.length * self.dtype.itemsize
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """CRC-32C of each chunk."""
+        return self.shard.checksums[self.first : self.first + self.count]
 
 
 def read_chunks(
@@ -95,7 +106,7 @@ def _stretches(runs: Sequence[ChunkRun], most: int) -> list[list[ChunkRun]]:
     stretches: list[list[ChunkRun]] = []
     room = 0
     for run in runs:
-        size = run.num_bytes // run.count
+        size = run.chunk_bytes
         chunk, end = run.first, run.first + run.count
         while chunk < end:
             if not stretches or room < size:
@@ -111,9 +122,10 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
     """Fill the array with the chunks' bytes; False where one is not what it must be."""
     entries = [run.shard.entries(run.first, run.count) for run in runs]
     bodies = np.array([size - CRC_BYTES for e in entries for _, size in e], np.int64)
-    if (bodies <= 0).any():
-        return False
-    if raw and bodies.sum() != len(out):
+    wanted = np.repeat([run.chunk_bytes for run in runs], [run.count for run in runs])
+    # zstd makes what it cannot compress longer by a 256th at most.
+    most = wanted if raw else wanted + wanted // 256 + 128
+    if (bodies <= 0).any() or (bodies > most).any() or (raw and (bodies != wanted).any()):
         return False
     encoded = out if raw else _room_for(int(bodies.sum()))
     checksums = np.empty(len(bodies), "<u4")
@@ -131,17 +143,39 @@ def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
                 return False
     except FileNotFoundError:
         return False
+    if not _are_those_written(body_view, checksums, bodies, runs):
+        return False
+    if raw:
+        return True
+    if not _frames_hold(body_view, bodies, wanted):
+        return False
+    try:
+        zstd_decompress(encoded, out)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _are_those_written(
+    encoded: memoryview,
+    checksums: NDArray[np.uint32],
+    sizes: NDArray[np.int64],
+    runs: Sequence[ChunkRun],
+) -> bool:
+    """Whether the chunks are whole, and those of this very place."""
     # numba takes half a second to import.
     from mfdetr_cache.cache.checksum_numba import checksum_of_joined
 
-    if crc32c(body_view) != checksum_of_joined(checksums.astype(np.uint32), bodies):
+    if (checksums != np.concatenate([run.checksums for run in runs])).any():
         return False
-    if not raw:
-        try:
-            zstd_decompress(encoded, out)
-        except (RuntimeError, ValueError):
-            return False
-    return True
+    return bool(crc32c(encoded) == checksum_of_joined(checksums.astype(np.uint32), sizes))
+
+
+def _frames_hold(encoded: memoryview, sizes: NDArray[Any], wanted: NDArray[Any]) -> bool:
+    """Whether every frame says that it holds a whole chunk: zstd would leave the rest as it was."""
+    starts = (np.cumsum(sizes) - sizes).tolist()
+    pairs = zip(starts, wanted.tolist(), strict=True)
+    return all(frame_bytes(encoded, start) == size for start, size in pairs)
 
 
 def _forget_copies(runs: Sequence[ChunkRun]) -> bool:
@@ -165,5 +199,7 @@ def _fill_one_by_one(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) 
         where = f"{run.shard.name}, chunk"
         for i, piece in enumerate(run.shard.read(run.first, run.count), run.first):
             values = decode_chunk(piece, run.dtype, run.length, f"{where} {i}", raw=raw)
+            if int.from_bytes(piece[-CRC_BYTES:], "little") != run.shard.checksums[i]:
+                raise CacheError(f"{where} {i} is another chunk than was written there; {MEND}")
             out[end : end + values.nbytes] = values.view(np.uint8)
             end += values.nbytes

@@ -1,18 +1,23 @@
-"""The arrays a cache got when it was created: ids, names, transforms, ground truth.
+"""Arrays that were written at once: ids, names, transforms, annotations.
 
-Read chunk by chunk with our own decoder: a missing or damaged chunk is an error here, where a Zarr
-reader returns zeros, and one image's ground truth costs a slice of memory and not an event loop.
+Read chunk by chunk with our own decoder: a chunk that is missing, damaged or that of another array
+is an error here, where a Zarr reader returns what is there, and one image's objects cost a slice of
+memory and not an event loop.
 """
 
-import json
+import hashlib
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.arrays import ColumnSpec
+from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.shards import decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
@@ -26,26 +31,37 @@ class Columns:
 
     Args:
         storage: Where the cache is.
+        root: What the cache is.
+        lengths: Length of each, by path.
+        files: Their files as they were written, by key.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        root: Root,
+        lengths: Mapping[str, int],
+        files: Mapping[str, FileRecord],
+    ) -> None:
         self._storage = storage
+        self._root = root
+        self._lengths = lengths
+        self._files = files
         self._whole: dict[str, NDArray[Any]] = {}
-        self._about: dict[str, tuple[tuple[int, ...], int, np.dtype[Any]]] = {}
         self._chunks: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
+    def __getitem__(self, path: str) -> NDArray[Any]:
         """A whole array, kept in memory."""
-        if name not in self._whole:
-            self._whole[name] = self.slice(name, 0, self._describe(name)[0][0])
-        return self._whole[name]
+        if path not in self._whole:
+            self._whole[path] = self.slice(path, 0, self._length(path))
+        return self._whole[path]
 
-    def slice(self, name: str, start: int, stop: int) -> NDArray[Any]:
+    def slice(self, path: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of an array, without reading the others.
 
         Args:
-            name: Path of the array inside the cache.
+            path: Path of the array inside the cache.
             start: First row.
             stop: Row after the last.
 
@@ -53,48 +69,87 @@ class Columns:
             The rows.
 
         Raises:
-            CacheError: If the array or one of its chunks is missing or damaged.
+            CacheError: If one of its chunks is missing or damaged.
         """
-        shape, length, dtype = self._describe(name)
+        spec = self._root.column(path)
         if stop <= start:
-            return np.zeros((0, *shape[1:]), dtype)
-        first, last = start // length, (stop - 1) // length
-        parts = [self._chunk(name, number) for number in range(first, last + 1)]
+            return np.zeros((0, *spec.tail), spec.dtype)
+        size = min(self._length(path), spec.chunk)
+        first, last = start // size, (stop - 1) // size
+        parts = [self._chunk(path, spec, number, size) for number in range(first, last + 1)]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # A copy: decoded bytes are read-only, and torch warns about such arrays.
-        return np.array(rows[start - first * length : stop - first * length])
+        return np.array(rows[start - first * size : stop - first * size])
 
-    def _describe(self, name: str) -> tuple[tuple[int, ...], int, np.dtype[Any]]:
-        """Shape, chunk length and type of an array."""
-        if name not in self._about:
-            try:
-                about = json.loads(self._storage.read(f"{name}/zarr.json"))
-                shape = tuple(int(s) for s in about["shape"])
-                length = int(about["chunk_grid"]["configuration"]["chunk_shape"][0])
-                self._about[name] = (shape, length, np.dtype(about["data_type"]))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CacheError(
-                    f"{self._storage.name}: array {name} is damaged; {MEND}"
-                ) from error
-        return self._about[name]
+    def bounds(self, offsets: str, values: str, index: int) -> tuple[int, int]:
+        """Where the values of one item begin and end.
 
-    def _chunk(self, name: str, number: int) -> NDArray[Any]:
-        key = (name, number)
+        Args:
+            offsets: Path of the array of offsets, one more than there are items.
+            values: Path of the array they point into.
+            index: The item.
+
+        Returns:
+            First value, and the one after the last.
+
+        Raises:
+            CacheError: If the offsets do not divide the values up.
+        """
+        is_read = offsets in self._whole
+        found = self[offsets]
+        if not is_read and (
+            not len(found)
+            or found[0] != 0
+            or found[-1] != self._length(values)
+            or (np.diff(found) < 0).any()
+        ):
+            del self._whole[offsets]
+            raise CacheError(f"{self._storage.name}: {offsets} does not divide up {values}; {MEND}")
+        return int(found[index]), int(found[index + 1])
+
+    def _length(self, path: str) -> int:
+        if path not in self._lengths:
+            raise CacheError(f"{self._storage.name}: nothing is known of {path}; {MEND}")
+        return self._lengths[path]
+
+    def _chunk(self, path: str, spec: ColumnSpec, number: int, size: int) -> NDArray[Any]:
+        key = (path, number)
         with self._lock:
             if key in self._chunks:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
-        shape, length, dtype = self._describe(name)
-        key_in_store = "/".join([name, "c", str(number), *("0" for _ in shape[1:])])
+        key_in_store = "/".join([path, "c", str(number), *("0" for _ in spec.tail)])
         where = f"{self._storage.name}/{key_in_store}"
-        try:
-            data = self._storage.read(key_in_store)
-        except OSError:
-            raise CacheError(f"{where} is missing from the cache; {MEND}") from None
-        values = decode_chunk(data, dtype, length * math.prod(shape[1:]), where)
-        rows = values.reshape(length, *shape[1:])
+        sha256 = bytes.fromhex(self._files[key_in_store].sha256)
+        data = read_checked(self._storage, key_in_store, sha256)
+        values = decode_chunk(data, np.dtype(spec.dtype), size * math.prod(spec.tail), where)
+        rows = values.reshape(size, *spec.tail)
         with self._lock:
             self._chunks[key] = rows
             while len(self._chunks) > _KEPT_CHUNKS:
                 self._chunks.popitem(last=False)
         return rows
+
+
+def read_checked(storage: Storage, key: str, sha256: bytes) -> bytes:
+    """A small file whose hash is known.
+
+    Args:
+        storage: Where the cache is.
+        key: Its key.
+        sha256: Its hash.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        CacheError: If it is missing or another.
+    """
+    where = f"{storage.name}/{key}"
+    try:
+        data = storage.read(key)
+    except FileNotFoundError:
+        raise CacheError(f"{where} is missing from the cache; {MEND}") from None
+    if hashlib.sha256(data).digest() != sha256:
+        raise CacheError(f"{where} has a wrong checksum: it is not what was written; {MEND}")
+    return data

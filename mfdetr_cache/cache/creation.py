@@ -2,40 +2,32 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from crc32c import crc32c
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from mfdetr_cache.cache.manifest import FOUNDATION_KEY
-from mfdetr_cache.cache.schema import (
-    ATTRIBUTES_KEY,
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    CacheLayout,
-    row_arrays,
-)
-from mfdetr_cache.cache.shards import ZSTD_LEVEL
+from mfdetr_cache.cache.annotations import AnnotationContent, write_annotations
+from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.foundation import ANNOTATIONS, seal_foundation
+from mfdetr_cache.cache.root import Root
+from mfdetr_cache.cache.schema import ATTRIBUTES_KEY, CacheLayout
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
-from mfdetr_cache.choices import Compression
+from mfdetr_cache.cache.zarr_nodes import create_array, write_column
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.files import is_taken
-from mfdetr_cache.identity import Identity, identity_hash
+from mfdetr_cache.identity import Identity
 from mfdetr_cache.types import DetectorSpec, GroundTruth
-
-_UPFRONT_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,7 @@ class CacheContent:
         original_sizes_hw: Annotated sizes in row order.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
+        annotations: Name and SHA-256 of the annotation file, and how its categories were mapped.
         views: Every view by name, in the order of the layout.
     """
 
@@ -75,16 +68,19 @@ class CacheContent:
     original_sizes_hw: list[tuple[int, int]]
     categories: list[dict[str, Any]]
     label_categories: tuple[int, ...]
+    annotations: Identity
     views: dict[str, ViewContent]
 
+    @functools.cached_property
+    def root(self) -> Root:
+        """What decides its content, and its layout."""
+        return Root.of(self.identity, self.spec, self.layout)
 
-def _codecs(compression: Compression = "zstd") -> dict[str, Any]:
-    packed = [ZstdCodec(level=ZSTD_LEVEL)] if compression == "zstd" else []
-    return {
-        "serializer": BytesCodec(endian="little"),
-        "compressors": [*packed, Crc32cCodec()],
-        "filters": None,
-    }
+    @property
+    def labels(self) -> AnnotationContent:
+        """The first version of its annotations."""
+        objects = {view: known.ground_truth for view, known in self.views.items()}
+        return AnnotationContent(self.annotations, self.categories, self.label_categories, objects)
 
 
 def create_cache(storage: Storage, content: CacheContent) -> None:
@@ -145,99 +141,49 @@ def _create_folder(path: Path, content: CacheContent) -> None:
 
 
 def _fill(storage: LocalStorage, content: CacheContent) -> None:
-    folder = storage.folder
+    folder, root = storage.folder, content.root
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    root = zarr.create_group(store=str(folder), overwrite=True)
-    root.attrs[ATTRIBUTES_KEY] = {
-        "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
-        "cache_id": identity_hash(content.identity),
-        "identity": content.identity,
-        "layout": content.layout.to_dict(),
-        "categories": content.categories,
-        "label_categories": list(content.label_categories),
-    }
-    _write_images(root, content)
-    for view, known in content.views.items():
-        _write_transforms(root, view, known.transforms)
-        _write_ground_truth(root, view, known.ground_truth)
-        for spec in row_arrays(content.spec, content.layout, view).values():
-            array = root.create_array(
-                spec.path,
-                shape=spec.shape,
-                dtype=spec.dtype,
-                chunks=spec.chunk,
-                shards=spec.shard,
-                dimension_names=spec.dimension_names,
-                fill_value=0,
-                **_codecs(content.layout.compression),
-            )
-            array.attrs.update(spec.attributes)
-    files: dict[str, dict[str, int]] = {}
-    for key in storage.sizes(""):
-        with (folder / key).open("rb") as opened:
-            data = opened.read()
-            os.fsync(opened.fileno())
-        files[key] = {"bytes": len(data), "crc32c": crc32c(data)}
-    text = json.dumps({"files": files}, indent=1, sort_keys=True)
-    storage.write(FOUNDATION_KEY, [text.encode()])
-
-
-def _upfront(root: zarr.Group, name: str, values: NDArray[Any], dims: Iterable[str]) -> None:
-    chunk = (max(1, min(len(values), _UPFRONT_CHUNK)), *values.shape[1:])
-    array = root.create_array(
-        name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=chunk,
-        dimension_names=tuple(dims),
-        fill_value=0,
-        config={"write_empty_chunks": True},
-        **_codecs(),
+    # In one order, whether the layout was planned or read.
+    attributes = json.loads(json.dumps(root.attributes, sort_keys=True))
+    group = zarr.create_group(
+        store=str(folder), overwrite=True, attributes={ATTRIBUTES_KEY: attributes}
     )
-    if len(values):
-        array[...] = values
+    columns = _image_columns(content)
+    for view, known in content.views.items():
+        columns |= _transform_columns(view, known.transforms)
+        for spec in root.arrays[view].values():
+            create_array(group, spec, content.layout.compression)
+    for path, values in columns.items():
+        write_column(group, path, root.column(path), values)
+    group.create_group(ANNOTATIONS)
+    files = {key: _synced(folder / key) for key in storage.sizes("")}
+    seal_foundation(storage, root, {path: len(v) for path, v in columns.items()}, files)
+    write_annotations(storage, root, 0, content.labels)
 
 
-def _write_images(root: zarr.Group, content: CacheContent) -> None:
+def _synced(path: Path) -> FileRecord:
+    with path.open("rb") as opened:
+        data = opened.read()
+        os.fsync(opened.fileno())
+    return FileRecord.of(data)
+
+
+def _image_columns(content: CacheContent) -> dict[str, NDArray[Any]]:
     encoded = [name.encode() for name in content.file_names]
-    offsets = np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64)
-    names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    sizes = np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2)
-    _upfront(root, "images/image_id", np.array(content.image_ids, dtype=np.int64), ["row"])
-    _upfront(root, "images/original_hw", sizes, ["row", "hw"])
-    _upfront(root, "images/file_name_utf8", names, ["byte"])
-    _upfront(root, "images/file_name_offset", offsets, ["row_bound"])
+    return {
+        "images/image_id": np.array(content.image_ids, dtype=np.int64),
+        "images/original_hw": np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2),
+        "images/file_name_utf8": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "images/file_name_offset": np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64),
+    }
 
 
-def _write_transforms(root: zarr.Group, view: str, transforms: list[ViewTransform]) -> None:
+def _transform_columns(view: str, transforms: list[ViewTransform]) -> dict[str, NDArray[Any]]:
     base = f"views/{view}/transform"
-    crops = np.array([t.crop_xyxy for t in transforms], dtype=np.int32).reshape(-1, 4)
-    flips = np.array([t.flip for t in transforms], dtype=np.uint8)
-    edges = np.array([t.shortest_edge for t in transforms], dtype=np.int32)
-    _upfront(root, f"{base}/crop_xyxy", crops, ["row", "xyxy"])
-    _upfront(root, f"{base}/flip", flips, ["row"])
-    _upfront(root, f"{base}/shortest_edge", edges, ["row"])
-
-
-def _write_ground_truth(root: zarr.Group, view: str, per_row: list[GroundTruth]) -> None:
-    base = f"views/{view}/ground_truth"
-
-    def column(name: str, dtype: str, tail: tuple[int, ...] = ()) -> NDArray[Any]:
-        parts = [getattr(g, name) for g in per_row if len(g)]
-        return np.concatenate(parts).astype(dtype) if parts else np.zeros((0, *tail), dtype)
-
-    runs = [r for g in per_row for r in g.run_lengths]
-    objects = np.cumsum([0, *(len(g) for g in per_row)], dtype=np.int64)
-    run_offsets = np.cumsum([0, *(len(r) for r in runs)], dtype=np.int64)
-    flat = np.concatenate(runs) if runs else np.zeros(0, dtype=np.uint32)
-    _upfront(root, f"{base}/offset", objects, ["row_bound"])
-    _upfront(root, f"{base}/annotation_id", column("annotation_ids", "int64"), ["object"])
-    _upfront(root, f"{base}/category_id", column("category_ids", "int64"), ["object"])
-    _upfront(root, f"{base}/label", column("labels", "int64"), ["object"])
-    _upfront(root, f"{base}/box_xyxy", column("boxes_xyxy", "float32", (4,)), ["object", "xyxy"])
-    _upfront(root, f"{base}/area", column("areas", "float64"), ["object"])
-    _upfront(root, f"{base}/is_crowd", column("is_crowd", "uint8"), ["object"])
-    _upfront(root, f"{base}/run_length_offset", run_offsets, ["object_bound"])
-    _upfront(root, f"{base}/run_length", flat.astype(np.uint32), ["run"])
+    crops = np.array([t.crop_xyxy for t in transforms], dtype=np.int32)
+    return {
+        f"{base}/crop_xyxy": crops.reshape(-1, 4),
+        f"{base}/flip": np.array([t.flip for t in transforms], dtype=np.uint8),
+        f"{base}/shortest_edge": np.array([t.shortest_edge for t in transforms], dtype=np.int32),
+    }

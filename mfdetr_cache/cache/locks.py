@@ -53,6 +53,7 @@ def locked(storage: Storage, partition: Partition = WHOLE) -> Iterator[None]:
 def _opened(path: Path) -> int:
     """A lock file; one on a disk that is read-only can be locked if it is there."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         if error.errno not in NOT_ALLOWED or not path.exists():

@@ -1,11 +1,19 @@
-"""Manifests: the commit marks of a cache, one per sealed part."""
+"""Sealed documents of a cache: one manifest per part, the foundation, versions of annotations.
 
-import json
+Each names the cache, what it seals, and exactly its set of files with their sizes and hashes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from mfdetr_cache.cache.document import read_sealed, seal
+from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
+from mfdetr_cache.fields import Fields
 
 
 def status_key(view: str = BASE_VIEW) -> str:
@@ -25,8 +33,6 @@ def status_key(view: str = BASE_VIEW) -> str:
 
 # What was measured about a cache's preset.
 CERTIFICATES_KEY = f"{status_key()}/certificates"
-# Sizes and checksums of everything written at creation.
-FOUNDATION_KEY = f"{status_key()}/manifest/foundation.json"
 
 
 def manifest_key(part: Part) -> str:
@@ -41,87 +47,141 @@ def manifest_key(part: Part) -> str:
     return f"{status_key(part.view)}/manifest/{part.number:06d}.json"
 
 
-def read_foundation(storage: Storage) -> dict[str, dict[str, int]]:
-    """Size and CRC-32C of every file written at creation, by key.
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a sealed part is.
+
+    Attributes:
+        part: The part.
+        skipped: Row, image id and reason of every image of it that was left out.
+        files: Its files by key.
+    """
+
+    part: Part
+    skipped: tuple[dict[str, Any], ...]
+    files: dict[str, FileRecord]
+
+
+def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
+    """Seal a part whose files are all there.
 
     Args:
         storage: Where the cache is.
-
-    Returns:
-        Key to ``bytes`` and ``crc32c``.
-
-    Raises:
-        CacheError: If it is missing or damaged.
+        root: What the cache is.
+        manifest: The part.
     """
-    try:
-        content: dict[str, dict[str, int]] = json.loads(storage.read(FOUNDATION_KEY))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        where = f"{storage.name}/{FOUNDATION_KEY}"
-        raise CacheError(f"{where} is missing or damaged; {MEND}") from None
-    return content
+    rows = root.layout.rows_of_part(manifest.part.number)
+    document = {
+        **root.names,
+        "view": manifest.part.view,
+        "part": manifest.part.number,
+        "rows": [rows.start, rows.stop],
+        "skipped": list(manifest.skipped),
+        "files": {key: f.to_dict() for key, f in manifest.files.items()},
+    }
+    storage.write(manifest_key(manifest.part), [seal(document)])
 
 
-def read_manifest(storage: Storage, part: Part) -> dict[str, Any] | None:
+def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
     """The manifest of a part.
 
     Args:
         storage: Where the cache is.
+        root: What the cache is.
         part: The part.
 
     Returns:
         Its content, or None if the part was never sealed.
 
     Raises:
-        CacheError: If it is there but damaged.
+        CacheError: If it is damaged, or that of another part or cache.
     """
+    key = manifest_key(part)
     try:
-        content: dict[str, Any] = json.loads(storage.read(manifest_key(part)))
+        fields = read_sealed(storage, key)
     except FileNotFoundError:
         return None
-    except ValueError:
-        where = f"{storage.name}/{manifest_key(part)}"
-        raise CacheError(f"{where} is damaged; {MEND}") from None
-    return content
+    where = f"{storage.name}/{key}"
+    require_names(fields, root, where)
+    rows = root.layout.rows_of_part(part.number)
+    expected = {"view": part.view, "part": part.number, "rows": [rows.start, rows.stop]}
+    for name, value in expected.items():
+        if fields[name] != value:
+            raise CacheError(f"{where} is of {name} {fields[name]} and not {value}; {MEND}")
+    files = {k: FileRecord.from_fields(f) for k, f in fields.fields("files").items()}
+    keys = [a.key_of_part(part.number) for a in root.arrays[part.view].values()]
+    require_files(files, keys, where)
+    skipped = tuple(
+        {
+            "row": s.integer("row", rows.start, rows.stop - 1),
+            "image_id": s.integer("image_id", -(2**63), 2**63 - 1),
+            "reason": s.text("reason"),
+        }
+        for s in fields.each("skipped")
+    )
+    return Manifest(part, skipped, files)
 
 
-def part_is_whole(storage: Storage, part: Part) -> bool:
-    """Whether a part was sealed and its files still have the size they were sealed with.
+def require_names(fields: Fields, root: Root, where: str) -> None:
+    """Refuse a sealed document of another cache.
 
     Args:
-        storage: Where the cache is.
-        part: The part.
+        fields: The document.
+        root: What the cache is.
+        where: Its file, for the message.
 
-    Returns:
-        True if nothing of it has to be extracted again.
+    Raises:
+        CacheError: Naming what it is of.
     """
-    manifest = read_manifest(storage, part)
-    if manifest is None:
-        return False
-    return all(storage.size(key) == f["bytes"] for key, f in manifest["files"].items())
+    for name, value in root.names.items():
+        if fields[name] != value:
+            raise CacheError(f"{where} is of {name} {fields[name]!r} and not {value!r}; {MEND}")
 
 
-def whole_parts(storage: Storage, parts: tuple[Part, ...]) -> set[Part]:
-    """Those of some parts that are whole; one listing in place of a question per file.
+def require_files(files: Mapping[str, FileRecord], keys: Iterable[str], where: str) -> None:
+    """Refuse a sealed document that does not name exactly the files it seals.
+
+    Args:
+        files: What it names.
+        keys: What it must name.
+        where: Its file, for the message.
+
+    Raises:
+        CacheError: Naming a file that is missing or too much.
+    """
+    wrong = sorted(set(files) ^ set(keys))
+    if wrong:
+        what = "names" if wrong[0] in files else "does not name"
+        raise CacheError(f"{where} {what} {wrong[0][:200]!r}; {MEND}")
+
+
+def whole_parts(storage: Storage, root: Root, parts: Iterable[Part]) -> dict[Part, Manifest]:
+    """Those of some parts that are sealed and whose files have the size they were sealed with.
 
     Args:
         storage: Where the cache is.
+        root: What the cache is.
         parts: Parts.
 
     Returns:
-        The whole ones.
+        Their manifests.
 
     Raises:
         CacheError: If a manifest is damaged.
     """
     if storage.folder is not None:
-        return {p for p in parts if part_is_whole(storage, p)}
-    sizes = storage.sizes("views")
-    whole = set()
-    for part in parts:
-        if manifest_key(part) not in sizes:
-            continue
-        manifest = read_manifest(storage, part)
-        assert manifest is not None
-        if all(sizes.get(key) == f["bytes"] for key, f in manifest["files"].items()):
-            whole.add(part)
+        size, has_manifest = storage.size, dict.fromkeys(parts, True)
+    else:
+        # One listing in place of a question per file.
+        sizes = storage.sizes("views")
+        has_manifest = {part: manifest_key(part) in sizes for part in parts}
+
+        def size(key: str) -> int | None:
+            return sizes.get(key)
+
+    whole = {}
+    for part, is_there in has_manifest.items():
+        manifest = read_manifest(storage, root, part) if is_there else None
+        if manifest and all(size(k) == f.num_bytes for k, f in manifest.files.items()):
+            whole[part] = manifest
     return whole

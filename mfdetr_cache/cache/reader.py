@@ -2,27 +2,18 @@
 
 import copy
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mfdetr_cache.cache.foundation import Foundation
-from mfdetr_cache.cache.manifest import read_manifest
-from mfdetr_cache.cache.schema import (
-    ATTRIBUTES_KEY,
-    BASE_VIEW,
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    CacheLayout,
-    Part,
-    stored_maps,
-)
+from mfdetr_cache.cache.annotations import Annotations, newest_version, read_annotations
+from mfdetr_cache.cache.foundation import Foundation, Opened, read_opened
+from mfdetr_cache.cache.manifest import Manifest, read_manifest
+from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
 
@@ -48,69 +39,54 @@ class FeatureCache(Foundation):
 
     Args:
         storage: Where the cache is.
-        attributes: Its root attributes, checked.
+        opened: Its root and foundation.
+        annotations: Which version of its annotations.
 
     Attributes:
         cache_id: Hash of its identity.
-        format_version: Version of the format it is written in.
-        identity: What decides its content.
+        identity: What decides its features.
+        annotations: Which version of the annotations is read, and what it is of.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
         views: The passes of the detector by name, ``base`` first.
     """
 
-    def __init__(self, storage: Storage, attributes: dict[str, Any]) -> None:
-        identity: Identity = attributes["identity"]
-        super().__init__(
-            storage,
-            spec_from_identity(identity["detector"]),
-            CacheLayout.from_dict(attributes["layout"]),
-        )
-        self.cache_id: str = attributes["cache_id"]
-        self.format_version: int = attributes["format_version"]
-        self.identity = identity
-        self.categories: list[dict[str, Any]] = attributes["categories"]
-        self.label_categories = tuple(int(c) for c in attributes["label_categories"])
-        self.views = {view: CacheView(self, view) for view in self.layout.views}
+    def __init__(self, storage: Storage, opened: Opened, annotations: int) -> None:
+        super().__init__(storage, opened)
+        self.cache_id = opened.root.cache_id
+        self.identity = opened.root.identity
+        self.annotations = read_annotations(storage, opened.root, annotations)
+        self.categories = self.annotations.categories
+        self.label_categories = self.annotations.label_categories
+        objects = Annotations(storage, self.root, self.annotations)
+        self.views = {view: CacheView(self, view, objects) for view in self.layout.views}
         self._chosen: frozenset[int] | None = None
 
     @classmethod
-    def open(cls, location: Location) -> "FeatureCache":
+    def open(cls, location: Location, annotations: int | None = None) -> "FeatureCache":
         """Open a cache for reading.
 
         Args:
-            location: Its folder, or the URL of an object store.
+            location: Its folder, or the URL of an object store; ``@N`` at its end chooses a
+                version of the annotations.
+            annotations: Which version of the annotations; None takes the newest.
 
         Returns:
             The cache; parts may be missing, see :meth:`require_complete`.
 
         Raises:
-            CacheError: If there is none, or its format is newer than this version reads.
+            CacheError: If there is none, this version does not read its format, or what is written
+                when a cache is created is damaged.
         """
         storage = open_storage(location)
-        path = storage.name
-        if storage.folder is not None and not storage.folder.exists():
-            raise CacheError(f"cache {path} does not exist; make it with: mfdetr extract")
-        try:
-            document = json.loads(storage.read("zarr.json"))
-            attributes = document["attributes"][ATTRIBUTES_KEY]
-            name, version = attributes["format"], attributes["format_version"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CacheError(
-                f"{path} is no feature cache (no {ATTRIBUTES_KEY} attributes)"
-            ) from None
-        if name != FORMAT_NAME or not isinstance(version, int) or version > FORMAT_VERSION:
-            raise CacheError(
-                f"{path} has cache format {version}, this version reads up to {FORMAT_VERSION}; "
-                "update mfdetr-cache"
-            )
-        try:
-            return cls(storage, attributes)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(
-                f"{path}/zarr.json lacks or distorts {error}: it is damaged, or was written by a "
-                "development version before the format was released"
-            ) from error
+        opened = read_opened(storage)
+        if opened.faults:
+            raise CacheError(opened.faults[0])
+        if annotations is None:
+            annotations = storage.annotations
+        if annotations is None:
+            annotations = newest_version(storage)
+        return cls(storage, opened, annotations)
 
     @property
     def is_complete(self) -> bool:
@@ -180,21 +156,21 @@ class FeatureCache(Foundation):
         return halves
 
     @functools.cached_property
-    def _manifests(self) -> dict[Part, dict[str, Any]]:
-        found = {p: read_manifest(self.storage, p) for p in self.layout.parts}
+    def _manifests(self) -> dict[Part, Manifest]:
+        found = {p: read_manifest(self.storage, self.root, p) for p in self.layout.parts}
         return {p: m for p, m in found.items() if m is not None}
 
     @property
     def skipped(self) -> tuple[dict[str, Any], ...]:
         """Row, image id and reason of every image that was left out."""
         return tuple(
-            s for p, m in self._manifests.items() if p.view == BASE_VIEW for s in m["skipped"]
+            s for p, m in self._manifests.items() if p.view == BASE_VIEW for s in m.skipped
         )
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all sealed parts."""
-        return sum(f["bytes"] for m in self._manifests.values() for f in m["files"].values())
+        return sum(f.num_bytes for m in self._manifests.values() for f in m.files.values())
 
     @property
     def raw_bytes(self) -> int:
@@ -208,7 +184,7 @@ class FeatureCache(Foundation):
         totals = dict.fromkeys(self.base.arrays, 0)
         for part, manifest in self._manifests.items():
             for name, spec in self.views[part.view].arrays.items():
-                totals[name] += manifest["files"][spec.key_of_part(part.number)]["bytes"]
+                totals[name] += manifest.files[spec.key_of_part(part.number)].num_bytes
         return totals
 
     def array_summaries(self) -> tuple[ArraySummary, ...]:

@@ -1,23 +1,29 @@
-"""What is in a cache and under which name: the format of ``docs/cache-format.md`` as data."""
+"""How rows, parts and tokens of a cache hang together; fixed when it is created."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from mfdetr_cache.choices import C1Mode, Compression, Preset
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.fields import Fields
 from mfdetr_cache.ops.quantisation import ENCODINGS
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 FORMAT_NAME = "mfdetr-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ATTRIBUTES_KEY = "mfdetr_cache"
 BASE_VIEW = "base"
 
 ROW_MISSING, ROW_OK, ROW_SKIPPED = 0, 1, 2
 
-# Bytes of one part before compression. Small enough to lose little at a kill and to sit in memory
-# while it is built, large enough that train2017 becomes some thousand files and not millions.
-PART_BYTES = 256 * 2**20
+# Sixteen million images: what opening a cache costs grows with them.
+MOST_ROWS = 2**24
+
+# A part is what is lost when an extraction is killed. Small enough to sit in memory while it is
+# built and to be some minutes of a slow detector, large enough that train2017 becomes tens of
+# thousands of files and not millions.
+PART_BYTES = 256 * 2**20  # before compression
+PART_IMAGES = 64
 CHUNK_BYTES = 2**20
 # Chunks hold whole blocks of every preset.
 TOKEN_MULTIPLE = 64
@@ -40,45 +46,6 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         return f"part {self.number} of view {self.view}"
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """One array that is written part by part.
-
-    Attributes:
-        path: Its path inside the store.
-        dtype: Zarr data type of its values.
-        shape: Full shape.
-        chunk: Shape of a chunk, the unit of reading.
-        shard: Shape of a shard, the unit of writing; None when a part is a single chunk.
-        dimension_names: Names of the axes.
-        attributes: Attributes of the array.
-    """
-
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    shard: tuple[int, ...] | None
-    dimension_names: tuple[str, ...]
-    attributes: dict[str, Any]
-
-    @property
-    def chunks_per_part(self) -> int:
-        """How many chunks one part of this array has room for."""
-        return 1 if self.shard is None else self.shard[0] // self.chunk[0]
-
-    def key_of_part(self, part: int) -> str:
-        """The store key of the object that holds one part.
-
-        Args:
-            part: Number of the part.
-
-        Returns:
-            A path relative to the cache.
-        """
-        return "/".join([self.path, "c", str(part), *("0" for _ in self.shape[1:])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,32 +142,43 @@ class CacheLayout:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CacheLayout":
+    def from_fields(cls, fields: Fields) -> "CacheLayout":
         """The layout from a cache's attributes.
 
         Args:
-            values: What :meth:`to_dict` gave.
+            fields: What :meth:`to_dict` gave.
 
         Returns:
             The layout.
 
         Raises:
-            CacheError: If the preset or the compression is unknown to this version.
+            CacheError: If a field is not what it can be.
         """
-        if values["preset"] not in ENCODINGS:
-            raise CacheError(f"the cache stores its maps as {values['preset']!r}, unknown here")
-        if values["compression"] not in ("zstd", "raw"):
-            raise CacheError(f"the cache is compressed by {values['compression']!r}, unknown here")
+        roi = None if fields["c1_roi"] is None else fields.fields("c1_roi")
         return cls(
-            values["num_rows"],
-            values["images_per_part"],
-            values["preset"],
-            values["compression"],
-            tuple(values["views"]),
-            {name: MapLayout(**m) for name, m in values["maps"].items()},
-            values["c1"],
-            None if values["c1_roi"] is None else C1RoiLayout(**values["c1_roi"]),
+            num_rows=fields.integer("num_rows", 1, MOST_ROWS),
+            images_per_part=fields.integer("images_per_part", 1, MOST_ROWS),
+            preset=fields.text("preset", tuple(ENCODINGS)),  # type: ignore[arg-type]
+            compression=fields.text("compression", ("zstd", "raw")),  # type: ignore[arg-type]
+            views=fields.names("views"),
+            maps={name: _map_layout(m) for name, m in fields.fields("maps").items()},
+            c1=fields.text("c1", ("full", "roi", "none")),  # type: ignore[arg-type]
+            c1_roi=None
+            if roi is None
+            else C1RoiLayout(
+                roi_size=roi.integer("roi_size", 8, 1024),
+                sampling_ratio=roi.integer("sampling_ratio", 0, 64),
+                max_crops=roi.integer("max_crops", 0, 2**20),
+            ),
         )
+
+
+def _map_layout(fields: Fields) -> MapLayout:
+    chunk = fields.integer("chunk_tokens", TOKEN_MULTIPLE, 2**28)
+    part = fields.integer("part_tokens", chunk, 2**40)
+    if chunk % TOKEN_MULTIPLE or part % chunk:
+        raise CacheError(f"{fields.where}: {part} tokens are no whole number of chunks of {chunk}")
+    return MapLayout(chunk, part)
 
 
 def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
@@ -254,7 +232,7 @@ def plan_layout(
     if c1_roi is not None:
         crop = c1_roi.roi_size**2 * encoding.columns(c1_channels(spec))
         image_bytes += min(c1_roi.max_crops, _TYPICAL_CROPS) * crop * (encoding.bits + 7) // 8
-    images_per_part = max(1, min(256, PART_BYTES // image_bytes, num_rows))
+    images_per_part = max(1, min(PART_IMAGES, PART_BYTES // image_bytes, num_rows))
     maps = {}
     for m in chosen:
         # Chunks near CHUNK_BYTES that divide the largest image evenly, so that little is padding.
@@ -306,137 +284,3 @@ def stored_maps(spec: DetectorSpec, layout: CacheLayout) -> tuple[MapSpec, ...]:
     source = next(m.source for m in spec.maps if m.role == "c1")
     crops = MapSpec(C1_ROI, "c1_roi", 4, c1_channels(spec), f"crops of {source}")
     return (*maps, crops)
-
-
-_MOMENTS = "mean of c c^T over the cells of C1, then in the last row the mean of c"
-
-
-def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
-    """Every array of a view that is written part by part, by its path below the view.
-
-    Args:
-        spec: The detector.
-        layout: The layout.
-        view: Name of the view.
-
-    Returns:
-        Array specifications in the order they are written.
-    """
-    rows, per_part = layout.num_rows, layout.images_per_part
-    arrays: dict[str, ArraySpec] = {}
-
-    def add(
-        name: str, dtype: str, tail: tuple[int, ...], dims: tuple[str, ...], about: str
-    ) -> None:
-        # Padded up to whole parts, as Zarr pads its last chunk.
-        arrays[name] = ArraySpec(
-            f"views/{view}/{name}",
-            dtype,
-            (rows, *tail),
-            (per_part, *tail),
-            None,
-            ("row", *dims),
-            {"description": about},
-        )
-
-    add("status", "uint8", (), (), "0 not written, 1 stored, 2 skipped")
-    add("resized_hw", "int32", (2,), ("hw",), "image in the network input, without padding; pixels")
-    add("input_hw", "int32", (2,), ("hw",), "network input; pixels")
-    for name, dtype, width, axis, about in (
-        ("class_logits", "float32", spec.num_labels, "label", "before the score function"),
-        ("boxes_cxcywh_norm", "float32", 4, "cxcywh", "relative to the resized image"),
-        ("queries", "float16", spec.query_dim, "channel", "last decoder output"),
-    ):
-        shape = (rows, spec.num_queries, width)
-        arrays[name] = ArraySpec(
-            f"views/{view}/{name}",
-            dtype,
-            shape,
-            (1, *shape[1:]),
-            (per_part, *shape[1:]),
-            ("row", "query", axis),
-            {"description": about},
-        )
-    for spec_map in stored_maps(spec, layout):
-        _add_map(arrays, spec_map, layout, view)
-    if layout.c1_roi is not None:
-        add(f"{C1_ROI}/c1_hw", "int32", (2,), ("hw",), "height and width of C1, in cells")
-        width, most = c1_channels(spec), max(layout.c1_roi.max_crops, 1)
-        for name, dtype, tail, dims, about in (
-            ("query_index", "int32", (most,), ("crop",), "query of each crop; -1: no crop"),
-            ("moments", "float32", (width + 1, width), ("moment", "channel"), _MOMENTS),
-        ):
-            arrays[f"{C1_ROI}/{name}"] = ArraySpec(
-                f"views/{view}/{C1_ROI}/{name}",
-                dtype,
-                (rows, *tail),
-                (1, *tail),
-                (per_part, *tail),
-                ("row", *dims),
-                {"description": about},
-            )
-    return arrays
-
-
-def _add_map(
-    arrays: dict[str, ArraySpec], spec_map: MapSpec, layout: CacheLayout, view: str
-) -> None:
-    rows, per_part = layout.num_rows, layout.images_per_part
-    place = layout.maps[spec_map.name]
-    base = f"maps/{spec_map.name}"
-    arrays[f"{base}/hw"] = ArraySpec(
-        f"views/{view}/{base}/hw",
-        "int32",
-        (rows, 2),
-        (per_part, 2),
-        None,
-        ("row", "hw"),
-        {"description": "height and width of the map of each row, in cells"},
-    )
-    arrays[f"{base}/offset"] = ArraySpec(
-        f"views/{view}/{base}/offset",
-        "int64",
-        (rows,),
-        (per_part,),
-        None,
-        ("row",),
-        {"description": "first token of each row; its cells follow row-major"},
-    )
-    encoding = ENCODINGS[layout.preset]
-    attributes = {
-        "role": spec_map.role,
-        "stride": spec_map.stride,
-        "channels": spec_map.channels,
-        "source": spec_map.source,
-        "encoding": "affine" if encoding.is_affine else "float",
-        "bits": encoding.bits,
-        "block_tokens": encoding.block_tokens,
-    }
-    columns = encoding.columns(spec_map.channels)
-    arrays[f"{base}/values"] = ArraySpec(
-        f"views/{view}/{base}/values",
-        "uint8" if encoding.is_affine else "float16",
-        (layout.parts_per_view * place.part_tokens, columns),
-        (place.chunk_tokens, columns),
-        (place.part_tokens, columns),
-        ("token", "channel" if encoding.bits != 4 else "channel_pair"),
-        attributes,
-    )
-    if not encoding.is_affine:
-        return
-    tail = (2, spec_map.channels)
-    if encoding.block_tokens:
-        size, axis = encoding.block_tokens, "block"
-        whole = layout.parts_per_view * place.part_tokens // size
-        chunk, shard = place.chunk_tokens // size, place.part_tokens // size
-    else:
-        whole, axis, chunk, shard = rows, "row", 1, per_part
-    arrays[f"{base}/affine"] = ArraySpec(
-        f"views/{view}/{base}/affine",
-        "float16",
-        (whole, *tail),
-        (chunk, *tail),
-        (shard, *tail),
-        (axis, "low_step", "channel"),
-        {"description": "value = low + step * code"},
-    )

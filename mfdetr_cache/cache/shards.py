@@ -1,12 +1,18 @@
-"""The bytes of a Zarr v3 shard: chunks compressed one by one, an index at the end, checksums.
+"""The bytes of a Zarr v3 shard: chunks compressed one by one, checksums, an index at the end.
 
 Written here and not by zarr-python for three reasons: chunks are encoded while the detector runs
 on the next image; a shard is published by one rename after an fsync; and a missing or torn chunk
 is an error on reading, where zarr's readers return zeros. The result is plain ``sharding_indexed``
 (inner codecs bytes, zstd, crc32c; index codecs bytes, crc32c; index at the end), and the tests
 read every array with zarr-python.
+
+Between the chunks and the index stand the CRC-32C of all chunks, four bytes each, to which the
+index does not point, so that Zarr readers pass over them. A chunk's own checksum says that the
+chunk is whole; these say that it is the chunk which was written there. The manifest holds the hash
+of both: a shard of another part, array or cache is refused when its index is read.
 """
 
+import hashlib
 import struct
 from dataclasses import dataclass
 
@@ -16,6 +22,7 @@ from numcodecs.zstd import Zstd
 from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 
@@ -23,6 +30,8 @@ ZSTD_LEVEL = 1
 _ZSTD = Zstd(level=ZSTD_LEVEL)
 _EMPTY = 2**64 - 1
 CRC_BYTES = 4
+# Of each chunk behind the chunks: its checksum, its offset, its length.
+_TAIL_BYTES = CRC_BYTES + 16
 
 
 def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
@@ -71,16 +80,42 @@ def decode_chunk(
         raise CacheError(f"{where} has a wrong checksum: its bytes changed on disk; {MEND}")
     body = memoryview(data)[:-CRC_BYTES]
     size = count * dtype.itemsize
-    if raw:
-        found: NDArray[np.generic] = np.frombuffer(body, dtype=np.uint8)
-    else:
-        found = np.frombuffer(zstd_decompress(body), dtype=np.uint8)
-    if len(found) != size:
-        raise CacheError(f"{where} holds {len(found)} bytes instead of {size}; {MEND}")
-    return found.view(dtype.newbyteorder("<"))
+    held = len(body) if raw else frame_bytes(body, 0)
+    if held != size:
+        raise CacheError(f"{where} holds {held} bytes instead of {size}; {MEND}")
+    plain: NDArray[np.generic] = np.frombuffer(body, np.uint8) if raw else np.empty(size, np.uint8)
+    if not raw:
+        try:
+            zstd_decompress(body, plain)
+        except (RuntimeError, ValueError):
+            raise CacheError(f"{where} cannot be decompressed; {MEND}") from None
+    return plain.view(dtype.newbyteorder("<"))
 
 
 _CRC_RESIDUE = 0x48674BC7
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_DICTIONARY_ID_BYTES = (0, 1, 2, 4)
+_SIZE_BYTES = (0, 2, 4, 8)
+
+
+def frame_bytes(data: memoryview, start: int) -> int:
+    """How many bytes a zstd frame says it holds (RFC 8878, 3.1.1.1), to be asked before memory is.
+
+    Args:
+        data: Bytes with the frame.
+        start: Where it begins.
+
+    Returns:
+        Bytes; -1 if it is no frame that says it.
+    """
+    if len(data) < start + 6 or data[start : start + 4] != _ZSTD_MAGIC:
+        return -1
+    about = data[start + 4]
+    is_single = about >> 5 & 1
+    width = _SIZE_BYTES[about >> 6] or is_single
+    at = start + 6 - is_single + _DICTIONARY_ID_BYTES[about & 3]
+    size = int.from_bytes(data[at : at + width], "little") if width else -1
+    return size + 256 if width == 2 else size
 
 
 def decompress(data: memoryview) -> bytes:
@@ -105,6 +140,8 @@ class ShardBuilder:
 
     def __init__(self, num_chunks: int) -> None:
         self._chunks: list[bytes] = []
+        self._checksums = np.zeros(num_chunks, dtype="<u4")
+        self._sha256 = hashlib.sha256()
         self._index = np.full((num_chunks, 2), _EMPTY, dtype="<u8")
         self._size = 0
 
@@ -116,17 +153,24 @@ class ShardBuilder:
             encoded: Its bytes, from :func:`encode_chunk`.
         """
         self._index[chunk_index] = (self._size, len(encoded))
+        self._checksums[chunk_index] = struct.unpack("<I", encoded[-CRC_BYTES:])[0]
         self._chunks.append(encoded)
         self._size += len(encoded)
+        # Now and not when the part is sealed, which a detector on a GPU would have to wait for.
+        self._sha256.update(encoded)
 
-    def finish(self) -> list[bytes]:
-        """The shard's bytes in order: chunks, index, checksum of the index.
+    def finish(self) -> tuple[list[bytes], FileRecord]:
+        """The shard's bytes in order: chunks, their checksums, index, checksum of the index.
 
         Returns:
-            Pieces to be written one after the other.
+            Pieces to be written one after the other, and what a manifest says of them.
         """
-        index = self._index.tobytes()
-        return [*self._chunks, index, struct.pack("<I", crc32c(index))]
+        checksums, index = self._checksums.tobytes(), self._index.tobytes()
+        tail = checksums + index + struct.pack("<I", crc32c(index))
+        self._sha256.update(tail)
+        index_sha256 = hashlib.sha256(tail).hexdigest()
+        record = FileRecord(self._size + len(tail), self._sha256.hexdigest(), index_sha256)
+        return [*self._chunks, tail], record
 
 
 @dataclass(frozen=True)
@@ -137,41 +181,51 @@ class ShardReader:
         storage: Where it is.
         key: Its key there.
         index: Offset and length of every chunk, shape (chunks, 2).
+        checksums: CRC-32C of every chunk, shape (chunks,).
     """
 
     storage: Storage
     key: str
     index: NDArray[np.uint64]
+    checksums: NDArray[np.uint32]
 
     @classmethod
-    def open(cls, storage: Storage, key: str, num_chunks: int) -> "ShardReader":
+    def open(cls, storage: Storage, key: str, num_chunks: int, sha256: bytes) -> "ShardReader":
         """Read and check a shard's index.
 
         Args:
             storage: Where it is.
             key: Its key there.
-            num_chunks: How many chunks the array's metadata gives a shard.
+            num_chunks: How many chunks the array has in a shard.
+            sha256: Hash of the index and the checksums, from the manifest.
 
         Returns:
             The reader.
 
         Raises:
-            CacheError: If the file is missing, too short, or its index is damaged.
+            CacheError: If the file is missing, too short, or its index is not what was written.
         """
         where = f"{storage.name}/{key}"
-        length = num_chunks * 16 + CRC_BYTES
+        length = num_chunks * _TAIL_BYTES + CRC_BYTES
         size = storage.size(key)
         if size is None:
             raise CacheError(f"{where} is missing from the cache; {MEND}")
         if size < length:
             raise CacheError(f"{where} is cut off ({size} bytes); {MEND}")
-        index = _read_index(storage, key, size - length, length)
+        tail = storage.read_ranges(key, [(size - length, length)])[0]
         # A damaged copy in a mirror is no damage of the cache: the source is asked once more.
-        if index is None and storage.forget(key):
-            index = _read_index(storage, key, size - length, length)
-        if index is None:
-            raise CacheError(f"{where} has a damaged index; {MEND}")
-        return cls(storage, key, index)
+        if hashlib.sha256(tail).digest() != sha256 and storage.forget(key):
+            tail = storage.read_ranges(key, [(size - length, length)])[0]
+        if hashlib.sha256(tail).digest() != sha256:
+            raise CacheError(f"{where} has a damaged index or is another file; {MEND}")
+        checksums = np.frombuffer(tail, dtype="<u4", count=num_chunks)
+        index = np.frombuffer(tail, dtype="<u8", count=2 * num_chunks, offset=4 * num_chunks)
+        index = index.reshape(num_chunks, 2)
+        written = index[index[:, 0] != _EMPTY]
+        room = np.uint64(size - length)
+        if (written[:, 0] > room).any() or (written[:, 1] > room - written[:, 0]).any():
+            raise CacheError(f"{where} has an index that points outside of it; {MEND}")
+        return cls(storage, key, index, checksums)
 
     @property
     def name(self) -> str:
@@ -217,12 +271,3 @@ class ShardReader:
         if any(len(p) != size for p, (_, size) in zip(pieces, entries, strict=True)):
             raise CacheError(f"{self.name} is cut off; {MEND}")
         return pieces
-
-
-def _read_index(storage: Storage, key: str, start: int, length: int) -> NDArray[np.uint64] | None:
-    """A shard's index; None where its checksum is wrong."""
-    tail = storage.read_ranges(key, [(start, length)])[0]
-    entries, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
-    if checksum != struct.pack("<I", crc32c(entries)):
-        return None
-    return np.frombuffer(entries, dtype="<u8").reshape(-1, 2)

@@ -1,12 +1,15 @@
-"""Checks a cache against its manifests: sizes and indexes, or every checksum."""
+"""Checks a cache against its sealed documents: sizes and indexes, or the hash of every file."""
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from crc32c import crc32c
-
-from mfdetr_cache.cache.manifest import manifest_key, read_foundation, read_manifest
-from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.annotations import read_annotations, seal_key, version_numbers
+from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.foundation import FOUNDATION_KEY, Opened
+from mfdetr_cache.cache.manifest import CERTIFICATES_KEY, manifest_key, read_manifest
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader
 from mfdetr_cache.cache.storage.protocol import Storage
@@ -30,89 +33,150 @@ class PartCheck:
     faults: tuple[str, ...]
 
 
-def check_parts(cache: FeatureCache, *, full: bool) -> Iterator[PartCheck]:
+def check_parts(storage: Storage, root: Root, *, full: bool) -> Iterator[PartCheck]:
     """Check every part of a cache.
 
     Args:
-        cache: The cache.
-        full: Read every byte and compare its checksum with the manifest's; else only sizes and
-            shard indexes are looked at.
+        storage: Where the cache is.
+        root: What the cache is.
+        full: Read every byte and compare its hash with the manifest's; else only sizes and shard
+            indexes are looked at.
 
     Yields:
         One result per part.
     """
-    for part in cache.layout.parts:
-        yield check_part(cache, part, full=full)
+    for part in root.layout.parts:
+        yield check_part(storage, root, part, full=full)
 
 
-def check_foundation(storage: Storage, *, full: bool) -> tuple[str, ...]:
-    """Check what was written when the cache was created: metadata, ground truth, transforms.
-
-    Args:
-        storage: Where the cache is.
-        full: Compare checksums too.
-
-    Returns:
-        One line per fault.
-    """
-    try:
-        files = read_foundation(storage)
-    except CacheError as error:
-        return (str(error),)
-    faults = (
-        (key, _check_file(storage, key, expected, full=full)) for key, expected in files.items()
-    )
-    return tuple(f"{key} {fault}" for key, fault in faults if fault is not None)
-
-
-def check_part(cache: FeatureCache, part: Part, *, full: bool) -> PartCheck:
+def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartCheck:
     """Check one part; see :func:`check_parts`."""
-    storage = cache.storage
-    arrays = cache.views[part.view].arrays.values()
-    indexed = {a.path: a.chunks_per_part for a in arrays if a.shard is not None}
     try:
-        manifest = read_manifest(storage, part)
+        manifest = read_manifest(storage, root, part)
     except CacheError as error:
         return PartCheck(part, 0, (str(error),))
     if manifest is None:
         where = manifest_key(part)
         return PartCheck(part, 0, (f"{part} was never sealed ({where} is missing)",))
-    faults: list[str] = []
-    total = 0
-    for key, expected in sorted(manifest["files"].items()):
-        total += expected["bytes"]
-        fault = _check_file(storage, key, expected, full=full)
-        if fault is None and not full:
-            fault = _check_index(storage, key, indexed.get(key.split("/c/")[0]))
+    faults = [f"{part}: {fault}" for fault in _file_faults(storage, manifest.files, full=full)]
+    if not full and not faults:
+        for spec in root.arrays[part.view].values():
+            key = spec.key_of_part(part.number)
+            if spec.shard is None:
+                continue
+            try:
+                sha256 = bytes.fromhex(manifest.files[key].index_sha256)
+                ShardReader.open(storage, key, spec.chunks_per_part, sha256)
+            except CacheError:
+                faults.append(f"{part}: {key} has a damaged index or is another file")
+    return PartCheck(part, sum(f.num_bytes for f in manifest.files.values()), tuple(faults))
+
+
+def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[str, ...]:
+    """Check what was written when the cache was created, its annotations left out.
+
+    Args:
+        storage: Where the cache is.
+        opened: Its root and foundation.
+        full: Compare hashes too.
+
+    Returns:
+        One line per fault.
+    """
+    files = opened.foundation.files if opened.foundation else {}
+    found = _file_faults(storage, files, full=full)
+    # The root may be whole as a document and still have other bytes; it is named once.
+    named = " ".join(opened.faults)
+    return (*opened.faults, *(f for f in found if f.split(" ")[0] not in named))
+
+
+def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) -> tuple[str, ...]:
+    """Check a version of the annotations.
+
+    Args:
+        storage: Where the cache is.
+        root: What the cache is.
+        number: Which version.
+        full: Compare hashes too.
+
+    Returns:
+        One line per fault.
+    """
+    if number not in version_numbers(storage):
+        return (f"annotations {number} were never sealed ({seal_key(number)} is missing)",)
+    try:
+        record = read_annotations(storage, root, number)
+    except CacheError as error:
+        return (str(error),)
+    return tuple(_file_faults(storage, record.files, full=full))
+
+
+def annotation_versions(storage: Storage) -> tuple[int, ...]:
+    """Versions that there must be: the first, and whichever is sealed.
+
+    Args:
+        storage: Where the cache is.
+
+    Returns:
+        Their numbers, rising.
+    """
+    return tuple(sorted({0, *version_numbers(storage)}))
+
+
+def unknown_files(storage: Storage, opened: Opened) -> tuple[str, ...]:
+    """Files below a cache that are none of its own: nothing reads them.
+
+    Args:
+        storage: Where the cache is.
+        opened: Its root and foundation.
+
+    Returns:
+        Their keys; hidden files and what a killed writing leaves are not among them.
+    """
+    root = opened.root
+    known = {FOUNDATION_KEY, *(opened.foundation.files if opened.foundation else ())}
+    for part in root.layout.parts:
+        known.add(manifest_key(part))
+        known.update(a.key_of_part(part.number) for a in root.arrays[part.view].values())
+    for number in version_numbers(storage):
+        known.add(seal_key(number))
+        with contextlib.suppress(CacheError):
+            known.update(read_annotations(storage, root, number).files)
+
+    def is_unknown(key: str) -> bool:
+        name = key.rpartition("/")[2]
+        return not (key in known or key.startswith(CERTIFICATES_KEY) or name.startswith("."))
+
+    return tuple(k for k in storage.sizes("") if is_unknown(k) and not k.endswith(".partial"))
+
+
+def _file_faults(storage: Storage, files: Mapping[str, FileRecord], *, full: bool) -> Iterator[str]:
+    for key, expected in sorted(files.items()):
+        try:
+            fault = _fault_of(storage, key, expected, full=full)
+        except (CacheError, FileNotFoundError) as error:
+            fault = str(error)
         if fault is not None:
-            faults.append(f"{part}: {key} {fault}")
-    return PartCheck(part, total, tuple(faults))
+            yield f"{key} {fault}"
 
 
-def _check_file(storage: Storage, key: str, expected: dict[str, int], *, full: bool) -> str | None:
+def _fault_of(storage: Storage, key: str, expected: FileRecord, *, full: bool) -> str | None:
+    folder = storage.folder
+    # A link to another disk may be wanted and is still no copy that can be moved.
+    if folder is not None and not (folder / key).resolve().is_relative_to(folder.resolve()):
+        return "is a link that leaves the cache"
     size = storage.size(key)
     if size is None:
         return "is missing"
-    if size != expected["bytes"]:
-        return f"has {size} bytes instead of {expected['bytes']}"
-    if full and _crc32c_of(storage, key, size) != expected["crc32c"]:
-        return "has a wrong checksum: its bytes changed on disk"
+    if size != expected.num_bytes:
+        return f"has {size} bytes instead of {expected.num_bytes}"
+    if full and _sha256_of(storage, key, size) != expected.sha256:
+        return "has a wrong checksum: it is not what was written"
     return None
 
 
-def _check_index(storage: Storage, key: str, num_chunks: int | None) -> str | None:
-    if num_chunks is None:
-        return None
-    try:
-        ShardReader.open(storage, key, num_chunks)
-    except CacheError:
-        return "has a damaged index"
-    return None
-
-
-def _crc32c_of(storage: Storage, key: str, size: int) -> int:
-    checksum = 0
+def _sha256_of(storage: Storage, key: str, size: int) -> str:
+    digest = hashlib.sha256()
     for start in range(0, size, _BLOCK):
-        length = min(_BLOCK, size - start)
-        checksum = crc32c(storage.read_ranges(key, [(start, length)])[0], checksum)
-    return checksum
+        digest.update(storage.read_ranges(key, [(start, min(_BLOCK, size - start))])[0])
+    return digest.hexdigest()

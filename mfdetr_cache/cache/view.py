@@ -8,19 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mfdetr_cache.cache.annotations import Annotations
 from mfdetr_cache.cache.chunks import ChunkRun, read_chunks
+from mfdetr_cache.cache.columns import read_checked
 from mfdetr_cache.cache.foundation import Foundation
-from mfdetr_cache.cache.schema import (
-    C1_ROI,
-    ROW_OK,
-    Part,
-    row_arrays,
-    stored_maps,
-)
+from mfdetr_cache.cache.schema import C1_ROI, ROW_OK, ROW_SKIPPED, Part, stored_maps
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
-from mfdetr_cache.errors import CacheError
+from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
 
@@ -54,16 +50,19 @@ class CacheView:
     Args:
         cache: The cache it belongs to.
         name: Its name.
+        annotations: The objects of its images.
 
     Attributes:
         name: Its name.
         arrays: Every array that was written part by part, by its name below the view.
     """
 
-    def __init__(self, cache: Foundation, name: str) -> None:
+    def __init__(self, cache: Foundation, name: str, annotations: Annotations) -> None:
         self.name = name
-        self.arrays = row_arrays(cache.spec, cache.layout, name)
+        self.arrays = cache.root.arrays[name]
         self._cache = cache
+        self._annotations = annotations
+        self._positions = {array: i for i, array in enumerate(self.arrays)}
         self._tables: dict[str, NDArray[Any]] = {}
         self._chunk_types = {
             name: (math.prod(spec.chunk), np.dtype(spec.dtype))
@@ -138,28 +137,7 @@ class CacheView:
         Returns:
             The objects in pixels of the view's picture, masks as run lengths.
         """
-        base = f"views/{self.name}/ground_truth"
-        first, last = (int(v) for v in self._cache.columns[f"{base}/offset"][row : row + 2])
-        bounds = self._cache.columns[f"{base}/run_length_offset"][first : last + 1]
-        runs: tuple[NDArray[np.uint32], ...] = ()
-        if last > first:
-            start, stop = int(bounds[0]), int(bounds[-1])
-            # By slice: the run lengths of a whole dataset need not fit in memory.
-            flat = self._cache.columns.slice(f"{base}/run_length", start, stop)
-            runs = tuple(np.split(flat.astype(np.uint32), (bounds[1:-1] - start).tolist()))
-
-        def column(name: str) -> NDArray[Any]:
-            return self._cache.columns[f"{base}/{name}"][first:last]
-
-        return GroundTruth(
-            annotation_ids=column("annotation_id"),
-            category_ids=column("category_id"),
-            labels=column("label"),
-            boxes_xyxy=column("box_xyxy"),
-            areas=column("area"),
-            is_crowd=column("is_crowd").astype(np.bool_),
-            run_lengths=runs,
-        )
+        return self._annotations.objects(self.name, row, self.transform(row).size_hw)
 
     def read(
         self, row: int, map_names: tuple[str, ...] | None = None, *, pinned: bool = False
@@ -187,25 +165,17 @@ class CacheView:
             raise CacheError(f"{cache.path} was extracted with --c1 none: it has no {c1}")
         with_crops = cache.layout.c1_roi is not None and bool({c1, C1_ROI} & set(map_names))
         names = [n for n in map_names if not with_crops or n not in (c1, C1_ROI)]
+        newer = self._annotations.crops(self.name, row) if with_crops else None
         rows = ["class_logits", "boxes_cxcywh_norm", "queries"]
         if with_crops:
-            rows += [f"{C1_ROI}/query_index", f"{C1_ROI}/moments"]
+            rows.append(f"{C1_ROI}/moments")
         # Apart from the maps: whoever keeps a few numbers of an image must not keep its maps.
         held = self._read_arrays({name: self._run_of_row(name, row) for name in rows})
         runs: dict[str, ChunkRun] = {}
-        for name in [*names, C1_ROI] if with_crops else names:
+        for name in [*names, C1_ROI] if with_crops and newer is None else names:
             runs |= self._runs_of_map(name, row)
         held |= self._read_arrays(runs, pinned=pinned)
-        crops = None
-        if with_crops:
-            queries = held[f"{C1_ROI}/query_index"][0]
-            height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
-            crops = C1Crops(
-                query_index=queries[queries >= 0].astype(np.int64),
-                crops=self._stored_map(C1_ROI, row, held),
-                moments=held[f"{C1_ROI}/moments"][0],
-                c1_hw=(height, width),
-            )
+        crops = self._crops(row, held, newer) if with_crops else None
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),
@@ -219,6 +189,37 @@ class CacheView:
             view=self.name,
             c1_crops=crops,
         )
+
+    def crop_queries(self, row: int) -> NDArray[np.int64]:
+        """Queries whose crops of C1 the features hold.
+
+        Args:
+            row: Row in the cache.
+
+        Returns:
+            Indices, rising.
+
+        Raises:
+            CacheError: If there are none that can be.
+        """
+        name = f"{C1_ROI}/query_index"
+        queries = self._read_arrays({name: self._run_of_row(name, row)})[name][0]
+        if (queries >= self._cache.spec.num_queries).any():
+            raise CacheError(f"{self._cache.path}: row {row} has crops of unknown queries; {MEND}")
+        known: NDArray[np.int64] = queries[queries >= 0].astype(np.int64)
+        return known
+
+    def _crops(
+        self,
+        row: int,
+        held: dict[str, NDArray[Any]],
+        newer: tuple[NDArray[np.int64], StoredMap] | None,
+    ) -> C1Crops:
+        """Crops of a row: those of the features, or those that came with newer annotations."""
+        height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
+        if newer is None:
+            newer = (self.crop_queries(row), self._stored_map(C1_ROI, row, held))
+        return C1Crops(*newer, held[f"{C1_ROI}/moments"][0], (height, width))
 
     def largest_maps(self, map_names: tuple[str, ...]) -> int:
         """Most bytes that :meth:`read` needs for the maps of a row.
@@ -288,25 +289,58 @@ class CacheView:
             spec, layout = self.arrays[name], self._cache.layout
             full = np.zeros((layout.parts_per_view * spec.chunk[0], *spec.shape[1:]), spec.dtype)
             count, dtype = math.prod(spec.chunk), np.dtype(spec.dtype)
-            missing = set(self._cache.missing_parts)
             for number in range(layout.parts_per_view):
-                if Part(self.name, number) in missing:
+                if Part(self.name, number) not in self._cache.sealed:
                     continue
                 key = spec.key_of_part(number)
                 where = f"{self._cache.path}/{key}"
-                data = self._cache.storage.read(key)
+                data = read_checked(self._cache.storage, key, self._hash(name, number))
                 values = decode_chunk(data, dtype, count, where, raw=self._raw)
                 place = slice(number * spec.chunk[0], (number + 1) * spec.chunk[0])
                 full[place] = values.reshape(spec.chunk)
-            self._tables[name] = full[: layout.num_rows]
+            table = full[: layout.num_rows]
+            if not self._is_possible(name, table):
+                raise CacheError(
+                    f"{self._cache.path}: {spec.path} holds what no image can have; {MEND}"
+                )
+            self._tables[name] = table
         return self._tables[name]
+
+    def _is_possible(self, name: str, table: NDArray[Any]) -> bool:
+        """Whether sizes and places fit the layout, so that nothing outside of it is read."""
+        if name == "status":
+            return int(table.max(initial=0)) <= ROW_SKIPPED
+        if name.endswith("/offset"):
+            base = name.removesuffix("offset")
+            values = self.arrays[f"{base}values"]
+            assert values.shard is not None
+            rows = self._table("status") == ROW_OK
+            part = np.arange(len(table)) // self._cache.layout.images_per_part
+            first = table - part * values.shard[0]
+            cells = self._table(f"{base}hw").prod(axis=1, dtype=np.int64)
+            fits = (first >= 0) & (first % values.chunk[0] == 0)
+            fits &= (cells <= values.shard[0]) & (first <= values.shard[0] - cells)
+            return bool(fits[rows].all())
+        if name == "resized_hw":
+            return bool((table <= self._table("input_hw")).all() and (table >= 0).all())
+        return bool((table >= 0).all() and (table < 2**31 - 1).all())
+
+    def _hash(self, name: str, number: int) -> bytes:
+        """What the manifest of a part says of an array's file."""
+        part = Part(self.name, number)
+        if part not in self._cache.sealed:
+            raise CacheError(f"{self._cache.path}: {part} is missing; run the same extract again")
+        return self._cache.sealed[part][self._positions[name]]
 
     def _shard(self, name: str, number: int) -> ShardReader:
         key = (name, number)
         if key not in self._shards:
             spec = self.arrays[name]
             self._shards[key] = ShardReader.open(
-                self._cache.storage, spec.key_of_part(number), spec.chunks_per_part
+                self._cache.storage,
+                spec.key_of_part(number),
+                spec.chunks_per_part,
+                self._hash(name, number),
             )
         return self._shards[key]
 

@@ -1,7 +1,5 @@
 """What a cache will be of, worked out before the detector runs."""
 
-from dataclasses import asdict
-
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
 from mfdetr_cache.coco.annotations import CocoSplit
@@ -13,7 +11,7 @@ from mfdetr_cache.coco.augmentation import (
 from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
-from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.identity import detector_identity, images_identity
 from mfdetr_cache.matching.objects import trainable_objects
 
 
@@ -72,17 +70,15 @@ def plan_cache(
     identity = {
         "format_version": FORMAT_VERSION,
         "detector": detector_identity(spec),
-        "dataset": {
-            "name": split.name,
-            "annotations_sha256": split.sha256,
-            "num_images": len(split.images),
-        },
+        "images": images_identity((e.image_id, e.file_name, e.size_hw) for e in split.images),
         "views": list(contents),
         "view_seed": views.seed if views.count else None,
         "preset": layout.preset,
         "compression": layout.compression,
         "c1": layout.c1,
-        "c1_roi": None if c1_roi is None else asdict(c1_roi),
+        "c1_roi": None
+        if c1_roi is None
+        else {"roi_size": c1_roi.roi_size, "sampling_ratio": c1_roi.sampling_ratio},
     }
     return CacheContent(
         identity=identity,
@@ -93,5 +89,6 @@ def plan_cache(
         original_sizes_hw=[e.size_hw for e in split.images],
         categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
         label_categories=label_categories,
+        annotations={"name": split.name, "sha256": split.sha256},
         views=contents,
     )

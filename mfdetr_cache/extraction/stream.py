@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.encoder import EncodedImage
 from mfdetr_cache.cache.schema import Part, stored_maps
-from mfdetr_cache.cache.writer import CacheWriter, EncodedImage
+from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
@@ -202,7 +203,7 @@ class Extraction:
         on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started
         self.num_extracted += 1
-        encode = self._writer.encode
+        encode = self._writer.encoder.encode
         return _Item(part, row, self._encoders.submit(encode, row, decoded.geometry, on_cpu, crops))
 
     def _write(self) -> None:

@@ -32,7 +32,8 @@ class RunRecord:
         recipe: Name of the recipe.
         train: Training settings, as plain values.
         detector: Identity of the detector the head was trained for.
-        cache: Path, id and dataset of the cache it was trained from; None without a cache.
+        cache: Path, id and images of the cache it was trained from; None without a cache.
+        annotations: Id and source of the annotations it learned from, with a cache.
         val_cache: Path of the cache it was measured on.
         joint: What ``train-joint`` was told beside these settings.
         categories: ``{"id", "name"}`` of the dataset's categories.
@@ -45,6 +46,7 @@ class RunRecord:
     train: dict[str, Any] = field(default_factory=dict)
     detector: Identity
     cache: dict[str, Any] | None = None
+    annotations: dict[str, Any] | None = None
     val_cache: str | None = None
     joint: dict[str, Any] | None = None
     categories: Sequence[dict[str, Any]] = ()
@@ -70,7 +72,7 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in the file."""
         # A run from a cache says null where it has no validation cache; one without says neither.
-        unused = {"joint"} if self.joint is None else {"cache", "val_cache"}
+        unused = {"joint"} if self.joint is None else {"cache", "annotations", "val_cache"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
 
     @classmethod

@@ -16,6 +16,9 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:  # noqa: AN
 
     Args:
         **options: Further options of :func:`numba.njit`.
+
+    Returns:
+        The decorator.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:  # noqa: ANN401

@@ -198,7 +198,7 @@ def begin_run(
     track: Sequence[Tracker],
     validation: Validation | None,
     resume: bool,
-    same: Sequence[str] = ("head", "train", "detector"),
+    same: Sequence[str] = ("head", "train", "detector", "annotations"),
 ) -> Run:
     """Begin the folder of a run, or go on with the run that is in it.
 

@@ -33,8 +33,9 @@ def record_of_cache(
             "path": cache.path,
             "cache_id": cache.cache_id,
             "identity_of_detector": identity_hash(identity),
-            "dataset": cache.identity["dataset"],
+            "images": cache.identity["images"],
         },
+        annotations={"id": cache.annotations.annotations_id, **cache.annotations.source},
         val_cache=val_cache,
         categories=cache.categories,
         label_categories=cache.label_categories,
@@ -59,7 +60,7 @@ def prepare_folder(
     run: RunRecord,
     *,
     resume: bool,
-    same: Sequence[str] = ("head", "train", "detector"),
+    same: Sequence[str] = ("head", "train", "detector", "annotations"),
 ) -> None:
     """Begin a run folder, or make sure that an old one is the same run.
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from mfdetr_cache.cache.creation import CacheContent
+from mfdetr_cache.cache.foundation import read_root
 from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import BASE_VIEW, Part, row_arrays
+from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
@@ -157,8 +158,9 @@ def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]
     content = plan_cache(split, detector, config.maps, config.views)
     # The cache keeps the parts it was created with, whatever this version would choose.
     storage = open_storage(config.cache)
-    require_same_content(storage, content)
-    return split, detector, replace(content, layout=FeatureCache.open(storage).layout)
+    root = read_root(storage)
+    require_same_content(storage, root, content)
+    return split, detector, replace(content, layout=root.layout)
 
 
 def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
@@ -179,7 +181,7 @@ def _announce(
     storage = open_storage(config.cache)
     views = f" in {len(content.views)} views" if len(content.views) > 1 else ""
     line = (
-        f"{len(content.image_ids)} images of {content.identity['dataset']['name']}{views} through "
+        f"{len(content.image_ids)} images of {content.annotations['name']}{views} through "
         f"{content.spec.name} as {content.layout.preset}; at most {needed / 1e9:.2f} GB (before "
         "compression)"
     )
@@ -210,6 +212,6 @@ def estimated_bytes(content: CacheContent) -> int:
     Returns:
         Bytes of all parts, every image as large as the largest.
     """
-    arrays = row_arrays(content.spec, content.layout, BASE_VIEW).values()
+    arrays = content.root.arrays[BASE_VIEW].values()
     each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
     return each * len(content.views)

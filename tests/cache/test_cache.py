@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
-from mfdetr_cache.cache.manifest import manifest_key, part_is_whole
+from mfdetr_cache.cache.foundation import FOUNDATION_KEY
+from mfdetr_cache.cache.manifest import manifest_key
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, Part, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
@@ -20,6 +21,7 @@ from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
@@ -43,7 +45,7 @@ def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: An
         for name, m in layout.maps.items()
     }
     settings: dict[str, Any] = {
-        "identity": {"detector": detector_identity(spec), "dataset": {"name": "test"}},
+        "identity": {"detector": detector_identity(spec), "images": {"count": len(sizes)}},
         "spec": spec,
         "layout": CacheLayout(len(sizes), 3, preset, compression, VIEWS, maps),
         "image_ids": [10 * i + 1 for i in range(len(sizes))],
@@ -51,6 +53,7 @@ def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: An
         "original_sizes_hw": [(2 * h, 2 * w) for h, w in sizes],
         "categories": [{"id": 1, "name": "thing"}],
         "label_categories": (1, -1, -1),
+        "annotations": {"name": "test", "sha256": ""},
         "views": {
             view: ViewContent(
                 [identity_transform((2 * h, 2 * w)) for h, w in sizes],
@@ -147,7 +150,7 @@ def test_a_stranger_reads_every_value_with_zarr_alone(filled: Path, spec: Detect
     """What docs/cache-format.md promises; nothing of this package is used to read."""
     group = zarr.open_group(str(filled), mode="r")
     about: Any = group.attrs["mfdetr_cache"]
-    assert (about["format"], about["format_version"]) == ("mfdetr-cache", 1)
+    assert (about["format"], about["format_version"]) == ("mfdetr-cache", 2)
     view: Any = group["views/base"]
     for row in np.flatnonzero(view["status"][:] == 1):
         output = make_output(spec, SIZES[row], int(row))
@@ -164,7 +167,7 @@ def test_a_stranger_reads_every_value_with_zarr_alone(filled: Path, spec: Detect
             assert stored["values"].attrs["stride"] == spec.map_named(name).stride
     names, bounds = group["images/file_name_utf8"][:], group["images/file_name_offset"][:]  # type: ignore[index]
     assert bytes(names[bounds[2] : bounds[3]]).decode() == "folder/ü2.jpg"
-    truth = view["ground_truth"]
+    truth: Any = group["annotations/000000/views/base"]
     first, last = truth["offset"][2:4]
     runs = truth["run_length_offset"][first : last + 1]
     mask = truth["run_length"][runs[0] : runs[1]]
@@ -294,9 +297,10 @@ def test_a_plain_zarr_is_no_cache(tmp_path: Path, content: CacheContent) -> None
 
 def test_a_newer_format_is_refused_by_name(filled: Path) -> None:
     document = json.loads((filled / "zarr.json").read_text())
-    document["attributes"]["mfdetr_cache"]["format_version"] = 2
+    document["attributes"]["mfdetr_cache"]["format_version"] = 3
     (filled / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(CacheError, match="has cache format 2, this version reads up to 1"):
+    (filled / FOUNDATION_KEY).unlink()
+    with pytest.raises(CacheError, match="has cache format 3, this version reads 2; update"):
         FeatureCache.open(filled)
 
 
@@ -314,10 +318,10 @@ def test_a_full_disk_keeps_what_was_sealed(
     fill(path, content, SIZES, stop_after=1)
     real = LocalStorage.write
 
-    def full(self: LocalStorage, key: str, pieces: list[bytes]) -> tuple[int, int]:
+    def full(self: LocalStorage, key: str, pieces: list[bytes]) -> None:
         if "queries" in key:
             raise OSError(28, "No space left on device")
-        return real(self, key, pieces)
+        real(self, key, pieces)
 
     monkeypatch.setattr(LocalStorage, "write", full)
     with pytest.raises(CacheError, match="is full; sealed parts are kept, make room"):
@@ -331,7 +335,6 @@ def test_a_full_disk_keeps_what_was_sealed(
 def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheContent) -> None:
     whole = files_of(filled)
     (filled / "views/base/maps/c1/values/c/1/0").unlink()
-    assert not part_is_whole(LocalStorage(filled), Part("base", 1))
     assert FeatureCache.open(filled).missing_parts == (Part("base", 1),)
     fill(filled, content, SIZES)
     assert files_of(filled) == whole
@@ -340,7 +343,8 @@ def test_a_lost_file_is_noticed_and_written_again(filled: Path, content: CacheCo
 def test_a_damaged_manifest_is_named(filled: Path) -> None:
     (filled / manifest_key(Part("base", 1))).write_text("{")
     with pytest.raises(
-        CacheError, match=r"000001\.json is damaged; mend it with: mfdetr cache repair"
+        CacheError,
+        match=r"000001\.json is damaged: its bytes are not .*; mend it with: mfdetr cache repair",
     ):
         FeatureCache.open(filled).require_complete()
 
@@ -363,8 +367,10 @@ def test_parts_stay_below_their_bound() -> None:
     tokens = sum(layout.maps[m.name].part_tokens * m.channels * 2 for m in big.maps)
     assert layout.images_per_part >= 4
     assert tokens < 1.2 * PART_BYTES
-    copied = CacheLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
-    assert copied == layout
+    small = make_spec(width=8, c1_channels=8, strides=(16,), num_queries=4)
+    assert plan_layout(small, {(64, 64)}, 1000, "int8").images_per_part == 64
+    plain = json.loads(json.dumps(layout.to_dict()))
+    assert CacheLayout.from_fields(Fields(plain, "layout", CacheError)) == layout
 
 
 def test_moving_a_cache_changes_nothing(tmp_path: Path, filled: Path) -> None:
@@ -405,3 +411,18 @@ def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     summary = run_verify(filled, SilentReporter(), full=True)
     assert summary.broken_parts == (Part("base", 2),)
     assert "part 2 of view base was never sealed" in summary.faults[0]
+
+
+def test_links_that_leave_the_cache_are_named(tmp_path: Path, filled: Path) -> None:
+    shard = filled / "views/base/maps/c1/values/c/1/0"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    (fault,) = run_verify(filled, SilentReporter(), full=True).faults
+    assert "views/base/maps/c1/values/c/1/0 is a link that leaves the cache" in fault
+    # One inside of it is a file like any other; so is a cache behind a link.
+    shard.unlink()
+    (tmp_path / "elsewhere").rename(shard.with_name("1"))
+    shard.symlink_to("1")
+    linked = tmp_path / "linked.zarr"
+    linked.symlink_to(filled)
+    assert run_verify(linked, SilentReporter(), full=True).faults == ()

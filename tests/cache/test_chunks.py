@@ -29,15 +29,23 @@ def write(storage: Storage, key: str, values: np.ndarray, *, raw: bool) -> None:
     builder = ShardBuilder(len(values))
     for number, row in enumerate(values):
         builder.add(number, encode_chunk(row, raw=raw))
-    storage.write(key, builder.finish())
+    pieces, record = builder.finish()
+    storage.write(key, pieces)
+    # What a manifest keeps.
+    storage.write(f"{key}.index", [record.index_sha256.encode()])
 
 
 def runs_of(storage: Storage, arrays: dict[str, np.ndarray]) -> list[ChunkRun]:
     """All chunks but the first of each."""
     return [
-        ChunkRun(ShardReader.open(storage, k, len(v)), 1, len(v) - 1, v.shape[1], v.dtype)
+        ChunkRun(opened(storage, k, len(v)), 1, len(v) - 1, v.shape[1], v.dtype)
         for k, v in arrays.items()
     ]
+
+
+def opened(storage: Storage, key: str, num_chunks: int) -> ShardReader:
+    index_sha256 = bytes.fromhex(storage.read(f"{key}.index").decode())
+    return ShardReader.open(storage, key, num_chunks, index_sha256)
 
 
 @pytest.fixture

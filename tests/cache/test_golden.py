@@ -1,4 +1,4 @@
-"""A small cache of every released format version stays readable, value by value.
+"""A small cache of the format stays readable, value by value; one of the version before is refused.
 
 The caches were written once by ``python -m tests.cache.test_golden`` and are never written again;
 their expected values follow from a formula and not from this version's writer.
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.ops.quantisation import ENCODINGS
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec
@@ -18,7 +19,7 @@ from tests.support.images import make_spec
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = [(32, 48), (32, 32), (16, 40)]
-VERSIONS = ("v1-fp16", "v1-int8", "v1-int4")
+VERSIONS = ("v2-fp16", "v2-int8", "v2-int4")
 
 
 def wave(shape: tuple[int, ...], phase: int) -> np.ndarray:
@@ -51,7 +52,6 @@ def test_every_version_is_read_value_by_value(name: str) -> None:
 
     cache = FeatureCache.open(GOLDEN / name)
     cache.require_complete()
-    assert cache.format_version == int(name[1])
     assert run_verify(GOLDEN / name, SilentReporter(), full=True).faults == ()
     assert cache.rows == (0, 2)
     assert cache.skipped[0]["reason"] == "left out"
@@ -75,6 +75,16 @@ def test_every_version_is_read_value_by_value(name: str) -> None:
     assert truth.run_lengths[0].sum() <= 4 * SIZES[2][0] * SIZES[2][1]
 
 
+@pytest.mark.parametrize("name", ["v1-fp16", "v1-int8"])
+def test_version_1_is_refused_with_what_to_do(name: str) -> None:
+    """Its checksums are those of data followed by their checksum: one constant."""
+    from mfdetr_pipelines.cache.verify import run_verify
+
+    for attempt in (FeatureCache.open, lambda p: run_verify(p, SilentReporter(), full=True)):
+        with pytest.raises(CacheError, match=r"has cache format 1, .*: extract again into another"):
+            attempt(GOLDEN / name)
+
+
 def write_golden(name: str) -> None:
     """Write one of the caches; for a new format version only."""
     from mfdetr_cache.cache.creation import CacheContent, ViewContent
@@ -92,7 +102,7 @@ def write_golden(name: str) -> None:
         identity={
             "format_version": FORMAT_VERSION,
             "detector": detector_identity(spec),
-            "dataset": {"name": "golden", "annotations_sha256": "0" * 64, "num_images": 3},
+            "images": {"count": 3, "sha256": "0" * 64},
             "views": [BASE_VIEW],
             "view_seed": None,
             "preset": preset,
@@ -107,6 +117,7 @@ def write_golden(name: str) -> None:
         original_sizes_hw=originals,
         categories=[{"id": 1, "name": "thing"}],
         label_categories=(1, -1, -1),
+        annotations={"name": "golden", "sha256": "0" * 64},
         views={
             BASE_VIEW: ViewContent(
                 [identity_transform(hw) for hw in originals],

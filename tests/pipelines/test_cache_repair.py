@@ -61,8 +61,11 @@ DAMAGES: dict[str, Any] = {
     "no shard": lambda p: (p / "views/deformable-detr-0/queries/c/1/0/0").unlink(),
     "empty shard": lambda p: (p / "views/base/class_logits/c/0/0/0").write_bytes(b""),
     "byte in a column": lambda p: flip(p / "views/base/status/c/0", 8),
-    "byte in the ground truth": lambda p: flip(p / "views/base/ground_truth/run_length/c/0"),
+    "byte in the ground truth": lambda p: flip(p / "annotations/000000/views/base/run_length/c/0"),
     "no file names": lambda p: (p / "images/file_name_utf8/c/0").unlink(),
+    "byte in the root": lambda p: flip(p / "zarr.json", 400),
+    "another root": lambda p: (p / "zarr.json").write_text("{}"),
+    "byte in the annotations": lambda p: flip(p / "views/base/status/annotations/000000.json"),
     "byte in the foundation": lambda p: flip(p / "views/base/status/manifest/foundation.json", 3),
 }
 

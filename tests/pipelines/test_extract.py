@@ -253,7 +253,7 @@ def test_the_same_cache_is_not_made_twice(
     detectors.save_rtdetr(other, seed=5)
     with pytest.raises(CacheError, match=r"already holds another cache: detector\.weights_sha256"):
         run(scenes_folder, other, cache)
-    with pytest.raises(CacheError, match=r"already holds another cache: dataset\.num_images"):
+    with pytest.raises(CacheError, match=r"already holds another cache: images\.count"):
         run(scenes_folder, rtdetr_folder, cache, limit=4)
     assert files_of(cache) == before
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mfdetr_cache.cache.storage.protocol import (
     Storage,
-    checksum_of,
     files_below,
 )
 from mfdetr_cache.errors import CacheError
@@ -101,7 +100,7 @@ class LocalStorage(Storage):
         sizes = {Path(f).relative_to(self._folder).as_posix(): s.st_size for f, s in found}
         return dict(sorted(sizes.items()))
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+    def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Write a file and make it survive a power cut; see :class:`Storage`."""
         path = self._folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,6 @@ class LocalStorage(Storage):
             os.fsync(parent)
         finally:
             os.close(parent)
-        return checksum_of(pieces)
 
     def delete(self, key: str) -> None:
         """Remove a file; see :class:`Storage`."""

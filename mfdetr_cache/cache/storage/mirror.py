@@ -1,5 +1,6 @@
 """A cache in an object store, with copies of what was read on a local disk."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.cache.storage.local import LocalStorage
-from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, checksum_of, files_below
+from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, files_below
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.files import DISK_FULL
 
@@ -35,7 +36,7 @@ class MirroredStorage(Storage):
     """
 
     def __init__(self, source: Storage, mirror: Path, max_bytes: int) -> None:
-        self.name = source.name
+        self.name, self.annotations = source.name, source.annotations
         self._source = source
         self._mirror = LocalStorage(mirror)
         self._root = mirror
@@ -96,9 +97,9 @@ class MirroredStorage(Storage):
         """Files below a prefix; see :class:`Storage`."""
         return self._source.sizes(prefix)
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+    def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Write to the source; see :class:`Storage`."""
-        return self._source.write(key, pieces)
+        self._source.write(key, pieces)
 
     def delete(self, key: str) -> None:
         """Remove from the source; see :class:`Storage`."""
@@ -107,8 +108,8 @@ class MirroredStorage(Storage):
     def _folder(self, key: str) -> str:
         """Folder of a file of this very cache in the mirror."""
         if not self._folder_of_cache:
-            root = checksum_of([self._source.read(ROOT_KEY)])[1]
-            self._folder_of_cache = f"{_flat(self.name)}-{root:08x}"
+            root = hashlib.sha256(self._source.read(ROOT_KEY)).hexdigest()
+            self._folder_of_cache = f"{_flat(self.name)}-{root[:16]}"
         return f"{self._folder_of_cache}/{_flat(key)}"
 
     def _copy(self, name: str, size: int) -> bytes | None:

@@ -10,7 +10,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import MemoryStore, from_url
 
-from mfdetr_cache.cache.storage.protocol import Storage, checksum_of
+from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import CacheError
 
 _MEMORY: dict[str, MemoryStore] = {}
@@ -77,11 +77,10 @@ class ObjectStorage(Storage):
                 found |= {str(o["path"]): int(o["size"]) for o in page}
         return dict(sorted(found.items()))
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+    def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Put an object; see :class:`Storage`."""
         with self._explained():
             obstore.put(self._store, key, b"".join(pieces))
-        return checksum_of(pieces)
 
     def delete(self, key: str) -> None:
         """Remove an object; see :class:`Storage`."""

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from crc32c import crc32c
-
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.files import DISK_FULL, NOT_ALLOWED
 
@@ -20,9 +18,11 @@ class Storage(Protocol):
 
     Attributes:
         name: What people call the place; for messages.
+        annotations: Which version of a cache's annotations is read; None for the newest.
     """
 
     name: str
+    annotations: int | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -108,15 +108,12 @@ class Storage(Protocol):
             Key to bytes.
         """
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> tuple[int, int]:
+    def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Write a file so that it is either absent or whole.
 
         Args:
             key: Its key.
             pieces: Its bytes, in order.
-
-        Returns:
-            Size in bytes and CRC-32C of the file.
         """
 
     def delete(self, key: str) -> None:
@@ -153,21 +150,6 @@ def explained(storage: Storage) -> Iterator[None]:
         raise
 
 
-def checksum_of(pieces: Sequence[bytes]) -> tuple[int, int]:
-    """Size and CRC-32C of a file.
-
-    Args:
-        pieces: Its bytes, in order.
-
-    Returns:
-        Bytes and checksum.
-    """
-    checksum = 0
-    for piece in pieces:
-        checksum = crc32c(piece, checksum)
-    return sum(map(len, pieces)), checksum
-
-
 def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Files and what is known of each; one that another process renames or removes is left out."""
     for place, _, names in os.walk(folder):
@@ -175,7 +157,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             path = os.path.join(place, name)  # noqa: PTH118 - a listing may have a million files
             try:
                 yield path, os.stat(path)  # noqa: PTH116
-            except FileNotFoundError:
+            except OSError:  # also a link that leads nowhere
                 continue
 
 

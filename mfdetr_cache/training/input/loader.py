@@ -53,7 +53,7 @@ class Loader:
         # Another process opens the cache by itself, and no GPU copies from its memory.
         order = (self.views, self.steps_per_epoch, self.seed)
         rest = (self.map_names, *order, self.regions, self.detected, False)
-        return _opened_loader, (self.cache.storage, *rest)
+        return _opened_loader, (self.cache.storage, self.cache.annotations.number, *rest)
 
     def __call__(self, row: int, step: int) -> TrainSample:
         """Read a row and build its regions."""
@@ -71,8 +71,8 @@ class Loader:
         )
 
 
-def _opened_loader(storage: Storage, *rest: Any) -> Loader:  # noqa: ANN401
-    return Loader(FeatureCache.open(storage), *rest)
+def _opened_loader(storage: Storage, annotations: int, *rest: Any) -> Loader:  # noqa: ANN401
+    return Loader(FeatureCache.open(storage, annotations), *rest)
 
 
 class CacheSource:

@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mfdetr_cache.cache.annotations import version_numbers
 from mfdetr_cache.cache.certificate import Certificate, read_certificates
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import FORMAT_VERSION
 from mfdetr_cache.cache.storage.open import Location
 
 
@@ -43,6 +45,9 @@ class CacheInfo:
         weights_sha256: Hash of its weights.
         dataset: Name of the annotation file.
         annotations_sha256: Hash of that file.
+        annotations_id: What names these labels, in heads too.
+        annotations_version: Which version of the annotations is described.
+        annotations_versions: All versions there are.
         rows: Images in the split.
         images: Images with content.
         objects: Annotated objects of these.
@@ -67,6 +72,9 @@ class CacheInfo:
     weights_sha256: str
     dataset: str
     annotations_sha256: str
+    annotations_id: str
+    annotations_version: int
+    annotations_versions: tuple[int, ...]
     rows: int
     images: int
     objects: int
@@ -99,7 +107,6 @@ def describe_cache(path: Location) -> CacheInfo:
         CacheError: If there is no cache, or it cannot be read by this version.
     """
     cache = FeatureCache.open(path)
-    dataset = cache.identity["dataset"]
     stored = cache.stored_bytes
     sizes = cache.stored_bytes_of_arrays()
     arrays = tuple(
@@ -108,14 +115,17 @@ def describe_cache(path: Location) -> CacheInfo:
     )
     return CacheInfo(
         cache_id=cache.cache_id,
-        format_version=cache.format_version,
+        format_version=FORMAT_VERSION,
         preset=cache.layout.preset,
         compression=cache.layout.compression,
         views=cache.layout.views,
         detector=cache.spec.name,
         weights_sha256=cache.spec.weights_sha256,
-        dataset=dataset["name"],
-        annotations_sha256=dataset["annotations_sha256"],
+        dataset=str(cache.annotations.source["name"]),
+        annotations_sha256=str(cache.annotations.source["sha256"]),
+        annotations_id=cache.annotations.annotations_id,
+        annotations_version=cache.annotations.number,
+        annotations_versions=version_numbers(cache.storage),
         rows=cache.layout.num_rows,
         images=len(cache),
         objects=sum(len(cache.ground_truth(r)) for r in cache.rows),

@@ -5,16 +5,23 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mfdetr_cache.cache.annotations import header_of, write_annotations
 from mfdetr_cache.cache.creation import CacheContent, create_cache
+from mfdetr_cache.cache.foundation import FOUNDATION_KEY, Opened, read_opened
 from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.manifest import manifest_key, read_manifest
-from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.storage.local import LocalStorage
-from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
-from mfdetr_cache.cache.verify import check_foundation, check_part
-from mfdetr_cache.cache.writer import CacheWriter, require_same_content
+from mfdetr_cache.cache.verify import (
+    annotation_versions,
+    check_annotations,
+    check_foundation,
+    check_part,
+)
+from mfdetr_cache.cache.writer import CacheWriter, other_annotations, require_same_features
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
@@ -73,64 +80,88 @@ def run_repair(
         CacheError: If weights or annotations are not those of the cache, or another process writes
             it; nothing was changed then.
     """
-    cache = FeatureCache.open(path)
+    storage = open_storage(path)
+    opened = read_opened(storage)
+    root = opened.root
     # What another process seals meanwhile must not be taken for broken.
-    with locked(cache.storage):
-        found = run_verify(path, reporter, full=True)
+    with locked(storage):
+        found = run_verify(storage, reporter, full=True)
         if not found.faults:
             return RepairSummary((), (), 0, 0, whole=True)
         # What cannot be used was left out when the cache was made, or nothing had been extracted.
-        rows = cache.layout.num_rows
+        rows = root.layout.num_rows
         split = load_coco_split(annotations, images, on_bad="skip", limit=rows)
-        options = options_of(detector_identity(cache.spec))
-        detector = load_detector(cache.spec.detector, weights, options)
-        maps, views = _choices(cache)
-        content = replace(plan_cache(split, detector, maps, views), layout=cache.layout)
+        options = options_of(detector_identity(root.spec))
+        detector = load_detector(root.spec.detector, weights, options)
+        content = replace(plan_cache(split, detector, *_choices(root)), layout=root.layout)
         # Before anything is touched: another detector or dataset could only make it worse.
-        require_same_content(cache.storage, content)
-        mended = _mend_foundation(cache.storage, content)
+        require_same_features(storage, root, content)
+        versions = _broken_versions(storage, root, content)
+        mended = _mend_foundation(storage, opened, content) + len(versions)
+        for number in versions:
+            write_annotations(storage, root, number, content.labels)
         for part in found.broken_parts:
             # An object store has no locks: the part may have been written again since.
-            if check_part(cache, part, full=True).faults:
-                cache.storage.delete(manifest_key(part))
-        writer = CacheWriter(cache.storage, content)
-        source = ImageSource(split, images, skip_bad=_has_skipped(cache))
+            if check_part(storage, root, part, full=True).faults:
+                storage.delete(manifest_key(part))
+        writer = CacheWriter(storage, content)
+        source = ImageSource(split, images, skip_bad=_has_skipped(storage, root))
         extraction = Extraction(source, content, detector, torch_device(device), writer, reporter)
         extraction.run(writer.pending_parts())
-        whole = not run_verify(path, reporter, full=True).faults
+        whole = not run_verify(storage, reporter, full=True).faults
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 
-def _choices(cache: FeatureCache) -> tuple[MapOptions, ViewOptions]:
+def _choices(root: Root) -> tuple[MapOptions, ViewOptions]:
     """What was chosen when a cache was made."""
-    layout, extra = cache.layout, cache.layout.views[1:]
+    layout, extra = root.layout, root.layout.views[1:]
     roi = layout.c1_roi
     crops = () if roi is None else (roi.roi_size, roi.sampling_ratio)
     maps = MapOptions(layout.preset, layout.compression, layout.c1, *crops)
     if not extra:
         return maps, ViewOptions()
     policy = extra[0].rsplit("-", 1)[0]
-    return maps, ViewOptions(len(extra), policy, cache.identity["view_seed"])  # type: ignore[arg-type]
+    return maps, ViewOptions(len(extra), policy, root.identity["view_seed"])  # type: ignore[arg-type]
 
 
-def _has_skipped(cache: FeatureCache) -> bool:
+def _has_skipped(storage: Storage, root: Root) -> bool:
     """Whether images were left out, as far as the manifests can still be read."""
-    for part in cache.layout.parts:
+    for part in root.layout.parts:
         with contextlib.suppress(CacheError):
-            if (read_manifest(cache.storage, part) or {}).get("skipped"):
+            manifest = read_manifest(storage, root, part)
+            if manifest is not None and manifest.skipped:
                 return True
     return False
 
 
-def _mend_foundation(storage: Storage, content: CacheContent) -> int:
+def _broken_versions(storage: Storage, root: Root, content: CacheContent) -> list[int]:
+    """Damaged versions of the annotations that the given annotation file can mend."""
+    ours, others, found = content.labels.annotations_id, [], []
+    is_known = False
+    for number in annotation_versions(storage):
+        header = header_of(storage, root, number)
+        if header is None or header.annotations_id != ours:
+            others.append("unknown ones" if header is None else str(header.source["name"]))
+            continue
+        is_known = True
+        if check_annotations(storage, root, number, full=True):
+            found.append(number)
+    if not is_known:
+        raise other_annotations(storage, others)
+    return found
+
+
+def _mend_foundation(storage: Storage, opened: Opened, content: CacheContent) -> int:
     """Write what creation wrote again, elsewhere, and take over the files that are broken."""
-    if not check_foundation(storage, full=True):
+    if not check_foundation(storage, opened, full=True):
         return 0
     mended = 0
     with tempfile.TemporaryDirectory() as temporary:
         fresh = LocalStorage(Path(temporary) / "cache")
         create_cache(fresh, content)
-        for key in fresh.sizes(""):
+        record = read_opened(fresh).foundation
+        assert record is not None
+        for key in (*record.files, FOUNDATION_KEY):
             wanted = fresh.read(key)
             if storage.size(key) != len(wanted) or storage.read(key) != wanted:
                 storage.write(key, [wanted])

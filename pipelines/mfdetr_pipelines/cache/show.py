@@ -148,7 +148,7 @@ def _page(
     facts = {
         "cache": cache.path,
         "detector": f"{cache.spec.name}, weights {cache.spec.weights_sha256[:16]}",
-        "dataset": str(cache.identity["dataset"]["name"]),
+        "dataset": str(cache.annotations.source["name"]),
         "images": f"{len(cache)} in {views} view{'' if views == 1 else 's'}",
         "maps": f"{cache.layout.preset}, {cache.layout.compression}, C1 {cache.layout.c1}",
         "size": f"{cache.stored_bytes / 1e6:.1f} MB",

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from mfdetr_cache.cache.foundation import read_opened
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
-from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.cache.verify import check_foundation, check_parts
+from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.verify import (
+    annotation_versions,
+    check_annotations,
+    check_foundation,
+    check_parts,
+    unknown_files,
+)
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import options_of
@@ -52,6 +59,7 @@ class VerifySummary:
         full: Whether every byte was read.
         faults: One line per fault.
         broken_parts: Parts with a fault.
+        unknown_files: Files below the cache that are none of its own, looked for with ``full``.
         live_images: Images the detector was run on again.
         live_difference: Largest mean difference of a map, in units of the map's spread.
     """
@@ -61,6 +69,7 @@ class VerifySummary:
     full: bool
     faults: tuple[str, ...]
     broken_parts: tuple[Part, ...]
+    unknown_files: tuple[str, ...] = ()
     live_images: int = 0
     live_difference: float = 0.0
 
@@ -88,12 +97,16 @@ def run_verify(
     Raises:
         CacheError: If there is no cache at the path, or ``live`` lacks its source.
     """
-    cache = FeatureCache.open(path)
-    reporter.start("verify", len(cache.layout.parts), "parts")
-    faults = list(check_foundation(cache.storage, full=full))
+    storage = open_storage(path)
+    opened = read_opened(storage)
+    root = opened.root
+    reporter.start("verify", len(root.layout.parts), "parts")
+    faults = list(check_foundation(storage, opened, full=full))
+    for number in annotation_versions(storage):
+        faults += check_annotations(storage, root, number, full=full)
     broken: list[Part] = []
     total = 0
-    for check in check_parts(cache, full=full):
+    for check in check_parts(storage, root, full=full):
         total += check.num_bytes
         faults += check.faults
         if check.faults:
@@ -104,10 +117,19 @@ def run_verify(
     if live and not faults:
         if source is None:
             raise CacheError("--live runs the detector again: give --weights and --images")
+        cache = FeatureCache.open(path)
         found, compared, difference = compare_live(cache, source, live, reporter)
         faults += found
+    parts = len(root.layout.parts)
     return VerifySummary(
-        len(cache.layout.parts), total, full, tuple(faults), tuple(broken), compared, difference
+        parts,
+        total,
+        full,
+        tuple(faults),
+        tuple(broken),
+        unknown_files(storage, opened) if full else (),
+        compared,
+        difference,
     )
 
 

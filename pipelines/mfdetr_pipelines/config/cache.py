@@ -108,6 +108,27 @@ class RepairConfig(OnDevice):
 
 
 @dataclass(frozen=True, slots=True)
+class RelabelConfig(OnDevice):
+    """Put new annotations beside the features of a cache; nothing is extracted again.
+
+    Earlier versions stay: CACHE@N reads version N, CACHE the newest. A cache that holds C1 as crops
+    needs the detector for those that are not there yet.
+
+    Example:
+        mfdetr cache relabel train2017.zarr --annotations better_masks.json
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+        annotations: Annotation file of the same images.
+        detector: For crops of C1.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    annotations: Annotated[Path, FILE]
+    detector: LiveDetector = field(default_factory=LiveDetector)
+
+
+@dataclass(frozen=True, slots=True)
 class CertifyConfig(OnDevice):
     """Measure what a preset costs in mask AP, and keep the result in the cache.
 

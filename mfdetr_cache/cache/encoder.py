@@ -1,0 +1,154 @@
+"""One image as it will stand in a cache: quantised, cut into chunks, compressed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mfdetr_cache.cache.root import Root
+from mfdetr_cache.cache.schema import BASE_VIEW, C1_ROI, ROW_OK, stored_maps
+from mfdetr_cache.cache.shards import encode_chunk
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map, fits_float16
+from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """One image as it will stand in the shards.
+
+    Attributes:
+        tables: What goes into the small arrays, by array.
+        chunks: Encoded chunks by array, in order.
+    """
+
+    tables: dict[str, Any]
+    chunks: dict[str, list[bytes]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Compressed bytes."""
+        return sum(len(c) for chunks in self.chunks.values() for c in chunks)
+
+
+class ImageEncoder:
+    """Encodes images of a cache; from any number of threads.
+
+    Args:
+        root: What the cache is.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._spec, self._layout = root.spec, root.layout
+        self._encoding = ENCODINGS[root.layout.preset]
+        self._raw = root.layout.compression == "raw"
+        # Chunks are the same in every view.
+        self._specs = root.arrays[BASE_VIEW]
+
+    def encode(
+        self,
+        row: int,
+        geometry: ImageGeometry,
+        output: DetectorOutput,
+        crops: C1Crops | None = None,
+    ) -> EncodedImage:
+        """Quantise and compress one image.
+
+        Args:
+            row: Its row, for messages.
+            geometry: How the image became the input.
+            output: The detector's output for a batch of this one image, on the CPU.
+            crops: Crops of C1, where the layout keeps these in place of the map.
+
+        Returns:
+            What :meth:`CacheWriter.add` takes.
+
+        Raises:
+            ValueError: If an array has another shape than declared.
+            CacheError: If a value is not finite, in the detector or after rounding to float16.
+        """
+        image = EncodedImage({}, {})
+        image.tables["status"] = ROW_OK
+        image.tables["resized_hw"] = geometry.resized_hw
+        image.tables["input_hw"] = geometry.input_hw
+        for name in ("class_logits", "boxes_cxcywh_norm", "queries"):
+            self._encode_row(image, name, getattr(output, name)[0].numpy(), row)
+        for spec in stored_maps(self._spec, self._layout):
+            if spec.role != "c1_roi":
+                self._encode_map(image, spec.name, output.maps[spec.name][0].numpy(), row)
+        if self._layout.c1_roi is not None:
+            if crops is None:
+                raise ValueError(f"row {row} has no crops of C1, which the layout asks for")
+            self._encode_crops(image, crops, row)
+        return image
+
+    def _encode_row(self, image: EncodedImage, name: str, values: NDArray[Any], row: int) -> None:
+        """An array that has one chunk an image."""
+        spec = self._specs[name]
+        if values.shape != spec.shape[1:]:
+            raise ValueError(f"{name} of row {row} is {values.shape}, declared {spec.shape[1:]}")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values[None], dtype=spec.dtype)
+        if not np.isfinite(stored).all():
+            raise _not_finite(values, row, name, stored.dtype)
+        image.chunks[name] = [self._encode_chunk(name, stored)]
+
+    def _encode_chunk(self, name: str, values: NDArray[np.generic]) -> bytes:
+        """One chunk, filled up with zeros to its full size."""
+        chunk = self._specs[name].chunk
+        if values.shape != chunk:
+            padded = np.zeros(chunk, dtype=values.dtype)
+            padded[: len(values)] = values
+            values = padded
+        return encode_chunk(values, raw=self._raw)
+
+    def _encode_crops(self, image: EncodedImage, crops: C1Crops, row: int) -> None:
+        most = self._specs[f"{C1_ROI}/query_index"].shape[1]
+        queries = np.full(most, -1, dtype=np.int32)
+        queries[: len(crops.query_index)] = crops.query_index
+        image.tables[f"{C1_ROI}/c1_hw"] = crops.c1_hw
+        self._encode_row(image, f"{C1_ROI}/query_index", queries, row)
+        self._encode_row(image, f"{C1_ROI}/moments", crops.moments, row)
+        values = np.asarray(crops.crops.to_array(), dtype=np.float32).transpose(2, 0, 1)
+        self._encode_map(image, C1_ROI, values, row)
+
+    def _encode_map(self, image: EncodedImage, name: str, values: NDArray[Any], row: int) -> None:
+        """Cut a (C, h, w) map into chunks of tokens; the last chunk is padded with zeros."""
+        base = f"maps/{name}"
+        spec = self._specs[f"{base}/values"]
+        channels, height, width = values.shape
+        if channels != spec.attributes["channels"]:
+            raise ValueError(
+                f"map {name} of row {row} has {channels} channels, "
+                f"not {spec.attributes['channels']}"
+            )
+        planes = np.ascontiguousarray(values, dtype=np.float32).reshape(channels, height * width)
+        if not fits_float16(planes):
+            raise _not_finite(values, row, f"map {name}", np.dtype(np.float16))
+        stored, affine = encode_map(planes.T, self._encoding)
+        step = spec.chunk[0]
+        starts = range(0, len(stored), step)
+        image.tables[f"{base}/hw"] = (height, width)
+        image.chunks[f"{base}/values"] = [
+            self._encode_chunk(f"{base}/values", stored[i : i + step]) for i in starts
+        ]
+        if affine is not None:
+            # Of every chunk; where a map has one scale, of the image.
+            block = self._encoding.block_tokens
+            pieces = (
+                [affine[i // block : (i + step) // block] for i in starts] if block else [affine]
+            )
+            image.chunks[f"{base}/affine"] = [
+                self._encode_chunk(f"{base}/affine", p) for p in pieces
+            ]
+
+
+def _not_finite(
+    values: NDArray[Any], row: int, name: str, dtype: np.dtype[np.generic]
+) -> CacheError:
+    largest = float(np.nanmax(np.abs(values)))
+    return CacheError(
+        f"{name} of row {row} is not finite as {dtype} (largest value {largest:.3g}); "
+        "the detector or its input is broken"
+    )

@@ -1,0 +1,100 @@
+"""New annotations for the images of a cache, brought to its rows and views."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mfdetr_cache.cache.annotations import AnnotationContent
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.augmentation import transform_ground_truth
+from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.types import GroundTruth
+
+_NOTHING = GroundTruth(
+    annotation_ids=np.zeros(0, np.int64),
+    category_ids=np.zeros(0, np.int64),
+    labels=np.zeros(0, np.int64),
+    boxes_xyxy=np.zeros((0, 4), np.float32),
+    areas=np.zeros(0, np.float64),
+    is_crowd=np.zeros(0, np.bool_),
+    run_lengths=(),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Relabelling:
+    """Annotations for a cache.
+
+    Attributes:
+        content: What a version of the annotations holds.
+        unlisted: Images of the cache that the annotation file does not list; they have no objects.
+        unused: Images of the annotation file that are not in the cache.
+    """
+
+    content: AnnotationContent
+    unlisted: int
+    unused: int
+
+
+def relabelling(cache: FeatureCache, split: CocoSplit) -> Relabelling:
+    """Bring the objects of an annotation file to the rows and views of a cache.
+
+    Args:
+        cache: The cache.
+        split: The annotation file.
+
+    Returns:
+        What a version of the annotations holds; a new extraction would hold the same.
+
+    Raises:
+        DatasetError: If none of its images is in the cache, or one has another size there.
+    """
+    entries = _entries_of_rows(cache, split)
+    categories = categories_of_labels(cache.spec.label_names, split.categories, cache.spec.name)
+    label_of = {c: label for label, c in enumerate(categories) if c >= 0}
+    originals = [
+        _NOTHING if (entry := entries.get(row)) is None else split.ground_truth(entry, label_of)
+        for row in range(cache.layout.num_rows)
+    ]
+
+    def moved(view: str) -> list[GroundTruth]:
+        return [
+            transform_ground_truth(truth, cache.original_hw(row), cache.views[view].transform(row))
+            for row, truth in enumerate(originals)
+        ]
+
+    content = AnnotationContent(
+        source={"name": split.name, "sha256": split.sha256},
+        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
+        label_categories=categories,
+        objects={view: moved(view) for view in cache.views},
+    )
+    rows, images = cache.layout.num_rows, len(split.images)
+    return Relabelling(content, rows - len(entries), images - len(entries))
+
+
+def _entries_of_rows(cache: FeatureCache, split: CocoSplit) -> Mapping[int, ImageEntry]:
+    """Images of the file by row: by their names, or by their ids where no name is in both."""
+    by_name = {entry.file_name: entry for entry in split.images}
+    rows = range(cache.layout.num_rows)
+    found = {row: e for row in rows if (e := by_name.get(cache.file_name(row)))}
+    if not found:
+        by_id = {entry.image_id: entry for entry in split.images}
+        found = {row: e for row in rows if (e := by_id.get(cache.image_id(row)))}
+    if not found:
+        raise DatasetError(
+            f"{split.name} lists no image of {cache.path} by name or id; its first is "
+            f"{split.images[0].file_name}, that of the cache {cache.file_name(0)}"
+        )
+    for row, entry in found.items():
+        if entry.size_hw != cache.original_hw(row):
+            raise DatasetError(
+                f"{split.name}: {entry.file_name} is {entry.size_hw[1]} x {entry.size_hw[0]} and "
+                f"{cache.original_hw(row)[1]} x {cache.original_hw(row)[0]} in {cache.path}: "
+                "another image; extract it again"
+            )
+    return found

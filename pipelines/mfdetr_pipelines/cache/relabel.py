@@ -1,0 +1,170 @@
+"""Cache relabel: new annotations beside the features, without another extraction."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mfdetr_cache.cache.annotations import (
+    AnnotationContent,
+    read_annotations,
+    version_numbers,
+    write_annotations,
+)
+from mfdetr_cache.cache.locks import locked
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.relabel import relabelling
+from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import CacheError
+from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.matching.crops import c1_crops
+from mfdetr_cache.matching.matchers import hungarian_queries
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.types import C1Crops
+from mfdetr_pipelines.config.cache import RelabelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RelabelSummary:
+    """What was put beside the features.
+
+    Attributes:
+        version: Number of the version; ``CACHE@N`` chooses it.
+        annotations_id: What names these labels, in heads too.
+        is_new: Whether it was written now; False where the newest version is the same.
+        images: Images of the cache that the annotation file lists.
+        objects: Objects of these.
+        unlisted: Images of the cache that it does not list; they have no objects.
+        unused: Images it lists that are not in the cache.
+        images_extracted: Images that went through the detector, for crops of C1.
+        num_bytes: Bytes written.
+        seconds: Time it took.
+    """
+
+    version: int
+    annotations_id: str
+    is_new: bool
+    images: int
+    objects: int
+    unlisted: int
+    unused: int
+    images_extracted: int
+    num_bytes: int
+    seconds: float
+
+
+def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
+    """Put a new version of the annotations beside the features; earlier versions stay.
+
+    Args:
+        config: A whole cache, and annotations of its images.
+        reporter: Who is told about progress.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CacheError: If the cache is not whole, another process writes it, or crops are missing.
+        DatasetError: If the annotations are not of its images.
+    """
+    started = time.perf_counter()
+    cache = FeatureCache.open(config.cache)
+    cache.require_complete()
+    split = load_coco_split(config.annotations, config.detector.images)
+    found = relabelling(cache, split)
+    content = found.content
+    with locked(cache.storage):
+        newest = version_numbers(cache.storage)[-1]
+        record = read_annotations(cache.storage, cache.root, newest)
+        is_new = record.annotations_id != content.annotations_id
+        if is_new:
+            newest += 1
+            missing = _rows_without_crops(cache, content)
+            content = replace(content, crops=_extracted(cache, content, missing, config, reporter))
+            write_annotations(cache.storage, cache.root, newest, content)
+            record = read_annotations(cache.storage, cache.root, newest)
+    if found.unlisted:
+        reporter.warn(
+            f"{found.unlisted} of {cache.layout.num_rows} images of the cache are not in "
+            f"{config.annotations}: they have no objects in this version"
+        )
+    return RelabelSummary(
+        version=newest,
+        annotations_id=content.annotations_id,
+        is_new=is_new,
+        images=cache.layout.num_rows - found.unlisted,
+        objects=sum(map(len, content.objects[cache.base.name])),
+        unlisted=found.unlisted,
+        unused=found.unused,
+        images_extracted=len({row for rows in content.crops.values() for row in rows}),
+        num_bytes=sum(f.num_bytes for f in record.files.values()) if is_new else 0,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rows_without_crops(cache: FeatureCache, content: AnnotationContent) -> Mapping[str, list[int]]:
+    """Rows of each view that lack the crop of a query which the new annotations match."""
+    if cache.layout.c1_roi is None:
+        return {}
+    missing: dict[str, list[int]] = {}
+    for name, view in cache.views.items():
+        for row in view.rows:
+            image = view.read(row, ())
+            queries = hungarian_queries(
+                torch.from_numpy(image.class_logits),
+                torch.from_numpy(image.boxes_cxcywh_norm),
+                content.objects[name][row],
+                image.geometry.original_hw,
+            )
+            if not np.isin(queries, view.crop_queries(row)).all():
+                missing.setdefault(name, []).append(row)
+    return missing
+
+
+def _extracted(
+    cache: FeatureCache,
+    content: AnnotationContent,
+    missing: Mapping[str, list[int]],
+    config: RelabelConfig,
+    reporter: Reporter,
+) -> dict[str, dict[int, C1Crops]]:
+    """All crops of the rows that lack one, from the detector."""
+    count = sum(map(len, missing.values()))
+    if not count:
+        return {}
+    weights, images = config.detector.weights, config.detector.images
+    if weights is None or images is None:
+        raise CacheError(
+            f"{cache.path} holds C1 as crops, and those of {count} images (all views counted) lack "
+            "a query that the new annotations match; give --weights and --images, and the detector "
+            "runs on these alone"
+        )
+    identity = detector_identity(cache.spec)
+    detector = load_detector(cache.spec.detector, weights, options_of(identity))
+    require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
+    device = torch_device(config.device)
+    detector = detector.to(device)
+    reporter.start("extract crops", count, "images")
+    assert cache.layout.c1_roi is not None
+    found: dict[str, dict[int, C1Crops]] = {}
+    for view, rows in missing.items():
+        for row in rows:
+            image = load_image(images / cache.file_name(row), cache.original_hw(row))
+            transform = cache.views[view].transform(row)
+            edge = transform.shortest_edge
+            pixels = detector.preprocess(transform_image(image, transform), edge)
+            output = detector.forward(pixels[None].to(device))
+            geometry = cache.views[view].geometry(row)
+            truth = content.objects[view][row]
+            crops = c1_crops(output, truth, geometry, cache.layout.c1_roi)
+            found.setdefault(view, {})[row] = crops
+            reporter.advance()
+    reporter.finish()
+    return found
