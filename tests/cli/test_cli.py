@@ -244,7 +244,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: 
             "is no detector: it has no config.json",
         ),
         (
-            ["train-head", "--cache", "c", "--out", "o", "--set", "hiden_dim=1"],
+            ["train-head", "--cache", tmp_path, "--out", "o", "--set", "hiden_dim=1"],
             "unknown setting 'hiden_dim'; did you mean 'hidden_dim'?",
         ),
     ):  # fmt: skip
