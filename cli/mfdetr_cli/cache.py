@@ -42,13 +42,14 @@ def info(config: InfoConfig, json: Path | None) -> None:
     whole = (
         "complete" if about.complete else f"{about.parts_missing} of {about.parts} parts missing"
     )
+    others = about.annotations_versions
     facts = {
         "cache id": about.cache_id,
         "format": f"version {about.format_version}, maps as {about.preset}, {about.compression}",
         "detector": f"{about.detector}, weights {about.weights_sha256[:16]}",
         "dataset": f"{about.dataset}, annotations {about.annotations_id}",
-        "annotations": f"version {about.annotations_version} of "
-        f"{', '.join(map(str, about.annotations_versions))}",
+        "annotations": f"version {about.annotations_version}"
+        + ("" if len(others) < 2 else f"; @N chooses among {', '.join(map(str, others))}"),
         "images": f"{about.images} of {about.rows} ({len(about.skipped)} skipped), "
         f"{about.objects} objects",
         "views": ", ".join(about.views),

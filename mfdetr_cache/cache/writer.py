@@ -98,6 +98,11 @@ class CacheWriter:
                 another process is writing, or cannot be written to.
         """
         storage = open_storage(location)
+        if storage.annotations is not None:
+            raise CacheError(
+                f"{location}: @{storage.annotations} chooses annotations to read; to write, give "
+                f"{storage.name}"
+            )
         with explained(storage):
             if storage.size(ROOT_KEY) is None:
                 create_cache(storage, content)

@@ -23,6 +23,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.errors import CacheError, DatasetError, HeadError
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
 from tests.pipelines.test_train_head import small_recipe, weights_of
 from tests.support import scenes
@@ -66,7 +67,7 @@ def better(
     return path
 
 
-def extracted(folder: Path, weights: Path, path: Path, **changes: Any) -> Path:
+def extracted(folder: Path, weights: Path, path: Path | str, **changes: Any) -> Path:
     run_extract(scenes.extract_config(folder, str(weights), path, **changes), SilentReporter())
     return path
 
@@ -140,6 +141,8 @@ def test_earlier_versions_stay_and_can_be_chosen(
         run_train_head(
             TrainHeadConfig(str(path), tmp_path / "run", recipe, resume=True), SilentReporter()
         )
+    with pytest.raises(CacheError, match="@0 chooses annotations to read; to write, give"):
+        extracted(scenes_folder, rtdetr_folder, f"{path}@0")
     # Either file names the cache that it is.
     for file in (scenes_folder / "instances.json", better):
         config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path, annotations=file)
@@ -178,7 +181,7 @@ def test_crops_are_extracted_only_where_one_is_missing(
     recipe = build_recipe("paper", {**small, "points": "grid"})
     for cache in (old, new):
         run = tmp_path / f"run-{cache.stem}"
-        run_train_head(TrainHeadConfig(cache, run, recipe, max_steps=2), SilentReporter())
+        run_train_head(TrainHeadConfig(cache, run, recipe, length=Length(2)), SilentReporter())
     one, other = weights_of(tmp_path / "run-old"), weights_of(tmp_path / "run-n")
     assert all((one[k] == other[k]).all() for k in one)
     assert run_verify(old, SilentReporter(), full=True).faults == ()
