@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
+from mfdetr_pipelines.ablation.comparison import Comparison
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, paper_table
 from mfdetr_pipelines.ablation.plan import RowPlan, plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
-    Comparison,
     baseline_rows,
     label_fraction_rows,
     rows_of_file,
@@ -88,7 +88,8 @@ def test_sample_masks_of_every_row_are_drawn(
 ) -> None:
     settings = config(drawn_cache, tmp_path, seeds=1)
     results = run_ablate(settings, SilentReporter())
-    samples = sample_masks(settings, results, scenes_folder / "images", count=2)
+    validation, images = FeatureCache.open(drawn_cache), scenes_folder / "images"
+    samples = sample_masks(validation, results, tmp_path, images, count=2)
     assert len(samples) == 2
     assert [p.title for p in samples[0].panels] == ["annotation", "with scoring", "without"]
     assert len({p.image.size for p in samples[0].panels}) == 1
@@ -432,8 +433,8 @@ def test_every_row_of_the_papers_tables_is_trained_and_measured(
     """On a detector whose widths are none of the paper's, a step each; cells as few as can be."""
     chosen = rows_of_table(PAPER_TABLES[number])
     small = {"hidden_dim": 16} if number == 9 else {"roi_size": 8}
-    chosen = with_settings(chosen, small, {"val_split": 4})
-    settings = AblateConfig(chosen, drawn_cache, None, tmp_path, max_steps=1)
+    compared = Comparison("rows", with_settings(chosen, small, {}))
+    settings = AblateConfig(compared, cache=drawn_cache, val_split=4, out=tmp_path, max_steps=1)
     results = run_ablate(settings, SilentReporter())
     without_neck = [n for n, r in zip(range(99), results, strict=False) if r.problem]
     assert without_neck == {1: [2, 3], 2: [0]}.get(number, [])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from mfdetr_pipelines.ablation.rows import AblationRow, Comparison
+from mfdetr_pipelines.ablation.comparison import Comparison
+from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig

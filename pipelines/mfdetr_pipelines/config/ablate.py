@@ -14,7 +14,8 @@ from mfdetr_pipelines.config.training import parse_assignments
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
-    from mfdetr_pipelines.ablation.rows import AblationRow, Comparison
+    from mfdetr_pipelines.ablation.comparison import Comparison
+from mfdetr_pipelines.ablation.rows import AblationRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class RowOptions:
     def build(self) -> "Comparison":
         """The rows, with the settings that all of them get."""
         # It counts multiply-adds and knows the paper's metrics, for which torch is imported.
-        from mfdetr_pipelines.ablation.rows import comparison_of
+        from mfdetr_pipelines.ablation.comparison import comparison_of
 
         return comparison_of(self)
 

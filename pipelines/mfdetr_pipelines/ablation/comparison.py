@@ -1,0 +1,66 @@
+"""The rows that a command compares, from its options."""
+
+from dataclasses import dataclass, replace
+
+from mfdetr_cache.training.recipes import build_recipe, split_settings
+from mfdetr_pipelines.ablation.paper_tables import paper_table
+from mfdetr_pipelines.ablation.rows import (
+    AblationRow,
+    baseline_rows,
+    label_fraction_rows,
+    rows_of_file,
+    rows_of_table,
+    smaller_rows,
+    with_settings,
+)
+from mfdetr_pipelines.config.ablate import RowOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Rows that are compared with one another.
+
+    Attributes:
+        title: What is compared.
+        rows: The rows; the others stand beside the first.
+        table: The table of the paper, where it is one.
+        needs: What its training needs beside a cache; empty if nothing.
+    """
+
+    title: str
+    rows: tuple[AblationRow, ...]
+    table: int | None = None
+    needs: str = ""
+
+
+def comparison_of(options: RowOptions) -> Comparison:
+    """The rows that were asked for.
+
+    Args:
+        options: A file, a table or recipes, and what is added to and replaced in their rows.
+
+    Returns:
+        The rows and their title.
+
+    Raises:
+        ConfigError: If there is no such table, recipe, baseline or setting.
+    """
+    head, train = split_settings(options.set)
+    base = _chosen_rows(options)
+    rows = with_settings((*base.rows, *baseline_rows(options.baseline)), head, train)
+    if options.smaller:
+        rows = smaller_rows(rows)
+    if options.label_fraction:
+        rows = label_fraction_rows(rows, options.label_fraction)
+    return replace(base, rows=rows)
+
+
+def _chosen_rows(options: RowOptions) -> Comparison:
+    if options.file is not None:
+        return Comparison(f"Rows of {options.file.name}", rows_of_file(options.file))
+    if options.table is not None:
+        table = paper_table(options.table)
+        title = f"Table {options.table}: {table.caption}"
+        return Comparison(title, rows_of_table(table), options.table, table.needs)
+    rows = tuple(AblationRow(name, build_recipe(name, {})) for name in options.recipe)
+    return Comparison(f"Recipes: {', '.join(options.recipe)}", rows)
