@@ -187,15 +187,16 @@ class MaskFrozenDETR:
         detector: str | Path,
         head: str | Path,
         *,
-        kind: str = "hf",
+        kind: str = "auto",
         device: str = "auto",
     ) -> "MaskFrozenDETR":
         """A model from a detector's weights and a head.
 
         Args:
-            detector: Hub id, folder, or an official ``.pth`` file.
+            detector: Hub id, folder, or a checkpoint of the authors' code.
             head: What ``train-head --out`` or :meth:`save_pretrained` wrote, or a hub id.
-            kind: Name of the detector as ``mfdetr detectors`` lists it.
+            kind: Name of the detector as ``mfdetr detectors`` lists it; ``auto`` is what its
+                weights say.
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
 
         Returns:

@@ -22,13 +22,20 @@ def detectors(_config: DetectorsConfig, json: Path | None) -> None:
         [[d.name, d.levels, d.width, d.queries, d.c1, d.paper, _mark(d, notes)] for d in official],
         justify="left",
     )
+    authors = [d for d in listed if d.weights == "authors' checkpoint"]
+    print_table(
+        "--detector NAME --weights FILE, as the training of the authors writes it",
+        ["NAME", "model", "encoder maps", "C1", "checked"],
+        [[d.name, d.model, d.encoder_maps, d.c1, _mark(d, notes)] for d in authors],
+        justify="left",
+    )
     print_table(
         "--detector hf --weights FOLDER_OR_HUB_ID, of transformers",
         ["model", "encoder maps", "C1", "checked"],
         [[d.model, d.encoder_maps, d.c1, _mark(d, notes)] for d in listed if d.name == "hf"],
         justify="left",
     )
-    plugins = [d for d in listed if d.name != "hf" and d not in official]
+    plugins = [d for d in listed if d.name != "hf" and d not in (*official, *authors)]
     if plugins:
         rows = [[d.name, d.model, _mark(d, notes)] for d in plugins]
         print_table("--detector NAME, of other packages", ["NAME", "model", "checked"], rows)

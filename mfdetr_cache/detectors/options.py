@@ -2,9 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from mfdetr_cache.options import Option
+
+# The last output of a softmax.
+NO_OBJECT = "no object"
+
+
+def _names_in_file(text: str) -> tuple[str, ...]:
+    """One name a line, as ``--labels`` takes them."""
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read as a list of names ({error})") from error
+    names = tuple(name for line in lines if (name := line.strip()))
+    if not names:
+        raise ValueError("holds no names; write one a line")
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +36,8 @@ class DetectorOptions:
         encoder_layer: Encoder layer that supplies the encoder maps, from 1 (default 4 as in the
             paper, or the last); for encoders that are a stack of layers and no feature pyramid.
         backbone_stride8: Also keep the backbone's stride-8 map where the encoder has no such level.
+        labels: Names of the detector's classes, one a line in the order of its outputs, where its
+            weights have none or wrong ones.
     """
 
     num_queries: int | None = None
@@ -31,6 +49,7 @@ class DetectorOptions:
             "such level."
         ),
     ] = True
+    labels: Annotated[tuple[str, ...], Option(metavar="FILE", parse=_names_in_file)] = ()
 
 
 def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
@@ -43,8 +62,10 @@ def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
         Options that give the same queries and maps.
     """
     settings = identity["settings"]
+    names = tuple(n for n in identity["label_names"] if n != NO_OBJECT)
     return DetectorOptions(
         num_queries=identity["num_queries"],
         encoder_layer=settings.get("encoder_layer"),
         backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),
+        labels=names if settings.get("labels") == "given" else (),
     )

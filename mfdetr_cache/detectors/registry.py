@@ -1,18 +1,28 @@
 """The one door to every detector: a name and its weights become a frozen Detector."""
 
+import contextlib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 from mfdetr_cache.config import nearest
-from mfdetr_cache.detectors.huggingface.adapter import load_huggingface_detector
+from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
+from mfdetr_cache.detectors.huggingface.loading import load_huggingface_detector
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
-from mfdetr_cache.detectors.official.architecture import ARCHITECTURES, Architecture
+from mfdetr_cache.detectors.official.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    read_architecture,
+)
 from mfdetr_cache.detectors.official.detr import WIDTH
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.errors import DetectorError
 
+# The weights say which detector they are.
+AUTO = "auto"
 _SCHEME_NAMES = {
     "deformable-detr": "Deformable DETR",
     "h-detr": "H-DETR",
@@ -91,6 +101,22 @@ def list_detectors() -> tuple[DetectorListing, ...]:
         for family in FAMILIES.values()
     ]
     official = [_official(name, a) for name, a in ARCHITECTURES.items()]
+    authors = [
+        DetectorListing(
+            name=detector.name,
+            model=detector.label,
+            backbone=_FROM_WEIGHTS,
+            weights="authors' checkpoint",
+            levels=_FROM_WEIGHTS,
+            width=_FROM_WEIGHTS,
+            queries=_FROM_WEIGHTS,
+            c1="none: a plain ViT" if detector.name in ("lw-detr", "rf-detr") else "backbone",
+            paper="",
+            encoder_maps="projector" if detector.name in ("lw-detr", "rf-detr") else "final maps",
+            checked=detector.checked,
+        )
+        for detector in AUTHORS.values()
+    ]
     plugins = [
         DetectorListing(
             name,
@@ -107,7 +133,7 @@ def list_detectors() -> tuple[DetectorListing, ...]:
         )
         for name, p in _plugins().items()
     ]
-    return (*official, *transformers, *plugins)
+    return (*official, *authors, *transformers, *plugins)
 
 
 def _official(name: str, architecture: Architecture) -> DetectorListing:
@@ -135,7 +161,8 @@ def load_detector(
 
     Args:
         name: Its name; ``mfdetr detectors`` lists them. ``deformable-detr``, ``h-detr`` and
-            ``dino`` alone read the backbone off the checkpoint.
+            ``dino`` alone read the backbone off the checkpoint; ``auto`` reads off the weights
+            which detector they are.
         weights: Checkpoint file, folder or hub id, as its listing says. None builds an official
             detector with untrained weights, for looking at shapes and speed.
         options: What the user chose.
@@ -148,17 +175,46 @@ def load_detector(
         DetectorError: If the name is unknown, or the weights are missing or do not fit.
     """
     options = options or DetectorOptions()
+    if name == AUTO:
+        name = _detector_of(weights)
     if name in ARCHITECTURES or name in SCHEMES:
         return load_official_detector(name, None if weights is None else str(weights), options)
+    if name in AUTHORS:
+        if weights is None:
+            raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
+        return load_authors_detector(name, str(weights), options)
     plugin = _plugins().get(name)
     if plugin is not None:
         return plugin.load()(weights, options)  # type: ignore[no-any-return]
     if name != "hf":
-        known = ["hf", *ARCHITECTURES, *SCHEMES, *_plugins()]
+        known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, *AUTHORS, *_plugins()]
         raise DetectorError(f"unknown detector {name!r}{nearest(name, known)}")
     if weights is None:
         raise DetectorError("--detector hf needs --weights: a folder or a hub id")
     return load_huggingface_detector(str(weights), options)
+
+
+def _detector_of(weights: str | None) -> str:
+    """The one detector that weights can be."""
+    if weights is None:
+        raise DetectorError("neither --detector nor --weights says which detector")
+    path = Path(weights)
+    if not path.is_file() and not is_authors_folder(path):
+        return "hf"  # a folder or a hub id
+    tensors = read_checkpoint(path).tensors
+    found = recognised(tensors)
+    with contextlib.suppress(DetectorError):
+        found.append(read_architecture(tensors, weights).scheme)
+    if not found:
+        raise DetectorError(
+            f"{weights} is no checkpoint of a known detector; 'mfdetr detectors' lists them"
+        )
+    if len(found) > 1:
+        raise DetectorError(
+            f"{weights} can be {' or '.join(found)}: the file does not say which, and the numbers "
+            f"differ; pass --detector {found[0]}, or the other"
+        )
+    return found[0]
 
 
 def _plugins() -> dict[str, EntryPoint]:

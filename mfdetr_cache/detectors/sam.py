@@ -24,8 +24,12 @@ class SamPrompter:
 
     def __init__(self, weights: str, device: torch.device) -> None:
         try:
-            self._processor: Any = transformers.AutoProcessor.from_pretrained(weights)
-            model: Any = transformers.AutoModelForMaskGeneration.from_pretrained(weights)
+            self._processor: Any = transformers.AutoProcessor.from_pretrained(
+                weights, trust_remote_code=False
+            )
+            model: Any = transformers.AutoModelForMaskGeneration.from_pretrained(
+                weights, trust_remote_code=False
+            )
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DetectorError(f"cannot load SAM from {weights}: {reason}") from error

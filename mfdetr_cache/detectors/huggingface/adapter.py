@@ -1,35 +1,48 @@
 """A transformers detector behind the Detector protocol."""
 
-import contextlib
-import io
 import math
-import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.huggingface.families import (
-    FAMILIES,
     Family,
     backbone_stages,
     first_tensor,
 )
+from mfdetr_cache.detectors.labels import output_names
 from mfdetr_cache.detectors.maps import tokens_to_maps
-from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.options import NO_OBJECT, DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.files import write_atomically, writing
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a model came from, and how it goes back there.
+
+    Attributes:
+        name: What its caches say it is.
+        where: The weights, for messages.
+        known_names: Class names that came with the weights, by output.
+        settings: What decides the numbers beside the weights.
+        save: Writes the weights as they are now into a folder; what to pass as ``--weights``.
+        spare_outputs: How many class outputs may stand for nothing.
+    """
+
+    name: str
+    where: str
+    known_names: Mapping[int, str]
+    settings: Mapping[str, object]
+    save: Callable[[Path], str]
+    spare_outputs: int = 0
 
 
 class HuggingFaceDetector(nn.Module):
@@ -38,9 +51,8 @@ class HuggingFaceDetector(nn.Module):
     Args:
         model: A detection model of a known family, weights loaded and corrected.
         family: How its maps are found.
-        named_weights: Its tensors under the names a checkpoint has; the tensors themselves.
-        processor: transformers' image processor, which says how images become its input.
-        preprocessing: The same as we do it.
+        origin: Where it came from.
+        preprocessing: How images become its input.
         options: What the user chose.
 
     Raises:
@@ -51,15 +63,13 @@ class HuggingFaceDetector(nn.Module):
         self,
         model: nn.Module,
         family: Family,
-        named_weights: dict[str, Tensor],
-        processor: Any,  # noqa: ANN401  transformers has no common type for them
+        origin: Origin,
         preprocessing: Preprocessing,
         options: DetectorOptions,
     ) -> None:
         super().__init__()
         self.model: Any = freeze(model)
-        self._named_weights = named_weights
-        self._processor = processor
+        self._origin = origin
         self.eval()
         self._family = family
         self._preprocessing = preprocessing
@@ -140,15 +150,8 @@ class HuggingFaceDetector(nn.Module):
         return parameters_of_part(self.model, self._family.backbone(self.model), part)
 
     def save_weights(self, folder: Path) -> str:
-        """Write a folder that ``--detector hf`` takes."""
-        with _quiet(), writing(folder):
-            self.model.save_pretrained(folder)
-            self._processor.save_pretrained(folder)
-        # Under the names of the checkpoint, which a correction may have changed, and every one:
-        # transformers leaves out those it believes to be shared.
-        weights = {k: v.detach().cpu().clone() for k, v in self._named_weights.items()}
-        write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-        return str(folder)
+        """Write weights that the same ``--detector`` takes."""
+        return self._origin.save(folder)
 
     def _run(self, pixel_values: Tensor, padding_mask: Tensor | None) -> tuple[Any, list[Tensor]]:
         arguments: dict[str, Tensor] = {}
@@ -216,7 +219,6 @@ class HuggingFaceDetector(nn.Module):
 
     def _probe(self) -> DetectorSpec:
         """Run once on a blank image: channels and strides are read off the real maps."""
-        config: Any = self.model.config
         height, width = self.input_geometry((480, 640)).input_hw
         blank = torch.zeros(1, 3, height, width)
         with torch.no_grad():
@@ -226,27 +228,35 @@ class HuggingFaceDetector(nn.Module):
         kept = self._options.num_queries or num_queries
         if not 1 <= kept <= num_queries:
             raise DetectorError(f"--num-queries {kept}: this detector has 1 to {num_queries}")
-        names = {int(i): str(name) for i, name in config.id2label.items()}
         num_labels = int(outputs.logits.shape[-1])
-        if self._family.score_function == "softmax":
-            names[num_labels - 1] = "no object"
+        nothing = (NO_OBJECT,) if self._family.score_function == "softmax" else ()
+        given = self._options.labels
+        names = output_names(
+            num_labels - len(nothing),
+            self._origin.known_names,
+            given,
+            self._origin.where,
+            self._origin.spare_outputs,
+        )
         embed = getattr(self.model.model, "level_embed", None)
         settings: dict[str, object] = {
             "transformers_class": type(self.model).__name__,
-            "corrected": self._family.correct is not None,
+            **self._origin.settings,
             "precision": "float32",
             "batch_size": 1,
         }
+        if given:
+            settings["labels"] = "given"
         if self._encoder_layer is not None:
             settings["encoder_layer"] = self._encoder_layer
         return DetectorSpec(
-            name=f"hf:{self._family.model_type}",
+            name=self._origin.name,
             weights_sha256=weights_sha256(self.model),
             num_queries=kept,
             query_dim=int(outputs.last_hidden_state.shape[-1]),
             num_labels=num_labels,
             score_function=self._family.score_function,
-            label_names=tuple(names.get(i, f"LABEL_{i}") for i in range(num_labels)),
+            label_names=(*names, *nothing),
             maps=tuple(spec for spec, _, _ in self._map_keys),
             encoder_level_embed=tuple(map(tuple, embed.tolist())) if embed is not None else None,
             preprocessing=self._preprocessing.to_dict(),
@@ -281,90 +291,3 @@ class HuggingFaceDetector(nn.Module):
                 spec = MapSpec("backbone8", "backbone", stride, feature.shape[1], source)
                 chosen.append((spec, "stage", index))
         return sorted(chosen, key=lambda item: (item[0].stride, item[0].role))
-
-
-def load_huggingface_detector(weights: str, options: DetectorOptions) -> HuggingFaceDetector:
-    """A transformers detector from a folder or a hub id, frozen, on the CPU.
-
-    Args:
-        weights: Folder with ``config.json``, ``model.safetensors`` and
-            ``preprocessor_config.json``, or the id of such a repository on the hub.
-        options: What the user chose.
-
-    Returns:
-        The detector.
-
-    Raises:
-        DetectorError: If this is no detector, is of an unknown family, or its weights do not fit.
-    """
-    folder = Path(weights)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DetectorError(f"{weights} is no detector: it has no config.json")
-    if folder.is_file():
-        raise DetectorError(f"{weights} is a file; --detector hf takes a folder or a hub id")
-    if not folder.exists() and (weights.count("/") != 1 or weights.startswith((".", "/"))):
-        raise DetectorError(f"{weights} does not exist, and is no hub id (owner/name) either")
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(weights)
-            family = _family_of(config.model_type, weights)
-            processor = transformers.AutoImageProcessor.from_pretrained(weights)
-            model, info = transformers.AutoModelForObjectDetection.from_pretrained(
-                weights, output_loading_info=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
-    _check_loaded(weights, info)
-    _into_own_memory(model)
-    named_weights = model.state_dict(keep_vars=True)
-    if family.correct is not None:
-        family.correct(model)
-    preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
-    return HuggingFaceDetector(model, family, named_weights, processor, preprocessing, options)
-
-
-def _into_own_memory(model: nn.Module) -> None:
-    """Copy the weights out of the mapped file, to where torch aligns them.
-
-    In the file they begin wherever its header ends, and some kernels for a CPU add up in another
-    order then: equal weights in files of another layout would give caches that differ in last bits.
-    """
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-
-
-def _family_of(model_type: str, weights: str) -> Family:
-    if model_type not in FAMILIES:
-        hint = nearest(model_type, list(FAMILIES))
-        raise DetectorError(f"{weights}: model type {model_type!r} has no adapter{hint}")
-    return FAMILIES[model_type]
-
-
-def _check_loaded(weights: str, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(k) for k in info.get(kind) or ())
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise DetectorError(
-                f"{weights}: {kind.replace('_', ' ')} in its weights: {shown}; "
-                "the result would be partly random"
-            )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings off the user's screen; errors are ours."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # Loading writes a bar through tqdm directly in some versions.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

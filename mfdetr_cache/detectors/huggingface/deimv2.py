@@ -10,33 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class OncePerForward(nn.Module):
-    """Keeps the first output of a module until it is told that a new forward begins.
+class FirstOutput:
+    """A forward hook that gives a module's first output again until a new forward begins."""
 
-    Args:
-        inner: The module to run once.
-    """
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+    def __init__(self) -> None:
         self._first: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         """Forget the kept output."""
         self._first = None
 
-    def forward(self, reference_points: Tensor) -> Tensor:
-        """The output for the first reference points since :meth:`begin`.
-
-        Args:
-            reference_points: Reference boxes, shape (B, Q, 4), normalised.
-
-        Returns:
-            The position embedding of the initial boxes.
-        """
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output of the first call since :meth:`begin`."""
         if self._first is None:
-            self._first = self.inner(reference_points)
+            self._first = output
         return self._first
 
 
@@ -57,10 +44,7 @@ def restore_original_deimv2(model: Any) -> None:  # noqa: ANN401
     heads += [layer.reg_conf for layer in decoder.lqe_layers]
     for head in heads:
         head.act = nn.SiLU()
-    position = OncePerForward(decoder.query_pos_head)
-    decoder.query_pos_head = position
-
-    def begin(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-        position.begin()
-
-    decoder.register_forward_pre_hook(begin)
+    # Hooks and no module around it: the parameters keep the names of the checkpoint.
+    position = FirstOutput()
+    decoder.register_forward_pre_hook(position.begin)
+    decoder.query_pos_head.register_forward_hook(position)

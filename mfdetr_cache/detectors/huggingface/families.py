@@ -47,7 +47,9 @@ class Family:
 
 
 def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
-    backbone: nn.Module = model.model.conv_encoder.model
+    encoder: nn.Module = model.model.conv_encoder
+    # DINOv3 and the convolutions beside it are one backbone.
+    backbone: nn.Module = getattr(encoder, "model", encoder)
     return backbone
 
 
@@ -175,6 +177,9 @@ def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
     Returns:
         The stages, or an empty list where the backbone has no such stages (a plain ViT).
     """
+    adapter = getattr(backbone, "spatial_tuning_adapter", None)
+    if adapter is not None:
+        return [adapter.stem_pool]
     encoder = getattr(backbone, "encoder", None)
     stages = getattr(encoder, "stages", None)
     if stages is not None:

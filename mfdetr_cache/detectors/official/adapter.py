@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mfdetr_cache.detectors.checkpoint import read_checkpoint
 from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.official.architecture import (
     ARCHITECTURES,
@@ -15,7 +16,6 @@ from mfdetr_cache.detectors.official.architecture import (
     Scheme,
     read_architecture,
 )
-from mfdetr_cache.detectors.official.checkpoint import load_official_weights
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
@@ -179,7 +179,7 @@ def load_official_detector(
             raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
         torch.manual_seed(0)
         return OfficialDetector(name, OfficialDetr(ARCHITECTURES[name]), options)
-    tensors = load_official_weights(Path(weights))
+    tensors = read_checkpoint(Path(weights)).tensors
     architecture = read_architecture(tensors, weights)
     _require_named(name, architecture, weights)
     with torch.device("meta"):

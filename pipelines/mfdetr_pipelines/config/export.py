@@ -33,7 +33,7 @@ class ExportConfig:
         out: The ONNX file.
         input_hw: Network input in pixels, height first; the graph is for this size.
         weights: Put the detector into the graph too: its weights.
-        detector: A name that mfdetr detectors lists.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
         top_k: With the detector: masks for the N queries of highest class score.
     """
 
@@ -43,7 +43,7 @@ class ExportConfig:
         tuple[int, int] | None, Option("--input-size", metavar="HxW", parse=parse_size_hw)
     ] = None
     weights: Annotated[str | None, Option(metavar="NAME")] = None
-    detector: Annotated[str, Option(metavar="NAME")] = "hf"
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
     top_k: int = 100
 
     def __post_init__(self) -> None:

@@ -26,11 +26,11 @@ class ExtractConfig(OnDevice):
         --annotations annotations/instances_val2017.json --cache val2017.zarr
 
     Attributes:
-        weights: The detector: hub id, folder in its layout, or an official .pth.
+        weights: The detector: hub id, folder in its layout, or a checkpoint of its authors' code.
         images: Folder with the images.
         annotations: COCO instances JSON of these images.
         cache: Where the cache goes: a folder such as val2017.zarr, or a URL.
-        detector: A name that mfdetr detectors lists.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
         limit: Only the first N images.
         on_bad_image: What to do with an image that cannot be read: stop, or leave it out.
         force: Start although the disk looks too small.
@@ -44,7 +44,7 @@ class ExtractConfig(OnDevice):
     images: Annotated[Path, FOLDER]
     annotations: Annotated[Path, FILE]
     cache: Annotated["Location", Option(metavar="CACHE")]
-    detector: Annotated[str, Option(metavar="NAME")] = "hf"
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
     limit: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False

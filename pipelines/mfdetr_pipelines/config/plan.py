@@ -35,7 +35,7 @@ class PlanConfig(OnDevice):
     Attributes:
         weights: The detector: folder, hub id or checkpoint.
         annotations: COCO instances JSON of the dataset.
-        detector: A name that mfdetr detectors lists.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
         images: Folder of images to time the detector on. Random images if omitted, whose features
             compress less.
         disk: Where the cache would go; this folder if omitted.
@@ -46,7 +46,7 @@ class PlanConfig(OnDevice):
 
     weights: Annotated[str, Option(metavar="NAME")]
     annotations: Annotated[Path, FILE]
-    detector: Annotated[str, Option(metavar="NAME")] = "hf"
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
     images: Annotated[Path | None, FOLDER] = None
     disk: Annotated[Path | None, Option(metavar="FOLDER")] = None
     sample: int = 8

@@ -21,7 +21,7 @@ class PredictConfig(OnDevice):
         weights: The detector the head was trained with.
         head: Run folder of train-head.
         out: Where the drawn images and predictions.json go.
-        detector: A name that mfdetr detectors lists.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
         threshold: Least confidence of what is kept.
         top_k: At most N objects per image.
     """
@@ -30,7 +30,7 @@ class PredictConfig(OnDevice):
     weights: Annotated[str, Option(metavar="NAME")]
     head: Annotated[Path, FOLDER]
     out: Annotated[Path, Option(metavar="FOLDER")]
-    detector: Annotated[str, Option(metavar="NAME")] = "hf"
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
     threshold: float = 0.25
     top_k: int = 100
 

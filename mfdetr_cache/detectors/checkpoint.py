@@ -1,0 +1,237 @@
+"""Checkpoint files of the detectors' authors, read without running anything that is in them."""
+
+import argparse
+import builtins
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mfdetr_cache.errors import DetectorError
+
+# Where the weights are, the first that is there. Averaged weights come before the last ones where
+# the authors' own loaders prefer them (RT-DETR, D-FINE, DEIM), and after them where these read
+# "model" (Deformable DETR, DINO, LW-DETR, RF-DETR).
+_WEIGHT_KEYS = (
+    ("ema", "module"),
+    ("ema_state_dict",),
+    ("model",),
+    ("state_dict",),
+    ("model_state_dict",),
+    ("ema_model",),
+    ("model_ema",),
+    ("module",),
+)
+# Where training scripts keep their arguments.
+_SETTING_KEYS = ("args", "model_config", "hyper_parameters", "train_config", "config", "cfg")
+_HUB_FILE = "model.safetensors"
+_NAME_KEYS = ("class_names", "classes", "names", "categories")
+# Nothing of these modules is configuration: a file that names them wants to do something.
+_REFUSED_MODULES = {
+    "ctypes",
+    "importlib",
+    "nt",
+    "os",
+    "posix",
+    "runpy",
+    "shutil",
+    "socket",
+    "subprocess",
+    "sys",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        path: The file.
+        tensors: The state dict; prefixes of wrappers (``module.``, ``_orig_mod.``) are removed.
+        class_names: Names of the classes in the order of the file; empty where it has none.
+        settings: Plain values of the training arguments beside the weights.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    class_names: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Inert:
+    """Stands for an object of a class that is not loaded; its fields are kept, it does nothing."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> "_Inert":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple):  # the fields, and those of slots
+            state = {k: v for part in state if isinstance(part, dict) for k, v in part.items()}
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint file.
+
+    Args:
+        path: A ``.pth``, ``.pt`` or ``.ckpt`` file with the weights where training scripts put
+            them (:data:`_WEIGHT_KEYS`) or by themselves, or a ``.safetensors`` file.
+
+    Returns:
+        Its weights, and what it says about classes and settings.
+
+    Raises:
+        DetectorError: If the file is missing, damaged, holds no weights, or asks for code to run.
+    """
+    if is_authors_folder(path):
+        path = path / _HUB_FILE
+    if path.is_dir():
+        raise DetectorError(f"{path} is a folder; this detector takes a checkpoint file (.pth)")
+    if not path.is_file():
+        raise DetectorError(f"checkpoint {path} does not exist; check --weights")
+    if path.suffix == ".safetensors":
+        try:
+            return Checkpoint(path, _without_wrappers(load_file(path)))
+        except (SafetensorError, OSError) as error:
+            raise DetectorError(f"{path} is no safetensors file ({error})") from error
+    document = _load_pickle(path)
+    settings = _settings(document)
+    return Checkpoint(path, _state_dict(document, path), _class_names(document, settings), settings)
+
+
+def is_authors_folder(path: Path) -> bool:
+    """Whether a folder is what authors put on the hub: their own names, no transformers model.
+
+    Args:
+        path: A folder or anything else.
+
+    Returns:
+        True if it holds weights and no configuration with a model type.
+    """
+    if not (path / _HUB_FILE).is_file():
+        return False
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not (isinstance(config, dict) and config.get("model_type"))
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals(_allowed(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        # torch names the global it met; its advice to load unsafely is not passed on.
+        met = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"global (\S+)", str(error))
+        if met:
+            raise _asks_for(path, met.group(1)) from None
+        raise DetectorError(f"{path} cannot be read as a checkpoint") from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as error:
+        raise DetectorError(f"{path} is damaged or no PyTorch checkpoint") from error
+
+
+def _allowed(path: Path) -> list[Any]:
+    """What may stand in the file beside tensors: arguments, and inert stand-ins for the rest."""
+    allowed: list[Any] = [argparse.Namespace]
+    if not _is_zip(path):
+        return allowed  # torch lists the names of a zip file only
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
+        module, _, kind = name.rpartition(".")
+        if name == "argparse.Namespace":
+            continue
+        is_function = module == "builtins" and not isinstance(getattr(builtins, kind, None), type)
+        if is_function or module.split(".")[0] in _REFUSED_MODULES:
+            raise _asks_for(path, name)
+        allowed.append((type(kind, (_Inert,), {}), name))
+    return allowed
+
+
+def _asks_for(path: Path, what: str) -> DetectorError:
+    return DetectorError(
+        f"{path} asks for {what} to be run while loading, which is refused; save its state dict "
+        "alone (torch.save(checkpoint['model'], ...)) where you trust it"
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    """Files of torch before 1.6 are plain pickles and cannot be mapped."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
+    found = document
+    if isinstance(document, Mapping):
+        for keys in _WEIGHT_KEYS:
+            inner: object = document
+            for key in keys:
+                inner = inner.get(key) if isinstance(inner, Mapping) else None
+            if isinstance(inner, Mapping) and inner:
+                found = inner
+                break
+    if not isinstance(found, Mapping) or not found:
+        looked = ", ".join(".".join(keys) for keys in _WEIGHT_KEYS)
+        raise DetectorError(f"{path} holds no state dict (looked for {looked})")
+    wrong = [k for k, v in found.items() if not isinstance(v, Tensor)]
+    if wrong:
+        raise DetectorError(f"{path}: {wrong[0]} is no tensor; this is no state dict of a detector")
+    tensors = {str(k): v for k, v in found.items()}
+    if isinstance(document, Mapping) and "hyper_parameters" in document:
+        # Lightning keeps losses and metrics beside the model.
+        own = {k: v for k, v in tensors.items() if k.startswith("model.")}
+        tensors = {k.removeprefix("model."): v for k, v in own.items()} or tensors
+    return _without_wrappers(tensors)
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what torch's wrappers put before them."""
+    return {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in tensors.items()}
+
+
+def _settings(document: object) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if isinstance(document, Mapping):
+        for key in _SETTING_KEYS:
+            for name, value in _fields(document.get(key)):
+                found.setdefault(name, value)
+    return found
+
+
+def _fields(value: object, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Plain fields of an arguments object, also where it lies inside another."""
+    if not isinstance(value, Mapping):
+        with contextlib.suppress(TypeError):
+            value = vars(value)
+    if not isinstance(value, Mapping):
+        return
+    for name, inner in value.items():
+        if isinstance(inner, (str, int, float, bool, list, tuple)):
+            yield str(name), inner
+        elif depth and inner is not None and not isinstance(inner, Tensor):
+            yield from _fields(inner, depth - 1)
+
+
+def _class_names(document: object, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    places: list[object] = [settings.get("class_names")]
+    if isinstance(document, Mapping):
+        places = [*(document.get(key) for key in _NAME_KEYS), *places]
+    for names in places:
+        if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
+            names = [names.get(i, "") for i in range(max(names, default=-1) + 1)]
+        if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
+            return tuple(names)
+    return ()

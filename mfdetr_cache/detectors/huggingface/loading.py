@@ -1,0 +1,145 @@
+"""A transformers detector from its folder or from the hub."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mfdetr_cache.config import nearest
+from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Origin
+from mfdetr_cache.detectors.huggingface.families import FAMILIES, Family
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.preprocess import Preprocessing
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import write_atomically, writing
+
+
+def load_huggingface_detector(weights: str, options: DetectorOptions) -> HuggingFaceDetector:
+    """A transformers detector from a folder or a hub id, frozen, on the CPU.
+
+    Args:
+        weights: Folder with ``config.json``, ``model.safetensors`` and
+            ``preprocessor_config.json``, or the id of such a repository on the hub.
+        options: What the user chose.
+
+    Returns:
+        The detector.
+
+    Raises:
+        DetectorError: If this is no detector, is of an unknown family, or its weights do not fit.
+    """
+    folder = Path(weights)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DetectorError(f"{weights} is no detector: it has no config.json")
+    if folder.is_file():
+        raise DetectorError(f"{weights} is a file; --detector hf takes a folder or a hub id")
+    if not folder.exists() and (weights.count("/") != 1 or weights.startswith((".", "/"))):
+        raise DetectorError(f"{weights} does not exist, and is no hub id (owner/name) either")
+    with quiet():
+        try:
+            # The type is looked at before anything of the folder is used, and code in it never is.
+            config, _ = transformers.PretrainedConfig.get_config_dict(weights)
+            family = _family_of(str(config.get("model_type")), weights)
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                weights, trust_remote_code=False
+            )
+            model, info = transformers.AutoModelForObjectDetection.from_pretrained(
+                weights,
+                output_loading_info=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
+    _check_loaded(weights, info)
+    into_own_memory(model)
+    named_weights = model.state_dict(keep_vars=True)
+    if family.correct is not None:
+        family.correct(model)
+    origin = Origin(
+        name=f"hf:{family.model_type}",
+        where=weights,
+        known_names={int(i): str(name) for i, name in model.config.id2label.items()},
+        settings={"corrected": family.correct is not None},
+        save=partial(_save_folder, model, named_weights, processor),
+    )
+    preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
+    return HuggingFaceDetector(model, family, origin, preprocessing, options)
+
+
+def _save_folder(
+    model: Any,  # noqa: ANN401
+    named_weights: Mapping[str, Tensor],
+    processor: Any,  # noqa: ANN401  transformers has no common type for them
+    folder: Path,
+) -> str:
+    """Write a folder that ``--detector hf`` takes."""
+    with quiet(), writing(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    # Under the names of the checkpoint and every one: transformers leaves out those it believes to
+    # be shared.
+    weights = {k: v.detach().cpu().clone() for k, v in named_weights.items()}
+    write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    return str(folder)
+
+
+def into_own_memory(model: nn.Module) -> None:
+    """Copy the weights out of the mapped file, to where torch aligns them.
+
+    In the file they begin wherever its header ends, and some kernels for a CPU add up in another
+    order then: equal weights in files of another layout would give caches that differ in last bits.
+
+    Args:
+        model: Changed in place.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+
+
+def _family_of(model_type: str, weights: str) -> Family:
+    if model_type not in FAMILIES:
+        hint = nearest(model_type, list(FAMILIES))
+        raise DetectorError(f"{weights}: model type {model_type!r} has no adapter{hint}")
+    return FAMILIES[model_type]
+
+
+def _check_loaded(weights: str, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(k) for k in info.get(kind) or ())
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise DetectorError(
+                f"{weights}: {kind.replace('_', ' ')} in its weights: {shown}; "
+                "the result would be partly random"
+            )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off the user's screen; errors are ours."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Loading writes a bar through tqdm directly in some versions.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,85 @@
+"""What the outputs of a detector are called."""
+
+from collections.abc import Mapping, Sequence
+
+from mfdetr_cache.errors import DetectorError
+
+# The 80 categories of COCO, by their ids (Lin et al., "Microsoft COCO", 2014; ids of the 2017
+# annotation files, 1 to 90 with ten left out).
+_NAMES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
+clock, vase, scissors, teddy bear, hair drier, toothbrush
+"""
+_IDS_LEFT_OUT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_NAMES: dict[int, str] = dict(
+    zip(
+        [i for i in range(1, 91) if i not in _IDS_LEFT_OUT],
+        [" ".join(name.split()) for name in _NAMES.split(",")],
+        strict=True,
+    )
+)
+
+# Outputs that are no class, at most: one that RF-DETR never trains, and the root of a Roboflow
+# dataset.
+SPARE_OUTPUTS = 2
+
+
+def output_names(
+    num_outputs: int,
+    known: Mapping[int, str],
+    given: Sequence[str],
+    where: str,
+    spare_outputs: int = 0,
+) -> tuple[str, ...]:
+    """A name for every output of a detector.
+
+    Args:
+        num_outputs: Class outputs, "no object" not among them.
+        known: Names the weights come with, by output.
+        given: Names the user gave in their place; empty for none.
+        where: The weights, for the message.
+        spare_outputs: How many outputs may have no name, see :func:`names_of_checkpoint`.
+
+    Returns:
+        One name per output; ``LABEL_i`` where nobody knows one.
+
+    Raises:
+        DetectorError: If the number of given names does not fit.
+    """
+    if given:
+        if not 0 <= num_outputs - len(given) <= spare_outputs:
+            raise DetectorError(
+                f"--labels has {len(given)} names and {where} has {num_outputs} class outputs; "
+                "give one name per output, in their order"
+            )
+        known = names_of_checkpoint(num_outputs, given)
+    return tuple(known.get(i) or f"LABEL_{i}" for i in range(num_outputs))
+
+
+def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str]:
+    """Which output each class of an authors' checkpoint is.
+
+    Outputs are the classes in their order (RT-DETR and its descendants), or category ids, so that
+    there is one output more than the largest id (LW-DETR, RF-DETR). A Roboflow dataset has a root
+    category 0 that is no class, and its names begin at output 1 then.
+
+    Args:
+        num_outputs: Class outputs.
+        names: Names in the file; empty where it has none, which published COCO checkpoints are.
+
+    Returns:
+        Output to name; empty where nothing is known.
+    """
+    coco = list(COCO_NAMES.values())
+    if not names and num_outputs == len(coco):
+        return dict(enumerate(coco))
+    if num_outputs == max(COCO_NAMES) + 1 and (not names or list(names) == coco):
+        return dict(COCO_NAMES)
+    first = 1 if num_outputs - len(names) == SPARE_OUTPUTS else 0
+    return {first + i: name for i, name in enumerate(names) if first + i < num_outputs}

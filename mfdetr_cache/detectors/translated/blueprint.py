@@ -1,0 +1,199 @@
+"""What is built for a checkpoint, and how its tensors find their places."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.detectors.huggingface.families import Family
+from mfdetr_cache.detectors.translated.names import Rules, count
+
+# Computed and not learned, or used in training only.
+_UNUSED = r"num_batches_tracked$|anchors$|valid_mask$|denoising_class_embed"
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A detector read off a checkpoint.
+
+    Attributes:
+        family: How its maps are found.
+        build: Makes the model without weights, computing what the authors' code computes.
+        rules: Names of the checkpoint to names of the model.
+        tensors: What is carried into the model.
+        unused: Names the model has no use for.
+        input_hw: Height and width of the network input.
+        normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
+        label_offset: Output of the first class that the checkpoint names.
+        choices: What the file does not say and decides the numbers; part of the identity.
+    """
+
+    family: Family
+    build: Callable[[], Any]
+    rules: Rules
+    tensors: Mapping[str, Tensor]
+    input_hw: tuple[int, int]
+    normalise: bool
+    unused: str = _UNUSED
+    choices: Mapping[str, object] = field(default_factory=dict)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors that the model needs."""
+        pattern = re.compile(f"{self.unused}|{_UNUSED}")
+        return [key for key in self.tensors if not pattern.search(key)]
+
+
+class Mlp(nn.Module):
+    """Linear layers with an activation between them, under the names the heads have anyway.
+
+    Args:
+        layers: The layers; taken over, not copied.
+        activation: Between them.
+    """
+
+    def __init__(self, layers: nn.ModuleList, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.activation = activation
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Apply the layers.
+
+        Args:
+            values: Shape (..., C).
+
+        Returns:
+            Shape (..., C').
+        """
+        for layer in self.layers[:-1]:
+            values = self.activation(layer(values))
+        result: Tensor = self.layers[-1](values)
+        return result
+
+
+class ColumnsFirst(nn.Module):
+    """The position table of the hybrid encoder as its authors flatten it: column by column.
+
+    Tokens are row by row. On a square map the two differ by a consistent renaming of the axes, on
+    another one the tokens get other positions, and so do they here.
+
+    Args:
+        table: transformers' row by row table.
+    """
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, *, width: int, height: int, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """The table of a map.
+
+        Args:
+            width: Columns of the map.
+            height: Rows of the map.
+            **kwargs: Device and dtype.
+
+        Returns:
+            Shape (1, height * width, C).
+        """
+        result: Tensor = self.table(width=height, height=width, **kwargs)
+        return result
+
+
+def restore_hybrid_encoder(model: Any, tensors: Mapping[str, Tensor]) -> None:  # noqa: ANN401
+    """Make the encoder of RT-DETR and its descendants compute what its authors' code computes.
+
+    Args:
+        model: A transformers model with a hybrid encoder; changed in place.
+        tensors: The state dict it gets.
+    """
+    for layer in getattr(model.model.encoder, "aifi", ()):
+        layer.position_embedding = ColumnsFirst(layer.position_embedding)
+    # Some of the authors leave out the projection of a map that has the right width.
+    places = model.model if hasattr(model.model, "encoder_input_proj") else model.model.conv_encoder
+    projections = getattr(places, "encoder_input_proj", nn.ModuleList())
+    for i in range(len(projections)):
+        if not any(key.startswith(f"encoder.input_proj.{i}.") for key in tensors):
+            projections[i] = nn.Identity()
+
+
+def hybrid_levels(tensors: Mapping[str, Tensor]) -> int:
+    """Levels of a hybrid encoder: one more than its lateral convolutions."""
+    return count(tensors, r"encoder\.lateral_convs\.(\d+)\.") + 1
+
+
+def input_size(
+    tensors: Mapping[str, Tensor], strides: tuple[int, ...], default: int = 640
+) -> tuple[int, int]:
+    """Input size a checkpoint was made for, read off its anchors.
+
+    Args:
+        tensors: The state dict, with ``decoder.anchors`` (logits of cx, cy, w, h) where it has
+            them.
+        strides: Of its levels, finest first.
+        default: The authors' size, where there are no anchors.
+
+    Returns:
+        Height and width.
+    """
+    anchors = tensors.get("decoder.anchors")
+    if anchors is None or anchors.is_meta:
+        return default, default
+    boxes = anchors[0].double().sigmoid()
+    # The level l has boxes of 0.05 * 2^l; those too near to the border are infinite, 1 here.
+    finest = boxes[(boxes[:, 2] - 0.05).abs() < 1e-3]
+    sides = []
+    for axis in (1, 0):
+        centres = finest[:, axis].mul(1e5).round().unique().div(1e5)
+        if len(centres) < 2:
+            return default, default
+        step = centres.diff().median()
+        sides.append(round(1 / float(step)) * strides[0])
+    tokens = sum(-(-sides[0] // s) * -(-sides[1] // s) for s in strides)
+    return (sides[0], sides[1]) if tokens == len(boxes) else (default, default)
+
+
+def equal_points(samples: Tensor, levels: int, heads: int) -> int:
+    """Sampling points per level where every level has as many.
+
+    Args:
+        samples: Bias of the attention weights, one value per head, level and point.
+        levels: Encoder levels.
+        heads: Attention heads.
+
+    Returns:
+        Points per level.
+    """
+    return int(samples.shape[0]) // (levels * heads)
+
+
+def points_of_levels(scale: Tensor, levels: int) -> list[int]:
+    """Sampling points of every level, read off their scale (1/n for each of n points).
+
+    Args:
+        scale: ``num_points_scale``, shape (sum of points,).
+        levels: Encoder levels.
+
+    Returns:
+        Points per level; equal ones where the tensor has no values.
+    """
+    total = int(scale.shape[0])
+    if scale.is_meta:
+        return [total // levels] * (levels - 1) + [total - total // levels * (levels - 1)]
+    points: list[int] = []
+    while sum(points) < total:
+        points.append(round(1 / float(scale[sum(points)])))
+    return points
+
+
+def silu_mlp(head: Any) -> Mlp:  # noqa: ANN401
+    """A head of transformers with SiLU in place of its ReLU; the layers are the same."""
+    return Mlp(head.layers, nn.SiLU())
+
+
+def no_weights() -> torch.device:
+    """Where a model is built that gets all of its tensors from a file."""
+    return torch.device("meta")

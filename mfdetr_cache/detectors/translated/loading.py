@@ -1,0 +1,237 @@
+"""Checkpoints of the authors' own code behind the Detector protocol."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
+from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Origin
+from mfdetr_cache.detectors.huggingface.loading import into_own_memory, quiet
+from mfdetr_cache.detectors.labels import SPARE_OUTPUTS, names_of_checkpoint
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.preprocess import Preprocessing
+from mfdetr_cache.detectors.translated.blueprint import Blueprint
+from mfdetr_cache.detectors.translated.d_fine import is_d_fine, is_deim, read_d_fine, read_deim
+from mfdetr_cache.detectors.translated.deimv2 import is_deimv2, read_deimv2
+from mfdetr_cache.detectors.translated.lw_detr import is_lw_detr, read_lw_detr
+from mfdetr_cache.detectors.translated.names import Translation, carry, carry_back, translate
+from mfdetr_cache.detectors.translated.rf_detr import is_rf_detr, read_rf_detr
+from mfdetr_cache.detectors.translated.rt_detr import (
+    is_rt_detr,
+    is_rt_detr_v2,
+    read_rt_detr,
+    read_rt_detr_v2,
+)
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import make_folder, whole_file
+
+Read = Callable[[Checkpoint, DetectorOptions], Blueprint]
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorsDetector:
+    """A detector whose authors' checkpoints are read.
+
+    Attributes:
+        name: What to pass as ``--detector``.
+        label: Its name for people.
+        recognises: Whether a state dict can be its.
+        read: What to build for a checkpoint.
+        checked: Against what its numbers were checked.
+    """
+
+    name: str
+    label: str
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    read: Read
+    checked: str
+
+
+_GOLDENS = "the authors' code: 5e-4 in logits and queries, 2e-5 in boxes"
+_KEYS = "names and shapes of the published checkpoints"
+
+AUTHORS: dict[str, AuthorsDetector] = {
+    detector.name: detector
+    for detector in (
+        AuthorsDetector("rt-detr", "RT-DETR", is_rt_detr, read_rt_detr, _GOLDENS),
+        AuthorsDetector("rt-detr-v2", "RT-DETRv2", is_rt_detr_v2, read_rt_detr_v2, _KEYS),
+        AuthorsDetector(
+            "rt-detr-v2-dsp",
+            "RT-DETRv2, discrete sampling",
+            is_rt_detr_v2,
+            partial(read_rt_detr_v2, sampling="discrete"),
+            _KEYS,
+        ),
+        AuthorsDetector("d-fine", "D-FINE", is_d_fine, read_d_fine, _GOLDENS),
+        AuthorsDetector("deim", "DEIM", is_deim, read_deim, _GOLDENS),
+        AuthorsDetector("deimv2", "DEIMv2", is_deimv2, read_deimv2, _GOLDENS),
+        AuthorsDetector("rf-detr", "RF-DETR", is_rf_detr, read_rf_detr, _GOLDENS),
+        AuthorsDetector("lw-detr", "LW-DETR", is_lw_detr, read_lw_detr, _GOLDENS),
+    )
+}
+
+
+def recognised(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every detector that a state dict can be.
+
+    Args:
+        tensors: The state dict.
+
+    Returns:
+        Names of :data:`AUTHORS`; several where the file does not tell them apart.
+    """
+    return [name for name, detector in AUTHORS.items() if detector.recognises(tensors)]
+
+
+def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> HuggingFaceDetector:
+    """A detector from a checkpoint of its authors' code, frozen, on the CPU.
+
+    Args:
+        name: One of :data:`AUTHORS`.
+        weights: The checkpoint file.
+        options: What the user chose.
+
+    Returns:
+        The detector.
+
+    Raises:
+        DetectorError: If the checkpoint is of another detector, or its tensors do not fit.
+    """
+    checkpoint = read_checkpoint(Path(weights))
+    blueprint = read_blueprint(name, checkpoint, options)
+    with quiet():
+        model, names = build(blueprint, weights)
+    into_own_memory(model)
+    height, width = blueprint.input_hw
+    outputs = int(_class_bias(checkpoint.tensors).shape[0])
+    origin = Origin(
+        name=name,
+        where=weights,
+        known_names=names_of_checkpoint(outputs, checkpoint.class_names),
+        settings={"layout": "authors", **blueprint.choices},
+        save=partial(_save_checkpoint, model, names, checkpoint),
+        spare_outputs=SPARE_OUTPUTS if name in ("rf-detr", "lw-detr") else 0,
+    )
+    preprocessing = Preprocessing(
+        height=height,
+        width=width,
+        shortest_edge=None,
+        longest_edge=None,
+        resample=2,
+        rescale=1 / 255,
+        mean=_IMAGENET_MEAN if blueprint.normalise else None,
+        std=_IMAGENET_STD if blueprint.normalise else None,
+    )
+    return HuggingFaceDetector(model, blueprint.family, origin, preprocessing, options)
+
+
+def read_blueprint(name: str, checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
+    """What to build for a checkpoint.
+
+    Args:
+        name: One of :data:`AUTHORS`.
+        checkpoint: Its file.
+        options: What the user chose.
+
+    Returns:
+        What to build.
+
+    Raises:
+        DetectorError: If the checkpoint is of another detector, or lacks something.
+    """
+    detector = AUTHORS[name]
+    if not detector.recognises(checkpoint.tensors):
+        others = recognised(checkpoint.tensors)
+        other = f"; it can be {' or '.join(others)}" if others else ""
+        raise DetectorError(
+            f"{checkpoint.path} is no checkpoint of {detector.label} as its authors write it{other}"
+        )
+    try:
+        return detector.read(checkpoint, options)
+    except KeyError as error:
+        raise DetectorError(
+            f"{checkpoint.path} is no checkpoint of {detector.label} as its authors write it: "
+            f"it has no {error.args[0]}"
+        ) from None
+
+
+def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
+    """The model of a checkpoint with its weights.
+
+    Args:
+        blueprint: What to build.
+        where: The file, for messages.
+
+    Returns:
+        The model, and where each tensor of the file went.
+
+    Raises:
+        DetectorError: If a tensor has no place, a place no tensor, or a shape does not fit.
+    """
+    model = blueprint.build()
+    names = translate(blueprint.keys(), blueprint.rules)
+    expected = _places(model)
+    carried = carry(blueprint.tensors, names)
+    places = {target: key for key, targets in names.items() for target in targets}
+    for kind, keys in (
+        ("missing", sorted(expected.keys() - carried.keys())),
+        ("unexpected", sorted(places[k] for k in carried.keys() - expected.keys())),
+    ):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise DetectorError(
+                f"{where}: {kind} tensors: {shown}; the result would be partly random"
+            )
+    for target, value in carried.items():
+        if value.shape != expected[target].shape:
+            raise DetectorError(
+                f"{where}: {places[target]} is {tuple(value.shape)}, expected "
+                f"{tuple(expected[target].shape)}"
+            )
+    # Scales of D-FINE are whole numbers in its files; averaged weights may be of half precision.
+    floats = {k: v.to(expected[k].dtype) for k, v in carried.items()}
+    model.load_state_dict(floats, strict=False, assign=True)
+    _count_no_batches(model)
+    return model, names
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """What a model has to get: every tensor once, counters of batch norms not at all."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.endswith("num_batches_tracked"):
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _count_no_batches(model: nn.Module) -> None:
+    """Counters of batch norms, which nobody reads, out of the device without memory."""
+    for module in model.modules():
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor) and counter.is_meta:
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+
+
+def _class_bias(tensors: Mapping[str, Tensor]) -> Tensor:
+    bias = tensors.get("class_embed.bias")
+    return tensors["decoder.enc_score_head.bias"] if bias is None else bias
+
+
+def _save_checkpoint(
+    model: nn.Module, names: Translation, checkpoint: Checkpoint, folder: Path
+) -> str:
+    """Write a checkpoint in the authors' layout, beside it the names of its classes."""
+    make_folder(folder)
+    path = folder / "checkpoint.pth"
+    state = carry_back(model.state_dict(), names, checkpoint.tensors)
+    document: dict[str, Any] = {"model": state, "class_names": list(checkpoint.class_names)}
+    with whole_file(path) as partial_file, partial_file.open("wb") as file:
+        torch.save(document, file)
+    return str(path)

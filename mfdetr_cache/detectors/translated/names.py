@@ -1,0 +1,96 @@
+"""Parameter names of the authors' checkpoints, translated to those of transformers' classes."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# A pattern and what takes its place, one after the other. Braces in the last name split a packed
+# tensor: "self_attn.{q,k,v}_proj" takes three equal parts along the first axis.
+Rules = Sequence[tuple[str, str]]
+Translation = dict[str, tuple[str, ...]]
+
+
+def translate(keys: Iterable[str], rules: Rules) -> Translation:
+    r"""Where each tensor of a checkpoint belongs.
+
+    Args:
+        keys: Names in the checkpoint.
+        rules: Applied to every name in order.
+
+    Returns:
+        For each name the names it has in the model, several where it is packed.
+
+    Examples:
+        >>> translate(["mlp.w12.bias"], [(r"mlp\.w12", "mlp.{gate,up}")])
+        {'mlp.w12.bias': ('mlp.gate.bias', 'mlp.up.bias')}
+    """
+    compiled = [(re.compile(pattern), new) for pattern, new in rules]
+    found: Translation = {}
+    for key in keys:
+        name = key
+        for pattern, new in compiled:
+            name = pattern.sub(new, name)
+        found[key] = _parts(name)
+    return found
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+    if match is None:
+        return (name,)
+    return tuple(f"{match[1]}{part}{match[3]}" for part in match[2].split(","))
+
+
+def carry(tensors: Mapping[str, Tensor], names: Translation) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names of the model.
+
+    Args:
+        tensors: The checkpoint's state dict.
+        names: Which of them to carry, and where to.
+
+    Returns:
+        A state dict of the model.
+    """
+    carried: dict[str, Tensor] = {}
+    for key, targets in names.items():
+        pieces = tensors[key].chunk(len(targets)) if len(targets) > 1 else (tensors[key],)
+        carried.update(zip(targets, pieces, strict=True))
+    return carried
+
+
+def carry_back(
+    tensors: Mapping[str, Tensor], names: Translation, original: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a model under the names of the checkpoint it came from.
+
+    Args:
+        tensors: The model's state dict.
+        names: As they were carried.
+        original: The checkpoint's state dict; what was not carried stays as it is.
+
+    Returns:
+        A state dict in the authors' layout, on the CPU.
+    """
+    changed = {
+        key: torch.cat([tensors[t].detach().cpu() for t in targets])
+        if len(targets) > 1
+        else tensors[targets[0]].detach().cpu().clone()
+        for key, targets in names.items()
+    }
+    return {key: changed.get(key, value) for key, value in original.items()}
+
+
+def count(keys: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that a pattern finds at the beginning of the names.
+
+    Args:
+        keys: Names in a checkpoint.
+        pattern: With one group of digits.
+
+    Returns:
+        The number of layers, blocks or heads; 0 where there is none.
+    """
+    compiled = re.compile(pattern)
+    return max((int(m[1]) for key in keys if (m := compiled.match(key))), default=-1) + 1

@@ -1,0 +1,231 @@
+"""RT-DETR and RT-DETRv2 of lyuwenyu/RT-DETR, and DEIM's form of the second."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
+)
+
+from mfdetr_cache.detectors.checkpoint import Checkpoint
+from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.translated.backbones import backbone_rules, read_backbone
+from mfdetr_cache.detectors.translated.blueprint import (
+    Blueprint,
+    Mlp,
+    equal_points,
+    hybrid_levels,
+    input_size,
+    no_weights,
+    points_of_levels,
+    restore_hybrid_encoder,
+    silu_mlp,
+)
+from mfdetr_cache.detectors.translated.names import Rules, count
+from mfdetr_cache.errors import DetectorError
+
+_HEADS = 8
+_QUERIES = 300
+_STRIDES = (8, 16, 32)
+
+# The hybrid encoder and everything around the decoder; D-FINE and DEIMv2 keep most of it.
+HYBRID_RULES: Rules = (
+    (r"^encoder\.encoder\.(\d+)\.", r"model.encoder.aifi.\1."),
+    (r"(aifi\..*)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(aifi\..*)\.norm2\.", r"\1.final_layer_norm."),
+    (r"\.self_attn\.in_proj_", ".self_attn.{q,k,v}_proj."),
+    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+    (r"^encoder\.input_proj\.(\d)\.(?:0|conv)\.", r"model.encoder_input_proj.\1.0."),
+    (r"^encoder\.input_proj\.(\d)\.(?:1|norm)\.", r"model.encoder_input_proj.\1.1."),
+    (r"^encoder\.", "model.encoder."),
+    (r"^decoder\.input_proj\.(\d)\.conv\.", r"model.decoder_input_proj.\1.0."),
+    (r"^decoder\.input_proj\.(\d)\.norm\.", r"model.decoder_input_proj.\1.1."),
+    (r"^decoder\.decoder\.layers\.", "model.decoder.layers."),
+    (r"(model\.decoder\.layers\..*)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(model\.decoder\.layers\..*)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+    (r"(model\.decoder\.layers\..*)\.norm3\.", r"\1.final_layer_norm."),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"^decoder\.enc_output\.proj\.", "model.enc_output.0."),
+    (r"^decoder\.enc_output\.norm\.", "model.enc_output.1."),
+    (r"^decoder\.enc_", "model.enc_"),
+    (r"^decoder\.query_pos_head\.", "model.decoder.query_pos_head."),
+    (r"^decoder\.dec_score_head\.", "model.decoder.class_embed."),
+    (r"^decoder\.dec_bbox_head\.", "model.decoder.bbox_embed."),
+)
+_FEED_FORWARD: Rules = (
+    (r"\.linear([12])\.", r".mlp.fc\1."),
+    (r"\.num_points_scale$", ".n_points_scale"),
+)
+
+
+def is_rt_detr(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is RT-DETR's: its attention has no table of points."""
+    return (
+        "decoder.decoder.layers.0.cross_attn.value_proj.weight" in tensors
+        and "encoder.fpn_blocks.0.conv1.conv.weight" in tensors
+        and "decoder.decoder.layers.0.cross_attn.num_points_scale" not in tensors
+    )
+
+
+def is_rt_detr_v2(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is RT-DETRv2's: a table of points, two layers of query position."""
+    return _is_second(tensors) and "decoder.query_pos_head.layers.2.weight" not in tensors
+
+
+def is_deim_on_rt_detr(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is DEIM's RT-DETRv2: its query position has three layers."""
+    return _is_second(tensors) and "decoder.query_pos_head.layers.2.weight" in tensors
+
+
+def _is_second(tensors: Mapping[str, Tensor]) -> bool:
+    return (
+        "decoder.decoder.layers.0.cross_attn.value_proj.weight" in tensors
+        and "decoder.decoder.layers.0.cross_attn.num_points_scale" in tensors
+    )
+
+
+def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
+    """RT-DETR.
+
+    Args:
+        checkpoint: A checkpoint of ``rtdetr_pytorch``.
+        options: What the user chose.
+
+    Returns:
+        What to build.
+    """
+    tensors = checkpoint.tensors
+    config = RTDetrConfig(**_common(tensors, options))
+    return _blueprint(
+        "rt_detr", tensors, partial(_build, RTDetrForObjectDetection, config, tensors), {}
+    )
+
+
+def read_rt_detr_v2(
+    checkpoint: Checkpoint, options: DetectorOptions, sampling: str = "default"
+) -> Blueprint:
+    """RT-DETRv2, or DEIM's form of it, which has other activations.
+
+    Args:
+        checkpoint: A checkpoint of ``rtdetrv2_pytorch`` or of DEIM.
+        options: What the user chose.
+        sampling: ``default`` (bilinear) or ``discrete``; the file does not say.
+
+    Returns:
+        What to build.
+
+    Raises:
+        DetectorError: If the levels have different numbers of sampling points.
+    """
+    tensors = checkpoint.tensors
+    common = _common(tensors, options)
+    points = points_of_levels(
+        tensors["decoder.decoder.layers.0.cross_attn.num_points_scale"],
+        common["num_feature_levels"],
+    )
+    if len(set(points)) > 1:
+        raise DetectorError(
+            f"{checkpoint.path}: {points} sampling points per level; only equal numbers are read"
+        )
+    deim = is_deim_on_rt_detr(tensors)
+    config = RTDetrV2Config(
+        **common,
+        decoder_n_levels=common["num_feature_levels"],
+        decoder_method=sampling,
+        decoder_activation_function="silu" if deim else "relu",
+    )
+    build = (
+        partial(_build_deim, config, tensors)
+        if deim
+        else partial(_build, RTDetrV2ForObjectDetection, config, tensors)
+    )
+    choices: dict[str, object] = {"sampling": sampling}
+    return _blueprint("rt_detr_v2", tensors, build, choices)
+
+
+def _common(tensors: Mapping[str, Tensor], options: DetectorOptions) -> dict[str, Any]:
+    levels = hybrid_levels(tensors)
+    backbone, channels = read_backbone(tensors, levels)
+    hidden = tensors["encoder.lateral_convs.0.conv.weight"].shape[0]
+    width = tensors["decoder.enc_score_head.weight"].shape[1]
+    samples = tensors["decoder.decoder.layers.0.cross_attn.attention_weights.bias"]
+    decoder_levels = count(tensors, r"decoder\.input_proj\.(\d+)\.")
+    intra = count(tensors, r"encoder\.encoder\.(\d+)\.")
+    return {
+        "backbone_config": backbone,
+        "encoder_in_channels": channels,
+        "encoder_hidden_dim": hidden,
+        "encoder_ffn_dim": tensors["encoder.encoder.0.layers.0.linear1.weight"].shape[0],
+        "encoder_layers": count(tensors, r"encoder\.encoder\.0\.layers\.(\d+)\."),
+        "encode_proj_layers": list(range(levels - intra, levels)),
+        "hidden_expansion": tensors["encoder.fpn_blocks.0.conv1.conv.weight"].shape[0] / hidden,
+        "d_model": width,
+        "decoder_in_channels": [hidden] * levels,
+        "num_feature_levels": decoder_levels,
+        "decoder_ffn_dim": tensors["decoder.decoder.layers.0.linear1.weight"].shape[0],
+        "decoder_layers": _layers_that_count(tensors),
+        "decoder_n_points": equal_points(samples, decoder_levels, _HEADS),
+        "num_labels": tensors["decoder.enc_score_head.weight"].shape[0],
+        "num_queries": options.num_queries or _QUERIES,
+        "num_denoising": 0,
+    }
+
+
+def _layers_that_count(tensors: Mapping[str, Tensor]) -> int:
+    """Decoder layers up to the one that is read.
+
+    R50vd-m is trained with six and read after the third (``eval_idx: 2``, which the file does not
+    say); of all published sizes it alone has a ResNet-50 with a narrow encoder.
+    """
+    layers = count(tensors, r"decoder\.decoder\.layers\.(\d+)\.")
+    bottleneck = "backbone.res_layers.0.blocks.0.branch2c.conv.weight" in tensors
+    narrow = "encoder.fpn_blocks.0.conv3.conv.weight" in tensors
+    return 3 if bottleneck and narrow and layers == 6 else layers
+
+
+def _blueprint(
+    model_type: str,
+    tensors: Mapping[str, Tensor],
+    build: Callable[[], Any],
+    choices: dict[str, object],
+) -> Blueprint:
+    kept = _layers_that_count(tensors)
+    late = f"[{kept}-9]"
+    return Blueprint(
+        family=FAMILIES[model_type],
+        build=build,
+        rules=(*backbone_rules(tensors, "model.backbone.model"), *_FEED_FORWARD, *HYBRID_RULES),
+        tensors=tensors,
+        input_hw=input_size(tensors, _STRIDES),
+        normalise=False,
+        unused=rf"^decoder\.(decoder\.layers|dec_score_head|dec_bbox_head)\.{late}\.",
+        choices=choices,
+    )
+
+
+def _build(kind: Any, config: RTDetrConfig | RTDetrV2Config, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+    with no_weights():
+        model = kind(config)
+    # The second version lists its heads twice; those of the decoder are used.
+    for name in ("class_embed", "bbox_embed"):
+        if hasattr(model, name):
+            delattr(model, name)
+    restore_hybrid_encoder(model, tensors)
+    return model
+
+
+def _build_deim(config: RTDetrV2Config, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+    model = _build(RTDetrV2ForObjectDetection, config, tensors)
+    decoder, width = model.model.decoder, config.d_model
+    with no_weights():
+        layers = nn.ModuleList(nn.Linear(n, width) for n in (4, width, width))
+    decoder.query_pos_head = Mlp(layers, nn.SiLU())
+    model.model.enc_bbox_head = silu_mlp(model.model.enc_bbox_head)
+    decoder.bbox_embed = nn.ModuleList(silu_mlp(head) for head in decoder.bbox_embed)
+    return model

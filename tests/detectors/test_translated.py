@@ -1,0 +1,259 @@
+"""Checkpoints in the layouts of today's DETRs: what is read off them and how they come back."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mfdetr_cache.detectors.checkpoint import Checkpoint
+from mfdetr_cache.detectors.conformance import DetectorConformance
+from mfdetr_cache.detectors.huggingface.loading import quiet
+from mfdetr_cache.detectors.labels import COCO_NAMES, names_of_checkpoint
+from mfdetr_cache.detectors.options import DetectorOptions, options_of
+from mfdetr_cache.detectors.protocol import Detector, TunableDetector
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.translated.loading import build, read_blueprint, recognised
+from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.identity import detector_identity
+from tests.support.small_checkpoints import LABELS, SMALL, state_dict, write_small
+
+
+class TestConformance(DetectorConformance):
+    """Every family from a small checkpoint in its authors' layout."""
+
+    @pytest.fixture(autouse=True, params=list(SMALL))
+    def _one_family(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        self.name: str = request.param
+        self.path = tmp_path / "best.pth"
+        write_small(self.path, self.name)
+
+    def make_detector(self) -> Detector:
+        # Conformance crops the image: 240 tokens of strides 16 and 32 are fewer than 300 queries.
+        options = DetectorOptions(num_queries=50 if self.name == "deimv2" else None)
+        return load_detector(self.name, str(self.path), options)
+
+
+MAPS = {
+    "rt-detr": ["c1", "encoder8", "encoder16", "encoder32"],
+    "deimv2": ["c1", "backbone8", "encoder16", "encoder32"],
+    "rf-detr": ["encoder16"],
+}
+
+
+@pytest.mark.parametrize("name", list(MAPS))
+def test_what_is_read_off_a_checkpoint(tmp_path: Path, name: str) -> None:
+    write_small(tmp_path / "best.pth", name)
+    spec = load_detector(name, str(tmp_path / "best.pth")).spec
+    assert spec.name == name
+    assert spec.label_names == LABELS
+    assert [m.name for m in spec.maps] == MAPS[name]
+    assert spec.query_dim == 32
+
+
+def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
+    """Not square: 160 high and 192 wide."""
+    write_small(tmp_path / "best.pth", "rt-detr-v2")
+    detector = load_detector("rt-detr-v2", str(tmp_path / "best.pth"))
+    assert detector.input_geometry((50, 70)).input_hw == (160, 192)
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda sd: sd,
+        lambda sd: {"model": sd, "optimizer": {"state": {}}, "last_epoch": 3},
+        lambda sd: {"model": _spoilt(sd), "ema": {"module": sd, "updates": 9}},
+        lambda sd: {"model_state_dict": sd},
+        lambda sd: {"ema_state_dict": sd},
+        lambda sd: {"model": {f"module._orig_mod.{k}": v for k, v in sd.items()}},
+        lambda sd: {"model": sd, "args": argparse.Namespace(lr=1e-4, path=Path("x"))},
+        lambda sd: {"model": sd, "cfg": SimpleNamespace(inner=SimpleNamespace(width=3))},
+        lambda sd: {
+            "state_dict": {"criterion.weight": torch.ones(3)}
+            | {f"model._orig_mod.{k}": v for k, v in sd.items()},
+            "hyper_parameters": {"lr": 1e-4},
+            "pytorch-lightning_version": "2.5",
+        },
+    ],
+    ids=[
+        "bare",
+        "model",
+        "ema",
+        "state",
+        "ema-state",
+        "wrapped",
+        "namespace",
+        "object",
+        "lightning",
+    ],
+)
+def test_containers(tmp_path: Path, container: Any) -> None:
+    """The same detector whatever it is wrapped into."""
+    weights = state_dict("d-fine")
+    torch.save(weights, tmp_path / "plain.pth")
+    torch.save(container(weights), tmp_path / "best.pth")
+    plain = load_detector("d-fine", str(tmp_path / "plain.pth"))
+    found = load_detector("d-fine", str(tmp_path / "best.pth"))
+    assert found.spec == plain.spec
+
+
+def _spoilt(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: torch.zeros_like(v) for k, v in weights.items()}
+
+
+def test_safetensors_and_half_precision(tmp_path: Path) -> None:
+    weights = {f"module.{k}": v for k, v in state_dict("rt-detr").items()}
+    save_file(weights, tmp_path / "best.safetensors")
+    torch.save(state_dict("rt-detr"), tmp_path / "best.pth")
+    one = load_detector("rt-detr", str(tmp_path / "best.safetensors"))
+    assert one.spec == load_detector("rt-detr", str(tmp_path / "best.pth")).spec
+    # As authors put it on the hub: a folder of theirs, whose configuration is no transformers'.
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"backbone": "PResNet"}))
+    assert load_detector("auto", str(folder)).spec == one.spec
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state_dict("rt-detr").items()}
+    torch.save(half, tmp_path / "half.pth")
+    rounded = load_detector("rt-detr", str(tmp_path / "half.pth"))
+    assert all(p.dtype == torch.float32 for p in rounded.parameters())  # type: ignore[attr-defined]
+
+
+def test_activation_and_sampling_are_what_the_user_says(tmp_path: Path) -> None:
+    """Equal files, other numbers: the name decides, and the identity keeps it."""
+    pixels = torch.rand(1, 3, 160, 192, generator=torch.Generator().manual_seed(1))
+    for names, setting in (
+        (("d-fine", "deim"), "activation"),
+        (("rt-detr-v2", "rt-detr-v2-dsp"), "sampling"),
+    ):
+        write_small(tmp_path / "best.pth", names[0])
+        one, other = (load_detector(n, str(tmp_path / "best.pth")) for n in names)
+        assert one.spec.weights_sha256 == other.spec.weights_sha256
+        assert one.spec.settings[setting] != other.spec.settings[setting]
+        gap = one.forward(pixels).class_logits - other.forward(pixels).class_logits
+        assert gap.abs().max() > 1e-2
+        with pytest.raises(DetectorError, match=f"can be {names[0]} or {names[1]}: the file does"):
+            load_detector("auto", str(tmp_path / "best.pth"))
+
+
+@pytest.mark.parametrize("name", ["rt-detr", "deimv2", "rf-detr", "lw-detr"])
+def test_the_detector_may_be_left_out(tmp_path: Path, name: str) -> None:
+    write_small(tmp_path / "best.pth", name)
+    found = load_detector("auto", str(tmp_path / "best.pth"))
+    assert found.spec == load_detector(name, str(tmp_path / "best.pth")).spec
+    other = "d-fine" if name != "d-fine" else "deimv2"
+    with pytest.raises(DetectorError, match=rf"no checkpoint of D-FINE .* it can be {name}"):
+        load_detector(other, str(tmp_path / "best.pth"))
+
+
+def test_files_that_are_no_detector(tmp_path: Path) -> None:
+    torch.save({"model": {"a.weight": torch.ones(2)}}, tmp_path / "other.pth")
+    with pytest.raises(DetectorError, match="no checkpoint of a known detector"):
+        load_detector("auto", str(tmp_path / "other.pth"))
+    weights = state_dict("deimv2")
+    del weights["decoder.pre_bbox_head.layers.1.bias"]
+    torch.save(weights, tmp_path / "cut.pth")
+    with pytest.raises(DetectorError, match=r"missing tensors: model.decoder.pre_bbox_head.layers"):
+        load_detector("deimv2", str(tmp_path / "cut.pth"))
+    weights = state_dict("deimv2") | {"decoder.more": torch.ones(2)}
+    torch.save(weights, tmp_path / "more.pth")
+    with pytest.raises(DetectorError, match=r"unexpected tensors: decoder.more"):
+        load_detector("deimv2", str(tmp_path / "more.pth"))
+    del weights["encoder.bi_fusion.cv.conv.weight"], weights["decoder.more"]
+    torch.save(weights, tmp_path / "key.pth")
+    with pytest.raises(DetectorError, match="as its authors write it: it has no encoder"):
+        load_detector("deimv2", str(tmp_path / "key.pth"))
+
+
+@pytest.mark.parametrize("name", ["rt-detr", "deim", "deimv2", "rf-detr"])
+def test_tuned_weights_come_back_in_the_authors_layout(tmp_path: Path, name: str) -> None:
+    """All parameters move; what is saved is the same detector, under the names it came with."""
+    document = write_small(tmp_path / "best.pth", name)
+    detector = load_detector(name, str(tmp_path / "best.pth"))
+    assert isinstance(detector, TunableDetector)
+    everything = detector.tunable_parameters("all")
+    assert 0 < len(detector.tunable_parameters("encoder-decoder")) < len(everything)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in everything:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    path = detector.save_weights(tmp_path / "after")
+    saved = torch.load(path, weights_only=True)["model"]
+    assert saved.keys() == document["model"].keys()
+    assert all(saved[k].shape == v.shape for k, v in document["model"].items())
+    again = load_detector(name, path)
+    pixels = detector.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
+    before, after = detector.forward(pixels), again.forward(pixels)
+    assert torch.equal(before.class_logits, after.class_logits)
+    assert all(torch.equal(before.maps[n], after.maps[n]) for n in before.maps)
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    assert names_of_checkpoint(80, ())[79] == "toothbrush"
+    assert names_of_checkpoint(91, ()) == COCO_NAMES
+    assert names_of_checkpoint(366, ()) == {}
+    # Roboflow's root category; one class output that is never used; names by label.
+    assert names_of_checkpoint(4, ("a", "b")) == {1: "a", 2: "b"}
+    assert names_of_checkpoint(3, ("a", "b")) == {0: "a", 1: "b"}
+    torch.save({"model": state_dict("deimv2")}, tmp_path / "best.pth")
+    path = str(tmp_path / "best.pth")
+    assert load_detector("deimv2", path).spec.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    named = load_detector("deimv2", path, DetectorOptions(labels=LABELS))
+    assert named.spec.label_names == LABELS
+    assert options_of(detector_identity(named.spec)).labels == LABELS
+    with pytest.raises(DetectorError, match="--labels has 2 names and .* has 3 class outputs"):
+        load_detector("deimv2", path, DetectorOptions(labels=LABELS[:2]))
+    write_small(tmp_path / "rf.pth", "rf-detr")
+    spare = load_detector("rf-detr", str(tmp_path / "rf.pth"), DetectorOptions(labels=LABELS[:2]))
+    assert spare.spec.label_names == (*LABELS[:2], "LABEL_2")
+
+
+def test_queries_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    write_small(tmp_path / "best.pth", "d-fine")
+    few = load_detector("d-fine", str(tmp_path / "best.pth"), DetectorOptions(num_queries=7))
+    assert few.forward(torch.rand(1, 3, 160, 160)).queries.shape == (1, 7, 32)
+    write_small(tmp_path / "best.pth", "lw-detr")
+    with pytest.raises(DetectorError, match="--num-queries 21: this detector has 1 to 20"):
+        load_detector("lw-detr", str(tmp_path / "best.pth"), DetectorOptions(num_queries=21))
+
+
+_TABLES = {
+    "rtdetr": "rt-detr",
+    "rtdetrv2": "rt-detr-v2",
+    "dfine": "d-fine",
+    "deim": "deim",
+    "deimv2": "deimv2",
+    "rfdetr": "rf-detr",
+    "lwdetr": "lw-detr",
+}
+
+
+@pytest.mark.parametrize("family", list(_TABLES))
+def test_every_published_key_has_its_place(shared: Path, family: str) -> None:
+    """All published sizes by their shapes alone: nothing is left over, nothing stays empty."""
+    tables = sorted((shared / "goldens-2/key_tables" / family).glob("*.json"))
+    if not tables:
+        pytest.skip("../shared/goldens-2 is not there")
+    name = _TABLES[family]
+    for table in tables:
+        about = json.loads(table.read_text())
+        with torch.device("meta"):
+            weights = {
+                key: torch.empty(shape, dtype=getattr(torch, kind))
+                for key, (kind, shape) in about["keys"].items()
+            }
+        assert name in recognised(weights), table.stem
+        blueprint = read_blueprint(name, Checkpoint(table, weights), DetectorOptions())
+        with quiet():
+            model, _ = build(blueprint, table.stem)
+        assert not [n for n, p in model.named_parameters() if not p.is_meta], table.stem
+        extra = about["extra"]
+        assert model.config.num_queries == extra.get("num_queries", 300), table.stem
+        if "resolution" in extra:
+            assert blueprint.input_hw == (extra["resolution"],) * 2, table.stem
