@@ -165,7 +165,8 @@ class GroundTruth:
         boxes_xyxy: In original image pixels, float32, shape (G, 4).
         areas: COCO ``area`` in original pixels (decides S/M/L), float64, shape (G,).
         is_crowd: bool, shape (G,).
-        run_lengths: For each object the run lengths, uint32; they sum to height x width.
+        run_lengths: For each object the run lengths, uint32; they sum to height x width. None of
+            them where the object has a box only.
     """
 
     annotation_ids: NDArray[np.int64]
@@ -191,6 +192,11 @@ class GroundTruth:
 
     def __len__(self) -> int:
         return len(self.annotation_ids)
+
+    @property
+    def has_mask(self) -> NDArray[np.bool_]:
+        """Whether each object has more than a box, shape (G,)."""
+        return np.array([len(runs) > 0 for runs in self.run_lengths], dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)

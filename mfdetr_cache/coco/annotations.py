@@ -61,6 +61,21 @@ class CocoSplit:
         for faults in self.faults:
             faults.tell(reporter)
 
+    def tell_missing_masks(self, reporter: Reporter) -> None:
+        """Warn of what nothing can be learned from.
+
+        Args:
+            reporter: Who is told.
+        """
+        masks = [bool(len(a.run_lengths)) for found in self.annotations.values() for a in found]
+        if not all(masks):
+            reporter.warn(
+                f"{masks.count(False)} of {len(masks)} annotations of {self.name} have a box only: "
+                "they do not count for masks, and nothing learns from them"
+            )
+        if not masks:
+            reporter.warn(f"{self.name} has no annotations: nothing can be learned or measured yet")
+
     def objects_per_category(self) -> Counter[int]:
         """Category id to its annotated objects, crowds among them."""
         return Counter(a.category_id for found in self.annotations.values() for a in found)
@@ -99,6 +114,7 @@ def load_coco_split(
     on_bad: OnBad = "stop",
     limit: int | None = None,
     masks: Masks = "required",
+    unannotated: bool = False,
 ) -> CocoSplit:
     """Read and check a COCO ``instances`` file.
 
@@ -111,6 +127,7 @@ def load_coco_split(
         on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
         limit: Only the first so many images; what is wrong with others is not looked at.
         masks: Whether an annotation without a mask can be used.
+        unannotated: Whether there may be no annotation at all, as in COCO's test-dev.
 
     Returns:
         The split.
@@ -123,7 +140,10 @@ def load_coco_split(
     document = file.document
     if not isinstance(document, dict):
         raise DatasetError(f"annotation file {path} holds no COCO document (no images)")
-    for key in ("images", "annotations", "categories"):
+    required = ["images", "annotations", "categories"]
+    if is_unannotated := unannotated and not document.get("annotations"):
+        required.remove("annotations")
+    for key in required:
         if not isinstance(document.get(key), list):
             raise DatasetError(f"annotation file {path} has no list {key!r}; is it COCO instances?")
         if not document[key]:
@@ -138,9 +158,8 @@ def load_coco_split(
     known = {source_id(i.get("id")) for i in document["images"] if isinstance(i, dict)}
     left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
     of_annotations = Faults(str(path), "annotation")
-    found = read_annotations(
-        document["annotations"], listed, left_out, categories, of_annotations, masks
-    )
+    objects = [] if is_unannotated else document["annotations"]
+    found = read_annotations(objects, listed, left_out, categories, of_annotations, masks)
     of_annotations.stop_if_unusable(on_bad)
     grouped: dict[int, list[Annotation]] = {e.image_id: [] for e in listed.values()}
     for annotation in found:

@@ -161,7 +161,7 @@ def transform_ground_truth(
 
     Returns:
         Objects with at least one pixel in the view; boxes clipped to it, areas reduced by the
-        share of pixels that was cut off.
+        share of pixels that was cut off. Of an object that has a box only, pixels are the box's.
     """
     if transform == identity_transform(size_hw):
         return truth
@@ -177,10 +177,12 @@ def transform_ground_truth(
     runs: list[RunLengths] = []
     areas: list[float] = []
     for index, run_lengths in enumerate(truth.run_lengths):
-        cut = crop_run_lengths(run_lengths, size_hw, transform.crop_xyxy, flip=transform.flip)
-        pixels = int(cut[1::2].sum(dtype=np.int64))
+        cut = run_lengths
+        pixels, before = _area(boxes[index]), _area(truth.boxes_xyxy[index])
+        if len(run_lengths):
+            cut = crop_run_lengths(run_lengths, size_hw, transform.crop_xyxy, flip=transform.flip)
+            pixels, before = _pixels(cut), _pixels(run_lengths)
         if pixels and (boxes[index, 2:] > boxes[index, :2]).all():
-            before = int(run_lengths[1::2].sum(dtype=np.int64))
             kept.append(index)
             runs.append(cut)
             areas.append(float(truth.areas[index]) * pixels / before)
@@ -194,3 +196,12 @@ def transform_ground_truth(
         is_crowd=truth.is_crowd[rows],
         run_lengths=tuple(runs),
     )
+
+
+def _area(box_xyxy: NDArray[np.float32]) -> float:
+    x0, y0, x1, y1 = box_xyxy.tolist()
+    return float((x1 - x0) * (y1 - y0))
+
+
+def _pixels(run_lengths: RunLengths) -> float:
+    return float(run_lengths[1::2].sum(dtype=np.int64))

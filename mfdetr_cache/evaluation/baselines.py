@@ -59,7 +59,8 @@ def oracle_masks(
     """The annotated mask clipped to the predicted box: the ceiling for these detections.
 
     A detection gets the mask of the object of its category that its box overlaps most, if by an
-    IoU of 0.5 or more; any other detection keeps its box. Crowds are no objects.
+    IoU of 0.5 or more; any other detection keeps its box. Crowds are no objects, nor are those that
+    have a box only.
 
     Args:
         detections: Detections of one image.
@@ -71,11 +72,15 @@ def oracle_masks(
         COCO RLE of each detection; a pixel that the box touches is in the box.
     """
     overlap = box_iou(detections.boxes_xyxy, torch.from_numpy(truth.boxes_xyxy)).numpy()
-    masks = [decode_run_lengths(runs, original_hw) for runs in truth.run_lengths]
+    masks = {
+        index: decode_run_lengths(runs, original_hw)
+        for index, runs in enumerate(truth.run_lengths)
+        if len(runs)
+    }
     rles = []
     for index, box in enumerate(detections.boxes_xyxy.tolist()):
         category_id = label_categories[int(detections.labels[index])]
-        same = (truth.category_ids == category_id) & ~truth.is_crowd
+        same = (truth.category_ids == category_id) & ~truth.is_crowd & truth.has_mask
         candidates = np.where(same, overlap[index], -1.0)
         inside = _pixels_in_box(box, original_hw, slack=0.5)
         if len(candidates) and candidates.max() >= SAME_OBJECT_IOU:

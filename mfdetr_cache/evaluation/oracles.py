@@ -118,7 +118,7 @@ def _mask_iou(
     rles: Sequence[dict[str, Any]], truth: GroundTruth, size_hw: tuple[int, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """IoU of each mask with each object, shape (D, G'), and which objects these are."""
-    objects = np.flatnonzero(~truth.is_crowd)
+    objects = np.flatnonzero(~truth.is_crowd & truth.has_mask)
     if not len(objects) or not len(rles):
         return np.zeros((len(rles), len(objects))), objects
     wanted = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]

@@ -65,5 +65,5 @@ def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayI
     return [
         OverlayItem(names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i])
         for i in order
-        if not truth.is_crowd[i]
+        if not truth.is_crowd[i] and truth.has_mask[i]
     ]

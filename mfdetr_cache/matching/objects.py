@@ -10,7 +10,7 @@ from mfdetr_cache.types import GroundTruth
 
 
 def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Objects that can be learned from: no crowd, with area, of a label the detector has.
+    """Objects that can be learned from: no crowd, with mask and area, of a label the detector has.
 
     Args:
         truth: The annotated objects of an image.
@@ -21,6 +21,7 @@ def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArr
     """
     size = truth.boxes_xyxy[:, 2:] - truth.boxes_xyxy[:, :2]
     usable = ~truth.is_crowd & (truth.labels >= 0) & (truth.areas > 0) & (size > 0).all(axis=1)
+    usable &= truth.has_mask
     if held_out:
         usable &= ~np.isin(truth.category_ids, held_out)
     return np.flatnonzero(usable)

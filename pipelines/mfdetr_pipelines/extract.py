@@ -77,8 +77,9 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     """
     if not config.images.is_dir():
         raise DatasetError(f"image folder {config.images} does not exist; check --images")
-    split = load_coco_split(config.annotations, config.images, limit=config.limit)
+    split = _split_of(config)
     split.tell_faults(reporter)
+    split.tell_missing_masks(reporter)
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
         require_images(config.images, split, advice)
@@ -119,6 +120,17 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     )
 
 
+def _split_of(config: ExtractConfig) -> CocoSplit:
+    """The dataset; images with boxes only, or with nothing yet, can be annotated later."""
+    return load_coco_split(
+        config.annotations,
+        config.images,
+        limit=config.limit,
+        masks="optional",
+        unannotated=True,
+    )
+
+
 def _images_of(config: ExtractConfig, split: CocoSplit) -> ImageSource:
     return ImageSource(split, config.images, skip_bad=config.on_bad_image == "skip")
 
@@ -153,7 +165,7 @@ def _fill_on_cluster(
 @functools.lru_cache(maxsize=1)
 def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     """What all parts of an extraction need, kept by the worker process."""
-    split = load_coco_split(config.annotations, config.images, limit=config.limit)
+    split = _split_of(config)
     detector = load_detector(config.detector, config.weights, config.options)
     content = plan_cache(split, detector, config.maps, config.views)
     # The cache keeps the parts it was created with, whatever this version would choose.

@@ -21,7 +21,7 @@ from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 from mfdetr_cache.cache import annotations as versions
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.local import LocalStorage
-from mfdetr_cache.errors import CacheError, DatasetError, HeadError
+from mfdetr_cache.errors import CacheError, DatasetError, HeadError, TrainingError
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
@@ -272,3 +272,43 @@ def test_repair_mends_the_version_that_its_annotation_file_is_of(
     assert found.num_images == 0
     assert run_repair(path, *arguments, scenes_folder / "instances.json", SilentReporter()).whole
     assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == whole
+
+
+def test_label_a_few_train_and_label_more(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, drawn_cache: Path
+) -> None:
+    """From no annotation at all, over boxes, to masks: one extraction."""
+    document = scenes.load_annotations(scenes_folder)
+    nothing = tmp_path / "image_info_test-dev.json"
+    nothing.write_text(json.dumps({k: document[k] for k in ("images", "categories")}))
+    boxes = tmp_path / "boxes.json"
+    plain = [{**a, "segmentation": None} for a in document["annotations"]]
+    boxes.write_text(json.dumps({**document, "annotations": plain}))
+    path = tmp_path / "c.zarr"
+    extracted(scenes_folder, rtdetr_folder, path, views=1, annotations=nothing)
+    whole = FeatureCache.open(path)
+    assert len(whole) == 8
+    assert sum(len(whole.ground_truth(row)) for row in whole.rows) == 0
+    run = TrainHeadConfig(path, tmp_path / "run", small_recipe(steps=2))
+    for annotations in (nothing, boxes):
+        relabelled(path, annotations)
+        with pytest.raises(TrainingError):
+            run_train_head(run, SilentReporter())
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    cache, wanted = FeatureCache.open(path), FeatureCache.open(drawn_cache)
+    augmented = cache.views["deformable-detr-0"]
+    for row in cache.rows:
+        assert (cache.ground_truth(row).boxes_xyxy == wanted.ground_truth(row).boxes_xyxy).all()
+        assert not cache.ground_truth(row).has_mask.any()
+        height, width = augmented.geometry(row).original_hw
+        assert (augmented.ground_truth(row).boxes_xyxy <= [width, height, width, height]).all()
+    relabelled(path, scenes_folder / "instances.json")
+    run_train_head(run, SilentReporter())
+    # Boxes are measured with any of them; a mask that nobody drew is none to be missed.
+    with_boxes, with_masks = (
+        run_evaluate(EvaluateConfig(f"{path}@{n}", tmp_path / "run"), SilentReporter()).metrics()
+        for n in (1, 2)
+    )
+    assert with_boxes["box"] == with_masks["box"]
+    assert describe_cache(f"{path}@0").objects == 0
+    assert run_verify(path, SilentReporter(), full=True).faults == ()

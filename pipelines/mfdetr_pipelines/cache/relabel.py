@@ -77,7 +77,11 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
     started = time.perf_counter()
     cache = FeatureCache.open(config.cache)
     cache.require_complete()
-    split = load_coco_split(config.annotations, config.detector.images)
+    split = load_coco_split(
+        config.annotations, config.detector.images, masks="optional", unannotated=True
+    )
+    split.tell_faults(reporter)
+    split.tell_missing_masks(reporter)
     found = relabelling(cache, split)
     content = found.content
     with locked(cache.storage):

@@ -90,7 +90,9 @@ def run_repair(
             return RepairSummary((), (), 0, 0, whole=True)
         # What cannot be used was left out when the cache was made, or nothing had been extracted.
         rows = root.layout.num_rows
-        split = load_coco_split(annotations, images, on_bad="skip", limit=rows)
+        split = load_coco_split(
+            annotations, images, on_bad="skip", limit=rows, masks="optional", unannotated=True
+        )
         options = options_of(detector_identity(root.spec))
         detector = load_detector(root.spec.detector, weights, options)
         content = replace(plan_cache(split, detector, *_choices(root)), layout=root.layout)
