@@ -14,31 +14,16 @@ ConfigT = TypeVar("ConfigT")
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values.
-
-    Args:
-        config: An instance of a dataclass.
-
-    Returns:
-        Field names to values; tuples become lists.
-    """
+    """A settings dataclass as plain JSON values; tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
     return plain
 
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
-    """A settings dataclass from plain values.
+    """A settings dataclass from plain values; missing ones keep their default.
 
-    Args:
-        kind: The dataclass to build; its fields are scalars, tuples of scalars, or optional.
-        values: Field names to values; missing ones keep their default.
-        where: What is being read, for the error message.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ConfigError: If a key is unknown or a value does not fit its field.
+    Fields are scalars, tuples of scalars, or optional. ConfigError, which names ``where``, for an
+    unknown key or a value that does not fit its field.
     """
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -53,27 +38,12 @@ def from_dict(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> Con
 
 
 def completed(kind: type[object], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they were written down, with those that did not exist yet at their defaults.
-
-    Args:
-        kind: Dataclass of the settings, all with defaults.
-        values: What an earlier version wrote with :func:`to_dict`.
-
-    Returns:
-        Plain values, of all of today's fields and whatever else was written.
-    """
+    """Values an earlier version's :func:`to_dict` wrote, with newer fields at their defaults."""
     return {**to_dict(kind()), **values}
 
 
 def nearest(key: str, names: list[str]) -> str:
     """The end of an "unknown name" message: the closest known name, or all of them.
-
-    Args:
-        key: The unknown name.
-        names: The known ones.
-
-    Returns:
-        Text to append to the message.
 
     Examples:
         >>> nearest("hiden_dim", ["hidden_dim", "roi_size"])
@@ -86,18 +56,9 @@ def nearest(key: str, names: list[str]) -> str:
 
 
 def override(config: ConfigT, assignments: Mapping[str, str], where: str) -> ConfigT:
-    """The same settings with some fields replaced by values given as text.
+    """The same settings with some fields replaced by text as typed on a command line.
 
-    Args:
-        config: Settings to start from.
-        assignments: Field names to values as typed on a command line.
-        where: What is being set, for the error message.
-
-    Returns:
-        New settings.
-
-    Raises:
-        ConfigError: If a key is unknown or a value does not fit its field.
+    ConfigError, which names ``where``, for an unknown key or a value that does not fit its field.
     """
     return from_dict(type(config), {**to_dict(config), **assignments}, where)
 

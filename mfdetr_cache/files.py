@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and disks that are full, in words a person can act on."""
+"""Atomic writes, and one-line errors for disks that are full or read-only."""
 
 import contextlib
 import errno
@@ -15,16 +15,10 @@ NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def disk_error(error: BaseException) -> int:
-    """What a disk said, where an exception comes from one that is full or may not be written.
+    """``DISK_FULL``, ``NOT_ALLOWED`` or ``NO_SUCH_PLACE`` if a failed write caused this; else 0.
 
-    torch and safetensors raise their own exceptions when a write fails: what the operating system
-    said is then among the causes, or only in the text.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        One of ``DISK_FULL``, ``NOT_ALLOWED`` or ``NO_SUCH_PLACE``; 0 for anything else.
+    torch and safetensors raise their own exceptions when a write fails: the operating system's
+    error is then among the causes, or only in the text.
     """
     found: BaseException | None = error
     while found is not None:
@@ -39,17 +33,7 @@ def disk_error(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what comes of a disk that is full or may not be written into one line.
-
-    Args:
-        path: What is being written, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: If the disk is full or may not be written.
-    """
+    """Raise OutputError, naming ``path``, for a disk that is full or may not be written."""
     try:
         yield
     except MfdetrError:
@@ -68,17 +52,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Replace a file by a whole new one, or leave it as it is.
-
-    Args:
-        path: The file.
-
-    Yields:
-        What to write to, in the same folder; it takes the file's place at the end.
-
-    Raises:
-        OutputError: If the disk is full or may not be written.
-    """
+    """Yield a temporary file in the same folder that replaces ``path`` at the end; OutputError."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
@@ -94,41 +68,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by a whole new one; its folder is made if needed.
-
-    Args:
-        path: The file.
-        data: Its new content.
-
-    Raises:
-        OutputError: If the disk is full or may not be written.
-    """
+    """Replace a file as a whole; its folder is made if needed. OutputError if that fails."""
     make_folder(path.parent)
     with whole_file(path) as partial:
         partial.write_bytes(data)
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether something is there already that a new folder would mix with.
-
-    Args:
-        folder: Where a folder is to be made.
-
-    Returns:
-        False for a folder that is empty or not there.
-    """
+    """Whether the path is a file or a folder that is not empty."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are not there yet.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        OutputError: If it cannot be made.
-    """
+    """Make a folder and its parents where they are missing; OutputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,30 +14,12 @@ Identity = dict[str, Any]
 
 
 def detector_identity(spec: DetectorSpec) -> Identity:
-    """What a train cache, a validation cache and a head must have in common.
-
-    Args:
-        spec: The detector.
-
-    Returns:
-        The specification as plain values.
-    """
+    """What a train cache, a validation cache and a head must have in common."""
     return to_dict(spec)
 
 
 def spec_from_identity(identity: object, where: str = "detector") -> DetectorSpec:
-    """The detector specification kept in an identity.
-
-    Args:
-        identity: What :func:`detector_identity` gave.
-        where: What is being read, for messages.
-
-    Returns:
-        The specification.
-
-    Raises:
-        IdentityError: If a field is missing or not what it can be.
-    """
+    """Inverse of :func:`detector_identity`; IdentityError for a missing or malformed field."""
     if isinstance(identity, Mapping):
         # What a detector may be without.
         unset: Identity = {"encoder_level_embed": None, "preprocessing": {}, "settings": {}}
@@ -74,42 +56,20 @@ def spec_from_identity(identity: object, where: str = "detector") -> DetectorSpe
 
 
 def images_identity(images: Iterable[tuple[int, str, tuple[int, int]]]) -> Identity:
-    """What two caches of the same images have in common.
-
-    Args:
-        images: Id, file name, and height and width of every image, in order.
-
-    Returns:
-        Their number, and a SHA-256 over ids, names and sizes.
-    """
+    """Number of images, and a SHA-256 over id, file name, height and width of each, in order."""
     listed = [[image_id, name, *size_hw] for image_id, name, size_hw in images]
     text = json.dumps(listed, separators=(",", ":"))
     return {"count": len(listed), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """A short name for an identity.
-
-    Args:
-        identity: Plain JSON values.
-
-    Returns:
-        The first 16 hexadecimal digits of a SHA-256 over the canonical JSON.
-    """
+    """First 16 hexadecimal digits of a SHA-256 over the canonical JSON."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(first: object, second: object, path: str = "") -> list[tuple[str, object, object]]:
-    """Every field in which two identities differ.
-
-    Args:
-        first: Plain JSON values.
-        second: Plain JSON values.
-        path: Name of what is compared, for nested calls.
-
-    Returns:
-        Field path, first value, second value.
+    """Path, first and second value of every field in which two identities differ.
 
     Examples:
         >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
@@ -125,17 +85,7 @@ def differences(first: object, second: object, path: str = "") -> list[tuple[str
 
 
 def require_same(first: Identity, first_name: str, second: Identity, second_name: str) -> None:
-    """Refuse two artefacts that do not come from the same detector.
-
-    Args:
-        first: Detector identity of one.
-        first_name: What it is, for the message.
-        second: Detector identity of the other.
-        second_name: What it is, for the message.
-
-    Raises:
-        IdentityError: Naming the field that differs and both values.
-    """
+    """Raise IdentityError, naming the field and both values, if two detector identities differ."""
     found = differences(first, second)
     if not found:
         return

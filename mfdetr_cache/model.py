@@ -39,7 +39,7 @@ class Segmentation:
         boxes_xyxy: In pixels of the image, float32, shape (N, 4).
         scores: Final scores s_i in [0, 1], float32, shape (N,).
         category_ids: Of the dataset the head was trained on, int64, shape (N,).
-        names: Names of the categories, length N.
+        names: Category names, length N.
     """
 
     size_hw: tuple[int, int]
@@ -61,22 +61,11 @@ class Segmentation:
         return masks
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """The objects on their image.
-
-        Args:
-            image: The image that was segmented.
-
-        Returns:
-            A new image with masks, outlines, boxes and labels.
-        """
+        """A copy of the image with masks, outlines, boxes and labels."""
         return draw_overlay(image, [o.to_item() for o in reversed(self._objects())])
 
     def to_torchvision(self) -> dict[str, torch.Tensor]:
-        """The same as a dictionary in the form of torchvision's detection models.
-
-        Returns:
-            ``boxes`` (N, 4), ``labels`` (N,), ``scores`` (N,) and ``masks`` (N, 1, H, W) as 0 or 1.
-        """
+        """Torchvision's form: boxes (N, 4), labels (N,), scores (N,), binary masks (N, 1, H, W)."""
         return {
             "boxes": torch.from_numpy(self.boxes_xyxy),
             "labels": torch.from_numpy(self.category_ids),
@@ -85,13 +74,9 @@ class Segmentation:
         }
 
     def to_supervision(self) -> Any:  # noqa: ANN401  an optional package
-        """The same as ``supervision.Detections``; needs the package ``supervision``.
+        """``supervision.Detections`` with masks and ``data["class_name"]``.
 
-        Returns:
-            Detections with masks; names are in ``data["class_name"]``.
-
-        Raises:
-            ConfigError: If the package is not installed.
+        ConfigError if the package ``supervision`` is not installed.
         """
         try:
             import supervision
@@ -106,14 +91,7 @@ class Segmentation:
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """The same as COCO results.
-
-        Args:
-            image_id: COCO id of the image.
-
-        Returns:
-            One result per object, masks as compressed RLE.
-        """
+        """COCO results, one per object, masks as compressed RLE."""
         results = []
         for found in self._objects():
             rle = compress_run_lengths(found.run_lengths, self.size_hw)
@@ -140,13 +118,7 @@ class Segmentation:
 
 @dataclass(frozen=True, slots=True)
 class TimedSegmentation:
-    """A segmentation and what it took.
-
-    Attributes:
-        result: The objects.
-        detector_seconds: Time in preprocessing and detector.
-        head_seconds: Time in the mask network.
-    """
+    """A segmentation with the seconds in preprocessing and detector, and in the mask network."""
 
     result: Segmentation
     detector_seconds: float
@@ -154,12 +126,12 @@ class TimedSegmentation:
 
 
 class MaskFrozenDETR:
-    """A frozen DETR with a mask network on top: an image in, instance masks out.
+    """A frozen DETR with a mask network: an image in, instance masks out.
 
     Args:
         detector: The detector, on the device.
-        head: The trained mask network and what it belongs to.
-        device: Where both compute.
+        head: The trained mask network with its category ids and detector identity.
+        device: Device of both.
 
     Examples:
         >>> from mfdetr_cache.coco.synthetic import draw_scene
@@ -190,13 +162,12 @@ class MaskFrozenDETR:
         kind: str = "auto",
         device: str = "auto",
     ) -> "MaskFrozenDETR":
-        """A model from a detector's weights and a head.
+        """Load a detector's weights and a head.
 
         Args:
             detector: Hub id, folder, or a checkpoint of the authors' code.
-            head: What ``train-head --out`` or :meth:`save_pretrained` wrote, or a hub id.
-            kind: Name of the detector as ``mfdetr detectors`` lists it; ``auto`` is what its
-                weights say.
+            head: Folder written by ``train-head --out`` or :meth:`save_pretrained`, or a hub id.
+            kind: Detector name in ``mfdetr detectors``; ``auto`` infers it from the weights.
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
 
         Returns:
@@ -221,16 +192,16 @@ class MaskFrozenDETR:
         top_k: int = 100,
         scoring: Scoring = "auto",
     ) -> Segmentation:
-        """Segment one image.
+        """Segment one image, with the best label of each query.
 
         Args:
             image: A PIL image, an RGB array of shape (H, W, 3), or a file.
-            threshold: Least score of what is kept.
-            top_k: At most so many objects.
+            threshold: Lowest score kept.
+            top_k: Maximum number of objects.
             scoring: How the class score becomes the final one.
 
         Returns:
-            Its objects; the best label of each query.
+            Its objects.
 
         Raises:
             ImageError: If a file cannot be read.
@@ -248,17 +219,7 @@ class MaskFrozenDETR:
         top_k: int = 100,
         scoring: Scoring = "auto",
     ) -> TimedSegmentation:
-        """Segment one image and say how long its two networks took.
-
-        Args:
-            picture: RGB.
-            threshold: Least score of what is kept.
-            top_k: At most so many objects.
-            scoring: How the class score becomes the final one.
-
-        Returns:
-            The objects and the times.
-        """
+        """:meth:`__call__` for an RGB image, with the time of each network."""
         started = time.perf_counter()
         live = live_image(self.detector, picture, "", self.device)
         between = time.perf_counter()
@@ -279,11 +240,7 @@ class MaskFrozenDETR:
         return TimedSegmentation(result, between - started, ended - between)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the head so that :meth:`from_pretrained` reads it; the detector is not copied.
-
-        Args:
-            folder: Where to; made if needed.
-        """
+        """Write the head for :meth:`from_pretrained`; the detector is not copied."""
         target = Path(folder)
         make_folder(target)
         for name in (CONFIG_FILE, HEAD_FILE):
@@ -293,14 +250,9 @@ class MaskFrozenDETR:
                     shutil.copyfile(source, partial)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload the head to the Hugging Face hub, with the token of the environment.
+        """Upload the head to a repository such as ``me/mask-head``; returns the commit's URL.
 
-        Args:
-            repo_id: Such as ``me/mask-head``.
-            private: Make a new repository private.
-
-        Returns:
-            URL of the commit.
+        The Hugging Face token comes from the environment; ``private`` applies to a new repository.
         """
         from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""Who a command tells about its progress; never results."""
+"""Progress reports of a command; never results."""
 
 from typing import Protocol
 
@@ -7,36 +7,21 @@ class Reporter(Protocol):
     """Listens to a pipeline: progress for people, never results."""
 
     def say(self, message: str) -> None:
-        """A line of information.
-
-        Args:
-            message: One line of text.
-        """
+        """Show a line of information."""
 
     def warn(self, message: str) -> None:
-        """A line nobody should miss.
-
-        Args:
-            message: One line of text.
-        """
+        """Show a warning of one line."""
 
     def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        """Begin a task of known length; only one runs at a time.
+        """Begin a task of ``total`` units; only one runs at a time.
 
-        Args:
-            task: What is being done, in a few words.
-            total: How many units there are.
-            unit: Name of a unit, in the plural.
-            done: How many were done in an earlier run.
+        ``unit`` is a plural, ``done`` the number of units completed by an earlier run.
         """
 
     def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
-        """Units of the running task are done.
+        """Count units of the running task, and bytes written or read.
 
-        Args:
-            count: How many.
-            num_bytes: Bytes they wrote or read.
-            note: What to show beside the bar, replacing the last note when not empty.
+        ``note`` is shown beside the bar; an empty one keeps the last.
         """
 
     def finish(self) -> None:
@@ -50,19 +35,11 @@ class SilentReporter:
         self.messages: list[str] = []
 
     def say(self, message: str) -> None:
-        """Keep the message.
-
-        Args:
-            message: One line of text.
-        """
+        """Keep the message."""
         self.messages.append(message)
 
     def warn(self, message: str) -> None:
-        """Keep the warning.
-
-        Args:
-            message: One line of text.
-        """
+        """Keep the warning."""
         self.messages.append(f"warning: {message}")
 
     def start(self, task: str, total: int, unit: str, done: int = 0) -> None:

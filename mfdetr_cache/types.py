@@ -37,7 +37,7 @@ class ImageGeometry:
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:
-    """One feature map a detector gives for every image.
+    """A feature map that a detector computes for every image.
 
     Attributes:
         name: Its name in a cache, such as ``encoder16`` or ``c1``.
@@ -46,7 +46,7 @@ class MapSpec:
             ``c1_roi`` for crops of it in a cache.
         stride: Network input pixels per cell, along both axes.
         channels: Number of channels.
-        source: Where in the detector it is taken, in words.
+        source: Layer of the detector it is the output of, in words.
     """
 
     name: str
@@ -58,7 +58,7 @@ class MapSpec:
 
 @dataclass(frozen=True, slots=True)
 class DetectorSpec:
-    """What a frozen detector is and gives; all of it is part of a cache's identity.
+    """A frozen detector and its outputs; all of it is part of a cache's identity.
 
     Attributes:
         name: Detector family and variant, such as ``hf:deimv2``.
@@ -68,11 +68,11 @@ class DetectorSpec:
         num_labels: Number K of class outputs.
         score_function: ``sigmoid`` or ``softmax`` (the last class is then "no object").
         label_names: The detector's own name of every label, length K.
-        maps: Every map it gives, finest first.
+        maps: Its feature maps, finest first.
         encoder_level_embed: The encoder's frozen embedding of each of its levels, one row per
             ``encoder`` map in order; None where the detector has none.
         preprocessing: Everything that decides the network input, as plain JSON values.
-        settings: Further settings that change what is computed, as plain JSON values.
+        settings: Further settings that change the outputs, as plain JSON values.
     """
 
     name: str
@@ -93,17 +93,7 @@ class DetectorSpec:
         return self.name.partition(":")[0]
 
     def map_named(self, name: str) -> MapSpec:
-        """The specification of one map.
-
-        Args:
-            name: A map's name.
-
-        Returns:
-            Its specification.
-
-        Raises:
-            DetectorError: If the detector gives no map of that name.
-        """
+        """The specification of one map; DetectorError if there is none of that name."""
         for spec in self.maps:
             if spec.name == name:
                 return spec
@@ -113,12 +103,12 @@ class DetectorSpec:
 
 @dataclass(frozen=True, slots=True)
 class DetectorOutput:
-    """What the frozen detector computed for a batch. Q queries, K labels, d query width.
+    """A frozen detector's outputs for a batch. Q queries, K labels, d query width.
 
     Attributes:
         class_logits: Before the score function, shape (B, Q, K).
         boxes_cxcywh_norm: Relative to the resized image without padding, shape (B, Q, 4).
-        queries: Last decoder output, the vectors the class head sees, shape (B, Q, d).
+        queries: Last decoder output, the input of the class head, shape (B, Q, d).
         maps: Feature maps by name, each (B, C, h, w), padding included.
     """
 
@@ -135,14 +125,7 @@ class DetectorOutput:
             raise ValueError("class_logits, boxes and queries disagree on (B, Q)")
 
     def cpu(self, map_names: Collection[str] | None = None) -> "DetectorOutput":
-        """The same in this process's memory; waits for the device.
-
-        Args:
-            map_names: The maps to keep; None for all.
-
-        Returns:
-            The outputs on the CPU.
-        """
+        """The outputs on the CPU, with ``map_names`` or all maps; waits for the device."""
         return DetectorOutput(
             self.class_logits.cpu(),
             self.boxes_cxcywh_norm.cpu(),
@@ -201,14 +184,14 @@ class GroundTruth:
 
 @dataclass(frozen=True, slots=True)
 class C1Crops:
-    """What a cache keeps of C1 in place of the map: enough for the same training, exactly.
+    """Crops of C1 that a cache stores in place of the map: enough for the same training, exactly.
 
     RoIAlign is linear in each channel and commutes with a 1x1 convolution; the group norm of the
     neck needs the map's first two moments only.
 
     Attributes:
         query_index: Query of each crop, int64, shape (n,).
-        crops: RoIAlign of C1 over the predicted boxes, one below the other, shape (n * r, r, C).
+        crops: RoIAlign of C1 over the predicted boxes, concatenated, shape (n * r, r, C).
         moments: Mean of c c^T over the cells in the first C rows, mean of c in the last; float32,
             shape (C + 1, C).
         c1_hw: Height and width of the map in cells.
@@ -222,7 +205,7 @@ class C1Crops:
 
 @dataclass(frozen=True, slots=True)
 class CachedImage:
-    """One image as a cache gives it back. Maps are token-major: row-major cells by channels.
+    """One image read from a cache. Maps are token-major: row-major cells by channels.
 
     Attributes:
         row: Position in the cache, counted from 0.

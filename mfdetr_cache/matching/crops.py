@@ -14,17 +14,7 @@ from mfdetr_cache.types import C1Crops, DetectorOutput, GroundTruth, ImageGeomet
 def c1_crops(
     output: DetectorOutput, truth: GroundTruth, geometry: ImageGeometry, layout: C1RoiLayout
 ) -> C1Crops:
-    """RoIAligned crops of C1 for the queries that Hungarian matching trains on.
-
-    Args:
-        output: The detector's output for one image.
-        truth: Its annotated objects.
-        geometry: Its sizes.
-        layout: Size and sampling of the crops.
-
-    Returns:
-        Crops, and the moments of the whole map.
-    """
+    """RoIAlign of C1 for the Hungarian-matched queries of one image; moments of the whole map."""
     c1 = output.maps["c1"]
     boxes = output.boxes_cxcywh_norm[0].cpu()
     queries = hungarian_queries(output.class_logits[0].cpu(), boxes, truth, geometry.original_hw)

@@ -1,4 +1,4 @@
-"""Which query answers for which annotated object. The detector is frozen, so this never changes."""
+"""Assignment of queries to annotated objects. The detector is frozen, so this never changes."""
 
 from dataclasses import dataclass
 
@@ -47,14 +47,13 @@ def match_hungarian(
     Args:
         class_logits: Shape (Q, K).
         boxes_cxcywh_norm: Predicted boxes, shape (Q, 4).
-        object_labels: Labels of the objects, all >= 0, shape (G,).
+        object_labels: All >= 0, shape (G,).
         object_cxcywh_norm: Annotated boxes, shape (G, 4).
-        preferred: Queries to choose among where that costs no more than rounding: those a cache
-            holds crops for. Matched by another release or on another machine, two queries that
-            are as good as each other may have swapped.
+        preferred: Queries whose crops a cache holds; chosen wherever the cost differs by rounding
+            alone, since another release or machine may swap two queries of equal cost.
 
     Returns:
-        G pairs, or Q if there are fewer queries than objects; by query.
+        min(G, Q) pairs, sorted by query.
     """
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.matching.pair_costs_numba import pair_costs
@@ -85,20 +84,19 @@ def match_by_iou(
     candidates: int,
     min_iou: float,
 ) -> Matches:
-    """Every well-placed query among the most confident ones, with the object it overlaps most.
+    """Pairs each confident query that overlaps an object with the object of highest IoU.
 
-    This is how Mask R-CNN assigns its proposals: several queries may share an object, and labels
-    do not matter.
+    Several queries may share an object and labels do not matter, as for Mask R-CNN's proposals.
 
     Args:
         class_logits: Shape (Q, K).
         boxes_xyxy_norm: Predicted boxes, shape (Q, 4).
         object_xyxy_norm: Annotated boxes, shape (G, 4).
-        candidates: How many queries, by best class score, are looked at.
-        min_iou: Least IoU of a pair.
+        candidates: Number of queries considered, by best class score.
+        min_iou: Lowest IoU of a pair.
 
     Returns:
-        The pairs, by query.
+        The pairs, sorted by query.
     """
     best = class_logits.max(-1).values.topk(min(candidates, len(class_logits))).indices
     query_index = best.sort().values
@@ -118,16 +116,9 @@ def hungarian_queries(
     truth: GroundTruth,
     original_hw: tuple[int, int],
 ) -> NDArray[np.int64]:
-    """The queries Hungarian matching trains on in one image; crops of C1 are kept for these.
+    """Sorted indices of the queries Hungarian matching selects in one image; C1 is cropped there.
 
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh_norm: Shape (Q, 4).
-        truth: The annotated objects.
-        original_hw: Height and width of their picture in pixels.
-
-    Returns:
-        Indices in rising order, one per object that can be learned from.
+    Logits (Q, K), boxes (Q, 4); ``original_hw`` in pixels.
     """
     objects = trainable_objects(truth)
     if not len(objects):
@@ -146,32 +137,14 @@ def match_one_to_one(
     truth_xyxy: NDArray[np.float32],
     preferred: NDArray[np.int64] | None = None,
 ) -> Matches:
-    """Hungarian matching of boxes given by their corners; see :func:`match_hungarian`.
-
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh: Predicted boxes, normalised, shape (Q, 4).
-        labels: Labels of the objects, shape (G,).
-        truth_xyxy: Annotated boxes, normalised, shape (G, 4).
-        preferred: Queries to choose among where it costs no more than rounding.
-
-    Returns:
-        The pairs, by query.
-    """
+    """:func:`match_hungarian` for annotated boxes given as normalised corners, shape (G, 4)."""
     low, high = truth_xyxy[:, :2], truth_xyxy[:, 2:]
     truth = np.concatenate(((low + high) / 2, high - low), axis=1)
     return match_hungarian(class_logits, boxes_cxcywh, labels, truth, preferred)
 
 
 def with_least_side(boxes_xyxy_norm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Boxes no thinner than a region may be.
-
-    Args:
-        boxes_xyxy_norm: Shape (R, 4).
-
-    Returns:
-        The same boxes, degenerate ones widened to the right and the bottom.
-    """
+    """Boxes (R, 4) no thinner than ``_MIN_SIDE_NORM``; degenerate ones widen right and down."""
     corner = boxes_xyxy_norm[:, :2]
     far = np.maximum(boxes_xyxy_norm[:, 2:], corner + np.float32(_MIN_SIDE_NORM))
     return np.concatenate((corner, far), axis=1)

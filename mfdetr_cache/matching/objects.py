@@ -1,4 +1,4 @@
-"""The annotated objects that can be learned from."""
+"""The annotated objects used for training."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,9 @@ from mfdetr_cache.types import GroundTruth
 
 
 def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Objects that can be learned from: no crowd, with mask and area, of a label the detector has.
+    """Indices of objects with mask, area and a label of the detector; no crowd, not held out.
 
-    Args:
-        truth: The annotated objects of an image.
-        held_out: Category ids that are hidden.
-
-    Returns:
-        Indices into them.
+    ``held_out`` are category ids.
     """
     size = truth.boxes_xyxy[:, 2:] - truth.boxes_xyxy[:, :2]
     usable = ~truth.is_crowd & (truth.labels >= 0) & (truth.areas > 0) & (size > 0).all(axis=1)
@@ -30,17 +25,7 @@ def trainable_objects(truth: GroundTruth, held_out: Sequence[int] = ()) -> NDArr
 def object_masks(
     truth: GroundTruth, size_hw: tuple[int, int], held_out: Sequence[int], side: int
 ) -> NDArray[np.float32]:
-    """Coverage of every object that can be learned from over its own box.
-
-    Args:
-        truth: The annotated objects of an image.
-        size_hw: Height and width of their picture in pixels.
-        held_out: Category ids that are hidden.
-        side: Cells along both axes.
-
-    Returns:
-        Shape (G, side, side).
-    """
+    """Coverage of every trainable object on a grid over its own box, shape (G, side, side)."""
     objects = trainable_objects(truth, held_out)
     runs = [truth.run_lengths[i] for i in objects]
     boxes = truth.boxes_xyxy[objects].astype(np.float64)

@@ -1,7 +1,7 @@
-"""What matching compares, for all pairs of a query and an object, compiled by numba.
+"""Matching costs of all pairs of a query and an object, compiled by numba.
 
 A reader's threads match while others decode: one call without the GIL in place of thirty small
-operations that pass it around. Computed in float64 whatever goes in.
+operations that hold it in turn. Computed in float64 for any input dtype.
 """
 
 import math
@@ -17,14 +17,9 @@ Boxes = NDArray[np.floating[Any]]
 
 @compiled()
 def overlaps(first: Boxes, second: Boxes) -> tuple[Any, Any]:
-    """IoU and generalised IoU (Rezatofighi et al., 2019) of two boxes given by centre and size.
+    """IoU in [0, 1] and GIoU in [-1, 1] (Rezatofighi et al., 2019) of two cxcywh boxes, shape (4,).
 
-    Args:
-        first: Centre x, centre y, width, height, shape (4,).
-        second: The same of the other, same unit.
-
-    Returns:
-        IoU in [0, 1] and generalised IoU in [-1, 1]; 0 where a division would be by nothing.
+    0 where a denominator is zero.
     """
     intersection, hull = 1.0, 1.0
     for axis in range(2):

@@ -1,4 +1,4 @@
-"""Box formats, converted. The format stands in every name; nothing here knows about images.
+"""Conversions of box formats. The format is part of every name.
 
 ``boxes_xyxy`` are left, top, right, bottom; ``boxes_cxcywh`` are centre and size; ``boxes_xywh`` is
 COCO's left, top, width, height. ``_norm`` means divided by the image's width and height.
@@ -21,15 +21,7 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def scale_boxes(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Normalised boxes in pixels of an image of the given size.
-
-    Args:
-        boxes: Any format with alternating x and y, divided by image width and height; (..., 4).
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        Shape (..., 4), in pixels.
-    """
+    """Normalised boxes (..., 4), in any format with alternating x and y, in pixels of the image."""
     height, width = size_hw
     return boxes * boxes.new_tensor([width, height, width, height])
 

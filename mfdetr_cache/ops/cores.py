@@ -1,16 +1,12 @@
-"""How many of the machine's cores a process may use."""
+"""How many CPU cores a process may use."""
 
 import os
 
 
 def threads_beside_gpu(most: int) -> int:
-    """How many threads of this process may work while its GPU computes.
+    """CPU threads to use while the GPU computes, from 1 to ``most``.
 
-    Args:
-        most: Beyond which more would not help.
-
-    Returns:
-        Half of the cores, shared with the other processes that torchrun started here; 1 or more.
+    Half of the cores, divided by the number of processes that torchrun started on this machine.
     """
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(most, cores // 2))

@@ -32,16 +32,9 @@ class _SampleAndWeigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, grid: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401
-        """Sum over P of weight times sample.
+        """Sum over P of weight times sample: (M, C, h, w), (M, P, N, 2), (M, P, N) to (M, C, N).
 
-        Args:
-            ctx: Keeps the inputs.
-            maps: Shape (M, C, h, w).
-            grid: Sampling points in [-1, 1], shape (M, P, N, 2).
-            weights: Shape (M, P, N).
-
-        Returns:
-            Shape (M, C, N).
+        ``grid`` holds sampling points in [-1, 1].
         """
         ctx.save_for_backward(maps, grid, weights)
         samples = functional.grid_sample(maps, grid, mode="bilinear", align_corners=False)
@@ -49,15 +42,7 @@ class _SampleAndWeigh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-        """Gradients with respect to maps, grid and weights.
-
-        Args:
-            ctx: The inputs.
-            grad: Shape (M, C, N).
-
-        Returns:
-            One gradient per input.
-        """
+        """Gradients of maps, grid and weights from one of shape (M, C, N)."""
         maps, grid, weights = ctx.saved_tensors
         spread = grad[:, :, None] * weights[:, None]
         grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
@@ -69,14 +54,7 @@ class _SampleAndWeigh(torch.autograd.Function):
 
 
 def softmax_over_points(logits: Tensor) -> Tensor:
-    """Softmax over the last axis.
-
-    Args:
-        logits: One row per query and head, a few numbers each, shape (..., L P).
-
-    Returns:
-        The same shape.
-    """
+    """Softmax over the last axis, (..., L P) to the same shape."""
     # torch takes rows of four one by one: the other way around it is five times as fast.
     if logits.device.type == "cpu" and logits.shape[-1] < _SHORT_ROW and is_plain(logits):
         columns = logits.flatten(0, -2).t().contiguous()
@@ -85,14 +63,9 @@ def softmax_over_points(logits: Tensor) -> Tensor:
 
 
 def cell_steps(offsets: Tensor, sizes_hw: SizesHw) -> Tensor:
-    """Width and height of a cell of each level, normalised: what turns cells into coordinates.
+    """Normalised cell width and height, 1 / w and 1 / h, of each level, shape (L, 2).
 
-    Args:
-        offsets: What it will be multiplied with; gives device and type.
-        sizes_hw: Height and width of each level.
-
-    Returns:
-        1 / w and 1 / h, shape (L, 2).
+    Device and dtype are those of ``offsets``.
     """
     if is_plain(offsets):
         return _kept_cell_steps(sizes_hw, offsets.device, offsets.dtype)
@@ -140,7 +113,7 @@ def packed_attention(
 
     Args:
         value: Projected values of all images, shape (S, H, D / H).
-        levels: Whose they are.
+        levels: Layout of the tokens.
         locations: Sampling points in coordinates of the query's image, shape (N, H, L, P, 2).
         weights: Attention weights, shape (N, H, L, P).
 
@@ -263,17 +236,7 @@ def _fault_of(attention: Callable[..., Tensor], device: torch.device) -> str:
 def sampled_attention(
     value: Tensor, sizes_hw: SizesHw, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """:func:`deformable_attention` with nothing but PyTorch's operators, for any device and graph.
-
-    Args:
-        value: Projected values, shape (B, S, H, D / H).
-        sizes_hw: Height and width of each level; their areas sum to S.
-        locations: Sampling points in normalised coordinates, shape (B, N, H, L, P, 2).
-        weights: Attention weights, summing to one over L and P, shape (B, N, H, L, P).
-
-    Returns:
-        Shape (B, N, D).
-    """
+    """:func:`deformable_attention` in plain PyTorch, for any device and for export."""
     # Sizes of batch and queries are never named, so that an exported graph takes any of them.
     heads = value.shape[2]
     # Points before queries: the innermost axis is then long, and sums over points run along it.

@@ -145,18 +145,7 @@ class KernelAttention(torch.autograd.Function):
         weights: Tensor,
         packed: PackedLevels,
     ) -> Tensor:
-        """Weighted sums of samples.
-
-        Args:
-            ctx: Keeps the inputs.
-            value: Shape (S, H, C).
-            locations: Shape (N, H, L, P, 2).
-            weights: Shape (N, H, L, P).
-            packed: Whose tokens and queries these are.
-
-        Returns:
-            Shape (N, H, C).
-        """
+        """Weighted sums of samples, (N, H, C); shapes as above."""
         value, locations, weights = (t.contiguous() for t in (value, locations, weights))
         ctx.save_for_backward(value, locations, weights)
         ctx.packed = packed
@@ -170,15 +159,7 @@ class KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: ANN401
-        """Gradients with respect to value, locations and weights.
-
-        Args:
-            ctx: The inputs.
-            grad: Shape (N, H, C).
-
-        Returns:
-            One gradient per tensor.
-        """
+        """Gradients of value, locations and weights from one of shape (N, H, C)."""
         value, locations, weights = ctx.saved_tensors
         grads = (torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights))
         packed: PackedLevels = ctx.packed

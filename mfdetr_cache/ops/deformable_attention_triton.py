@@ -1,13 +1,11 @@
 """Deformable attention on a GPU, compiled by Triton when it is first used; no build step.
 
-A program owns a block of queries of one head. Samples are weighed as they are read and never
-stored, forwards or backwards. Values may be half precision; sums are float32, or float64 where
-the values are. Gradients of the values are added by many programs at once: their order, and so
-their last bits, vary from run to run.
+A program computes a block of queries of one head. Samples are weighted as they are read and never
+stored, forwards or backwards. Values may be half precision; sums are float32, or float64 where the
+values are. Gradients of the values are added by many programs at once: their order, and so their
+last bits, vary from run to run.
 
-Arrays as in ``attention_kernels``: value (S, H, C), locations (N, H, L, P, 2) normalised, weights
-(N, H, L, P), images (N,) the image of each query, sizes (I, L, 2) height and width of each level of
-each image, starts (I, L) first token of each.
+Arrays as in ``deformable_attention_numba``.
 """
 
 from typing import Any
@@ -166,17 +164,9 @@ class TritonAttention(torch.autograd.Function):
         weights: Tensor,
         packed: PackedLevels,
     ) -> Tensor:
-        """Weighted sums of samples.
+        """Weighted sums of samples, (N, H, C) in the dtype of ``value``.
 
-        Args:
-            ctx: Keeps the inputs.
-            value: Shape (S, H, C); of any float dtype.
-            locations: Shape (N, H, L, P, 2), float32 or float64.
-            weights: Shape (N, H, L, P), as locations.
-            packed: Whose tokens and queries these are.
-
-        Returns:
-            Shape (N, H, C), dtype of value.
+        ``value`` is of any float dtype; locations and weights are both float32 or both float64.
         """
         value, locations, weights = (t.contiguous() for t in (value, locations, weights))
         ctx.save_for_backward(value, locations, weights)
@@ -190,15 +180,7 @@ class TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: ANN401
-        """Gradients with respect to value, locations and weights.
-
-        Args:
-            ctx: The inputs.
-            grad: Shape (N, H, C).
-
-        Returns:
-            One gradient per tensor.
-        """
+        """Gradients of value, locations and weights from one of shape (N, H, C)."""
         value, locations, weights = ctx.saved_tensors
         of_value = torch.zeros_like(value, dtype=locations.dtype)
         of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)

@@ -1,4 +1,4 @@
-"""Where to compute: a device by name, or one clear line."""
+"""Devices by name, and transfers that do not block."""
 
 import ctypes
 import os
@@ -14,17 +14,10 @@ from mfdetr_cache.errors import ConfigError
 
 
 def torch_device(name: str) -> torch.device:
-    """A device by name, checked.
+    """The device ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (a GPU if there is one).
 
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one. Of several
-            processes on a machine (``LOCAL_RANK``), each one gets its own by ``auto`` or ``cuda``.
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: If there is no such device here.
+    Of several processes on a machine (``LOCAL_RANK``), ``auto`` and ``cuda`` give each its own GPU.
+    ConfigError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,28 +33,16 @@ def torch_device(name: str) -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of this process's memory on a device, without waiting for the copy.
-
-    Args:
-        tensor: On the CPU.
-        device: Where to; a GPU is reached through pinned memory, in its current stream.
-
-    Returns:
-        The tensor on the device.
-    """
+    """Copy a CPU tensor to a device asynchronously, through pinned memory in the current stream."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def arriving(numbers: Tensor) -> Callable[[], list[float]]:
-    """Numbers on their way from a device, which goes on with what it is asked for afterwards.
+    """Start an asynchronous copy of (N,) values to the host; the function returned waits for it.
 
-    Args:
-        numbers: Shape (N,).
-
-    Returns:
-        Gives them; waits for what the device was asked for before, and no longer.
+    It waits only for work queued before the copy.
     """
     if numbers.device.type != "cuda":
         return numbers.tolist
@@ -78,15 +59,10 @@ def arriving(numbers: Tensor) -> Callable[[], list[float]]:
 
 
 def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """Memory that a GPU copies from by itself, while this process computes.
+    """An uninitialised flat array in pinned memory, which a GPU reads asynchronously.
 
-    Args:
-        count: How many values.
-        dtype: Of which type.
-
-    Returns:
-        Values that are not set yet, flat; torch keeps the memory for the next such array. Ordinary
-        memory where the machine has no more of the other: copies from it take longer.
+    torch reuses the memory for the next such array. Ordinary memory, slower to copy, where no more
+    can be pinned.
     """
     try:
         memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8, pin_memory=True)
@@ -96,14 +72,9 @@ def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]
 
 
 def joined(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> Tensor:
-    """Arrays one behind the other as one tensor on a device, without waiting for the copies.
+    """Concatenate arrays along the first axis on a device, without waiting for the copies.
 
-    Args:
-        arrays: At least one; those from :func:`pinned_array` go straight to a GPU.
-        device: Where to.
-
-    Returns:
-        All rows, shape (sum of lengths, ...).
+    Those of :func:`pinned_array` are copied straight to a GPU.
     """
     if torch.device(device).type == "cuda" and all(a.flags.writeable for a in arrays):
         parts = [torch.from_numpy(a) for a in arrays]
@@ -118,14 +89,7 @@ def joined(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) ->
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether numbers are there to be computed with by kernels of our own.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        False where it is traced, compiled, exported or counted.
-    """
+    """Whether custom kernels may take a tensor: no subclass, not traced, compiled or exported."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -138,16 +102,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks for the next tensor instead of returning them at once.
+    """Ask glibc to keep freed blocks for the next tensor; False with another C library.
 
-    By default every tensor above some megabytes is a fresh mapping that the kernel fills with
-    zeros page by page, and networks allocate the same sizes again and again. Keeping them took a
-    training step of the mask network from 2.1 s to 1.4 s on two cores, its masks of an image from
-    0.38 s to 0.31 s, and H-DETR R50 at 800 x 1066 from 4.0 s to 3.4 s. For programs of our own
-    only: it holds for the whole process.
-
-    Returns:
-        Whether it was done; False where the C library is another one.
+    By default every tensor above some megabytes is a fresh mapping that the kernel fills with zeros
+    page by page. Keeping them took a training step of the mask network from 2.1 s to 1.4 s on two
+    cores, and H-DETR R50 at 800 x 1066 from 4.0 s to 3.4 s. For the commands only: it holds for the
+    whole process.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -25,17 +25,9 @@ _LONGEST_COUNT = 7
 def run_lengths_of_segmentation(
     segmentation: Sequence[Sequence[float]] | Mapping[str, Any], size_hw: tuple[int, int]
 ) -> RunLengths:
-    """The run lengths of a COCO ``segmentation`` field, drawn by pycocotools itself.
+    """Run lengths of a COCO ``segmentation``: polygons, or an RLE with plain or compressed counts.
 
-    Args:
-        segmentation: Polygons, or an RLE dictionary with plain or compressed counts.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        Run lengths, uint32.
-
-    Raises:
-        ValueError: If the segmentation is malformed or of another image size.
+    Drawn by pycocotools; ValueError for a malformed segmentation or one of another image size.
     """
     if not isinstance(segmentation, Mapping):
         return run_lengths_of_polygons(segmentation, size_hw)
@@ -52,21 +44,12 @@ def run_lengths_of_segmentation(
 def run_lengths_of_polygons(
     polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
 ) -> RunLengths:
-    """The union of some polygons as run lengths, drawn by pycocotools.
+    """Run lengths of the union of polygons ``[x, y, x, y, ...]`` in pixels, drawn by pycocotools.
 
-    pycocotools ends the process, or fills the memory, on numbers that it does not expect: nothing
-    that is not checked here may reach it.
-
-    Args:
-        polygons: ``[x, y, x, y, ...]`` in pixels; those of fewer than three points are left out,
-            and so are those that do not touch the image where another one does.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        Run lengths, uint32.
-
-    Raises:
-        ValueError: If no polygon has three points, or one is malformed or far outside the image.
+    pycocotools ends the process, or fills the memory, on unexpected numbers: everything is checked
+    before. Polygons of fewer than three points are skipped, and so are those outside the image
+    where another one touches it. ValueError if none has three points, or one is malformed or far
+    outside.
     """
     height, width = check_size(size_hw)
     outlines = [_outline(p, (height, width)) for p in polygons if len(p) >= 6]
@@ -81,17 +64,9 @@ def run_lengths_of_polygons(
 
 
 def run_lengths_of_counts(counts: object, size_hw: tuple[int, int]) -> RunLengths:
-    """The run lengths of the ``counts`` of an RLE dictionary.
+    """Run lengths of RLE ``counts``: a list, or compressed as text or bytes.
 
-    Args:
-        counts: A list of run lengths, or these compressed as text or bytes.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        Run lengths, uint32.
-
-    Raises:
-        ValueError: If they are no counts, or are not those of an image of this size.
+    ValueError if they are malformed or do not sum to height x width.
     """
     height, width = check_size(size_hw)
     runs: NDArray[np.float64] | NDArray[np.int64]
@@ -112,17 +87,7 @@ def run_lengths_of_counts(counts: object, size_hw: tuple[int, int]) -> RunLength
 
 
 def check_size(size_hw: tuple[int, int]) -> tuple[int, int]:
-    """The size of an image, refused where run lengths could not hold it.
-
-    Args:
-        size_hw: Height and width in pixels.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: If a side is below 1 or there are too many pixels.
-    """
+    """Return the size; ValueError for a side below 1 or too many pixels for run lengths."""
     height, width = size_hw
     if not (1 <= height <= _LONGEST_SIDE and 1 <= width <= _LONGEST_SIDE):
         raise ValueError(f"an image of {height} x {width} pixels (1 to {_LONGEST_SIDE} a side)")
@@ -189,15 +154,7 @@ def _decompress(counts: bytes | str) -> NDArray[np.int64]:
 
 
 def compress_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> dict[str, Any]:
-    """A COCO RLE dictionary as pycocotools takes it.
-
-    Args:
-        run_lengths: Run lengths of one mask.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        ``{"size": [h, w], "counts": bytes}``.
-    """
+    """The RLE dictionary of pycocotools, ``{"size": [h, w], "counts": bytes}``."""
     height, width = size_hw
     plain = {"size": [height, width], "counts": [int(r) for r in run_lengths]}
     rle: dict[str, Any] = coco_mask.frPyObjects(plain, height, width)
@@ -207,14 +164,7 @@ def compress_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> d
 def box_of_run_lengths(
     run_lengths: RunLengths, size_hw: tuple[int, int]
 ) -> tuple[int, int, int, int] | None:
-    """The box around a mask.
-
-    Args:
-        run_lengths: Run lengths of one mask.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        x0, y0, x1, y1 around its pixels; None where it has none.
+    """Box x0, y0, x1, y1 around the pixels of a mask; None for an empty mask.
 
     Examples:
         >>> box_of_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2))
@@ -235,14 +185,7 @@ def box_of_run_lengths(
 
 
 def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask as a bitmap.
-
-    Args:
-        run_lengths: Run lengths of one mask.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        True inside the object, shape (height, width).
+    """The mask as a bitmap, shape (height, width).
 
     Examples:
         >>> decode_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2)).tolist()
@@ -261,16 +204,9 @@ def crop_run_lengths(
     *,
     flip: bool = False,
 ) -> RunLengths:
-    """The mask inside a window, mirrored if asked for; only the window's columns are drawn.
+    """Run lengths of the mask inside a window of whole pixels, optionally mirrored left to right.
 
-    Args:
-        run_lengths: Run lengths of one mask.
-        size_hw: Height and width of its image in pixels.
-        window_xyxy: The window in whole pixels; outside the image it is background.
-        flip: Mirror the window left to right.
-
-    Returns:
-        Run lengths of an image of the window's size.
+    The window may leave the image, which is continued as background. Only its columns are decoded.
 
     Examples:
         >>> runs = np.array([1, 2, 1], dtype=np.uint32)  # columns (0, 1) and (1, 0)
@@ -297,14 +233,7 @@ def crop_run_lengths(
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A bitmap as a COCO RLE dictionary.
-
-    Args:
-        mask: True inside the object, shape (height, width).
-
-    Returns:
-        ``{"size": [h, w], "counts": bytes}``.
-    """
+    """The compressed COCO RLE of a bitmap of shape (height, width)."""
     rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return rle
 
@@ -317,14 +246,7 @@ def sample_run_lengths(
 ) -> NDArray[np.bool_]:
     """Whether points lie inside the object, looked up in the run lengths without a bitmap.
 
-    Args:
-        run_lengths: Run lengths of one mask.
-        size_hw: Height and width of the image in pixels.
-        x: Horizontal positions in original image pixels, any shape.
-        y: Vertical positions, same shape.
-
-    Returns:
-        True where the pixel under the point is inside; False outside the image.
+    ``x`` and ``y`` are in original image pixels, of any common shape; False outside the image.
     """
     height, width = size_hw
     column = np.floor(x).astype(np.int64)

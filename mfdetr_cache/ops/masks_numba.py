@@ -1,4 +1,4 @@
-"""Objects laid over the grid of their box, compiled by numba when it is first used.
+"""Coverage of objects on a grid over their box, compiled by numba when it is first used.
 
 A reader's threads rasterise while others decode and the training computes: without the GIL, and in
 half the time that array operations take on so few points (``benchmarks/rasterise.py``).
@@ -44,18 +44,10 @@ def coverage_in_box(
     grid_hw: tuple[int, int],
     subsamples: int,
 ) -> NDArray[np.float32]:
-    """Share of the sampled points of every cell that lie inside an object.
+    """Fraction of the sampled points of every cell inside an object, shape (rows, columns).
 
-    Args:
-        run_lengths: Run lengths of the object, column by column, background first.
-        height: Of the image in pixels.
-        width: Of the image in pixels.
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        grid_hw: Cells along the height and the width.
-        subsamples: Points per cell along both axes.
-
-    Returns:
-        Coverage in [0, 1], shape (rows, columns), rows from top to bottom.
+    ``box_xyxy`` is in original image pixels and may leave the image; ``subsamples`` points per cell
+    along both axes.
     """
     ends = np.empty(len(run_lengths), np.int64)
     total = 0
@@ -94,19 +86,10 @@ def coverage_in_boxes(
     grid_hw: tuple[int, int],
     subsamples: int,
 ) -> tuple[Any, Any]:
-    """:func:`coverage_in_box` for an object in each box, and what of each lies outside.
+    """:func:`coverage_in_box` for R objects, float32, shape (R, rows, columns).
 
-    Args:
-        run_lengths: Run lengths of the objects, one behind the other.
-        bounds: Where those of each object begin, and the end, shape (R + 1,).
-        size_hw: Height and width of the image in pixels.
-        boxes_xyxy: The boxes in original image pixels, shape (R, 4).
-        grid_hw: Cells along the height and the width.
-        subsamples: Points per cell along both axes.
-
-    Returns:
-        Coverage, float32, shape (R, rows, columns); the area of each object outside its box
-        as a share of the box's area, float32, shape (R,).
+    Also each object's area outside its box as a fraction of the box's area, float32, shape (R,).
+    ``run_lengths`` are concatenated; ``bounds`` are their offsets, shape (R + 1,).
     """
     count = len(boxes_xyxy)
     masks = np.empty((count, grid_hw[0], grid_hw[1]), np.float32)

@@ -1,4 +1,4 @@
-"""Square masks pasted into the image they are of, in memory of their box alone.
+"""Square masks pasted into their image, in memory of their box alone.
 
 Pixel (row y, column x) covers [x, x+1) x [y, y+1).
 """
@@ -47,19 +47,7 @@ def run_lengths_in_box(
     size_hw: tuple[int, int],
     threshold: float = 0.5,
 ) -> RunLengths:
-    """What :func:`paste_mask_in_image` gives, as run lengths and without a bitmap of the image.
-
-    The cost is that of the box, not of the image.
-
-    Args:
-        mask_probs: Probabilities, shape (r, r).
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        size_hw: Height and width of the image in pixels.
-        threshold: Probability from which on a pixel is inside.
-
-    Returns:
-        Run lengths of the whole image, column by column, beginning with background.
-    """
+    """Run lengths of :func:`paste_mask_in_image`, at the cost of the box, not of the image."""
     height, width = size_hw
     places = [
         _edges(inside, rows.start, columns.start, height)

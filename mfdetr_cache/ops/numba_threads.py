@@ -32,13 +32,7 @@ class _Pool:
         self._threads: ThreadPoolExecutor | None = None
 
     def run(self, kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
-        """Run a kernel over all of its tasks with as many threads as torch uses.
-
-        Args:
-            kernel: Takes the first task, the one after the last, and the arrays.
-            tasks: How many there are.
-            *arrays: Whatever the kernel reads and writes.
-        """
+        """See :func:`run_kernel`."""
         threads = torch.get_num_threads()
         if threads == 1 or tasks < 2:
             kernel(0, tasks, *arrays)
@@ -73,11 +67,5 @@ _POOL = _Pool()
 
 
 def run_kernel(kernel: Callable[..., None], tasks: int, *arrays: Any) -> None:  # noqa: ANN401
-    """Run a kernel over all of its tasks with as many threads as torch uses.
-
-    Args:
-        kernel: Takes the first task, the one after the last, and the arrays.
-        tasks: How many there are.
-        *arrays: Whatever the kernel reads and writes.
-    """
+    """Call ``kernel(first, end, *arrays)`` over ranges of tasks, on torch's number of threads."""
     _POOL.run(kernel, tasks, *arrays)

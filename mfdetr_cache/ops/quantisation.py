@@ -1,10 +1,10 @@
-"""How feature maps become small integers and come back: affine, per channel and block of tokens.
+"""Quantisation of feature maps: affine, per channel and block of tokens.
 
 A channel's values in a block are stored as ``code`` in 0 .. 2**bits - 1 with two float16 numbers,
 ``low`` and ``step``: value = low + step * code. Blocks of 64 tokens follow the outliers some
 channels have; one scale per token or per tensor would ruin the weak channels. Nothing is clipped:
-``low`` is rounded down and ``step`` up until the codes cover the block, so the error of every
-value is at most step / 2 (plus the rounding of the product in float32).
+``low`` is rounded down and ``step`` up until the codes cover the block, so the error of every value
+is at most step / 2 (plus the rounding of the product in float32).
 """
 
 from collections.abc import Sequence
@@ -39,25 +39,11 @@ class Encoding:
         return self.bits < 16
 
     def columns(self, channels: int) -> int:
-        """Stored values per token.
-
-        Args:
-            channels: Channels of the map.
-
-        Returns:
-            Width of the stored array.
-        """
+        """Stored values per token."""
         return -(-channels // 2) if self.bits == 4 else channels
 
     def blocks(self, tokens: int) -> int:
-        """How many blocks some tokens have.
-
-        Args:
-            tokens: Tokens of an image.
-
-        Returns:
-            Number of blocks; the last may be shorter.
-        """
+        """Number of blocks, the last of which may be shorter."""
         return -(-tokens // self.block_tokens) if self.block_tokens else 1
 
 
@@ -71,16 +57,16 @@ ENCODINGS: dict[Preset, Encoding] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredMap:
-    """A map of one image as it is stored, or as a live detector gave it.
+    """A map of one image as stored, or as a live detector returned it.
 
     ``np.asarray`` and :meth:`to_array` give the values; :func:`decode_maps` does the same for a
     batch on the training device.
 
     Attributes:
         hw: Height and width in cells.
-        channels: Channels.
-        encoding: How ``values`` are to be understood.
-        values: Cells row-major by stored columns; may have more rows than cells, to whole blocks.
+        channels: Number of channels.
+        encoding: Encoding of ``values``.
+        values: Cells row-major by stored columns; may be padded with rows to whole blocks.
         affine: ``low`` and ``step`` of every block, float16, shape (blocks, 2, C); None for float.
     """
 
@@ -92,24 +78,13 @@ class StoredMap:
 
     @classmethod
     def plain(cls, values_hwc: NDArray[np.generic]) -> "StoredMap":
-        """A map that is not quantised.
-
-        Args:
-            values_hwc: Shape (h, w, C), any float type.
-
-        Returns:
-            The map.
-        """
+        """A map that is not quantised, from values of any float dtype, shape (h, w, C)."""
         height, width, channels = values_hwc.shape
         flat = values_hwc.reshape(height * width, channels)
         return cls((height, width), channels, ENCODINGS["fp16"], flat)
 
     def to_array(self) -> NDArray[np.generic]:
-        """The values.
-
-        Returns:
-            Shape (h, w, C): as stored for float, float32 for codes.
-        """
+        """The values, shape (h, w, C): float as stored, codes as float32."""
         cells = self.hw[0] * self.hw[1]
         if self.affine is None:
             return self.values[:cells].reshape(*self.hw, self.channels)
@@ -123,15 +98,10 @@ class StoredMap:
 def encode_map(
     tokens: NDArray[np.float32], encoding: Encoding
 ) -> tuple[NDArray[np.generic], NDArray[np.float16] | None]:
-    """Values of one image as they are stored.
+    """Encode finite values of shape (n, C).
 
-    Args:
-        tokens: Finite values, shape (n, C).
-        encoding: How to store them.
-
-    Returns:
-        float16 of shape (n, C) and None; or codes, uint8, shape (n, columns), and ``low`` and
-        ``step``, float16, shape (blocks, 2, C).
+    Returns either float16 values (n, C) and None, or codes, uint8, shape (n, columns), with ``low``
+    and ``step``, float16, shape (blocks, 2, C).
     """
     if not encoding.is_affine:
         with np.errstate(over="ignore"):
@@ -159,14 +129,7 @@ def encode_map(
 
 
 def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether every value is a number within the range of float16.
-
-    Args:
-        values: Contiguous, any shape.
-
-    Returns:
-        False if one does not.
-    """
+    """Whether all values are finite and within the range of float16."""
     from mfdetr_cache.ops import quantisation_numba as quantisation_kernels
 
     return bool(quantisation_kernels.fits_float16(values.reshape(-1)))
@@ -195,14 +158,9 @@ def _rounded(values: NDArray[np.float32], *, down: bool) -> NDArray[np.float16]:
 
 
 def decode_maps(maps: Sequence[StoredMap], device: torch.device | str = "cpu") -> Tensor:
-    """Maps of equal size as one float tensor: codes travel to the device and are decoded there.
+    """Maps of equal size, channels and encoding as float32 (B, C, h, w) in channels-last memory.
 
-    Args:
-        maps: At least one; of the same size, channels and encoding.
-        device: Where the result lives.
-
-    Returns:
-        float32, shape (B, C, h, w), channels innermost in memory.
+    Codes are copied to the device and decoded there.
     """
     return decode_groups([maps], device)[0]
 
@@ -210,15 +168,9 @@ def decode_maps(maps: Sequence[StoredMap], device: torch.device | str = "cpu") -
 def decode_groups(
     groups: Sequence[Sequence[StoredMap]], device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """:func:`decode_maps` for groups of images of different sizes, in one go.
+    """:func:`decode_maps` for several groups of maps, each of one size, in one transfer.
 
-    Args:
-        groups: Maps of equal size in each; all of the same channels and encoding.
-        device: Where the results live.
-
-    Returns:
-        For each group float32, shape (B, C, h, w), channels innermost in memory; views of one
-        tensor.
+    The results, (B, C, h, w) per group, are views of one tensor.
     """
     first = groups[0][0]
     channels, encoding = first.channels, first.encoding

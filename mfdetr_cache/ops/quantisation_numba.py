@@ -25,14 +25,7 @@ def block_extremes(
     lowest: NDArray[np.float32],
     highest: NDArray[np.float32],
 ) -> None:
-    """Least and largest value of every channel in every block of neighbouring tokens.
-
-    Args:
-        planes: Finite values, shape (C, n).
-        block: Tokens of a block.
-        lowest: Written, shape (blocks, C).
-        highest: Written, shape (blocks, C).
-    """
+    """Minimum and maximum per block and channel of values (C, n), written to arrays (blocks, C)."""
     channels, count = planes.shape
     for channel in range(channels):
         for number in range(lowest.shape[0]):
@@ -55,15 +48,10 @@ def block_codes(
     most: np.float32,
     codes: NDArray[np.uint8],
 ) -> None:
-    """The nearest code of every value, ties to even.
+    """Write the nearest code, ties to even, of every value of (C, n) to ``codes``, shape (n, C).
 
-    Args:
-        planes: Shape (C, n).
-        block: Tokens of a block.
-        low: What code 0 stands for, shape (blocks, C).
-        scale: What one code is worth, above zero, shape (blocks, C).
-        most: The largest code.
-        codes: Written, shape (n, C).
+    ``low`` and ``scale``, both (blocks, C), are the value of code 0 and the step, which is above
+    zero; ``most`` is the largest code.
     """
     channels, count = planes.shape
     tile = np.empty((channels, _TILE), np.uint8)
@@ -87,14 +75,7 @@ def block_codes(
 
 @compiled()
 def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether every value is a number within the range of float16.
-
-    Args:
-        values: Any shape with one axis, contiguous.
-
-    Returns:
-        False if one does not.
-    """
+    """Whether all values of a flat contiguous array are finite and within the range of float16."""
     misfits = 0
     for value in values:
         # Below the least float16 ``low`` would be rounded down to infinity. Not true of NaN.

@@ -15,7 +15,7 @@ class RoIAlign(nn.Module):
     Args:
         size: Cells r of a region along an axis.
         stride: Network input pixels per cell of the map.
-        sampling_ratio: Samples per cell along an axis; 0 takes as many as it spans, rounded up.
+        sampling_ratio: Samples per cell along an axis; 0 takes its extent in map cells, rounded up.
     """
 
     def __init__(self, size: int, stride: int, sampling_ratio: int) -> None:
@@ -25,14 +25,9 @@ class RoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, maps: Tensor, rois: Tensor) -> Tensor:
-        """Align.
+        """RoIAlign of maps (B, C, h, w), shape (R, r, r, C), dtype of the maps.
 
-        Args:
-            maps: Shape (B, C, h, w).
-            rois: Index of the image, then x0, y0, x1, y1 in network input pixels, shape (R, 5).
-
-        Returns:
-            Shape (R, r, r, C), dtype of the maps.
+        ``rois`` are the image's index, then x0, y0, x1, y1 in network input pixels, shape (R, 5).
         """
         # Coordinates do not survive 8 bits of mantissa.
         precise = torch.promote_types(maps.dtype, torch.float32)
@@ -48,17 +43,10 @@ class RoIAlign(nn.Module):
         return aligned.to(maps.dtype)
 
     def with_torchvision(self, maps: Tensor, rois: Tensor) -> Tensor:
-        """The same by torchvision's operator, on any device and in the precision of the maps.
+        """:meth:`forward` by torchvision's operator, on any device.
 
         Its values differ from the kernels' in the last bits: it computes coordinates in the
         precision of the maps, the kernels in float64.
-
-        Args:
-            maps: Shape (B, C, h, w).
-            rois: Shape (R, 5).
-
-        Returns:
-            Shape (R, r, r, C).
         """
         aligned: Tensor = ops.roi_align(
             maps,
@@ -73,17 +61,11 @@ class RoIAlign(nn.Module):
     def coverage(
         self, boxes_xyxy: NDArray[np.floating], maps_hw: NDArray[np.int64]
     ) -> NDArray[np.floating]:
-        """Share of the samples of each row and column of cells that lie inside the map.
+        """Fraction of the samples inside the map, per row and per column of cells, shape (2, R, r).
 
         Their product is the RoIAlign of a map of ones: a sample counts where it is inside along
-        both axes, and the bilinear weights of one add up to 1.
-
-        Args:
-            boxes_xyxy: In network input pixels, shape (R, 4).
-            maps_hw: Height and width of each box's map in cells, shape (R, 2).
-
-        Returns:
-            Shares of the rows, then of the columns, shape (2, R, r).
+        both axes, and the bilinear weights of one add up to 1. ``boxes_xyxy`` (R, 4) are in network
+        input pixels, ``maps_hw`` (R, 2) in cells.
         """
         size, ratio, scale = self.size, self.sampling_ratio, 1 / self.stride
         corners = boxes_xyxy.reshape(-1, 2, 2)[:, :, ::-1].transpose(1, 2, 0) * scale  # y before x

@@ -26,7 +26,7 @@ _BLOCK = 32
 def _samples(
     start: float, length: float, cells: int, bins: int, ratio: int
 ) -> tuple[Any, Any, Any, int]:
-    """Where a region is sampled along an axis: lower cell, upper cell, share of the upper one.
+    """Lower cell, upper cell and weight of the upper one, of each sample along an axis.
 
     A lower cell of -1 marks a sample outside the map, which counts as zero.
     """
