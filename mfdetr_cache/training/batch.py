@@ -18,12 +18,12 @@ from mfdetr_cache.types import CachedImage
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One image of a step, in memory.
+    """One image of a step, in host memory.
 
     Attributes:
-        image: As cached, with the maps that some head reads.
-        regions: What is trained on, for every way in which some head wants regions.
-        detected: The queries that detections have, shape (N,); None where no head asks for them.
+        image: With the maps that any head reads.
+        regions: Targets for each distinct settings of the heads.
+        detected: Queries that are detections, shape (N,); None where no head attends to them.
     """
 
     image: CachedImage
@@ -33,14 +33,14 @@ class TrainSample:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """A micro-batch on the training device, with R regions.
+    """A micro-batch of R regions on the training device.
 
     Attributes:
-        inputs: What the mask network takes.
+        inputs: Input of the mask network.
         masks: Target coverage, shape (R, t, t), or (R, h, w) over one image.
-        labels: Labels of the objects, shape (R,).
-        outside: Area of each object outside its box over the box's area, shape (R,).
-        image_ids: COCO ids of the images, to name them when something goes wrong.
+        labels: Of the objects, shape (R,).
+        outside: Area of each object outside its box, over the box's area, shape (R,).
+        image_ids: COCO ids, for error messages.
     """
 
     inputs: HeadBatch
@@ -58,21 +58,11 @@ def collate(
     groups: tuple[MapGroup, ...] | None = None,
     detected: Sequence[NDArray[np.int64]] | None = None,
 ) -> TrainBatch:
-    """Some images as one micro-batch.
+    """Images and their regions as one micro-batch, possibly without any region.
 
-    Args:
-        images: At least one.
-        regions: The regions of each.
-        map_names: Maps the head reads.
-        device: Where the batch lives.
-        groups: The maps of these images where they are on the device already.
-        detected: The detected queries of each, where the head looks at these (Eq. 10).
-
-    Returns:
-        The batch; it may have no region.
-
-    Raises:
-        TrainingError: If the cache holds crops of C1 in place of the map, and none for a region.
+    ``groups`` are the maps of these images if they are on the device already; ``detected`` the
+    detected queries of each where the head attends to them (Eq. 10). TrainingError if the cache
+    holds C1 as crops and none for a region.
     """
     queries, boxes, owner = [], [], []
     for index, (image, found) in enumerate(zip(images, regions, strict=True)):
@@ -110,7 +100,7 @@ def _context_of(
     detected: Sequence[NDArray[np.int64]],
     device: torch.device,
 ) -> QueryContext:
-    """The queries that evaluation has as regions, and those trained on where they are others."""
+    """The union of detected and trained queries of each image."""
     seen = [np.union1d(d, r.query_index) for d, r in zip(detected, regions, strict=True)]
     queries = [image.queries[s] for image, s in zip(images, seen, strict=True)]
     owner = np.repeat(np.arange(len(images)), [len(s) for s in seen])
@@ -123,7 +113,7 @@ def _context_of(
 def _crops_of(
     images: Sequence[CachedImage], regions: Sequence[RegionTargets], device: torch.device
 ) -> Tensor | None:
-    """The crop of C1 of every region, shape (R, r, r, C), where the cache holds crops."""
+    """The C1 crop of every region, shape (R, r, r, C); None if the cache holds no crops."""
     parts = []
     for image, wanted in zip(images, regions, strict=True):
         held = image.c1_crops

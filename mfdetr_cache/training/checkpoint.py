@@ -1,4 +1,4 @@
-"""What a training needs to go on after it was stopped."""
+"""The checkpoint of a run, from which it is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,14 @@ CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint of a run folder, or keep the one before where the disk is full.
-
-    Args:
-        folder: The run folder.
-        state: Tensors and plain values only.
-    """
+    """Replace the checkpoint by tensors and plain values; a full disk keeps the old one."""
     # Through a file of Python's: torch's own does not say why a write failed.
     with whole_file(folder / CHECKPOINT_FILE) as partial, partial.open("wb") as file:
         torch.save(state, file)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote; a HeadError if there is none, or damaged."""
+    """The state that :func:`save_checkpoint` wrote; HeadError if it is missing or damaged."""
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         raise HeadError(f"{folder} has no {CHECKPOINT_FILE}: nothing to resume; leave --resume out")

@@ -1,4 +1,4 @@
-"""How a mask network is trained, as one frozen dataclass."""
+"""Settings of a training."""
 
 import os
 from dataclasses import dataclass
@@ -131,29 +131,17 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
     def reader_threads(self, *, on_gpu: bool) -> int:
-        """How many threads read and prepare batches.
-
-        Args:
-            on_gpu: Whether the training runs on a GPU, which leaves the cores free and takes
-                batches faster than two threads decode them.
-
-        Returns:
-            ``num_threads``; in place of 0 two, or half of the cores up to eight beside a GPU.
-        """
+        """``num_threads``; if 0, two, or half of the cores up to eight beside a GPU."""
         if self.num_threads or not on_gpu:
             return self.num_threads or 2
         return max(2, threads_beside_gpu(8))
 
     def reader_processes(self, *, on_gpu: bool) -> int:
-        """How many processes read and prepare batches in place of threads.
+        """``num_processes``; if -1, half of the cores up to eight beside a GPU, else 0.
 
-        Args:
-            on_gpu: Whether the training runs on a GPU, which is a thousand short calls per step and
-                loses a third of its time to threads that take the GIL in between.
-
-        Returns:
-            ``num_processes``; in place of -1 half of the cores up to eight beside a GPU. None where
-            that is a single one, where a number of threads is asked for, and off Linux.
+        A GPU training makes a thousand short calls per step and loses a third of its time to
+        threads that hold the GIL in between. 0 means threads: on a CPU, off Linux, where
+        ``num_threads`` is set, and where half of the cores is one.
         """
         if self.num_processes >= 0:
             return self.num_processes

@@ -1,7 +1,7 @@
-"""What a detector learns from boxes while it is tuned together with a mask network (Table 16).
+"""Box losses for tuning a detector together with a mask network (Table 16).
 
-The losses of Deformable DETR on the detector's final output, whatever it was trained with: its own
-auxiliary and denoising losses live in branches that are gone at inference.
+The losses of Deformable DETR on the final output of any detector. Auxiliary and denoising losses
+need branches that do not exist at inference.
 """
 
 from typing import Literal
@@ -37,12 +37,12 @@ def detection_loss(
     Args:
         class_logits: Shape (Q, K).
         boxes_cxcywh_norm: Shape (Q, 4).
-        labels: Labels of the G annotated objects, int64, shape (G,).
+        labels: Labels of the G annotated objects, shape (G,).
         object_cxcywh_norm: Their boxes, shape (G, 4).
-        score_function: How logits become scores; with ``softmax`` the last label is no object.
+        score_function: With ``softmax`` the last label is "no object".
 
     Returns:
-        A scalar; a batch's loss is the sum over its images divided by its objects.
+        A scalar, not yet divided by the number of objects.
     """
     device = class_logits.device
     matches = match_hungarian(

@@ -37,18 +37,8 @@ _RECENT = 50
 class DetectorTuner:
     """Trains a part of a detector (Table 16), or nothing.
 
-    Args:
-        detector: On its device.
-        tune: Which part.
-        train: The head's training settings; schedule and betas are shared.
-        lr_ratio: The detector's learning rate over the head's.
-        processes: Those that train it together.
-
-    Attributes:
-        num_parameters: How many parameters are trained.
-
-    Raises:
-        ConfigError: If the detector cannot be tuned.
+    ``lr_ratio`` is the detector's learning rate over the head's; both share schedule and betas.
+    ConfigError if the detector cannot be tuned.
     """
 
     def __init__(
@@ -86,11 +76,11 @@ class DetectorTuner:
             )
 
     def recent_loss(self) -> float:
-        """Mean loss of the last steps; 0 where nothing is trained."""
+        """Mean loss of the last 50 steps; 0 where nothing is trained."""
         return float(np.mean(self._losses)) if self._losses else 0.0
 
     def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
+        """Clear the gradients."""
         self._loss = 0.0
         if self._optimiser is not None:
             self._optimiser.zero_grad(set_to_none=True)
@@ -101,15 +91,10 @@ class DetectorTuner:
         images: Sequence[LiveImage],
         num_objects: int,
     ) -> None:
-        """Add the gradients of the losses on boxes. The graph stays for the losses on masks.
+        """Add the gradients of the box losses of a micro-batch; TrainingError if one is not finite.
 
-        Args:
-            outputs: One per image.
-            images: The images of a micro-batch.
-            num_objects: Objects of the whole step, by which the loss is divided.
-
-        Raises:
-            TrainingError: If the loss is not finite.
+        The loss is divided by ``num_objects``, the objects of the whole step. The graph is kept for
+        the backward pass of the mask losses.
         """
         if self._optimiser is None:
             return
@@ -141,7 +126,7 @@ class DetectorTuner:
         )
 
     def end_step(self, step: int) -> float | None:
-        """Change the detector; returns the loss of the step, None where nothing is trained."""
+        """Update the weights; returns the loss of the step, None where nothing is trained."""
         if self._optimiser is None:
             return None
         device = self._parameters[0].device
@@ -156,7 +141,7 @@ class DetectorTuner:
         return self._losses[-1]
 
     def state(self) -> dict[str, Any]:
-        """What is needed to go on."""
+        """Parameters, optimiser state and recent losses."""
         return {
             "parameters": [p.detach() for p in self._parameters],
             "optimiser": None if self._optimiser is None else self._optimiser.state_dict(),
@@ -164,7 +149,7 @@ class DetectorTuner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
+        """Load what :meth:`state` returned."""
         with torch.no_grad():
             for parameter, value in zip(self._parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -174,14 +159,7 @@ class DetectorTuner:
 
 
 class JointLearner(Learner):
-    """A head together with the detector it is trained on.
-
-    Args:
-        head: The mask network, on its device.
-        train: Training settings.
-        tuner: Trains the detector.
-        processes: Those that train both together.
-    """
+    """A head together with the detector it is trained on."""
 
     def __init__(
         self,
@@ -194,18 +172,9 @@ class JointLearner(Learner):
         self._tuner = tuner
 
     def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
-        """One step of both. No weight has changed when it raises.
+        """One step of both, from ``LiveBatch`` micro-batches; see :meth:`Learner.learn`.
 
-        Args:
-            batches: This process's micro-batches of the step, from a live detector.
-            first: Regions of the step that belong to processes before this one.
-            total: Regions of the step over all processes.
-
-        Returns:
-            What was done; None for a step without regions, from which only the detector learns.
-
-        Raises:
-            TrainingError: If a loss is not finite, naming the images.
+        A step without regions still trains the detector, and returns None.
         """
         step = self.step
         self._tuner.begin_step()
@@ -217,17 +186,17 @@ class JointLearner(Learner):
         return None if report is None else replace(report, box_loss=box_loss)
 
     def _with_box_losses(self, batches: Iterable[TrainBatch]) -> Iterator[TrainBatch]:
-        """The same micro-batches, the gradients of the boxes before those of the masks."""
+        """The same micro-batches, each yielded after its box losses have been back-propagated."""
         for batch in batches:
             assert isinstance(batch, LiveBatch)
             self._tuner.add_gradients(batch.outputs, batch.images, batch.num_objects)
             yield batch
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on from here, as tensors and plain values."""
+        """State of learner and tuner, as tensors and plain values."""
         return {"learner": super().state(), "tuner": self._tuner.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state; KeyError, RuntimeError or ValueError if it is of another training."""
+        """Load a state; KeyError, RuntimeError or ValueError if it is of another training."""
         super().restore(state["learner"])
         self._tuner.restore(state["tuner"])

@@ -1,4 +1,4 @@
-"""Several processes that train one head: who they are, and the sums they share."""
+"""Data-parallel training in several processes."""
 
 import itertools
 import os
@@ -20,12 +20,12 @@ class Processes:
     """This process among those of a training.
 
     Gradients are summed by hand and not by ``DistributedDataParallel``: a process whose images have
-    no region has no backward pass to hook into, and three million gradients are one message.
+    no region has no backward pass to hook into, and three million gradients fit into one message.
 
     Attributes:
-        rank: Its number, from 0.
-        world: How many there are.
-        local_rank: Its number on this machine, which is its GPU.
+        rank: From 0.
+        world: Number of processes.
+        local_rank: Rank on this machine, which is the index of its GPU.
     """
 
     rank: int = 0
@@ -34,15 +34,15 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes, logs and validates."""
+        """Whether this process writes, logs and validates."""
         return self.rank == 0
 
     def share_of(self, items: Sequence[Item]) -> list[Item]:
-        """The consecutive items of a step that are this process's, of all of its items."""
+        """This process's consecutive share of the items of a step."""
         return split(items, self.world)[self.rank]
 
     def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
-        """The integers of every process, by rank; each gives as many."""
+        """The integers of every process, by rank; all pass equally many."""
         if self.world == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=device)
@@ -51,15 +51,7 @@ class Processes:
         return [[int(v) for v in one] for one in found]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], extra: Tensor) -> Tensor:
-        """Replace the gradients of all processes by their sum.
-
-        Args:
-            parameters: What is trained; those that need no gradient are left alone.
-            extra: More numbers to be summed on the way, shape (N,).
-
-        Returns:
-            The sum of ``extra``.
-        """
+        """Replace gradients by their sum over all processes; returns the sum of ``extra``, (N,)."""
         if self.world == 1:
             return extra
         parameters = [p for p in parameters if p.requires_grad]
@@ -76,24 +68,16 @@ class Processes:
         return flat[: len(extra)]
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait for all processes (a barrier)."""
         if self.world > 1:
             distributed.barrier()
 
 
 def split(items: Sequence[Item], count: int) -> list[list[Item]]:
-    """Consecutive pieces whose lengths differ by one at most.
+    """Consecutive pieces whose lengths differ by one at most; some may be empty.
 
-    Args:
-        items: What is split.
-        count: How many pieces; some are empty when there are more than items.
-
-    Returns:
-        The pieces in order.
-
-    Examples:
-        >>> split([1, 2, 3, 4, 5], 2)
-        [[1, 2, 3], [4, 5]]
+    >>> split([1, 2, 3, 4, 5], 2)
+    [[1, 2, 3], [4, 5]]
     """
     length, longer = divmod(len(items), count)
     bounds = [0]
@@ -104,16 +88,10 @@ def split(items: Sequence[Item], count: int) -> list[list[Item]]:
 
 @contextmanager
 def training_processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` (or Slurm with its variables) has started.
+    """Join the processes started by ``torchrun`` (or Slurm with its variables), if any.
 
-    Args:
-        device: Where this process trains; decides how they talk.
-
-    Yields:
-        This process among them; alone where nothing was started.
-
-    Raises:
-        ConfigError: If the environment speaks of several processes and is not complete.
+    The backend is nccl on a GPU, else gloo. ConfigError if the environment variables are
+    incomplete.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

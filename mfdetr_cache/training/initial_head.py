@@ -1,4 +1,4 @@
-"""A head as training begins: its architecture, and the mask basis learned from annotations."""
+"""A head at the start of a training, with its mask basis fitted to the annotations."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,16 +21,7 @@ _BASIS_IMAGES = 4000
 
 
 def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> MaskHead:
-    """A head to be trained from a cache; a basis of masks is learned from its annotations.
-
-    Args:
-        config: Architecture.
-        cache: A complete cache of the training split.
-        train: Which annotations may be looked at.
-
-    Returns:
-        The head; its weights come from torch's random state, its basis does not.
-    """
+    """A head with fresh weights from torch's random state; a mask basis, if any, is fitted."""
     head = build_head(config, cache.spec)
     if head.codec is not None:
 
@@ -45,12 +36,9 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
 def fit_codec(
     codec: MaskCodec, rows: Sequence[int], masks_of: Callable[[int], NDArray[np.float32]]
 ) -> None:
-    """Learn a basis of masks from the annotations of some images.
+    """Fit a mask basis to the annotations of at most 4000 of these images.
 
-    Args:
-        codec: What gets the basis.
-        rows: Images whose annotations may be looked at.
-        masks_of: Masks of an image, shape (G, 28, 28).
+    ``masks_of(row)`` returns the masks of an image, shape (G, 28, 28).
     """
     if len(rows) > _BASIS_IMAGES:
         rows = sorted(np.random.default_rng(0).permutation(rows)[:_BASIS_IMAGES].tolist())

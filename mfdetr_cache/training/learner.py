@@ -1,4 +1,4 @@
-"""One mask network and everything that training changes about it."""
+"""A mask network with its optimiser and averaged weights, updated step by step."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,16 +26,16 @@ _RECENT = 50
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did.
+    """Numbers of one step.
 
     Attributes:
         lr: Learning rate.
         loss: Total loss.
-        bce: Its binary cross entropy, unweighted.
-        dice: Its dice loss, unweighted.
-        scoring: Its mask-IoU loss, unweighted.
+        bce: Binary cross entropy, unweighted.
+        dice: Dice loss, unweighted.
+        scoring: Mask-IoU loss, unweighted.
         regions: Regions trained on, over all processes.
-        box_loss: Loss of the detector, where it is tuned too.
+        box_loss: Loss of the detector; None where it is frozen.
     """
 
     lr: float
@@ -48,25 +48,14 @@ class StepReport:
 
 
 class Learner:
-    """A head, its optimiser, its averaged weights, and how far its training has come.
+    """A head, its optimiser, its averaged weights, and the progress of its training.
 
-    What it computes depends on the batches of each step and on nothing else, so that heads trained
-    side by side end with the weights of heads trained alone.
+    Results depend on the batches of each step alone, so heads trained side by side end with the
+    weights of heads trained alone. TrainingError if a head without RoIAlign would get several
+    images in a micro-batch.
 
-    Args:
-        head: The mask network, on its device.
-        train: Training settings.
-        processes: Those that train it together.
-
-    Attributes:
-        regions: Which regions it wants of an image.
-        step: Steps done.
-        images: Images trained on, over all processes.
-        seconds: Time of its steps, its share of reading included.
-        waiting_seconds: Part of it spent waiting for data.
-
-    Raises:
-        TrainingError: If a head without RoIAlign would get several images at a time.
+    ``step`` and ``images`` count over all processes; ``seconds`` is the time of the steps with this
+    head's share of reading, ``waiting_seconds`` the part of it spent waiting for data.
     """
 
     def __init__(
@@ -97,27 +86,27 @@ class Learner:
 
     @property
     def is_done(self) -> bool:
-        """Whether its last step is done."""
+        """Whether all steps are done."""
         return self.step >= self.train.steps
 
     def recent_loss(self) -> float:
-        """Mean total loss of the last steps; not a number before the first."""
+        """Mean total loss of the last 50 steps; NaN before the first."""
         return float(np.mean(self._losses)) if self._losses else float("nan")
 
     def result_weights(self) -> dict[str, Tensor]:
-        """The averaged weights where averaging is on, else the last ones."""
+        """The averaged weights if averaging is on, else the current ones."""
         return self._average if self.train.ema_decay else self.head.state_dict()
 
     def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
-        """One optimiser step. No weight has changed when it raises.
+        """One optimiser step; if it raises, no weight has changed.
 
         Args:
             batches: This process's micro-batches of the step.
-            first: Regions of the step that belong to processes before this one.
+            first: Regions of the step in processes of lower rank.
             total: Regions of the step over all processes.
 
         Returns:
-            What was done; None for a step without regions, which only counts.
+            None for a step without regions, which is only counted.
 
         Raises:
             TrainingError: If the loss is not finite, naming the images.
@@ -144,7 +133,7 @@ class Learner:
         return StepReport(rate, loss, bce, dice, scoring, total)
 
     def _add_gradients(self, batches: Iterable[TrainBatch], first: int, total: int) -> list[float]:
-        """The gradients of a step over all processes; its loss, BCE, dice and scoring."""
+        """Accumulate the gradients of a step; returns its loss, BCE, dice and scoring."""
         sums = torch.zeros(4, device=self.device)
         known = arriving(sums)
         image_ids: list[int] = []
@@ -174,7 +163,7 @@ class Learner:
         return [total_loss, *parts_of_it]
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on from here, as tensors and plain values."""
+        """The complete training state, as tensors and plain values."""
         return {
             "step": self.step,
             "images": self.images,
@@ -188,7 +177,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state; KeyError, RuntimeError or ValueError if it is of another training."""
+        """Load a state; KeyError, RuntimeError or ValueError if it is of another training."""
         self.step = int(state["step"])
         self.images = int(state["images"])
         self.seconds = float(state["seconds"])
@@ -203,7 +192,7 @@ class Learner:
         self._scaler.load_state_dict(state["scaler"])
 
     def _average_weights(self) -> None:
-        """Move the averaged weights; the first steps move them more, away from the initial ones."""
+        """Update the moving average; its decay rises over the first steps."""
         if not self.train.ema_decay:
             return
         decay = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
@@ -219,12 +208,12 @@ def build_learner(
     device: torch.device,
     processes: Processes | None = None,
 ) -> Learner:
-    """A learner of a :func:`seeded_head`."""
+    """A learner with a :func:`seeded_head`."""
     return Learner(seeded_head(config.seed, make_head, device), config, processes)
 
 
 def seeded_head(seed: int, make_head: Callable[[], MaskHead], device: torch.device) -> MaskHead:
-    """A head whose initial weights depend on the seed alone, whatever the device."""
+    """A head whose initial weights depend on the seed alone, not on the device."""
     torch.manual_seed(seed)
     head = make_head().to(device)
     if not any(True for _ in head.parameters()):
@@ -240,19 +229,10 @@ def loss_of_batch(
     share: tuple[int, int] | None = None,
     forward: Callable[[HeadBatch], HeadOutput] | None = None,
 ) -> LossParts:
-    """The losses of a micro-batch; the points depend on seed and step alone.
+    """The losses of a micro-batch; sampled points depend on seed and step alone.
 
-    Args:
-        head: The mask network.
-        batch: From a cache, or from a live detector.
-        train: Training settings.
-        step: Step, counted from 0.
-        share: How many regions of the step come before the batch's, and how many there are in all;
-            None for a step that is one micro-batch.
-        forward: What to call in place of the head, such as its compiled form.
-
-    Returns:
-        The losses.
+    ``share`` is the number of regions of the step before this batch, and in all; None if the batch
+    is the whole step. ``forward`` replaces the head's own call, such as by its compiled form.
     """
     generator = torch.Generator(batch.masks.device)
     generator.manual_seed(train.seed * 1_000_003 + step)
@@ -270,7 +250,7 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(
     amp: Literal["off", "bf16", "fp16"], device: torch.device
 ) -> AbstractContextManager[object]:
-    """Run a network in this precision where that is safe."""
+    """A context in which a network runs in mixed precision; without effect for ``off``."""
     if amp == "off":
         return nullcontext()
     return torch.autocast(device.type, _TYPES[amp])

@@ -1,4 +1,4 @@
-"""The training loop: takes steps from a source and lets each learner learn from them."""
+"""The training loop: each step of a source is given to every learner."""
 
 import contextlib
 import time
@@ -17,15 +17,11 @@ from mfdetr_cache.training.run import Run
 
 
 class TrainingLoop:
-    """Trains one head, or several that learn from the same steps.
+    """Trains one head, or several from the same steps.
 
-    Args:
-        source: Where steps come from.
-        runs: The heads; each of them ends with the weights it would end with alone.
-        reporter: Who is told about progress.
-        processes: Those that train together.
-        split_when_full: Compute steps in more micro-batches when the GPU's memory is full.
-        on_step: Called after each step with the number of steps done.
+    Each head ends with the weights that it would have if trained alone. ``split_when_full`` doubles
+    the micro-batches of a step when the GPU is out of memory; ``on_step`` is called after each step
+    with the number of steps done.
     """
 
     def __init__(
@@ -49,14 +45,10 @@ class TrainingLoop:
         self._micro_batches = self._train.accumulate
 
     def run(self, until: int | None = None) -> None:
-        """Train until every head is done or has failed, or until a signal asks to stop.
+        """Train until every head is done or has failed, or until step ``until`` (exclusive).
 
-        Args:
-            until: Stop before this step; None goes on to the end.
-
-        Raises:
-            StoppedError: If a signal ended it; checkpoints are written.
-            TrainingError: If the device does not hold a step's images.
+        A signal writes checkpoints and raises StoppedError. TrainingError if a step's images do not
+        fit into the GPU's memory.
         """
         active = [run for run in self._runs if run.is_active]
         if not active:
@@ -77,7 +69,7 @@ class TrainingLoop:
             )
 
     def _run(self, numbers: range) -> bool:
-        """Go through some steps; whether a signal asked to stop."""
+        """Run some steps; returns whether a signal asked to stop."""
         saved = time.monotonic()
         with (
             stop_on_signals() as stop,
@@ -109,7 +101,7 @@ class TrainingLoop:
     def _shares(
         self, step: Step, counts: Sequence[Sequence[int]]
     ) -> Mapping[RegionSettings, tuple[int, int]]:
-        """Regions of the processes before this one, and of all, for each kind of regions."""
+        """Per kind of regions: the number in processes of lower rank, and in all processes."""
         return {
             regions: (sum(c[i] for c in counts[: self._processes.rank]), sum(c[i] for c in counts))
             for i, regions in enumerate(step.counts, 1)
@@ -123,14 +115,10 @@ class TrainingLoop:
         read: float,
         waited: float,
     ) -> None:
-        """Every head that has come this far learns from a step.
+        """Train every head whose next step is ``number``.
 
-        Args:
-            number: The step, counted from 0.
-            step: What to learn from.
-            shares: What comes before this process's regions, and how many there are.
-            read: Seconds in which the step was read and prepared, shared by the heads.
-            waited: Seconds of them without anything to do.
+        ``read`` and ``waited`` are seconds: reading and preparing the step, shared by the heads,
+        and the part of it in which the loop was idle.
         """
         learning = [run for run in self._runs if run.is_active and run.learner.step == number]
         notes = []
@@ -151,7 +139,7 @@ class TrainingLoop:
         self._reporter.advance(note=notes[0] if notes else "")
 
     def _learn(self, run: Run, step: Step, share: tuple[int, int]) -> StepReport | None:
-        """One step of one head, in as many micro-batches as its device asks for."""
+        """One step of one head; out of memory, again in more micro-batches."""
         try:
             while True:
                 self._prepare(step)
@@ -166,7 +154,7 @@ class TrainingLoop:
             return None
 
     def _prepare(self, step: Step) -> None:
-        """Have a step on its device, in as many micro-batches as it asks for."""
+        """Move a step to the device; out of memory, again in more micro-batches."""
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
                 step.prepare(self._micro_batches)
@@ -174,7 +162,7 @@ class TrainingLoop:
             self._split_further(step)
 
     def _split_further(self, step: Step) -> None:
-        """Compute steps in twice as many micro-batches from now on, where that can help."""
+        """Double the micro-batches of this and later steps; TrainingError if that cannot help."""
         step.release()
         torch.cuda.empty_cache()
         if not self._split_when_full or self._micro_batches >= step.num_own_images:
@@ -189,7 +177,7 @@ class TrainingLoop:
         )
 
     def _save(self, *, going_on: bool) -> None:
-        """Checkpoints; where there is something left to do, a full disk ends nothing yet."""
+        """Write checkpoints; with ``going_on``, a full disk is only a warning."""
         if self._processes.is_first:
             for run in self._runs:
                 if run.problem is not None:

@@ -14,14 +14,14 @@ from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """The losses of one batch, each a scalar, already weighted in ``total`` only.
+    """The losses of one batch, each a scalar; only ``total`` is weighted.
 
     Attributes:
-        total: What is minimised.
+        total: Weighted sum, which is minimised.
         bce: Binary cross entropy, mean over points and regions.
         dice: Dice loss, mean over regions.
-        scoring: Squared error of the predicted mask IoU, mean over regions; a region that has
-            nothing to score adds none.
+        scoring: Squared error of the predicted mask IoU, mean over regions; 0 for regions without a
+            score target.
     """
 
     total: Tensor
@@ -31,29 +31,21 @@ class LossParts:
 
 
 def dice_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """One minus the dice coefficient with the customary +1, per region.
-
-    Args:
-        probabilities: In [0, 1], shape (R, N).
-        targets: In [0, 1], shape (R, N).
-
-    Returns:
-        Shape (R,).
-    """
+    """One minus the dice coefficient, smoothed by 1, of two tensors in [0, 1]: (R, N) to (R,)."""
     overlap = 2 * (probabilities * targets).sum(-1)
     return 1 - (overlap + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
 
 
 def mask_iou_targets(mask_logits: Tensor, masks: Tensor, outside: Tensor) -> Tensor:
-    """IoU of each predicted mask with its object, the part outside the box counted as missed.
+    """IoU of each predicted mask with its object, including the object's part outside the box.
 
     Args:
         mask_logits: Shape (R, r, r).
         masks: Coverage of the object over the box, shape (R, t, t), t a multiple of r.
-        outside: Area of the object outside the box, in units of the box's area, shape (R,).
+        outside: Area of the object outside the box, over the box's area, shape (R,).
 
     Returns:
-        IoU in [0, 1], shape (R,); 0 for an empty prediction.
+        In [0, 1], shape (R,); 0 for an empty prediction.
     """
     side = int(mask_logits.shape[-1])
     predicted = (mask_logits >= 0).to(masks.dtype)
@@ -73,26 +65,22 @@ def head_losses(
     share: tuple[int, int] | None = None,
     codec: MaskCodec | None = None,
 ) -> LossParts:
-    """The losses of a batch of R regions.
+    """The losses of R > 0 regions; ValueError for none.
 
     Args:
-        output: What the mask network gave.
+        output: Of the mask network.
         masks: Coverage of the object over each box, shape (R, t, t), or over the whole image where
-            the output's masks are, of any two sides.
-        labels: Label of each object, shape (R,).
-        outside: Area of each object outside the box, in units of the box's area, shape (R,).
+            the output's masks are, (R, h, w).
+        labels: Label of each object, -1 for none, shape (R,).
+        outside: Area of each object outside the box, over the box's area, shape (R,).
         config: Points and weights.
-        generator: Source of the sampled points.
-        share: Where these regions stand in a step that is computed in pieces: index of the first,
-            and how many there are in all. Every mean is then this piece's part of the mean over the
-            step, so that the losses and gradients of the pieces add up to those of the step.
+        generator: Of the sampled points.
+        share: Index of the first region within its step, and the number of regions of the step.
+            Means are then over the step, so that losses and gradients of micro-batches add up.
         codec: Encodes the annotated masks where the output has codes.
 
     Returns:
         The parts and their weighted sum.
-
-    Raises:
-        ValueError: If R is 0; such a batch has nothing to teach and is to be passed over.
     """
     logits = output.mask_logits.float()
     if not len(logits):

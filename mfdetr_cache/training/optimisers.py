@@ -1,4 +1,4 @@
-"""Who changes the weights: AdamW alone, as in the paper, or Muon for the matrices beside it."""
+"""Optimisers and learning rate: AdamW as in the paper, or Muon for the matrices beside it."""
 
 import math
 from typing import Any
@@ -10,19 +10,12 @@ from mfdetr_cache.training.config import TrainConfig
 
 
 def build_optimisers(head: nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimisers of a head; together they have each of its parameters once.
+    """AdamW, followed by Muon if chosen; together they have each parameter of a head once.
 
     Muon (Jordan et al., 2024) steps along the nearest orthogonal matrix to its momentum, so every
     direction of a matrix moves equally far. Its steps are scaled to AdamW's usual size (Liu et al.,
-    2025), which lets both share one learning rate. Vectors, tables and kernels of convolutions,
-    which are no matrices, stay with AdamW.
-
-    Args:
-        head: The mask network.
-        config: Which optimiser, learning rate, betas, weight decay.
-
-    Returns:
-        AdamW, and Muon behind it where it is asked for.
+    2025), so that both share one learning rate. Vectors, tables and convolution kernels stay with
+    AdamW.
     """
     decayed, plain = _split(head)
     muon: list[Tensor] = []
@@ -48,10 +41,10 @@ def build_optimisers(head: nn.Module, config: TrainConfig) -> tuple[torch.optim.
 
 
 class _Muon(torch.optim.Muon):
-    """Muon in float32, matrices of one shape at a time.
+    """Muon in float32, on stacks of matrices of equal shape.
 
-    Settings and state are torch's own. Its step goes matrix by matrix through bfloat16, which many
-    CPUs only emulate: there it took up to half of a whole step.
+    Settings and state are those of torch.optim.Muon, whose step goes matrix by matrix through
+    bfloat16. Many CPUs emulate that: it took up to half of a training step.
     """
 
     @torch.no_grad()
@@ -74,7 +67,7 @@ class _Muon(torch.optim.Muon):
                     parameter.mul_(shrink).add_(direction, alpha=-size)
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Nesterov's look-ahead along the running mean of the gradients."""
+        """Nesterov momentum: the gradient averaged once more with its running mean."""
         assert parameter.grad is not None
         state, share = self.state[parameter], group["momentum"]
         if "momentum_buffer" not in state:
@@ -90,14 +83,14 @@ def orthogonal(
     """Nearly orthogonal matrices with the same singular vectors, by Newton-Schulz iteration.
 
     Args:
-        matrices: Shape (B, m, n).
-        coefficients: Of the odd polynomial of degree five that is applied to singular values
-            (Jordan et al., 2024); the usual ones bring them into 0.7 to 1.2 rather than to 1.
-        rounds: How often.
+        matrices: float32, shape (B, m, n).
+        coefficients: Of the odd quintic polynomial applied to singular values (Jordan et al.,
+            2024); the usual ones bring them into 0.7 to 1.2 rather than to 1.
+        rounds: Number of iterations.
         least_norm: Matrices of a smaller norm are not scaled up to 1.
 
     Returns:
-        Shape (B, m, n); float32 like the input.
+        float32, shape (B, m, n).
     """
     linear, cubic, quintic = coefficients
     # The product with the transpose is smaller from the shorter side.
@@ -112,7 +105,7 @@ def orthogonal(
 
 
 def _split(head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters with weight decay, and vectors and tables, which have none."""
+    """Parameters with weight decay, and those without: vectors and tables."""
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, parameter in head.named_parameters():
@@ -122,19 +115,11 @@ def _split(head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of one step.
+    """The learning rate of a step, counted from 0.
 
-    Args:
-        config: Peak rate and schedule.
-        step: Step, counted from 0.
-
-    Returns:
-        The rate.
-
-    Examples:
-        >>> config = TrainConfig(steps=100, lr=1.0)
-        >>> [round(learning_rate(config, s), 3) for s in (0, 89, 90, 95)]
-        [1.0, 1.0, 0.1, 0.01]
+    >>> config = TrainConfig(steps=100, lr=1.0)
+    >>> [round(learning_rate(config, s), 3) for s in (0, 89, 90, 95)]
+    [1.0, 1.0, 0.1, 0.01]
     """
     rate = config.lr
     if step < config.warmup_steps:

@@ -1,4 +1,4 @@
-"""The order in which training visits images and their views; it depends on the seed alone."""
+"""The order of images and views in a training; it depends on the seed alone."""
 
 import functools
 from collections.abc import Sequence
@@ -13,14 +13,13 @@ PARTS_MIXED = 8
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which rows each step trains on: all rows once per epoch.
+    """The rows of each step; every row once per epoch.
 
     Attributes:
-        rows: Rows to train on.
+        rows: Rows of the cache.
         batch_size: Rows per step; the last step of an epoch may have fewer.
         seed: Of the training.
-        part_of_row: Part of each of these rows, to go through the cache some parts at a time; None
-            mixes all rows.
+        part_of_row: Part of each row, to shuffle within some parts at a time; None shuffles all.
     """
 
     rows: tuple[int, ...]
@@ -30,11 +29,11 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that show every row once."""
+        """Steps per epoch."""
         return steps_per_epoch(len(self.rows), self.batch_size)
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows of one step, counted from 0 over all epochs, for all processes together."""
+        """The rows of a step (counted from 0 over all epochs) of all processes together."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.part_of_row is None:
             order = epoch_order(len(self.rows), self.seed, epoch)
@@ -46,25 +45,16 @@ class Order:
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the rows of one epoch, counted from 0."""
+    """A permutation of the rows for one epoch."""
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order_by_parts(part_of_row: tuple[int, ...], seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the rows of one epoch that reads some parts of the cache at a time.
+    """A permutation of ``part_of_row`` for one epoch that reads few parts of the cache at a time.
 
-    Parts are drawn in random order; the rows of ``PARTS_MIXED`` of them at a time are mixed. An
-    image then meets others of its part as rarely as one in ``PARTS_MIXED``, and what is read at a
-    time lies in few files.
-
-    Args:
-        part_of_row: Part of each row.
-        seed: Of the training.
-        epoch: Counted from 0.
-
-    Returns:
-        A permutation of the positions of ``part_of_row``.
+    Parts are drawn in random order, ``PARTS_MIXED`` at a time, and the rows of these are shuffled
+    together.
     """
     random = np.random.default_rng((seed, epoch))
     parts = np.array(part_of_row)
@@ -74,22 +64,12 @@ def epoch_order_by_parts(part_of_row: tuple[int, ...], seed: int, epoch: int) ->
 
 
 def view_of_epoch(views: Sequence[str], seed: int, row: int, epoch: int) -> str:
-    """Which view of an image an epoch shows: as many epochs as there are views show each once.
-
-    Args:
-        views: Names of the views.
-        seed: Of the training.
-        row: Row of the image.
-        epoch: Counted from 0.
-
-    Returns:
-        Name of the view.
-    """
+    """The view of an image in an epoch; N views are each shown once in N epochs."""
     cycle, position = divmod(epoch, len(views))
     order = np.random.default_rng((seed, row, cycle)).permutation(len(views))
     return views[int(order[position])]
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Steps that show every row once."""
+    """The last step of an epoch may have fewer rows."""
     return -(-num_rows // batch_size)

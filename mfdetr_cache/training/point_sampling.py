@@ -40,9 +40,9 @@ def uncertain_points(
         num_points: Points N per mask.
         oversample_ratio: Uniform candidates per point (k of the paper).
         importance_sample_ratio: Share of N taken from the least certain candidates (beta).
-        generator: Source of the candidates.
-        share: Where these masks stand among all masks of a step: index of the first, and how many
-            there are. A step in pieces then draws the points of a whole one.
+        generator: Of the candidates.
+        share: Index of the first mask within its step, and the number of masks of the step;
+            micro-batches then draw the points of the whole step.
 
     Returns:
         x and y in [0, 1], shape (R, N, 2).

@@ -1,4 +1,4 @@
-"""Named configurations: one function per recipe; its docstring says where it comes from."""
+"""Named configurations: one function per recipe, whose docstring names its source."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,13 +12,7 @@ from mfdetr_cache.training.config import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A head and the way it is trained.
-
-    Attributes:
-        name: What ``--recipe`` calls it.
-        head: Architecture.
-        train: Training settings.
-    """
+    """A head and its training settings, as named by ``--recipe``."""
 
     name: str
     head: HeadConfig
@@ -31,14 +25,15 @@ def paper() -> Recipe:
 
 
 def fast() -> Recipe:
-    """A small head that learns from some hundred images within 25 minutes on two cores.
+    """A small head that trains on some hundred images within 25 minutes on two cores.
 
     The paper's parts at half the width after the mapper, with one image layer and four box layers
-    on a 16 x 16 grid, which costs less than two of them on 32 x 32. Batches of two and Muon for
-    the matrices get the most out of the steps that fit the time. Every well-placed query is trained
-    on instead of one per object, with averaged weights. Mask scoring is off: it has a regressor for
-    every label, and some hundred images are too few for it. All chosen on a fifth of the training
-    images (docs/results.md has the steps and what each was worth). Made for a cache with views.
+    on a 16 x 16 grid, which costs less than two of them on 32 x 32. Batches of two and Muon for the
+    matrices get the most out of the steps that fit the time. Every query with enough overlap is
+    trained on instead of one per object, with averaged weights. Mask scoring is off: it has a
+    regressor for every label, and some hundred images are too few for it. All chosen on a fifth of
+    the training images (docs/results.md has the steps and what each was worth). Made for a cache
+    with views.
     """
     head = HeadConfig(
         hidden_dim=64,
@@ -103,17 +98,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:
-    """A recipe with some of its settings replaced.
+    """A recipe with settings replaced as typed with ``--set``.
 
-    Args:
-        name: Name of the recipe.
-        assignments: Setting names to values as typed with ``--set``.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        ConfigError: If the recipe or a setting is unknown, or a value cannot be used.
+    ConfigError if the recipe or a setting is unknown, or a value cannot be used.
     """
     if name not in RECIPES:
         raise ConfigError(f"--recipe: unknown recipe {name!r}{nearest(name, list(RECIPES))}")
@@ -124,16 +111,9 @@ def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:
 
 
 def split_settings(assignments: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of head and training from what was typed, checked.
+    """Fields of HeadConfig and of TrainConfig, converted, from settings as typed with ``--set``.
 
-    Args:
-        assignments: Setting names to values as typed with ``--set``.
-
-    Returns:
-        Fields of HeadConfig and fields of TrainConfig, converted to their types.
-
-    Raises:
-        ConfigError: If a setting is unknown or a value cannot be used.
+    ConfigError if a setting is unknown or a value cannot be used.
     """
     head, train = _split(assignments)
     full_head = override(HeadConfig(), head, "--set")

@@ -1,4 +1,4 @@
-"""From one cached image to regions with targets: matched queries, their boxes, what is inside."""
+"""Training targets of a cached image: matched queries, their boxes, and the masks inside."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -20,9 +20,10 @@ _WHOLE_IMAGE = np.array([0, 0, 1, 1], dtype=np.float32)
 
 @dataclass(frozen=True, slots=True)
 class RegionSettings:
-    """What decides the regions of a head and how C1 is cut; heads with equal ones share both.
+    """Settings that decide the regions of a head and how C1 is cropped.
 
-    Attributes are those of :class:`TrainConfig` and :class:`HeadConfig` with the same names.
+    Fields are those of :class:`TrainConfig` and :class:`HeadConfig` with the same names. Heads with
+    equal settings share regions and crops.
     """
 
     match: Literal["hungarian", "iou"]
@@ -39,7 +40,7 @@ class RegionSettings:
 
     @classmethod
     def of(cls, train: TrainConfig, head: HeadConfig) -> "RegionSettings":
-        """Those of a head of this architecture, trained in this way."""
+        """The fields of both configurations."""
         of_head = ("roi_size", "roi_sampling_ratio", "roialign")
         names = [f.name for f in fields(cls)]
         return cls(**{n: getattr(head if n in of_head else train, n) for n in names})
@@ -50,12 +51,12 @@ class RegionTargets:
     """The R regions of one image that are trained on.
 
     Attributes:
-        query_index: Query of each region, int64, shape (R,).
-        boxes_xyxy_norm: Box of each region relative to the resized image, float32, shape (R, 4).
-        labels: Label of the object, -1 where the detector has none, int64, shape (R,).
-        masks: Coverage of the object over the box, float32, shape (R, t, t); without RoIAlign over
-            the whole image, in cells of four input pixels, shape (R, h, w).
-        outside: Area of the object outside the box, as a share of the box's area, shape (R,).
+        query_index: Shape (R,).
+        boxes_xyxy_norm: Relative to the resized image, shape (R, 4).
+        labels: Label of the object, -1 where the detector has none, shape (R,).
+        masks: Coverage of the object over the box, in [0, 1], shape (R, t, t); without RoIAlign
+            over the whole image, in cells of four input pixels, shape (R, h, w).
+        outside: Area of the object outside the box, over the box's area, shape (R,).
     """
 
     query_index: NDArray[np.int64]
@@ -71,15 +72,10 @@ class RegionTargets:
 def build_regions(
     image: CachedImage, config: RegionSettings, random: np.random.Generator
 ) -> RegionTargets:
-    """Match, jitter and rasterise one image.
+    """Match, jitter and rasterise one image, of which the maps are not needed.
 
-    Args:
-        image: A cached image; its maps are not needed.
-        config: How to match and to jitter, and on which grid.
-        random: Source of jitter and of the choice among too many regions.
-
-    Returns:
-        The regions, none where the image has no object that a query answers for.
+    ``random`` decides the jitter and which regions are kept beyond ``max_regions``. The result is
+    empty where no object is matched.
     """
     objects = trainable_objects(image.ground_truth, config.held_out)
     side = config.roi_size * config.target_scale
@@ -144,7 +140,7 @@ def _jitter(
     config: RegionSettings,
     random: np.random.Generator,
 ) -> NDArray[np.float32]:
-    """Replace some boxes by the object's own and move the sides a little."""
+    """Replace some boxes by the object's own and shift the sides of all."""
     if config.gt_box_share:
         swap = random.random(len(boxes)) < config.gt_box_share
         boxes = np.where(swap[:, None], target, boxes)

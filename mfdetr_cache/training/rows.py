@@ -1,4 +1,4 @@
-"""Which rows of a cache are trained on."""
+"""The rows of a cache that are trained on."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,9 @@ from mfdetr_cache.training.config import TrainConfig
 
 
 def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
-    """Rows with an object to learn from, in order; a TrainingError if there is none.
+    """Rows with at least one object to learn from, in order; TrainingError if there is none.
 
-    Args:
-        cache: A complete cache.
-        train: Which categories are hidden, which images are kept to measure on, and of how many of
-            the others the masks are seen.
-
-    Returns:
-        At least one row.
+    Respects ``held_out``, ``val_split`` and ``label_fraction``.
     """
     if train.val_split:
         cache, _ = cache.split(train.val_split)
@@ -35,7 +29,7 @@ def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
 
 
 def kept_rows(rows: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """A fraction of some rows, at least one; smaller ones lie inside larger ones of one seed."""
+    """A random fraction of rows, at least one; with one seed, smaller fractions are subsets."""
     order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
     kept = order[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(kept)]

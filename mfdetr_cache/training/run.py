@@ -1,4 +1,4 @@
-"""One training and its folder: its learner, checkpoints, log, and measurements on the way."""
+"""A training with its run folder: learner, checkpoints, log and validation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +31,9 @@ class Validation:
     """How a run is measured.
 
     Attributes:
-        measure: Metrics of a head with the weights to be measured.
-        every: Steps between two measurements on the way; None measures at the end alone.
-        keeps_best: Whether the best weights that were measured are kept.
+        measure: Computes the metrics of a head.
+        every: Steps between measurements; None measures at the end only.
+        keeps_best: Save the weights with the best AP.
     """
 
     measure: "Callable[[MaskHead, Reporter], EvaluateSummary]"
@@ -44,30 +44,18 @@ class Validation:
     def on_cache(
         cls, cache: FeatureCache, device: torch.device, every: int | None = None
     ) -> "Validation":
-        """Measure on a cache of the same detector, every so many steps and at the end."""
+        """Measure on a cache of the same detector, every ``every`` steps and at the end."""
         from mfdetr_cache.evaluation.measure import measure
 
         return cls(lambda head, reporter: measure(cache, head, device, reporter)[0], every)
 
 
 class Run:
-    """One training and its folder.
+    """A training with its folder; with ``resume``, at the folder's checkpoint if there is one.
 
-    Args:
-        learner: What is trained.
-        folder: The run folder; None keeps nothing.
-        log: Its log.
-        validation: How it is measured; needs a folder and a log.
-        resume: Go back to the folder's checkpoint, where there is one.
-
-    Attributes:
-        learner: What is trained.
-        problem: Why it ended early, if it did.
-        best_ap: Best mask AP measured so far, before a stop too; None without any.
-        best_step: The step it was measured at.
-
-    Raises:
-        HeadError: If the checkpoint is damaged or of another run.
+    Without a folder nothing is written. HeadError if the checkpoint is damaged or of another run.
+    ``problem`` is the error that ended it early, if any; ``best_ap`` the best mask AP measured,
+    also before a resume, at ``best_step``.
     """
 
     def __init__(
@@ -92,16 +80,16 @@ class Run:
 
     @property
     def is_active(self) -> bool:
-        """Whether it has steps left."""
+        """Whether it has steps left and has not failed."""
         return self.problem is None and not self.learner.is_done
 
     def save(self) -> None:
-        """Write a checkpoint; where the disk is full, the one before is kept."""
+        """Write a checkpoint; OutputError if the disk is full, with the old one kept."""
         if self._folder is not None:
             save_checkpoint(self._folder, self.learner.state())
 
     def add_to_log(self, report: StepReport) -> None:
-        """Write down every tenth step, and the last one."""
+        """Log every tenth step, and the last one."""
         learner = self.learner
         if self._log is None or (learner.step % _LOG_EVERY and not learner.is_done):
             return
@@ -115,7 +103,7 @@ class Run:
         )
 
     def note(self, report: StepReport | None) -> str:
-        """What to show beside the progress: speed, losses and AP, or what went wrong."""
+        """Text beside the progress bar: speed, losses and AP, or the error."""
         learner = self.learner
         if self.problem is not None:
             return str(self.problem)
@@ -135,12 +123,12 @@ class Run:
 
     @property
     def is_to_be_measured(self) -> bool:
-        """Whether it is time for a measurement on the way."""
+        """Whether a measurement is due at this step, before the end."""
         every = None if self._validation is None else self._validation.every
         return every is not None and self.learner.step % every == 0 and self.is_active
 
     def measure(self, reporter: Reporter | None = None) -> "EvaluateSummary | None":
-        """Measure the result as it is now, log it, and keep its weights if they are the best."""
+        """Measure and log the current result weights, and save them if they are the best."""
         if self._validation is None:
             return None
         assert self._folder is not None
@@ -160,7 +148,7 @@ class Run:
         return found
 
     def end(self, reporter: Reporter, processes: Processes) -> "EvaluateSummary | None":
-        """Measure the final weights, in the first process alone, and close the log."""
+        """Measure the final weights in the first process only, and close the log."""
         measured = self.measure(reporter) if processes.is_first else None
         if self._log is not None:
             self._log.close()
@@ -168,7 +156,7 @@ class Run:
         return measured
 
     def _is_best(self, ap: float, step: int) -> bool:
-        """Remember a measurement; whether it is the best so far."""
+        """Record a measurement; returns whether it is the best so far."""
         self._last_ap = ap
         if self.best_ap is not None and ap <= self.best_ap:
             return False
@@ -176,7 +164,7 @@ class Run:
         return True
 
     def _restore(self) -> None:
-        """Go back to the checkpoint, and to the best measurement before it."""
+        """Load the checkpoint, and the best measurement before it from the log."""
         if self._folder is None or not (path := self._folder / CHECKPOINT_FILE).is_file():
             return
         try:
@@ -200,20 +188,9 @@ def begin_run(
     resume: bool,
     same: Sequence[str] = ("head", "train", "detector", "annotations"),
 ) -> Run:
-    """Begin the folder of a run, or go on with the run that is in it.
+    """Create the folder of a run, or resume the run in it; see :func:`prepare_folder`.
 
-    Args:
-        learner: What is trained.
-        folder: The run folder.
-        record: What its ``config.json`` says beside the architecture.
-        processes: Those that train together; the first one writes.
-        track: Where numbers go beside ``metrics.jsonl``.
-        validation: How it is measured; None if it is not.
-        resume: Whether there should be a run to go on with.
-        same: What must not have changed then, see :func:`prepare_folder`.
-
-    Returns:
-        The run, at its checkpoint where there is one.
+    Only the first process writes. ``track`` names trackers beside ``metrics.jsonl``.
     """
     if processes.is_first:
         prepare_folder(folder, learner.head.config, record, resume=resume, same=same)

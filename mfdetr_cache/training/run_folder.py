@@ -1,4 +1,4 @@
-"""The folder of a run: begun once, and resumed with the same settings only."""
+"""The folder of a run; it is resumed with the same settings only."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
 def record_of_cache(
     recipe: str, train: TrainConfig, cache: FeatureCache, val_cache: str | None
 ) -> RunRecord:
-    """The record of a run that trains from a cache and is measured on another, or on none."""
+    """The record of a run that trains from a cache."""
     identity = detector_identity(cache.spec)
     return RunRecord(
         recipe=recipe,
@@ -45,7 +45,7 @@ def record_of_cache(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a training's numbers depend on, by name."""
+    """Versions of the packages that results depend on, by name."""
     return {
         "mfdetr_cache": mfdetr_cache.__version__,
         "python": platform.python_version(),
@@ -62,17 +62,10 @@ def prepare_folder(
     resume: bool,
     same: Sequence[str] = ("head", "train", "detector", "annotations"),
 ) -> None:
-    """Begin a run folder, or make sure that an old one is the same run.
+    """Create a run folder, or with ``resume`` check that it holds the same run.
 
-    Args:
-        out: The folder.
-        head: Architecture of the head.
-        run: What else ``config.json`` says.
-        resume: Whether there should be a run to go on with.
-        same: What must not have changed then.
-
-    Raises:
-        HeadError: If the folder is in use, or another run would be resumed.
+    ``same`` are the entries of ``config.json`` that must be unchanged. HeadError if the folder is
+    in use, holds no run, or a different one.
     """
     path = out / CONFIG_FILE
     if resume:

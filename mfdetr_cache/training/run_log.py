@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: JSON lines, TensorBoard events, and other trackers."""
+"""The log of a run: JSON lines, TensorBoard events and other trackers."""
 
 import contextlib
 import importlib
@@ -17,25 +17,20 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _Sink(Protocol):
-    """Something that keeps numbers by step."""
+    """A tracker."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Keep some numbers."""
+        """Record scalars of a step."""
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close."""
 
 
 class RunLog:
-    """The log of one run; every line goes to ``metrics.jsonl`` and its numbers to the trackers.
+    """The log of one run: lines in ``metrics.jsonl``, their numbers in the trackers too.
 
-    Args:
-        folder: The run folder.
-        trackers: Where the numbers go beside the file.
-        settings: What the trackers show as the run's settings.
-
-    Raises:
-        ConfigError: If a tracker's package is not installed.
+    ``settings`` are shown by the trackers as the run's configuration. ConfigError if a tracker's
+    package is not installed.
     """
 
     def __init__(
@@ -48,13 +43,10 @@ class RunLog:
         self._sinks: list[_Sink] = [made[t](folder, settings) for t in trackers]
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line; hours of training do not end because a disk is full for a while.
+        """Add a line with ``step``; trackers get nested numbers as ``outer/inner``.
 
-        Lines that found no room are written with the next one that does. A tracker that fails for
-        want of room is left, with a warning.
-
-        Args:
-            line: Plain values; ``step`` among them. Nested numbers are named ``outer/inner``.
+        A full disk does not end the training: lines that could not be written are kept for the next
+        call, and a tracker that cannot write is dropped with a warning.
         """
         self._pending.append(json.dumps(line) + "\n")
         try:
@@ -73,11 +65,7 @@ class RunLog:
                 warnings.warn(f"{type(sink).__name__.strip('_')} ends here: {error}", stacklevel=2)
 
     def close(self) -> None:
-        """Write what is still held, and let the trackers write theirs.
-
-        Raises:
-            OutputError: If the disk is full.
-        """
+        """Write pending lines and close the trackers; OutputError if the disk is full."""
         self._write_pending()
         for sink in self._sinks:
             with writing(self._path.parent):
@@ -97,14 +85,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that a kill has torn is left out.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        Plain values, in the order they were written.
-    """
+    """The lines of a run's log in order, without one that is cut off because of a kill."""
     path = folder / METRICS_FILE
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
@@ -114,14 +95,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:
-    """Refuse trackers that are not installed before anything is begun.
-
-    Args:
-        trackers: Their names.
-
-    Raises:
-        ConfigError: Saying what to install.
-    """
+    """Refuse trackers that are unknown or not installed; the ConfigError says what to install."""
     for tracker in trackers:
         if tracker not in get_args(Tracker):
             known = ", ".join(get_args(Tracker))
@@ -145,7 +119,7 @@ def _numbers(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
 
 
 class _TensorBoard:
-    """Event files in the run folder; ``tensorboard --logdir`` of its parent compares runs."""
+    """Event files in the run folder."""
 
     def __init__(self, folder: Path, _settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -161,7 +135,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of Weights & Biases, in the folder; offline where WANDB_MODE says so."""
+    """A Weights & Biases run in the run folder; WANDB_MODE=offline is respected."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
@@ -177,7 +151,7 @@ class _WandB:
 
 
 class _MLflow:
-    """A run of MLflow, wherever MLFLOW_TRACKING_URI says."""
+    """An MLflow run at MLFLOW_TRACKING_URI."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")

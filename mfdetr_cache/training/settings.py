@@ -1,4 +1,4 @@
-"""From what a user asks for to the settings and the device of a training, refused early."""
+"""Checks and conversion of the options of a training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,16 +40,7 @@ def with_batch_size(train: TrainConfig, batch_size: int | Literal["auto"] | None
 
 
 def with_length(train: TrainConfig, length: Length, num_rows: int) -> TrainConfig:
-    """Training settings with the length of ``--epochs`` or ``--max-steps``.
-
-    Args:
-        train: The recipe's, with its final batch size.
-        length: In place of the recipe's.
-        num_rows: Images of an epoch; only looked at for epochs.
-
-    Returns:
-        The settings.
-    """
+    """Training settings with the length of ``--epochs`` or ``--max-steps``, if one is given."""
     if length.max_steps is not None:
         return replace(train, steps=length.max_steps)
     if length.epochs is not None:
@@ -75,16 +66,9 @@ def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> 
 def open_validation(
     cache: FeatureCache, location: Location | None, val_split: int, head: HeadConfig
 ) -> FeatureCache | None:
-    """What a head is measured on: another cache of the same detector, or a part of its own.
+    """The validation cache, or every ``val_split``-th image of ``cache``; None for neither.
 
-    Args:
-        cache: Cache of the training split.
-        location: Cache of the validation split, if there is one.
-        val_split: Else, every so-many-th image of ``cache``; 0 for nothing.
-        head: Architecture of the head.
-
-    Returns:
-        A complete cache with what the head reads; None for nothing to measure on.
+    It is complete, of the same detector (else IdentityError), and has C1 where the head reads it.
     """
     if location is not None:
         validation = FeatureCache.open(location)
@@ -111,7 +95,7 @@ def require_validation(every: int | None, what: str, validation: object | None) 
 
 
 def require_live(train: TrainConfig, *, is_tuned: bool) -> None:
-    """Refuse settings that cannot work with a live detector, or would do nothing."""
+    """Refuse settings that cannot work with a live detector, or have no effect."""
     if train.amp == "fp16" and is_tuned:
         raise ConfigError(
             "amp=fp16 would let the detector's gradients vanish: use amp=bf16, or --tune nothing"
@@ -124,7 +108,7 @@ def require_live(train: TrainConfig, *, is_tuned: bool) -> None:
 
 
 def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
-    """Refuse settings that need more of C1 than the cache holds, naming those it fixes."""
+    """Refuse settings that need more of C1 than the cache holds."""
     layout = cache.layout
     if head.c1 is None or layout.c1 == "full":
         return

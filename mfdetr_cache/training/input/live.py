@@ -1,4 +1,4 @@
-"""A live detector as a source: images are decoded, augmented and detected anew for every step."""
+"""Training steps from a live detector: images are decoded, augmented and detected in every step."""
 
 import contextlib
 import sys
@@ -50,15 +50,15 @@ from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGe
 
 @dataclass(frozen=True, slots=True)
 class LiveImage:
-    """An image as one epoch shows it.
+    """An augmented image of one epoch.
 
     Attributes:
         image_id: COCO image id.
         file_name: Relative to the image folder.
-        row: Position in the split.
-        pixel_values: The network's input, float32, shape (3, H, W).
+        row: Index in the split.
+        pixel_values: Network input, float32, shape (3, H, W).
         geometry: Sizes of the augmented image and of the input.
-        truth: The annotated objects, in pixels of the augmented image.
+        truth: In pixels of the augmented image.
     """
 
     image_id: int
@@ -71,12 +71,12 @@ class LiveImage:
 
 @dataclass(frozen=True, slots=True)
 class LiveBatch(TrainBatch):
-    """A micro-batch that a detector has just computed.
+    """A micro-batch with the detector's outputs.
 
     Attributes:
-        outputs: What the detector gave, one per image; with gradients where it is tuned.
+        outputs: One per image; with gradients where the detector is tuned.
         images: The images.
-        num_objects: Objects that can be learned from, in the whole step over all processes.
+        num_objects: Trainable objects of the whole step, over all processes.
     """
 
     outputs: tuple[DetectorOutput, ...]
@@ -85,22 +85,11 @@ class LiveBatch(TrainBatch):
 
 
 class LiveImages:
-    """The images of a split that have something to learn from.
+    """The images of a split with trainable objects; TrainingError if there is none.
 
-    Args:
-        split: The split.
-        folder: Its image folder.
-        detector: Says how an image becomes its input.
-        train: Which annotations may be seen.
-        augment: Show every image in another way in every epoch; None shows it as it is.
-
-    Attributes:
-        rows: Positions in the split, in rising order.
-        label_categories: Category id of every label of the detector, -1 where there is none.
-
-    Raises:
-        DatasetError: If the detector's labels and the dataset's categories have nothing in common.
-        TrainingError: If there is nothing to learn from.
+    ``augment`` None shows images unchanged. DatasetError if the detector's labels and the dataset's
+    categories have nothing in common. ``rows`` are indices in the split, increasing;
+    ``label_categories`` holds the category id of each label of the detector, -1 for none.
     """
 
     def __init__(
@@ -128,7 +117,7 @@ class LiveImages:
         self.rows = kept_rows(rows, train.label_fraction, train.seed)
 
     def new_head(self, config: HeadConfig) -> MaskHead:
-        """A head to be trained on these images; a mask basis is learned from the annotations."""
+        """A head with fresh weights; a mask basis, if any, is fitted to the annotations."""
         head = build_head(config, self._detector.spec)
         if head.codec is not None:
 
@@ -140,7 +129,7 @@ class LiveImages:
         return head
 
     def record(self, recipe: str, train: TrainConfig, joint: dict[str, Any]) -> RunRecord:
-        """The record of a run on these images; ``joint`` is what decides it beside ``train``."""
+        """The record of a run on these images; ``joint`` holds its settings besides ``train``."""
         identity = detector_identity(self._detector.spec)
         split = self._split
         return RunRecord(
@@ -160,7 +149,7 @@ class LiveImages:
         )
 
     def read(self, row: int, epoch: int) -> LiveImage:
-        """The image of a row as an epoch, counted from 0, shows it."""
+        """The augmented image of a row in an epoch."""
         entry = self._split.images[row]
         transform = identity_transform(entry.size_hw)
         if self._augment is not None:
@@ -185,21 +174,7 @@ class LiveImages:
 
 
 class LiveSource:
-    """Steps from images and a detector.
-
-    Args:
-        images: The images.
-        detector: On the device of the learner.
-        learner: The head that learns from it.
-        processes: Those that train together.
-        is_tuned: Whether gradients flow into the detector.
-
-    Attributes:
-        learner: The head.
-        spec: The detector.
-        is_tuned: Whether gradients flow into the detector.
-        order: Which rows each step trains on.
-    """
+    """Steps from images and a detector on the learner's device, tuned or frozen."""
 
     def __init__(
         self,
@@ -236,7 +211,7 @@ class LiveSource:
                 yield _LiveStep(self, number, images, len(self.order.rows_of(number)), num_objects)
 
     def detect(self, images: Sequence[LiveImage], *, gradients: bool) -> list[DetectorOutput]:
-        """What the detector gives for each image, with gradients into its tuned part or without."""
+        """The detector's output for each image, with or without gradients."""
         device = self.learner.device
         with torch.set_grad_enabled(gradients):
             return [self._detector.forward(i.pixel_values[None].to(device)) for i in images]
@@ -245,10 +220,9 @@ class LiveSource:
 class _LiveStep:
     """A step of a :class:`LiveSource`.
 
-    Where the detector is tuned and there are several micro-batches, keeping its activations for the
-    whole step would take the memory that they are to save. The images then go through it twice:
-    without gradients to find the regions, whose number divides every loss, and with gradients when
-    the turn of their micro-batch comes.
+    A tuned detector's activations of a whole step would take the memory that micro-batches save.
+    Its images then pass through it twice: without gradients to count the regions, by which every
+    loss is divided, and with gradients for their own micro-batch.
     """
 
     def __init__(
@@ -272,7 +246,7 @@ class _LiveStep:
         self._regions: list[RegionTargets] = []
 
     def prepare(self, micro_batches: int) -> None:
-        """Detect and match, unless that is done for so many micro-batches."""
+        """Detect and match, unless that is done for as many micro-batches."""
         if self._is_prepared and self.micro_batches == micro_batches:
             return
         self.release()
@@ -289,7 +263,7 @@ class _LiveStep:
         self._is_prepared = True
 
     def batches(self, regions: RegionSettings) -> Iterator[LiveBatch]:
-        """The micro-batches, one after the other."""
+        """The micro-batches in order."""
         assert regions == self._source.learner.regions
         for part in filter(None, split(range(len(self._images)), self.micro_batches)):
             images = [self._images[i] for i in part]
@@ -300,7 +274,7 @@ class _LiveStep:
             yield self._collated(images, outputs, [self._regions[i] for i in part])
 
     def release(self) -> None:
-        """Let go of what the detector gave."""
+        """Free the detector's outputs."""
         self._outputs = []
         self._is_prepared = False
 
@@ -310,7 +284,7 @@ class _LiveStep:
         outputs: Sequence[DetectorOutput],
         regions: Sequence[RegionTargets],
     ) -> LiveBatch:
-        """The batch a cache would give, with gradients into maps and queries."""
+        """The batch a cache would give, but with gradients into maps and queries."""
         learner = self._source.learner
         names = learner.head.map_names
         groups = live_groups(outputs, [image.geometry for image in images], names)
@@ -336,7 +310,7 @@ class _LiveStep:
 
 
 def _without_maps(image: LiveImage, output: DetectorOutput) -> CachedImage:
-    """What a cache would hold of an image, not rounded, but for its maps."""
+    """The image as a cache would hold it, but not quantised and without maps."""
     return CachedImage(
         row=image.row,
         image_id=image.image_id,

@@ -1,4 +1,4 @@
-"""A cache as a source: rows are read with the regions that each head trains on."""
+"""Training steps from a cache."""
 
 import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -27,17 +27,17 @@ from mfdetr_cache.training.rows import trainable_rows
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """What a reader does for a row and a step; it can be sent to another process.
+    """Reads a row and builds its regions; picklable, so that reader processes can use it.
 
     Attributes:
         cache: The cache.
-        map_names: Maps that some head reads.
-        views: Views to walk through.
+        map_names: Maps that any head reads.
+        views: Views to alternate between by epoch.
         steps_per_epoch: Steps after which the next view is shown.
         seed: Of the training.
-        regions: Every way in which some head wants regions.
-        detected: Whether some head looks at all detected queries.
-        pinned: Whether a GPU copies from what is read by this process.
+        regions: Distinct region settings of the heads.
+        detected: Whether any head attends to all detected queries.
+        pinned: Read into pinned memory, for copies to a GPU.
     """
 
     cache: FeatureCache
@@ -56,7 +56,7 @@ class Loader:
         return _opened_loader, (self.cache.storage, self.cache.annotations.number, *rest)
 
     def __call__(self, row: int, step: int) -> TrainSample:
-        """Read a row and build its regions."""
+        """Read a row for a step."""
         view = view_of_epoch(self.views, self.seed, row, step // self.steps_per_epoch)
         image = self.cache.read(row, self.map_names, view, pinned=self.pinned)
         return TrainSample(
@@ -76,21 +76,12 @@ def _opened_loader(storage: Storage, annotations: int, *rest: Any) -> Loader:  #
 
 
 class CacheSource:
-    """Steps from a cache, read once for all heads that learn from them.
+    """Steps from a complete cache, read once for all heads; TrainingError if no image has objects.
 
-    Args:
-        cache: A complete cache of the training split.
-        learners: Those that learn from it, all of one :func:`stream_key`.
-        processes: Those that train together.
-        stage: Prepare the next step while this one is computed; by default beside a GPU, since a
-            CPU would only share its cores.
-
-    Attributes:
-        regions: Every way in which some head wants regions.
-        order: Which rows each step trains on.
-
-    Raises:
-        TrainingError: If there is nothing to learn from.
+    All learners must have the same :func:`stream_key`. ``stage`` prepares the next step while this
+    one is computed; it is on by default beside a GPU, since a CPU would only share its cores.
+    ``regions`` are the distinct region settings of the heads, ``order`` gives the rows of each
+    step.
     """
 
     def __init__(
@@ -117,7 +108,7 @@ class CacheSource:
         self.order = order_of(cache, self._train)
 
     def steps(self, numbers: range) -> Generator[Step, None, None]:
-        """Steps in order, read ahead and, beside a GPU, put on it ahead."""
+        """Steps in order, read ahead and, beside a GPU, copied to it ahead."""
         steps = self._read(numbers)
         return staged(steps, self._train.accumulate, self._device) if self._stage else steps
 
@@ -159,7 +150,7 @@ class CacheSource:
     def collated(
         self, samples: Sequence[TrainSample], micro_batches: int
     ) -> dict[RegionSettings, list[TrainBatch]]:
-        """A step's samples in so many micro-batches, their maps decoded once for all heads."""
+        """A step's micro-batches per region settings; maps are decoded once for all heads."""
         batches: dict[RegionSettings, list[TrainBatch]] = {regions: [] for regions in self._heads}
         for part in filter(None, split(samples, micro_batches)):
             images = [sample.image for sample in part]
@@ -191,24 +182,24 @@ class _CacheStep:
         self._batches: dict[RegionSettings, list[TrainBatch]] | None = None
 
     def prepare(self, micro_batches: int) -> None:
-        """Put the images on the device, unless they are there in so many micro-batches."""
+        """Copy the images to the device, unless they are there in as many micro-batches."""
         if self._batches is None or self.micro_batches != micro_batches:
             self.release()
             self._batches = self._source.collated(self._samples, micro_batches)
             self.micro_batches = micro_batches
 
     def batches(self, regions: RegionSettings) -> Iterable[TrainBatch]:
-        """The micro-batches of those regions."""
+        """The micro-batches with these regions."""
         assert self._batches is not None
         return self._batches[regions]
 
     def release(self) -> None:
-        """Let go of what is on the device."""
+        """Free the memory on the device."""
         self._batches = None
 
 
 def order_of(cache: FeatureCache, train: TrainConfig) -> Order:
-    """Which rows of a complete cache each step trains on."""
+    """The order of a training over a complete cache."""
     rows = tuple(trainable_rows(cache, train))
     parts = None
     if train.shuffle == "parts":
@@ -217,6 +208,6 @@ def order_of(cache: FeatureCache, train: TrainConfig) -> Order:
 
 
 def stream_key(train: TrainConfig) -> tuple[object, ...]:
-    """The settings that decide which images make up which step: one source, one key."""
+    """The settings that decide the images of each step; learners of one source have equal keys."""
     order = (train.batch_size, train.seed, train.views, train.shuffle)
     return (*order, train.accumulate, train.label_fraction, train.held_out, train.val_split)

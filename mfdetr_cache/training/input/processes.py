@@ -1,8 +1,8 @@
-"""Readers in processes of their own, which leave the GIL to the training.
+"""Reading samples ahead in processes, which leave the GIL to the training.
 
-Threads that read let go of the GIL for almost everything they do. Yet a training on a GPU, which is
-a thousand short calls per step, loses a third of its time to passing it back and forth. Here the
-arrays of what is read are put into memory that both sides see; only a few numbers are sent.
+Reader threads release the GIL most of the time. Yet a training on a GPU, a thousand short calls per
+step, loses a third of its time to passing it back and forth. Arrays are returned in shared memory;
+only small messages are sent.
 """
 
 import contextlib
@@ -49,28 +49,12 @@ def read_in_processes(
     device: torch.device,
     threads_meanwhile: int = 0,
 ) -> Generator[list[LoadedT], None, None]:
-    """:func:`read_in_threads`, by processes.
+    """:func:`read_in_threads`, by processes; Linux only (else ConfigError).
 
-    What is yielded lies in shared memory and is valid until two steps later. Processes take some
-    seconds to start; threads can read until then.
-
-    Args:
-        load: Reads and prepares a row for a step; it is sent to the processes.
-        rows_of: Rows of a step.
-        steps: Steps to go through.
-        num_processes: How many processes.
-        batch_size: Most rows of a step.
-        largest_maps: Most bytes that the maps of a row take.
-        device: A GPU copies from the shared memory by itself.
-        threads_meanwhile: How many threads read until the processes are there, and go on, with a
-            warning, where one cannot start; 0 waits for them.
-
-    Yields:
-        What was loaded for a step, in the order of its rows.
-
-    Raises:
-        ConfigError: If this system has no such memory.
-        TrainingError: If a process ends by itself.
+    ``load`` is pickled; what it returned lies in shared memory and is valid until two steps later.
+    A row's maps take at most ``largest_maps`` bytes. Processes need some seconds to start;
+    ``threads_meanwhile`` threads read until then, and go on, with a warning, where a process cannot
+    start. TrainingError if a process ends by itself.
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("num_processes needs Linux; leave it at 0 and set num_threads")
@@ -96,13 +80,9 @@ def read_in_processes(
 
 
 class _Readers:
-    """Processes that read, each image into a slot of its own.
+    """Reader processes; each image is read into a slot of ``room`` bytes of its own.
 
-    Args:
-        processes: They have just been started.
-        batch_size: Most rows of a step.
-        room: Bytes of a slot.
-        are_awaited: Ask them before they listen, too: there is nobody else.
+    With ``are_awaited`` rows are requested before the processes are ready, since no threads read.
     """
 
     def __init__(
@@ -115,7 +95,7 @@ class _Readers:
         self._asked = 0
 
     def are_there(self) -> bool:
-        """Whether all of them listen; where one cannot even start, none ever does."""
+        """Whether all processes are ready; False for good if one cannot start."""
         if not self._are_there and self._processes:
             try:
                 self._are_there = all(p.is_there() for p in self._processes)
@@ -125,7 +105,7 @@ class _Readers:
         return self._are_there
 
     def ask(self, rows: list[int], step: int) -> Callable[[], list[Any]]:
-        """Have the rows of a step read; returns what waits for them."""
+        """Request the rows of a step; returns a function that waits for them."""
         answers = []
         for number, row in enumerate(rows):
             slot = (step % (READ_AHEAD + 2)) * self._batch_size + number
@@ -136,20 +116,14 @@ class _Readers:
         return lambda: [answer() for answer in answers]
 
     def stop(self) -> None:
-        """End all of them, whatever they do."""
+        """Kill all processes."""
         for process in self._processes:
             process.stop()
         self._processes = []
 
 
 class _Reader:
-    """A process that reads.
-
-    Args:
-        descriptor: Of the shared memory.
-        memory: The same memory here.
-        load: What it does for a row and a step.
-    """
+    """A reader process, and its view of the shared memory."""
 
     def __init__(
         self, descriptor: int, memory: memoryview, load: Callable[[int, int], Any]
@@ -167,14 +141,17 @@ class _Reader:
         self._send(load)
 
     def is_there(self) -> bool:
-        """Whether it has begun to listen."""
+        """Whether the process is ready."""
         if not self._has_begun and self._connection.poll():
             self._receive()
             self._has_begun = True
         return self._has_begun
 
     def ask(self, row: int, step: int, first: int, room: int) -> Callable[[], Any]:
-        """Have a row read into a stretch of the memory; what gives it, in the order of asking."""
+        """Request a row, read into ``memory[first : first + room]``; returns what waits for it.
+
+        The returned functions must be called in the order of the requests.
+        """
         self._send((row, step, first, room))
 
         def answer() -> Any:  # noqa: ANN401
@@ -190,7 +167,7 @@ class _Reader:
         return answer
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -217,7 +194,7 @@ class _Reader:
 
 @contextlib.contextmanager
 def _shared_memory(size: int, device: torch.device) -> Iterator[tuple[int, memoryview]]:
-    """Memory that other processes may map by its descriptor; for a GPU, which copies from it."""
+    """Shared memory and its file descriptor, pinned where a GPU copies from it."""
     descriptor = os.memfd_create("mfdetr-readers")
     registered = None
     try:
@@ -240,13 +217,7 @@ def _shared_memory(size: int, device: torch.device) -> Iterator[tuple[int, memor
 
 
 def serve(connection_descriptor: int, memory_descriptor: int, size: int) -> None:
-    """What a reading process does, until nobody listens any more.
-
-    Args:
-        connection_descriptor: Where it is asked.
-        memory_descriptor: Where arrays go.
-        size: Bytes of that memory.
-    """
+    """The main function of a reader process; ends with the connection. Takes two descriptors."""
     # Ctrl-C reaches every process of a terminal; the one that trains ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -269,12 +240,12 @@ def serve(connection_descriptor: int, memory_descriptor: int, size: int) -> None
 
 
 def _packed(loaded: object, memory: memoryview) -> Any:  # noqa: ANN401
-    """Its arrays in the memory; everything else, and where they are, as bytes."""
+    """The pickle of an object and the ranges of its large arrays, which are put into ``memory``."""
     stretches: list[tuple[int, int]] = []
     end = 0
 
     def placed(buffer: pickle.PickleBuffer) -> bool:
-        """Whether an array has to be sent."""
+        """Whether an array has to be pickled with the rest."""
         nonlocal end
         raw = buffer.raw()
         start = -(-end // _ALIGNMENT) * _ALIGNMENT

@@ -1,4 +1,4 @@
-"""What the training loop takes its batches from: a cache, or a live detector."""
+"""The interface between the training loop and its data: a cache or a live detector."""
 
 from collections.abc import Generator, Iterable, Mapping
 from typing import Protocol
@@ -9,12 +9,12 @@ from mfdetr_cache.training.regions import RegionSettings
 
 
 class Step(Protocol):
-    """One optimiser step: the images of this process's share, and what becomes of them.
+    """One optimiser step: this process's share of the images.
 
     Attributes:
-        num_images: Images of the step over all processes.
-        num_own_images: Images of this process.
-        micro_batches: How many micro-batches it was last prepared in; 0 before.
+        num_images: Over all processes.
+        num_own_images: Of this process.
+        micro_batches: Number it was last prepared with; 0 before.
     """
 
     num_images: int
@@ -22,25 +22,21 @@ class Step(Protocol):
     micro_batches: int
 
     def prepare(self, micro_batches: int) -> None:
-        """Put the images on the device, unless they are there in so many micro-batches already."""
+        """Copy the images to the device, unless they are there in as many micro-batches."""
 
     @property
     def counts(self) -> Mapping[RegionSettings, int]:
-        """Regions of this process; known when the step is prepared."""
+        """Number of this process's regions; known once the step is prepared."""
 
     def batches(self, regions: RegionSettings) -> Iterable[TrainBatch]:
-        """The micro-batches of a prepared step, the same ones however often they are asked for."""
+        """The micro-batches of a prepared step; can be called repeatedly."""
 
     def release(self) -> None:
-        """Let go of what is on the device."""
+        """Free the memory on the device."""
 
 
 class Source(Protocol):
-    """Gives one step after the other.
-
-    Attributes:
-        order: Which rows each step trains on.
-    """
+    """An iterable of training steps; ``order`` gives the rows of each."""
 
     order: Order
 

@@ -1,4 +1,4 @@
-"""The next step is put on the GPU while this one is computed."""
+"""Copying the next step to the GPU while the current one is computed."""
 
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +14,11 @@ from mfdetr_cache.training.input.source import Step
 def staged(
     steps: Generator[Step, None, None], micro_batches: int, device: torch.device
 ) -> Generator[Step, None, None]:
-    """The same steps, each one prepared in a thread and a CUDA stream of its own.
+    """The same steps, each prepared by a thread on a CUDA stream of its own.
 
-    Args:
-        steps: Steps; preparing one must copy through :func:`to_device`.
-        micro_batches: How many the first one is computed in. Later ones follow the last step that
-            was handed out, which the loop may have prepared anew in more.
-        device: Where the batches go.
-
-    Yields:
-        Steps, ready for the current stream. One that found no room beside the step before is not
-        prepared yet.
+    Preparing a step must copy through :func:`to_device`. The first step has ``micro_batches``,
+    later ones as many as the step yielded last, which the loop may have split further. A step that
+    did not fit into memory beside its predecessor is yielded unprepared.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -75,7 +69,7 @@ def _on(side: "torch.cuda.Stream | None") -> Iterator[None]:
 
 
 def _gpu_tensors(found: object) -> Iterable[Tensor]:
-    """Every tensor of a GPU in nested dataclasses and containers."""
+    """All CUDA tensors in nested dataclasses and containers."""
     if isinstance(found, Tensor):
         if found.is_cuda:
             yield found

@@ -1,4 +1,4 @@
-"""Samples read ahead of the step by threads of this process."""
+"""Reading samples ahead in threads."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +18,9 @@ def read_in_threads(
     steps: range,
     num_threads: int,
 ) -> Generator[list[LoadedT], None, None]:
-    """The samples of one step after the other.
+    """Yield the loaded rows of each step, in the order of ``rows_of(step)``.
 
-    Args:
-        load: Reads and prepares a row for a step; safe to call from several threads.
-        rows_of: Rows of a step.
-        steps: Steps to go through.
-        num_threads: How many threads.
-
-    Yields:
-        What was loaded for a step, in the order of its rows.
+    ``load(row, step)`` is called from several threads.
     """
     pool = ThreadPoolExecutor(num_threads, "reader")
 
@@ -41,5 +34,5 @@ def read_in_threads(
 
 
 def results_of(futures: list[Future[LoadedT]]) -> Callable[[], list[LoadedT]]:
-    """What waits for the results of some futures, in their order."""
+    """A function that waits for futures and returns their results in order."""
     return lambda: [future.result() for future in futures]
