@@ -17,6 +17,7 @@ from PIL import Image
 
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.extraction.content import plan_cache
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
@@ -66,7 +67,9 @@ def main() -> None:
         folder = Path(scratch)
         annotations = write_pictures(folder, options.images)
         split = load_coco_split(annotations)
-        content = plan_cache(split, detector, MapOptions(options.dtype), ViewOptions())
+        content = plan_cache(
+            label_split(split, detector.spec), detector, MapOptions(options.dtype), ViewOptions()
+        )
         source = ImageSource(split, folder / "images")
         pixels = [
             detector.preprocess(Image.open(folder / "images" / e.file_name).convert("RGB"))

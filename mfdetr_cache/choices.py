@@ -25,5 +25,7 @@ Scoring = Literal["auto", "iou", "mean", "class"]
 Evaluator = Literal["fast", "pycocotools"]
 # What is measured beside mask and box AP: floor and ceiling; boundary AP; one thing made perfect.
 Extra = Literal["baselines", "boundary", "oracles"]
+# An entry of a file that cannot be used: refuse the file, or leave it out and count it.
+OnBad = Literal["stop", "skip"]
 # Rows of an ablation that need no head.
 Baseline = Literal["box", "ellipse", "oracle", "sam"]

@@ -15,9 +15,8 @@ from mfdetr_cache.choices import Scoring
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.live import live_image
-from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
@@ -179,7 +178,7 @@ class MaskFrozenDETR:
             IdentityError: If the head was trained with another detector.
         """
         folder = load_head(_local_folder(head))
-        loaded = load_detector(kind, str(detector), options_of(folder.detector))
+        loaded = load_same_detector(kind, str(detector), folder.detector)
         require_same(
             folder.detector, f"head {head}", detector_identity(loaded.spec), f"detector {detector}"
         )

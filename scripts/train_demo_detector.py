@@ -487,7 +487,11 @@ def measure(out: Path) -> float:
         folder = Path(name)
         annotations = write_synthetic_split(folder, "heldout", HELD_OUT_SEED, HELD_OUT)
         config = ExtractConfig(
-            str(out), folder / "heldout", annotations, folder / "heldout.zarr", device="cpu"
+            str(out),
+            folder / "heldout.zarr",
+            images=folder / "heldout",
+            annotations=annotations,
+            device="cpu",
         )
         return run_extract(config, SilentReporter()).box.AP
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mfdetr_cache.errors import MfdetrError
+from mfdetr_cli.text import harmless
 
 # Cells up to so many letters are numbers or as good as numbers, and stay on one line.
 _LONGEST_WHOLE = 14
@@ -102,6 +103,7 @@ def print_table(
         rows: Cells as text; the first of each is left-aligned.
         justify: How the other columns are aligned.
     """
+    title, rows = harmless(title), [[harmless(cell) for cell in row] for row in rows]
     widest = [max(cell_len(c) for c in cells) for cells in zip(columns, *rows, strict=True)]
     wraps = [i == 0 or width > _LONGEST_WHOLE for i, width in enumerate(widest)]
     least = [min(width, _NARROWEST) if w else width for w, width in zip(wraps, widest, strict=True)]
@@ -140,11 +142,11 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
         title: What they are of.
         facts: Name to value.
     """
-    table = Table(title=Text(title), title_justify="left", show_header=False, box=None)
+    table = Table(title=Text(harmless(title)), title_justify="left", show_header=False, box=None)
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(harmless(name)), Text(harmless(value)))
     _print(_console(), table)
 
 

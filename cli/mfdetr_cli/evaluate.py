@@ -44,7 +44,12 @@ def _evaluate_file(
 ) -> None:
     boundary = "boundary" in config.extras
     found = run_evaluate_results(
-        results, annotations, config.evaluator, ConsoleReporter(), boundary=boundary
+        results,
+        annotations,
+        config.evaluator,
+        ConsoleReporter(),
+        boundary=boundary,
+        on_bad=config.file.on_bad_annotation,
     )
     metrics, details = found.metrics(), found.details()
     counts = {"num_images": found.num_images, "num_results": found.num_results}

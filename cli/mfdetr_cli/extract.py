@@ -1,5 +1,6 @@
 """``mfdetr extract``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.partition import partition_of_environment
+from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cli.console import (
     human_bytes,
     human_time,
@@ -17,6 +19,8 @@ from mfdetr_cli.console import (
     write_json,
 )
 from mfdetr_cli.progress import ConsoleReporter
+
+_SHOWN = 12
 
 
 def extract(config: ExtractConfig, json: Path | None) -> None:
@@ -33,10 +37,12 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
         f"({summary.raw_bytes / max(summary.stored_bytes, 1):.2f} x smaller than float16)",
         "time": f"{human_time(summary.seconds)}, {100 * share:.0f} % of it in the detector",
     }
+    facts |= {f"{noun} left out": str(n) for noun, n in summary.left_out.items() if n}
     if summary.skipped:
         names = ", ".join(str(s["image_id"]) for s in summary.skipped[:10])
         facts["skipped"] = f"{len(summary.skipped)} images: {names}"
     print_facts(f"Cache {config.cache}", facts)
+    _print_categories(summary.categories)
     if summary.box is not None:
         box = summary.box.to_dict()
         print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
@@ -45,3 +51,13 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
             f"{summary.parts_missing} parts of the cache are not there yet; when the other "
             f"processes are done: mfdetr cache finish {config.cache}"
         )
+
+
+def _print_categories(categories: Sequence[MatchedCategory]) -> None:
+    """What was matched with what; of many categories those that somebody should look at first."""
+    order = {"": 0, "order": 1, "id": 1, "map": 2, "name": 3, "any": 3}
+    found = sorted((c for c in categories if c.objects), key=lambda c: (order[c.rule], -c.objects))
+    rows = [[c.name, str(c.objects), c.label or "-", c.rule or "-"] for c in found[:_SHOWN]]
+    more = f", {_SHOWN} of {len(found)}" if len(found) > _SHOWN else ""
+    if rows:
+        print_table(f"Annotated categories{more}", ["", "objects", "label", "matched by"], rows)

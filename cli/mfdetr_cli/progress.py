@@ -12,6 +12,7 @@ from rich.progress import (
 )
 
 from mfdetr_cli.console import human_bytes, human_time
+from mfdetr_cli.text import harmless
 
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
@@ -38,7 +39,7 @@ class ConsoleReporter:
         Args:
             message: One line of text.
         """
-        self._console.print(message, markup=False)
+        self._console.print(harmless(message), markup=False)
 
     def warn(self, message: str) -> None:
         """Print a line nobody should miss.
@@ -46,7 +47,7 @@ class ConsoleReporter:
         Args:
             message: One line of text.
         """
-        self._console.print(f"warning: {message}", style="bold yellow", markup=False)
+        self._console.print(f"warning: {harmless(message)}", style="bold yellow", markup=False)
 
     def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
         """Begin a task.

@@ -13,6 +13,8 @@ from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
+from mfdetr_cache.coco.class_agnostic import class_agnostic_spec
+from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
@@ -48,6 +50,7 @@ class FeatureCache(Foundation):
         annotations: Which version of the annotations is read, and what it is of.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
+        is_class_agnostic: Whether the detector's classes are read as one.
         views: The passes of the detector by name, ``base`` first.
     """
 
@@ -58,6 +61,12 @@ class FeatureCache(Foundation):
         self.annotations = read_annotations(storage, opened.root, annotations)
         self.categories = self.annotations.categories
         self.label_categories = self.annotations.label_categories
+        self.is_class_agnostic = bool(self.annotations.source.get(CLASS_AGNOSTIC, False))
+        if self.is_class_agnostic:
+            # The stored logits stay what they are; they are read as those of one label.
+            self.spec = class_agnostic_spec(self.root.spec)
+            one = self.spec.num_labels
+            self.label_categories = (self.label_categories[0], -1)[:one]
         objects = Annotations(storage, self.root, self.annotations)
         self.views = {view: CacheView(self, view, objects) for view in self.layout.views}
         self._chosen: frozenset[int] | None = None

@@ -9,8 +9,8 @@ from mfdetr_cache.cache.annotations import AnnotationContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import transform_ground_truth
-from mfdetr_cache.coco.categories import categories_of_labels
 from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.coco.labelled import LabelledSplit
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.types import GroundTruth
 
@@ -40,12 +40,12 @@ class Relabelling:
     unused: int
 
 
-def relabelling(cache: FeatureCache, split: CocoSplit) -> Relabelling:
+def relabelling(cache: FeatureCache, labelled: LabelledSplit) -> Relabelling:
     """Bring the objects of an annotation file to the rows and views of a cache.
 
     Args:
         cache: The cache.
-        split: The annotation file.
+        labelled: The annotation file, its categories matched with the labels of the detector.
 
     Returns:
         What a version of the annotations holds; a new extraction would hold the same.
@@ -53,11 +53,10 @@ def relabelling(cache: FeatureCache, split: CocoSplit) -> Relabelling:
     Raises:
         DatasetError: If none of its images is in the cache, or one has another size there.
     """
+    split = labelled.split
     entries = _entries_of_rows(cache, split)
-    categories = categories_of_labels(cache.spec.label_names, split.categories, cache.spec.name)
-    label_of = {c: label for label, c in enumerate(categories) if c >= 0}
     originals = [
-        _NOTHING if (entry := entries.get(row)) is None else split.ground_truth(entry, label_of)
+        _NOTHING if (entry := entries.get(row)) is None else labelled.objects_of(entry)
         for row in range(cache.layout.num_rows)
     ]
 
@@ -68,9 +67,9 @@ def relabelling(cache: FeatureCache, split: CocoSplit) -> Relabelling:
         ]
 
     content = AnnotationContent(
-        source={"name": split.name, "sha256": split.sha256},
+        source=labelled.source,
         categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=categories,
+        label_categories=labelled.match.label_categories,
         objects={view: moved(view) for view in cache.views},
     )
     rows, images = cache.layout.num_rows, len(split.images)

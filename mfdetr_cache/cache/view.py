@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.annotations import Annotations
@@ -16,6 +17,7 @@ from mfdetr_cache.cache.schema import C1_ROI, ROW_OK, ROW_SKIPPED, Part, stored_
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
+from mfdetr_cache.coco.class_agnostic import any_class
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
@@ -176,12 +178,16 @@ class CacheView:
             runs |= self._runs_of_map(name, row)
         held |= self._read_arrays(runs, pinned=pinned)
         crops = self._crops(row, held, newer) if with_crops else None
+        logits = held["class_logits"][0]
+        # Labels may say that the classes are one.
+        if cache.spec is not cache.root.spec:
+            logits = any_class(torch.from_numpy(logits), cache.root.spec).numpy()
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),
             file_name=cache.file_name(row),
             geometry=self.geometry(row),
-            class_logits=held["class_logits"][0],
+            class_logits=logits,
             boxes_cxcywh_norm=held["boxes_cxcywh_norm"][0],
             queries=held["queries"][0],
             maps={name: self._stored_map(name, row, held) for name in names},

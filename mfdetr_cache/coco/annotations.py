@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mfdetr_cache.coco.faults import Faults, OnBad
+from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.faults import Faults
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import Annotation, Masks, read_annotations
+from mfdetr_cache.coco.yolo import read_yolo
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import GroundTruth
@@ -122,7 +124,7 @@ def load_coco_split(
     file stay where they are such numbers and each is used once.
 
     Args:
-        path: The JSON file, plain or compressed by gzip.
+        path: The JSON file, plain or compressed by gzip; or ``data.yaml`` in YOLO's layout.
         images: Image folder: names are looked up there, and sizes that the file lacks are read.
         on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
         limit: Only the first so many images; what is wrong with others is not looked at.
@@ -136,7 +138,12 @@ def load_coco_split(
         DatasetError: If the file is missing, is no COCO instances file, lists no image, has no
             annotation, or has something that cannot be used.
     """
-    file = read_json(path, "annotation file", "pass a COCO instances JSON")
+    if path.suffix in (".yaml", ".yml"):
+        if images is None:
+            raise DatasetError(f"{path} is a dataset in YOLO's layout: its images are needed too")
+        file = read_yolo(path, images)
+    else:
+        file = read_json(path, "annotation file", "pass a COCO instances JSON")
     document = file.document
     if not isinstance(document, dict):
         raise DatasetError(f"annotation file {path} holds no COCO document (no images)")
@@ -148,6 +155,8 @@ def load_coco_split(
             raise DatasetError(f"annotation file {path} has no list {key!r}; is it COCO instances?")
         if not document[key]:
             raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")
+    # Roboflow's files all have one name; their folder has that of the split.
+    name = path.parent.name if file.name.startswith("_annotations") else file.name
     faults = Faults(str(path), "image")
     listed = read_images(path, document["images"], images, faults, limit)
     faults.total = len(document["images"])
@@ -165,7 +174,7 @@ def load_coco_split(
     for annotation in found:
         grouped[annotation.image_id].append(annotation)
     return CocoSplit(
-        file.name,
+        name,
         file.sha256,
         tuple(listed.values()),
         tuple(categories.values()),

@@ -1,21 +1,117 @@
 """Which category of a dataset each output of a detector stands for."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
+
+Rule = Literal["map", "name", "order", "id", "any", ""]
+
+# The paper's detectors have an output for every id up to COCO's largest, 90.
+_COCO_OUTPUTS = 91
+_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedCategory:
+    """A category of the dataset and the label it was matched to.
+
+    Attributes:
+        name: Its name.
+        label: Name of the detector's label; None where it has none.
+        objects: Annotated objects of it.
+        rule: What decided: ``map`` as the user said, ``name``, ``order`` of the ids, or the ``id``
+            itself; ``any`` where all classes are one.
+    """
+
+    name: str
+    label: str | None
+    objects: int
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class LabelMatch:
+    """The labels of a detector and the categories of a dataset, brought together.
+
+    Attributes:
+        label_categories: Category id of every label, -1 where the dataset has none.
+        same_as: Category id to the one whose label it shares; all others are their own.
+        table: One row per category, in the order of the file.
+        warnings: What the user should know before anything long begins.
+    """
+
+    label_categories: tuple[int, ...]
+    same_as: dict[int, int] = field(default_factory=dict)
+    table: tuple[MatchedCategory, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def match_labels(
+    label_names: Sequence[str],
+    categories: Sequence[Category],
+    detector: str,
+    objects: Mapping[int, int] | None = None,
+    mapped: Mapping[str, str] | None = None,
+) -> LabelMatch:
+    """Match the labels of a detector with the categories of a dataset.
+
+    What the user maps comes first, then names decide, whatever their capitals and hyphens. Where
+    the detector has placeholders such as ``LABEL_3`` for names, its outputs follow the categories
+    by ascending id if there are as many, without categories that nothing is annotated with if that
+    gives as many; 91 outputs, or one more than the largest id, are indexed by category id, as
+    Deformable DETR, H-DETR and DINO are trained.
+
+    Args:
+        label_names: The detector's names, in the order of its outputs.
+        categories: The dataset's categories.
+        detector: The detector's name, for messages.
+        objects: Category id to its annotated objects; None counts every category as annotated.
+        mapped: Name or id of a category to the name of the label that it is taken for.
+
+    Returns:
+        The labels' categories, and what to say about it.
+
+    Raises:
+        DatasetError: If a mapping names what there is not, two annotated categories have the name
+            of one label, or no rule gives a single category.
+    """
+    counts = {c.category_id: 1 for c in categories} if objects is None else dict(objects)
+    rules: dict[int, Rule] = {}
+    labels = _by_map(label_names, categories, mapped or {}, detector)
+    rules.update(dict.fromkeys(labels, "map"))
+    for category_id, label in _by_name(label_names, categories, counts, set(labels)).items():
+        labels[category_id], rules[category_id] = label, "name"
+    if not labels:
+        labels, rule = _by_number(label_names, categories, counts, detector)
+        rules.update(dict.fromkeys(labels, rule))
+    label_categories, same_as = [-1] * len(label_names), {}
+    for category in categories:
+        label = labels.get(category.category_id, -1)
+        if label >= 0 and label_categories[label] >= 0:
+            same_as[category.category_id] = label_categories[label]
+        elif label >= 0:
+            label_categories[label] = category.category_id
+    table = tuple(
+        MatchedCategory(
+            c.name,
+            label_names[labels[c.category_id]] if c.category_id in labels else None,
+            counts.get(c.category_id, 0) if objects is not None else 0,
+            rules.get(c.category_id, ""),
+        )
+        for c in categories
+    )
+    return LabelMatch(tuple(label_categories), same_as, table, _warnings(table, detector))
 
 
 def categories_of_labels(
     label_names: Sequence[str], categories: Sequence[Category], detector: str
 ) -> tuple[int, ...]:
-    """The category id of every label of a detector, -1 where the dataset has none.
-
-    Names decide where the detector has real ones. Otherwise as many outputs as there are
-    categories follow the categories by ascending id; 91 outputs, or one more than the largest id,
-    are indexed by category id, as Deformable DETR, H-DETR and DINO are trained.
+    """The category id of every label of a detector; see :func:`match_labels`.
 
     Args:
         label_names: The detector's names, in the order of its outputs.
@@ -23,32 +119,143 @@ def categories_of_labels(
         detector: The detector's name, for the message.
 
     Returns:
-        One category id per label.
+        One category id per label, -1 where the dataset has none.
 
     Raises:
         DatasetError: If no rule gives a single category.
     """
-    by_name = {_plain(c.name): c.category_id for c in categories}
-    named = tuple(by_name.get(_plain(name), -1) for name in label_names)
-    if any(category_id >= 0 for category_id in named):
-        return named
+    return match_labels(label_names, categories, detector).label_categories
+
+
+def _by_map(
+    label_names: Sequence[str],
+    categories: Sequence[Category],
+    mapped: Mapping[str, str],
+    detector: str,
+) -> dict[int, int]:
+    """Category id to label, as the user says."""
+    found = {}
+    by_label = {_plain(name): label for label, name in reversed(list(enumerate(label_names)))}
+    for name, target in mapped.items():
+        exact = [c for c in categories if name in (c.name, str(c.written_id))]
+        chosen = exact or [c for c in categories if is_called(c, name)]
+        if not chosen:
+            raise DatasetError(
+                f"--map {name}={target}: the dataset has no category {name!r}; it has "
+                f"{_some([c.name for c in categories])}"
+            )
+        if _plain(target) not in by_label:
+            raise DatasetError(
+                f"--map {name}={target}: {detector} has no label {target!r}; it has "
+                f"{_some(label_names)}"
+            )
+        found.update({c.category_id: by_label[_plain(target)] for c in chosen})
+    return found
+
+
+def _by_name(
+    label_names: Sequence[str],
+    categories: Sequence[Category],
+    counts: Mapping[int, int],
+    done: set[int],
+) -> dict[int, int]:
+    """Category id to label of the same name, where the detector has real names."""
+    named: dict[str, list[Category]] = defaultdict(list)
+    for category in categories:
+        if category.category_id not in done:
+            named[_plain(category.name)].append(category)
+    found: dict[int, int] = {}
+    for label, name in enumerate(label_names):
+        same = named.pop(_plain(name), [])
+        annotated = [c for c in same if counts.get(c.category_id, 0)]
+        if len(annotated) > 1:
+            ids = " and ".join(str(c.written_id) for c in annotated)
+            raise DatasetError(
+                f"the categories {ids} are both called {same[0].name!r} and both annotated: give "
+                f"them different names, or take both for one with --map "
+                f"{annotated[-1].written_id}={name} --map {annotated[0].written_id}={name}"
+            )
+        if same:
+            found[(annotated or same)[0].category_id] = label
+    return found
+
+
+def _by_number(
+    label_names: Sequence[str],
+    categories: Sequence[Category],
+    counts: Mapping[int, int],
+    detector: str,
+) -> tuple[dict[int, int], Rule]:
+    """Category id to label, by the order of the ids or the ids themselves."""
     ids = sorted(c.category_id for c in categories)
-    if len(label_names) == len(ids):
-        return tuple(ids)
-    if len(label_names) == 91 and ids[-1] <= 90:
-        return tuple(i if i in ids else -1 for i in range(91))
-    placeholders = all(re.fullmatch(r"label \d+", _plain(name)) for name in label_names)
-    if placeholders and len(label_names) == ids[-1] + 1:
-        return tuple(i if i in ids else -1 for i in range(len(label_names)))
+    annotated = [i for i in ids if counts.get(i, 0)]
+    outputs = len(label_names)
+    real = [name for name in label_names if not re.fullmatch(_PLACEHOLDER, _plain(name))]
+    if not real:
+        for candidates in (ids, annotated):
+            if len(candidates) == outputs:
+                return {i: label for label, i in enumerate(candidates)}, "order"
+        if ids[0] >= 0 and (
+            (outputs == _COCO_OUTPUTS and ids[-1] < outputs) or outputs == ids[-1] + 1
+        ):
+            return {i: i for i in ids}, "id"
+    advice = (
+        "say which is which with --map category=label, or use --class-agnostic for masks of any box"
+        if real
+        else "name the labels in id2label of the detector's config.json"
+    )
     raise DatasetError(
-        f"{detector} has {len(label_names)} labels ({', '.join(label_names[:3])}, ...) and the "
+        f"{detector} has {outputs} labels ({', '.join(label_names[:3])}, ...) and the "
         f"dataset {len(ids)} categories ({', '.join(c.name for c in categories[:3])}, ...): no "
-        "name is in both, so no box could ever be right; use the detector's own dataset"
+        f"name is in both, so no box could ever be right; {advice}"
     )
 
 
+_PLACEHOLDER = r"(label|class)? ?\d+|n/a"
+
+
+def _warnings(table: Sequence[MatchedCategory], detector: str) -> tuple[str, ...]:
+    found = []
+    lacking = [r for r in table if r.label is None and r.objects]
+    if lacking:
+        objects = sum(r.objects for r in lacking)
+        total = sum(r.objects for r in table)
+        named = _some([f"{r.name} ({r.objects})" for r in lacking])
+        found.append(
+            f"{len(lacking)} annotated categories have no label of {detector}, {objects} of "
+            f"{total} objects: {named}; nothing is learned from them (--map category=label gives "
+            "one)"
+        )
+    guessed = [r for r in table if r.rule in ("order", "id")]
+    if guessed:
+        how = "the order of their ids" if guessed[0].rule == "order" else "their ids"
+        pairs = _some([f"{r.name} = {r.label}" for r in guessed])
+        found.append(
+            f"the labels of {detector} have no names; categories are matched by {how}: {pairs}"
+        )
+    return tuple(found)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def is_called(category: Category, name: str) -> bool:
+    """Whether a category has a name, capitals and hyphens apart, or an id.
+
+    Args:
+        category: The category.
+        name: As a user typed it.
+
+    Returns:
+        Whether it is meant.
+    """
+    return name == str(category.written_id) or _plain(name) == _plain(category.name)
+
+
 def _plain(name: str) -> str:
-    return name.strip().lower().replace("_", " ").replace("-", " ")
+    return " ".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:

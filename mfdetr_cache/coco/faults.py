@@ -3,12 +3,10 @@
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
 
+from mfdetr_cache.choices import OnBad
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.reporter import Reporter
-
-OnBad = Literal["stop", "skip"]
 
 # So many are named; the others are a number.
 _NAMED = 10

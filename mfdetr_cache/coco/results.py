@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
-from mfdetr_cache.coco.faults import Faults, OnBad, short
+from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json

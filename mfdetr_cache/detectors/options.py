@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.options import Option
 
 # The last output of a softmax.
@@ -62,7 +63,8 @@ def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
         Options that give the same queries and maps.
     """
     settings = identity["settings"]
-    names = tuple(n for n in identity["label_names"] if n != NO_OBJECT)
+    classes = settings.get(CLASS_AGNOSTIC) or identity["label_names"]
+    names = tuple(n for n in classes if n != NO_OBJECT)
     return DetectorOptions(
         num_queries=identity["num_queries"],
         encoder_layer=settings.get("encoder_layer"),

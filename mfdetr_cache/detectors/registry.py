@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
+from mfdetr_cache.detectors.class_agnostic import ClassAgnosticDetector
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
 from mfdetr_cache.detectors.huggingface.loading import load_huggingface_detector
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
@@ -16,10 +18,11 @@ from mfdetr_cache.detectors.official.architecture import (
     read_architecture,
 )
 from mfdetr_cache.detectors.official.detr import WIDTH
-from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.identity import Identity
 
 # The weights say which detector they are.
 AUTO = "auto"
@@ -215,6 +218,25 @@ def _detector_of(weights: str | None) -> str:
             f"differ; pass --detector {found[0]}, or the other"
         )
     return found[0]
+
+
+def load_same_detector(name: str, weights: str, identity: Identity) -> Detector:
+    """The detector that a cache or a head was made with, if the weights are those.
+
+    Args:
+        name: Its name, as for :func:`load_detector`.
+        weights: Checkpoint file, folder or hub id.
+        identity: The detector identity kept with the cache or head.
+
+    Returns:
+        The detector with the same options; its classes are one where they are one there.
+
+    Raises:
+        DetectorError: If the weights are missing or do not fit.
+    """
+    detector = load_detector(name, weights, options_of(identity))
+    agnostic = identity["settings"].get(CLASS_AGNOSTIC)
+    return ClassAgnosticDetector(detector) if agnostic else detector
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -2,13 +2,12 @@
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
-from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import (
     identity_transform,
     sample_transform,
     transform_ground_truth,
 )
-from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.coco.labelled import LabelledSplit
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.identity import detector_identity, images_identity
@@ -16,12 +15,12 @@ from mfdetr_cache.matching.objects import trainable_objects
 
 
 def plan_cache(
-    split: CocoSplit, detector: Detector, maps: MapOptions, views: ViewOptions
+    labelled: LabelledSplit, detector: Detector, maps: MapOptions, views: ViewOptions
 ) -> CacheContent:
     """Everything about a cache that is known before the detector runs.
 
     Args:
-        split: The images and their ground truth.
+        labelled: The images and their ground truth.
         detector: The detector.
         maps: How the maps will be stored.
         views: Which augmented views there will be.
@@ -29,10 +28,8 @@ def plan_cache(
     Returns:
         Identity, layout and ground truth.
     """
-    spec = detector.spec
-    label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
-    label_of = {c: label for label, c in enumerate(label_categories) if c >= 0}
-    truth = [split.ground_truth(e, label_of) for e in split.images]
+    spec, split = detector.spec, labelled.split
+    truth = [labelled.objects_of(entry) for entry in split.images]
     base = [identity_transform(e.size_hw) for e in split.images]
     contents = {BASE_VIEW: ViewContent(base, truth)}
     # A detector with one input size sees scales only through the window that is cut out.
@@ -88,7 +85,7 @@ def plan_cache(
         file_names=[e.file_name for e in split.images],
         original_sizes_hw=[e.size_hw for e in split.images],
         categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=label_categories,
-        annotations={"name": split.name, "sha256": split.sha256},
+        label_categories=labelled.match.label_categories,
+        annotations=labelled.source,
         views=contents,
     )

@@ -3,9 +3,10 @@
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.encoder import EncodedImage
-from mfdetr_cache.cache.schema import Part, stored_maps
+from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import transform_image
-from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.coco.class_agnostic import any_class
+from mfdetr_cache.coco.options import CLASS_AGNOSTIC
+from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.errors import (
     ImageError,
@@ -59,6 +62,7 @@ class _Decoded:
     geometry: ImageGeometry
     pixel_values: Tensor | None
     problem: str
+    oddities: tuple[str, ...] = ()
 
 
 @dataclass
@@ -123,6 +127,7 @@ class Extraction:
         self.num_extracted = 0
         self.num_bytes = 0
         self.detector_seconds = 0.0
+        self._oddities: Counter[str] = Counter()
 
     def run(self, pending: Sequence[Part]) -> None:
         """Extract some parts.
@@ -157,6 +162,11 @@ class Extraction:
         if self._failure is not None:
             raise self._failure
 
+    def tell_oddities(self) -> None:
+        """Warn of image files that can be read and perhaps are not what they seem."""
+        for what, count in self._oddities.items():
+            self._reporter.warn(f"{count} {what}")
+
     def _put(self, item: _Item | None) -> None:
         while True:
             if self._failure is not None:
@@ -173,11 +183,11 @@ class Extraction:
         edge = transform.shortest_edge
         geometry = self._detector.input_geometry(transform.size_hw, edge)
         try:
-            image = load_image(self._source.folder / entry.file_name, entry.size_hw)
+            loaded = load_with_oddities(self._source.folder / entry.file_name, entry.size_hw)
         except ImageError as error:
             return _Decoded(geometry, None, str(error))
-        pixels = self._detector.preprocess(transform_image(image, transform), edge)
-        return _Decoded(geometry, pixels, "")
+        pixels = self._detector.preprocess(transform_image(loaded.image, transform), edge)
+        return _Decoded(geometry, pixels, "", loaded.oddities)
 
     def _decode_ahead(self, ordered: list[tuple[Part, int]]) -> Iterator[_Decoded]:
         with ThreadPoolExecutor(2, "decode") as pool:
@@ -193,12 +203,18 @@ class Extraction:
                 raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
             self._reporter.warn(f"skipped: {decoded.problem}")
             return _Item(part, row, None, decoded.problem)
+        if part.view == BASE_VIEW:
+            self._oddities.update(decoded.oddities)
         started = time.perf_counter()
         output = self._detector.forward(decoded.pixel_values[None].to(self._device))
         crops = None
         if self._content.layout.c1_roi is not None:
             truth = self._content.views[part.view].ground_truth[row]
-            crops = c1_crops(output, truth, decoded.geometry, self._content.layout.c1_roi)
+            seen = output
+            if self._content.annotations.get(CLASS_AGNOSTIC):
+                logits = any_class(output.class_logits, self._content.spec)
+                seen = replace(output, class_logits=logits)
+            crops = c1_crops(seen, truth, decoded.geometry, self._content.layout.c1_roi)
         kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
         on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started

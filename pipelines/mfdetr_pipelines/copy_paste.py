@@ -69,9 +69,10 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
         raise ConfigError(
             f"{config.out} is no empty folder; nothing was touched, choose another --out"
         )
-    split = load_coco_split(config.annotations, config.images)
+    files = config.files
+    split = load_coco_split(files.annotations, files.images, on_bad=config.on_bad_annotation)
     split.tell_faults(reporter)
-    require_images(config.images, split, "check --images")
+    require_images(files.images, split, "check --images")
     maker = _Maker(config, split)
     make_folder(config.out / IMAGES)
     # In the end: a folder without annotations is one that was not finished.
@@ -104,6 +105,7 @@ class _Maker:
 
     def __init__(self, config: CopyPasteConfig, split: CocoSplit) -> None:
         self._config = config
+        self._files = config.files
         self._split = split
         self._taken = {e.file_name for e in split.images}
         self._written_category = {c.category_id: c.written_id for c in split.categories}
@@ -112,8 +114,8 @@ class _Maker:
         self._donors = [e for e in split.images if self._gives(e)]
         if not self._donors:
             raise DatasetError(
-                f"{config.annotations} has no object of {LEAST_PIXELS_TO_PASTE} pixels or more "
-                "that is no crowd: nothing to paste"
+                f"{self._files.annotations} has no object of {LEAST_PIXELS_TO_PASTE} pixels or "
+                "more that is no crowd: nothing to paste"
             )
 
     def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -121,7 +123,7 @@ class _Maker:
         target = self._config.out / IMAGES / entry.file_name
         make_folder(target.parent)
         with writing(target):
-            shutil.copyfile(self._config.images / entry.file_name, target)
+            shutil.copyfile(self._files.images / entry.file_name, target)
         written = entry.written_id
         objects = [
             {
@@ -165,7 +167,7 @@ class _Maker:
         return bool(can_be_pasted(np.array(pixels, np.int64), truth.is_crowd).any())
 
     def _scene(self, entry: ImageEntry) -> Scene:
-        image = load_image(self._config.images / entry.file_name, entry.size_hw)
+        image = load_image(self._files.images / entry.file_name, entry.size_hw)
         truth = self._split.ground_truth(entry, {})
         masks = [decode_run_lengths(runs, entry.size_hw) for runs in truth.run_lengths]
         stacked = np.stack(masks) if masks else np.zeros((0, *entry.size_hw), np.bool_)

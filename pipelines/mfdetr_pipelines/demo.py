@@ -80,9 +80,9 @@ def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
     for name, cache in (("train", train_cache), ("val", val_cache)):
         config = ExtractConfig(
             str(demo_detector()),
-            data / name,
-            data / f"instances_{name}.json",
             cache,
+            images=data / name,
+            annotations=data / f"instances_{name}.json",
             device="cpu",
         )
         timed(f"extract {name}", lambda config=config: run_extract(config, reporter))  # type: ignore[misc]

@@ -11,8 +11,7 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure
 from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
@@ -110,9 +109,7 @@ def _detector_latency(
     cache: FeatureCache, weights: str, images: Path, device: torch.device
 ) -> Latency:
     """Time of the detector's forward on the first images, one at a time."""
-    detector = load_detector(
-        cache.spec.detector, weights, options_of(detector_identity(cache.spec))
-    )
+    detector = load_same_detector(cache.spec.detector, weights, detector_identity(cache.spec))
     require_same(
         detector_identity(detector.spec),
         f"--weights {weights}",

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfdetr_cache.choices import Evaluator
+from mfdetr_cache.choices import Evaluator, OnBad
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
-from mfdetr_cache.coco.faults import OnBad
 from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import (

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
 from mfdetr_cache.files import make_folder, whole_file
@@ -197,7 +196,7 @@ def _full_graph(
     config: ExportConfig, folder: HeadFolder
 ) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
     assert config.weights is not None
-    detector = load_detector(config.detector, config.weights, options_of(folder.detector))
+    detector = load_same_detector(config.detector, config.weights, folder.detector)
     require_same(
         folder.detector,
         f"head {config.head}",

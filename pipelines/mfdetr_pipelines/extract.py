@@ -4,7 +4,7 @@ import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError, DatasetError
@@ -46,6 +48,8 @@ class ExtractSummary:
         detector_seconds: Part of it spent in the detector's forward.
         box: Box AP of what is cached; None while other processes still fill the cache.
         parts_missing: Parts that other processes have not filled yet.
+        categories: The dataset's categories and their labels.
+        left_out: How many images and annotations cannot be used and were left out.
     """
 
     cache_id: str
@@ -58,6 +62,8 @@ class ExtractSummary:
     detector_seconds: float
     box: CocoMetrics | None
     parts_missing: int = 0
+    categories: tuple[MatchedCategory, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
@@ -75,18 +81,19 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         DetectorError: If the detector cannot be loaded.
         CacheError: If the cache cannot be written or is of something else.
     """
-    if not config.images.is_dir():
-        raise DatasetError(f"image folder {config.images} does not exist; check --images")
     split = _split_of(config)
     split.tell_faults(reporter)
     split.tell_missing_masks(reporter)
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
-        require_images(config.images, split, advice)
+        require_images(config.files.images, split, advice)
     # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
     torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
-    content = plan_cache(split, detector, config.maps, config.views)
+    labelled = label_split(split, detector.spec, config.labels)
+    for warning in labelled.match.warnings:
+        reporter.warn(warning)
+    content = plan_cache(labelled, detector, config.maps, config.views)
     partition = config.work.part or WHOLE
     _announce(config, content, partition, reporter)
     started = time.perf_counter()
@@ -95,9 +102,10 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
             extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
         else:
             device = torch_device(config.device)
-            source = _images_of(config, split)
+            source = _images_of(config, labelled.split)
             worker = Extraction(source, content, detector, device, writer, reporter)
             worker.run(writer.pending_parts())
+            worker.tell_oddities()
             extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
@@ -117,14 +125,20 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         detector_seconds=detector_seconds,
         box=box,
         parts_missing=len(cache.missing_parts),
+        categories=labelled.match.table,
+        left_out={f"{faults.noun}s": faults.unusable for faults in split.faults},
     )
 
 
 def _split_of(config: ExtractConfig) -> CocoSplit:
     """The dataset; images with boxes only, or with nothing yet, can be annotated later."""
+    files = config.files
+    if not files.images.is_dir():
+        raise DatasetError(f"image folder {files.images} does not exist; check --images")
     return load_coco_split(
-        config.annotations,
-        config.images,
+        files.annotations,
+        files.images,
+        on_bad=config.on_bad_annotation,
         limit=config.limit,
         masks="optional",
         unannotated=True,
@@ -132,7 +146,7 @@ def _split_of(config: ExtractConfig) -> CocoSplit:
 
 
 def _images_of(config: ExtractConfig, split: CocoSplit) -> ImageSource:
-    return ImageSource(split, config.images, skip_bad=config.on_bad_image == "skip")
+    return ImageSource(split, config.files.images, skip_bad=config.on_bad_image == "skip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +181,13 @@ def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]
     """What all parts of an extraction need, kept by the worker process."""
     split = _split_of(config)
     detector = load_detector(config.detector, config.weights, config.options)
-    content = plan_cache(split, detector, config.maps, config.views)
+    labelled = label_split(split, detector.spec, config.labels)
+    content = plan_cache(labelled, detector, config.maps, config.views)
     # The cache keeps the parts it was created with, whatever this version would choose.
     storage = open_storage(config.cache)
     root = read_root(storage)
     require_same_content(storage, root, content)
-    return split, detector, replace(content, layout=root.layout)
+    return labelled.split, detector, replace(content, layout=root.layout)
 
 
 def _fill_part(config: ExtractConfig, part: Part) -> _Filled:

@@ -111,7 +111,13 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         DetectorError: If the detector cannot be loaded.
         CacheError: If the disk cannot be written.
     """
-    split = load_coco_split(config.annotations, config.images, masks="optional", unannotated=True)
+    split = load_coco_split(
+        config.annotations,
+        config.images,
+        on_bad=config.on_bad_annotation,
+        masks="optional",
+        unannotated=True,
+    )
     split.tell_faults(reporter)
     device = torch_device(config.device)
     keep_freed_memory()  # as extraction does

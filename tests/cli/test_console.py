@@ -9,6 +9,7 @@ from pathlib import Path
 import mfdetr_cli
 import pytest
 from mfdetr_cli.console import print_evaluation, print_facts, print_table
+from mfdetr_cli.progress import ConsoleReporter
 
 METRICS = {"AP": 0.123, "AP50": 0.234, "AP75": 0.345, "APS": 0.456, "APM": 1.0, "APL": -1.0}
 NUMBERS = ("12.3", "23.4", "34.5", "45.6", "100.0")
@@ -98,3 +99,14 @@ def test_json_is_written_before_anything_is_printed() -> None:
                 )
                 assert names.index("write_json") < first, f"{path.stem}: {function.name}"
     assert commands >= 18
+
+
+def test_names_are_shown_and_never_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape codes, a terminal's title, a NUL, a reversed ending, half a character."""
+    name = "x\x1b]0;mine\x07\x1b[31mred\0\u202egpj.exe\ud800\x9b2J"
+    ConsoleReporter().warn(f"skipped: {name}")
+    print_table(name, ["", "objects"], [[name, "3"]])
+    print_facts(name, {name: name})
+    said = "".join(capsys.readouterr())
+    assert not any(c in said for c in "\x1b\x07\0\u202e\ud800\x9b")
+    assert said.count("\\x1b[31mred\\x00\\u202egpj.exe\\ud800\\x9b2J") >= 3

@@ -1,10 +1,11 @@
 import pytest
 
-from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.coco.categories import categories_of_labels, match_labels
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
 CATEGORIES = [Category(1, "person"), Category(44, "bottle"), Category(90, "tooth-brush")]
+PLACEHOLDERS = [f"LABEL_{i}" for i in range(91)]
 
 
 def test_names_decide() -> None:
@@ -12,14 +13,70 @@ def test_names_decide() -> None:
 
 
 def test_91_outputs_are_category_ids() -> None:
-    found = categories_of_labels([f"LABEL_{i}" for i in range(91)], CATEGORIES, "d")
+    found = categories_of_labels(PLACEHOLDERS, CATEGORIES, "d")
     assert (found[1], found[44], found[90], found[2]) == (1, 44, 90, -1)
 
 
 def test_equal_counts_follow_ascending_ids() -> None:
-    assert categories_of_labels(["a", "b", "c"], list(reversed(CATEGORIES)), "d") == (1, 44, 90)
+    turned = list(reversed(CATEGORIES))
+    assert categories_of_labels(PLACEHOLDERS[:3], turned, "d") == (1, 44, 90)
+    matched = match_labels(PLACEHOLDERS[:3], turned, "d", {1: 5})
+    assert "matched by the order of their ids: tooth-brush = LABEL_2, " in matched.warnings[-1]
 
 
-def test_no_rule_is_an_error() -> None:
-    with pytest.raises(DatasetError, match="no name is in both"):
-        categories_of_labels(["a", "b"], CATEGORIES, "some detector")
+def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None:
+    roots = [Category(0, "things"), *CATEGORIES]
+    found = match_labels(PLACEHOLDERS[:3], roots, "d", {1: 4, 44: 1, 90: 2})
+    assert found.label_categories == (1, 44, 90)
+    assert match_labels(PLACEHOLDERS[:4], roots, "d", {1: 4}).label_categories == (0, 1, 44, 90)
+
+
+@pytest.mark.parametrize(
+    ("labels", "advice"),
+    [
+        (["a", "b"], "say which is which with --map category=label"),
+        (["a", "b", "c"], "say which is which with --map category=label"),
+        (PLACEHOLDERS[:2], "name the labels in id2label"),
+    ],
+)
+def test_no_rule_is_an_error(labels: list[str], advice: str) -> None:
+    with pytest.raises(DatasetError, match=f"no name is in both, .*{advice}"):
+        categories_of_labels(labels, CATEGORIES, "some detector")
+
+
+def test_of_two_categories_of_one_name_the_annotated_one_is_meant() -> None:
+    twice = [*CATEGORIES, Category(99, "Person")]
+    assert match_labels(["person"], twice, "d", {1: 3}).label_categories == (1,)
+    assert match_labels(["person"], twice, "d", {99: 3}).label_categories == (99,)
+    with pytest.raises(DatasetError, match="1 and 99 are both called 'person' and both annotated"):
+        match_labels(["person"], twice, "d", {1: 3, 99: 1})
+    both = match_labels(["person"], twice, "d", {1: 3, 99: 1}, {"1": "person", "99": "person"})
+    assert (both.label_categories, both.same_as) == ((1,), {99: 1})
+
+
+def test_what_has_no_label_is_a_warning_with_its_count() -> None:
+    found = match_labels(["person", "sofa"], CATEGORIES, "det", {1: 7, 44: 3, 90: 2})
+    (warning,) = found.warnings
+    assert (
+        "2 annotated categories have no label of det, 5 of 12 objects: bottle (3), too" in warning
+    )
+    rows = [(r.name, r.label, r.objects, r.rule) for r in found.table]
+    assert rows == [
+        ("person", "person", 7, "name"),
+        ("bottle", None, 3, ""),
+        ("tooth-brush", None, 2, ""),
+    ]
+    assert match_labels(["person"], CATEGORIES, "det", {1: 7}).warnings == ()
+
+
+def test_a_map_comes_before_names() -> None:
+    labels = ["person", "Vase", "bottle"]
+    found = match_labels(labels, CATEGORIES, "d", {}, {"bottle": "vase", "90": "bottle"})
+    assert found.label_categories == (1, 44, 90)
+    assert [r.rule for r in found.table] == ["name", "map", "map"]
+    shared = match_labels(labels, CATEGORIES, "d", {}, {"Bottle": "person"})
+    assert (shared.label_categories, shared.same_as) == ((1, -1, -1), {44: 1})
+    with pytest.raises(DatasetError, match="--map cup=vase: the dataset has no category 'cup'"):
+        match_labels(labels, CATEGORIES, "d", {}, {"cup": "vase"})
+    with pytest.raises(DatasetError, match="--map bottle=cup: d has no label 'cup'"):
+        match_labels(labels, CATEGORIES, "d", {}, {"bottle": "cup"})

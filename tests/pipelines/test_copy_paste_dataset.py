@@ -19,7 +19,9 @@ from tests.support import scenes
 
 
 def config(folder: Path, out: Path, **changes: int) -> CopyPasteConfig:
-    return CopyPasteConfig(folder / "images", folder / "instances.json", out, **changes)
+    return CopyPasteConfig(
+        out, images=folder / "images", annotations=folder / "instances.json", **changes
+    )
 
 
 def test_it_is_extracted_like_any_other(

@@ -17,7 +17,10 @@ def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
     """On scenes that neither its training nor the demo uses."""
     annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 60)
     config = ExtractConfig(
-        str(demo_detector()), tmp_path / "heldout", annotations, tmp_path / "c.zarr"
+        str(demo_detector()),
+        tmp_path / "c.zarr",
+        images=tmp_path / "heldout",
+        annotations=annotations,
     )
     assert run_extract(config, SilentReporter()).box.AP > 0.45
 

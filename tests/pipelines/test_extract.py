@@ -80,8 +80,8 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.config.extract import ExtractConfig
 folder, weights, cache = map(Path, sys.argv[1:4])
-run_extract(ExtractConfig(str(weights), folder / "images", folder / "instances.json", cache),
-            SilentReporter())
+files = {"images": folder / "images", "annotations": folder / "instances.json"}
+run_extract(ExtractConfig(str(weights), cache, **files), SilentReporter())
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
 

@@ -101,13 +101,15 @@ def test_parts_that_are_being_written_are_refused(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
 ) -> None:
     from mfdetr_cache.coco.annotations import load_coco_split
+    from mfdetr_cache.coco.labelled import label_split
     from mfdetr_cache.detectors.registry import load_detector
     from mfdetr_cache.extraction.content import plan_cache
 
     path = tmp_path / "a.zarr"
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)
     detector = load_detector("hf", str(rtdetr_folder))
-    content = plan_cache(load_coco_split(config.annotations), detector, config.maps, config.views)
+    labelled = label_split(load_coco_split(config.files.annotations), detector.spec)
+    content = plan_cache(labelled, detector, config.maps, config.views)
     with CacheWriter.open_or_create(path, content, Partition(1, 2)):
         with pytest.raises(CacheError, match="is being written by another process"):
             CacheWriter.open_or_create(path, content, Partition(1, 2))

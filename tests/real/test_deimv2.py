@@ -38,9 +38,9 @@ def val_cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("real") / "val2017.zarr"
     config = ExtractConfig(
         str(shared / "detectors/deimv2-femto-coco"),
-        shared / "coco-mini/val2017",
-        shared / "coco-mini/annotations/instances_val2017.json",
         cache,
+        images=shared / "coco-mini/val2017",
+        annotations=shared / "coco-mini/annotations/instances_val2017.json",
     )
     reporter = SilentReporter()
     summary = run_extract(config, reporter)

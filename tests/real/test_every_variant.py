@@ -33,9 +33,9 @@ def cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCach
     path = tmp_path_factory.mktemp("real") / "train2017.zarr"
     config = ExtractConfig(
         str(shared / "detectors/deimv2-femto-coco"),
-        shared / "coco-mini/train2017",
-        shared / "coco-mini/annotations/instances_train2017.json",
         path,
+        images=shared / "coco-mini/train2017",
+        annotations=shared / "coco-mini/annotations/instances_train2017.json",
         limit=2,
     )
     run_extract(config, SilentReporter())

@@ -10,8 +10,7 @@ from mfdetr_cache.cache.certificate import Certificate, write_certificate
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.live import live_image
-from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import Result
@@ -100,7 +99,7 @@ def _reference(
     weights, images = config.detector.weights, config.detector.images
     if weights is None or images is None:
         raise CacheError("certify compares: give --reference CACHE, or --weights and --images")
-    detector = load_detector(cache.spec.detector, weights, options_of(identity))
+    detector = load_same_detector(cache.spec.detector, weights, identity)
     require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
     device = torch_device(config.device)
     detector = detector.to(device)

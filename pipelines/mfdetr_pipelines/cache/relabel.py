@@ -18,9 +18,9 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.relabel import relabelling
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.matching.crops import c1_crops
@@ -78,11 +78,23 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
     cache = FeatureCache.open(config.cache)
     cache.require_complete()
     split = load_coco_split(
-        config.annotations, config.detector.images, masks="optional", unannotated=True
+        config.annotations,
+        config.detector.images,
+        on_bad=config.on_bad_annotation,
+        masks="optional",
+        unannotated=True,
     )
     split.tell_faults(reporter)
     split.tell_missing_masks(reporter)
-    found = relabelling(cache, split)
+    labelled = label_split(split, cache.root.spec, config.labels)
+    for warning in labelled.match.warnings:
+        reporter.warn(warning)
+    if cache.layout.c1_roi is not None and config.labels.class_agnostic != cache.is_class_agnostic:
+        raise CacheError(
+            f"{cache.path} holds C1 as crops around the queries of other labels: extract it again "
+            "to change --class-agnostic"
+        )
+    found = relabelling(cache, labelled)
     content = found.content
     with locked(cache.storage):
         newest = version_numbers(cache.storage)[-1]
@@ -151,7 +163,7 @@ def _extracted(
             "runs on these alone"
         )
     identity = detector_identity(cache.spec)
-    detector = load_detector(cache.spec.detector, weights, options_of(identity))
+    detector = load_same_detector(cache.spec.detector, weights, identity)
     require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
     device = torch_device(config.device)
     detector = detector.to(device)

@@ -23,6 +23,8 @@ from mfdetr_cache.cache.verify import (
 )
 from mfdetr_cache.cache.writer import CacheWriter, other_annotations, require_same_features
 from mfdetr_cache.coco.annotations import load_coco_split
+from mfdetr_cache.coco.labelled import label_split
+from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
@@ -95,7 +97,8 @@ def run_repair(
         )
         options = options_of(detector_identity(root.spec))
         detector = load_detector(root.spec.detector, weights, options)
-        content = replace(plan_cache(split, detector, *_choices(root)), layout=root.layout)
+        labelled = label_split(split, detector.spec, _label_options(storage, root, split.sha256))
+        content = replace(plan_cache(labelled, detector, *_choices(root)), layout=root.layout)
         # Before anything is touched: another detector or dataset could only make it worse.
         require_same_features(storage, root, content)
         versions = _broken_versions(storage, root, content)
@@ -112,6 +115,15 @@ def run_repair(
         extraction.run(writer.pending_parts())
         whole = not run_verify(storage, reporter, full=True).faults
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
+
+
+def _label_options(storage: Storage, root: Root, sha256: str) -> LabelOptions:
+    """Which categories were chosen for the annotations of a file."""
+    for number in reversed(annotation_versions(storage)):
+        header = header_of(storage, root, number)
+        if header is not None and header.source["sha256"] == sha256:
+            return LabelOptions.of(header.source)
+    return LabelOptions()
 
 
 def _choices(root: Root) -> tuple[MapOptions, ViewOptions]:

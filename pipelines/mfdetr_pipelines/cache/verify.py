@@ -18,9 +18,8 @@ from mfdetr_cache.cache.verify import (
 )
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import detector_identity, differences
 from mfdetr_cache.matching.crops import c1_crops
@@ -147,9 +146,9 @@ def compare_live(
     Returns:
         Faults, images compared, and the largest mean map difference in units of its spread.
     """
-    options = options_of(detector_identity(cache.spec))
-    detector = load_detector(cache.spec.detector, source.weights, options)
-    other = differences(detector_identity(cache.spec), detector_identity(detector.spec))
+    identity = detector_identity(cache.spec)
+    detector = load_same_detector(cache.spec.detector, source.weights, identity)
+    other = differences(identity, detector_identity(detector.spec))
     if other:
         field, stored, now = other[0]
         return [f"another detector: {field} is {stored!r} in the cache and {now!r} now"], 0, 0.0

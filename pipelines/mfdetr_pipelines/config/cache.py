@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.options import FILE, FOLDER, Option, existing_cache
 from mfdetr_pipelines.config.shared import LiveDetector, OnDevice
 
@@ -120,11 +122,15 @@ class RelabelConfig(OnDevice):
     Attributes:
         cache: The cache: a folder, or a URL.
         annotations: Annotation file of the same images.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
+        labels: Which category stands for which label.
         detector: For crops of C1.
     """
 
     cache: Annotated["Location", _CACHE]
     annotations: Annotated[Path, FILE]
+    on_bad_annotation: OnBad = "stop"
+    labels: LabelOptions = field(default_factory=LabelOptions)
     detector: LiveDetector = field(default_factory=LiveDetector)
 
 

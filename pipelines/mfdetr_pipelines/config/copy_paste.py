@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.layouts import DatasetFiles, dataset_files
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Option
 
@@ -19,16 +21,23 @@ class CopyPasteConfig:
         --annotations coco/annotations/instances_train2017.json --out pasted
 
     Attributes:
+        out: New folder for images and annotations.
         images: Image folder of the training split.
         annotations: Its COCO instances JSON.
-        out: New folder for images and annotations.
+        dataset: Folder of a dataset in the layout of COCO, Roboflow or YOLO, in place of --images
+            and --annotations.
+        split: Split of --dataset, such as train or val2017.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         copies: Images to make of every image, beside itself.
         seed: Seed of what is pasted, and where.
     """
 
-    images: Annotated[Path, FOLDER]
-    annotations: Annotated[Path, FILE]
     out: Annotated[Path, Option(metavar="FOLDER")]
+    images: Annotated[Path | None, FOLDER] = None
+    annotations: Annotated[Path | None, FILE] = None
+    dataset: Annotated[Path | None, FOLDER] = None
+    split: Annotated[str | None, Option(metavar="NAME")] = None
+    on_bad_annotation: OnBad = "stop"
     copies: int = 6
     seed: int = 0
 
@@ -38,3 +47,9 @@ class CopyPasteConfig:
                 f"--copies {self.copies} --seed {self.seed}: give 1 or more copies and a seed "
                 "that is not negative"
             )
+        self.files  # noqa: B018  refused before anything is read
+
+    @property
+    def files(self) -> DatasetFiles:
+        """Image folder and annotation file."""
+        return dataset_files(self.images, self.annotations, self.dataset, self.split)

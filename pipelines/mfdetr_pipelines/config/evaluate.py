@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from mfdetr_cache.choices import Evaluator, Extra, Scoring, Which
+from mfdetr_cache.choices import Evaluator, Extra, OnBad, Scoring, Which
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import CACHE, FILE, FOLDER, Built, Option
 from mfdetr_pipelines.config.shared import LiveDetector, LocalCache, OnDevice
@@ -51,10 +51,13 @@ class ResultsFile:
     Attributes:
         results: Measure this COCO results file, of any tool.
         annotations: COCO instances JSON, for --results.
+        on_bad_annotation: What to do with an annotation or a result that cannot be used: stop, or
+            leave it out.
     """
 
     results: Annotated[Path | None, FILE] = None
     annotations: Annotated[Path | None, FILE] = None
+    on_bad_annotation: OnBad = "stop"
 
 
 @dataclass(frozen=True, slots=True)

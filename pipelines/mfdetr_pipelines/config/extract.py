@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.layouts import DatasetFiles, dataset_files
+from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
@@ -27,28 +30,37 @@ class ExtractConfig(OnDevice):
 
     Attributes:
         weights: The detector: hub id, folder in its layout, or a checkpoint of its authors' code.
-        images: Folder with the images.
-        annotations: COCO instances JSON of these images.
         cache: Where the cache goes: a folder such as val2017.zarr, or a URL.
+        images: Folder with the images.
+        annotations: COCO instances JSON of these images, or data.yaml of YOLO's layout.
+        dataset: Folder of a dataset in the layout of COCO, Roboflow or YOLO, in place of --images
+            and --annotations.
+        split: Split of --dataset, such as train or val2017.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         detector: A name that mfdetr detectors lists; by default what the weights say.
         limit: Only the first N images.
         on_bad_image: What to do with an image that cannot be read: stop, or leave it out.
         force: Start although the disk looks too small.
         options: What the user chose about the detector.
+        labels: Which category stands for which label.
         maps: How the maps are stored.
         views: Augmented passes.
         work: Which share of the work this process does, or where else it is done.
     """
 
     weights: Annotated[str, Option(metavar="NAME")]
-    images: Annotated[Path, FOLDER]
-    annotations: Annotated[Path, FILE]
     cache: Annotated["Location", Option(metavar="CACHE")]
+    images: Annotated[Path | None, FOLDER] = None
+    annotations: Annotated[Path | None, FILE] = None
+    dataset: Annotated[Path | None, FOLDER] = None
+    split: Annotated[str | None, Option(metavar="NAME")] = None
+    on_bad_annotation: OnBad = "stop"
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     limit: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False
     options: DetectorOptions = field(default_factory=DetectorOptions)
+    labels: LabelOptions = field(default_factory=LabelOptions)
     maps: MapOptions = field(default_factory=MapOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
     work: WorkOptions = field(default_factory=WorkOptions)
@@ -56,3 +68,9 @@ class ExtractConfig(OnDevice):
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: give 1 or more images")
+        self.files  # noqa: B018  refused before anything is loaded
+
+    @property
+    def files(self) -> DatasetFiles:
+        """Image folder and annotation file."""
+        return dataset_files(self.images, self.annotations, self.dataset, self.split)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from mfdetr_cache.choices import OnBad
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
@@ -38,6 +39,7 @@ class PlanConfig(OnDevice):
         detector: A name that mfdetr detectors lists; by default what the weights say.
         images: Folder of images to time the detector on. Random images if omitted, whose features
             compress less.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         disk: Where the cache would go; this folder if omitted.
         sample: Images to measure on.
         disk_seconds: Seconds to write; longer than the drive's write cache lasts.
@@ -48,6 +50,7 @@ class PlanConfig(OnDevice):
     annotations: Annotated[Path, FILE]
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     images: Annotated[Path | None, FOLDER] = None
+    on_bad_annotation: OnBad = "stop"
     disk: Annotated[Path | None, Option(metavar="FOLDER")] = None
     sample: int = 8
     disk_seconds: float = 10.0

@@ -1,0 +1,109 @@
+"""A split as a detector is trained on it: its categories matched with the detector's labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.categories import LabelMatch, MatchedCategory, is_called, match_labels
+from mfdetr_cache.coco.image_list import Category, ImageEntry
+from mfdetr_cache.coco.options import OBJECT, LabelOptions
+from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.types import DetectorSpec, GroundTruth
+
+# The category of --class-agnostic.
+_ANY = Category(1, OBJECT)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSplit:
+    """A split and the labels of its categories.
+
+    Attributes:
+        split: With the categories that were chosen; those that share a label are one.
+        match: Which label each category has.
+        chosen: What of this the user chose, as plain values: part of what annotations are.
+    """
+
+    split: CocoSplit
+    match: LabelMatch
+    chosen: dict[str, Any]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What these labels are made from, as plain values."""
+        return {"name": self.split.name, "sha256": self.split.sha256, **self.chosen}
+
+    def objects_of(self, entry: ImageEntry) -> GroundTruth:
+        """The objects of an image, with their labels."""
+        labels = {c: i for i, c in reversed(list(enumerate(self.match.label_categories))) if c >= 0}
+        return self.split.ground_truth(entry, labels)
+
+
+def label_split(
+    split: CocoSplit, spec: DetectorSpec, options: LabelOptions | None = None
+) -> LabelledSplit:
+    """Match the categories of a split with the labels of a detector.
+
+    Args:
+        split: The split.
+        spec: The detector.
+        options: Which categories to keep, and which label is meant by which; None takes names.
+
+    Returns:
+        The split with these categories.
+
+    Raises:
+        DatasetError: If a category or label that was named is unknown, or no label has a category.
+    """
+    options = options or LabelOptions()
+    if options.only:
+        split = _only(split, options.only)
+    counts = split.objects_per_category()
+    if options.class_agnostic:
+        return LabelledSplit(_one_category(split), _one_label(split, spec), options.identity())
+    match = match_labels(spec.label_names, split.categories, spec.name, counts, options.map)
+    if match.same_as:
+        merged = {
+            image_id: [
+                replace(a, category_id=match.same_as.get(a.category_id, a.category_id))
+                for a in found
+            ]
+            for image_id, found in split.annotations.items()
+        }
+        kept = tuple(c for c in split.categories if c.category_id not in match.same_as)
+        split = replace(split, annotations=merged, categories=kept)
+    return LabelledSplit(split, match, options.identity())
+
+
+def _one_category(split: CocoSplit) -> CocoSplit:
+    annotations = {
+        image_id: [replace(a, category_id=_ANY.category_id) for a in found]
+        for image_id, found in split.annotations.items()
+    }
+    return replace(split, categories=(_ANY,), annotations=annotations)
+
+
+def _one_label(split: CocoSplit, spec: DetectorSpec) -> LabelMatch:
+    counts = split.objects_per_category()
+    nothing = spec.score_function == "softmax"
+    classes = spec.num_labels - nothing
+    labels = (_ANY.category_id,) * classes + (-1,) * nothing
+    rows = [MatchedCategory(c.name, OBJECT, counts[c.category_id], "any") for c in split.categories]
+    return LabelMatch(labels, table=tuple(rows))
+
+
+def _only(split: CocoSplit, names: Sequence[str]) -> CocoSplit:
+    kept = tuple(c for c in split.categories if any(is_called(c, name) for name in names))
+    unknown = [n for n in names if not any(is_called(c, n) for c in kept)]
+    if unknown:
+        listed = ", ".join(c.name for c in split.categories[:10])
+        raise DatasetError(
+            f"--only {unknown[0]}: the dataset has no such category; it has {listed}"
+        )
+    ids = {c.category_id for c in kept}
+    annotations = {
+        image_id: [a for a in found if a.category_id in ids]
+        for image_id, found in split.annotations.items()
+    }
+    return replace(split, categories=kept, annotations=annotations)

@@ -1,0 +1,107 @@
+"""Where images and annotations of a split lie, in the layouts that tools export."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfdetr_cache.errors import ConfigError, DatasetError
+
+_ROBOFLOW = "_annotations.coco.json"
+# Names of one split in different tools.
+_SAME = ({"val", "valid", "validation"}, {"train", "training"}, {"test", "testing"})
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFiles:
+    """One split of a dataset on disk.
+
+    Attributes:
+        images: Image folder.
+        annotations: COCO instances JSON, or ``data.yaml`` of a dataset in YOLO's layout.
+    """
+
+    images: Path
+    annotations: Path
+
+
+def dataset_files(
+    images: Path | None, annotations: Path | None, dataset: Path | None, split: str | None
+) -> DatasetFiles:
+    """The files that a user named, or that are found in a dataset's folder.
+
+    Args:
+        images: Image folder.
+        annotations: Annotation file.
+        dataset: Folder of a dataset, in place of both.
+        split: Its split.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: If neither both files nor a folder are named.
+        DatasetError: If the folder has no such split.
+    """
+    if dataset is not None and images is None and annotations is None:
+        return find_split(dataset, split)
+    if dataset is not None or split is not None:
+        raise ConfigError("--dataset FOLDER --split NAME stand in place of --images, --annotations")
+    if images is None or annotations is None:
+        raise ConfigError("give --images and --annotations, or --dataset with its --split")
+    return DatasetFiles(images, annotations)
+
+
+def find_split(folder: Path, split: str | None) -> DatasetFiles:
+    """A split of a dataset in COCO's, Roboflow's or YOLO's layout.
+
+    Args:
+        folder: The dataset's folder.
+        split: Name of the split, such as ``train`` or ``val2017``; None if there is only one.
+
+    Returns:
+        Its files.
+
+    Raises:
+        DatasetError: Naming the splits there are, if it is none of them.
+    """
+    found = dict(_splits(folder))
+    if not found:
+        raise DatasetError(
+            f"--dataset {folder} has no split in a layout that is known: COCO "
+            f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml); "
+            "use --images and --annotations"
+        )
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    names = [name for name in found if split is not None and _is_meant(name, split)]
+    if split in found:
+        return found[split]
+    if len(names) != 1:
+        lacking = "give --split" if split is None else f"has no split {split!r}"
+        raise DatasetError(f"--dataset {folder} {lacking}; it has {', '.join(sorted(found))}")
+    return found[names[0]]
+
+
+def _is_meant(name: str, split: str) -> bool:
+    """Whether a split is called so by another tool, or with a year behind it."""
+    same = next((names for names in _SAME if split in names), {split})
+    return any(name == other or name.rstrip("0123456789") == other for other in same)
+
+
+def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
+    """Every split with its files; of one in several layouts, the last is taken."""
+    # Imported late: settings name datasets, and a mistyped option need not wait for Pillow.
+    from mfdetr_cache.coco.yolo import yolo_splits
+
+    for path in sorted(folder.glob("*.y*ml")):
+        for name, images in yolo_splits(path).items():
+            yield name, DatasetFiles(images, path)
+    for path in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
+        if path.stem == "instances" or path.stem.startswith("instances_"):
+            name = path.stem.removeprefix("instances").removeprefix("_")
+            places = (folder / name, folder / "images" / name, folder / "images")
+            there = [p for p in places if p.is_dir() and p != folder]
+            if there:
+                yield name or "all", DatasetFiles(there[0], path)
+    for path in sorted([*folder.glob(_ROBOFLOW), *folder.glob(f"*/{_ROBOFLOW}")]):
+        yield path.parent.name, DatasetFiles(path.parent, path)

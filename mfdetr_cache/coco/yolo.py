@@ -1,0 +1,115 @@
+"""Datasets in YOLO's layout: a ``data.yaml``, and a text file of polygons beside every image."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mfdetr_cache.coco.faults import short
+from mfdetr_cache.coco.image_files import upright_size
+from mfdetr_cache.coco.json_file import JsonFile
+from mfdetr_cache.errors import DatasetError, ImageError
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_SPLITS = ("train", "val", "valid", "test")
+
+
+def yolo_splits(path: Path) -> dict[str, Path]:
+    """The splits of a ``data.yaml`` and their image folders.
+
+    Args:
+        path: A YAML file.
+
+    Returns:
+        Those whose folder is there; none for a YAML file of something else.
+
+    Raises:
+        DatasetError: If it is no YAML.
+    """
+    document = _read(path)
+    root = path.parent / str(document.get("path") or ".")
+    found = {}
+    for split in _SPLITS:
+        value = document.get(split)
+        if isinstance(value, str) and "names" in document:
+            # Roboflow writes ../train/images beside the folder that it means.
+            folders = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
+            if folder := next((f for f in folders if f.is_dir()), None):
+                found[split] = folder
+    return found
+
+
+def read_yolo(path: Path, images: Path) -> JsonFile:
+    """A split in YOLO's layout as a COCO document.
+
+    Args:
+        path: Its ``data.yaml``.
+        images: Its image folder; ``images`` in its path becomes ``labels`` for the polygons.
+
+    Returns:
+        The document: images in the order of their names with their size after EXIF rotation, one
+        annotation per line of the text files. A line of a box alone has no mask.
+
+    Raises:
+        DatasetError: If names or folder are missing.
+        ImageError: If an image is none.
+    """
+    names = _read(path).get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping) or not names:
+        raise DatasetError(f"{path} has no list of names; is it the data.yaml of a dataset?")
+    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise DatasetError(f"{images} has no image")
+    parts = list(images.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    labels = Path(*parts)
+    digest = hashlib.sha256(repr(sorted(names.items(), key=str)).encode())
+    listed: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, file in enumerate(files, 1):
+        name = file.relative_to(images)
+        try:
+            height, width = upright_size(file)
+        except ImageError:
+            height = width = 0  # told with all others that cannot be used
+        entry = {"id": number, "file_name": name.as_posix(), "height": height, "width": width}
+        listed.append(entry)
+        text = labels / name.with_suffix(".txt")
+        data = text.read_bytes() if text.is_file() else b""  # without: nothing in the image
+        digest.update(name.as_posix().encode() + b"\0" + data + b"\0")
+        for line, words in enumerate(data.decode(errors="replace").splitlines(), 1):
+            if words.strip():
+                where = f"{text.relative_to(labels)}:{line}"
+                annotations.append({"id": where, "image_id": number, **_object(words, entry)})
+    categories = [{"id": key, "name": name} for key, name in names.items()]
+    document = {"images": listed, "annotations": annotations, "categories": categories}
+    split = images.parent.name if images.name == "images" else images.name
+    return JsonFile(document, split, digest.hexdigest())
+
+
+def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
+    """One line: a category and a polygon, or a box, in parts of the image's sides."""
+    category, *words = line.split()
+    width, height = image["width"], image["height"]
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        return {"category_id": category, "segmentation": line}
+    scaled = [v * (height if i % 2 else width) for i, v in enumerate(values)]
+    if len(scaled) == 4:
+        x, y, w, h = scaled
+        return {"category_id": category, "bbox": [x - w / 2, y - h / 2, w, h]}
+    return {"category_id": category, "segmentation": [scaled]}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, RecursionError, OSError, ValueError) as error:
+        raise DatasetError(f"{path} is no YAML ({short(str(error))})") from error
+    return document if isinstance(document, Mapping) else {}

@@ -1,0 +1,151 @@
+"""Datasets in the layouts that tools export give what the same COCO file gives."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.coco.layouts import dataset_files, find_split
+from mfdetr_cache.errors import ConfigError, DatasetError
+from tests.support import scenes
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> CocoSplit:
+    """Two images and their annotations, in the folder of the test."""
+    scenes.write_scenes(tmp_path / "plain", count=2, seed=3)
+    return load_coco_split(tmp_path / "plain/instances.json", tmp_path / "plain/images")
+
+
+def moved(tmp_path: Path, images: str, annotations: str) -> Path:
+    """The same dataset under other names."""
+    folder = tmp_path / "dataset"
+    (folder / images).parent.mkdir(parents=True, exist_ok=True)
+    (folder / annotations).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tmp_path / "plain/images", folder / images, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "plain/instances.json", folder / annotations)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "split"),
+    [
+        ("val2017", "annotations/instances_val2017.json", "val2017"),
+        ("val2017", "annotations/instances_val2017.json", "val"),
+        ("images/train", "annotations/instances_train.json", "train"),
+        ("train", "train/_annotations.coco.json", "train"),
+        ("valid", "valid/_annotations.coco.json", "val"),
+        ("images", "instances.json", None),
+    ],
+)
+def test_splits_are_found_by_name(
+    tmp_path: Path, plain: CocoSplit, images: str, annotations: str, split: str | None
+) -> None:
+    folder = moved(tmp_path, images, annotations)
+    files = find_split(folder, split)
+    assert (files.images, files.annotations) == (folder / images, folder / annotations)
+    found = load_coco_split(files.annotations, files.images)
+    require_images(files.images, found, "")
+    assert found.images == plain.images
+
+
+def test_what_is_not_there_is_named_with_what_is(tmp_path: Path, plain: CocoSplit) -> None:
+    with pytest.raises(DatasetError, match="has no split in a layout that is known: COCO"):
+        find_split(tmp_path, "train")
+    moved(tmp_path, "train", "train/_annotations.coco.json")
+    folder = moved(tmp_path, "test", "test/_annotations.coco.json")
+    with pytest.raises(DatasetError, match="has no split 'val'; it has test, train"):
+        find_split(folder, "val")
+    with pytest.raises(DatasetError, match="give --split; it has test, train"):
+        find_split(folder, None)
+    with pytest.raises(ConfigError, match="give --images and --annotations, or --dataset"):
+        dataset_files(tmp_path, None, None, None)
+    with pytest.raises(ConfigError, match="stand in place of --images"):
+        dataset_files(tmp_path, tmp_path, folder, "train")
+
+
+def write_yolo(tmp_path: Path, yaml: str, lines: dict[str, list[str]]) -> Path:
+    folder = tmp_path / "yolo"
+    for name, text in lines.items():
+        (folder / "train/images").mkdir(parents=True, exist_ok=True)
+        (folder / "train/labels").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (200, 100)).save(folder / f"train/images/{name}.png")
+        if text:
+            (folder / f"train/labels/{name}.txt").write_text("\n".join(text) + "\n")
+    (folder / "data.yaml").write_text(yaml)
+    return folder
+
+
+YAML = "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['dog', 'cat']\n"
+
+
+@pytest.mark.parametrize("yaml", [YAML, "path: .\ntrain: train/images\nnames: {0: dog, 1: cat}\n"])
+def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str) -> None:
+    folder = write_yolo(
+        tmp_path,
+        yaml,
+        {"a": ["1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8", "", "0 0.6 0.6 0.9 0.6 0.9 0.9"], "b": []},
+    )
+    files = find_split(folder, "train")
+    split = load_coco_split(files.annotations, files.images)
+    document: Any = {
+        "images": [
+            {"id": 1, "file_name": "a.png", "height": 100, "width": 200},
+            {"id": 2, "file_name": "b.png", "height": 100, "width": 200},
+        ],
+        "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "segmentation": [[20, 20, 100, 20, 100, 80, 20, 80]]},
+            {"image_id": 1, "category_id": 0, "segmentation": [[120, 60, 180, 60, 180, 90]]},
+        ],
+    }
+    (tmp_path / "same.json").write_text(json.dumps(document))
+    wanted = load_coco_split(tmp_path / "same.json")
+    assert (split.images, split.categories) == (wanted.images, wanted.categories)
+    ours, theirs = (s.ground_truth(s.images[0], {}) for s in (split, wanted))
+    for name in ("category_ids", "boxes_xyxy", "areas", "is_crowd"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    assert all((a == b).all() for a, b in zip(ours.run_lengths, theirs.run_lengths, strict=True))
+    before = split.sha256
+    (folder / "train/labels/b.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+    assert load_coco_split(files.annotations, files.images).sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 0.5 0.5 0.2 0.2", r"annotation a.txt:2 of image 1 has no mask"),
+        ("7 0.1 0.1 0.9 0.1 0.9 0.9", "annotation a.txt:2 of image 1 has category_id 7, which is"),
+        ("0 0.1 x 0.9 0.1 0.9 0.9", "annotation a.txt:2 of image 1 cannot be understood"),
+        ("0 0.1 0.1 0.9 0.1 0.9", "a polygon needs at least three points"),
+        ("0 0.1 0.1 nan 0.1 0.9 0.9", "is not finite"),
+        ("0", "annotation a.txt:2 of image 1 has no mask"),
+    ],
+)
+def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message: str) -> None:
+    folder = write_yolo(tmp_path, YAML, {"a": ["1 0.1 0.2 0.5 0.2 0.5 0.8", line]})
+    files = find_split(folder, None)
+    with pytest.raises(DatasetError, match=message):
+        load_coco_split(files.annotations, files.images)
+    kept = load_coco_split(files.annotations, files.images, on_bad="skip")
+    assert len(kept.annotations[1]) == 1
+
+
+def test_no_dataset_is_one_line(tmp_path: Path) -> None:
+    folder = write_yolo(tmp_path, "a: [", {"a": []})
+    with pytest.raises(DatasetError, match="data.yaml is no YAML"):
+        find_split(folder, "train")
+    (folder / "data.yaml").write_text("train: train/images\nnames: 5\n")
+    with pytest.raises(DatasetError, match="data.yaml has no list of names"):
+        load_coco_split(folder / "data.yaml", folder / "train/images")
+    (folder / "data.yaml").write_text(YAML)
+    with pytest.raises(DatasetError, match="has an empty list 'annotations'"):
+        load_coco_split(folder / "data.yaml", folder / "train/images")
+    with pytest.raises(DatasetError, match="its images are needed too"):
+        load_coco_split(folder / "data.yaml")
