@@ -33,7 +33,6 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mfdetr_cache pipelines/mfdetr_pipelines cli/mfdetr_cli
 	$(BIN)/lint-imports
-	$(BIN)/pydoclint --quiet mfdetr_cache pipelines
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
