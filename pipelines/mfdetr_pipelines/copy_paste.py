@@ -35,14 +35,7 @@ _QUALITY = 95
 
 @dataclass(frozen=True, slots=True)
 class CopyPasteSummary:
-    """What was made.
-
-    Attributes:
-        images: The image folder.
-        annotations: The annotation file.
-        num_images: Images, the originals among them.
-        num_objects: Annotated objects.
-    """
+    """Folder and annotation file of the new dataset; ``num_images`` includes the originals."""
 
     images: Path
     annotations: Path
@@ -51,19 +44,10 @@ class CopyPasteSummary:
 
 
 def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSummary:
-    """Write a dataset: every image as it is, and pictures made of it.
+    """Write a dataset: every image unchanged, and copies with pasted objects.
 
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-
-    Returns:
-        What was made.
-
-    Raises:
-        ConfigError: If the number of copies cannot be, or the folder is in use.
-        DatasetError: If images or annotations cannot be used, or no object can be pasted.
-        OutputError: If the folder cannot be written.
+    ConfigError if the number of copies is invalid or the folder in use, DatasetError if the data
+    cannot be used or has no object to paste, OutputError if the folder cannot be written.
     """
     if is_taken(config.out):
         raise ConfigError(
@@ -101,7 +85,7 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
 
 
 class _Maker:
-    """Makes pictures of the images of a split."""
+    """Makes the images of the new dataset."""
 
     def __init__(self, config: CopyPasteConfig, split: CocoSplit) -> None:
         self._config = config
@@ -119,7 +103,7 @@ class _Maker:
             )
 
     def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """An image as it is."""
+        """An image unchanged."""
         target = self._config.out / IMAGES / entry.file_name
         make_folder(target.parent)
         with writing(target):
@@ -139,7 +123,7 @@ class _Maker:
         return _listed(written, entry.file_name, entry.size_hw), objects
 
     def picture(self, entry: ImageEntry, copy: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """An image with objects of others on it; depends on the seed and its arguments alone."""
+        """An image with pasted objects; it depends on the seed and the arguments alone."""
         random = np.random.default_rng((self._config.seed, entry.image_id, copy))
         rows = random.integers(0, len(self._donors), num_donors(random))
         donors = [self._scene(self._donors[row]) for row in rows]
@@ -154,7 +138,7 @@ class _Maker:
         return _listed(image_id, file_name, made.size_hw), objects
 
     def _free_name(self, original: Path, copy: int) -> str:
-        """A name that no other picture has."""
+        """A file name that no other image has."""
         name = original.with_name(f"{original.stem}-pasted{copy}.jpg")
         while str(name) in self._taken:
             name = name.with_name(f"_{name.name}")
@@ -185,7 +169,7 @@ def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
 def _annotations(
     image_id: int, scene: Scene, written_category: Mapping[int, SourceId]
 ) -> list[dict[str, Any]]:
-    """The objects of a scene as COCO lists them; they get their ids later."""
+    """The objects of a scene as COCO annotations, without ids."""
     found = []
     rows = zip(scene.masks, scene.category_ids, scene.is_crowd, scene.num_pixels, strict=True)
     for mask, category_id, is_crowd, area in rows:

@@ -1,4 +1,4 @@
-"""Demo: the whole way on a drawn dataset with a detector that comes with the package."""
+"""Demo: all commands on a synthetic dataset, with a detector that comes with the package."""
 
 import time
 from collections.abc import Callable
@@ -34,11 +34,11 @@ _NUM_PICTURES = 6
 
 @dataclass(frozen=True, slots=True)
 class DemoSummary:
-    """What the demo made.
+    """Result of the demo.
 
     Attributes:
-        folder: Where everything is.
-        pictures: Image, boxes, masks and annotation of some validation scenes.
+        folder: All files.
+        pictures: Image, boxes, masks and annotation of some validation images.
         seconds: Time of each stage.
         cache_bytes: Size of the two caches.
         evaluation: The metrics.
@@ -52,18 +52,7 @@ class DemoSummary:
 
 
 def run_demo(folder: Path, reporter: Reporter) -> DemoSummary:
-    """Draw a dataset, extract, train, evaluate, and make pictures.
-
-    Args:
-        folder: Where everything goes; must be new or empty.
-        reporter: Who is told about progress.
-
-    Returns:
-        What was made.
-
-    Raises:
-        MfdetrError: If the folder is in use.
-    """
+    """Draw a dataset, extract, train, evaluate and draw masks; the folder must be new or empty."""
     if is_taken(folder):
         raise MfdetrError(f"{folder} is not empty; nothing was touched, choose another --out")
     seconds: dict[str, float] = {}

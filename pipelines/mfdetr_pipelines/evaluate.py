@@ -27,17 +27,8 @@ _TIMED_IMAGES = 20
 def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     """Measure a trained head on a cache.
 
-    Args:
-        config: What to measure.
-        reporter: Who is told about progress.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        CacheError: If the cache is missing, unfinished or damaged.
-        HeadError: If there is no trained head.
-        IdentityError: If head and cache come from different detectors.
+    Raises CacheError (missing, unfinished or damaged), HeadError (no trained head) or IdentityError
+    (head and cache come from different detectors).
     """
     assert config.cache is not None  # checked with the settings: it is these, or a results file
     assert config.head is not None
@@ -72,7 +63,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
 
 
 def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:
-    """Of the cache a head was trained from, the images it was not trained on."""
+    """The ``val_split`` images of the head's training cache; any other cache unchanged."""
     if run.cache_id != cache.cache_id:
         return cache
     if not run.val_split:
@@ -86,14 +77,9 @@ def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureC
 def seen_and_unseen(
     categories: Sequence[dict[str, Any]], held_out: Sequence[int]
 ) -> dict[str, float]:
-    """Mask AP of the categories a head was trained on, and of those it never saw.
+    """Mask AP of the categories a head was trained on, and of those held out.
 
-    Args:
-        categories: Per-category metrics.
-        held_out: Ids of the hidden ones.
-
-    Returns:
-        ``seen_AP`` and ``unseen_AP``, means over categories with objects, in [0, 1]; -1 for none.
+    ``seen_AP`` and ``unseen_AP``: means over categories with objects, in [0, 1]; -1 for none.
     """
 
     def mean(unseen: bool) -> float:  # noqa: FBT001
@@ -108,7 +94,7 @@ def seen_and_unseen(
 def _detector_latency(
     cache: FeatureCache, weights: str, images: Path, device: torch.device
 ) -> Latency:
-    """Time of the detector's forward on the first images, one at a time."""
+    """Detector time on the first images, one at a time."""
     detector = load_same_detector(cache.spec.detector, weights, detector_identity(cache.spec))
     require_same(
         detector_identity(detector.spec),

@@ -1,4 +1,4 @@
-"""Evaluate a COCO results file of any tool with the same code: boxes and masks."""
+"""Evaluate a COCO results file of any tool: boxes and masks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class ResultsSummary:
     Attributes:
         num_images: Images in the annotation file.
         num_results: Detections in the results file.
-        reports: What was measured; what the file does not have is absent.
+        reports: By kind; kinds that the file does not have are absent.
     """
 
     num_images: int
@@ -37,26 +37,26 @@ class ResultsSummary:
 
     @property
     def mask(self) -> CocoMetrics | None:
-        """Mask AP; None where the results have no masks."""
+        """Mask AP; None without masks."""
         return self._metrics("segm")
 
     @property
     def box(self) -> CocoMetrics | None:
-        """Box AP; None where they have no boxes."""
+        """Box AP; None without boxes."""
         return self._metrics("bbox")
 
     @property
     def boundary(self) -> CocoMetrics | None:
-        """Boundary AP; None where it was not asked for or there are no masks."""
+        """Boundary AP; None without masks, or if not requested."""
         return self._metrics("boundary")
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
-        """All sets of metrics by name, in [0, 1]; None for what the file does not have."""
+        """Metrics by kind, in [0, 1]; None for kinds that the file does not have."""
         found = {"mask": self.mask, "box": self.box, "boundary": self.boundary}
         return {name: None if m is None else m.to_dict() for name, m in found.items()}
 
     def details(self) -> dict[str, Any]:
-        """Recalls and categories of masks and boxes."""
+        """Recalls and per-category metrics."""
         names: dict[Kind, str] = {"segm": "mask", "bbox": "box"}
         return {n: self.reports[k].details() for k, n in names.items() if k in self.reports}
 
@@ -73,22 +73,10 @@ def run_evaluate_results(
     boundary: bool = True,
     on_bad: OnBad = "stop",
 ) -> ResultsSummary:
-    """Measure a results file.
+    """Measure a COCO results file: ``bbox`` (xywh) and ``segmentation`` against instances JSON.
 
-    Args:
-        results: COCO results: a list of ``image_id``, ``category_id``, ``score``, and ``bbox``
-            (xywh) or ``segmentation``.
-        annotations: COCO instances JSON of the same images.
-        evaluator: Who computes.
-        reporter: Who is warned of what was left out, repaired or cannot be measured.
-        boundary: Measure boundary AP too.
-        on_bad: Refuse files when an annotation or a result cannot be used, or leave these out.
-
-    Returns:
-        Its metrics.
-
-    Raises:
-        DatasetError: If a file cannot be used, or a result speaks of an unknown image.
+    ``on_bad`` stops at, or leaves out, annotations and results that cannot be used. DatasetError if
+    a file cannot be used or a result has an unknown image id.
     """
     reporter = reporter or SilentReporter()
     split = load_coco_split(annotations, on_bad=on_bad, masks="optional")
@@ -120,7 +108,7 @@ def run_evaluate_results(
 def _without_masks_that_nobody_drew(
     split: CocoSplit, asked: dict[Kind, list[Result]], reporter: Reporter
 ) -> dict[Kind, list[Result]]:
-    """What can be measured: masks need annotated masks."""
+    """Only the box results if no annotation has a mask, else all; DatasetError if none are left."""
     drawn = [bool(len(a.run_lengths)) for found in split.annotations.values() for a in found]
     if all(drawn) or not asked.keys() - {"bbox"}:
         return asked

@@ -1,4 +1,4 @@
-"""Export: a mask network, or detector and mask network together, as an ONNX graph."""
+"""Export: a mask network, with or without its detector, as an ONNX graph."""
 
 import importlib
 import json
@@ -36,14 +36,14 @@ _CHECKED_REGIONS = (20, 7, 1)
 
 @dataclass(frozen=True, slots=True)
 class ExportSummary:
-    """What was written.
+    """The ONNX file.
 
     Attributes:
         out: The file.
         num_bytes: Its size.
-        inputs: Name and shape of every input; a word stands for any size.
+        inputs: Name and shape of every input; a word is a dynamic size.
         outputs: Name and shape of every output.
-        largest_difference: Of onnxruntime's outputs from torch's, relative to the largest value.
+        largest_difference: Between outputs of onnxruntime and torch, relative to the largest value.
     """
 
     out: Path
@@ -54,7 +54,7 @@ class ExportSummary:
 
 
 class _HeadGraph(nn.Module):
-    """The mask network for one image: boxes and queries of any number, maps of one size."""
+    """The mask network for one image: a dynamic number of boxes, maps of fixed size."""
 
     def __init__(self, head: MaskHead, input_hw: tuple[int, int]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _HeadGraph(nn.Module):
 
 
 class _FullGraph(nn.Module):
-    """Detector and mask network: pixels in, detections and masks of the best queries out."""
+    """Detector and mask network: from pixels to detections and masks of the best queries."""
 
     size: Tensor
 
@@ -102,19 +102,10 @@ class _FullGraph(nn.Module):
 
 
 def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
-    """Write an ONNX file and compare what onnxruntime makes of it with torch.
+    """Write an ONNX file and compare its output in onnxruntime with torch's.
 
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ConfigError: If a needed package or size is missing, or the graph cannot be traced.
-        HeadError: If there is no trained head.
-        IdentityError: If head and detector do not belong together.
+    ConfigError if a package or size is missing or the graph cannot be traced, HeadError if there is
+    no trained head, IdentityError if head and detector do not belong together.
     """
     runtime = _packages()
     folder = load_head(config.head)
@@ -173,7 +164,7 @@ def _head_graph(
 
 
 def _example(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Boxes, queries and maps of plausible values."""
+    """Random boxes, queries and maps."""
     random = torch.Generator().manual_seed(0)
     height, width = input_hw
     corners = torch.rand(_CHECKED_REGIONS[0], 2, 2, generator=random).sort(dim=1).values
@@ -241,7 +232,7 @@ def _trace(
 
 
 def _describe(path: Path, folder: HeadFolder) -> None:
-    """Keep in the file what a user of it needs: categories, detector, how to read the outputs."""
+    """Write metadata into the file: categories, detector, meaning of the outputs."""
     onnx = importlib.import_module("onnx")
     model = onnx.load(str(path))
     notes = {
@@ -260,10 +251,10 @@ def _describe(path: Path, folder: HeadFolder) -> None:
 
 
 def _sample_in_float32(onnx: Any, model: Any) -> None:  # noqa: ANN401  modules and their objects
-    """Cast the grids of GridSample, the one operator onnxruntime has in single precision only.
+    """Cast the grids of GridSample, which onnxruntime has in single precision only.
 
-    Tracing turns sizes that torch keeps as integers into float64 constants, and detectors that
-    divide coordinates by them (transformers' Deformable DETR) end with float64 grids.
+    Tracing turns sizes that torch keeps as integers into float64 constants; detectors that divide
+    coordinates by them (transformers' Deformable DETR) get float64 grids.
     """
     nodes = []
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""Plan: what a cache of a dataset will cost in bytes and hours, and when it has paid for itself."""
+"""Plan: bytes and hours of a cache, and the number of trainings after which it pays off."""
 
 import math
 import os
@@ -39,19 +39,19 @@ _REGIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class PresetPlan:
-    """What one preset costs.
+    """Cost of one preset.
 
     Attributes:
-        preset: Its name.
-        ratio: Uncompressed codes over stored bytes, measured.
+        preset: Name.
+        ratio: Uncompressed over stored bytes, measured.
         bytes_per_image: Stored bytes per image and view.
-        total_bytes: Of the whole cache.
-        fits: Whether the disk has room for it.
-        encode_seconds: Of quantising and compressing an image on one thread, mean.
-        extract_hours: To fill it: the slowest of detector, encoding threads and disk.
-        cached_hours: Of one training from it: the slower of head and disk.
-        pays_after: The training after which the cache has cost less than training live; None if
-            it never does.
+        total_bytes: Of the cache.
+        fits: Whether that much is free on the disk.
+        encode_seconds: Mean time to quantise and compress an image on one thread.
+        extract_hours: The slowest of detector, encoding threads and disk.
+        cached_hours: Of one training: the slower of head and disk.
+        pays_after: Number of trainings after which the cache has cost less time than live training;
+            None if never.
     """
 
     preset: Preset
@@ -67,16 +67,16 @@ class PresetPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was measured, and what follows from it.
+    """Measurements and the plans that follow from them.
 
     Attributes:
         images: Images of the dataset.
         views: Passes per image.
         sample: Images measured on.
-        detector_seconds: Of the detector per image, mean.
-        head_seconds: Of a training step of the head per image, mean.
-        disk: Where the cache would go.
-        free_bytes: Room there.
+        detector_seconds: Mean detector time per image.
+        head_seconds: Mean time of a training step of the head per image.
+        disk: Folder of the cache.
+        free_bytes: Free space there.
         write_bytes_per_second: Sustained.
         read_bytes_per_second: From the disk, not from memory.
         live_hours: Of one training with the detector in the loop.
@@ -97,19 +97,10 @@ class Plan:
 
 
 def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
-    """Measure detector, head and disk on a sample, and scale up to the dataset.
+    """Measure detector, head and disk on a sample, and extrapolate to the dataset.
 
-    Args:
-        config: What is planned.
-        reporter: Who is told about progress.
-
-    Returns:
-        The plan. Nothing is left on disk.
-
-    Raises:
-        DatasetError: If the annotations or images cannot be used.
-        DetectorError: If the detector cannot be loaded.
-        CacheError: If the disk cannot be written.
+    Leaves no files. Raises DatasetError, DetectorError, or CacheError if the disk cannot be
+    written.
     """
     split = load_coco_split(
         config.annotations,
@@ -168,7 +159,7 @@ def _sample(
     device: torch.device,
     reporter: Reporter,
 ) -> tuple[list[DetectorOutput], float]:
-    """Outputs for images spread over the dataset, and the mean time of the detector."""
+    """Detector outputs for images spread over the dataset, and the mean time per image."""
     chosen = np.linspace(0, len(split.images) - 1, min(config.sample, len(split.images)))
     outputs, seconds = [], []
     reporter.start("detector", len(chosen), "images")
@@ -192,7 +183,7 @@ def _sample(
 def _head_seconds(
     recipe: Recipe, spec: DetectorSpec, outputs: Sequence[DetectorOutput], device: torch.device
 ) -> float:
-    """Forward and backward of the head for one image, the fastest of three."""
+    """Time of forward and backward of the head for one image, the fastest of three."""
     head = build_head(recipe.head, spec).to(device).train()
     output = outputs[-1]
     maps = {name: values.to(device) for name, values in output.maps.items()}
@@ -220,27 +211,19 @@ def _head_seconds(
 
 
 def _row_bytes(spec: DetectorSpec) -> int:
-    """Queries, logits and boxes of one image."""
+    """Bytes of queries, logits and boxes of one image."""
     return spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
 
 
 def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
-    """The maps that are stored whole.
-
-    Args:
-        spec: The detector.
-        c1: How much of C1 is kept.
-
-    Returns:
-        All, or all but C1.
-    """
+    """The maps that are stored whole: all, or all but C1."""
     return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
 
 
 def _mean_bytes(
     split: CocoSplit, detector: Detector, encoding: Encoding, maps: MapOptions
 ) -> float:
-    """Mean uncompressed bytes of an image, from the real sizes of the dataset."""
+    """Mean uncompressed bytes of an image over the image sizes of the dataset."""
     spec = detector.spec
     total = 0.0
     sizes = Counter(detector.input_geometry(entry.size_hw).input_hw for entry in split.images)
@@ -262,7 +245,7 @@ def _mean_bytes(
 
 
 def _map_bytes(tokens: int, channels: int, encoding: Encoding) -> float:
-    """Uncompressed bytes of the cells of a map, with the scales they are decoded by."""
+    """Uncompressed bytes of a map with its quantisation scales."""
     values = tokens * encoding.columns(channels) * (1 if encoding.is_affine else 2)
     return values + (encoding.blocks(tokens) * channels * 4 if encoding.is_affine else 0)
 
@@ -270,7 +253,7 @@ def _map_bytes(tokens: int, channels: int, encoding: Encoding) -> float:
 def _encoding(
     outputs: Sequence[DetectorOutput], maps: Sequence[MapSpec], encoding: Encoding
 ) -> tuple[float, float]:
-    """Uncompressed over stored bytes on the sample, and seconds an image on one thread."""
+    """Uncompressed over stored bytes on the sample, and encoding seconds per image and thread."""
     plain = stored = 0
     seconds = []
     for output in outputs:
@@ -291,17 +274,10 @@ def _encoding(
 
 
 def disk_speed(folder: Path, seconds: float) -> tuple[float, float]:
-    """Sustained speed of a disk with data that do not compress.
+    """Sustained write and read speed of a disk in bytes per second, with incompressible data.
 
-    Args:
-        folder: Where a temporary file is written, and removed again.
-        seconds: How long to write; at most a tenth of the free room is used.
-
-    Returns:
-        Bytes per second written, and read back from the disk where the system lets us.
-
-    Raises:
-        CacheError: If the folder cannot be written to.
+    Writes a temporary file for ``seconds``, at most a tenth of the free space. CacheError if the
+    folder cannot be written to.
     """
     block = np.random.default_rng(0).integers(0, 256, _BLOCK, dtype=np.uint8).tobytes()
     most = max(1, shutil.disk_usage(folder).free // 10 // _BLOCK)

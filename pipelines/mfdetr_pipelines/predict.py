@@ -31,15 +31,15 @@ RESULTS_FILE = "predictions.json"
 
 @dataclass(frozen=True, slots=True)
 class PredictedImage:
-    """What was found in one image.
+    """Predictions for one file.
 
     Attributes:
-        file: The image.
-        picture: The picture with masks on it.
-        num_objects: How many objects were kept.
-        detector_ms: Milliseconds in the detector.
-        head_ms: Milliseconds in the mask network.
-        frames: How many pictures; more than one for a video, whose times are means.
+        file: The image or video.
+        picture: The file with masks drawn on it.
+        num_objects: Objects kept.
+        detector_ms: Detector time in milliseconds.
+        head_ms: Mask network time in milliseconds.
+        frames: Number of frames; for a video, times are means over them.
     """
 
     file: str
@@ -52,12 +52,12 @@ class PredictedImage:
 
 @dataclass(frozen=True, slots=True)
 class PredictSummary:
-    """What was done.
+    """Results of all files.
 
     Attributes:
-        images: One entry per image that could be read.
-        unreadable: One line per image that could not.
-        results: COCO results of all images.
+        images: One entry per readable file.
+        unreadable: One line per unreadable file.
+        results: COCO results.
     """
 
     images: tuple[PredictedImage, ...]
@@ -66,18 +66,10 @@ class PredictSummary:
 
 
 def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
-    """Segment image files.
+    """Segment image and video files; unreadable ones are reported and skipped.
 
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-
-    Returns:
-        What was found. An unreadable image is reported and the others go on.
-
-    Raises:
-        DatasetError: If there is no image, or none can be read.
-        IdentityError: If the head was trained with another detector.
+    DatasetError if no file can be read, IdentityError if the head was trained with another
+    detector.
     """
     files = find_images(config.images)
     results_path = config.out / RESULTS_FILE
@@ -129,7 +121,7 @@ def _video(
     results: list[dict[str, object]],
     reporter: Reporter,
 ) -> PredictedImage:
-    """Every picture of a video, and a copy of it with masks."""
+    """Segment every frame of a video and write an annotated copy."""
     timed = []
     with Video(file, out) as video:
         reporter.say(f"{file}: {video.frames or 'some'} pictures")
@@ -155,16 +147,9 @@ def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> Pre
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image and video files that files, folders, glob patterns and file:// URLs stand for.
+    """Image and video files of files, folders, glob patterns and file:// URLs, without duplicates.
 
-    Args:
-        patterns: As typed.
-
-    Returns:
-        Files in the order given, folders sorted, each once.
-
-    Raises:
-        DatasetError: If one of them stands for nothing.
+    Folders are sorted. DatasetError if one of the patterns matches nothing.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -184,15 +169,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 
 def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
-    """Where the picture of every image goes: beside files of the same name, never over them.
+    """The output file of every image, all different: ``.png``, or ``.mp4`` for a video.
 
-    Args:
-        files: The images.
-        out: Folder of the pictures.
-
-    Returns:
-        Files ending in ``.png``, or ``.mp4`` for a video, all different; one that is there already
-        is an earlier picture of this command.
+    Existing files are replaced only if this command wrote them.
     """
     inputs = {file.resolve() for file in files}
     # Some file systems take names that differ in case for the same.
@@ -209,14 +188,14 @@ def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _mark() -> PngInfo:
-    """Says in a picture that this command wrote it."""
+    """PNG metadata that marks an image as written by this command."""
     mark = PngInfo()
     mark.add_text("Software", WRITTEN_BY)
     return mark
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a picture may be written there: nothing is, or an earlier picture."""
+    """Whether a file is absent or was written by this command."""
     if not path.exists() and not path.is_symlink():
         return True
     if path.suffix == ".mp4":
@@ -229,7 +208,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _require_ours(path: Path) -> None:
-    """Refuse to write over a file of results that is somebody else's."""
+    """Refuse to overwrite a results file that this command did not write."""
     if not path.exists():
         return
     try:

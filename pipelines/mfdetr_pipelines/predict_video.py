@@ -1,4 +1,4 @@
-"""Video files as pictures one after the other, where a decoder (PyAV) is installed."""
+"""Reading and writing video files with PyAV, if it is installed."""
 
 import importlib
 from collections.abc import Iterator
@@ -16,15 +16,10 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
 class Video:
-    """A video file, opened for reading and for a copy with other pictures.
+    """A video file, opened for reading and for an annotated copy of the same size and frame rate.
 
-    Args:
-        path: The video.
-        copy: Where the copy goes; same size and rate, without sound.
-
-    Raises:
-        ConfigError: If no decoder is installed.
-        ImageError: If the file cannot be read.
+    The copy has no sound. ConfigError if PyAV is not installed, ImageError if the file cannot be
+    read.
     """
 
     def __init__(self, path: Path, copy: Path) -> None:
@@ -67,25 +62,14 @@ class Video:
             raise ImageError(f"video {self._path} cannot be decoded: {error}") from error
 
     def add(self, picture: Image.Image) -> None:
-        """Append a picture to the copy.
-
-        Args:
-            picture: RGB, of the size of the video.
-        """
+        """Append an RGB frame of the video's size to the copy."""
         kept = picture.crop((0, 0, self._out.width, self._out.height))
         for packet in self._out.encode(self._av.VideoFrame.from_image(kept)):
             self._copy.mux(packet)
 
 
 def was_written_by_predict(path: Path) -> bool:
-    """Whether a video is a copy that this command made.
-
-    Args:
-        path: A file.
-
-    Returns:
-        False also for what is no video.
-    """
+    """Whether a file is a video written by ``mfdetr predict``; False if it is no video."""
     av = _decoder(path)
     try:
         with av.open(str(path)) as video:

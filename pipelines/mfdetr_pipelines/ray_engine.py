@@ -1,8 +1,8 @@
-"""Ray as the engine: parts of a cache or groups of heads as tasks on a cluster.
+"""Parts of a cache, or groups of heads, as Ray tasks on a cluster.
 
-Tasks and not actors: a task whose node dies is run again wherever there is room, while an actor
-waits for a node like its own. What is slow to begin is kept by the worker process: Ray uses a
-process again for the next task, which then finds the detector loaded.
+Tasks and not actors: a task whose node dies is run again on any free node, while an actor waits for
+a node like its own. Slow initialisation is cached in the worker process, which Ray reuses for later
+tasks.
 """
 
 import importlib
@@ -20,20 +20,10 @@ ResultT = TypeVar("ResultT")
 def on_cluster(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], work: WorkOptions
 ) -> Iterator[tuple[ItemT, ResultT]]:
-    """Call a function for every item as a task; tasks whose node dies run again elsewhere.
+    """Run a function for every item as a task; yields items and results as they finish.
 
-    Args:
-        function: What to do; may be called twice for an item, so that doing it again must be
-            harmless.
-        items: For what.
-        work: Which cluster, and how many tasks at a time.
-
-    Yields:
-        An item and its result, in the order they are done.
-
-    Raises:
-        ConfigError: If Ray is not installed or the cluster cannot be reached.
-        StoppedError: If somebody pressed Ctrl-C.
+    Tasks of a dead node run again, so the function must be idempotent. ConfigError if Ray is not
+    installed or the cluster cannot be reached, StoppedError on Ctrl-C.
     """
     with _connected(work) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainSummary:
-    """What a training did.
+    """Result of a training.
 
     Attributes:
         out: Run folder.
         parameters: Trained parameters of the head.
-        steps: Optimiser steps done in all.
+        steps: Optimiser steps, including those before a resume.
         epochs: The same in epochs.
-        seconds: Time of the training steps, over all runs of a resumed training.
+        seconds: Time of the steps, including those before a resume.
         waiting_seconds: Part of it spent waiting for data.
-        images_per_second: Images trained on per second.
-        loss: Mean total loss of the last steps.
-        validation: Metrics on the validation cache, where one was given.
-        best_AP: Best mask AP of a validation on the way, where there was one.
-        best_step: Step it was seen at.
+        images_per_second: Mean over the training.
+        loss: Mean total loss of the last 50 steps.
+        validation: Metrics on the validation cache, if there is one.
+        best_AP: Best mask AP measured, if any.
+        best_step: Its step.
     """
 
     out: str
@@ -66,22 +66,11 @@ class TrainSummary:
 def run_train_head(
     config: TrainHeadConfig, reporter: Reporter, on_step: Callable[[int], None] | None = None
 ) -> TrainSummary:
-    """Train a head, or go on with one; under ``torchrun``, together with the other processes.
+    """Train a head, or resume its training; works under ``torchrun``.
 
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-        on_step: Called after each step with the number of steps done.
-
-    Returns:
-        What was done.
-
-    Raises:
-        CacheError: If a cache is missing, unfinished or damaged.
-        IdentityError: If the two caches come from different detectors.
-        HeadError: If the run folder is taken, or there is nothing to resume.
-        TrainingError: If there is nothing to learn from, or the loss is not finite.
-        StoppedError: If a signal ended it early; the run can be resumed.
+    Raises CacheError (missing, unfinished or damaged), IdentityError (caches of different
+    detectors), HeadError (run folder in use, or nothing to resume), TrainingError (no objects, or a
+    loss that is not finite) or StoppedError (stopped by a signal; can be resumed).
     """
     before, wanted = config.local_cache.before, config.validation
     cache = FeatureCache.open(before(config.cache))
@@ -152,7 +141,7 @@ def run_train_head(
 
 
 def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
-    """The recipe's training settings with what the user asked for beside them."""
+    """The recipe's training settings with the user's options applied."""
     train = with_batch_size(config.recipe.train, config.batch_size)
     if config.hold_out:
         train = replace(train, held_out=category_ids(config.hold_out, cache.categories))

@@ -1,7 +1,7 @@
-"""Train a mask network and its detector together, live (Table 16): what freezing is tested against.
+"""Train a mask network and its detector together, without a cache (Table 16).
 
-Without a cache every step runs the detector. ``--tune nothing`` leaves it frozen, which is the
-paper's own way of training; the other two tune the encoder and decoder, or everything.
+Every step runs the detector: frozen with ``--tune nothing``, as in the paper, or with its encoder
+and decoder, or all of it, tuned.
 """
 
 import shutil
@@ -46,20 +46,20 @@ VAL_CACHE = "val.zarr"
 
 @dataclass(frozen=True, slots=True)
 class TrainJointSummary:
-    """What a joint training did.
+    """Result of a joint training.
 
     Attributes:
         out: Run folder.
-        weights: What to pass as ``--weights`` to extract with the detector as it is now.
-        tuned_parameters: Parameters of the detector that moved.
-        steps: Optimiser steps done in all.
+        weights: The tuned detector, for ``--weights`` of ``mfdetr extract``.
+        tuned_parameters: Number of trained parameters of the detector.
+        steps: Optimiser steps, including those before a resume.
         seconds: Time of the steps.
-        images_per_second: Images trained on per second.
-        mask_loss: Mean loss of the head over the last steps.
-        box_loss: The same of the detector; 0 where it stays frozen.
-        validation: Metrics on the validation split, where one was given.
-        best_AP: Best mask AP that was measured, where there is a validation split.
-        best_step: Step it was measured at.
+        images_per_second: Mean over the training.
+        mask_loss: Mean loss of the head over the last 50 steps.
+        box_loss: The same of the detector; 0 where it is frozen.
+        validation: Metrics on the validation split, if there is one.
+        best_AP: Best mask AP measured, if any.
+        best_step: Its step.
     """
 
     out: str
@@ -78,24 +78,11 @@ class TrainJointSummary:
 def run_train_joint(
     config: TrainJointConfig, reporter: Reporter, on_step: Callable[[int], None] | None = None
 ) -> TrainJointSummary:
-    """Train, save head and detector, and measure them where a validation split is given.
+    """Train, save head and detector, and measure them on the validation split, if any.
 
-    Under ``torchrun``, together with the other processes.
-
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-        on_step: Called after each step with the number of steps done.
-
-    Returns:
-        What was done.
-
-    Raises:
-        DatasetError: If images or annotations cannot be used.
-        DetectorError: If the detector cannot be loaded.
-        HeadError: If the run folder is taken, or there is nothing to resume.
-        TrainingError: If there is nothing to learn from, or a loss is not finite.
-        StoppedError: If a signal ended it early; the run can be resumed.
+    Works under ``torchrun``. Raises DatasetError, DetectorError, HeadError (run folder in use, or
+    nothing to resume), TrainingError (no objects, or a loss that is not finite) or StoppedError
+    (stopped by a signal; can be resumed).
     """
     _require_possible(config)
     split = load_coco_split(config.annotations, config.images, limit=config.limit)
@@ -173,7 +160,7 @@ def run_train_joint(
 
 
 def _require_possible(config: TrainJointConfig) -> None:
-    """Refuse at once what would be noticed after hours of training, or would do nothing here."""
+    """Refuse settings that would fail late or have no effect."""
     wanted = config.validation
     require_validation(wanted.val_every, "--val-images", wanted.val_images)
     if wanted.val_images is not None and wanted.val_annotations is not None:
@@ -188,7 +175,7 @@ def _augment(config: TrainJointConfig) -> Policy | None:
 
 
 def _saved_weights(config: TrainJointConfig, detector: Detector) -> str:
-    """What to pass as ``--weights`` for the detector as it is now."""
+    """The ``--weights`` of the tuned detector."""
     if config.tune == "nothing":
         return config.weights
     assert isinstance(detector, TunableDetector)
@@ -198,7 +185,7 @@ def _saved_weights(config: TrainJointConfig, detector: Detector) -> str:
 def _validation(
     config: TrainJointConfig, detector: Detector, device: torch.device
 ) -> Validation | None:
-    """A cache of the validation split through the detector as it is then, and the head on it."""
+    """A validation that caches the split with the current detector, and measures the head on it."""
     wanted, path = config.validation, config.out / VAL_CACHE
     images, annotations = wanted.val_images, wanted.val_annotations
     if images is None or annotations is None:

@@ -21,12 +21,12 @@ from mfdetr_cache.reporter import Reporter
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One way of reading.
+    """One measurement.
 
     Attributes:
         what: ``cache``, ``plain read and decode`` or ``plain read``.
-        threads: Threads that read.
-        cold: Whether the bytes came from the disk and not from memory.
+        threads: Reader threads.
+        cold: Whether files were read from the disk, not from the page cache.
         images_per_second: Images read per second.
         megabytes_per_second: Stored bytes read per second, in 10^6.
     """
@@ -40,14 +40,15 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class BenchSummary:
-    """What was measured.
+    """All measurements and their ratios.
 
     Attributes:
-        images: Images that were read in random order.
-        bytes_per_image: Their mean stored bytes.
+        images: Images read, in random order.
+        bytes_per_image: Mean stored bytes.
         speeds: Every measurement.
-        ratio_decode: Warm speed of the cache over a plain read and decode, best thread count.
-        ratio_cold: Cold speed of the cache over a cold plain read, best thread count.
+        ratio_decode: Warm speed of the cache over a plain read and decode, each with its best
+            number of threads.
+        ratio_cold: Cold speed of the cache over a cold plain read, likewise.
         num_threads: Recommended ``num_threads`` of a training.
     """
 
@@ -61,7 +62,7 @@ class BenchSummary:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One image: its row and where its bytes are."""
+    """One image: its row and its byte ranges."""
 
     view: str
     row: int
@@ -71,21 +72,10 @@ class _Job:
 def run_bench(
     path: Location, reporter: Reporter, *, images: int = 64, repeats: int = 3, seed: int = 0
 ) -> BenchSummary:
-    """Read random whole images in several ways, interleaved, and compare.
+    """Read ``images`` random images in several ways, interleaved, and compare the speeds.
 
-    Args:
-        path: The cache.
-        reporter: Who is told about progress.
-        images: How many images.
-        repeats: How often everything is measured; the fastest counts, since a machine's other work
-            only ever slows a reader down.
-        seed: Of the choice of images.
-
-    Returns:
-        Speeds and ratios.
-
-    Raises:
-        CacheError: If the cache is missing, unfinished or damaged.
+    The fastest of ``repeats`` counts, since other work of the machine only slows a reader down.
+    CacheError if the cache is missing, unfinished or damaged.
     """
     keep_freed_memory()  # as a training does
     cache = FeatureCache.open(path)
@@ -174,6 +164,6 @@ def _file(found: ByteRange) -> Path:
 
 
 def _forget(file: Path) -> None:
-    """Ask the system to drop a file from memory; where it cannot, cold is warm."""
+    """Drop a file from the page cache; where the system cannot, "cold" is warm."""
     with contextlib.suppress(AttributeError, OSError), file.open("rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

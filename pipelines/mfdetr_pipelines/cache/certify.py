@@ -1,4 +1,4 @@
-"""Cache certify: what a preset costs in mask AP, measured with one head and kept in the cache."""
+"""Cache certify: the mask AP that a preset costs, measured with one head and kept in the cache."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,19 +27,10 @@ from mfdetr_pipelines.config.cache import CertifyConfig
 
 
 def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
-    """Measure one head on both kinds of features and keep the result in the cache.
+    """Measure one head on quantised and on finer features; the certificate is kept in the cache.
 
-    Args:
-        config: What to compare.
-        reporter: Who is told about progress.
-
-    Returns:
-        The certificate.
-
-    Raises:
-        CacheError: If the two caches do not hold the same images, or nothing to compare with is
-            given.
-        IdentityError: If head, cache and reference do not come from the same detector.
+    CacheError if the caches hold different images or there is no reference; IdentityError if head,
+    cache and reference come from different detectors.
     """
     cache = FeatureCache.open(config.cache)
     cache.require_complete()
@@ -83,7 +74,7 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
 def _reference(
     config: CertifyConfig, cache: FeatureCache
 ) -> tuple[str, Callable[[int], CachedImage]]:
-    """The finer features, by row of the cache that is certified."""
+    """The reference features, by row of the certified cache."""
     identity = detector_identity(cache.spec)
     if config.reference is not None:
         other = FeatureCache.open(config.reference)

@@ -1,4 +1,4 @@
-"""Cache finish: whether a cache that several processes fill is whole."""
+"""Cache finish: whether a cache that several processes fill is complete."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from mfdetr_cache.reporter import Reporter
 
 @dataclass(frozen=True, slots=True)
 class FinishSummary:
-    """What was found.
+    """State of a cache.
 
     Attributes:
-        parts: How many parts the cache has.
-        parts_missing: How many are missing.
-        missing: The missing ones, one line per view.
-        box: Box AP of what is cached, once nothing is missing.
+        parts: Parts of the complete cache.
+        parts_missing: Parts still missing.
+        missing: Their numbers, one line per view.
+        box: Box AP of the cached detections, if the cache is complete.
     """
 
     parts: int
@@ -28,17 +28,9 @@ class FinishSummary:
 
 
 def run_finish(location: Location, reporter: Reporter) -> FinishSummary:
-    """Look for missing parts; measure the cached boxes when there are none.
+    """Look for missing parts; if there is none, measure the cached boxes.
 
-    Args:
-        location: The cache.
-        reporter: Who is warned when the boxes are implausibly bad.
-
-    Returns:
-        What was found.
-
-    Raises:
-        CacheError: If there is no cache.
+    Implausibly low box AP is a warning. CacheError if there is no cache.
     """
     cache = FeatureCache.open(location)
     numbers: dict[str, list[int]] = defaultdict(list)
@@ -50,7 +42,7 @@ def run_finish(location: Location, reporter: Reporter) -> FinishSummary:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in rising order as people write them: 0-2, 5."""
+    """Increasing numbers as text: 0-2, 5."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

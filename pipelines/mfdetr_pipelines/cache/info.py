@@ -1,4 +1,4 @@
-"""Cache info: what a cache is, from its metadata and manifests alone."""
+"""Cache info: a description of a cache from its metadata and manifests alone."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,11 +16,11 @@ class ArrayInfo:
 
     Attributes:
         name: Path below the view.
-        shape: What one image has of it.
+        shape: Of one image.
         dtype: Stored type.
-        stored_bytes: Bytes of all sealed parts.
-        share: Of the whole cache.
-        source: Where in the detector it comes from.
+        stored_bytes: Bytes in all sealed parts.
+        share: Of the bytes of the cache.
+        source: Module or output of the detector.
     """
 
     name: str
@@ -33,34 +33,24 @@ class ArrayInfo:
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """What ``mfdetr cache info`` tells.
+    """Description of a cache.
 
     Attributes:
         cache_id: Hash of the identity.
-        format_version: Of the cache.
-        preset: How maps are stored.
-        compression: How chunks are compressed.
-        views: Names of the views.
-        detector: Its name.
-        weights_sha256: Hash of its weights.
+        detector: Name.
         dataset: Name of the annotation file.
         annotations_sha256: Hash of that file.
-        annotations_id: What names these labels, in heads too.
-        annotations_version: Which version of the annotations is described.
-        annotations_versions: All versions there are.
-        rows: Images in the split.
-        images: Images with content.
+        annotations_id: Identity of the labels, stored in heads too.
+        annotations_version: The version described.
+        annotations_versions: All versions in the cache.
+        rows: Images of the split.
+        images: Images with features.
         objects: Annotated objects of these.
-        skipped: What was left out, and why.
-        complete: Whether every part is there.
-        parts: How many parts there are.
-        parts_missing: How many are missing.
+        skipped: Images left out, with the reason.
         stored_bytes: Bytes of the sealed parts.
-        bytes_per_image: The same per image.
-        ratio: Uncompressed bytes over stored ones.
+        ratio: Uncompressed bytes over stored bytes.
         arrays: The large arrays.
-        identity: The whole identity.
-        certificates: What its preset was measured to cost.
+        certificates: Measured cost of its preset in mask AP.
     """
 
     cache_id: str
@@ -90,22 +80,12 @@ class CacheInfo:
     certificates: tuple[Certificate, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """As plain values."""
         return asdict(self)
 
 
 def describe_cache(path: Location) -> CacheInfo:
-    """What a cache is, whole or not.
-
-    Args:
-        path: The cache.
-
-    Returns:
-        Its description.
-
-    Raises:
-        CacheError: If there is no cache, or it cannot be read by this version.
-    """
+    """Describe a cache, complete or not; CacheError if there is none or it cannot be read."""
     cache = FeatureCache.open(path)
     stored = cache.stored_bytes
     sizes = cache.stored_bytes_of_arrays()

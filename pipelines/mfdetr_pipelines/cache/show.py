@@ -1,4 +1,4 @@
-"""Cache view: a page that shows what is in a cache, for looking instead of reading."""
+"""Cache view: a page that shows the images, detections and maps of a cache."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +30,7 @@ _BINS = 60
 
 @dataclass(frozen=True, slots=True)
 class ViewSummary:
-    """What was drawn.
-
-    Attributes:
-        page: The page.
-        images: How many images are on it, over all views shown.
-    """
+    """The page, and the number of images on it over all views shown."""
 
     page: Path
     images: int
@@ -44,20 +39,10 @@ class ViewSummary:
 def run_view(
     location: Location, out: Path, reporter: Reporter, *, images: Path | None, count: int
 ) -> ViewSummary:
-    """Draw images, detections, maps as colours, histograms and sizes.
+    """Write an HTML page with images, detections, maps as colours, histograms and sizes.
 
-    Args:
-        location: The cache.
-        out: The HTML file.
-        reporter: Who is told about progress.
-        images: Image folder; None shows detections on grey.
-        count: How many images, spread over the cache; each in its first views.
-
-    Returns:
-        What was drawn.
-
-    Raises:
-        CacheError: If the cache is missing, unfinished or damaged.
+    ``count`` images are spread over the cache, each in its first views; without ``images`` they are
+    grey. CacheError if the cache is missing, unfinished or damaged.
     """
     if count < 1:
         raise ConfigError(f"--count {count}: give 1 or more")
@@ -83,13 +68,9 @@ def run_view(
 
 
 def principal_colours(features: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The three directions in which a map varies most, as red, green and blue.
+    """The first three principal components of a map (h, w, C) as RGB (h, w, 3).
 
-    Args:
-        features: Shape (h, w, C).
-
-    Returns:
-        Shape (h, w, 3); each direction is stretched from its 2nd to its 98th percentile.
+    Each is stretched from its 2nd to its 98th percentile.
     """
     height, width, channels = features.shape
     flat = features.reshape(-1, channels).astype(np.float64)

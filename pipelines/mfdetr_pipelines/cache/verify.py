@@ -1,4 +1,4 @@
-"""Cache verify: whether a cache is whole, and whether it is what the detector gives today."""
+"""Cache verify: whether a cache is complete and intact, and agrees with the detector."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,7 @@ LIVE_TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class LiveSource:
-    """What the detector is run from again.
-
-    Attributes:
-        weights: Folder, file or hub id.
-        images: Image folder.
-        device: Where to run.
-    """
+    """The detector to compare a cache with: weights and image folder."""
 
     weights: str
     images: Path
@@ -50,17 +44,17 @@ class LiveSource:
 
 @dataclass(frozen=True, slots=True)
 class VerifySummary:
-    """What was found.
+    """Result of a check.
 
     Attributes:
-        parts: How many parts were checked.
+        parts: Parts checked.
         bytes_checked: Bytes of their files.
         full: Whether every byte was read.
         faults: One line per fault.
         broken_parts: Parts with a fault.
-        unknown_files: Files below the cache that are none of its own, looked for with ``full``.
-        live_images: Images the detector was run on again.
-        live_difference: Largest mean difference of a map, in units of the map's spread.
+        unknown_files: Files that do not belong to the cache; looked for with ``full``.
+        live_images: Images compared with the detector.
+        live_difference: Largest mean difference of a map, over the map's standard deviation.
     """
 
     parts: int
@@ -81,20 +75,10 @@ def run_verify(
     live: int = 0,
     source: LiveSource | None = None,
 ) -> VerifySummary:
-    """Check a cache.
+    """Check a cache without changing it.
 
-    Args:
-        path: The cache.
-        reporter: Who is told about progress.
-        full: Read every byte.
-        live: Run the detector again on so many images, spread over the cache.
-        source: Weights and images for that.
-
-    Returns:
-        What was found; nothing is changed.
-
-    Raises:
-        CacheError: If there is no cache at the path, or ``live`` lacks its source.
+    ``full`` reads every byte; ``live`` is a number of images to run the detector on again, which
+    needs ``source``. CacheError if there is no cache.
     """
     storage = open_storage(path)
     opened = read_opened(storage)
@@ -135,16 +119,10 @@ def run_verify(
 def compare_live(
     cache: FeatureCache, source: LiveSource, count: int, reporter: Reporter
 ) -> tuple[list[str], int, float]:
-    """Run the detector on some images and compare with what is stored.
+    """Compare ``count`` images, spread evenly over all views, with the detector's output.
 
-    Args:
-        cache: A whole cache.
-        source: Weights and images.
-        count: How many images, spread evenly over all views.
-        reporter: Who is told about progress.
-
-    Returns:
-        Faults, images compared, and the largest mean map difference in units of its spread.
+    Returns faults, images compared, and the largest mean difference of a map over its standard
+    deviation.
     """
     identity = detector_identity(cache.spec)
     detector = load_same_detector(cache.spec.detector, source.weights, identity)

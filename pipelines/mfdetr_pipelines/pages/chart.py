@@ -1,4 +1,4 @@
-"""Charts: one look for all, as SVG for pages and notes, as PDF for papers."""
+"""Charts in one style, as SVG for pages and Markdown and as PDF."""
 
 import io
 import re
@@ -39,7 +39,7 @@ class Chart:
     figure: Figure
 
     def to_svg(self) -> str:
-        """An SVG element that stands in a page or alone; the same figure gives the same text."""
+        """A standalone SVG element, reproducible byte by byte."""
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with rc_context(_STYLE):
@@ -52,7 +52,7 @@ class Chart:
         return svg[:start] + _SVG_STYLE + svg[start:]
 
     def to_pdf(self) -> bytes:
-        """A PDF of one page; the same figure gives the same bytes."""
+        """A PDF of one page, reproducible byte by byte."""
         out = io.BytesIO()
         with rc_context(_STYLE):
             self.figure.savefig(out, format="pdf", metadata={"CreationDate": None})
@@ -60,16 +60,7 @@ class Chart:
 
 
 def draw(plot: Callable[[Axes], None], width: float, height: float) -> Chart:
-    """Draw a chart.
-
-    Args:
-        plot: Draws onto the axes.
-        width: In inches; 96 pixels of a page.
-        height: In inches.
-
-    Returns:
-        The chart, without a background.
-    """
+    """A chart with a transparent background; sizes in inches of 96 pixels."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         plot(figure.add_subplot())
@@ -83,17 +74,9 @@ def bars(
     labels: Sequence[str],
     spreads: Sequence[float] | None = None,
 ) -> BarContainer:
-    """Horizontal bars, the first on top, each with its name before and its label after it.
+    """Horizontal bars from top to bottom, with names on the left and labels on the right.
 
-    Args:
-        axes: Where to.
-        names: Of each bar.
-        values: Lengths; what is not a number has no bar.
-        labels: Text after each bar.
-        spreads: Half lengths of error bars.
-
-    Returns:
-        What was drawn.
+    Bars of NaN are left out; ``spreads`` are half lengths of error bars.
     """
     positions = range(len(names))
     drawn = axes.barh(positions, values, 0.5, xerr=spreads, ecolor=INK)

@@ -23,12 +23,12 @@ _TEMPLATES = jinja2.Environment(
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One image with its caption.
+    """An image with a short title.
 
     Attributes:
-        title: What it shows, a few words.
+        title: Caption.
         image: Of any size.
-        smooth: Whether it is a photograph; the cells of a map stay cells.
+        smooth: Interpolate when enlarged, as for photographs; cells of a map stay sharp.
     """
 
     title: str
@@ -47,12 +47,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class PanelRow:
-    """Images of one thing beside each other; they wrap where the window is narrow.
-
-    Attributes:
-        title: What they are of, such as a file's name.
-        panels: The images.
-    """
+    """Images side by side, with a title; they wrap in a narrow window."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -60,16 +55,16 @@ class PanelRow:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page; what is empty is left out, the rest stands in this order.
+    """A section of a page; its non-empty fields are shown in this order.
 
     Attributes:
         heading: Plain text.
         facts: Names and values.
         charts: SVG elements.
-        columns: Heads of a table.
-        cells: Its rows.
+        columns: Header of the table.
+        cells: Rows of the table.
         text: A paragraph.
-        notes: A list.
+        notes: Bullet points.
         rows: Images.
     """
 
@@ -84,5 +79,5 @@ class Section:
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """HTML that needs nothing but itself, readable in light and dark."""
+    """A self-contained HTML page for light and dark mode."""
     return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
