@@ -45,9 +45,8 @@ def completed(kind: type[object], values: Mapping[str, Any]) -> dict[str, Any]:
 def nearest(key: str, names: list[str]) -> str:
     """The end of an "unknown name" message: the closest known name, or all of them.
 
-    Examples:
-        >>> nearest("hiden_dim", ["hidden_dim", "roi_size"])
-        "; did you mean 'hidden_dim'?"
+    >>> nearest("hiden_dim", ["hidden_dim", "roi_size"])
+    "; did you mean 'hidden_dim'?"
     """
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if close:

@@ -71,9 +71,8 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 def differences(first: object, second: object, path: str = "") -> list[tuple[str, object, object]]:
     """Path, first and second value of every field in which two identities differ.
 
-    Examples:
-        >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
-        [('a.b', 1, 2)]
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    [('a.b', 1, 2)]
     """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         found: list[tuple[str, object, object]] = []

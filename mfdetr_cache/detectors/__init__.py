@@ -1,1 +1,1 @@
-"""Frozen detectors; ``registry.load_detector`` is the one door to all of them."""
+"""Frozen detectors, loaded by ``registry.load_detector``."""

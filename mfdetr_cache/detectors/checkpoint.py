@@ -1,4 +1,4 @@
-"""Checkpoint files of the detectors' authors, read without running anything that is in them."""
+"""Checkpoint files of the detectors' authors, read without executing code in them."""
 
 import argparse
 import builtins
@@ -52,13 +52,13 @@ _REFUSED_MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         path: The file.
         tensors: The state dict; prefixes of wrappers (``module.``, ``_orig_mod.``) are removed.
         class_names: Names of the classes in the order of the file; empty where it has none.
-        settings: Plain values of the training arguments beside the weights.
+        settings: Plain values of the training arguments stored with the weights.
     """
 
     path: Path
@@ -84,17 +84,10 @@ class _Inert:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint file.
+    """Read weights, class names and settings of a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors``.
 
-    Args:
-        path: A ``.pth``, ``.pt`` or ``.ckpt`` file with the weights where training scripts put
-            them (:data:`_WEIGHT_KEYS`) or by themselves, or a ``.safetensors`` file.
-
-    Returns:
-        Its weights, and what it says about classes and settings.
-
-    Raises:
-        DetectorError: If the file is missing, damaged, holds no weights, or asks for code to run.
+    Weights are at the top or under a key of training scripts (:data:`_WEIGHT_KEYS`). DetectorError
+    if the file is missing, damaged, without weights, or would execute code.
     """
     if is_authors_folder(path):
         path = path / _HUB_FILE
@@ -113,14 +106,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_authors_folder(path: Path) -> bool:
-    """Whether a folder is what authors put on the hub: their own names, no transformers model.
-
-    Args:
-        path: A folder or anything else.
-
-    Returns:
-        True if it holds weights and no configuration with a model type.
-    """
+    """Whether a folder holds weights but no configuration with a transformers model type."""
     if not (path / _HUB_FILE).is_file():
         return False
     try:

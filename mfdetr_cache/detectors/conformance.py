@@ -23,11 +23,7 @@ class DetectorConformance:
     image_hw: tuple[int, int] = (120, 160)
 
     def make_detector(self) -> Detector:
-        """A new instance of the detector, always with the same weights.
-
-        Returns:
-            The detector.
-        """
+        """A new instance of the detector, always with the same weights."""
         raise TypeError("a conformance test says what to test in make_detector")
 
     def _image(self, seed: int = 0) -> Image.Image:

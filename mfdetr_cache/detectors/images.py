@@ -1,4 +1,4 @@
-"""Image files, opened so that pixels and annotations speak of the same picture."""
+"""Reading of image files in the orientation of their annotations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class LoadedImage:
 
     Attributes:
         image: RGB at its original size.
-        oddities: What is odd about the file, each one of the texts above.
+        oddities: Properties of the file to warn of, each one of the texts above.
     """
 
     image: Image.Image
@@ -37,40 +37,20 @@ class LoadedImage:
 
 
 def load_image(path: Path, annotated_hw: tuple[int, int] | None = None) -> Image.Image:
-    """An image file as RGB at its original size; see :func:`load_with_oddities`.
-
-    Args:
-        path: The image file.
-        annotated_hw: Height and width in the annotation file; None applies EXIF rotation.
-
-    Returns:
-        The decoded image.
-
-    Raises:
-        ImageError: If the file is missing, cannot be decoded to its end, or has another size than
-            annotated.
-    """
+    """An image file as RGB at its original size; see :func:`load_with_oddities`."""
     return load_with_oddities(path, annotated_hw).image
 
 
 def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) -> LoadedImage:
-    """An image file as RGB at its original size, and what is odd about it.
+    """An image file as RGB at its original size, with what the user should be warned of.
 
     Grayscale, palette and CMYK files become RGB; of 16 bits the upper eight are kept, as OpenCV
     does, where Pillow alone would make everything above 255 white. COCO's annotations ignore EXIF
-    rotation; other tools apply it. The annotated size tells which one is meant here; where both
-    sizes are the same, rotation is applied, as it is without annotations.
+    rotation; other tools apply it. The annotated size decides between them; where both sizes are
+    the same or ``annotated_hw`` is None, rotation is applied.
 
-    Args:
-        path: The image file.
-        annotated_hw: Height and width in the annotation file; None applies EXIF rotation.
-
-    Returns:
-        The decoded image.
-
-    Raises:
-        ImageError: If the file is missing, cannot be decoded to its end, or has another size than
-            annotated.
+    ImageError if the file is missing, cannot be decoded to its end, or has another size than
+    annotated.
     """
     try:
         with open_image(path) as opened:
@@ -96,16 +76,9 @@ def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) 
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as RGB of eight bits.
+    """A decoded image of any mode as 8-bit RGB; of 16 bits the upper eight are kept.
 
-    Args:
-        image: Of any mode; of 16 bits the upper eight are kept.
-
-    Returns:
-        An RGB image of the same size.
-
-    Raises:
-        ValueError: If its pixels are floating point or wider numbers, whose range nobody knows.
+    ValueError for floating point or wider integers, whose range is unknown.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating point numbers; convert it to 8 or 16 bits")

@@ -1,4 +1,4 @@
-"""What the outputs of a detector are called."""
+"""Names of a detector's class outputs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -37,17 +37,17 @@ def output_names(
     where: str,
     spare_outputs: int = 0,
 ) -> tuple[str, ...]:
-    """A name for every output of a detector.
+    """A name for every output of a detector; ``LABEL_i`` where none is known.
 
     Args:
         num_outputs: Class outputs, "no object" not among them.
-        known: Names the weights come with, by output.
-        given: Names the user gave in their place; empty for none.
+        known: Names stored with the weights, by output.
+        given: The user's names, which replace them; empty for none.
         where: The weights, for the message.
-        spare_outputs: How many outputs may have no name, see :func:`names_of_checkpoint`.
+        spare_outputs: Maximum number of unnamed outputs, see :func:`names_of_checkpoint`.
 
     Returns:
-        One name per output; ``LABEL_i`` where nobody knows one.
+        One name per output.
 
     Raises:
         DetectorError: If the number of given names does not fit.
@@ -63,18 +63,12 @@ def output_names(
 
 
 def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str]:
-    """Which output each class of an authors' checkpoint is.
+    """Class names of an authors' checkpoint by output; empty where it has none.
 
     Outputs are the classes in their order (RT-DETR and its descendants), or category ids, so that
     there is one output more than the largest id (LW-DETR, RF-DETR). A Roboflow dataset has a root
-    category 0 that is no class, and its names begin at output 1 then.
-
-    Args:
-        num_outputs: Class outputs.
-        names: Names in the file; empty where it has none, which published COCO checkpoints are.
-
-    Returns:
-        Output to name; empty where nothing is known.
+    category 0 that is no class; its names begin at output 1 then. Published COCO checkpoints have
+    no names.
     """
     coco = list(COCO_NAMES.values())
     if not names and num_outputs == len(coco):

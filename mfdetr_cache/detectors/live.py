@@ -1,4 +1,4 @@
-"""An image as the detector sees it now, in the form in which a cache would hold it."""
+"""A live detector's output for an image, in the form of a cached image."""
 
 import numpy as np
 import torch
@@ -12,17 +12,7 @@ from mfdetr_cache.types import CachedImage, GroundTruth
 def live_image(
     detector: Detector, image: Image.Image, name: str, device: torch.device
 ) -> CachedImage:
-    """What a cache would hold of an image, computed now and not rounded.
-
-    Args:
-        detector: The frozen detector, on the device.
-        image: An RGB image.
-        name: Its file name.
-        device: Where the detector is.
-
-    Returns:
-        The image without ground truth.
-    """
+    """The :class:`CachedImage` of an RGB image, computed now, not rounded, without ground truth."""
     size_hw = (image.height, image.width)
     output = detector.forward(detector.preprocess(image)[None].to(device)).cpu()
     return CachedImage(

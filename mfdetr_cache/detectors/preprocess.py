@@ -1,7 +1,7 @@
-"""From an RGB image to the network input, as the detector's authors do it: resized by PIL.
+"""Preprocessing of an RGB image, as the detector's authors do it: resized by PIL.
 
-PIL's antialiasing is not a tensor interpolation's; a detector trained on the one loses accuracy on
-the other, so there is no second path here.
+PIL's antialiasing differs from tensor interpolation; a detector trained with one loses accuracy
+with the other, so PIL is the only resize here.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from mfdetr_cache.types import ImageGeometry
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How an image becomes the network input.
+    """Resize, rescale and normalise.
 
     Attributes:
         height: Fixed input height; None to keep the aspect ratio.
@@ -42,18 +42,7 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, processor: dict[str, Any], where: str) -> "Preprocessing":
-        """Read a transformers image processor's settings.
-
-        Args:
-            processor: The settings, as in ``preprocessor_config.json``.
-            where: The detector, for the message.
-
-        Returns:
-            The same steps.
-
-        Raises:
-            DetectorError: If the processor does something this class does not.
-        """
+        """The steps of a transformers ``preprocessor_config.json``; DetectorError for others."""
         size = dict(processor.get("size") or {})
         fixed = processor.get("do_resize", True) and {"height", "width"} <= size.keys()
         edges = (
@@ -84,15 +73,10 @@ class Preprocessing:
         return {"resize": "PIL", **asdict(self)}
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """Sizes an image gets.
+        """Sizes of an image; nothing is padded, since images run one by one.
 
-        Args:
-            original_hw: Height and width of the image in pixels.
-            shortest_edge: Replaces the target of the shorter side; 0 keeps it. A fixed input size
-                stays as it is.
-
-        Returns:
-            The geometry; nothing is padded, since images run one by one.
+        ``shortest_edge`` replaces the target of the shorter side unless it is 0 or the input size
+        is fixed.
         """
         if self.height is not None and self.width is not None:
             resized = (self.height, self.width)
@@ -104,15 +88,7 @@ class Preprocessing:
         return ImageGeometry(original_hw, resized, resized)
 
     def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """The network input of one image.
-
-        Args:
-            image: RGB, at its original size.
-            shortest_edge: As in :meth:`input_geometry`.
-
-        Returns:
-            float32, shape (3, H, W).
-        """
+        """The network input of one RGB image, float32, shape (3, H, W)."""
         height, width = self.input_geometry((image.height, image.width), shortest_edge).resized_hw
         if (image.height, image.width) != (height, width):
             image = image.resize((width, height), Image.Resampling(self.resample))
@@ -130,24 +106,15 @@ class Preprocessing:
 
 
 def shortest_edge_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """The test-time size of DETR, Deformable DETR, H-DETR and DINO.
+    """The test-time (height, width) of DETR, Deformable DETR, H-DETR and DINO, at least 1 each.
 
     The shorter side becomes ``shortest`` unless the longer would pass ``longest``; the longer side
     is truncated, as the official code does (so it may pass ``longest`` by one).
 
-    Args:
-        size_hw: Height and width of the image in pixels.
-        shortest: Target of the shorter side.
-        longest: Bound of the longer side.
-
-    Returns:
-        Height and width of the network input, at least 1 each.
-
-    Examples:
-        >>> shortest_edge_size((480, 640), 800, 1333)
-        (800, 1066)
-        >>> shortest_edge_size((200, 640), 800, 1333)
-        (417, 1334)
+    >>> shortest_edge_size((480, 640), 800, 1333)
+    (800, 1066)
+    >>> shortest_edge_size((200, 640), 800, 1333)
+    (417, 1334)
     """
     height, width = size_hw
     small, large = min(size_hw), max(size_hw)

@@ -1,4 +1,4 @@
-"""The one door to every detector: a name and its weights become a frozen Detector."""
+"""Detectors by name: official ones, transformers families, authors' checkpoints and plugins."""
 
 import contextlib
 from dataclasses import dataclass
@@ -55,17 +55,17 @@ class DetectorListing:
     """One line of ``mfdetr detectors``.
 
     Attributes:
-        name: What to pass as ``--detector``.
-        model: The family, for people.
+        name: Value for ``--detector``.
+        model: Display name of the family.
         backbone: Its backbone.
-        weights: What to pass as ``--weights``.
+        weights: Value for ``--weights``.
         levels: Strides of the encoder maps.
         width: Channels of queries and encoder maps.
         queries: Queries at test time.
-        c1: Where the stride-4 map comes from, or its channels.
-        paper: Numbers of the tables the paper has it in; empty where it has not.
-        encoder_maps: What it gives as encoder maps.
-        checked: Against what its numbers were checked.
+        c1: Source of the stride-4 map, or its channels.
+        paper: Numbers of the paper's tables with this detector; empty for none.
+        encoder_maps: Description of its encoder maps.
+        checked: Reference its outputs were verified against.
     """
 
     name: str
@@ -82,11 +82,7 @@ class DetectorListing:
 
 
 def list_detectors() -> tuple[DetectorListing, ...]:
-    """Every detector that can be loaded.
-
-    Returns:
-        One entry per official detector, family of transformers, and plugin.
-    """
+    """One entry per official detector, transformers family and plugin."""
     transformers = [
         DetectorListing(
             name="hf",
@@ -160,19 +156,18 @@ def _official(name: str, architecture: Architecture) -> DetectorListing:
 def load_detector(
     name: str, weights: str | None = None, options: DetectorOptions | None = None
 ) -> Detector:
-    """A frozen detector.
+    """A frozen detector on the CPU, in evaluation mode.
 
     Args:
-        name: Its name; ``mfdetr detectors`` lists them. ``deformable-detr``, ``h-detr`` and
-            ``dino`` alone read the backbone off the checkpoint; ``auto`` reads off the weights
-            which detector they are.
+        name: Its name in ``mfdetr detectors``. ``deformable-detr``, ``h-detr`` and ``dino`` alone
+            infer the backbone from the checkpoint; ``auto`` infers the detector.
         weights: Checkpoint file, folder or hub id, as its listing says. None builds an official
-            detector with untrained weights, for looking at shapes and speed.
-        options: What the user chose.
+            detector with untrained weights, to look at shapes and speed.
+        options: The user's options.
 
     Returns:
-        The detector, on the CPU, in evaluation mode. Its ``forward(pixel_values, padding_mask)``
-        gives logits, boxes, queries and the maps that ``spec.maps`` lists.
+        The detector. Its ``forward(pixel_values, padding_mask)`` returns logits, boxes, queries and
+        the maps that ``spec.maps`` lists.
 
     Raises:
         DetectorError: If the name is unknown, or the weights are missing or do not fit.

@@ -1,4 +1,4 @@
-"""Segment Anything of transformers, prompted with boxes: a baseline that is not trained here."""
+"""Segment Anything of transformers, prompted with boxes: an untrained baseline."""
 
 from typing import Any
 
@@ -12,15 +12,7 @@ from mfdetr_cache.errors import DetectorError
 
 
 class SamPrompter:
-    """SAM, SAM 2 or HQ-SAM: masks for boxes.
-
-    Args:
-        weights: Folder or hub id of a transformers mask generation model.
-        device: Where it runs.
-
-    Raises:
-        DetectorError: If it cannot be loaded.
-    """
+    """SAM, SAM 2 or HQ-SAM from a folder or hub id; DetectorError if it cannot be loaded."""
 
     def __init__(self, weights: str, device: torch.device) -> None:
         try:
@@ -40,14 +32,9 @@ class SamPrompter:
     def __call__(
         self, image: Image.Image, boxes_xyxy: NDArray[np.float32]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """Masks for the boxes of one image; the image is encoded once.
+        """Masks (N, H, W) at the size of an RGB image, and SAM's predicted IoU, (N,).
 
-        Args:
-            image: RGB.
-            boxes_xyxy: In pixels of the image, shape (N, 4), N at least 1.
-
-        Returns:
-            Masks at the image's size, shape (N, H, W), and SAM's guess of their IoU, (N,).
+        The boxes, (N, 4), N >= 1, are in pixels of the image, which is encoded once.
         """
         inputs = self._processor(
             images=image, input_boxes=[boxes_xyxy.tolist()], return_tensors="pt"

@@ -1,4 +1,4 @@
-"""Frozen weights: their hash, and the switch that freezes them."""
+"""Hash and freezing of weights."""
 
 import hashlib
 from typing import Literal
@@ -11,14 +11,7 @@ TunedPart = Literal["encoder-decoder", "all"]
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of everything a module has learned, independent of how the file was written.
-
-    Args:
-        module: A module with its weights loaded.
-
-    Returns:
-        SHA-256 over name, type, shape and bytes of every tensor of the state dict, by name.
-    """
+    """SHA-256 over name, type, shape and bytes of every tensor of the state dict, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
@@ -28,29 +21,13 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Put a module in evaluation mode and stop its gradients.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The same module.
-    """
+    """Set evaluation mode and disable gradients, in place; returns the module."""
     return module.eval().requires_grad_(False)
 
 
 def parameters_of_part(
     module: nn.Module, backbone: nn.Module, part: TunedPart
 ) -> list[nn.Parameter]:
-    """The parameters of a part of a detector.
-
-    Args:
-        module: The detector.
-        backbone: Its backbone.
-        part: Everything but the backbone, or everything.
-
-    Returns:
-        Parameters in the order of the module.
-    """
+    """Parameters of a detector in module order: all, or all but the backbone's."""
     spared = set() if part == "all" else {id(p) for p in backbone.parameters()}
     return [p for p in module.parameters() if id(p) not in spared]

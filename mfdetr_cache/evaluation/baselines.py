@@ -1,4 +1,4 @@
-"""Masks that need no mask network: what the number of a trained head is read against."""
+"""Masks without a mask network: floor and ceiling of a trained head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,29 +17,13 @@ SAME_OBJECT_IOU = 0.5
 
 
 def box_masks(detections: Detections, original_hw: tuple[int, int]) -> list[dict[str, Any]]:
-    """The box itself as mask: the floor.
-
-    Args:
-        detections: Detections of one image.
-        original_hw: Height and width of the image in pixels.
-
-    Returns:
-        COCO RLE of each detection: the pixels whose centre is in its box.
-    """
+    """The box itself as mask, the floor: COCO RLE of the pixels whose centre is in each box."""
     boxes = detections.boxes_xyxy.tolist()
     return [encode_mask(_pixels_in_box(box, original_hw, slack=0.0)) for box in boxes]
 
 
 def ellipse_masks(detections: Detections, original_hw: tuple[int, int]) -> list[dict[str, Any]]:
-    """The ellipse inscribed in the box as mask.
-
-    Args:
-        detections: Detections of one image.
-        original_hw: Height and width of the image in pixels.
-
-    Returns:
-        COCO RLE of each detection: the pixels whose centre is in the ellipse.
-    """
+    """The ellipse inscribed in each box as COCO RLE of the pixels whose centre is inside."""
     x = np.arange(original_hw[1]) + 0.5
     y = np.arange(original_hw[0]) + 0.5
     rles = []

@@ -1,4 +1,4 @@
-"""How sure a difference of two APs is: a paired bootstrap over images."""
+"""Confidence interval of a difference of two APs: a paired bootstrap over images."""
 
 import contextlib
 import io
@@ -27,13 +27,7 @@ class _CategoryMatches:
 
 
 class WeightedAP:
-    """AP of one list of results for any multiplicity of the images.
-
-    Args:
-        ground_truth: From ``coco_ground_truth``.
-        results: COCO results.
-        kind: Boxes or masks.
-    """
+    """AP of COCO results as a function of the multiplicity of each image."""
 
     def __init__(
         self, ground_truth: COCO, results: Sequence[Result], kind: Literal["bbox", "segm"]
@@ -56,14 +50,7 @@ class WeightedAP:
         ]
 
     def __call__(self, multiplicity: NDArray[np.float64]) -> float:
-        """The AP when every image occurs so many times.
-
-        Args:
-            multiplicity: Shape (images,).
-
-        Returns:
-            COCO's AP in [0, 1]; -1 without any object.
-        """
+        """COCO's AP in [0, 1] for a multiplicity of each image; -1 without any object."""
         values = [v for c in self._categories if (v := _average(c, multiplicity)) is not None]
         return float(np.mean(values)) if values else -1.0
 
@@ -138,18 +125,17 @@ class PairedDifference:
 def differences_to_first(
     rows: Sequence[Sequence[WeightedAP]], samples: int, seed: int = 0
 ) -> list[PairedDifference]:
-    """How the AP of each row differs from the first row's, all on the same draws of images.
+    """AP of each row minus the first row's, with 95 % percentile intervals from paired draws.
 
-    A row's AP is the mean over its seeds, so that the interval is of the rows as they were trained:
-    it says what other images would change, not what other seeds would.
+    A row's AP is the mean over its seeds: the interval covers other images, not other seeds.
 
     Args:
         rows: The results of each row, one per seed, all of the same images.
-        samples: How many draws of the images, with replacement.
+        samples: Number of bootstrap samples of the images, with replacement.
         seed: Of the draws.
 
     Returns:
-        For every row but the first, its AP minus the first's with the 95 % percentile interval.
+        One difference for every row but the first.
 
     Raises:
         ValueError: If the rows are of different images.

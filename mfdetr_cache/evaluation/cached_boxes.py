@@ -13,14 +13,7 @@ IMPLAUSIBLE_BOX_AP = 0.10
 
 
 def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
-    """Box AP of the detections in a cache.
-
-    Args:
-        cache: A complete cache.
-
-    Returns:
-        COCO's summary for boxes.
-    """
+    """Box AP of the detections in a complete cache."""
     results = []
     for row in cache.rows:
         image = cache.read(row, map_names=())
@@ -30,15 +23,7 @@ def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
 
 
 def judged_box_metrics(cache: FeatureCache, reporter: Reporter) -> CocoMetrics:
-    """Box AP of a cache, with a warning where it is too low to be true.
-
-    Args:
-        cache: A complete cache.
-        reporter: Who is warned.
-
-    Returns:
-        COCO's summary for boxes.
-    """
+    """Box AP of a complete cache, with a warning if it is implausibly low."""
     box = cached_box_metrics(cache)
     # Without an object to find there is no AP, which is -1 then.
     if 0 <= box.AP < IMPLAUSIBLE_BOX_AP:

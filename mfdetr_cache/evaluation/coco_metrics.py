@@ -1,4 +1,4 @@
-"""COCO average precision: by faster-coco-eval, with pycocotools as the referee."""
+"""COCO average precision by faster-coco-eval, or by pycocotools as the reference."""
 
 import contextlib
 import io
@@ -56,7 +56,7 @@ _AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 
 @dataclass(frozen=True, slots=True)
 class CategoryMetrics:
-    """One category's part of a report.
+    """AP of one category.
 
     Attributes:
         category_id: COCO id.
@@ -75,11 +75,11 @@ class CategoryMetrics:
 
 @dataclass(frozen=True, slots=True)
 class CocoReport:
-    """Everything COCO's evaluation says about a list of results.
+    """COCO's evaluation of a list of results.
 
     Attributes:
         metrics: The summary.
-        recall: ``AR1, AR10, AR100`` at so many detections an image, ``ARS, ARM, ARL`` by size.
+        recall: ``AR1, AR10, AR100`` by detections per image, ``ARS, ARM, ARL`` by size.
         categories: One entry per category, by id.
     """
 
@@ -191,18 +191,7 @@ def _indexed(
 def evaluate_results(
     ground_truth: COCO, results: Sequence[Result], kind: Kind, evaluator: Evaluator = "fast"
 ) -> CocoMetrics:
-    """COCO metrics of a list of results.
-
-    Args:
-        ground_truth: From :func:`coco_ground_truth`.
-        results: COCO results with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or
-            ``segmentation`` (RLE).
-        kind: Boxes, masks, or boundaries of masks.
-        evaluator: Who computes.
-
-    Returns:
-        The summary.
-    """
+    """The summary of :func:`measure_results`."""
     return measure_results(ground_truth, results, kind, evaluator).metrics
 
 
@@ -219,8 +208,8 @@ def measure_results(
         results: COCO results with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or
             ``segmentation`` (RLE).
         kind: Boxes, masks, or boundaries of masks.
-        evaluator: Who computes; boundaries are always measured by faster-coco-eval, as pycocotools
-            knows none.
+        evaluator: Which library computes AP; boundary AP is always faster-coco-eval's, as
+            pycocotools has none.
 
     Returns:
         The report. Objects without a mask do not count for masks; without a result everything is 0

@@ -1,4 +1,4 @@
-"""A detector's final detections, as its own post-process picks them."""
+"""A detector's final detections, selected as in its own post-processing."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Detections:
     """Detections of one image, by falling score. One query may appear with several labels.
 
     Attributes:
-        query_index: Which query each detection is of, int64, shape (D,).
+        query_index: Query of each detection, int64, shape (D,).
         labels: The detector's labels, int64, shape (D,).
         class_scores: Scores c_i in [0, 1], shape (D,).
         boxes_xyxy: In original image pixels, not clipped, shape (D, 4).
@@ -35,15 +35,7 @@ class Detections:
 
 
 def class_probabilities(class_logits: Tensor, spec: DetectorSpec) -> Tensor:
-    """Class scores from logits.
-
-    Args:
-        class_logits: Shape (..., K).
-        spec: The detector.
-
-    Returns:
-        Probabilities in [0, 1], shape (..., K); without "no object" for a softmax detector.
-    """
+    """Class scores in [0, 1] of logits (..., K); without "no object" for a softmax detector."""
     if spec.score_function == "softmax":
         return class_logits.softmax(-1)[..., :-1]
     return class_logits.sigmoid()
@@ -63,7 +55,7 @@ def select_detections(
         boxes_cxcywh_norm: Relative to the resized image, shape (Q, 4).
         original_hw: Height and width of the original image in pixels.
         spec: The detector.
-        max_detections: How many pairs to keep.
+        max_detections: Maximum number of pairs.
 
     Returns:
         Detections by falling class score.
@@ -83,15 +75,7 @@ def detected_queries(image: CachedImage, spec: DetectorSpec) -> NDArray[np.int64
 
 
 def detections_of(image: CachedImage, spec: DetectorSpec) -> Detections:
-    """The detections of a cached image.
-
-    Args:
-        image: As cached; its maps are not needed.
-        spec: The detector.
-
-    Returns:
-        Its best (query, label) pairs, at original size.
-    """
+    """The detections of a cached image at original size; its maps are not needed."""
     return select_detections(
         torch.from_numpy(np.array(image.class_logits)),
         torch.from_numpy(np.array(image.boxes_cxcywh_norm)),

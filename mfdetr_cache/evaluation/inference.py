@@ -27,7 +27,7 @@ class MaskPrediction:
     Attributes:
         detections: By falling class score.
         confidences: Final score s_i of each detection, float64, shape (D,).
-        mask_index: Which of the M masks each detection has, int64, shape (D,).
+        mask_index: Index of each detection's mask among the M masks, int64, shape (D,).
         mask_probs: Mask of each distinct query over its box, shape (M, r, r).
         boxes_xyxy: Box of each distinct query in original image pixels, shape (M, 4).
     """
@@ -47,20 +47,9 @@ def predict_masks(
     device: torch.device,
     scoring: Scoring = "auto",
 ) -> MaskPrediction:
-    """Run a head on one image.
+    """Run a head, in evaluation mode, on a cached or live image.
 
-    Args:
-        head: A trained mask network in evaluation mode, on the device.
-        image: As cached, or as a live detector gave it.
-        spec: The detector.
-        device: Where the head is.
-        scoring: How the class score becomes the final one; see ``Scoring``.
-
-    Returns:
-        Detections, masks and final scores.
-
-    Raises:
-        HeadError: If Eq. 13 is asked for and the head predicts no IoU.
+    HeadError if Eq. 13 is requested by ``scoring`` and the head predicts no IoU.
     """
     boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
     detections = detections_of(image, spec)
@@ -95,14 +84,9 @@ def predict_masks(
 def masks_in_image(
     prediction: MaskPrediction, original_hw: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """The mask of every detection at the original size, as COCO RLE; no bitmap is made.
+    """Compressed COCO RLE of every detection at the original size, without a bitmap.
 
-    Args:
-        prediction: From :func:`predict_masks`.
-        original_hw: Height and width of the original image in pixels.
-
-    Returns:
-        RLE of each detection; detections of one query share theirs.
+    Detections of one query share theirs.
     """
     probs = prediction.mask_probs.numpy()
     boxes = prediction.boxes_xyxy.double().numpy()

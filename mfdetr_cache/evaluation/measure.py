@@ -45,48 +45,36 @@ _WORKERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Time per image, in seconds.
-
-    Attributes:
-        median: Half of the images took no longer.
-        p90: Nine in ten took no longer.
-    """
+    """Time per image, in seconds: median and 90th percentile."""
 
     median: float
     p90: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Latency":
-        """Of some images; the first is left out where there are more, it warms up.
-
-        Args:
-            seconds: Time of each image, at least one.
-
-        Returns:
-            The two quantiles.
-        """
+        """Quantiles over images; the first is a warm-up and skipped unless it is the only one."""
         timed = np.array(seconds[1:] or seconds)
         return cls(float(np.median(timed)), float(np.quantile(timed, 0.9)))
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSummary:
-    """What was measured.
+    """Metrics of a head on a cache.
 
     Attributes:
         num_images: Images measured on.
         mask: Mask AP of the head.
         box: Box AP of the detector.
-        floor: Mask AP of the box as mask; None if not asked for.
-        ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not asked for.
-        boundary: Boundary AP of the head; None if not asked for.
+        floor: Mask AP of the box as mask; None if not requested.
+        ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not requested.
+        boundary: Boundary AP of the head; None if not requested.
         details: Recalls and categories of ``mask`` and ``box``.
-        seconds: Whole time.
+        seconds: Total time.
         latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
             ``detector`` where it was timed.
         parameters: Of the head.
         macs: Multiply-adds of the head for 100 boxes of an image of COCO's mean size, 800 x 1124.
-        oracles: Mask AP of the head with one thing perfect, by what; empty if not asked for.
+        oracles: Mask AP of the head with one thing perfect, by oracle; empty if not requested.
     """
 
     num_images: int
@@ -136,19 +124,9 @@ def measure(
     scoring: Scoring = "auto",
     evaluator: Evaluator = "fast",
 ) -> tuple[EvaluateSummary, list[Result]]:
-    """Metrics of a head on a complete cache of the same detector.
+    """Metrics and COCO mask results of a head on a complete cache of the same detector.
 
-    Args:
-        cache: The cache.
-        head: The head, on the device.
-        device: Where it runs.
-        reporter: Who is told about progress.
-        extras: What to measure beside mask and box AP.
-        scoring: How the class score becomes the final one.
-        evaluator: Who computes AP.
-
-    Returns:
-        The metrics, and the head's COCO mask results.
+    ``extras`` are measured besides mask and box AP.
     """
     if head.c1 is not None:
         cache.require_c1_map("evaluation")
@@ -211,14 +189,7 @@ def measure(
 
 
 def ground_truth_of(cache: FeatureCache) -> COCO:
-    """The annotated objects of a cache's images, as pycocotools takes them.
-
-    Args:
-        cache: A complete cache.
-
-    Returns:
-        An indexed ``COCO``.
-    """
+    """The annotated objects of a complete cache as an indexed ``COCO``."""
     images = (
         (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
         for r in cache.rows

@@ -1,4 +1,4 @@
-"""Detected objects worth showing: the best label of every query, above a threshold."""
+"""Detected objects to show: the best label of every query, above a threshold."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 
 @dataclass(frozen=True, slots=True)
 class ShownObject:
-    """One detected object worth showing.
+    """A detected object to show.
 
     Attributes:
         category_id: Its category.
@@ -42,18 +42,9 @@ def shown_objects(
     threshold: float,
     top_k: int = 100,
 ) -> list[ShownObject]:
-    """The most confident label of every query, above a threshold.
+    """At most ``top_k`` objects by falling confidence, with the best label of every query.
 
-    Args:
-        prediction: Detections and masks of one image.
-        label_categories: Category id of each label, -1 for none.
-        names: Category id to name.
-        size_hw: Height and width of the original image in pixels.
-        threshold: Least confidence.
-        top_k: Largest number of objects.
-
-    Returns:
-        Objects by falling confidence.
+    ``label_categories`` are the category ids of each label, -1 for none.
     """
     shown: list[ShownObject] = []
     seen: set[int] = set()

@@ -33,14 +33,9 @@ ORACLES: dict[Oracle, str] = {
 
 
 def with_perfect_boxes(image: CachedImage) -> CachedImage:
-    """The image as a detector would give it whose boxes are exact.
+    """The image with the box of the object of highest IoU, if 0.5 or more, for every query.
 
-    Args:
-        image: As cached.
-
-    Returns:
-        The same, where every query takes the box of the object that its own overlaps most, if by
-        an IoU of 0.5 or more; whatever the category, crowds aside.
+    Categories are ignored, and so are crowds.
     """
     truth, size_hw = image.ground_truth, image.geometry.original_hw
     objects = np.flatnonzero(~truth.is_crowd)

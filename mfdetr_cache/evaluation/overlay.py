@@ -141,15 +141,7 @@ def _draw_box(
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], height: int = 360) -> Image.Image:
-    """Images beside each other under their titles.
-
-    Args:
-        panels: Title and image.
-        height: Height of each image in the result, in pixels.
-
-    Returns:
-        One image on white.
-    """
+    """Titled images in a row on white, each scaled to ``height`` pixels."""
     title_height, gap = 26, 8
     scaled = [
         (title, image.resize((round(image.width * height / image.height), height)))

@@ -24,18 +24,18 @@ def prediction_panels(
     device: torch.device,
     threshold: float = 0.25,
 ) -> Image.Image:
-    """An image, the frozen detector's boxes, the head's masks and the annotated masks.
+    """Four titled panels: an image, the detector's boxes, the head's masks, the annotated masks.
 
     Args:
         cache: The cache.
         row: Row of the image.
         head: A trained head, on the device, in evaluation mode.
         images: Image folder.
-        device: Where the head is.
-        threshold: Least confidence of what is shown.
+        device: Device of the head.
+        threshold: Lowest confidence shown.
 
     Returns:
-        Four panels side by side, with titles.
+        The panels side by side.
     """
     cached = cache.read(row, head.map_names)
     size_hw = cached.geometry.original_hw

@@ -1,4 +1,4 @@
-"""COCO results of one image: boxes, and masks from whatever gives a mask."""
+"""COCO results of one image: boxes and masks."""
 
 import json
 from collections.abc import Sequence
@@ -14,15 +14,9 @@ from mfdetr_cache.evaluation.detections import Detections
 def box_results(
     image_id: int, detections: Detections, label_categories: Sequence[int]
 ) -> list[Result]:
-    """Detections as COCO box results.
+    """COCO box results of the detections whose label has a category.
 
-    Args:
-        image_id: COCO image id.
-        detections: The detections of that image.
-        label_categories: Category id of each label, -1 for none.
-
-    Returns:
-        One result per detection whose label has a category.
+    ``label_categories`` are the category ids of each label, -1 for none.
     """
     results = []
     for index in range(len(detections)):
@@ -42,17 +36,7 @@ def box_results(
 
 
 def mask_result(image_id: int, category_id: int, rle: dict[str, Any], confidence: float) -> Result:
-    """One mask as a COCO result.
-
-    Args:
-        image_id: COCO image id.
-        category_id: COCO category id.
-        rle: COCO RLE of the mask at the original size.
-        confidence: Final score.
-
-    Returns:
-        The result.
-    """
+    """COCO result of one mask, RLE at the original size."""
     return {
         "image_id": image_id,
         "category_id": category_id,
@@ -68,17 +52,9 @@ def mask_results(
     rles: Sequence[dict[str, Any]],
     confidences: NDArray[np.float64],
 ) -> list[Result]:
-    """Detections with masks as COCO mask results.
+    """COCO mask results of the D detections whose label has a category.
 
-    Args:
-        image_id: COCO image id.
-        detections: The detections of that image.
-        label_categories: Category id of each label, -1 for none.
-        rles: COCO RLE of each detection, length D.
-        confidences: Final score of each detection, shape (D,).
-
-    Returns:
-        One result per detection whose label has a category.
+    ``label_categories`` are the category ids of each label, -1 for none.
     """
     results = []
     for index in range(len(detections)):
@@ -90,14 +66,7 @@ def mask_results(
 
 
 def json_results(results: Sequence[Result]) -> bytes:
-    """Mask results as a COCO results file.
-
-    Args:
-        results: With compressed RLE.
-
-    Returns:
-        JSON.
-    """
+    """A COCO results file, as JSON, of mask results with compressed RLE."""
     plain = []
     for result in results:
         rle = result["segmentation"]

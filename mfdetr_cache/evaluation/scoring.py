@@ -32,13 +32,5 @@ def mask_confidence(class_scores: Tensor, mask_probs: Tensor, threshold: float =
 
 
 def mask_iou_confidence(class_scores: Tensor, mask_iou: Tensor) -> Tensor:
-    """Class score times the predicted mask IoU (Eq. 13), the latter brought into [0, 1].
-
-    Args:
-        class_scores: Detector scores c_i in [0, 1], shape (D,).
-        mask_iou: Predicted IoU for each detection's label, shape (D,).
-
-    Returns:
-        Confidences s_i, shape (D,).
-    """
+    """Class score c_i times the predicted mask IoU clipped to [0, 1] (Eq. 13), shape (D,)."""
     return class_scores * torch.clamp(mask_iou, 0, 1)

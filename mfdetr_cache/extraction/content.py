@@ -1,4 +1,4 @@
-"""What a cache will be of, worked out before the detector runs."""
+"""Content of a cache that is known before the detector runs."""
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
@@ -17,17 +17,7 @@ from mfdetr_cache.matching.objects import trainable_objects
 def plan_cache(
     labelled: LabelledSplit, detector: Detector, maps: MapOptions, views: ViewOptions
 ) -> CacheContent:
-    """Everything about a cache that is known before the detector runs.
-
-    Args:
-        labelled: The images and their ground truth.
-        detector: The detector.
-        maps: How the maps will be stored.
-        views: Which augmented views there will be.
-
-    Returns:
-        Identity, layout and ground truth.
-    """
+    """Identity, layout and ground truth of a cache, before the detector runs."""
     spec, split = detector.spec, labelled.split
     truth = [labelled.objects_of(entry) for entry in split.images]
     base = [identity_transform(e.size_hw) for e in split.images]

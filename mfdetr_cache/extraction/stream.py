@@ -1,4 +1,4 @@
-"""Images through the detector: decoded ahead, encoded and written behind it."""
+"""Extraction pipeline: decoding, the detector, encoding and writing run concurrently."""
 
 import queue
 import threading
@@ -46,8 +46,8 @@ class ImageSource:
 
     Attributes:
         split: The dataset.
-        folder: Where its images are.
-        skip_bad: Leave out an image that cannot be read, instead of stopping.
+        folder: Image folder.
+        skip_bad: Skip an image that cannot be read, instead of stopping.
     """
 
     split: CocoSplit
@@ -76,14 +76,10 @@ class _Item:
 
 
 def num_encoders(device: torch.device) -> int:
-    """How many threads quantise and compress.
+    """Number of threads that quantise and compress.
 
-    Args:
-        device: Where the detector runs.
-
-    Returns:
-        One beside a CPU, whose cores are the detector's; several beside a GPU, which gives images
-        faster than one thread compresses them.
+    One beside a CPU, whose cores the detector uses; several beside a GPU, which outputs images
+    faster than one thread compresses them.
     """
     if device.type == "cpu":
         return 1
@@ -91,16 +87,7 @@ def num_encoders(device: torch.device) -> int:
 
 
 class Extraction:
-    """Decoding ahead, the detector in this thread, encoding and writing behind it, in order.
-
-    Args:
-        source: The images.
-        content: What the cache is of.
-        detector: The detector.
-        device: Where it runs.
-        writer: Of the cache.
-        reporter: Who is told about progress.
-    """
+    """Decodes images ahead, runs the detector in this thread, encodes and writes in order."""
 
     def __init__(
         self,
@@ -130,11 +117,7 @@ class Extraction:
         self._oddities: Counter[str] = Counter()
 
     def run(self, pending: Sequence[Part]) -> None:
-        """Extract some parts.
-
-        Args:
-            pending: Which.
-        """
+        """Extract the parts that are pending."""
         total = self._writer.num_rows
         layout_rows = [self._writer.rows_of_part(part) for part in pending]
         todo = sum(len(rows) for rows in layout_rows)

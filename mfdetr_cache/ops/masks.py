@@ -166,9 +166,8 @@ def box_of_run_lengths(
 ) -> tuple[int, int, int, int] | None:
     """Box x0, y0, x1, y1 around the pixels of a mask; None for an empty mask.
 
-    Examples:
-        >>> box_of_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2))
-        (0, 0, 2, 2)
+    >>> box_of_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2))
+    (0, 0, 2, 2)
     """
     height = size_hw[0]
     ends: NDArray[np.int64] = np.cumsum(run_lengths, dtype=np.int64)
@@ -187,9 +186,8 @@ def box_of_run_lengths(
 def decode_run_lengths(run_lengths: RunLengths, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
     """The mask as a bitmap, shape (height, width).
 
-    Examples:
-        >>> decode_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2)).tolist()
-        [[False, True], [True, False]]
+    >>> decode_run_lengths(np.array([1, 2, 1], dtype=np.uint32), (2, 2)).tolist()
+    [[False, True], [True, False]]
     """
     height, width = size_hw
     inside = np.arange(len(run_lengths)) % 2 == 1
@@ -208,10 +206,9 @@ def crop_run_lengths(
 
     The window may leave the image, which is continued as background. Only its columns are decoded.
 
-    Examples:
-        >>> runs = np.array([1, 2, 1], dtype=np.uint32)  # columns (0, 1) and (1, 0)
-        >>> crop_run_lengths(runs, (2, 2), (0, 0, 2, 2), flip=True).tolist()
-        [0, 1, 2, 1]
+    >>> runs = np.array([1, 2, 1], dtype=np.uint32)  # columns (0, 1) and (1, 0)
+    >>> crop_run_lengths(runs, (2, 2), (0, 0, 2, 2), flip=True).tolist()
+    [0, 1, 2, 1]
     """
     height, width = size_hw
     x0, y0, x1, y1 = window_xyxy

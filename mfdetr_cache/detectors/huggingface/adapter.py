@@ -26,15 +26,15 @@ from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapS
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a model came from, and how it goes back there.
+    """Where a model was loaded from, and how its weights are saved.
 
     Attributes:
-        name: What its caches say it is.
+        name: Detector name in the identity of its caches.
         where: The weights, for messages.
-        known_names: Class names that came with the weights, by output.
-        settings: What decides the numbers beside the weights.
-        save: Writes the weights as they are now into a folder; what to pass as ``--weights``.
-        spare_outputs: How many class outputs may stand for nothing.
+        known_names: Class names stored with the weights, by output.
+        settings: Settings beside the weights that change the outputs.
+        save: Writes the current weights into a folder; returns the value for ``--weights``.
+        spare_outputs: Maximum number of class outputs without a class.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Origin:
 
 
 class HuggingFaceDetector(nn.Module):
-    """A frozen transformers detector: forward hooks collect what the mask network needs.
+    """A frozen transformers detector; forward hooks collect queries and maps for the mask network.
 
     Args:
         model: A detection model of a known family, weights loaded and corrected.
-        family: How its maps are found.
-        origin: Where it came from.
-        preprocessing: How images become its input.
-        options: What the user chose.
+        family: Location of its maps.
+        origin: Source of the weights.
+        preprocessing: Preprocessing of its input.
+        options: The user's options.
 
     Raises:
         DetectorError: If an option does not fit the model.
@@ -89,42 +89,15 @@ class HuggingFaceDetector(nn.Module):
         return self._spec
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """Sizes an image of the given size gets on its way into the network.
-
-        Args:
-            original_hw: Height and width of the image in pixels.
-            shortest_edge: Shorter side of the input; 0 for the detector's own.
-
-        Returns:
-            The geometry.
-        """
+        """See :meth:`Detector.input_geometry`."""
         return self._preprocessing.input_geometry(original_hw, shortest_edge)
 
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """The network input of one RGB image.
-
-        Args:
-            image: An RGB image at its original size.
-            shortest_edge: Shorter side of the input; 0 for the detector's own.
-
-        Returns:
-            float32, shape (3, H, W).
-        """
+        """See :meth:`Detector.preprocess`."""
         return self._preprocessing(image, shortest_edge)
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
-        """Run the frozen detector.
-
-        Args:
-            pixel_values: Preprocessed images, shape (B, 3, H, W).
-            padding_mask: True where a pixel is padding, shape (B, H, W); None for no padding.
-
-        Returns:
-            Logits, boxes, queries and maps.
-
-        Raises:
-            ValueError: If there is padding and the model cannot respect it.
-        """
+        """See :meth:`Detector.forward`; ValueError for padding that the model ignores."""
         outputs, encoder_maps = self._run(pixel_values, padding_mask)
         maps = {
             spec.name: encoder_maps[index] if role == "encoder" else self._stage_maps[index]

@@ -1,8 +1,8 @@
-"""DEIMv2 as its authors wrote it.
+"""Corrections of transformers' DEIMv2 to the authors' code.
 
-transformers' class (seen in 5.23) differs from the original in three places and says nothing: a
+transformers' class (seen in 5.23) differs from the original in three places without a warning: a
 COCO checkpoint of 33.6 box AP gives 3.5 with it. Parameter names and shapes are the same, so the
-model is built by transformers and put right afterwards; each step leaves a correct model as it is.
+model is built by transformers and corrected afterwards; a correct model is left as it is.
 """
 
 from typing import Any
@@ -28,15 +28,11 @@ class FirstOutput:
 
 
 def restore_original_deimv2(model: Any) -> None:  # noqa: ANN401
-    """Make transformers' DEIMv2 compute what the original computes.
+    """Change a loaded ``Deimv2ForObjectDetection`` in place to compute what the original computes.
 
-    1. Nothing stands between the encoder's tokens and query selection (transformers puts a linear
-       layer and a layer norm there).
+    1. No layer between the encoder's tokens and query selection (transformers: linear, layer norm).
     2. The box heads and the quality estimators use SiLU (transformers: ReLU).
-    3. The query position comes from the initial boxes, once (transformers: again in every layer).
-
-    Args:
-        model: ``Deimv2ForObjectDetection`` with its weights loaded; changed in place.
+    3. The query position is computed from the initial boxes, once (transformers: in every layer).
     """
     decoder = model.model.decoder
     model.model.enc_output = nn.Identity()

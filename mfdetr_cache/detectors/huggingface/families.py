@@ -1,4 +1,4 @@
-"""What differs between the transformers detectors: where their maps are, and what to put right."""
+"""Differences between the transformers detectors: location of their maps, and corrections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class Family:
 
     Attributes:
         model_type: ``config.model_type``.
-        label: Its name for people.
+        label: Display name.
         encoder_maps: ``outputs`` when the forward returns the final maps as a list, ``layers``
             when the encoder is a stack of transformer layers over flattened levels, ``tokens``
             when it is such a stack over the backbone's last map alone, ``projector`` when a plain
-            ViT's projector takes the encoder's place.
+            ViT's projector replaces the encoder.
         backbone: The backbone module inside the model.
         correct: Changes a loaded model to compute what its authors' code computes; None if it
             already does.
-        takes_mask: Whether padding is respected (else the input has one fixed size).
-        checked: Against what the numbers were checked.
+        takes_mask: Whether padding is masked (else the input has one fixed size).
+        checked: Reference its outputs were verified against.
         score_function: ``softmax`` where the last class is "no object".
     """
 
@@ -169,14 +169,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
-    """The modules whose outputs are a backbone's stage maps, finest first.
-
-    Args:
-        backbone: A transformers or timm backbone.
-
-    Returns:
-        The stages, or an empty list where the backbone has no such stages (a plain ViT).
-    """
+    """Stage modules of a transformers or timm backbone, finest first; empty for a plain ViT."""
     adapter = getattr(backbone, "spatial_tuning_adapter", None)
     if adapter is not None:
         return [adapter.stem_pool]
@@ -189,17 +182,7 @@ def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
 
 
 def first_tensor(output: object) -> Tensor:
-    """The tensor in a module's output, which may come in a tuple or a model output.
-
-    Args:
-        output: What the module returned.
-
-    Returns:
-        Its first tensor.
-
-    Raises:
-        TypeError: If there is none.
-    """
+    """The first tensor of a module's output, tuple or model output; TypeError if there is none."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):

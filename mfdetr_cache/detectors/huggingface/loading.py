@@ -25,18 +25,10 @@ from mfdetr_cache.files import write_atomically, writing
 
 
 def load_huggingface_detector(weights: str, options: DetectorOptions) -> HuggingFaceDetector:
-    """A transformers detector from a folder or a hub id, frozen, on the CPU.
+    """Load a transformers detector from a folder or a hub id, frozen, on the CPU.
 
-    Args:
-        weights: Folder with ``config.json``, ``model.safetensors`` and
-            ``preprocessor_config.json``, or the id of such a repository on the hub.
-        options: What the user chose.
-
-    Returns:
-        The detector.
-
-    Raises:
-        DetectorError: If this is no detector, is of an unknown family, or its weights do not fit.
+    A folder has ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+    DetectorError if it is no detector, is of an unknown family, or its weights do not fit.
     """
     folder = Path(weights)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -97,13 +89,11 @@ def _save_folder(
 
 
 def into_own_memory(model: nn.Module) -> None:
-    """Copy the weights out of the mapped file, to where torch aligns them.
+    """Copy the weights, in place, out of the mapped file to memory that torch aligns.
 
-    In the file they begin wherever its header ends, and some kernels for a CPU add up in another
-    order then: equal weights in files of another layout would give caches that differ in last bits.
-
-    Args:
-        model: Changed in place.
+    Their alignment in the file depends on the length of its header, and some CPU kernels sum in
+    another order then: equal weights in files of another layout would give caches that differ in
+    last bits.
     """
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

@@ -42,9 +42,9 @@ class OfficialDetector(nn.Module):
     """Deformable DETR, H-DETR or DINO, frozen.
 
     Args:
-        name: What it was asked for as.
+        name: The requested detector name.
         model: The detector with its weights.
-        options: What the user chose.
+        options: The user's options.
 
     Raises:
         DetectorError: If an option does not fit the model.
@@ -94,38 +94,17 @@ class OfficialDetector(nn.Module):
         return self._spec
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """Sizes an image of the given size gets on its way into the network.
-
-        Args:
-            original_hw: Height and width of the image in pixels.
-            shortest_edge: Shorter side of the input; 0 for the detector's own.
-
-        Returns:
-            The geometry.
-        """
+        """See :meth:`Detector.input_geometry`."""
         return OFFICIAL_PREPROCESSING.input_geometry(original_hw, shortest_edge)
 
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """The network input of one RGB image.
-
-        Args:
-            image: An RGB image at its original size.
-            shortest_edge: Shorter side of the input; 0 for the detector's own.
-
-        Returns:
-            float32, shape (3, H, W).
-        """
+        """See :meth:`Detector.preprocess`."""
         return OFFICIAL_PREPROCESSING(image, shortest_edge)
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
-        """Run the frozen detector.
+        """See :meth:`Detector.forward`; maps are ``encoder4`` to ``encoder64`` and ``c1``.
 
-        Args:
-            pixel_values: Normalised images, zero where padded, shape (B, 3, H, W).
-            padding_mask: True where a pixel is padding, shape (B, H, W).
-
-        Returns:
-            Logits, boxes, queries; maps ``encoder4`` to ``encoder64`` and ``c1``.
+        Pixels of the padding are zero.
         """
         output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
         levels = tokens_to_maps(output.encoder_tokens[self._layer], output.sizes_hw)
@@ -166,7 +145,7 @@ def load_official_detector(
     Args:
         name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any.
         weights: The checkpoint file; None builds the named architecture with untrained weights.
-        options: What the user chose.
+        options: The user's options.
 
     Returns:
         The detector.

@@ -1,4 +1,4 @@
-"""What an official checkpoint is made of, by name or read off its shapes."""
+"""The architecture of an official checkpoint, by name or inferred from tensor shapes."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _ONE_TO_MANY = 1500
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Everything a detector is built from.
+    """Hyperparameters of an official detector.
 
     Attributes:
-        scheme: How proposals, queries and boxes are made.
+        scheme: Detector, which decides how proposals, queries and boxes are computed.
         backbone: The backbone.
         num_levels: Encoder levels.
         num_points: Sampling points of deformable attention.
@@ -69,18 +69,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
-    """The architecture of a checkpoint.
-
-    Args:
-        weights: Its state dict.
-        where: The file, for messages.
-
-    Returns:
-        What to build for it.
-
-    Raises:
-        DetectorError: If it is none of the known detectors.
-    """
+    """Infer the architecture from a state dict; DetectorError if it is no known detector."""
     try:
         encoder = "transformer.encoder.layers.0"
         num_levels = weights["transformer.level_embed"].shape[0]

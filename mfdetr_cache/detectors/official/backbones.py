@@ -1,6 +1,6 @@
 """The backbones of the official checkpoints, with the checkpoints' own parameter names.
 
-Each gives the raw output of its four stages (strides 4 to 32) and what enters the encoder.
+Each returns the raw output of its four stages (strides 4 to 32) and the encoder's input.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ BackboneKind = Literal["resnet", "swin", "focalnet"]
 
 @dataclass(frozen=True, slots=True)
 class BackboneArchitecture:
-    """What a backbone is made of; all of it can be read off a checkpoint's shapes.
+    """Hyperparameters of a backbone, all of them inferred from a checkpoint's shapes.
 
     Attributes:
         kind: Family.
@@ -54,11 +54,7 @@ class BackboneArchitecture:
 
 
 class ResNetBody(nn.Module):
-    """torchvision's ResNet v1.5 with frozen batch norm, without its classifier.
-
-    Args:
-        depths: Blocks of each stage: those of ResNet-50 or ResNet-101.
-    """
+    """torchvision's ResNet-50 or -101 v1.5 with frozen batch norm, without its classifier."""
 
     def __init__(self, depths: tuple[int, ...]) -> None:
         super().__init__()
@@ -69,14 +65,7 @@ class ResNetBody(nn.Module):
             self.add_module(name, getattr(full, name))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """The four stages.
-
-        Args:
-            pixel_values: Shape (B, 3, H, W).
-
-        Returns:
-            Maps at strides 4, 8, 16, 32; the first is C1, after its ReLU.
-        """
+        """Maps at strides 4, 8, 16, 32 of images (B, 3, H, W); the first is C1, after its ReLU."""
         values = pixel_values
         stages = []
         for name, module in self.named_children():
@@ -87,11 +76,7 @@ class ResNetBody(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A backbone where the checkpoints have it: below ``body``, or (DINO's Swin, FocalNet) not.
-
-    Args:
-        architecture: What it is made of.
-    """
+    """A backbone below ``body``, or (DINO's Swin, FocalNet) not, as in the checkpoints."""
 
     def __init__(self, architecture: BackboneArchitecture) -> None:
         super().__init__()
@@ -115,14 +100,10 @@ class Backbone(nn.Module):
             )
 
     def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Stages, and what enters the encoder.
+        """Raw outputs of the four stages, and the encoder's input.
 
-        Args:
-            pixel_values: Shape (B, 3, H, W).
-
-        Returns:
-            The raw outputs of the four stages, and those from ``first_stage`` on, normalised where
-            the backbone has output norms.
+        The latter are the outputs from ``first_stage`` on, normalised where the backbone has output
+        norms.
         """
         stages = self.body(pixel_values)
         outputs = []
@@ -136,13 +117,6 @@ class Backbone(nn.Module):
 
 
 def no_padding(pixel_values: Tensor) -> Tensor:
-    """A padding mask that says nothing is padding.
-
-    Args:
-        pixel_values: Shape (B, 3, H, W).
-
-    Returns:
-        bool, shape (B, H, W).
-    """
+    """The all-False padding mask of images (B, 3, H, W), shape (B, H, W)."""
     batch, _, height, width = pixel_values.shape
     return torch.zeros((batch, height, width), dtype=torch.bool, device=pixel_values.device)

@@ -1,6 +1,6 @@
 """Deformable DETR, H-DETR and DINO at test time, with the official parameter names.
 
-Every module stands where the published state dicts have it, so a checkpoint loads as it is.
+Module names are those of the published state dicts, so a checkpoint loads unchanged.
 """
 
 import copy
@@ -33,18 +33,18 @@ WIDTH = 256
 
 @dataclass(frozen=True, slots=True)
 class OfficialOutput:
-    """What a detector computed; B images, Q queries, K labels, S tokens.
+    """Outputs of a detector; B images, Q queries, K labels, S tokens.
 
     Attributes:
         class_logits: Shape (B, Q, K).
         boxes_cxcywh_norm: Relative to the valid area, shape (B, Q, 4).
-        queries: What the class head sees, shape (B, Q, 256).
+        queries: Input of the class head, shape (B, Q, 256).
         references: Reference boxes before the first and after every decoder layer.
         stages: Raw backbone stages at strides 4 to 32.
         sizes_hw: Height and width of each encoder level.
         projected: Encoder input, shape (B, S, 256).
-        encoder_tokens: Output of the wanted encoder layers, by number from 1.
-        proposal_scores: What proposals are ranked by, shape (B, S); None in one stage.
+        encoder_tokens: Output of the requested encoder layers, by number from 1.
+        proposal_scores: Scores that rank the proposals, shape (B, S); None in one stage.
         proposal_index: Token of each query by rank, shape (B, Q); None in one stage.
     """
 
@@ -107,11 +107,7 @@ class _Transformer(nn.Module):
 
 
 class OfficialDetr(nn.Module):
-    """A frozen detector of the paper.
-
-    Args:
-        architecture: What it is made of.
-    """
+    """A frozen detector of the paper."""
 
     transformer: Any
     backbone: Any
@@ -166,15 +162,10 @@ class OfficialDetr(nn.Module):
         padding_mask: Tensor | None = None,
         keep_layers: tuple[int, ...] = (),
     ) -> OfficialOutput:
-        """Run the detector.
+        """Run the detector on normalised images (B, 3, H, W), zero where padded.
 
-        Args:
-            pixel_values: Normalised images, zero where padded, shape (B, 3, H, W).
-            padding_mask: True where a pixel is padding, shape (B, H, W).
-            keep_layers: Encoder layers whose output is wanted, from 1.
-
-        Returns:
-            Everything a mask network may ask for.
+        ``padding_mask`` (B, H, W) is True where a pixel is padding; ``keep_layers`` numbers the
+        encoder layers to return from 1.
         """
         if padding_mask is None:
             padding_mask = no_padding(pixel_values)

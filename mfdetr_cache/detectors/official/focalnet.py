@@ -8,12 +8,7 @@ from mfdetr_cache.detectors.official.mlp import GeluMlp
 
 
 class FocalModulation(nn.Module):
-    """Query times a modulator gathered by depth-wise convolutions of growing size.
-
-    Args:
-        width: Channels.
-        kernels: Kernel size of each focal level.
-    """
+    """Query times a modulator of depth-wise convolutions, one kernel size per focal level."""
 
     def __init__(self, width: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
@@ -31,14 +26,7 @@ class FocalModulation(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Modulate.
-
-        Args:
-            maps: Shape (B, h, w, C).
-
-        Returns:
-            Shape (B, h, w, C).
-        """
+        """Modulate (B, h, w, C)."""
         mixed = self.f(maps).permute(0, 3, 1, 2)
         query, context, gates = mixed.split((self.width, self.width, self.levels + 1), dim=1)
         gathered = torch.zeros_like(context)
@@ -52,12 +40,7 @@ class FocalModulation(nn.Module):
 
 
 class FocalBlock(nn.Module):
-    """Post-norm block with layer scale.
-
-    Args:
-        width: Channels.
-        kernels: Kernel size of each focal level.
-    """
+    """Post-norm block with layer scale; one kernel size per focal level."""
 
     def __init__(self, width: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
@@ -69,14 +52,7 @@ class FocalBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((width,), 1e-4))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Refine maps.
-
-        Args:
-            maps: Shape (B, h, w, C).
-
-        Returns:
-            Shape (B, h, w, C).
-        """
+        """Shape (B, h, w, C) to the same."""
         maps = maps + self.gamma_1 * self.norm1(self.modulation(maps))
         refined: Tensor = maps + self.gamma_2 * self.norm2(self.mlp(maps))
         return refined
@@ -114,13 +90,9 @@ class _Stage(nn.Module):
 
 
 class FocalNet(nn.Module):
-    """FocalNet with a norm for each output that is used.
+    """FocalNet with norms for the outputs from ``first_stage`` on.
 
-    Args:
-        width: Channels of the first stage.
-        depths: Blocks of each stage.
-        kernels: Kernel size of each focal level.
-        first_stage: First stage with an output norm.
+    ``width`` are the channels and ``kernels`` the focal kernel sizes of the first stage.
     """
 
     def __init__(
@@ -135,13 +107,9 @@ class FocalNet(nn.Module):
             self.add_module(f"norm{index}", nn.LayerNorm(width << index))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """The output of each stage, before down-sampling, without output norm.
+        """Maps (B, C, h, w) at strides 4, 8, 16, 32, before down-sampling, without output norm.
 
-        Args:
-            pixel_values: Shape (B, 3, H, W); padded to a multiple of four.
-
-        Returns:
-            Maps (B, C, h, w) at strides 4, 8, 16, 32.
+        The input (B, 3, H, W) is padded to a multiple of four.
         """
         height, width = pixel_values.shape[-2:]
         maps = self.patch_embed(functional.pad(pixel_values, (0, -width % 4, 0, -height % 4)))

@@ -5,11 +5,7 @@ from torch.nn import functional
 
 
 class GeluMlp(nn.Module):
-    """Linear to four times the width, exact GELU, linear back.
-
-    Args:
-        width: Channels.
-    """
+    """Linear to four times the width, exact GELU, linear back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -17,13 +13,6 @@ class GeluMlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Apply the MLP.
-
-        Args:
-            values: Shape (..., C).
-
-        Returns:
-            Shape (..., C).
-        """
+        """Shape (..., C) to the same."""
         result: Tensor = self.fc2(functional.gelu(self.fc1(values)))
         return result

@@ -7,32 +7,14 @@ from torch import Tensor
 
 
 def sine_frequencies(width: int, temperature: float, like: Tensor) -> Tensor:
-    """The divisors of an axis: T ** (2 * floor(i / 2) / width).
-
-    Args:
-        width: Channels of the axis.
-        temperature: T.
-        like: Gives dtype and device.
-
-    Returns:
-        Shape (width,).
-    """
+    """The divisors of an axis, T ** (2 * floor(i / 2) / width), shape (width,)."""
     steps = torch.arange(width, dtype=torch.float32, device=like.device)
     exponent = 2 * torch.div(steps, 2, rounding_mode="floor") / width
     return (temperature**exponent).to(like.dtype)
 
 
 def interleaved_sine(values: Tensor, width: int, temperature: float) -> Tensor:
-    """Sine and cosine pairs of values in radians.
-
-    Args:
-        values: Any shape.
-        width: Channels per value.
-        temperature: Of the frequencies.
-
-    Returns:
-        Shape (..., width).
-    """
+    """Sine and cosine pairs of values in radians, shape (..., width)."""
     angles = values[..., None] / sine_frequencies(width, temperature, values)
     pairs = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1)
     return pairs.flatten(-2)
@@ -59,43 +41,22 @@ def map_position(padding_mask: Tensor, temperature: float, offset: float, like: 
 
 
 def box_position(boxes_norm: Tensor, order: tuple[int, int, int, int]) -> Tensor:
-    """Position encoding of boxes, 128 channels per coordinate.
+    """Encoding of normalised cxcywh boxes (B, Q, 4), 128 channels per coordinate, (B, Q, 512).
 
-    Args:
-        boxes_norm: Centre and size in [0, 1], shape (B, Q, 4).
-        order: Which coordinate comes first: (0, 1, 2, 3), or (1, 0, 2, 3) for DINO.
-
-    Returns:
-        Shape (B, Q, 512).
+    ``order`` of the coordinates is (0, 1, 2, 3), or (1, 0, 2, 3) for DINO.
     """
     angles = boxes_norm[..., list(order)] * (2 * math.pi)
     return interleaved_sine(angles, 128, 10000).flatten(-2)
 
 
 def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
-    """Logits of values in [0, 1].
-
-    Args:
-        values: Any shape.
-        eps: Least distance from 0 and 1: 1e-5 (Deformable DETR, H-DETR) or 1e-3 (DINO).
-
-    Returns:
-        The same shape.
-    """
+    """Logits of values clipped to [eps, 1 - eps]; 1e-5 (Deformable DETR, H-DETR) or 1e-3 (DINO)."""
     values = values.clamp(0, 1)
     return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
 
 
 def valid_ratio(padding_mask: Tensor, like: Tensor) -> Tensor:
-    """Valid share of a map along x and y.
-
-    Args:
-        padding_mask: Shape (B, h, w).
-        like: Gives the dtype.
-
-    Returns:
-        Shape (B, 2), width first.
-    """
+    """Fraction of a map (B, h, w) that is not padding along x and y, shape (B, 2)."""
     _, height, width = padding_mask.shape
     rows = (~padding_mask[:, :, 0]).sum(1).to(like.dtype) / height
     columns = (~padding_mask[:, 0, :]).sum(1).to(like.dtype) / width

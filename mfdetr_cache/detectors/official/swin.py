@@ -12,13 +12,7 @@ from mfdetr_cache.detectors.official.mlp import GeluMlp
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention inside windows with relative position bias.
-
-    Args:
-        width: Channels.
-        window: Side of a window.
-        heads: Attention heads.
-    """
+    """Multi-head attention inside windows with relative position bias."""
 
     relative_position_index: Tensor
 
@@ -34,14 +28,9 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend.
+        """Attention over (B * n, window^2, C), same shape out.
 
-        Args:
-            windows: Shape (B * n, window^2, C).
-            mask: Added to the logits of each of the n windows, shape (n, window^2, window^2).
-
-        Returns:
-            Shape (B * n, window^2, C).
+        ``mask``, (n, window^2, window^2), is added to the logits of each of the n windows.
         """
         count = windows.shape[0]
         qkv = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -55,14 +44,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm block: windowed attention, then an MLP.
-
-    Args:
-        width: Channels.
-        window: Side of a window.
-        heads: Attention heads.
-        shift: Cells the windows are shifted by.
-    """
+    """Pre-norm block: attention in windows shifted by ``shift`` cells, then an MLP."""
 
     def __init__(self, width: int, window: int, heads: int, shift: int) -> None:
         super().__init__()
@@ -73,14 +55,7 @@ class SwinBlock(nn.Module):
         self.mlp = GeluMlp(width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Refine maps.
-
-        Args:
-            maps: Shape (B, h, w, C).
-
-        Returns:
-            Shape (B, h, w, C).
-        """
+        """Shape (B, h, w, C) to the same."""
         maps = maps + self._attend(self.norm1(maps))
         refined: Tensor = maps + self.mlp(self.norm2(maps))
         return refined
@@ -121,11 +96,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbouring cells become one of twice the width.
-
-    Args:
-        width: Channels before.
-    """
+    """Merge 2 x 2 cells of ``width`` channels into one of twice as many."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -133,14 +104,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Halve the resolution; odd sizes are padded.
-
-        Args:
-            maps: Shape (B, h, w, C).
-
-        Returns:
-            Shape (B, ceil(h / 2), ceil(w / 2), 2C).
-        """
+        """(B, h, w, C) to (B, ceil(h / 2), ceil(w / 2), 2C); odd sizes are padded."""
         maps = functional.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
         parts = [maps[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
         merged: Tensor = self.reduction(self.norm(torch.cat(parts, dim=-1)))
@@ -183,15 +147,7 @@ class _PatchEmbed(nn.Module):
 
 
 class Swin(nn.Module):
-    """Swin transformer with a norm for each output that is used.
-
-    Args:
-        width: Channels of the first stage.
-        depths: Blocks of each stage.
-        heads: Attention heads of each stage.
-        window: Side of a window.
-        first_stage: First stage with an output norm.
-    """
+    """Swin transformer with norms for the outputs from ``first_stage`` on."""
 
     def __init__(
         self,
@@ -210,13 +166,9 @@ class Swin(nn.Module):
             self.add_module(f"norm{index}", nn.LayerNorm(width << index))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """The residual stream after each stage, before merging, without output norm.
+        """The residual stream of each stage before merging, without norm.
 
-        Args:
-            pixel_values: Shape (B, 3, H, W).
-
-        Returns:
-            Maps (B, C, h, w) at strides 4, 8, 16, 32.
+        Maps (B, C, h, w) at strides 4, 8, 16, 32.
         """
         maps = self.patch_embed(pixel_values)
         stages = []

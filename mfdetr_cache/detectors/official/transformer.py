@@ -31,13 +31,7 @@ class Memory:
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention with the published parameter names.
-
-    Args:
-        width: Channels.
-        num_levels: Levels.
-        num_points: Sampling points per level and head.
-    """
+    """Multi-scale deformable attention with the published parameter names."""
 
     def __init__(self, width: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -54,7 +48,7 @@ class MSDeformAttn(nn.Module):
             query: With its position added, shape (B, N, C).
             reference: Points (x, y) or boxes (cx, cy, w, h) on each level, already scaled by the
                 valid ratios, shape (B, N, L, 2 or 4).
-            memory: What is attended to.
+            memory: Values.
 
         Returns:
             Shape (B, N, C).
@@ -81,14 +75,7 @@ class MSDeformAttn(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then an FFN.
-
-    Args:
-        width: Channels.
-        hidden: Channels inside the FFN.
-        num_levels: Levels.
-        num_points: Sampling points.
-    """
+    """Deformable self-attention over all levels, then an FFN of ``hidden`` channels."""
 
     def __init__(self, width: int, hidden: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -99,15 +86,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
-        """Refine all tokens.
+        """New tokens (B, S, C); the position (B, S, C) is added to the query only.
 
-        Args:
-            memory: Tokens and sizes.
-            position: Added to the query only, shape (B, S, C).
-            reference: Shape (B, S, L, 2).
-
-        Returns:
-            New tokens, shape (B, S, C).
+        ``reference`` has shape (B, S, L, 2).
         """
         tokens = memory.tokens
         tokens = self.norm1(tokens + self.self_attn(tokens + position, reference, memory))
@@ -116,14 +97,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable attention to the memory, an FFN.
-
-    Args:
-        width: Channels.
-        hidden: Channels inside the FFN.
-        num_levels: Levels.
-        num_points: Sampling points.
-    """
+    """Self-attention of the queries, deformable attention to the memory, an FFN."""
 
     def __init__(self, width: int, hidden: int, num_levels: int, num_points: int) -> None:
         super().__init__()
@@ -138,17 +112,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory
     ) -> Tensor:
-        """Refine the queries.
-
-        Args:
-            queries: Shape (B, Q, C).
-            position: Shape (B, Q, C).
-            reference: Shape (B, Q, L, 2 or 4).
-            memory: The encoder's output.
-
-        Returns:
-            Shape (B, Q, C).
-        """
+        """New queries (B, Q, C); position (B, Q, C), reference (B, Q, L, 2 or 4)."""
         placed = queries + position
         mixed = self.self_attn(placed, placed, queries, need_weights=False)[0]
         queries = self.norm2(queries + mixed)
@@ -158,11 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers.
-
-    Args:
-        layers: The layers.
-    """
+    """A stack of encoder layers."""
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
@@ -171,15 +131,9 @@ class Encoder(nn.Module):
     def forward(
         self, memory: Memory, position: Tensor, keep: tuple[int, ...]
     ) -> tuple[Memory, dict[int, Tensor]]:
-        """Refine all tokens.
+        """The memory after the last layer, and the tokens after each layer in ``keep``, from 1.
 
-        Args:
-            memory: Projected levels.
-            position: Position and level embedding, shape (B, S, C).
-            keep: Layers whose output is wanted, from 1.
-
-        Returns:
-            The memory after the last layer, and the tokens after each wanted one.
+        ``position``, shape (B, S, C), includes the level embedding.
         """
         reference = encoder_references(memory)
         kept: dict[int, Tensor] = {}
@@ -199,14 +153,7 @@ def _cell_centres(size_hw: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def encoder_references(memory: Memory) -> Tensor:
-    """Cell centres relative to the valid area, scaled to every level's valid ratio.
-
-    Args:
-        memory: Sizes and valid ratios.
-
-    Returns:
-        x and y, shape (B, S, L, 2).
-    """
+    """Cell centres x, y relative to valid area, times each level's valid ratio, (B, S, L, 2)."""
     ratios, points = memory.valid_ratios, []
     for level, (height, width) in enumerate(memory.sizes_hw):
         cells = _cell_centres((height, width), ratios)
@@ -220,11 +167,11 @@ def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tu
 
     Args:
         memory: The encoder's output.
-        project: From tokens to the features proposals are scored by.
+        project: From tokens to the features that score the proposals.
 
     Returns:
-        Features, shape (B, S, C), made of zero tokens where a token is padding or its box leaves
-        the image; and box logits, shape (B, S, 4), infinite there.
+        Features, shape (B, S, C), of zero tokens where a token is padding or its box leaves the
+        image; and box logits, shape (B, S, 4), infinite there.
     """
     parts, ratios = [], memory.valid_ratios
     for level, (height, width) in enumerate(memory.sizes_hw):
@@ -241,25 +188,14 @@ def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tu
 
 
 class Mlp(nn.Module):
-    """Linear layers with ReLU in between.
-
-    Args:
-        *widths: Channels before, between and after the layers.
-    """
+    """Linear layers with ReLU in between, of the given input and output widths."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
 
     def forward(self, values: Tensor) -> Tensor:
-        """Apply the layers.
-
-        Args:
-            values: Shape (..., widths[0]).
-
-        Returns:
-            Shape (..., widths[-1]).
-        """
+        """Shape (..., widths[0]) to (..., widths[-1])."""
         for layer in self.layers[:-1]:
             values = layer(values).relu()
         result: Tensor = self.layers[-1](values)

@@ -1,4 +1,4 @@
-"""Convolutional backbones of RT-DETR, D-FINE and DEIM, read off a checkpoint."""
+"""Convolutional backbones of RT-DETR, D-FINE and DEIM, inferred from a checkpoint."""
 
 import re
 from collections.abc import Mapping
@@ -34,15 +34,7 @@ HGNET_RULES: Rules = (
 
 
 def backbone_rules(tensors: Mapping[str, Tensor], place: str) -> Rules:
-    """Rules for the backbone of a checkpoint.
-
-    Args:
-        tensors: The state dict.
-        place: Where the model has its backbone.
-
-    Returns:
-        Rules that end in names of the model.
-    """
+    """Renaming rules of a checkpoint's backbone; ``place`` is its module path in the model."""
     own = RESNET_RULES if "backbone.conv1.conv1_1.conv.weight" in tensors else HGNET_RULES
     return (*own, (r"^backbone\.", f"{place}."))
 
@@ -50,15 +42,7 @@ def backbone_rules(tensors: Mapping[str, Tensor], place: str) -> Rules:
 def read_backbone(
     tensors: Mapping[str, Tensor], num_outputs: int
 ) -> tuple[RTDetrResNetConfig | HGNetV2Config, list[int]]:
-    """The backbone of a checkpoint.
-
-    Args:
-        tensors: The state dict.
-        num_outputs: How many of its last stages the encoder reads.
-
-    Returns:
-        Its configuration and the channels of the stages that are read.
-    """
+    """Configuration of a checkpoint's backbone; channels of its last ``num_outputs`` stages."""
     if "backbone.stem.stem1.conv.weight" in tensors:
         config = _read_hgnet(tensors, num_outputs)
         return config, list(config.stage_out_channels)[-num_outputs:]

@@ -1,4 +1,4 @@
-"""What is built for a checkpoint, and how its tensors find their places."""
+"""The model to build for a checkpoint, and the renaming of its tensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,18 +17,18 @@ _UNUSED = r"num_batches_tracked$|anchors$|valid_mask$|denoising_class_embed"
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A detector read off a checkpoint.
+    """A detector inferred from a checkpoint.
 
     Attributes:
-        family: How its maps are found.
-        build: Makes the model without weights, computing what the authors' code computes.
+        family: Location of its maps.
+        build: Builds the model without weights, computing what the authors' code computes.
         rules: Names of the checkpoint to names of the model.
-        tensors: What is carried into the model.
-        unused: Names the model has no use for.
+        tensors: Tensors to load into the model.
+        unused: Names that the model ignores.
         input_hw: Height and width of the network input.
         normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
         label_offset: Output of the first class that the checkpoint names.
-        choices: What the file does not say and decides the numbers; part of the identity.
+        choices: Settings that the file lacks and that change the outputs; part of the identity.
     """
 
     family: Family
@@ -47,11 +47,9 @@ class Blueprint:
 
 
 class Mlp(nn.Module):
-    """Linear layers with an activation between them, under the names the heads have anyway.
+    """Linear layers with an activation in between, which keep the names of existing heads.
 
-    Args:
-        layers: The layers; taken over, not copied.
-        activation: Between them.
+    The layers are shared, not copied.
     """
 
     def __init__(self, layers: nn.ModuleList, activation: nn.Module) -> None:
@@ -60,14 +58,7 @@ class Mlp(nn.Module):
         self.activation = activation
 
     def forward(self, values: Tensor) -> Tensor:
-        """Apply the layers.
-
-        Args:
-            values: Shape (..., C).
-
-        Returns:
-            Shape (..., C').
-        """
+        """Shape (..., C) to (..., C')."""
         for layer in self.layers[:-1]:
             values = self.activation(layer(values))
         result: Tensor = self.layers[-1](values)
@@ -77,11 +68,9 @@ class Mlp(nn.Module):
 class ColumnsFirst(nn.Module):
     """The position table of the hybrid encoder as its authors flatten it: column by column.
 
-    Tokens are row by row. On a square map the two differ by a consistent renaming of the axes, on
-    another one the tokens get other positions, and so do they here.
-
-    Args:
-        table: transformers' row by row table.
+    Tokens are row-major. On a square map the two differ by a consistent renaming of the axes; on
+    another one the tokens get other positions, which is reproduced here. ``table`` is transformers'
+    row-major one.
     """
 
     def __init__(self, table: nn.Module) -> None:
@@ -89,26 +78,15 @@ class ColumnsFirst(nn.Module):
         self.table = table
 
     def forward(self, *, width: int, height: int, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        """The table of a map.
-
-        Args:
-            width: Columns of the map.
-            height: Rows of the map.
-            **kwargs: Device and dtype.
-
-        Returns:
-            Shape (1, height * width, C).
-        """
+        """The table of a map, shape (1, height * width, C); ``kwargs`` are device and dtype."""
         result: Tensor = self.table(width=height, height=width, **kwargs)
         return result
 
 
 def restore_hybrid_encoder(model: Any, tensors: Mapping[str, Tensor]) -> None:  # noqa: ANN401
-    """Make the encoder of RT-DETR and its descendants compute what its authors' code computes.
+    """Correct, in place, the hybrid encoder of RT-DETR and its descendants to the authors' code.
 
-    Args:
-        model: A transformers model with a hybrid encoder; changed in place.
-        tensors: The state dict it gets.
+    ``tensors`` is the state dict that will be loaded.
     """
     for layer in getattr(model.model.encoder, "aifi", ()):
         layer.position_embedding = ColumnsFirst(layer.position_embedding)
@@ -128,11 +106,10 @@ def hybrid_levels(tensors: Mapping[str, Tensor]) -> int:
 def input_size(
     tensors: Mapping[str, Tensor], strides: tuple[int, ...], default: int = 640
 ) -> tuple[int, int]:
-    """Input size a checkpoint was made for, read off its anchors.
+    """Input height and width that a checkpoint was made for, inferred from its anchors.
 
     Args:
-        tensors: The state dict, with ``decoder.anchors`` (logits of cx, cy, w, h) where it has
-            them.
+        tensors: The state dict; ``decoder.anchors`` are logits of cx, cy, w, h.
         strides: Of its levels, finest first.
         default: The authors' size, where there are no anchors.
 
@@ -157,28 +134,17 @@ def input_size(
 
 
 def equal_points(samples: Tensor, levels: int, heads: int) -> int:
-    """Sampling points per level where every level has as many.
+    """Sampling points per level where all levels have the same number.
 
-    Args:
-        samples: Bias of the attention weights, one value per head, level and point.
-        levels: Encoder levels.
-        heads: Attention heads.
-
-    Returns:
-        Points per level.
+    ``samples`` is the bias of the attention weights: one value per head, level and point.
     """
     return int(samples.shape[0]) // (levels * heads)
 
 
 def points_of_levels(scale: Tensor, levels: int) -> list[int]:
-    """Sampling points of every level, read off their scale (1/n for each of n points).
+    """Sampling points of each level, inferred from their scale (1/n for each of n points).
 
-    Args:
-        scale: ``num_points_scale``, shape (sum of points,).
-        levels: Encoder levels.
-
-    Returns:
-        Points per level; equal ones where the tensor has no values.
+    ``scale`` is ``num_points_scale``, shape (sum of points,); on the meta device points are equal.
     """
     total = int(scale.shape[0])
     if scale.is_meta:

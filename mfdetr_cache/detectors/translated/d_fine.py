@@ -1,4 +1,4 @@
-"""D-FINE of Peterande/D-FINE, and DEIM, which has its layout and other activations."""
+"""D-FINE of Peterande/D-FINE, and DEIM, which has its layout but other activations."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -65,29 +65,13 @@ def is_deim(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_d_fine(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """D-FINE.
-
-    Args:
-        checkpoint: A checkpoint of D-FINE.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-    """
+    """Blueprint of a D-FINE checkpoint."""
     config = _config(checkpoint.tensors, options, "relu")
     return _blueprint(checkpoint.tensors, partial(_build, config, checkpoint.tensors), "relu")
 
 
 def read_deim(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """DEIM, on D-FINE or on RT-DETRv2.
-
-    Args:
-        checkpoint: A checkpoint of DEIM.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-    """
+    """Blueprint of a DEIM checkpoint, on D-FINE or on RT-DETRv2."""
     if is_deim_on_rt_detr(checkpoint.tensors):
         return read_rt_detr_v2(checkpoint, options)
     config = _config(checkpoint.tensors, options, "silu")
@@ -95,15 +79,7 @@ def read_deim(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
 
 
 def decoder_settings(tensors: Mapping[str, Tensor], levels: int) -> dict[str, Any]:
-    """Settings of a decoder that refines distributions, D-FINE's or DEIMv2's.
-
-    Args:
-        tensors: The state dict.
-        levels: Encoder levels.
-
-    Returns:
-        Arguments of a configuration.
-    """
+    """Configuration of a decoder that refines distributions, D-FINE's or DEIMv2's."""
     first = "decoder.decoder"
     quality = f"{first}.lqe_layers.0.reg_conf.layers"
     distances = tensors["decoder.dec_bbox_head.0.layers.2.bias"].shape[0]
@@ -124,16 +100,7 @@ def decoder_settings(tensors: Mapping[str, Tensor], levels: int) -> dict[str, An
 
 
 def hybrid_settings(tensors: Mapping[str, Tensor], levels: int, branch: int) -> dict[str, Any]:
-    """Settings of a hybrid encoder of D-FINE or DEIMv2.
-
-    Args:
-        tensors: The state dict.
-        levels: Encoder levels.
-        branch: Channels of the branches of its fusion blocks.
-
-    Returns:
-        Arguments of a configuration.
-    """
+    """Configuration of a hybrid encoder; ``branch`` are channels in its fusion blocks' branches."""
     hidden = tensors["encoder.lateral_convs.0.conv.weight"].shape[0]
     intra = count(tensors, r"encoder\.encoder\.(\d+)\.")
     blocks = count(tensors, r"encoder\.fpn_blocks\.0\.cv2\.0\.bottlenecks\.(\d+)\.")

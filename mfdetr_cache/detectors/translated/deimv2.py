@@ -89,15 +89,7 @@ def is_deimv2(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_deimv2(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """DEIMv2.
-
-    Args:
-        checkpoint: A checkpoint of DEIMv2.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-    """
+    """Blueprint of a DEIMv2 checkpoint."""
     tensors = checkpoint.tensors
     light = "encoder.bi_fusion.cv.conv.weight" in tensors
     dino = "backbone.sta.stem.0.weight" in tensors

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' own code behind the Detector protocol."""
+"""Detectors from checkpoints of the authors' own code."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,14 +37,14 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True)
 class AuthorsDetector:
-    """A detector whose authors' checkpoints are read.
+    """A detector whose authors' checkpoints can be read.
 
     Attributes:
-        name: What to pass as ``--detector``.
-        label: Its name for people.
-        recognises: Whether a state dict can be its.
-        read: What to build for a checkpoint.
-        checked: Against what its numbers were checked.
+        name: Value for ``--detector``.
+        label: Display name.
+        recognises: Whether a state dict may be of this detector.
+        read: Infers the blueprint from a checkpoint.
+        checked: Reference its outputs were verified against.
     """
 
     name: str
@@ -79,30 +79,15 @@ AUTHORS: dict[str, AuthorsDetector] = {
 
 
 def recognised(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every detector that a state dict can be.
-
-    Args:
-        tensors: The state dict.
-
-    Returns:
-        Names of :data:`AUTHORS`; several where the file does not tell them apart.
-    """
+    """Names in :data:`AUTHORS` that a state dict may be of; several where it is ambiguous."""
     return [name for name, detector in AUTHORS.items() if detector.recognises(tensors)]
 
 
 def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> HuggingFaceDetector:
-    """A detector from a checkpoint of its authors' code, frozen, on the CPU.
+    """A detector from its authors' checkpoint, frozen, on the CPU.
 
-    Args:
-        name: One of :data:`AUTHORS`.
-        weights: The checkpoint file.
-        options: What the user chose.
-
-    Returns:
-        The detector.
-
-    Raises:
-        DetectorError: If the checkpoint is of another detector, or its tensors do not fit.
+    ``name`` is one of :data:`AUTHORS`. DetectorError if the checkpoint is of another detector, or
+    its tensors do not fit.
     """
     checkpoint = read_checkpoint(Path(weights))
     blueprint = read_blueprint(name, checkpoint, options)
@@ -133,19 +118,7 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
 
 
 def read_blueprint(name: str, checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """What to build for a checkpoint.
-
-    Args:
-        name: One of :data:`AUTHORS`.
-        checkpoint: Its file.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-
-    Raises:
-        DetectorError: If the checkpoint is of another detector, or lacks something.
-    """
+    """Blueprint of a checkpoint; DetectorError if it is of another detector or incomplete."""
     detector = AUTHORS[name]
     if not detector.recognises(checkpoint.tensors):
         others = recognised(checkpoint.tensors)
@@ -163,17 +136,9 @@ def read_blueprint(name: str, checkpoint: Checkpoint, options: DetectorOptions) 
 
 
 def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
-    """The model of a checkpoint with its weights.
+    """The model of a checkpoint with its weights, and the renaming of each tensor of the file.
 
-    Args:
-        blueprint: What to build.
-        where: The file, for messages.
-
-    Returns:
-        The model, and where each tensor of the file went.
-
-    Raises:
-        DetectorError: If a tensor has no place, a place no tensor, or a shape does not fit.
+    DetectorError if a tensor or a parameter is left over, or a shape does not fit.
     """
     model = blueprint.build()
     names = translate(blueprint.keys(), blueprint.rules)

@@ -1,4 +1,4 @@
-"""LW-DETR of Atten4Vis/LW-DETR, and what RF-DETR has in common with it: projector and decoder."""
+"""LW-DETR of Atten4Vis/LW-DETR; its projector and decoder serve RF-DETR too."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -63,18 +63,7 @@ def is_lw_detr(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_lw_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """LW-DETR.
-
-    Args:
-        checkpoint: A checkpoint of LW-DETR.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-
-    Raises:
-        DetectorError: If its ViT has a depth of which the windows are not known.
-    """
+    """Blueprint of an LW-DETR checkpoint; DetectorError for a ViT depth with unknown windows."""
     tensors, settings = checkpoint.tensors, checkpoint.settings
     depth = count(tensors, r"backbone\.0\.encoder\.blocks\.(\d+)\.")
     windows = settings.get("window_block_indexes") or _WINDOWS.get(depth)
@@ -111,13 +100,9 @@ def read_lw_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
 
 
 def scales(tensors: Mapping[str, Tensor]) -> list[float]:
-    """Sizes of the projector's maps relative to the ViT's, read off its sampling layers.
+    """Size of each map of the projector relative to the ViT's, inferred from its sampling layers.
 
-    Args:
-        tensors: The state dict.
-
-    Returns:
-        One of 2 (transposed convolution), 1 and 0.5 (strided convolution) for each map.
+    2 (transposed convolution), 1 or 0.5 (strided convolution).
     """
     found: list[float] = []
     for stage in range(count(tensors, r"backbone\.0\.projector\.stages\.(\d+)\.")):
@@ -132,18 +117,10 @@ def scales(tensors: Mapping[str, Tensor]) -> list[float]:
 def decoder_settings(
     tensors: Mapping[str, Tensor], factors: Sequence[float], options: DetectorOptions
 ) -> dict[str, Any]:
-    """Settings of decoder and projector.
+    """Configuration of decoder and projector; DetectorError for more queries than the table has.
 
-    Args:
-        tensors: The state dict.
-        factors: Scales of the projector's maps.
-        options: What the user chose.
-
-    Returns:
-        Arguments of a configuration. Queries beyond the first group are for training.
-
-    Raises:
-        DetectorError: If more queries are asked for than the table has.
+    ``factors`` are the scales of the projector's maps. Queries beyond the first group are for
+    training.
     """
     rows, width = tensors["query_feat.weight"].shape
     groups = count(tensors, r"transformer\.enc_output\.(\d+)\.")

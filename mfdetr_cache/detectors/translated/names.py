@@ -1,4 +1,4 @@
-"""Parameter names of the authors' checkpoints, translated to those of transformers' classes."""
+"""Translation of parameter names from the authors' checkpoints to transformers' classes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,18 +13,12 @@ Translation = dict[str, tuple[str, ...]]
 
 
 def translate(keys: Iterable[str], rules: Rules) -> Translation:
-    r"""Where each tensor of a checkpoint belongs.
+    r"""Names in the model for each name in a checkpoint, several for a packed tensor.
 
-    Args:
-        keys: Names in the checkpoint.
-        rules: Applied to every name in order.
+    All rules are applied to every name in order.
 
-    Returns:
-        For each name the names it has in the model, several where it is packed.
-
-    Examples:
-        >>> translate(["mlp.w12.bias"], [(r"mlp\.w12", "mlp.{gate,up}")])
-        {'mlp.w12.bias': ('mlp.gate.bias', 'mlp.up.bias')}
+    >>> translate(["mlp.w12.bias"], [(r"mlp\.w12", "mlp.{gate,up}")])
+    {'mlp.w12.bias': ('mlp.gate.bias', 'mlp.up.bias')}
     """
     compiled = [(re.compile(pattern), new) for pattern, new in rules]
     found: Translation = {}
@@ -44,15 +38,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def carry(tensors: Mapping[str, Tensor], names: Translation) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names of the model.
-
-    Args:
-        tensors: The checkpoint's state dict.
-        names: Which of them to carry, and where to.
-
-    Returns:
-        A state dict of the model.
-    """
+    """A state dict of the model: a checkpoint's tensors, renamed, packed ones split."""
     carried: dict[str, Tensor] = {}
     for key, targets in names.items():
         pieces = tensors[key].chunk(len(targets)) if len(targets) > 1 else (tensors[key],)
@@ -63,15 +49,9 @@ def carry(tensors: Mapping[str, Tensor], names: Translation) -> dict[str, Tensor
 def carry_back(
     tensors: Mapping[str, Tensor], names: Translation, original: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a model under the names of the checkpoint it came from.
+    """Inverse of :func:`carry`: a state dict in the authors' layout, on the CPU.
 
-    Args:
-        tensors: The model's state dict.
-        names: As they were carried.
-        original: The checkpoint's state dict; what was not carried stays as it is.
-
-    Returns:
-        A state dict in the authors' layout, on the CPU.
+    Tensors of ``original`` that are not in ``names`` are kept.
     """
     changed = {
         key: torch.cat([tensors[t].detach().cpu() for t in targets])
@@ -83,14 +63,9 @@ def carry_back(
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that a pattern finds at the beginning of the names.
+    """Number of layers, blocks or heads: 1 + the largest index in names; 0 for none.
 
-    Args:
-        keys: Names in a checkpoint.
-        pattern: With one group of digits.
-
-    Returns:
-        The number of layers, blocks or heads; 0 where there is none.
+    ``pattern`` matches the beginning of a name and has one group of digits.
     """
     compiled = re.compile(pattern)
     return max((int(m[1]) for key in keys if (m := compiled.match(key))), default=-1) + 1

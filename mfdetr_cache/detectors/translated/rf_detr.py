@@ -2,7 +2,7 @@
 
 transformers' own class has one level, a projector norm of another epsilon and windows that swap
 rows and columns on an input that is not square. LW-DETR's has the same decoder and several levels;
-backbone and projector are put into it here.
+backbone and projector are replaced here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,15 +52,7 @@ def is_rf_detr(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_rf_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """RF-DETR; of a segmentation checkpoint the detector.
-
-    Args:
-        checkpoint: A checkpoint of RF-DETR.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-    """
+    """Blueprint of an RF-DETR checkpoint; of a segmentation checkpoint the detector alone."""
     tensors, settings = checkpoint.tensors, checkpoint.settings
     patch = tensors[f"{_VIT}embeddings.patch_embeddings.projection.weight"].shape[-1]
     width = tensors[f"{_VIT}embeddings.cls_token"].shape[-1]
@@ -106,12 +98,12 @@ def _windows(patch: int, cells: int) -> int:
 
 
 class ScaleProjector(nn.Module):
-    """One map of RF-DETR's projector: every map of the ViT resampled, joined and mixed.
+    """One map of RF-DETR's projector: the ViT's maps resampled, concatenated and mixed.
 
     Args:
         config: Of the decoder and the mixing blocks.
         width: Channels of the ViT's maps.
-        num_maps: How many there are.
+        num_maps: Number of the ViT's maps.
         factor: Size of the result relative to them: 2, 1 or 0.5.
     """
 
@@ -130,14 +122,7 @@ class ScaleProjector(nn.Module):
                 module.norm = _channel_norm(norm.num_features)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Project the ViT's maps.
-
-        Args:
-            maps: Each (B, C, h, w).
-
-        Returns:
-            Shape (B, C', factor * h, factor * w).
-        """
+        """Maps (B, C, h, w) to (B, C', factor * h, factor * w)."""
         sampled = [
             sampling["layers"](values)
             for sampling, values in zip(self.sampling_layers, maps, strict=True)
@@ -175,18 +160,11 @@ def _build(config: LwDetrConfig, backbone: RfDetrDinov2Config) -> Any:  # noqa: 
 
 
 def _partition(config: RfDetrDinov2Config, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens of an image as tokens of its windows, each with the class token before them.
+    """Tokens (B, 1 + h * w, C) by window, each with the class token first.
 
-    transformers swaps rows and columns of the windows, which an input that is not square shows.
-
-    Args:
-        config: Of the ViT.
-        tokens: Class token and patches row by row, shape (B, 1 + h * w, C).
-        height: Of the input in pixels.
-        width: Of the input in pixels.
-
-    Returns:
-        Shape (B * windows, 1 + h * w / windows, C).
+    transformers swaps rows and columns of the windows, which changes results if not square.
+    ``height`` and ``width`` are the input's in pixels. Result: (B * windows, 1 + h * w / windows,
+    C).
     """
     side, patch = config.num_windows, config.patch_size
     assert isinstance(patch, int)

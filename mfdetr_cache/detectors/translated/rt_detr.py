@@ -1,4 +1,4 @@
-"""RT-DETR and RT-DETRv2 of lyuwenyu/RT-DETR, and DEIM's form of the second."""
+"""RT-DETR and RT-DETRv2 of lyuwenyu/RT-DETR, and DEIM's variant of the second."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -91,15 +91,7 @@ def _is_second(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """RT-DETR.
-
-    Args:
-        checkpoint: A checkpoint of ``rtdetr_pytorch``.
-        options: What the user chose.
-
-    Returns:
-        What to build.
-    """
+    """Blueprint of a checkpoint of ``rtdetr_pytorch``."""
     tensors = checkpoint.tensors
     config = RTDetrConfig(**_common(tensors, options))
     return _blueprint(
@@ -110,18 +102,10 @@ def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
 def read_rt_detr_v2(
     checkpoint: Checkpoint, options: DetectorOptions, sampling: str = "default"
 ) -> Blueprint:
-    """RT-DETRv2, or DEIM's form of it, which has other activations.
+    """Blueprint of a checkpoint of ``rtdetrv2_pytorch``, or of DEIM (other activations).
 
-    Args:
-        checkpoint: A checkpoint of ``rtdetrv2_pytorch`` or of DEIM.
-        options: What the user chose.
-        sampling: ``default`` (bilinear) or ``discrete``; the file does not say.
-
-    Returns:
-        What to build.
-
-    Raises:
-        DetectorError: If the levels have different numbers of sampling points.
+    ``sampling`` is ``default`` (bilinear) or ``discrete``; the file does not say. DetectorError if
+    the levels have different numbers of sampling points.
     """
     tensors = checkpoint.tensors
     common = _common(tensors, options)
@@ -178,7 +162,7 @@ def _common(tensors: Mapping[str, Tensor], options: DetectorOptions) -> dict[str
 
 
 def _layers_that_count(tensors: Mapping[str, Tensor]) -> int:
-    """Decoder layers up to the one that is read.
+    """Decoder layers up to the one whose output is used.
 
     R50vd-m is trained with six and read after the third (``eval_idx: 2``, which the file does not
     say); of all published sizes it alone has a ResNet-50 with a narrow encoder.
