@@ -125,24 +125,13 @@ class MaskHead(nn.Module):
         image_index: Tensor,
         context: QueryContext | None = None,
     ) -> HeadOutput:
-        """From region features to masks.
-
-        Args:
-            regions: Shape (R, r, r, d).
-            queries: Shape (R, query_dim).
-            image_index: Image of each region, shape (R,).
-            context: The detected queries of the images; None where the regions' are all.
-
-        Returns:
-            Mask logits and predicted IoUs.
-        """
+        """Masks of region features (R, r, r, d), in the terms of :class:`HeadBatch`."""
         regions = self.box_encoder(regions)  # Eq. 9
         cells = regions.flatten(1, 2)
         queries = self.query_encoder(queries, cells, image_index, context)  # Eq. 10, 11
         logits, codes = self.predictor(self.map_query(queries), regions)  # Eq. 4
-        iou = (
-            self.scoring(logits.sigmoid(), regions) if self.scoring is not None else None
-        )  # Eq. 12
+        scoring = self.scoring
+        iou = scoring(logits.sigmoid(), regions) if scoring is not None else None  # Eq. 12
         return HeadOutput(logits, iou, codes)
 
     def decode_image(
