@@ -1,4 +1,4 @@
-"""What a command prints on standard output: tables, names with values, lines; and its JSON."""
+"""Output on standard output: tables, names with values, lines; and JSON files."""
 
 import io
 import json
@@ -27,7 +27,7 @@ _WIDTH_OF_A_FILE = 500
 
 
 def is_first_process() -> bool:
-    """Whether this process is to print results; of several under ``torchrun``, one does."""
+    """Whether this process prints results; under ``torchrun`` only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -95,13 +95,9 @@ def print_table(
     rows: Sequence[Sequence[str]],
     justify: Literal["left", "right"] = "right",
 ) -> None:
-    """Print a table to standard output; names wrap where room is short, numbers are never cut.
+    """Print a table; text wraps in a narrow terminal, numbers are never cut.
 
-    Args:
-        title: What it shows.
-        columns: Headings.
-        rows: Cells as text; the first of each is left-aligned.
-        justify: How the other columns are aligned.
+    The first column is left-aligned, ``justify`` is for the others.
     """
     title, rows = harmless(title), [[harmless(cell) for cell in row] for row in rows]
     widest = [max(cell_len(c) for c in cells) for cells in zip(columns, *rows, strict=True)]
@@ -125,7 +121,7 @@ def print_table(
 
 
 def _spelled_out(columns: Sequence[str], row: Sequence[str], width: int) -> list[str]:
-    """A row of a table that is wider than the terminal: its name, and the rest below."""
+    """A row that is wider than the terminal: its name, and the other cells below."""
     pairs = (
         f"{c} {cell}".replace(" ", "\0")
         for c, cell in zip(columns[1:], row[1:], strict=True)
@@ -136,12 +132,7 @@ def _spelled_out(columns: Sequence[str], row: Sequence[str], width: int) -> list
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
-    """Print names and values to standard output.
-
-    Args:
-        title: What they are of.
-        facts: Name to value.
-    """
+    """Print names and values."""
     table = Table(title=Text(harmless(title)), title_justify="left", show_header=False, box=None)
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
@@ -151,16 +142,12 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines to standard output as they are.
-
-    Args:
-        *lines: Text.
-    """
+    """Print lines as they are."""
     _write("".join(f"{line}\n" for line in lines))
 
 
 def _console() -> Console:
-    """A console that renders into memory, for a terminal or a pipe."""
+    """A console that renders into memory."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
     # What goes into a pipe or a file has no width, unless somebody says so.
     width = None if terminal or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
@@ -178,7 +165,7 @@ def _encoding() -> str:
 
 
 def _write(text: str) -> None:
-    """Write to standard output, which is never what ends a command."""
+    """Write to standard output; an error there does not end a command."""
     if not sys.stdout:
         return  # closed by whoever started the command
     try:
@@ -190,14 +177,7 @@ def _write(text: str) -> None:
 
 
 def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:
-    """Rows of a table of COCO metrics, in percent as papers print them.
-
-    Args:
-        named: Row name to metrics in [0, 1]; None leaves the row out, -1 is shown as a dash.
-
-    Returns:
-        Cells as text.
-    """
+    """Table rows of COCO metrics in [0, 1], in percent; -1 is a dash, rows of None are left out."""
     rows = []
     for name, metrics in named.items():
         if metrics is not None:
@@ -216,27 +196,14 @@ _METRIC_NAMES = {
 
 
 def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | None]) -> None:
-    """Print the metrics of an evaluation, in percent.
-
-    Args:
-        title: What was measured on.
-        metrics: ``EvaluateSummary.metrics()``.
-    """
+    """Print ``EvaluateSummary.metrics()`` in percent."""
     rows = metric_rows({_METRIC_NAMES[name]: values for name, values in metrics.items()})
     columns = list(next(m for m in metrics.values() if m is not None))
     print_table(title, ["", *columns], rows)
 
 
 def write_json(path: Path | None, document: Mapping[str, object]) -> None:
-    """Write a command's result, if asked for.
-
-    Args:
-        path: Where to; None for nowhere.
-        document: Plain JSON values.
-
-    Raises:
-        MfdetrError: If the file cannot be written.
-    """
+    """Write a command's result, unless ``path`` is None; MfdetrError if that fails."""
     if path is None:
         return
     try:

@@ -54,7 +54,7 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
 
 
 def _print_categories(categories: Sequence[MatchedCategory]) -> None:
-    """What was matched with what; of many categories those that somebody should look at first."""
+    """The matching of categories and labels; of many, the ones that need attention first."""
     order = {"": 0, "order": 1, "id": 1, "map": 2, "name": 3, "any": 3}
     found = sorted((c for c in categories if c.objects), key=lambda c: (order[c.rule], -c.objects))
     rows = [[c.name, str(c.objects), c.label or "-", c.rule or "-"] for c in found[:_SHOWN]]

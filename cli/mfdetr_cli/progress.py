@@ -1,4 +1,4 @@
-"""What a command says while it runs: a bar on a terminal, else a line from time to time."""
+"""Progress of a command: a bar on a terminal, else a line from time to time."""
 
 import time
 
@@ -19,7 +19,7 @@ _PLAIN_EVERY = 10.0
 
 
 class ConsoleReporter:
-    """Shows a pipeline's progress on standard error, so that standard output stays for results."""
+    """Shows progress on standard error, since standard output is for results."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -34,30 +34,15 @@ class ConsoleReporter:
         self._last_line = self._started
 
     def say(self, message: str) -> None:
-        """Print a line.
-
-        Args:
-            message: One line of text.
-        """
+        """Print a line."""
         self._console.print(harmless(message), markup=False)
 
     def warn(self, message: str) -> None:
-        """Print a line nobody should miss.
-
-        Args:
-            message: One line of text.
-        """
+        """Print a highlighted line."""
         self._console.print(f"warning: {harmless(message)}", style="bold yellow", markup=False)
 
     def start(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        """Begin a task.
-
-        Args:
-            task: What is being done.
-            total: How many units there are.
-            unit: Name of a unit, in the plural.
-            done: How many were done in an earlier run.
-        """
+        """Begin a task of ``total`` units (a plural noun), ``done`` of them in an earlier run."""
         self._reset(task, total, unit, done)
         if done:
             self.say(f"{task}: {done} of {total} {unit} were done before")
@@ -77,13 +62,7 @@ class ConsoleReporter:
         self._progress.add_task(task, total=total, completed=done, rate="", note="")
 
     def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
-        """Units of the running task are done.
-
-        Args:
-            count: How many.
-            num_bytes: Bytes they wrote or read.
-            note: What to show beside the bar.
-        """
+        """Count finished units; ``note`` is shown beside the bar."""
         self._done += count
         self._bytes += num_bytes
         self._note = note or self._note
@@ -99,7 +78,7 @@ class ConsoleReporter:
             self.say(self._line())
 
     def finish(self) -> None:
-        """End the running task."""
+        """End the task."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -1,4 +1,4 @@
-"""Commands made of documented dataclasses: fields are the options, their texts are the help."""
+"""Commands from documented dataclasses: fields are the options, their docstrings the help."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT", bool: ""}
 
 
 class _Setting(NamedTuple):
-    """A field of a settings dataclass, and what ``Annotated`` says of it."""
+    """A field of a settings dataclass, with its ``Annotated`` option."""
 
     field: Field[Any]
     hint: Any
@@ -60,7 +60,7 @@ def help_of(kind: type[Any]) -> tuple[str, str]:
 
 
 def _docstring(kind: type[Any]) -> tuple[str, dict[str, str]]:
-    """What a dataclass says before its attributes, and of each attribute."""
+    """A dataclass's docstring before its attributes, and the text of each attribute."""
     about, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
     return about, {name: " ".join(text.split()) for name, text in entries}
@@ -103,7 +103,7 @@ def _parameters(
 
 
 def _taken(hint: Any, option: Option) -> tuple[Any, str]:  # noqa: ANN401
-    """The type that Typer makes of what is typed, and what stands for the value in the help."""
+    """The type that Typer parses, and the metavar shown in the help."""
     is_union = get_origin(hint) in (UnionType, Union)
     kinds = [h for h in get_args(hint) if h is not NoneType] if is_union else [hint]
     # What only the type checker knows, such as the location of a cache, is text.
@@ -128,7 +128,7 @@ def _default(field: Field[Any]) -> Any:  # noqa: ANN401
 
 
 def built(kind: type[Any], typed: Mapping[str, Any], only: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
-    """Settings from what Typer made of the options; what was not typed keeps its default."""
+    """A settings object from Typer's values; options that were not given keep their defaults."""
     given: dict[str, Any] = {}
     for setting in _settings(kind, only):
         name, value = setting.field.name, typed.get(setting.parameter)

@@ -4,14 +4,9 @@ import unicodedata
 
 
 def harmless(text: str) -> str:
-    """Text without what a terminal obeys.
+    """Text with control characters, lone surrogates and direction marks escaped, newlines kept.
 
-    Args:
-        text: Perhaps with names from an annotation file or a folder in it.
-
-    Returns:
-        The same with control characters, lone surrogates and marks that turn the direction of
-        writing as escapes, line breaks apart.
+    Names from annotation files and folders could otherwise control the terminal.
     """
     return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
 

@@ -1,4 +1,4 @@
-"""Masks that need no head of ours, on the very detections of a cache."""
+"""Baselines without a trained head, on a cache's detections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +30,7 @@ Masks = tuple[list[dict[str, Any]], NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class SamSource:
-    """What SAM needs beside a cache.
-
-    Attributes:
-        weights: Folder or hub id.
-        images: Image folder.
-    """
+    """Weights (folder or hub id) and image folder for SAM."""
 
     weights: str
     images: Path
@@ -49,20 +44,9 @@ def measure_baseline(
     sam: SamSource | None = None,
     device: torch.device,
 ) -> tuple[CocoMetrics, list[Result]]:
-    """Mask AP of a baseline on a cache's detections.
+    """Metrics and COCO mask results of a baseline on the detections of a complete cache.
 
-    Args:
-        cache: A complete cache.
-        baseline: Which.
-        reporter: Who is told about progress.
-        sam: For SAM.
-        device: Where SAM runs.
-
-    Returns:
-        The metrics and the COCO mask results.
-
-    Raises:
-        ConfigError: If SAM lacks weights or images.
+    ``sam`` and ``device`` are for SAM alone; ConfigError if it lacks weights or images.
     """
     masks_of = _maker(cache, baseline, sam, device)
     results: list[Result] = []

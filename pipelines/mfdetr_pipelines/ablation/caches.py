@@ -1,4 +1,4 @@
-"""The two caches of an ablation: one to train from, one to measure on."""
+"""The training and validation caches of an ablation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,9 @@ class Caches:
     """Two complete caches of one detector.
 
     Attributes:
-        training: Of the training split.
-        validation: Of the images that are measured on.
-        validation_id: Identity of these images: a cache's, or ``split`` where they are the images
-            of ``training`` that the setting ``val_split`` leaves out of training.
+        training: Cache to train from.
+        validation: Cache to measure on.
+        validation_id: Its cache id, or ``split`` for the ``val_split`` images of ``training``.
     """
 
     training: FeatureCache
@@ -27,20 +26,11 @@ class Caches:
 
 
 def open_caches(cache: Location, val_cache: Location | None, rows: Sequence[AblationRow]) -> Caches:
-    """Open the caches of an ablation.
+    """Open both caches; without ``val_cache``, measure on the images that ``val_split`` leaves out.
 
-    Args:
-        cache: Of the training split.
-        val_cache: Of the validation split; None for the images that ``val_split`` leaves out.
-        rows: Rows to train.
-
-    Returns:
-        Both.
-
-    Raises:
-        CacheError: If a cache is missing, unfinished or damaged, or too small to be divided.
-        IdentityError: If they come from different detectors.
-        ConfigError: If there is nothing to measure on, or rows would be measured on other images.
+    Raises CacheError (missing, unfinished, damaged, or too small to be split), IdentityError
+    (different detectors) or ConfigError (nothing to measure on, or rows with different
+    ``val_split``).
     """
     training = FeatureCache.open(cache)
     if val_cache is None:

@@ -10,7 +10,7 @@ from mfdetr_pipelines.pages.chart import PUBLISHED, Chart, bars, draw
 
 
 def ap_bars(results: Sequence[RowResult]) -> Chart:
-    """Mask AP of every row with one standard deviation over seeds, the paper's in grey below."""
+    """Mask AP of every row with one standard deviation over seeds; the paper's in grey below."""
     names = [r.plan.row.name for r in results]
     means = [_percent(r.mean()) for r in results]
     spreads = [_percent(r.spread()) for r in results]
@@ -27,13 +27,9 @@ def ap_bars(results: Sequence[RowResult]) -> Chart:
 
 
 def label_curves(results: Sequence[RowResult]) -> Chart | None:
-    """Mask AP against the fraction of images whose masks were seen, a line per head.
+    """Mask AP over the fraction of labelled images, one line per head; None without fractions.
 
-    Args:
-        results: Rows of ``--label-fraction`` are drawn, with one standard deviation over seeds.
-
-    Returns:
-        None where no head was trained on several fractions.
+    Error bars are one standard deviation over seeds.
     """
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
@@ -67,7 +63,7 @@ def label_curves(results: Sequence[RowResult]) -> Chart | None:
 
 
 def _percent(value: float | None) -> float:
-    """Not a number in place of None, which matplotlib leaves out."""
+    """Percent; NaN, which matplotlib leaves out, for None."""
     return math.nan if value is None else 100 * value
 
 

@@ -18,13 +18,13 @@ from mfdetr_pipelines.config.ablate import RowOptions
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Rows that are compared with one another.
+    """Rows to compare.
 
     Attributes:
-        title: What is compared.
-        rows: The rows; the others stand beside the first.
-        table: The table of the paper, where it is one.
-        needs: What its training needs beside a cache; empty if nothing.
+        title: Heading of the report.
+        rows: The rows; the first is the reference.
+        table: The table of the paper, if it is one.
+        needs: What the training needs besides a cache; may be empty.
     """
 
     title: str
@@ -34,16 +34,9 @@ class Comparison:
 
 
 def comparison_of(options: RowOptions) -> Comparison:
-    """The rows that were asked for.
+    """The rows of a file, table or recipes, with the options' additions and replacements.
 
-    Args:
-        options: A file, a table or recipes, and what is added to and replaced in their rows.
-
-    Returns:
-        The rows and their title.
-
-    Raises:
-        ConfigError: If there is no such table, recipe, baseline or setting.
+    ConfigError if a table, recipe, baseline or setting is unknown.
     """
     head, train = split_settings(options.set)
     base = _chosen_rows(options)

@@ -1,4 +1,4 @@
-"""A row of the paper on another detector than the paper's."""
+"""Adaptation of the paper's rows to other detectors."""
 
 from dataclasses import replace
 
@@ -9,18 +9,10 @@ from mfdetr_pipelines.ablation.rows import AblationRow
 
 
 def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
-    """A row of the paper for another detector: what its widths force is changed, and noted.
+    """A row of the paper with the widths of another detector, and a note of what changed.
 
-    Args:
-        row: A row.
-        spec: The detector.
-
-    Returns:
-        The row, with the detector's own width where it asks for that, and with a neck where C1 and
-        the encoder differ in width.
-
-    Raises:
-        HeadError: If the row has nothing to train and would have with this detector.
+    It gets the detector's width where it asks for that, and a neck where C1 and the encoder differ
+    in width. HeadError if a training-free row would need weights with this detector.
     """
     head, notes = row.recipe.head, []
     c1 = next((m.channels for m in spec.maps if m.role == "c1"), None)

@@ -32,20 +32,9 @@ def train_group(
     sam: SamSource | None,
     reporter: Reporter,
 ) -> dict[str, str]:
-    """Train some jobs side by side and measure each; a job that fails leaves the others alone.
+    """Train jobs side by side and measure each; returns the problems of failed rows by name.
 
-    Args:
-        jobs: Jobs that learn from the same batches.
-        caches: What is trained from and measured on.
-        device_name: Where.
-        sam: Weights and images for the baseline ``sam``.
-        reporter: Who is told about progress.
-
-    Returns:
-        Names of the rows that failed, and why.
-
-    Raises:
-        StoppedError: If a signal ended it; the same command goes on from there.
+    The jobs must share their batches. StoppedError if a signal ended it; the same command resumes.
     """
     device = torch_device(device_name)
     problems: dict[str, str] = {}
@@ -72,7 +61,7 @@ def train_group(
 
 
 def _begin(job: Job, caches: Caches, device_name: str) -> Run:
-    """A run in the job's folder, or the one that was begun there."""
+    """A new run in the job's folder, or the resumed one."""
     train, cache = job.recipe.train, caches.training
     device = training_device(device_name, train.amp)
     learner = build_learner(train, lambda: new_head(job.recipe.head, cache, train), device)
@@ -88,7 +77,7 @@ def _begin(job: Job, caches: Caches, device_name: str) -> Run:
 
 
 def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str, str]:
-    """Train all runs to their ends; problems by row."""
+    """Train all runs to the end; returns problems by row."""
     try:
         source = CacheSource(caches.training, [run.learner for run in runs.values()])
         loop = TrainingLoop(source, list(runs.values()), reporter, split_when_full=True)
@@ -104,7 +93,7 @@ def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str
 def _measure_head(
     job: Job, run: Run | None, caches: Caches, device: torch.device, reporter: Reporter
 ) -> None:
-    """Measure a trained head, or one without a run that needs no training."""
+    """Measure a trained head, or one without weights to train."""
     make_folder(job.folder)
     seconds = speed = 0.0
     if run is None:

@@ -1,4 +1,4 @@
-"""A job of an ablation: one row with one seed, trained and measured in a folder of its own."""
+"""A job of an ablation: one row with one seed, in its own folder."""
 
 import gzip
 import json
@@ -33,8 +33,8 @@ class Job:
     Attributes:
         plan: The row.
         recipe: Its recipe with the seed.
-        folder: Its run folder, where its result is kept too.
-        identity: What its result depends on; a result with another identity is not its own.
+        folder: Its run folder, with its result.
+        identity: Everything its result depends on; a stored result must have the same.
     """
 
     plan: RowPlan
@@ -48,13 +48,9 @@ class Job:
         return self.plan.row.name
 
     def read_result(self) -> dict[str, Any] | None:
-        """What was measured.
+        """The stored result; None if the job is not done.
 
-        Returns:
-            Plain values; None where it is still to be done.
-
-        Raises:
-            HeadError: If the file is damaged or of another ablation.
+        HeadError if the file is damaged or of another ablation.
         """
         path = self.folder / _RESULT_FILE
         try:
@@ -77,32 +73,23 @@ class Job:
         return done
 
     def write_result(self, result: dict[str, Any], masks: Sequence[Result]) -> None:
-        """Keep what was measured; with it the job is done."""
+        """Store the result, which marks the job as done."""
         packed = gzip.compress(json_results(masks), 1, mtime=0)
         write_atomically(self.folder / _MASKS_FILE, packed)
         document = {**result, "identity": self.identity}
         write_atomically(self.folder / _RESULT_FILE, json.dumps(document, indent=2).encode())
 
     def read_masks(self) -> list[Result]:
-        """The COCO mask results that were measured."""
+        """The stored COCO mask results."""
         packed = (self.folder / _MASKS_FILE).read_bytes()
         masks: list[Result] = json.loads(gzip.decompress(packed))
         return masks
 
 
 def plan_jobs(plans: Sequence[RowPlan], num_seeds: int, out: Path, caches: Caches) -> list[Job]:
-    """The jobs of all rows that can be trained, seed by seed.
+    """One job per row that can be trained and seed in 0 to N - 1, seed by seed.
 
-    A row without anything to train has one job: its result depends on no seed.
-
-    Args:
-        plans: The rows.
-        num_seeds: Seeds 0 to N - 1 of every row.
-        out: Folder of the ablation.
-        caches: What is trained from and measured on.
-
-    Returns:
-        One job per row and seed.
+    A row without trained weights has one job: its result depends on no seed.
     """
     return [
         _job(plan, seed, out, caches)
@@ -126,20 +113,12 @@ def _job(plan: RowPlan, seed: int, out: Path, caches: Caches) -> Job:
 
 
 def row_folder(out: Path, row: AblationRow) -> Path:
-    """The folder below ``--out`` that holds a row's seeds."""
+    """The folder below ``--out`` with a row's seeds."""
     return out / "rows" / re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
 
 
 def require_own_folders(rows: Sequence[AblationRow], out: Path) -> None:
-    """Refuse rows that would write over one another.
-
-    Args:
-        rows: All rows of the ablation.
-        out: Its folder.
-
-    Raises:
-        ConfigError: Naming two of them.
-    """
+    """Refuse rows with the same folder below ``out``; the ConfigError names two of them."""
     taken: dict[Path, str] = {}
     for row in rows:
         folder = row_folder(out, row)
@@ -152,7 +131,7 @@ def require_own_folders(rows: Sequence[AblationRow], out: Path) -> None:
 
 
 def by_stream(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs that can learn from the same batches, together."""
+    """Groups of jobs that can train on the same batches."""
     groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(stream_key(job.recipe.train), []).append(job)

@@ -18,14 +18,14 @@ class PaperRow:
     """One row of a table.
 
     Attributes:
-        name: What distinguishes it.
-        recipe: Its head and training.
-        params_m: Printed parameters in millions; None where the table has no such column.
+        name: Label of the row.
+        recipe: Head and training settings.
+        params_m: Printed parameters in millions; None if the table has no such column.
         macs_g: Printed "FLOPs" in 10^9, which are multiply-adds.
         metrics: Printed mask AP in [0, 1]; -1 where it is not printed.
-        epochs: How long it trains; None for as many steps as the recipe has.
+        epochs: Length of the training; None for the recipe's steps.
         own_width: Whether the hidden width is the detector's own.
-        detector: Whose geometry the paper counted.
+        detector: The detector whose geometry the paper counted.
     """
 
     name: str
@@ -40,14 +40,7 @@ class PaperRow:
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """A table of the paper.
-
-    Attributes:
-        number: Its number.
-        caption: What it studies.
-        rows: Its rows in the order of the paper.
-        needs: What it needs beyond one cache; empty where one cache serves all rows.
-    """
+    """A table of the paper; ``needs`` is what its training needs beyond one cache, if anything."""
 
     number: int
     caption: str
@@ -56,17 +49,7 @@ class PaperTable:
 
 
 def paper_table(number: int) -> PaperTable:
-    """A table by its number.
-
-    Args:
-        number: As the paper counts.
-
-    Returns:
-        The table.
-
-    Raises:
-        ConfigError: If there is no such table.
-    """
+    """A table by its number; ConfigError if there is no such table."""
     if number not in PAPER_TABLES:
         raise ConfigError(f"--table {number}: the paper has 1 to {max(PAPER_TABLES)}")
     return PAPER_TABLES[number]
@@ -78,7 +61,7 @@ def _table(entry: Mapping[str, Any]) -> PaperTable:
 
 
 def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> PaperRow:
-    """A row from its entry over its table's; the changes of head and training are added up."""
+    """A row from its entry and its table's defaults; changes of head and training are merged."""
     head, train = HeadConfig(), TrainConfig()
     for change in changes:
         head = replace(head, **change.get("head", {}))

@@ -1,4 +1,4 @@
-"""What the rows of an ablation cost before anything is trained, fitted to the detector."""
+"""Costs of the rows of an ablation before training, fitted to the detector."""
 
 import statistics
 import time
@@ -33,12 +33,12 @@ MACS_SIZE = "{}x{}".format(*MEAN_COCO_INPUT_HW)
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What a row costs, before anything is trained.
+    """Cost of a row.
 
     Attributes:
         row: The row.
-        cost: Parameters and multiply-adds; None where the head cannot be built.
-        epochs: How often it sees every image; None where nothing is trained.
+        cost: Parameters and multiply-adds; None if the head cannot be built.
+        epochs: Passes over the images; None without training.
         problem: Why it cannot be trained or measured; empty if it can.
     """
 
@@ -49,11 +49,11 @@ class RowPlan:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has weights to train, which depend on the seed."""
+        """Whether it has trained weights, which depend on the seed."""
         return self.cost is not None and self.cost.parameters > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values; metrics in [0, 1]."""
+        """As plain values; metrics in [0, 1]."""
         cost, paper, train = self.cost, self.row.paper, self.row.recipe.train
         return {
             "name": self.row.name,
@@ -74,22 +74,11 @@ class RowPlan:
 def plan_rows(
     rows: Sequence[AblationRow], cache: FeatureCache | None = None, max_steps: int | None = None
 ) -> tuple[RowPlan, ...]:
-    """What rows cost, fitted to the detector of a cache.
+    """Costs of rows, fitted to the detector of a cache; a row that is not possible has a problem.
 
     Rows in epochs show every image equally often, whatever their batch size. ``max_steps`` shortens
-    them in proportion: the longest takes so many steps, as every other row does.
-
-    Args:
-        rows: Rows.
-        cache: Cache of the training split; None counts for COCO train2017 and the detector that the
-            paper counted.
-        max_steps: Steps of a row, in place of its own.
-
-    Returns:
-        One plan per row; one that cannot be says why.
-
-    Raises:
-        ConfigError: If ``max_steps`` is not 1 or more.
+    all rows by the factor that leaves so many steps to the longest; ConfigError if it is below 1.
+    Without a cache, rows are counted for COCO train2017 and the paper's detector.
     """
     if max_steps is not None and max_steps < 1:
         raise ConfigError(f"--max-steps must be 1 or more, not {max_steps}")
@@ -120,7 +109,7 @@ def plan_rows(
 
 
 def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
-    """How many images an epoch of some settings has; looked up once, whatever the seed."""
+    """Images per epoch, cached for all seeds."""
     known: dict[tuple[object, ...], int] = {}
 
     def count(train: TrainConfig) -> int:
@@ -139,7 +128,7 @@ def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
 def _with_lengths(
     rows: Sequence[AblationRow], count: Callable[[TrainConfig], int], max_steps: int | None
 ) -> list[AblationRow]:
-    """Rows with their steps settled."""
+    """Rows with ``steps`` set."""
     in_epochs = {
         row.name: row.epochs * steps_per_epoch(count(row.recipe.train), row.recipe.train.batch_size)
         for row in rows
@@ -157,14 +146,7 @@ def _with_lengths(
 
 
 def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
-    """Notes as lines, each one once.
-
-    Args:
-        named: Name and note of every row; a note may be empty.
-
-    Returns:
-        Lines that name the rows they are about.
-    """
+    """Non-empty notes without duplicates, each after the names of its rows."""
     rows_of: dict[str, list[str]] = {}
     for name, note in named:
         if note:
@@ -178,16 +160,7 @@ def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
 def seconds_per_step(
     plans: Sequence[RowPlan], cache: FeatureCache, device_name: str
 ) -> dict[str, float]:
-    """How long a training step of each row takes here, measured on the first images of the cache.
-
-    Args:
-        plans: Rows.
-        cache: A complete cache of the training split.
-        device_name: Where they would be trained.
-
-    Returns:
-        Seconds by row; rows that cannot be trained are absent.
-    """
+    """Measured seconds per training step by row, on the first images of a complete cache."""
     found = {}
     for plan in plans:
         recipe = plan.row.recipe

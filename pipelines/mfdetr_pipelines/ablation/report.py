@@ -34,14 +34,7 @@ COLUMNS = (
 
 
 def report_cells(result: RowResult) -> list[str]:
-    """One row of the table as text; metrics in percent, a dash where there is nothing.
-
-    Args:
-        result: Result of a row.
-
-    Returns:
-        Cells in the order of ``COLUMNS``.
-    """
+    """The cells of a row in the order of ``COLUMNS``; metrics in percent, a dash for none."""
 
     def number(value: float | None, digits: int = 2) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -73,7 +66,7 @@ def report_cells(result: RowResult) -> list[str]:
 
 
 def _versus(result: RowResult) -> str:
-    """The difference to the first row in points with its 95 % interval; ~ marks noise."""
+    """The difference to the first row in points with its 95 % interval; ~ if it contains 0."""
     found = result.against_first
     if found is None:
         return "-"
@@ -85,16 +78,9 @@ def _versus(result: RowResult) -> str:
 def write_report(
     folder: Path, title: str, results: Sequence[RowResult], samples: Sequence[PanelRow] = ()
 ) -> list[Path]:
-    """Write all forms of the table, and its charts as PDF for papers.
+    """Write the table in all forms and its charts as PDF; returns the files.
 
-    Args:
-        folder: Where to; made if needed.
-        title: What was compared.
-        results: One result per row.
-        samples: Sample masks for the page.
-
-    Returns:
-        The files; with label fractions their curve too, as SVG for the Markdown and as PDF.
+    With label fractions there is a curve too, as SVG for the Markdown and as PDF.
     """
     bars, curves = ap_bars(results), label_curves(results)
     document = {"title": title, "rows": [r.to_dict() for r in results]}
@@ -119,7 +105,7 @@ def _problems(results: Sequence[RowResult]) -> list[str]:
 
 
 def _filled(results: Sequence[RowResult]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells, without the columns that no row has anything in."""
+    """Columns and cells without empty columns."""
     cells = [report_cells(r) for r in results]
     kept = [i for i, name in enumerate(COLUMNS) if i < 2 or any(c[i] != "-" for c in cells)]
     return [COLUMNS[i] for i in kept], [[c[i] for i in kept] for c in cells]

@@ -1,4 +1,4 @@
-"""What came of the rows of an ablation, and how each differs from the first."""
+"""Results of the rows of an ablation, and their differences to the first row."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ _BOOTSTRAP_SAMPLES = 400
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What came of a row.
+    """Result of a row.
 
     Attributes:
-        plan: Its cost.
-        seeds: Mask metrics of each seed that was trained.
+        plan: The row and its cost.
+        seeds: Mask metrics per seed.
         train_seconds: Mean training time of a seed.
         images_per_second: Mean training speed.
         head_ms: Median time of the mask network per evaluated image, in milliseconds.
-        problem: Why it has no result; empty if it has.
-        against_first: Its AP beside the first row's, with a 95 % interval; None for the first.
-        total_hours: Hours of its training and of what had to come before; None if not known.
+        problem: Why there is no result; empty if there is one.
+        against_first: Difference of AP to the first row with a 95 % interval; None for the first.
+        total_hours: Hours of its training, detector training and extraction; None if unknown.
     """
 
     plan: RowPlan
@@ -41,31 +41,17 @@ class RowResult:
     total_hours: float | None = None
 
     def mean(self, name: str = "AP") -> float | None:
-        """Mean of a metric over the seeds.
-
-        Args:
-            name: ``AP``, ``AP50`` and so on.
-
-        Returns:
-            In [0, 1]; None without a result.
-        """
+        """Mean over the seeds of ``AP``, ``AP50`` and so on, in [0, 1]; None without a result."""
         values = [getattr(m, name) for m in self.seeds]
         return statistics.mean(values) if values else None
 
     def spread(self, name: str = "AP") -> float | None:
-        """Standard deviation of a metric over the seeds.
-
-        Args:
-            name: ``AP``, ``AP50`` and so on.
-
-        Returns:
-            In [0, 1]; None for fewer than two seeds.
-        """
+        """Standard deviation over the seeds, in [0, 1]; None for fewer than two."""
         values = [getattr(m, name) for m in self.seeds]
         return statistics.stdev(values) if len(values) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain values; metrics in [0, 1]."""
+        """As plain values; metrics in [0, 1]."""
         metrics = {n: self.mean(n) for n in ("AP", "AP50", "AP75", "APS", "APM", "APL")}
         return {
             **self.plan.to_dict(),
@@ -84,16 +70,10 @@ class RowResult:
 def collect(
     plan: RowPlan, jobs: Sequence[Job], problem: str, detector_hours: float | None
 ) -> RowResult:
-    """The result of a row over its seeds.
+    """The result of a row over its jobs, which are done unless there is a problem.
 
-    Args:
-        plan: The row.
-        jobs: Its jobs, all done unless there is a problem.
-        problem: Why it has no result; empty if it has.
-        detector_hours: What training the detector and extracting took, if it is known.
-
-    Returns:
-        The result, not yet compared with the first row.
+    ``detector_hours`` is the time of detector training and extraction, if known. ``against_first``
+    is filled in by :func:`compared_with_first`.
     """
     if problem:
         return RowResult(plan, problem=problem)
@@ -116,16 +96,7 @@ def collect(
 def compared_with_first(
     results: Sequence[RowResult], jobs: Sequence[Job], ground_truth: COCO
 ) -> tuple[RowResult, ...]:
-    """Rows with the difference of their AP to the first row that has a result.
-
-    Args:
-        results: One result per row.
-        jobs: The jobs of all rows.
-        ground_truth: Annotations of the images that were measured on.
-
-    Returns:
-        The results in the same order.
-    """
+    """The results with the difference of AP to the first row that has a result."""
     names = [r.plan.row.name for r in results if r.seeds]
     if len(names) < 2:
         return tuple(results)

@@ -24,18 +24,18 @@ _SMALL_ROI = 8
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """One row: what is trained, and what the paper says about it.
+    """A head and training, or a baseline, with the paper's numbers.
 
     Attributes:
-        name: What distinguishes it.
-        recipe: Head and training.
-        paper: The paper's row, where it is one.
-        note: What had to be changed to fit the detector; empty if nothing.
-        baseline: Masks that need no head of ours, in place of a training; empty for a head.
-        curve: The row without its label fraction, where it is a point of a curve over them.
-        epochs: How long it trains; None for the recipe's steps.
-        own_width: Whether its hidden width is the detector's own, whatever the recipe says.
-        problem: Why its settings cannot be; empty if they can.
+        name: Label of the row.
+        recipe: Head and training settings.
+        paper: The paper's row, if it is one.
+        note: What was changed to fit the detector; may be empty.
+        baseline: Name of a baseline that needs no head; empty for a head.
+        curve: Name without the label fraction, for rows that are points of a curve.
+        epochs: Length of the training; None for the recipe's steps.
+        own_width: Whether the hidden width is the detector's own, whatever the recipe says.
+        problem: Why the settings are invalid; empty if they are valid.
     """
 
     name: str
@@ -50,14 +50,7 @@ class AblationRow:
 
 
 def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
-    """The rows of a table of the paper.
-
-    Args:
-        table: The table.
-
-    Returns:
-        Its rows in order.
-    """
+    """The rows of a table of the paper."""
     return tuple(
         AblationRow(r.name, r.recipe, r, epochs=r.epochs, own_width=r.own_width) for r in table.rows
     )
@@ -66,15 +59,9 @@ def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
 def with_settings(
     rows: Sequence[AblationRow], head: Mapping[str, Any], train: Mapping[str, Any]
 ) -> tuple[AblationRow, ...]:
-    """Rows with the same settings replaced in all of them.
+    """Rows with fields of head and training replaced; ``steps`` replace a row's epochs too.
 
-    Args:
-        rows: Rows.
-        head: Fields of the architecture.
-        train: Fields of the training; ``steps`` replace a row's epochs too.
-
-    Returns:
-        New rows; one that cannot have these settings says why.
+    A row for which the settings are invalid has a ``problem``.
     """
     made = []
     for row in rows:
@@ -94,17 +81,7 @@ def with_settings(
 
 
 def baseline_rows(names: Sequence[str]) -> tuple[AblationRow, ...]:
-    """Rows of masks that need no head.
-
-    Args:
-        names: Which.
-
-    Returns:
-        One row each.
-
-    Raises:
-        ConfigError: If one is unknown.
-    """
+    """Rows of baselines; ConfigError if one is unknown."""
     for name in names:
         if name not in BASELINES:
             raise ConfigError(f"--baseline {name}: unknown; use {', '.join(BASELINES)}")
@@ -115,16 +92,9 @@ def baseline_rows(names: Sequence[str]) -> tuple[AblationRow, ...]:
 
 
 def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
-    """Rows written down in TOML: ``[[row]]`` tables with ``name``, ``recipe`` and ``set``.
+    """Rows of a TOML file: ``[[row]]`` tables with ``name``, ``recipe`` and ``set``.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Its rows in order.
-
-    Raises:
-        ConfigError: If the file or a row cannot be used.
+    ConfigError if the file or a row cannot be used.
     """
     try:
         document = tomllib.loads(path.read_text())
@@ -157,17 +127,9 @@ def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
 def label_fraction_rows(
     rows: Sequence[AblationRow], fractions: Sequence[float]
 ) -> tuple[AblationRow, ...]:
-    """Every row with the masks of only a part of the images.
+    """Every row with the masks of only a fraction of the images, for each fraction in (0, 1].
 
-    Args:
-        rows: Rows.
-        fractions: Parts in (0, 1].
-
-    Returns:
-        New rows, row by row.
-
-    Raises:
-        ConfigError: If a fraction is outside its range.
+    ConfigError if a fraction is outside its range.
     """
     made = []
     for row in rows:
@@ -185,14 +147,7 @@ def label_fraction_rows(
 
 
 def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
-    """Every row, followed by smaller heads than the paper's tables hold (beyond Tables 4 and 9).
-
-    Args:
-        rows: Rows.
-
-    Returns:
-        Each row, the same with hidden widths of 32, 16 and 8, and with RoIAlign of 8 x 8.
-    """
+    """Every row, then with widths 32, 16 and 8, and with RoIAlign 8 x 8 (beyond Tables 4 and 9)."""
     made: list[AblationRow] = []
     for row in rows:
         made.append(row)

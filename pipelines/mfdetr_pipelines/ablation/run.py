@@ -1,4 +1,4 @@
-"""Ablate: many heads over one read of a cache, every row for every seed, one table at the end."""
+"""Ablate: train and measure many heads, rows times seeds, over one read of a cache."""
 
 import functools
 from collections.abc import Sequence
@@ -18,21 +18,10 @@ from mfdetr_pipelines.ray_engine import on_cluster
 
 
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
-    """Train and measure every row; what is done already is not done again.
+    """Train and measure every row; finished jobs are not repeated, and a failed row has a problem.
 
-    Rows that go through the cache in the same order learn from one stream of batches.
-
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-
-    Returns:
-        One result per row, in order; a row that failed says why.
-
-    Raises:
-        CacheError: If a cache is missing, unfinished or damaged.
-        IdentityError: If the two caches come from different detectors.
-        StoppedError: If a signal ended it; the same command goes on from there.
+    Rows with the same order of images share one stream of batches. Raises CacheError, IdentityError
+    (caches of different detectors) or StoppedError (stopped by a signal; the same command resumes).
     """
     if config.comparison.needs:
         raise ConfigError(f"--table {config.comparison.table} needs {config.comparison.needs}")
@@ -62,7 +51,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
 
 
 def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
-    """The jobs without a result; problems of rows whose results cannot be used."""
+    """Jobs without a result, and problems of rows whose stored results cannot be used."""
     waiting, problems = [], {}
     for job in jobs:
         try:
@@ -76,7 +65,7 @@ def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
 def _train_here(
     config: AblateConfig, groups: Sequence[Sequence[Job]], caches: Caches, reporter: Reporter
 ) -> dict[str, str]:
-    """Groups one after the other; problems by row."""
+    """Train groups in turn; returns problems by row."""
     problems: dict[str, str] = {}
     for group in groups:
         names, seed = ", ".join(j.name for j in group), group[0].recipe.train.seed
@@ -88,7 +77,7 @@ def _train_here(
 def _train_on_cluster(
     config: AblateConfig, groups: Sequence[Sequence[Job]], reporter: Reporter
 ) -> dict[str, str]:
-    """Groups as tasks, the largest halved until every worker has one; problems by row."""
+    """Train groups as tasks, the largest split until every worker has one; problems by row."""
     tasks = list(groups)
     while tasks and len(tasks) < config.work.workers:
         tasks.sort(key=len)
@@ -105,7 +94,7 @@ def _train_on_cluster(
 
 
 def _train_there(config: AblateConfig, group: Sequence[Job]) -> dict[str, str]:
-    """A group on a worker, which opens the caches by itself and whose messages nobody sees."""
+    """Train a group on a worker, which opens the caches itself and reports no progress."""
     caches = open_caches(*config.caches, config.rows)
     return train_group(group, caches, config.device, _sam(config), SilentReporter())
 

@@ -1,4 +1,4 @@
-"""Sample masks of an ablation: what every row makes of the same images."""
+"""Masks of every row on the same sample images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +31,9 @@ def sample_masks(
     images: Path,
     count: int = 4,
 ) -> list[PanelRow]:
-    """The annotation of some validation images, and the masks of every row, side by side.
+    """Annotation and masks of every row's first seed on ``count`` validation images.
 
-    Args:
-        validation: The cache that was measured on.
-        results: Of the rows; the first seed of each is shown.
-        out: Folder of the ablation.
-        images: Folder of the validation images.
-        count: How many images.
-
-    Returns:
-        One row of panels per image.
+    One row of panels per image; ``out`` is the folder of the ablation, ``images`` the image folder.
     """
     shown = [r for r in results if r.seeds and not r.plan.row.baseline]
     heads = [(r.plan.row.name, _head(out, r, validation)) for r in shown]
