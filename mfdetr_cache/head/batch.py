@@ -17,15 +17,14 @@ from mfdetr_cache.types import CachedImage, DetectorOutput, ImageGeometry
 class MapGroup:
     """The maps of those images of a batch that have the same network input size.
 
-    Nothing is padded, so no layer can see padding and an image's result does not depend on its
-    neighbours.
+    Nothing is padded, so an image's result does not depend on the other images.
 
     Attributes:
         maps: Map name to (B, C, h, w).
         input_hw: Network input size in pixels.
-        members: Position of each image in the batch.
-        c1_moments: Moments of C1 where only crops of it are there, float64, shape (B, C + 1, C).
-        c1_hw: Height and width of C1 then.
+        members: Index of each image in the batch.
+        c1_moments: Moments of C1 if it is given as crops, float64, shape (B, C + 1, C).
+        c1_hw: Height and width of C1 in that case.
     """
 
     maps: dict[str, Tensor]
@@ -37,7 +36,7 @@ class MapGroup:
 
 @dataclass(frozen=True, slots=True)
 class QueryContext:
-    """The queries q_1 to q_N that object-to-object attention looks at (Eq. 10).
+    """The queries q_1 to q_N that object-to-object attention attends to (Eq. 10).
 
     Attributes:
         queries: Of all images, shape (M, query_dim).
@@ -50,19 +49,19 @@ class QueryContext:
 
 @dataclass(frozen=True, slots=True)
 class HeadBatch:
-    """A batch for the mask network: maps of the images, and R regions to segment.
+    """Input of the mask network: maps of images and R regions to segment.
 
     Attributes:
         groups: The images' maps.
-        queries: The query of each region, shape (R, query_dim).
-        boxes_xyxy: The box of each region in network input pixels, not clipped, shape (R, 4). May
-            stay on the CPU when the rest is on a GPU: the boxes decide which cells are computed.
+        queries: Of each region, shape (R, query_dim).
+        boxes_xyxy: In network input pixels, not clipped, shape (R, 4). May stay on the CPU when the
+            rest is on a GPU: the boxes decide which cells are computed.
         image_index: The image of each region, int64, shape (R,).
-        c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
-        counts: Number of regions of each image, where it is known without a copy from the device;
-            regions are then in the order of their images.
-        context: The detected queries of the images where regions are only some of them, as in
-            training; None where the regions are all.
+        c1_crops: RoIAlign of C1 over each box, instead of the map, shape (R, r, r, C).
+        counts: Regions of each image, if known without a copy from the device; regions are then
+            sorted by image.
+        context: The detected queries of the images if regions are only some of them, as in
+            training; None if the regions are all.
     """
 
     groups: tuple[MapGroup, ...]
@@ -110,11 +109,11 @@ class RegionsByGroup:
 
     Attributes:
         groups: Groups that have regions.
-        counts: Number of regions of each group.
+        counts: Regions of each group.
         order: Index of each region in the batch, shape (R,).
-        image: Index of its image, counted over these groups, rising, shape (R,).
-        boxes_xyxy: Its box in network input pixels, shape (R, 4).
-        c1_crops: RoIAlign of C1 over each box, in place of the map, shape (R, r, r, C).
+        image: Index of its image among the images of these groups, increasing, shape (R,).
+        boxes_xyxy: In network input pixels, shape (R, 4).
+        c1_crops: RoIAlign of C1 over each box, instead of the map, shape (R, r, r, C).
     """
 
     groups: tuple[MapGroup, ...]
@@ -173,15 +172,9 @@ def live_groups(
     geometries: Sequence[ImageGeometry],
     map_names: Sequence[str],
 ) -> tuple[MapGroup, ...]:
-    """Group the maps of a live detector by network input size; gradients flow back into them.
+    """Group a live detector's maps by network input size; gradients flow back into them.
 
-    Args:
-        outputs: One per image, each of batch size 1.
-        geometries: Sizes of the images.
-        map_names: Maps to take.
-
-    Returns:
-        One group per network input size.
+    ``outputs`` has one entry of batch size 1 per image.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, geometry in enumerate(geometries):
@@ -199,16 +192,7 @@ def live_groups(
 def map_groups(
     images: Sequence[CachedImage], map_names: Sequence[str], device: torch.device
 ) -> tuple[MapGroup, ...]:
-    """Decode the maps of cached images to float32, and group them by network input size.
-
-    Args:
-        images: Cached images.
-        map_names: Maps to take.
-        device: Device of the result.
-
-    Returns:
-        One group per network input size.
-    """
+    """Decode the maps of cached images to float32, and group them by network input size."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.geometry.input_hw, []).append(index)

@@ -7,13 +7,7 @@ from mfdetr_cache.head.blocks.deformable import DeformableLayer, cell_centres
 
 
 class DeformableBoxEncoder(nn.Module):
-    """Deformable layers over the r x r cells of one box, with a learned position table.
-
-    Args:
-        width: Channels.
-        roi_size: Cells r of a region along an axis.
-        num_layers: Layers.
-    """
+    """Deformable layers over the r x r cells of one box, with a learned position table."""
 
     def __init__(self, width: int, roi_size: int, num_layers: int) -> None:
         super().__init__()

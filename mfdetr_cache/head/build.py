@@ -30,17 +30,9 @@ _QUERY_GAIN = 0.1
 
 
 def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
-    """A mask network with fresh weights.
+    """A mask network with fresh weights on torch's default device.
 
-    Args:
-        config: Architecture.
-        spec: The detector whose maps and queries it will get.
-
-    Returns:
-        The network, on torch's default device.
-
-    Raises:
-        HeadError: If the detector does not give what the configuration needs.
+    HeadError if the detector lacks maps or queries that the configuration needs.
     """
     levels = _choose_levels(config, spec)
     c1 = next((m for m in spec.maps if m.role == "c1"), None) if config.use_c1 else None

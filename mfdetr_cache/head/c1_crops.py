@@ -51,16 +51,10 @@ def neck_affine(neck: nn.Module | None, moments: Tensor) -> tuple[Tensor, Tensor
 
 
 def moments_of(c1: Tensor) -> Tensor:
-    """What :func:`neck_affine` needs to know of maps.
+    """Mean of c c^T in the first C rows, mean of c in the last: (B, C, h, w) to (B, C + 1, C).
 
-    The products are summed around the mean, so that float32 is enough for float32 maps: what the
-    group norm divides by is a spread, and large means would drown it.
-
-    Args:
-        c1: Shape (B, C, h, w).
-
-    Returns:
-        Mean of c c^T in the first C rows, mean of c in the last; float64, shape (B, C + 1, C).
+    float64. Products are summed around the mean, so that float32 is enough for float32 maps: the
+    group norm divides by a standard deviation, which would vanish beside large means.
     """
     with torch.autocast(c1.device.type, enabled=False):
         cells = c1.flatten(2)

@@ -45,13 +45,13 @@ _STEPS: dict[type[nn.Module], int] = {
 
 @dataclass(frozen=True, slots=True)
 class HeadCost:
-    """What a mask network costs for one image with 100 boxes.
+    """Cost of a mask network for one image with 100 boxes.
 
     Attributes:
         parameters: Trained parameters.
         macs: Multiply-adds by the paper's rule, of the network as the paper describes it.
-        executed_macs: By the same rule, of what runs here: no unused token in the last layer of the
-            image encoder, and box-to-object attention with folded projections.
+        executed_macs: By the same rule, of the network as implemented: no unused token in the last
+            layer of the image encoder, and box-to-object attention with folded projections.
     """
 
     parameters: int
@@ -92,16 +92,7 @@ def paper_detector(name: str) -> DetectorSpec:
 def head_cost(
     config: HeadConfig, spec: DetectorSpec, input_hw: tuple[int, int] = MEAN_COCO_INPUT_HW
 ) -> HeadCost:
-    """Count a head on meta tensors: nothing is computed.
-
-    Args:
-        config: Its architecture.
-        spec: The detector.
-        input_hw: Network input size in pixels.
-
-    Returns:
-        Parameters and multiply-adds.
-    """
+    """Count the cost of a head on meta tensors, without computing anything."""
     with torch.device("meta"):
         head = build_head(config, spec).eval()
         parameters = sum(p.numel() for p in head.parameters())

@@ -26,20 +26,20 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What a run's ``config.json`` says beside the architecture of its head.
+    """The entries of a run's ``config.json`` beside the architecture of its head.
 
     Attributes:
         recipe: Name of the recipe.
         train: Training settings, as plain values.
-        detector: Identity of the detector the head was trained for.
-        cache: Path, id and images of the cache it was trained from; None without a cache.
-        annotations: Id and source of the annotations it learned from, with a cache.
-        val_cache: Path of the cache it was measured on.
-        joint: What ``train-joint`` was told beside these settings.
+        detector: Identity of the detector.
+        cache: Path, id and images of the training cache; None without a cache.
+        annotations: Id and source of the annotations, with a cache.
+        val_cache: Path of the validation cache.
+        joint: Settings of ``train-joint`` beside these.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each of the detector's labels, -1 for none.
         command: The command line.
-        versions: Versions of what the numbers depend on.
+        versions: Versions of the packages that results depend on.
     """
 
     recipe: str | None = None
@@ -77,20 +77,14 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "RunRecord":
-        """The record that a file holds; what an earlier version did not write is empty."""
+        """The record in a file; entries that an earlier version did not write are empty."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in document.items() if name in known})
 
 
 @dataclass(frozen=True)
 class HeadFolder:
-    """A trained head and its run.
-
-    Attributes:
-        head: The mask network, in evaluation mode.
-        run: What its run says.
-        path: The folder.
-    """
+    """A trained head, in evaluation mode, with its run record and folder."""
 
     head: MaskHead
     run: RunRecord
@@ -106,48 +100,22 @@ _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last") -> None:
-    """Write the weights of a head.
-
-    Args:
-        folder: The run folder.
-        weights: State dict of a MaskHead.
-        which: Those of the end, or of the best validation.
-
-    Raises:
-        OutputError: If the disk is full; the weights before are kept.
-    """
+    """Write the last or best weights; OutputError if the disk is full, with the old ones kept."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     # Not save_file, whose files nobody else may read.
     write_atomically(folder / _FILES[which], save(tensors, metadata={"format": "pt"}))
 
 
 def save_run_config(folder: Path, config: HeadConfig, run: RunRecord) -> None:
-    """Write a run's ``config.json``.
-
-    Args:
-        folder: The run folder.
-        config: Architecture of the head.
-        run: Everything else.
-
-    Raises:
-        OutputError: If the disk is full.
-    """
+    """Write a run's ``config.json``; OutputError if the disk is full."""
     full = {"head": to_dict(config), **run.to_dict()}
     write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())
 
 
 def load_head(folder: Path, which: Which = "last") -> HeadFolder:
-    """A trained head from its run folder.
+    """The last or best weights of a run folder, as a head on the CPU with its run record.
 
-    Args:
-        folder: What ``train-head --out`` wrote.
-        which: The weights of the end, or of the best validation.
-
-    Returns:
-        The head on the CPU and what it belongs to.
-
-    Raises:
-        HeadError: If something is missing, damaged or does not fit together.
+    HeadError if a file is missing, damaged or does not fit the others.
     """
     weights_file = folder / _FILES[which]
     for file in (folder / CONFIG_FILE, weights_file):

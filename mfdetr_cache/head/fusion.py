@@ -9,12 +9,7 @@ from mfdetr_cache.types import MapSpec
 
 
 class Projection(nn.Sequential):
-    """A 1x1 convolution and a group norm: the neck of Eq. 14, and for levels of another width.
-
-    Args:
-        in_width: Channels of the map.
-        out_width: Channels wanted.
-    """
+    """A 1x1 convolution and group norm: the neck of Eq. 14, also for levels of another width."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         conv = nn.Conv2d(in_width, out_width, 1)
@@ -27,12 +22,7 @@ class Projection(nn.Sequential):
 
 
 class LevelProjections(nn.ModuleDict):
-    """Brings backbone maps, and encoder levels of another width, to the encoder's width.
-
-    Args:
-        levels: The maps, finest first.
-        width: Channels D wanted.
-    """
+    """Projects backbone maps, and encoder levels of another width, to the encoder's width D."""
 
     def __init__(self, levels: Sequence[MapSpec], width: int) -> None:
         others = [m for m in levels if m.role != "encoder" or m.channels != width]
@@ -40,14 +30,7 @@ class LevelProjections(nn.ModuleDict):
         self.names = [m.name for m in levels]
 
     def forward(self, maps: Mapping[str, Tensor]) -> list[Tensor]:
-        """Select and project the levels.
-
-        Args:
-            maps: Map name to (B, C, h, w).
-
-        Returns:
-            The levels, finest first, each (B, D, h, w).
-        """
+        """Select and project the levels, finest first, each (B, D, h, w)."""
         return [self[name](maps[name]) if name in self else maps[name] for name in self.names]
 
 
@@ -65,15 +48,12 @@ class FeatureFusion(nn.Module):
         self.upsample = upsample
 
     def forward(self, c1: Tensor | None, refined: Tensor, input_hw: tuple[int, int]) -> Tensor:
-        """Fuse the maps of equal-sized images.
+        """Fuse the maps of equal-sized images, at the resolution of C1 where there is one.
 
         Args:
-            c1: Backbone stage-1 map, shape (B, C1, H/4, W/4); None where there is none.
+            c1: Backbone stage-1 map, shape (B, C1, H/4, W/4); None without C1.
             refined: Refined encoder level E', shape (B, D, h, w).
             input_hw: Network input size in pixels.
-
-        Returns:
-            The fused map, at the resolution of C1 where there is one.
         """
         if c1 is not None:
             size_hw = (int(c1.shape[-2]), int(c1.shape[-1]))

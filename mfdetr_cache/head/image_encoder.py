@@ -51,14 +51,7 @@ class DeformableImageEncoder(nn.Module):
         return bool(self.layers) and not self.every_token
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Refine one level with the help of all.
-
-        Args:
-            levels: Maps, finest first, each (B, D, h, w).
-
-        Returns:
-            The refined level, shape (B, D, h, w).
-        """
+        """Refine one of the levels (finest first, (B, D, h, w)) with attention to all."""
         if not self.layers:
             return levels[self.fused_level]
         # All cells of all levels as one sequence of tokens, level by level.
@@ -88,13 +81,9 @@ class DeformableImageEncoder(nn.Module):
 
 
 class SingleLevelImageEncoder(nn.Module):
-    """Swin (Eq. 7) or ConvNeXt blocks (Eq. 8) over the fused level alone.
+    """Swin (Eq. 7) or ConvNeXt blocks (Eq. 8) over the fused level alone, channels last.
 
     The paper's MAC counts show that these do not see the other levels.
-
-    Args:
-        blocks: Blocks over channels-last maps.
-        fused_level: Index of the level that is refined and returned.
     """
 
     def __init__(self, blocks: list[nn.Module], fused_level: int) -> None:
@@ -103,14 +92,7 @@ class SingleLevelImageEncoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Refine one level.
-
-        Args:
-            levels: Maps, finest first, each (B, D, h, w).
-
-        Returns:
-            The refined level, shape (B, D, h, w).
-        """
+        """Refine one of the levels (finest first, (B, D, h, w))."""
         maps = levels[self.fused_level].permute(0, 2, 3, 1)
         for layer in self.layers:
             maps = layer(maps)

@@ -29,9 +29,6 @@ class MaskCodec(nn.Module):
     """Principal components of masks, as buffers: they are part of a head's state dict.
 
     Until it is fitted, the basis holds the lowest frequencies of a cosine transform.
-
-    Args:
-        width: Length K of a code.
     """
 
     mean: Tensor
@@ -74,12 +71,7 @@ class MaskCodec(nn.Module):
 
 
 class EmbeddingPredictor(nn.Module):
-    """A mask code from the query and its region, by a dynamic convolution as in Sparse R-CNN.
-
-    Args:
-        width: Channels d.
-        code_width: Length K of a code.
-    """
+    """A mask code from the query and its region, by a dynamic convolution as in Sparse R-CNN."""
 
     def __init__(self, width: int, code_width: int) -> None:
         super().__init__()

@@ -19,9 +19,7 @@ class DotProductPredictor(nn.Module):
 class SegmenterPredictor(nn.Module):
     """Both sides projected and normalised before the dot product (Table 12, after Segmenter).
 
-    Args:
-        width: Channels d.
-        temperature: Scale of the cosine, so that logits leave [-1, 1].
+    ``temperature`` scales the cosine, so that logits leave [-1, 1].
     """
 
     def __init__(self, width: int, temperature: float = 20.0) -> None:
@@ -40,14 +38,10 @@ class SegmenterPredictor(nn.Module):
 
 
 class FcnPredictor(nn.Module):
-    """Mask R-CNN's head on the same region features, class-agnostic; it does not see the query.
+    """Mask R-CNN's head on the same region features, class-agnostic and without the query.
 
-    Four 3x3 convolutions and a 1x1 (He et al., 2017, Fig. 4), without the deconvolution: regions
-    are as fine as the mask already.
-
-    Args:
-        width: Channels d.
-        depth: How many 3x3 convolutions.
+    ``depth`` 3x3 convolutions and a 1x1 (He et al., 2017, Fig. 4), without the deconvolution:
+    regions already have the resolution of the mask.
     """
 
     def __init__(self, width: int, depth: int = 4) -> None:

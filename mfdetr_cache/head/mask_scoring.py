@@ -10,13 +10,7 @@ _WIDTH = 128
 
 
 class MaskScoring(nn.Module):
-    """Three strided convolutions over mask and features, then an MLP with one output per label.
-
-    Args:
-        region_width: Channels of the region features.
-        roi_size: Cells r of a region along an axis.
-        num_labels: Labels K of the detector.
-    """
+    """Three strided convolutions over mask and features, then an MLP with one output per label."""
 
     def __init__(self, region_width: int, roi_size: int, num_labels: int) -> None:
         super().__init__()
@@ -36,15 +30,12 @@ class MaskScoring(nn.Module):
         nn.init.constant_(self.output.bias, 0.5)
 
     def forward(self, mask_probs: Tensor, regions: Tensor) -> Tensor:
-        """Predict IoUs.
+        """Predicted IoU for every label, unbounded, shape (R, K).
 
         Args:
             mask_probs: After the sigmoid, shape (R, r, r). Gradients do not reach it: the score
                 must not make masks easier to score.
             regions: Shape (R, r, r, d).
-
-        Returns:
-            Predicted IoU for every label, unbounded, shape (R, K).
         """
         maps = torch.cat((mask_probs.detach()[..., None], regions), dim=-1).permute(0, 3, 1, 2)
         for conv in self.convs:

@@ -39,15 +39,9 @@ class PackedImages:
     def of(
         cls, groups: Sequence[Sequence[Tensor]], level_embed: Tensor, sine: SineEncoding
     ) -> "PackedImages":
-        """Pack maps.
+        """Pack the levels of groups of equal-sized images, finest first, each (B, D, h, w).
 
-        Args:
-            groups: For each group of equal-sized images their levels, finest first, (B, D, h, w).
-            level_embed: Added to the position of each level's tokens, shape (L, D).
-            sine: Position encoding of cells.
-
-        Returns:
-            The packed images, in the order of the groups.
+        ``level_embed``, shape (L, D), is added to the sine position of each level's tokens.
         """
         first = groups[0][0]
         device, dtype, width = first.device, first.dtype, first.shape[1]

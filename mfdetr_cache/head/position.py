@@ -12,11 +12,11 @@ from mfdetr_cache.ops.devices import is_plain
 
 @dataclass(frozen=True, slots=True)
 class SineEncoding:
-    """How a detector's encoder numbers the cells of a level.
+    """Position encoding of a detector's encoder.
 
     Attributes:
         temperature: Base of the frequencies.
-        shift: Where a cell is taken to be, in cells from its centre along both axes.
+        shift: Offset of the reference point from a cell's centre along both axes, in cells.
     """
 
     temperature: float = 10000.0

@@ -15,11 +15,7 @@ def _xavier(linear: nn.Linear) -> nn.Linear:
 
 
 class ObjectToObject(nn.Module):
-    """Attention among the queries of one image, without output projection (Eq. 10).
-
-    Args:
-        width: Channels of the queries.
-    """
+    """Attention among the queries of one image, without output projection (Eq. 10)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,15 +42,11 @@ class ObjectToObject(nn.Module):
 class BoxToObject(nn.Module):
     """Each query attends to the cells of its own box, without output projection (Eq. 11).
 
-    Keys and values are linear in the region features, so their projections are applied to the
-    query and to the attended sum instead of to all r x r cells: q.(W_k R + b_k) = (W_k^T q).R +
-    const, and the constant leaves the softmax as it is. That is the same function with a thirtieth
-    of the multiplications at r = 32, d = 128. Setting ``folded`` to False projects all cells, as
-    the paper's MAC column counts.
-
-    Args:
-        query_width: Channels of the queries.
-        region_width: Channels of the region features.
+    Keys and values are linear in the region features, so their projections are applied to the query
+    and to the attended sum instead of to all r x r cells: q.(W_k R + b_k) = (W_k^T q).R + const,
+    and the constant does not change the softmax. That is the same function with a thirtieth of the
+    multiplications at r = 32, d = 128. Setting ``folded`` to False projects all cells, as the
+    paper's MAC column counts.
     """
 
     def __init__(self, query_width: int, region_width: int) -> None:
@@ -91,15 +83,7 @@ class BoxToObject(nn.Module):
 
 
 class QueryEncoder(nn.Module):
-    """F_q: object-to-object attention, box-to-object attention, FFN, each with a residual.
-
-    Args:
-        query_width: Channels of the queries.
-        region_width: Channels of the region features.
-        ffn: Use the FFN.
-        o2o: Use object-to-object attention.
-        b2o: Use box-to-object attention.
-    """
+    """F_q: object-to-object attention, box-to-object attention, FFN, each optional and residual."""
 
     def __init__(
         self, query_width: int, region_width: int, *, ffn: bool, o2o: bool, b2o: bool
@@ -130,10 +114,7 @@ class QueryEncoder(nn.Module):
             queries: Shape (R, D).
             regions: Region features after the box encoder, shape (R, cells, d).
             image_index: Image of each query, shape (R,).
-            context: The detected queries of the images; None where these are all.
-
-        Returns:
-            Shape (R, D).
+            context: The detected queries of the images; None if these are ``queries``.
         """
         if self.o2o is not None:
             seen = context or QueryContext(queries, image_index)

@@ -48,16 +48,9 @@ class SampledCellsHead(MaskHead):
     # Sizes and counts differ from batch to batch: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def prepare(self, batch: HeadBatch) -> HeadBatch:
-        """Crop C1 beforehand where :meth:`forward` would crop it.
+        """Crop C1 if :meth:`forward` would; output and gradients stay the same.
 
-        No weight takes part in it, so it can be done for the next batch while this one's gradient
-        is computed.
-
-        Args:
-            batch: Maps, boxes and queries.
-
-        Returns:
-            A batch with the same output and the same gradients.
+        This needs no weights, so it can be done for the next batch during this one's backward pass.
         """
         if self.c1 is None or batch.c1_crops is not None or not len(batch.queries):
             return batch
@@ -125,7 +118,7 @@ class SampledCellsHead(MaskHead):
         ]
 
     def _crop_c1(self, grouped: RegionsByGroup) -> RegionsByGroup:
-        """Put crops and moments of C1 in place of the map."""
+        """Replace the C1 map by its crops and moments."""
         assert self.c1 is not None
         groups, crops = [], []
         for group, rois in zip(grouped.groups, grouped.rois(), strict=True):
@@ -137,7 +130,7 @@ class SampledCellsHead(MaskHead):
         return replace(grouped, groups=tuple(groups), c1_crops=torch.cat(crops))
 
     def _add_c1(self, aligned: Tensor, grouped: RegionsByGroup) -> Tensor:
-        """Add neck and channel mapper of the crops of C1 to what comes from the encoder."""
+        """Add the projected crops of C1 to the encoder's region features."""
         crops = grouped.c1_crops
         assert crops is not None
         moments = [g.c1_moments for g in grouped.groups if g.c1_moments is not None]
@@ -198,9 +191,9 @@ class SampledCells:
     """Some cells of one level of packed images.
 
     Attributes:
-        image: Image of each cell, int32, rising, shape (N,).
-        token: Its index among all tokens, int64, shape (N,).
-        cell: Its index among all cells of that level, int64, shape (N,).
+        image: Image of each cell, int32, increasing, shape (N,).
+        token: Index among all tokens, int64, shape (N,).
+        cell: Index among all cells of that level, int64, shape (N,).
     """
 
     image: Tensor
@@ -219,20 +212,16 @@ def sampled_cells(
     level: int,
     stride: int,
 ) -> SampledCells:
-    """Cells of a level that up-sampling and RoIAlign read.
+    """Cells of a level that up-sampling and RoIAlign read, computed on the CPU.
 
-    How many there are decides what is computed. So this is found out on the CPU: asking a GPU would
-    wait until it has done everything that it was asked before.
+    Their number decides the shapes of later operations; asking a GPU would wait for its queue.
 
     Args:
         image: Image of each box, shape (R,).
         boxes_xyxy: In network input pixels, shape (R, 4).
         sizes_hw: Height and width of each level, for each image.
-        level: Which level.
-        stride: Input pixels per cell of it.
-
-    Returns:
-        The cells, on the CPU.
+        level: Index of the level.
+        stride: Its input pixels per cell.
     """
     sizes = [size[level] for size in sizes_hw]
     low = np.floor(boxes_xyxy[:, :2] / stride) - _MARGIN

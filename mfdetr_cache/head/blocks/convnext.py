@@ -11,11 +11,7 @@ _INITIAL_SCALE = 1e-6
 
 
 class ConvNeXtBlock(nn.Module):
-    """One block over a channels-last map.
-
-    Args:
-        width: Channels.
-    """
+    """One block over a channels-last map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

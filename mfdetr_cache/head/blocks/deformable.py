@@ -28,15 +28,9 @@ def num_heads_for(width: int, wanted: int = 8) -> int:
 
 
 def cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float = 0.0) -> Tensor:
-    """Normalised centres of all cells of all levels, levels one after the other, row-major.
+    """Normalised x and y in (0, 1) of all cells, level by level and row-major, shape (S, 2).
 
-    Args:
-        sizes_hw: Height and width of each level.
-        device: Device of the result.
-        shift: Added along both axes, in cells.
-
-    Returns:
-        x and y in (0, 1), shape (S, 2).
+    ``shift`` is added along both axes, in cells.
     """
     if is_plain(torch.empty(0, device=device)):
         return _kept_centres(sizes_hw, device, shift)
@@ -61,13 +55,7 @@ def _cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tens
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Deformable attention with the projections and the initialisation of Deformable DETR.
-
-    Args:
-        width: Channels D.
-        num_levels: Levels L.
-        num_points: Sampling points P per level and head.
-    """
+    """Deformable attention with the projections and the initialisation of Deformable DETR."""
 
     def __init__(self, width: int, num_levels: int, num_points: int = 4) -> None:
         super().__init__()
@@ -127,12 +115,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class DeformableLayer(nn.Module):
-    """Post-norm layer: deformable attention, then an FFN four times as wide with GELU.
-
-    Args:
-        width: Channels.
-        num_levels: Levels.
-    """
+    """Post-norm layer: deformable attention, then an FFN four times as wide with GELU."""
 
     def __init__(self, width: int, num_levels: int) -> None:
         super().__init__()

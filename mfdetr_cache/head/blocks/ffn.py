@@ -5,11 +5,7 @@ from torch.nn import functional
 
 
 class FfnBlock(nn.Module):
-    """FFN four times as wide with GELU, residual and norm, over channels-last maps.
-
-    Args:
-        width: Channels.
-    """
+    """FFN four times as wide with GELU, residual and norm, over channels-last maps."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -10,10 +10,7 @@ from mfdetr_cache.head.blocks.deformable import num_heads_for
 class SwinBlock(nn.Module):
     """Pre-norm windowed attention with relative position bias, over a channels-last map.
 
-    Args:
-        width: Channels.
-        window: Side of a window in cells.
-        shifted: Shift the windows by half their side.
+    ``window`` is the side of a window in cells; ``shifted`` shifts the windows by half of it.
     """
 
     relative_index: Tensor
@@ -45,7 +42,7 @@ class SwinBlock(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Refine maps of shape (B, h, w, D) of any size.
 
-        They are padded inside to whole windows; cells of padding are never attended to.
+        They are padded inside to whole windows; padding is never attended to.
         """
         maps = maps + self._attend(self.norm1(maps))
         refined: Tensor = maps + self.linear2(functional.gelu(self.linear1(self.norm2(maps))))
