@@ -32,17 +32,10 @@ def is_first_process() -> bool:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for people, in powers of 1000.
+    """Bytes in powers of 1000, to about three digits.
 
-    Args:
-        count: Bytes.
-
-    Returns:
-        Three digits or so and a unit.
-
-    Examples:
-        >>> human_bytes(245_911_668)
-        '246 MB'
+    >>> human_bytes(245_911_668)
+    '246 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
@@ -52,34 +45,19 @@ def human_bytes(count: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and what it counts.
+    """A number with its noun, in the plural unless it is 1.
 
-    Args:
-        count: How many.
-        noun: Of one; more take an s.
-
-    Returns:
-        Text.
-
-    Examples:
-        >>> counted(1, "part"), counted(0, "part")
-        ('1 part', '0 parts')
+    >>> counted(1, "part"), counted(0, "part")
+    ('1 part', '0 parts')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def human_time(seconds: float) -> str:
-    """A duration for people.
+    """Such as ``12 s``, ``3 min 20 s`` or ``2 h 5 min``.
 
-    Args:
-        seconds: Seconds.
-
-    Returns:
-        Such as ``12 s``, ``3 min 20 s`` or ``2 h 5 min``.
-
-    Examples:
-        >>> human_time(200)
-        '3 min 20 s'
+    >>> human_time(200)
+    '3 min 20 s'
     """
     whole = round(seconds)
     if whole < 60:
