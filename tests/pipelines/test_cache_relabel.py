@@ -75,7 +75,7 @@ def extracted(folder: Path, weights: Path, path: Path | str, **changes: Any) -> 
 def relabelled(
     path: Path, annotations: Path, detector: LiveDetector | None = None
 ) -> RelabelSummary:
-    config = RelabelConfig(str(path), annotations, detector or LiveDetector())
+    config = RelabelConfig(str(path), annotations, detector=detector or LiveDetector())
     return run_relabel(config, SilentReporter())
 
 

@@ -15,7 +15,7 @@ from mfdetr_pipelines.config.training import parse_assignments
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
     from mfdetr_pipelines.ablation.comparison import Comparison
-from mfdetr_pipelines.ablation.rows import AblationRow
+    from mfdetr_pipelines.ablation.rows import AblationRow
 
 
 @dataclass(frozen=True, slots=True)
