@@ -176,9 +176,19 @@ def _fill_on_cluster(
     return extracted, seconds
 
 
-@functools.lru_cache(maxsize=1)
+# What the last extraction of this worker process needs, by its settings; these have no hash.
+_KEPT: dict[str, tuple[CocoSplit, Detector, CacheContent]] = {}
+
+
 def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     """What all parts of an extraction need, kept by the worker process."""
+    if repr(config) not in _KEPT:
+        _KEPT.clear()
+        _KEPT[repr(config)] = _prepare(config)
+    return _KEPT[repr(config)]
+
+
+def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     split = _split_of(config)
     detector = load_detector(config.detector, config.weights, config.options)
     labelled = label_split(split, detector.spec, config.labels)
