@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -289,3 +290,26 @@ def test_gradients_flow_into_what_is_tuned_only(
     assert output.queries.requires_grad
     for spec in detector.spec.maps:
         assert output.maps[spec.name].requires_grad == (spec.role == "encoder")
+
+
+def test_no_code_of_a_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for an unknown model type nor beside a known one, whatever standard input says."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n"
+    unknown, known = tmp_path / "unknown", tmp_path / "known"
+    detectors.save_rtdetr(known)
+    unknown.mkdir()
+    for folder in (unknown, known):
+        (folder / "evil.py").write_text(code)
+    remote = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (unknown / "config.json").write_text(json.dumps(remote))
+    with pytest.raises(DetectorError, match="model type 'evil' has no adapter"):
+        load_detector("hf", str(unknown))
+    processor = known / "preprocessor_config.json"
+    settings = json.loads(processor.read_text())
+    remote = {"auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    processor.write_text(json.dumps(settings | remote))
+    plain = load_detector("auto", str(known))
+    assert plain.spec.name == "hf:rt_detr"
+    assert not marker.exists()
