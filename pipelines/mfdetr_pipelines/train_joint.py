@@ -119,7 +119,7 @@ def run_train_joint(
             same=("head", "train", "joint"),
         )
         reporter.say(
-            f"recipe {config.recipe.name}, {config.detector} {TUNED[config.tune]}: "
+            f"recipe {config.recipe.name}, {detector.spec.name} {TUNED[config.tune]}: "
             f"{tuner.num_parameters / 1e6:.1f} M of its parameters are trained; {train.steps} "
             f"steps of {train.batch_size} images ({len(images.rows)} with objects)"
         )

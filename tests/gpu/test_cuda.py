@@ -206,7 +206,6 @@ def test_detector_and_head_train_together(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
     config = TrainJointConfig(
-        "hf",
         str(rtdetr_folder),
         scenes_folder / "images",
         scenes_folder / "instances.json",

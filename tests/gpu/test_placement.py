@@ -145,7 +145,6 @@ def test_rows_learn_side_by_side(tmp_path: Path, drawn_cache: Path) -> None:
 
 def test_detector_and_head_learn_together(tmp_path: Path, scenes_folder: Path) -> None:
     config = TrainJointConfig(
-        "hf",
         str(demo_detector()),
         scenes_folder / "images",
         scenes_folder / "instances.json",

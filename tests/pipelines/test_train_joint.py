@@ -33,6 +33,7 @@ from tests.support import detectors
 from tests.support.configs import changed
 from tests.support.official import SMALL, write_checkpoint
 from tests.support.signals import stop_after
+from tests.support.small_checkpoints import write_small
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -369,3 +370,17 @@ def test_bad_input_gets_one_line(
     with pytest.raises(ConfigError, match="cannot be tuned"):
         run_train_joint(good, SilentReporter())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_authors_checkpoint_is_tuned_and_stays_one(tmp_path: Path, scenes_folder: Path) -> None:
+    """Which detector it is stands in the weights, before and after."""
+    write_small(tmp_path / "best.pth", "deimv2")
+    settings = config(
+        scenes_folder, tmp_path / "best.pth", tmp_path / "run", detector="auto", tune="all", limit=3
+    )
+    summary = run_train_joint(settings, SilentReporter())
+    before = load_detector("deimv2", str(tmp_path / "best.pth"))
+    after = load_detector("auto", summary.weights)
+    assert after.spec.name == "deimv2"
+    assert after.spec.weights_sha256 != before.spec.weights_sha256
+    assert after.spec.label_names == before.spec.label_names

@@ -44,11 +44,11 @@ class TrainJointConfig(TrainingRun):
     train-head.
 
     Example:
-        mfdetr train-joint --detector hf --weights DETECTOR --images coco/train2017
+        mfdetr train-joint --weights DETECTOR --images coco/train2017
         --annotations coco/annotations/instances_train2017.json --out runs/joint --tune all
 
     Attributes:
-        detector: A name that mfdetr detectors lists.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
         weights: Its checkpoint file, folder or hub id.
         images: Image folder of the training split.
         annotations: Its COCO instances JSON.
@@ -64,19 +64,19 @@ class TrainJointConfig(TrainingRun):
         options: What the user chose about the detector.
     """
 
-    detector: Annotated[str, Option(metavar="NAME")]
     weights: Annotated[str, Option(metavar="NAME")]
     images: Annotated[Path, FOLDER]
     annotations: Annotated[Path, FILE]
     out: Annotated[Path, Option(metavar="FOLDER")]
     recipe: Annotated[Recipe, Built(RecipeOptions)]
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
     tune: Annotated[Tune, Option(metavar="PART")] = "encoder-decoder"
     detector_lr: float = 0.1
     augment: Annotated[Augmentation, Option(metavar="POLICY")] = "none"
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)
-    options: Annotated[DetectorOptions, Only("encoder_layer")] = field(
+    options: Annotated[DetectorOptions, Only("encoder_layer", "labels")] = field(
         default_factory=DetectorOptions
     )
 
