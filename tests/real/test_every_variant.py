@@ -25,6 +25,7 @@ ROWS = [
     pytest.param(row, n == 4, id=f"table {n} {row.recipe.name}")
     for n in (2, 3, 4, 5, 6, 9, 12, 15)
     for row in rows_of_table(PAPER_TABLES[n])
+    if row.paper is None or row.paper.params_m != 0  # the others have nothing to train
 ]
 
 
