@@ -17,6 +17,7 @@ from mfdetr_pipelines.config.cache import (
     VerifyConfig,
     ViewConfig,
 )
+from mfdetr_pipelines.config.compare import CompareConfig
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.demo import DemoConfig, DetectorsConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
@@ -62,6 +63,7 @@ _register(app, "train-head", TrainHeadConfig, "train_head:train_head")
 _register(app, "train-joint", TrainJointConfig, "train_joint:train_joint")
 _register(app, "copy-paste", CopyPasteConfig, "copy_paste:copy_paste")
 _register(app, "evaluate", EvaluateConfig, "evaluate:evaluate")
+_register(app, "compare", CompareConfig, "compare:compare")
 _register(app, "predict", PredictConfig, "predict:predict")
 _register(app, "ablate", AblateConfig, "ablate:ablate")
 _register(app, "plan", PlanConfig, "plan:plan")

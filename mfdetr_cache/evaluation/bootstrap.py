@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.coco_metrics import Result, with_masks
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
 
@@ -32,21 +32,25 @@ class WeightedAP:
     def __init__(
         self, ground_truth: COCO, results: Sequence[Result], kind: Literal["bbox", "segm"]
     ) -> None:
+        if kind == "segm":
+            ground_truth = with_masks(ground_truth)
         wanted = "bbox" if kind == "bbox" else "segmentation"
         fields = ("image_id", "category_id", "score", wanted)
         plain = [{key: r[key] for key in fields} for r in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(ground_truth, ground_truth.loadRes(plain), kind)
+            # loadRes fails on an empty list; a COCO without annotations is what it would give.
+            found = ground_truth.loadRes(plain) if plain else COCO()
+            evaluation = COCOeval(ground_truth, found, kind)
             evaluation.params.areaRng = evaluation.params.areaRng[:1]
             evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
             evaluation.evaluate()
         self.image_ids = tuple(int(i) for i in evaluation.params.imgIds)
         count = len(self.image_ids)
-        found = evaluation.evalImgs
+        matched = evaluation.evalImgs
         self._categories = [
             matches
-            for start in range(0, len(found), count)
-            if (matches := _category(found[start : start + count])) is not None
+            for start in range(0, len(matched), count)
+            if (matches := _category(matched[start : start + count])) is not None
         ]
 
     def __call__(self, multiplicity: NDArray[np.float64]) -> float:
@@ -120,6 +124,12 @@ class PairedDifference:
     def is_noise(self) -> bool:
         """Whether the interval holds zero."""
         return self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        """In points, with the interval; ``~`` in front where it holds zero."""
+        mark = "~ " if self.is_noise else ""
+        low, high = 100 * self.low, 100 * self.high
+        return f"{mark}{100 * self.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def differences_to_first(

@@ -216,7 +216,7 @@ def measure_results(
         where there is an object, else -1.
     """
     if kind != "bbox":
-        ground_truth = _with_masks(ground_truth)
+        ground_truth = with_masks(ground_truth)
     objects = [a for a in ground_truth.dataset["annotations"] if not a["iscrowd"]]
     counts = Counter(int(a["category_id"]) for a in objects)
     names = category_names(ground_truth.dataset["categories"])
@@ -244,7 +244,7 @@ def measure_results(
     )
 
 
-def _with_masks(ground_truth: COCO) -> COCO:
+def with_masks(ground_truth: COCO) -> COCO:
     """The ground truth without the objects that have a box only."""
     document = ground_truth.dataset
     kept = [a for a in document["annotations"] if "segmentation" in a]

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.choices import Evaluator, Extra, Scoring
+from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.choices import Evaluator, Extra, Scoring, Which
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
@@ -31,7 +33,9 @@ from mfdetr_cache.evaluation.oracles import (
 )
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.cost import head_cost
+from mfdetr_cache.head.folder import HeadFolder, RunRecord, load_head
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
@@ -186,6 +190,36 @@ def measure(
         },
     )
     return summary, masks
+
+
+def open_to_measure(
+    location: Location, head: Path, reporter: Reporter, which: Which = "last"
+) -> tuple[FeatureCache, HeadFolder]:
+    """A complete cache and a trained head of the same detector.
+
+    The images are those that the head has not learned from, if it learned from this cache. Raises
+    CacheError (missing, unfinished or damaged), HeadError (no trained head) or IdentityError
+    (different detectors).
+    """
+    cache = FeatureCache.open(location)
+    folder = load_head(head, which)
+    require_same(
+        folder.detector, f"head {head}", detector_identity(cache.spec), f"cache {cache.path}"
+    )
+    cache.require_complete()
+    return _unseen(cache, folder.run, reporter), folder
+
+
+def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:
+    """The ``val_split`` images of the head's training cache; any other cache unchanged."""
+    if run.cache_id != cache.cache_id:
+        return cache
+    if not run.val_split:
+        reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
+        return cache
+    _, unseen = cache.split(run.val_split)
+    reporter.say(f"measuring on the {len(unseen)} images that the training left out")
+    return unseen
 
 
 def ground_truth_of(cache: FeatureCache) -> COCO:

@@ -1,6 +1,8 @@
 """Evaluate: masks of a trained head for a cached split, measured as COCO does."""
 
+import io
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,10 @@ import torch
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_same_detector
-from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure
+from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure, open_to_measure
 from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
-from mfdetr_cache.head.folder import RunRecord, load_head
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
@@ -32,13 +34,9 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     """
     assert config.cache is not None  # checked with the settings: it is these, or a results file
     assert config.head is not None
-    cache = FeatureCache.open(config.local_cache.before(config.cache))
-    folder = load_head(config.head, config.which)
-    require_same(
-        folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
+    cache, folder = open_to_measure(
+        config.local_cache.before(config.cache), config.head, reporter, config.which
     )
-    cache.require_complete()
-    cache = _unseen(cache, folder.run, reporter)
     device = torch_device(config.device)
     keep_freed_memory()
     summary, masks = measure(
@@ -58,20 +56,18 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         latency = {**summary.latency, "detector": timed}
         summary = replace(summary, latency=latency)
     if config.save_results is not None:
-        write_atomically(config.save_results, json_results(masks))
+        write_atomically(config.save_results, _results_file(config.save_results, masks))
     return summary
 
 
-def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:
-    """The ``val_split`` images of the head's training cache; any other cache unchanged."""
-    if run.cache_id != cache.cache_id:
-        return cache
-    if not run.val_split:
-        reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
-        return cache
-    _, unseen = cache.split(run.val_split)
-    reporter.say(f"measuring on the {len(unseen)} images that the training left out")
-    return unseen
+def _results_file(path: Path, masks: Sequence[Result]) -> bytes:
+    """A COCO results file; in a zip, under the zip's name, if the path says so."""
+    if path.suffix != ".zip":
+        return json_results(masks)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{path.stem}.json", json_results(masks))
+    return packed.getvalue()
 
 
 def seen_and_unseen(

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -310,5 +311,14 @@ def test_label_a_few_train_and_label_more(
         for n in (1, 2)
     )
     assert with_boxes["box"] == with_masks["box"]
+    # Without annotations there is no AP, but there are masks for the evaluation server.
+    packed = tmp_path / "detections_test-dev2017_fast_results.zip"
+    config = EvaluateConfig(f"{path}@0", tmp_path / "run", save_results=packed)
+    assert run_evaluate(config, SilentReporter()).mask.AP == -1
+    with zipfile.ZipFile(packed) as archive:
+        (name,) = archive.namelist()
+        results = json.loads(archive.read(name))
+    assert name == "detections_test-dev2017_fast_results.json"
+    assert {r["image_id"] for r in results} == {i["id"] for i in document["images"]}
     assert describe_cache(f"{path}@0").objects == 0
     assert run_verify(path, SilentReporter(), full=True).faults == ()

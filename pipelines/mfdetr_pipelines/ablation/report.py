@@ -51,7 +51,7 @@ def report_cells(result: RowResult) -> list[str]:
     return [
         result.plan.row.name,
         ap,
-        _versus(result),
+        "-" if result.against_first is None else str(result.against_first),
         *(percent(n) for n in ("AP50", "AP75", "APS", "APM", "APL")),
         number(None if cost is None else cost.parameters / 1e6),
         number(None if cost is None else cost.macs / 1e9),
@@ -63,16 +63,6 @@ def report_cells(result: RowResult) -> list[str]:
         number(None if paper is None else paper.params_m),
         number(None if paper is None else paper.macs_g),
     ]
-
-
-def _versus(result: RowResult) -> str:
-    """The difference to the first row in points with its 95 % interval; ~ if it contains 0."""
-    found = result.against_first
-    if found is None:
-        return "-"
-    low, high = 100 * found.low, 100 * found.high
-    mark = "~ " if found.is_noise else ""
-    return f"{mark}{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def write_report(

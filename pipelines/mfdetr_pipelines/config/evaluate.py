@@ -74,7 +74,8 @@ class EvaluateConfig(OnDevice):
         scoring: Class score times predicted IoU (iou, Eq. 13), times mean probability (mean,
             Eq. 2), or alone (class); auto is iou where the head predicts it, else mean.
         evaluator: Who computes AP; both give the same numbers.
-        save_results: Write the masks as a COCO results file.
+        save_results: Write the masks as a COCO results file. A name that ends in .zip gives what
+            COCO's evaluation server takes: detections_test-dev2017_NAME_results.zip.
         per_category: Show the AP of every category.
         extras: What else is measured.
         file: A results file, in place of cache and head.

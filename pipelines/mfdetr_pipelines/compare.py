@@ -1,0 +1,139 @@
+"""Compare: heads and results files on the same images, with intervals of their differences."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.results import load_results
+from mfdetr_cache.errors import CacheError, DatasetError
+from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, differences_to_first
+from mfdetr_cache.evaluation.coco_metrics import (
+    CocoMetrics,
+    Result,
+    evaluate_results,
+    ground_truth_of_split,
+)
+from mfdetr_cache.evaluation.measure import ground_truth_of, measure, open_to_measure
+from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.config.compare import CompareConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedSubject:
+    """One head or results file.
+
+    Attributes:
+        name: As it was given.
+        mask: Mask AP.
+        boundary: Boundary AP.
+        against_first: Difference of mask AP to the first with a 95 % interval; None for the first.
+    """
+
+    name: str
+    mask: CocoMetrics
+    boundary: CocoMetrics
+    against_first: PairedDifference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, metrics in [0, 1]."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSummary:
+    """What was compared, on how many images."""
+
+    num_images: int
+    subjects: tuple[ComparedSubject, ...]
+
+
+def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
+    """Measure every subject and draw images for the intervals.
+
+    Raises CacheError, HeadError or IdentityError as evaluate does, DatasetError for files that
+    cannot be used, and CacheError if the subjects are not of the same images.
+    """
+    split = None
+    if config.annotations is not None:
+        split = load_coco_split(config.annotations, on_bad=config.on_bad_annotation)
+        split.tell_faults(reporter)
+    found = dict(_masks_of_runs(config, split, reporter))
+    truth = _common_ground_truth([cache for cache, _ in found.values()], split)
+    masks = {run: results for run, (_, results) in found.items()}
+    for file in set(config.subjects) - set(config.runs):
+        assert split is not None  # checked with the settings
+        masks[file] = _masks_of_file(file, split, truth, config, reporter)
+    ordered = [masks[subject] for subject in config.subjects]
+    reporter.say(f"paired bootstrap over {len(truth.imgs)} images, {config.samples} samples")
+    aps = [[WeightedAP(truth, results, "segm")] for results in ordered]
+    differences = [None, *differences_to_first(aps, config.samples)]
+    return CompareSummary(
+        len(truth.imgs),
+        tuple(
+            ComparedSubject(
+                str(subject),
+                evaluate_results(truth, results, "segm"),
+                evaluate_results(truth, results, "boundary"),
+                difference,
+            )
+            for subject, results, difference in zip(
+                config.subjects, ordered, differences, strict=True
+            )
+        ),
+    )
+
+
+def _masks_of_runs(
+    config: CompareConfig, split: CocoSplit | None, reporter: Reporter
+) -> Iterable[tuple[Path, tuple[FeatureCache, list[Result]]]]:
+    """The cache and the masks of every run folder."""
+    device = torch_device(config.device)
+    keep_freed_memory()
+    locations = config.cache if len(config.cache) > 1 else config.cache * len(config.runs)
+    for run, location in zip(config.runs, locations, strict=True):
+        cache, folder = open_to_measure(
+            config.local_cache.before(location), run, reporter, config.which
+        )
+        if split is not None and cache.annotations.source["sha256"] != split.sha256:
+            raise CacheError(f"{cache.path} has other annotations than {config.annotations}")
+        reporter.say(str(run))
+        _, masks = measure(cache, folder.head.to(device), device, reporter, scoring=config.scoring)
+        yield run, (cache, masks)
+
+
+def _common_ground_truth(caches: Sequence[FeatureCache], split: CocoSplit | None) -> COCO:
+    """The objects of the images that every subject is measured on."""
+    if not caches:
+        assert split is not None  # checked with the settings
+        return ground_truth_of_split(split)
+    first, *others = caches
+    for other in others:
+        for what, ours, theirs in (
+            ("annotations", first.annotations.source["sha256"], other.annotations.source["sha256"]),
+            ("classes", first.is_class_agnostic, other.is_class_agnostic),
+            ("images", *([c.image_id(r) for r in c.rows] for c in (first, other))),
+        ):
+            if ours != theirs:
+                raise CacheError(
+                    f"{first.path} and {other.path} are of other {what}: what is measured on them "
+                    "cannot be compared"
+                )
+    return ground_truth_of(first)
+
+
+def _masks_of_file(
+    path: Path, split: CocoSplit, truth: COCO, config: CompareConfig, reporter: Reporter
+) -> list[Result]:
+    """The masks of a results file on the images of the ground truth."""
+    found = load_results(path, split, config.on_bad_annotation)
+    found.faults.tell(reporter)
+    masks = [r for r in found.with_field("segmentation") if r["image_id"] in truth.imgs]
+    if found.results and not masks:
+        raise DatasetError(f"{path} has no masks of these images")
+    return masks
