@@ -1,5 +1,6 @@
 """A real Ray cluster of several nodes on this machine, and one of its nodes killed on the way."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.pipelines.test_ablate import config as ablation
 from tests.pipelines.test_partition import files_of
 from tests.support import scenes
 
+# Workers are nice by 15 otherwise, and wait for whatever tests run beside them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray reads it
 ray = pytest.importorskip("ray")
 
 
