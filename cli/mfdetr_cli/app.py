@@ -14,6 +14,7 @@ from mfdetr_pipelines.config.cache import (
     InfoConfig,
     RelabelConfig,
     RepairConfig,
+    SuggestConfig,
     VerifyConfig,
     ViewConfig,
 )
@@ -77,6 +78,7 @@ _register(cache_app, "view", ViewConfig, "cache:view")
 _register(cache_app, "finish", FinishConfig, "cache:finish")
 _register(cache_app, "repair", RepairConfig, "cache:repair")
 _register(cache_app, "relabel", RelabelConfig, "cache:relabel")
+_register(cache_app, "suggest", SuggestConfig, "cache:suggest")
 _register(cache_app, "certify", CertifyConfig, "cache:certify")
 _register(cache_app, "bench", BenchConfig, "cache:bench")
 

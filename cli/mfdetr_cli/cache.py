@@ -10,6 +10,7 @@ from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.show import run_view
+from mfdetr_pipelines.cache.suggest import run_suggest
 from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.config.cache import (
     BenchConfig,
@@ -18,6 +19,7 @@ from mfdetr_pipelines.config.cache import (
     InfoConfig,
     RelabelConfig,
     RepairConfig,
+    SuggestConfig,
     VerifyConfig,
     ViewConfig,
 )
@@ -179,6 +181,27 @@ def relabel(config: RelabelConfig, json: Path | None) -> None:
         facts["not in the cache"] = counted(found.unused, "image")
     if found.images_extracted:
         facts["extracted again"] = f"crops of C1 of {counted(found.images_extracted, 'image')}"
+    print_facts(f"Cache {config.cache}", facts)
+
+
+def suggest(config: SuggestConfig, json: Path | None) -> None:
+    """List the images, the most worthwhile first."""
+    found = run_suggest(config, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), "head": str(config.head), **asdict(found)})
+    rows = [
+        [
+            image.file_name,
+            f"{image.uncertainty:.3f}",
+            ", ".join(f"{count} {name}" for name, count in image.objects.items()),
+        ]
+        for image in found.images
+    ]
+    print_table("Masks to draw next", ["image", "uncertainty", "objects found"], rows, "left")
+    facts = {"looked at": counted(found.looked_at, "image")}
+    if found.without_objects:
+        facts["nothing found in"] = counted(found.without_objects, "image")
+    if found.drawn:
+        facts["drawn already"] = counted(found.drawn, "image")
     print_facts(f"Cache {config.cache}", facts)
 
 

@@ -141,7 +141,7 @@ def measure(
     reporter.start("evaluate", len(cache), "images")
     with ThreadPoolExecutor(_WORKERS, "masks") as pool:
         behind: deque[Future[_Scored]] = deque()
-        for image in _images(cache, head.map_names):
+        for image in images_of(cache, cache.rows, head.map_names):
             begun = time.perf_counter()
             prediction = predict_masks(head, image, cache.spec, device, scoring)
             head_seconds.append(time.perf_counter() - begun)
@@ -231,10 +231,13 @@ def ground_truth_of(cache: FeatureCache) -> COCO:
     return coco_ground_truth(images, cache.categories)
 
 
-def _images(cache: FeatureCache, map_names: tuple[str, ...]) -> Iterator[CachedImage]:
+def images_of(
+    cache: FeatureCache, rows: Sequence[int], map_names: tuple[str, ...]
+) -> Iterator[CachedImage]:
+    """Rows of a cache with some of their maps, read ahead in a thread."""
     with ThreadPoolExecutor(1, "reader") as pool:
         yield from read_ahead(
-            lambda row: pool.submit(cache.read, row, map_names).result, cache.rows, _READ_AHEAD
+            lambda row: pool.submit(cache.read, row, map_names).result, rows, _READ_AHEAD
         )
 
 

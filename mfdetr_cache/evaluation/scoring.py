@@ -1,4 +1,4 @@
-"""Final scores of masks: Eq. 2 without mask scoring, Eq. 13 with it."""
+"""Scores of masks: Eq. 2 without mask scoring, Eq. 13 with it, and the IoU that a mask expects."""
 
 import torch
 from torch import Tensor
@@ -34,3 +34,26 @@ def mask_confidence(class_scores: Tensor, mask_probs: Tensor, threshold: float =
 def mask_iou_confidence(class_scores: Tensor, mask_iou: Tensor) -> Tensor:
     """Class score c_i times the predicted mask IoU clipped to [0, 1] (Eq. 13), shape (D,)."""
     return class_scores * torch.clamp(mask_iou, 0, 1)
+
+
+def expected_iou(mask_probs: Tensor, threshold: float = 0.5) -> Tensor:
+    """The IoU that a mask expects of itself: its probabilities taken as those of the true mask.
+
+    The expected intersection of the cells at or above the threshold with the true mask, over their
+    expected union with it.
+
+    Args:
+        mask_probs: After the sigmoid, in [0, 1], shape (D, H, W).
+        threshold: Probability from which on a cell is inside the mask.
+
+    Returns:
+        Expected IoUs in [0, 1], shape (D,); 0 for a mask without a cell above the threshold.
+
+    Examples:
+        >>> expected_iou(torch.tensor([[[0.9, 0.7], [0.4, 0.0]]]))
+        tensor([0.6667])
+    """
+    inside = mask_probs >= threshold
+    intersection = (mask_probs * inside).sum(dim=(1, 2))
+    union = inside.sum(dim=(1, 2)) + (mask_probs * ~inside).sum(dim=(1, 2))
+    return intersection / union.clamp(min=torch.finfo(mask_probs.dtype).tiny)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.options import LabelOptions
+from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Option, existing_cache
 from mfdetr_pipelines.config.shared import LiveDetector, OnDevice
 
@@ -156,6 +157,35 @@ class CertifyConfig(OnDevice):
     reference: Annotated["Location | None", Option(metavar="CACHE", parse=existing_cache)] = None
     samples: int = 1000
     detector: LiveDetector = field(default_factory=LiveDetector)
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestConfig(OnDevice):
+    """Name the images whose masks are most worth drawing next.
+
+    A head looks at the images that lack masks. First come those whose masks it is least sure of,
+    spread over the categories; see docs/datasets.md.
+
+    Example:
+        mfdetr cache suggest train2017.zarr --head runs/first --count 20
+
+    Attributes:
+        cache: The cache: a folder, or a URL.
+        head: Run folder of a trained head.
+        count: How many images.
+        threshold: Lowest class score of the objects that are looked at.
+    """
+
+    cache: Annotated["Location", _CACHE]
+    head: Annotated[Path, FOLDER]
+    count: int = 20
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"--count {self.count}: give 1 or more")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"--threshold {self.threshold:g}: class scores are from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
