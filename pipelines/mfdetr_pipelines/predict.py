@@ -71,7 +71,7 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     DatasetError if no file can be read, IdentityError if the head was trained with another
     detector.
     """
-    files = find_images(config.images)
+    files = find_images(config.images, config.out)
     results_path = config.out / RESULTS_FILE
     _require_ours(results_path)
     pictures = picture_paths(files, config.out)
@@ -146,11 +146,13 @@ def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> Pre
     )
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
+def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
     """Image and video files of files, folders, glob patterns and file:// URLs, without duplicates.
 
-    Folders are sorted. DatasetError if one of the patterns matches nothing.
+    Folders are sorted; what this command wrote to ``out`` before is not an input. DatasetError if
+    one of the patterns matches nothing else.
     """
+    ours = out.resolve()
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern.removeprefix("file://"))
@@ -162,6 +164,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             files = [path]
         else:
             files = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207
+        files = [f for f in files if f == path or f.parent.resolve() != ours or not _is_ours(f)]
         if not files:
             raise DatasetError(f"{pattern}: no image there; give files, folders or patterns")
         found.update(dict.fromkeys(files))

@@ -80,12 +80,39 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.png", "b/notes.txt", "a.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = find_images([str(tmp_path / "a.webp"), str(tmp_path / "b"), str(tmp_path / "*.webp")])
+    patterns = [str(tmp_path / "a.webp"), str(tmp_path / "b"), str(tmp_path / "*.webp")]
+    found = find_images(patterns, tmp_path / "b")
     assert [f.name for f in found] == ["a.webp", "1.png", "2.JPG"]
     with pytest.raises(DatasetError, match="no image there"):
-        find_images([str(tmp_path / "*.gif")])
+        find_images([str(tmp_path / "*.gif")], tmp_path)
     files = [Path("x/1.png"), Path("y/1.jpg"), Path("2.png")]
     assert [p.name for p in picture_paths(files, tmp_path)] == ["1.png", "1-2.png", "2.png"]
+
+
+def test_pictures_beside_their_photos_are_no_photos(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    """Into the folder of the photos: none is written over, and a second time gives the same."""
+    photos = tmp_path / "photos"
+    originals = {}
+    for file in sorted((scenes_folder / "images").iterdir())[:2]:
+        originals[file.name] = file.read_bytes()
+        (photos / "more").mkdir(parents=True, exist_ok=True)
+        (photos / "more" / file.name).write_bytes(originals[file.name])
+        (photos / file.name).write_bytes(originals[file.name])
+    found = []
+    for _ in range(2):
+        config = PredictConfig((str(photos),), str(rtdetr_folder), head, photos, top_k=1)
+        summary = run_predict(config, SilentReporter())
+        found.append([(i.file, i.picture) for i in summary.images])
+        written = {p for _, p in found[-1]}
+        assert len(written) == len(found[-1]) == 4
+        assert {p for p in photos.glob("*.png") if str(p) not in written} == {
+            photos / name for name in originals
+        }
+        for name, data in originals.items():
+            assert (photos / name).read_bytes() == (photos / "more" / name).read_bytes() == data
+    assert found[0] == found[1]
 
 
 def test_wrong_input_is_one_clear_line(
