@@ -54,6 +54,8 @@ def read_json(path: Path, kind: str, advice: str) -> JsonFile:
             data = _unpacked(path, kind, len(data))
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{kind} {path} cannot be read ({error})") from error
+    if not data.strip():
+        raise DatasetError(f"{kind} {path} is empty; was it written to its end?")
     try:
         document = json.loads(data)
     except RecursionError as error:

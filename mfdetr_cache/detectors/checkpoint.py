@@ -56,7 +56,7 @@ class Checkpoint:
 
     Attributes:
         path: The file.
-        tensors: The state dict; prefixes of wrappers (``module.``, ``_orig_mod.``) are removed.
+        tensors: The state dict; prefixes of wrappers (``module.``, ``model.``) are removed.
         class_names: Names of the classes in the order of the file; empty where it has none.
         settings: Plain values of the training arguments stored with the weights.
     """
@@ -178,14 +178,17 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in found.items()}
     if isinstance(document, Mapping) and "hyper_parameters" in document:
         # Lightning keeps losses and metrics beside the model.
-        own = {k: v for k, v in tensors.items() if k.startswith("model.")}
-        tensors = {k.removeprefix("model."): v for k, v in own.items()} or tensors
+        tensors = {k: v for k, v in tensors.items() if k.startswith("model.")} or tensors
     return _without_wrappers(tensors)
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what torch's wrappers put before them."""
-    return {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in tensors.items()}
+    """Names without what torch's wrappers, and modules that hold the detector, put before them."""
+    found = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in tensors.items()}
+    for prefix in ("model.", "module.", "detector."):
+        if found and all(name.startswith(prefix) for name in found):
+            return _without_wrappers({k.removeprefix(prefix): v for k, v in found.items()})
+    return found
 
 
 def _settings(document: object) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from mfdetr_cache.errors import DatasetError
     ("data", "message"),
     [
         (b"hello", "is not JSON"),
-        (b"", "is not JSON"),
+        (b"", "is empty"),
+        (gzip.compress(b" "), "is empty"),
         (b"[" * 200_000, "is nested too deeply"),
         (b'{"a":' * 200_000, "is nested too deeply"),
         (b"[" + b"9" * 5000 + b"]", "is not JSON"),

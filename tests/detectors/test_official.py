@@ -74,7 +74,10 @@ def test_containers_of_every_kind_give_the_same_detector(tmp_path: Path) -> None
     torch.save({"state_dict": weights}, tmp_path / "lightning.pth")
     torch.save({"model": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "ddp.pth")
     torch.save(document, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    save_file({k: v.clone() for k, v in weights.items()}, tmp_path / "c.safetensors")
+    torch.save({"ema": {"module": weights}, "model": {}}, tmp_path / "ema.pth")
+    for place, prefix in enumerate(("", "module.", "model._orig_mod.", "module.model.")):
+        wrapped = {prefix + k: v.clone() for k, v in weights.items()}
+        save_file(wrapped, tmp_path / f"{place}.safetensors")
     hashes = {load_detector("dino", str(file)).spec.weights_sha256 for file in tmp_path.iterdir()}
     assert len(hashes) == 1
 
