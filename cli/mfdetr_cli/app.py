@@ -34,7 +34,7 @@ from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
 from mfdetr_cli.signature import command_of, help_of
-from mfdetr_cli.text import harmless
+from mfdetr_cli.text import harmless, put
 
 _ABOUT = "Instance masks for any frozen DETR: extract once, train from the cache."
 _SETTINGS: dict[str, Any] = {
@@ -121,4 +121,4 @@ def main() -> None:
 
 def _print_error(error: Exception) -> None:
     text = " ".join(str(error).split())
-    sys.stderr.write(f"error: {harmless(text)}\n")
+    put(sys.stderr, f"error: {harmless(text)}\n")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mfdetr_cache.errors import MfdetrError
-from mfdetr_cli.text import harmless
+from mfdetr_cli.text import harmless, put
 
 # Cells up to so many letters are numbers or as good as numbers, and stay on one line.
 _LONGEST_WHOLE = 14
@@ -121,7 +121,7 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
 
 def print_lines(*lines: str) -> None:
     """Print lines as they are."""
-    _write("".join(f"{line}\n" for line in lines))
+    put(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
 def _console() -> Console:
@@ -140,18 +140,6 @@ def _print(console: Console, table: Table) -> None:
 
 def _encoding() -> str:
     return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
-
-
-def _write(text: str) -> None:
-    """Write to standard output; an error there does not end a command."""
-    if not sys.stdout:
-        return  # closed by whoever started the command
-    try:
-        sys.stdout.write(text.encode(_encoding(), "replace").decode(_encoding()))
-        sys.stdout.flush()
-    except OSError:
-        # A pipe that nobody reads any more, or a full disk: the rest is for nobody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:

@@ -1,5 +1,7 @@
 """Progress of a command: a bar on a terminal, else a line from time to time."""
 
+import io
+import sys
 import time
 
 from rich.console import Console
@@ -12,17 +14,36 @@ from rich.progress import (
 )
 
 from mfdetr_cli.console import human_bytes, human_time
-from mfdetr_cli.text import harmless
+from mfdetr_cli.text import harmless, put
 
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
+
+
+class _StandardError(io.TextIOBase):
+    """Standard error, which no closed pipe and no full disk breaks."""
+
+    def __init__(self) -> None:
+        # Kept: while a bar is shown, rich puts itself in its place.
+        self._stream = sys.stderr
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return (self._stream and self._stream.encoding) or "utf-8"
+
+    def isatty(self) -> bool:
+        return bool(self._stream) and self._stream.isatty()
+
+    def write(self, text: str, /) -> int:
+        put(self._stream, text)
+        return len(text)
 
 
 class ConsoleReporter:
     """Shows progress on standard error, since standard output is for results."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = Console(file=_StandardError(), soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._reset("", 0, "", 0)
 

@@ -1,6 +1,8 @@
-"""Text of others on a terminal: names of files and categories are shown, never obeyed."""
+"""Text on a terminal: names are shown and never obeyed, and no stream ends a command."""
 
+import os
 import unicodedata
+from typing import TextIO
 
 
 def harmless(text: str) -> str:
@@ -16,3 +18,16 @@ def _is_harmless(character: str) -> bool:
         return True
     turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
     return unicodedata.category(character) not in ("Cc", "Cs") and not turns
+
+
+def put(stream: TextIO | None, text: str) -> None:
+    """Write text to standard output or error; what is wrong with these ends no command."""
+    if stream is None:
+        return  # closed by whoever started the command
+    try:
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except OSError:
+        # A pipe that nobody reads any more, or a full disk: the rest is for nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

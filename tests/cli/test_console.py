@@ -50,6 +50,11 @@ PRINTS = (
     "print_table('t', ['', 'n'], [['\u87ba\u4e1d', '12.5']])\n"
     "print_lines(*['a line'] * 20_000)\nprint_lines('the last one')\nsys.exit(7)"
 )
+WARNS = (
+    "import sys\nfrom mfdetr_cli.progress import ConsoleReporter\n"
+    "reporter = ConsoleReporter()\nfor _ in range(20):\n    reporter.warn('a' * 9999)\n"
+    "print('12.5')\nsys.exit(7)"
+)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,19 @@ def test_standard_output_ends_no_command(shell: str, output: str) -> None:
     assert done.returncode == 7
     assert done.stderr == ""
     assert output in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["{} 2> >(head -n 1)", "{} 2> /dev/full", "{} 2>&-"])
+def test_standard_error_ends_no_command(shell: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", shell.format(f'"{sys.executable}" -c "$WARNS"')],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WARNS": WARNS},
+        check=False,
+    )
+    assert done.returncode == 7
+    assert "12.5" in done.stdout
 
 
 def calls(function: ast.FunctionDef) -> list[str]:
