@@ -116,21 +116,10 @@ def read_images(
     Raises:
         DatasetError: If an id is listed twice, or a file name leads out of the folder.
     """
-    listed: dict[SourceId, dict[str, Any]] = {}
-    for number, image in enumerate(raw):
-        written = source_id(image.get("id")) if isinstance(image, dict) else None
-        if written is None:
-            faults.refuse(f"image {number} (counted from 0)", "lacks an 'id'")
-            continue
-        if written in listed and image.get("file_name") != listed[written].get("file_name"):
-            raise DatasetError(
-                f"annotation file {path} lists an image id twice: {written} is "
-                f"{short(listed[written].get('file_name'))} and {short(image.get('file_name'))}; "
-                "give every image its own id"
-            )
-        listed.setdefault(written, image)
+    listed = _listed(path, raw, faults)
     ids = dict(zip(listed, internal_ids(list(listed)), strict=True))
     found: dict[SourceId, ImageEntry] = {}
+    names: set[str] = set()
     for written, image in listed.items():
         if limit is not None and len(found) == limit:
             break
@@ -148,10 +137,31 @@ def read_images(
         else:
             faults.refuse(where, f"lacks a 'file_name' (it is {short(name)})")
             continue
+        if name and name in names:
+            faults.notice(where, "file_name is that of another image too, so it counts twice")
+        names.add(name)
         size = _size(image, where, name, folder, faults)
         if size is not None:
             found[written] = ImageEntry(own, name, size, None if own == written else written)
     return found
+
+
+def _listed(path: Path, raw: Sequence[Any], faults: Faults) -> dict[SourceId, dict[str, Any]]:
+    """The images that have an id, each once."""
+    listed: dict[SourceId, dict[str, Any]] = {}
+    for number, image in enumerate(raw):
+        written = source_id(image.get("id")) if isinstance(image, dict) else None
+        if written is None:
+            faults.refuse(f"image {number} (counted from 0)", "lacks an 'id'")
+            continue
+        if written in listed and image.get("file_name") != listed[written].get("file_name"):
+            raise DatasetError(
+                f"annotation file {path} lists an image id twice: {written} is "
+                f"{short(listed[written].get('file_name'))} and {short(image.get('file_name'))}; "
+                "give every image its own id"
+            )
+        listed.setdefault(written, image)
+    return listed
 
 
 def _size(

@@ -264,6 +264,18 @@ def test_boxes_beside_their_masks_are_worth_a_word(
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
 
 
+def test_a_file_that_is_listed_twice_is_worth_a_word(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    document["images"].append({**document["images"][0], "id": 7})
+    reporter = SilentReporter()
+    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
+    name = document["images"][0]["file_name"]
+    (said,) = reporter.messages
+    assert "1 of 9 images: file_name is that of another image too, so it counts twice" in said
+    assert f"(image 7 ({name}))" in said
+
+
 def test_null_names_are_no_names(tmp_path: Path, document: dict[str, Any]) -> None:
     document["categories"][1]["name"] = None
     names = [c.name for c in load_coco_split(written(tmp_path, document)).categories]
