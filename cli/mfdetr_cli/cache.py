@@ -29,6 +29,7 @@ from mfdetr_cli.console import (
     counted,
     human_bytes,
     metric_rows,
+    percent,
     print_facts,
     print_lines,
     print_table,
@@ -61,8 +62,8 @@ def info(config: InfoConfig, json: Path | None) -> None:
     }
     for found in about.certificates:
         facts[f"certified {found.head[:8]}"] = (
-            f"mask AP {100 * found.AP:.2f}, {100 * found.AP_reference:.2f} on {found.reference} "
-            f"features: {100 * found.difference:+.2f} "
+            f"mask AP {percent(found.AP, 2)}, {percent(found.AP_reference, 2)} on "
+            f"{found.reference} features: {100 * found.difference:+.2f} "
             f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
         )
     for skip in about.skipped[:10]:
@@ -212,8 +213,8 @@ def certify(config: CertifyConfig, json: Path | None) -> None:
     print_facts(
         f"Cache {config.cache}",
         {
-            f"AP on {found.reference}": f"{100 * found.AP_reference:.2f}",
-            f"AP on {found.preset}": f"{100 * found.AP:.2f}",
+            f"AP on {found.reference}": percent(found.AP_reference, 2),
+            f"AP on {found.preset}": percent(found.AP, 2),
             "difference": f"{100 * found.difference:+.2f}, 95 % interval "
             f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}] over {found.images} images",
         },

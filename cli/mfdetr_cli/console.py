@@ -142,13 +142,21 @@ def _encoding() -> str:
     return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
 
 
+def percent(value: float, digits: int = 1) -> str:
+    """A metric in [0, 1] in percent; a dash for -1, where there was nothing to measure.
+
+    >>> percent(0.4567), percent(-1.0)
+    ('45.7', '-')
+    """
+    return f"{100 * value:.{digits}f}" if value >= 0 else "-"
+
+
 def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:
     """Table rows of COCO metrics in [0, 1], in percent; -1 is a dash, rows of None are left out."""
     rows = []
     for name, metrics in named.items():
         if metrics is not None:
-            cells = [f"{100 * v:.1f}" if v >= 0 else "-" for v in metrics.values()]
-            rows.append([name, *cells])
+            rows.append([name, *map(percent, metrics.values())])
     return rows
 
 

@@ -13,6 +13,7 @@ from mfdetr_cache.evaluation.oracles import ORACLES
 from mfdetr_cli.console import (
     human_time,
     metric_rows,
+    percent,
     print_evaluation,
     print_facts,
     print_table,
@@ -65,7 +66,7 @@ def _facts(summary: EvaluateSummary) -> dict[str, str]:
     )
     parts = summary.details.get("held_out")
     if parts is not None:
-        seen, unseen = (f"{100 * parts[k]:.1f}" for k in ("seen_AP", "unseen_AP"))
+        seen, unseen = (percent(parts[k]) for k in ("seen_AP", "unseen_AP"))
         facts["categories"] = f"mask AP {seen} of those seen in training, {unseen} of the others"
     for name, latency in summary.latency.items():
         median, p90 = 1000 * latency.median, 1000 * latency.p90
@@ -90,10 +91,10 @@ def _show(
     names = list(details)
     lists = [details[name]["categories"] for name in names]
     rows = [
-        [same[0]["name"], str(same[0]["objects"])]
-        + [f"{100 * c[key]:.1f}" for c in same for key in ("AP", "AP50")]
+        [same[0]["name"], str(max(c["objects"] for c in same))]
+        + [percent(c[key]) for c in same for key in ("AP", "AP50")]
         for same in zip(*lists, strict=True)
-        if same[0]["objects"]
+        if any(c["objects"] for c in same)
     ]
     heads = [f"{name} {key}" for name in names for key in ("AP", "AP50")]
     print_table("Categories", ["", "objects", *heads], rows)

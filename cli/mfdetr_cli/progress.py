@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -43,7 +44,9 @@ class ConsoleReporter:
     """Shows progress on standard error, since standard output is for results."""
 
     def __init__(self) -> None:
-        self._console = Console(file=_StandardError(), soft_wrap=True, highlight=False)
+        self._console = Console(
+            file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False
+        )
         self._progress: Progress | None = None
         self._reset("", 0, "", 0)
 

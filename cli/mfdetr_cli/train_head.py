@@ -9,6 +9,7 @@ from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_cli.console import (
     human_time,
     is_first_process,
+    percent,
     print_evaluation,
     print_facts,
     write_json,
@@ -35,7 +36,7 @@ def train_head(config: TrainHeadConfig, json: Path | None) -> None:
         "loss": f"{summary.loss:.3f} (mean of the last steps)",
     }
     if summary.best_AP is not None and summary.best_step != summary.steps:
-        facts["best"] = f"mask AP {100 * summary.best_AP:.1f} at step {summary.best_step}"
+        facts["best"] = f"mask AP {percent(summary.best_AP)} at step {summary.best_step}"
     print_facts(f"Head {config.out}", facts)
     if metrics is not None:
         print_evaluation("Validation, in percent", metrics)

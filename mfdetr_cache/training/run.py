@@ -117,7 +117,7 @@ class Run:
                 f"loss {learner.recent_loss():.3f} (bce {report.bce:.3f}, dice {report.dice:.3f}, "
                 f"iou {report.scoring:.3f}){boxes}",
             ]
-        if self._last_ap is not None:
+        if self._last_ap is not None and self._last_ap >= 0:
             parts.append(f"val AP {100 * self._last_ap:.1f}")
         return ", ".join(parts)
 

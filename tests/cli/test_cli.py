@@ -168,7 +168,7 @@ def test_every_table_can_be_looked_at(number: int, tmp_path: Path) -> None:
         assert all((row[k] is not None) == trained for k in ("steps", "batch_size", "epochs"))
 
 
-def test_plan_bench_certify_and_ablate_run(
+def test_plan_bench_certify_suggest_and_ablate_run(
     tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
     run(
@@ -194,6 +194,13 @@ def test_plan_bench_certify_and_ablate_run(
         drawn_cache, "--samples", 3, "--device", "cpu", "--json", tmp_path / "c.json",
     )  # fmt: skip
     assert json.loads((tmp_path / "c.json").read_text())["difference"] == 0
+    said = run(
+        "cache", "suggest", copy, "--head", tmp_path / "ab/rows/paper/seed-0", "--count", 3,
+        "--threshold", 0, "--device", "cpu", "--json", tmp_path / "s.json",
+    ).output  # fmt: skip
+    suggested = json.loads((tmp_path / "s.json").read_text())["images"]
+    assert len(suggested) == 3
+    assert all(image["file_name"] in said for image in suggested)
     assert "certified" in run("cache", "info", copy).output
 
 
@@ -225,6 +232,22 @@ def test_a_results_file_is_measured(tmp_path: Path, scenes_folder: Path) -> None
     (tmp_path / "r.json").write_text(json.dumps(results))
     output = run("evaluate", "--results", tmp_path / "r.json", "--annotations", annotations).output
     assert "100.0" in output
+    # Nobody drew masks of one category: a dash, beside its boxes.
+    first = truth["annotations"][0]["category_id"]
+    for annotation, result in zip(truth["annotations"], results, strict=True):
+        result["segmentation"] = annotation["segmentation"]
+        if annotation["category_id"] == first:
+            annotation["segmentation"] = None
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    output = run(
+        *("evaluate", "--results", tmp_path / "r.json", "--annotations", tmp_path / "a.json"),
+        *("--per-category", "--no-boundary"),
+    ).output
+    name = next(c["name"] for c in truth["categories"] if c["id"] == first)
+    row = next(line for line in output.splitlines() if line.startswith(name))
+    assert row.split() == [name, "8", "-", "-", "100.0", "100.0"]
+    assert "-100" not in output
     finished = mfdetr("evaluate", "--results", tmp_path / "r.json")
     assert finished.returncode == 2
     assert "--results FILE goes with --annotations FILE" in finished.stderr
