@@ -24,6 +24,7 @@ from mfdetr_pipelines.config.demo import DemoConfig, DetectorsConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
@@ -59,6 +60,7 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
 
 
+_register(app, "fit", FitConfig, "fit:fit")
 _register(app, "extract", ExtractConfig, "extract:extract")
 _register(app, "train-head", TrainHeadConfig, "train_head:train_head")
 _register(app, "train-joint", TrainJointConfig, "train_joint:train_joint")

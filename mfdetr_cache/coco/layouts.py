@@ -82,6 +82,13 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
     return found[names[0]]
 
 
+def split_to_measure(folder: Path) -> str | None:
+    """The split of a dataset that is there for measuring, ``val`` before ``test``; or None."""
+    names = sorted(dict(_splits(folder)))
+    meant = (n for split in ("val", "test") for n in names if _is_meant(n, split))
+    return next(meant, None)
+
+
 def _is_meant(name: str, split: str) -> bool:
     """Whether a split is called so by another tool, or with a year behind it."""
     same = next((names for names in _SAME if split in names), {split})

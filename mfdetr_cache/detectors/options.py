@@ -12,7 +12,7 @@ from mfdetr_cache.options import Option
 NO_OBJECT = "no object"
 
 
-def _names_in_file(text: str) -> tuple[str, ...]:
+def names_in_file(text: str) -> tuple[str, ...]:
     """One name a line, as ``--labels`` takes them."""
     try:
         lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
@@ -50,7 +50,7 @@ class DetectorOptions:
             "such level."
         ),
     ] = True
-    labels: Annotated[tuple[str, ...], Option(metavar="FILE", parse=_names_in_file)] = ()
+    labels: Annotated[tuple[str, ...], Option(metavar="FILE", parse=names_in_file)] = ()
 
 
 def options_of(identity: Mapping[str, Any]) -> DetectorOptions:

@@ -10,7 +10,7 @@ from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.config import Length
 
 
 def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
@@ -31,12 +31,10 @@ def test_the_detector_is_small() -> None:
 
 
 def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages, on fewer scenes and steps."""
+    """All steps, on fewer scenes and training steps."""
     monkeypatch.setattr(demo, "_TRAIN_SCENES", 16)
     monkeypatch.setattr(demo, "_VAL_SCENES", 6)
-    short = build_recipe("demo", {"steps": "4"})
-    monkeypatch.setattr(demo, "build_recipe", lambda *_: short)
-    summary = demo.run_demo(tmp_path / "demo", SilentReporter())
+    summary = demo.run_demo(tmp_path / "demo", SilentReporter(), Length(4))
     assert summary.evaluation.num_images == 6
     assert summary.evaluation.box.AP > 0.3
     assert set(summary.seconds) >= {"extract train", "train the head", "evaluate"}

@@ -1,0 +1,36 @@
+"""``mfdetr fit``."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mfdetr_pipelines.config.fit import FitConfig
+from mfdetr_pipelines.fit import FitSummary, run_fit
+
+from mfdetr_cli.console import (
+    human_bytes,
+    human_time,
+    print_evaluation,
+    print_facts,
+    print_lines,
+    write_json,
+)
+from mfdetr_cli.progress import ConsoleReporter
+
+
+def fit(config: FitConfig, json: Path | None) -> None:
+    """Go the whole way, and say what came of it."""
+    show(run_fit(config, ConsoleReporter()), json)
+
+
+def show(summary: FitSummary, json: Path | None) -> None:
+    """Say what came of it, where to look and how to go on."""
+    result = summary.evaluation
+    metrics = result.metrics()
+    about = {k: v for k, v in asdict(summary).items() if k != "evaluation"}
+    write_json(json, {**asdict(result), **metrics, **about})
+    print_evaluation(f"{result.num_images} images not learned from, in percent", metrics)
+    facts = {step: human_time(seconds) for step, seconds in summary.seconds.items()}
+    facts["in all"] = human_time(sum(summary.seconds.values()))
+    print_facts("What it took", {**facts, "caches": human_bytes(summary.cache_bytes)})
+    print_facts("Look at", {"page": str(summary.page), "pictures": str(summary.pictures[0].parent)})
+    print_lines("How to go on:", *(f"  {command}" for command in summary.next_commands))

@@ -1,0 +1,74 @@
+"""What ``mfdetr fit`` is told."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.options import LabelOptions
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.options import FILE, FOLDER, Option
+from mfdetr_cache.training.config import Length
+from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.config.training import RECIPE
+
+_VIEWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig(OnDevice):
+    """From a dataset and a detector to masks: extract, train, evaluate, draw, in one command.
+
+    Every step is a command of its own, printed as it begins. The same command goes on where a
+    stopped one left off. Ends with a page of figures and pictures, and the commands to go on with.
+
+    Example:
+        mfdetr fit --dataset animals --weights rfdetr-animals.pth --out runs/animals
+
+    Attributes:
+        dataset: Folder of a dataset in the layout of COCO, Roboflow or YOLO.
+        weights: The detector: hub id, folder in its layout, or a checkpoint of its authors' code.
+        out: Folder for caches, head, pictures and page.
+        train_split: Split to learn from.
+        val_split: Split to measure on; by default the one that is called val or valid, else test.
+            Without any, every fifth training image is left out of training for it.
+        detector: A name that mfdetr detectors lists; by default what the weights say.
+        labels: Names of the detector's classes, one a line in the order of its outputs, where its
+            weights have none or wrong ones.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
+        views: Augmented passes per training image. Each adds to the cache what the plain pass
+            takes.
+        recipe: How the head is made and trained.
+        length: In place of the recipe's.
+        categories: Which category stands for which label.
+    """
+
+    dataset: Annotated[Path, FOLDER]
+    weights: Annotated[str, Option(metavar="NAME")]
+    out: Annotated[Path, Option(metavar="FOLDER")]
+    train_split: Annotated[str, Option(metavar="NAME")] = "train"
+    val_split: Annotated[str | None, Option(metavar="NAME")] = None
+    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    labels: Annotated[Path | None, FILE] = None
+    on_bad_annotation: OnBad = "stop"
+    views: int = _VIEWS
+    recipe: Annotated[str, RECIPE] = "fast"
+    length: Length = field(default_factory=Length)
+    categories: LabelOptions = field(default_factory=LabelOptions)
+
+    def __post_init__(self) -> None:
+        if self.views < 0:
+            raise ConfigError(f"--views {self.views}: give 0 or more augmented views")
+
+    @property
+    def words_of_labels(self) -> Iterator[str]:
+        """What was chosen about categories and labels, as typed."""
+        if self.labels is not None:
+            yield from ("--labels", str(self.labels))
+        for category, label in self.categories.map.items():
+            yield from ("--map", f"{category}={label}")
+        if self.categories.only:
+            yield from ("--only", ",".join(self.categories.only))
+        if self.categories.class_agnostic:
+            yield "--class-agnostic"

@@ -1,0 +1,298 @@
+"""Fit: a dataset and a detector in, a trained head with figures and pictures out."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from matplotlib.axes import Axes
+from PIL import Image
+
+from mfdetr_cache.coco.layouts import find_split, split_to_measure
+from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
+from mfdetr_cache.errors import MfdetrError
+from mfdetr_cache.evaluation.measure import EvaluateSummary, open_to_measure
+from mfdetr_cache.evaluation.panels import prediction_panels
+from mfdetr_cache.extraction.options import ViewOptions
+from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
+from mfdetr_cache.head.folder import CONFIG_FILE
+from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.run_log import METRICS_FILE
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.fit import FitConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.evaluate import run_evaluate
+from mfdetr_pipelines.extract import ExtractSummary, run_extract
+from mfdetr_pipelines.pages.chart import draw
+from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page
+from mfdetr_pipelines.train_head import run_train_head
+
+ResultT = TypeVar("ResultT")
+
+_NUM_PICTURES = 10
+# Every so many-th training image is measured on where the dataset has no other split.
+_HELD_OUT = 5
+_LOSSES = {"bce": "cross-entropy", "dice": "dice", "scoring": "predicted IoU"}
+_TRAIN_CACHE, _VAL_CACHE, _HEAD, _PAGE = "train.zarr", "val.zarr", "head", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class FitSummary:
+    """What came of it.
+
+    Attributes:
+        out: All files.
+        head: Run folder of the head.
+        page: Figures and pictures.
+        pictures: Image, boxes, masks and annotation of some images that were not learned from.
+        seconds: Time of each step, of this call.
+        cache_bytes: Size of the caches.
+        evaluation: The metrics.
+        commands: What was run, as typed.
+        next_commands: What to go on with.
+    """
+
+    out: Path
+    head: Path
+    page: Path
+    pictures: tuple[Path, ...]
+    seconds: dict[str, float]
+    cache_bytes: int
+    evaluation: EvaluateSummary
+    commands: tuple[str, ...]
+    next_commands: tuple[str, ...]
+
+
+class _Steps:
+    """Runs one command after the other, saying which and keeping how long it took."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.seconds: dict[str, float] = {}
+        self.commands: list[str] = []
+        self._reporter = reporter
+
+    def run(self, name: str, words: Iterable[str], action: Callable[[], ResultT]) -> ResultT:
+        self.commands.append(shlex.join(("mfdetr", *words)))
+        self._reporter.say(f"\n$ {self.commands[-1]}")
+        started = time.perf_counter()
+        result = action()
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
+    """Extract, train, evaluate and draw; what an earlier call has done is not done again.
+
+    Raises what ``extract``, ``train-head`` and ``evaluate`` raise, and MfdetrError if ``out`` is
+    not empty and holds no such run.
+    """
+    if is_taken(config.out) and not (config.out / _TRAIN_CACHE).exists():
+        raise MfdetrError(f"{config.out} is not empty; nothing was touched, choose another --out")
+    make_folder(config.out)
+    steps, head = _Steps(reporter), config.out / _HEAD
+    val_split = config.val_split or split_to_measure(config.dataset)
+    learned = _extract(config, steps, reporter, config.train_split, _TRAIN_CACHE, config.views)
+    caches = {config.train_split: learned}
+    if val_split is not None:
+        caches[val_split] = _extract(config, steps, reporter, val_split, _VAL_CACHE, 0)
+    _train(config, steps, reporter, held_out=val_split is None)
+    measured_on = config.out / (_TRAIN_CACHE if val_split is None else _VAL_CACHE)
+    words = ["evaluate", "--cache", str(measured_on), "--head", str(head), *_device(config)]
+    evaluation = steps.run(
+        "evaluate",
+        words,
+        lambda: run_evaluate(
+            EvaluateConfig(str(measured_on), head, device=config.device), reporter
+        ),
+    )
+    images = find_split(config.dataset, val_split or config.train_split).images
+    started = time.perf_counter()
+    pictures = _pictures(config, measured_on, images)
+    steps.seconds["pictures"] = time.perf_counter() - started
+    summary = FitSummary(
+        out=config.out,
+        head=head,
+        page=config.out / _PAGE,
+        pictures=tuple(pictures),
+        seconds=steps.seconds,
+        cache_bytes=sum(c.stored_bytes for c in caches.values()),
+        evaluation=evaluation,
+        commands=tuple(steps.commands),
+        next_commands=_next_commands(config, measured_on),
+    )
+    write_atomically(summary.page, _page(config, caches, summary, pictures).encode())
+    return summary
+
+
+def _extract(
+    config: FitConfig, steps: _Steps, reporter: Reporter, split: str, cache: str, views: int
+) -> ExtractSummary:
+    options = DetectorOptions(labels=names_in_file(str(config.labels)) if config.labels else ())
+    extract = ExtractConfig(
+        config.weights,
+        str(config.out / cache),
+        dataset=config.dataset,
+        split=split,
+        on_bad_annotation=config.on_bad_annotation,
+        detector=config.detector,
+        options=options,
+        labels=config.categories,
+        views=ViewOptions(views),
+        device=config.device,
+    )
+    words = ["extract", "--weights", config.weights, "--cache", str(extract.cache)]
+    words += ["--dataset", str(config.dataset), "--split", split]
+    words += ["--on-bad-annotation", "skip"] if config.on_bad_annotation == "skip" else []
+    words += ["--detector", config.detector] if config.detector != "auto" else []
+    words += [*config.words_of_labels, *(["--views", str(views)] if views else [])]
+    return steps.run(
+        f"extract {split}", [*words, *_device(config)], lambda: run_extract(extract, reporter)
+    )
+
+
+def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bool) -> None:
+    cache, out, length = config.out / _TRAIN_CACHE, config.out / _HEAD, config.length
+    settings = {"val_split": str(_HELD_OUT)} if held_out else {}
+    resume = (out / CONFIG_FILE).exists()
+    train = TrainHeadConfig(
+        str(cache),
+        out,
+        build_recipe(config.recipe, settings),
+        length=length,
+        resume=resume,
+        device=config.device,
+    )
+    words = ["train-head", "--cache", str(cache), "--out", str(out), "--recipe", config.recipe]
+    words += [word for item in settings.items() for word in ("--set", "=".join(item))]
+    words += ["--max-steps", str(length.max_steps)] if length.max_steps else []
+    words += ["--epochs", f"{length.epochs:g}"] if length.epochs else []
+    words += [*(["--resume"] if resume else []), *_device(config)]
+    steps.run("train the head", words, lambda: run_train_head(train, reporter))
+
+
+def _device(config: FitConfig) -> list[str]:
+    return [] if config.device == "auto" else ["--device", config.device]
+
+
+def _next_commands(config: FitConfig, measured_on: Path) -> tuple[str, ...]:
+    """Masks for other photos, a longer training, and what its masks lack."""
+    head, cache = str(config.out / _HEAD), str(config.out / _TRAIN_CACHE)
+    longer = str(config.out / "head-longer")
+    detector = ["--detector", config.detector] if config.detector != "auto" else []
+    commands = (
+        (
+            "predict",
+            "PHOTOS",
+            "--weights",
+            config.weights,
+            *detector,
+            "--head",
+            head,
+            "--out",
+            "MASKS",
+        ),
+        (
+            "train-head",
+            "--cache",
+            cache,
+            "--out",
+            longer,
+            "--recipe",
+            config.recipe,
+            "--max-steps",
+            "N",
+        ),
+        ("evaluate", "--cache", str(measured_on), "--head", head, "--oracles", "--per-category"),
+    )
+    return tuple(shlex.join(("mfdetr", *words)) for words in commands)
+
+
+def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, Image.Image]:
+    """Panels of images that are spread over those that were measured on, as files."""
+    device = torch_device(config.device)
+    cache, folder = open_to_measure(str(measured_on), config.out / _HEAD, SilentReporter())
+    head = folder.head.to(device)
+    rows = cache.rows[:: max(1, len(cache.rows) // _NUM_PICTURES)][:_NUM_PICTURES]
+    made = {}
+    make_folder(config.out / "pictures")
+    for row in rows:
+        path = config.out / "pictures" / f"{Path(cache.file_name(row)).stem}.png"
+        made[path] = prediction_panels(cache, row, head, images, device)
+        with writing(path):
+            made[path].save(path)
+    return made
+
+
+def _page(
+    config: FitConfig,
+    caches: Mapping[str, ExtractSummary],
+    summary: FitSummary,
+    pictures: Mapping[Path, Image.Image],
+) -> str:
+    metrics = {k: v for k, v in summary.evaluation.metrics().items() if v is not None}
+    boxes = summary.evaluation.details["box"]["categories"]
+    masks = summary.evaluation.details["mask"]["categories"]
+    facts = {
+        "dataset": str(config.dataset),
+        "detector": config.weights,
+        **{f"images of {name}": str(c.num_images) for name, c in caches.items()},
+        "measured on": f"{summary.evaluation.num_images} images that were not learned from",
+        "caches": f"{summary.cache_bytes / 1e6:.0f} MB",
+        "mask network": f"{summary.evaluation.parameters / 1e6:.2f} M parameters, recipe "
+        f"{config.recipe}",
+    }
+    return html_page(
+        f"Masks for {config.dataset.name}",
+        [
+            Section(facts=facts),
+            Section(
+                "How good they are",
+                charts=[_loss_curve(summary.head / METRICS_FILE)],
+                columns=["in percent", *next(iter(metrics.values()))],
+                cells=[[name, *map(_percent, found.values())] for name, found in metrics.items()],
+                text="Floor: the box as mask. Ceiling: the annotated mask inside the predicted "
+                "box. A mask network lies between them.",
+            ),
+            Section(
+                "By category",
+                columns=["", "objects", "box AP", "mask AP"],
+                cells=[
+                    [m["name"], str(m["objects"]), _percent(b["AP"]), _percent(m["AP"])]
+                    for b, m in zip(boxes, masks, strict=True)
+                    if m["objects"]
+                ],
+            ),
+            Section(
+                "What they look like",
+                rows=[PanelRow(p.stem, (Panel("", image),)) for p, image in pictures.items()],
+            ),
+            Section("What was run", notes=summary.commands),
+            Section("How to go on", notes=summary.next_commands),
+        ],
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if value >= 0 else "-"
+
+
+def _loss_curve(path: Path) -> str:
+    """The parts of the training's loss by step."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def plot(axes: Axes) -> None:
+        for name, text in _LOSSES.items():
+            points = [(line["step"], line[name]) for line in lines if line.get(name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=text)
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        axes.legend(frameon=False)
+
+    return draw(plot, 6, 2.4).to_svg()

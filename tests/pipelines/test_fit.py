@@ -1,0 +1,141 @@
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from mfdetr_cli.app import app
+from mfdetr_cli.signature import built
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.fit import FitConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.fit import FitSummary, run_fit
+
+from mfdetr_cache.coco.options import LabelOptions
+from mfdetr_cache.coco.synthetic import write_synthetic_split
+from mfdetr_cache.demo import demo_detector
+from mfdetr_cache.errors import MfdetrError, StoppedError
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.config import Length
+
+KINDS: dict[str, Any] = {
+    "extract": ExtractConfig,
+    "train-head": TrainHeadConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def fit(
+    data: Path, out: Path, reporter: SilentReporter | None = None, **changes: Any
+) -> FitSummary:
+    config = FitConfig(
+        data,
+        str(demo_detector()),
+        out,
+        **{"recipe": "demo", "length": Length(4), "views": 1, "device": "cpu", **changes},
+    )
+    return run_fit(config, reporter or SilentReporter())
+
+
+def parsed(line: str) -> Any:
+    """The settings that a command line gives."""
+    _, name, *words = shlex.split(line)
+    command = typer.main.get_command(app).get_command(None, name)  # type: ignore[attr-defined]
+    return built(KINDS[name], command.make_context(name, words).params)
+
+
+class Commands(SilentReporter):
+    """Keeps what is run; stops before a command, as a signal would."""
+
+    def __init__(self, stop_before: str = "-") -> None:
+        self.stop_before = stop_before
+        self.steps: list[int] = []
+
+    def say(self, message: str) -> None:
+        if message.startswith(f"\n$ mfdetr {self.stop_before}"):
+            raise StoppedError("stopped")
+
+    def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+        self.steps.append(count)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_synthetic_split(folder, "train", 0, 10)
+    write_synthetic_split(folder, "valid", 10_000, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fresh(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FitSummary:
+    return fit(data, tmp_path_factory.mktemp("fresh"))
+
+
+def test_the_printed_commands_are_what_was_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mfdetr_pipelines.fit as module
+
+    run: list[Any] = []
+    for name in ("run_extract", "run_train_head", "run_evaluate"):
+        action = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda c, r, action=action: run.append(c) or action(c, r))
+    names = tmp_path / "a b.txt"
+    names.write_text("circle\nsquare\ntriangle\nstar\n")
+    labels = LabelOptions({"disc": "circle"}, ("disc",))
+    found = fit(data, tmp_path / "out", views=2)
+    assert [parsed(line) for line in found.commands] == run
+    assert found.evaluation.num_images == 4
+    assert found.evaluation.box.AP > 0.3
+    assert found.page.read_text().count("<img ") == len(found.pictures) == 4
+    run.clear()
+    config = FitConfig(
+        data, "w", tmp_path / "o", labels=names, categories=labels, on_bad_annotation="skip"
+    )
+    monkeypatch.setattr(module, "run_extract", lambda c, _: run.append(c) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_fit(config, line := Lines())
+    assert parsed(line.commands[0]) == run[0]
+
+
+class Lines(SilentReporter):
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    def say(self, message: str) -> None:
+        if message.startswith("\n$ "):
+            self.commands.append(message[3:])
+
+
+@pytest.mark.parametrize("before", ["train-head", "evaluate"])
+def test_the_same_command_goes_on(
+    data: Path, tmp_path: Path, fresh: FitSummary, before: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        fit(data, out, Commands(before))
+    again = fit(data, out)
+    assert again.evaluation.mask == fresh.evaluation.mask
+    assert again.cache_bytes == fresh.cache_bytes
+
+
+def test_without_another_split_training_images_are_left_out(data: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copytree(data / "train", alone / "train")
+    shutil.copy(data / "instances_train.json", alone)
+    found = fit(alone, tmp_path / "out")
+    assert found.evaluation.num_images == 2
+    assert "--set val_split=5" in found.commands[1]
+
+
+def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.tex").write_text("hello")
+    with pytest.raises(MfdetrError, match="is not empty; nothing was touched"):
+        fit(data, out)
+    assert [p.name for p in out.iterdir()] == ["chapter1.tex"]
