@@ -1,19 +1,25 @@
 """Panels side by side: an image, its detections, predicted and annotated masks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
-from mfdetr_cache.evaluation.objects import shown_objects
-from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay, side_by_side
+from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
+from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.ops.boxes import box_iou
 from mfdetr_cache.types import CachedImage
+
+# IoU of boxes above which a detection and an annotation are shown in one colour.
+_SAME_OBJECT = 0.3
 
 
 def prediction_panels(
@@ -23,47 +29,49 @@ def prediction_panels(
     images: Path,
     device: torch.device,
     threshold: float = 0.25,
-) -> Image.Image:
-    """Four titled panels: an image, the detector's boxes, the head's masks, the annotated masks.
+) -> list[tuple[str, Image.Image]]:
+    """An image, the detector's boxes, the head's masks and the annotated masks, each with a title.
 
-    Args:
-        cache: The cache.
-        row: Row of the image.
-        head: A trained head, on the device, in evaluation mode.
-        images: Image folder.
-        device: Device of the head.
-        threshold: Lowest confidence shown.
-
-    Returns:
-        The panels side by side.
+    An object has one colour in all of them. The head is on the device, in evaluation mode;
+    ``images`` is the image folder, ``threshold`` the lowest confidence shown.
     """
     cached = cache.read(row, head.map_names)
     size_hw = cached.geometry.original_hw
     image = load_image(images / cached.file_name, size_hw)
     prediction = predict_masks(head, cached, cache.spec, device)
     names = category_names(cache.categories)
-    found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)
     # The most confident is drawn last, on top.
-    shown = [o.to_item() for o in reversed(found)]
-    boxes = [OverlayItem(i.text, i.box_xyxy, None) for i in shown]
-    masks = [OverlayItem("", None, i.run_lengths) for i in shown]
-    return side_by_side(
-        [
-            ("image", image),
-            (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
-            ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
-            ("annotation", draw_overlay(image, annotated_objects(cache, cached), PANEL_SIDE)),
-        ]
-    )
+    found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]
+    boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in found]
+    masks = [OverlayItem("", None, o.run_lengths) for o in found]
+    return [
+        ("image", image),
+        (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
+        ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
+        ("annotation", draw_overlay(image, annotated_objects(cache, cached, found), PANEL_SIDE)),
+    ]
 
 
-def annotated_objects(cache: FeatureCache, cached: CachedImage) -> list[OverlayItem]:
-    """The annotated masks of an image by falling area, named, without boxes and crowds."""
+def annotated_objects(
+    cache: FeatureCache, cached: CachedImage, found: Sequence[ShownObject] = ()
+) -> list[OverlayItem]:
+    """The annotated masks of an image by falling area, named, without boxes and crowds.
+
+    An object that is among the ``found`` has the colour of its place there.
+    """
     names = category_names(cache.categories)
     truth = cached.ground_truth
-    order = np.argsort(-truth.areas)
+    order = [i for i in np.argsort(-truth.areas) if not truth.is_crowd[i] and truth.has_mask[i]]
+    colours = dict(zip(order, range(len(found), len(found) + len(order)), strict=True))
+    if found:
+        iou = box_iou(
+            torch.from_numpy(truth.boxes_xyxy[order]), torch.tensor([o.box_xyxy for o in found])
+        ).numpy()
+        pairs = zip(*linear_sum_assignment(iou, maximize=True), strict=True)
+        colours |= {order[i]: int(j) for i, j in pairs if iou[i, j] > _SAME_OBJECT}
     return [
-        OverlayItem(names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i])
+        OverlayItem(
+            names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i], colours[i]
+        )
         for i in order
-        if not truth.is_crowd[i] and truth.has_mask[i]
     ]

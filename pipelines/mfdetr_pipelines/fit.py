@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from matplotlib.axes import Axes
-from PIL import Image
 
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
 from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, open_to_measure
+from mfdetr_cache.evaluation.overlay import side_by_side
 from mfdetr_cache.evaluation.panels import prediction_panels
 from mfdetr_cache.extraction.options import ViewOptions
 from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
@@ -126,7 +126,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
         commands=tuple(steps.commands),
         next_commands=_next_commands(config, measured_on),
     )
-    write_atomically(summary.page, _page(config, caches, summary, pictures).encode())
+    write_atomically(summary.page, _page(config, caches, summary, pictures.values()).encode())
     return summary
 
 
@@ -213,8 +213,8 @@ def _next_commands(config: FitConfig, measured_on: Path) -> tuple[str, ...]:
     return tuple(shlex.join(("mfdetr", *words)) for words in commands)
 
 
-def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, Image.Image]:
-    """Panels of images that are spread over those that were measured on, as files."""
+def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, PanelRow]:
+    """Panels of images that are spread over those that were measured on, with their files."""
     device = torch_device(config.device)
     cache, folder = open_to_measure(str(measured_on), config.out / _HEAD, SilentReporter())
     head = folder.head.to(device)
@@ -223,9 +223,10 @@ def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, 
     make_folder(config.out / "pictures")
     for row in rows:
         path = config.out / "pictures" / f"{Path(cache.file_name(row)).stem}.png"
-        made[path] = prediction_panels(cache, row, head, images, device)
+        panels = prediction_panels(cache, row, head, images, device)
         with writing(path):
-            made[path].save(path)
+            side_by_side(panels).save(path)
+        made[path] = PanelRow(cache.file_name(row), tuple(Panel(*panel) for panel in panels))
     return made
 
 
@@ -233,7 +234,7 @@ def _page(
     config: FitConfig,
     caches: Mapping[str, ExtractSummary],
     summary: FitSummary,
-    pictures: Mapping[Path, Image.Image],
+    pictures: Iterable[PanelRow],
 ) -> str:
     metrics = {k: v for k, v in summary.evaluation.metrics().items() if v is not None}
     boxes = summary.evaluation.details["box"]["categories"]
@@ -270,7 +271,7 @@ def _page(
             ),
             Section(
                 "What they look like",
-                rows=[PanelRow(p.stem, (Panel("", image),)) for p, image in pictures.items()],
+                rows=tuple(pictures),
             ),
             Section("What was run", notes=summary.commands),
             Section("How to go on", notes=summary.next_commands),
