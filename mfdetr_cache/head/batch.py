@@ -156,15 +156,18 @@ class HeadOutput:
     """Predictions for R regions.
 
     Attributes:
-        mask_logits: Over the box of each region, before the sigmoid, shape (R, r, r).
+        mask_logits: Over the box of each region, before the sigmoid, shape (R, s, s), where s are
+            the cells of the finer grid if there is one, else r.
         mask_iou: Predicted IoU of the mask for each label, unbounded, shape (R, K); None without
             mask scoring.
         codes: Mask codes the logits were decoded from, shape (R, K'); None for other predictors.
+        coarse_logits: Before they were refined on a finer grid, shape (R, r, r); None without one.
     """
 
     mask_logits: Tensor
     mask_iou: Tensor | None
     codes: Tensor | None = None
+    coarse_logits: Tensor | None = None
 
 
 def live_groups(

@@ -9,6 +9,7 @@ from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.box_encoder import DeformableBoxEncoder
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.fine_mask import FineMask
 from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections, Projection
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder, SingleLevelImageEncoder
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor
@@ -57,6 +58,9 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
     scoring = None
     if config.mask_scoring:
         scoring = MaskScoring(config.hidden_dim, config.roi_size, spec.num_labels)
+    fine_mask = None
+    if config.fine_size:
+        fine_mask = FineMask(config.hidden_dim, config.fine_dim, config.fine_layers)
     return SampledCellsHead(
         config,
         levels,
@@ -65,12 +69,13 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
         image_encoder=image_encoder,
         fusion=FeatureFusion(neck, upsample=config.upsample_without_c1),
         map_features=map_features,
-        align=RoIAlign(config.roi_size, stride, config.roi_sampling_ratio),
+        align=RoIAlign(config.grid_size, stride, config.roi_sampling_ratio),
         map_query=map_query,
         box_encoder=box_encoder,
         query_encoder=query_encoder,
         predictor=predictor,
         scoring=scoring,
+        fine=fine_mask,
     )
 
 

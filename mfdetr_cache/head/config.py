@@ -37,6 +37,10 @@ class HeadConfig:
             the mask as in ISTR, decoded with a basis learned from the annotated masks.
         mask_embedding_dim: Length of that code.
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
+        fine_size: Cells of a finer grid on which the mask is corrected, a multiple of ``roi_size``;
+            0 for none. RoIAlign then cuts this grid, and its means are the cells of ``roi_size``.
+        fine_dim: Channels there.
+        fine_layers: Depth-wise convolutions there.
     """
 
     image_block: BlockKind = "deformable"
@@ -58,6 +62,14 @@ class HeadConfig:
     mask_predictor: Literal["dot", "segmenter", "fcn", "embedding"] = "dot"
     mask_embedding_dim: int = 64
     mask_scoring: bool = True
+    fine_size: int = 0
+    fine_dim: int = 32
+    fine_layers: int = 2
+
+    @property
+    def grid_size(self) -> int:
+        """Cells along a side of what RoIAlign cuts out, and of the masks."""
+        return self.fine_size or self.roi_size
 
     def __post_init__(self) -> None:
         if self.roi_size < 8 or self.roi_size % 8:
@@ -77,3 +89,15 @@ class HeadConfig:
             raise ValueError("roialign=false compares with mask_predictor=dot only")
         if self.roi_sampling_ratio < 0:
             raise ValueError("roi_sampling_ratio must be 0 (adaptive) or more")
+        self._check_fine_grid()
+
+    def _check_fine_grid(self) -> None:
+        if self.fine_size and (self.fine_size % self.roi_size or self.fine_size <= self.roi_size):
+            raise ValueError(
+                f"fine_size must be 0, or 2 or more times roi_size ({self.roi_size}), "
+                f"not {self.fine_size}"
+            )
+        if self.fine_dim < 1 or not 0 <= self.fine_layers <= 8:
+            raise ValueError("fine_dim must be 1 or more, fine_layers 0 to 8")
+        if self.fine_size and (not self.roialign or self.mask_predictor == "embedding"):
+            raise ValueError("fine_size needs roialign and another mask_predictor than embedding")

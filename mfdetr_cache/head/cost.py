@@ -23,6 +23,7 @@ from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.fine_mask import FineLayer, FineMask
 from mfdetr_cache.head.fusion import FeatureFusion
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
@@ -40,6 +41,7 @@ _STEPS: dict[type[nn.Module], int] = {
     SwinBlock: 3,
     ConvNeXtBlock: 2,
     FfnBlock: 1,
+    FineLayer: 1,
 }
 
 
@@ -158,6 +160,9 @@ def _element_wise(head: MaskHead, total: list[int]) -> Iterator[None]:
     for module in head.modules():
         if type(module) in _STEPS:
             handles.append(module.register_forward_hook(steps_of(_STEPS[type(module)])))
+        elif isinstance(module, FineMask):
+            # Detail and context are added in every channel of a cell, and the two logits.
+            handles.append(module.register_forward_hook(steps_of(module.detail.out_features + 1)))
         elif isinstance(module, FeatureFusion):
             handles.append(module.register_forward_hook(fusion))
     try:

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, QueryContext, RegionsByGroup
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.fine_mask import FineMask
 from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_scoring import MaskScoring
@@ -18,7 +20,7 @@ class MaskHead(nn.Module):
 
     :func:`mfdetr_cache.head.build.build_head` chooses the parts. Maps come from a cache or from a
     live detector; this module cannot tell. D is the width of the encoder, d that of the regions, r
-    their cells along an axis.
+    their cells along an axis, s those of the finer grid where there is one, else r.
 
     Args:
         config: What the parts were built from.
@@ -34,6 +36,7 @@ class MaskHead(nn.Module):
         query_encoder: F_q (Eq. 10, 11).
         predictor: From queries and regions to mask logits (Eq. 4).
         scoring: Predicts the IoU of each mask (Eq. 12); None where it is left out.
+        fine: Corrects the mask on a finer grid; None where it is left out.
     """
 
     def __init__(  # noqa: PLR0913  as many as the network has parts
@@ -52,6 +55,7 @@ class MaskHead(nn.Module):
         query_encoder: nn.Module,
         predictor: nn.Module,
         scoring: MaskScoring | None,
+        fine: FineMask | None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -67,6 +71,7 @@ class MaskHead(nn.Module):
         self.query_encoder = query_encoder
         self.predictor = predictor
         self.scoring = scoring
+        self.fine = fine
 
     @property
     def map_names(self) -> tuple[str, ...]:
@@ -113,7 +118,7 @@ class MaskHead(nn.Module):
         return fused
 
     def region_features(self, grouped: RegionsByGroup) -> Tensor:
-        """Features R_i inside each box, in the order of the groups: (R, r, r, d)."""
+        """Features R_i inside each box, in the order of the groups: (R, s, s, d)."""
         fused = (self.fuse(group) for group in grouped.groups)  # Eq. 1, 5-8, 14
         pairs = zip(fused, grouped.rois(), strict=True)
         return torch.cat([self.align(maps, rois) for maps, rois in pairs])  # Eq. 3
@@ -125,14 +130,20 @@ class MaskHead(nn.Module):
         image_index: Tensor,
         context: QueryContext | None = None,
     ) -> HeadOutput:
-        """Masks of region features (R, r, r, d), in the terms of :class:`HeadBatch`."""
+        """Masks of region features (R, s, s, d), in the terms of :class:`HeadBatch`."""
+        cut = regions
+        if self.fine is not None:
+            regions = _means(cut, self.config.roi_size)
         regions = self.box_encoder(regions)  # Eq. 9
         cells = regions.flatten(1, 2)
         queries = self.query_encoder(queries, cells, image_index, context)  # Eq. 10, 11
-        logits, codes = self.predictor(self.map_query(queries), regions)  # Eq. 4
+        queries = self.map_query(queries)
+        logits, codes = self.predictor(queries, regions)  # Eq. 4
         scoring = self.scoring
         iou = scoring(logits.sigmoid(), regions) if scoring is not None else None  # Eq. 12
-        return HeadOutput(logits, iou, codes)
+        if self.fine is None:
+            return HeadOutput(logits, iou, codes)
+        return HeadOutput(self.fine(logits, queries, regions, cut), iou, codes, logits)
 
     def decode_image(
         self, fused: Tensor, queries: Tensor, context: QueryContext | None = None
@@ -153,6 +164,12 @@ class MaskHead(nn.Module):
 
     def _no_masks(self, queries: Tensor) -> HeadOutput:
         """The output for no region: the layers below take at least one."""
-        size = self.config.roi_size
+        size = self.config.grid_size
         iou = queries.new_zeros(0, self.scoring.num_labels) if self.scoring is not None else None
         return HeadOutput(queries.new_zeros(0, size, size), iou)
+
+
+def _means(cells: Tensor, size: int) -> Tensor:
+    """Means of equal squares of cells, shape (R, s, s, d) to (R, size, size, d)."""
+    pooled = functional.avg_pool2d(cells.permute(0, 3, 1, 2), cells.shape[1] // size)
+    return pooled.permute(0, 2, 3, 1)

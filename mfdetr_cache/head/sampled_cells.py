@@ -38,7 +38,7 @@ class SampledCellsHead(MaskHead):
     """
 
     def region_features(self, grouped: RegionsByGroup) -> Tensor:
-        """Features R_i inside each box, in the order of the groups: (R, r, r, d)."""
+        """Features R_i inside each box, in the order of the groups: (R, s, s, d)."""
         has_crops = self.c1 is not None and grouped.c1_crops is not None
         if has_crops or (self.training and self._has_few_regions(grouped)):
             sampled: Tensor = self._sampled_features(grouped)
@@ -73,7 +73,7 @@ class SampledCellsHead(MaskHead):
         for group in grouped.groups:
             height, width = group.input_hw
             cells += len(group.members) * height * width // self.align.stride**2
-        return len(grouped.order) * self.config.roi_size**2 < cells
+        return len(grouped.order) * self.align.size**2 < cells
 
     # Sizes and counts differ from batch to batch: nothing that a compiler could keep.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

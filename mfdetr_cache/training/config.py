@@ -67,6 +67,8 @@ class TrainConfig:
         target_scale: Cells of the target grid per cell of the mask, along an axis.
         bce_weight: Weight of the binary cross entropy.
         dice_weight: Weight of the dice loss.
+        coarse_weight: Weight of these two losses of the coarse mask too, where the head has a finer
+            grid.
         scoring_weight: Weight of the mask-IoU regression.
         embedding_weight: Weight of the cosine distance between predicted and annotated mask codes,
             where the head predicts codes.
@@ -116,6 +118,7 @@ class TrainConfig:
     target_scale: int = 2
     bce_weight: float = 5.0
     dice_weight: float = 5.0
+    coarse_weight: float = 0.0
     scoring_weight: float = 1.0
     embedding_weight: float = 2.0
     amp: Literal["off", "bf16", "fp16"] = "off"

@@ -85,6 +85,36 @@ def head_losses(
     logits = output.mask_logits.float()
     if not len(logits):
         raise ValueError("a batch without regions has no loss")
+    bce, dice = _mask_losses(logits, masks, config, generator, share)
+    total = config.bce_weight * bce + config.dice_weight * dice
+    if output.coarse_logits is not None and config.coarse_weight:
+        coarse = output.coarse_logits.float()
+        of_coarse = _mask_losses(coarse, masks, config, generator, share)
+        weighted = config.bce_weight * of_coarse[0] + config.dice_weight * of_coarse[1]
+        total = total + config.coarse_weight * weighted
+    count = len(logits) if share is None else share[1]
+    scoring = logits.new_zeros(())
+    if output.mask_iou is not None:
+        target = mask_iou_targets(logits.detach(), masks, outside)
+        # Only masks that hit their object say something about quality (Mask Scoring R-CNN).
+        scored = (target > 0) & (labels >= 0)
+        guess = output.mask_iou.float().gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        scoring = ((guess - target) ** 2 * scored).sum() / count
+    total = total + config.scoring_weight * scoring
+    if output.codes is not None and codec is not None:
+        likeness = functional.cosine_similarity(output.codes.float(), codec.encode(masks), dim=-1)
+        total = total + config.embedding_weight * (1 - likeness).sum() / count
+    return LossParts(total, bce.detach(), dice.detach(), scoring.detach())
+
+
+def _mask_losses(
+    logits: Tensor,
+    masks: Tensor,
+    config: TrainConfig,
+    generator: torch.Generator,
+    share: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy and dice of mask logits, in the terms of :func:`head_losses`."""
     if config.points == "grid":
         height, width = logits.shape[1:]
         predicted = logits.flatten(1)
@@ -101,17 +131,4 @@ def head_losses(
         predicted, wanted = sample_at(logits, points), sample_at(masks, points)
     count = len(logits) if share is None else share[1]
     bce = functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="sum")
-    bce = bce / (count * predicted.shape[1])
-    dice = dice_loss(predicted.sigmoid(), wanted).sum() / count
-    scoring = logits.new_zeros(())
-    if output.mask_iou is not None:
-        target = mask_iou_targets(logits.detach(), masks, outside)
-        # Only masks that hit their object say something about quality (Mask Scoring R-CNN).
-        scored = (target > 0) & (labels >= 0)
-        guess = output.mask_iou.float().gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        scoring = ((guess - target) ** 2 * scored).sum() / count
-    total = config.bce_weight * bce + config.dice_weight * dice + config.scoring_weight * scoring
-    if output.codes is not None and codec is not None:
-        likeness = functional.cosine_similarity(output.codes.float(), codec.encode(masks), dim=-1)
-        total = total + config.embedding_weight * (1 - likeness).sum() / count
-    return LossParts(total, bce.detach(), dice.detach(), scoring.detach())
+    return bce / (count * predicted.shape[1]), dice_loss(predicted.sigmoid(), wanted).sum() / count

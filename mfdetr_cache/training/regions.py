@@ -34,14 +34,14 @@ class RegionSettings:
     box_jitter: float
     target_scale: int
     held_out: tuple[int, ...]
-    roi_size: int
+    grid_size: int
     roi_sampling_ratio: int
     roialign: bool
 
     @classmethod
     def of(cls, train: TrainConfig, head: HeadConfig) -> "RegionSettings":
         """The fields of both configurations."""
-        of_head = ("roi_size", "roi_sampling_ratio", "roialign")
+        of_head = ("grid_size", "roi_sampling_ratio", "roialign")
         names = [f.name for f in fields(cls)]
         return cls(**{n: getattr(head if n in of_head else train, n) for n in names})
 
@@ -78,7 +78,7 @@ def build_regions(
     empty where no object is matched.
     """
     objects = trainable_objects(image.ground_truth, config.held_out)
-    side = config.roi_size * config.target_scale
+    side = config.grid_size * config.target_scale
     # Masks over the whole image have the cells of the finest map that queries are compared with.
     input_height, input_width = image.geometry.input_hw
     grid_hw = (side, side) if config.roialign else (-(-input_height // 4), -(-input_width // 4))

@@ -115,11 +115,15 @@ def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
     if layout.c1 == "none":
         raise ConfigError(f"{cache.path} was extracted with --c1 none: pass --set use_c1=false")
     assert layout.c1_roi is not None
+    # Crops of another size may still serve the same coarse grid, or be the only one.
+    size, coarse = layout.c1_roi.roi_size, head.config.roi_size
+    is_finer = bool(head.config.fine_size) and size > coarse and size % coarse == 0
     fixed = {
         "match": (train.match, "hungarian"),
         "gt_box_share": (train.gt_box_share, 0.0),
         "box_jitter": (train.box_jitter, 0.0),
-        "roi_size": (head.config.roi_size, layout.c1_roi.roi_size),
+        "roi_size": (coarse, coarse if is_finer else size),
+        "fine_size": (head.config.fine_size, size if is_finer else 0),
         "roi_sampling_ratio": (head.config.roi_sampling_ratio, layout.c1_roi.sampling_ratio),
     }
     wrong = [f"{name}={held}" for name, (asked, held) in fixed.items() if asked != held]

@@ -19,7 +19,7 @@ SIZES = [(96, 128), (64, 96), (96, 128)]
 
 def as_crops(batch: HeadBatch, config: HeadConfig) -> HeadBatch:
     """The same batch with crops and moments in place of C1."""
-    groups, crops = [], torch.zeros(len(batch.queries), config.roi_size, config.roi_size, 24)
+    groups, crops = [], torch.zeros(len(batch.queries), config.grid_size, config.grid_size, 24)
     crops = crops.double()
     for group in batch.groups:
         c1 = group.maps["c1"]
@@ -32,7 +32,7 @@ def as_crops(batch: HeadBatch, config: HeadConfig) -> HeadBatch:
             inside = (batch.image_index == image).nonzero()[:, 0]
             boxes = batch.boxes_xyxy[inside]
             rois = torch.cat((torch.zeros(len(boxes), 1, dtype=boxes.dtype), boxes), dim=1)
-            size = (config.roi_size, config.roi_size)
+            size = (config.grid_size, config.grid_size)
             ratio = config.roi_sampling_ratio or -1
             found = roi_align(c1[place : place + 1], rois, size, 1 / 4, ratio, aligned=True)
             crops[inside] = found.permute(0, 2, 3, 1)
@@ -52,6 +52,7 @@ def as_crops(batch: HeadBatch, config: HeadConfig) -> HeadBatch:
     [
         ({}, 24),
         ({"roi_size": 16}, 24),
+        ({"fine_size": 16}, 24),
         ({"roi_sampling_ratio": 2}, 24),
         ({"neck": False}, 32),
         ({"hidden_dim": 32}, 24),

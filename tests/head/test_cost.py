@@ -1,6 +1,7 @@
 """The parameter and FLOP columns of the paper, from the modules as built (H-DETR R50 geometry)."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def test_the_tables_are_the_papers(shared: Path) -> None:
             assert row.macs_g == wanted.get("flops_g")
             for name, value in row.metrics.to_dict().items():
                 assert value == pytest.approx(wanted.get(name, -100) / 100)
+
+
+def test_a_finer_grid_is_counted() -> None:
+    """What it adds, written out: 32 x 32 cells where 16 x 16 were, 100 boxes."""
+    spec, d, w = hdetr_r50_spec(), 64, 32
+    plain = HeadConfig(hidden_dim=d, roi_size=16)
+    finer = dataclasses.replace(plain, fine_size=32, fine_dim=w, fine_layers=1)
+    cells, coarse = 32 * 32, 16 * 16
+    aligned = 17 * d * (cells - coarse)
+    context = coarse * (d + 1) * w + d * w  # of the cells, and of the query
+    resized = 4 * cells * (w + 1)
+    layer = cells * (9 * w + w * w + w)  # with its residual
+    correction = cells * (d * w + w + w + 1)  # detail, its sum, dot product, sum
+    added = head_cost(finer, spec).macs - head_cost(plain, spec).macs
+    assert added == 100 * (aligned + context + resized + layer + correction)
 
 
 def test_counting_follows_the_size() -> None:

@@ -91,6 +91,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain-queries": ({"query_ffn": False, "query_b2o": False, **NO_IMAGE}, {}),
     "fuse-16": ({"fuse_stride": 16}, {}),
     "fixed-samples": ({"roi_sampling_ratio": 1, **NO_IMAGE}, {}),
+    "fine": ({"fine_size": 16, "fine_dim": 8, "fine_layers": 1, **NO_IMAGE}, {}),
     "backbone-level": ({}, {"strides": (16, 32), "backbone8": True}),
     "frozen-embedding": ({}, {"level_embed": True}),
 }
@@ -153,6 +154,7 @@ def named(output: HeadOutput, suffix: str) -> dict[str, Tensor]:
         "mask_logits": output.mask_logits,
         "mask_iou": output.mask_iou,
         "codes": output.codes,
+        "coarse_logits": output.coarse_logits,
     }
     return {name + suffix: t for name, t in found.items() if t is not None}
 

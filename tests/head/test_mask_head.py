@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mfdetr_cache.detectors.official.positions import map_position
 from mfdetr_cache.errors import HeadError
@@ -44,6 +45,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"fuse_stride": 16},
     {"hidden_dim": 32},
     {"roi_sampling_ratio": 2},
+    {"fine_size": 24, "fine_dim": 8},
 ]
 
 
@@ -68,7 +70,7 @@ def test_every_variant_runs_and_every_parameter_learns(changes: dict[str, Any]) 
     randomise(head)
     batch = make_batch(make_spec(), [(96, 128), (64, 64)])
     output = head(batch)
-    side = config.roi_size
+    side = config.grid_size
     assert output.mask_logits.shape == (6, side, side)
     assert torch.isfinite(output.mask_logits).all()
     total = output.mask_logits.square().mean()
@@ -156,11 +158,31 @@ def test_without_roialign_queries_of_an_image_see_one_another() -> None:
     assert not torch.allclose(masks[0][1:], masks[1][1:], atol=1e-2)
 
 
-def test_no_region_gives_no_mask() -> None:
+@pytest.mark.parametrize("fine_size", [0, 16])
+def test_no_region_gives_no_mask(fine_size: int) -> None:
     spec = make_spec()
     batch = make_batch(spec, [(96, 128)], regions_per_image=0)
-    output = build_head(SMALL, spec)(batch)
-    assert output.mask_logits.shape == (0, 8, 8)
+    output = build_head(dataclasses.replace(SMALL, fine_size=fine_size), spec)(batch)
+    assert output.mask_logits.shape == (0, fine_size or 8, fine_size or 8)
+
+
+def test_a_finer_mask_begins_as_the_coarse_one() -> None:
+    """With the weights of a head without the finer grid: its mask, up-sampled.
+
+    RoIAlign with one sample per fine cell and the mean over 2 x 2 of them is RoIAlign with 2 x 2
+    samples per cell, so the coarse masks are equal but for the order of a sum.
+    """
+    coarse = build(dataclasses.replace(SMALL, roi_sampling_ratio=2)).double()
+    finer = build(dataclasses.replace(SMALL, roi_sampling_ratio=1, fine_size=16)).double()
+    missing = finer.load_state_dict(coarse.state_dict(), strict=False).missing_keys
+    assert missing
+    assert all(name.startswith("fine.") for name in missing)
+    batch = make_batch(make_spec(), [(96, 128), (64, 64)], dtype=torch.float64)
+    before, after = coarse(batch), finer(batch)
+    assert after.coarse_logits is not None
+    torch.testing.assert_close(after.coarse_logits, before.mask_logits, rtol=0, atol=1e-10)
+    up = functional.interpolate(before.mask_logits[:, None], scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(after.mask_logits, up[:, 0], rtol=0, atol=1e-10)
 
 
 def test_last_layer_computes_only_what_is_used() -> None:
@@ -309,6 +331,20 @@ def test_heads_that_cannot_be_built_say_why() -> None:
         build(dataclasses.replace(SMALL, neck=False))
     with pytest.raises(HeadError, match=r"fuse_stride 64: the levels have strides \[8, 16, 32\]"):
         build(dataclasses.replace(SMALL, fuse_stride=64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_size": 8}, r"fine_size must be 0, or 2 or more times roi_size \(8\), not 8"),
+        ({"fine_size": 20}, "not 20"),
+        ({"fine_size": 16, "fine_layers": 9}, "fine_layers 0 to 8"),
+        ({"fine_size": 16, "mask_predictor": "embedding"}, "another mask_predictor than embedding"),
+    ],
+)
+def test_a_finer_grid_that_cannot_be_says_why(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
 
 
 @pytest.mark.parametrize("changes", [*VARIANTS, {"use_c1": False, "upsample_without_c1": True}])

@@ -45,6 +45,7 @@ def caches(
     for name, settings in {
         "full": {},
         "roi": {"c1": "roi", "roi_size": 8, "views": 1},
+        "roi-16": {"c1": "roi", "roi_size": 16},
         "roi-int8": {"c1": "roi", "roi_size": 8, "preset": "int8"},
         "none": {"c1": "none"},
     }.items():
@@ -78,6 +79,12 @@ def test_a_step_from_crops_is_a_step_from_the_map(caches: dict[str, Path]) -> No
     assert gap < 0.02
     coarse, _ = step(caches["roi-int8"], recipe())
     assert coarse == pytest.approx(whole, rel=2e-2)
+    # A finer grid takes crops of its own size; the coarse one is their mean.
+    finer = recipe(fine_size="16", coarse_weight="1")
+    whole, whole_gradient = step(caches["full"], finer)
+    crops, gradient = step(caches["roi-16"], finer)
+    assert crops == pytest.approx(whole, rel=2e-3)
+    assert (gradient - whole_gradient).norm() / whole_gradient.norm() < 0.02
 
 
 def test_crops_are_smaller_and_stored_plainly(caches: dict[str, Path]) -> None:
@@ -145,6 +152,7 @@ def test_an_ablation_does_not_train_what_it_cannot_measure(
         ({"match": "iou"}, "pass --set match=hungarian$"),
         ({"roi_size": "16", "box_jitter": "0.1"}, "--set box_jitter=0.0 --set roi_size=8$"),
         ({"roi_sampling_ratio": "2"}, "--set roi_sampling_ratio=0$"),
+        ({"fine_size": "16"}, "pass --set fine_size=0$"),
     ],
 )
 def test_settings_that_crops_fix_are_named(

@@ -39,7 +39,7 @@ def trained(cache: Path, out: Path, **settings: Any) -> Path:
     [
         {},
         {"mask_scoring": "false", "use_c1": "false", "query_o2o": "true"},
-        {"image_block": "swin", "box_block": "swin"},
+        {"image_block": "swin", "box_block": "swin", "fine_size": "32"},
         {"image_block": "convnext", "box_block": "convnext", "mask_predictor": "segmenter"},
     ],
     ids=["paper", "plain", "swin", "convnext"],

@@ -83,6 +83,19 @@ def test_grid_loss_equals_cross_entropy_and_dice_of_all_cells() -> None:
     assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
 
 
+def test_the_coarse_mask_of_a_finer_one_adds_its_own_loss() -> None:
+    output, masks, labels, outside = outputs()
+    coarse = torch.randn(4, 4, 4)
+    config = TrainConfig(points="grid", scoring_weight=0, coarse_weight=0.5)
+
+    def total(given: HeadOutput) -> float:
+        return head_losses(given, masks, labels, outside, config, generator()).total.item()
+
+    both = total(dataclasses.replace(output, coarse_logits=coarse))
+    alone = total(output), total(HeadOutput(coarse, None))
+    assert both == pytest.approx(alone[0] + 0.5 * alone[1], rel=1e-6)
+
+
 def test_scoring_trains_only_the_objects_label() -> None:
     output, masks, labels, outside = outputs()
     config = TrainConfig(bce_weight=0, dice_weight=0)
