@@ -39,7 +39,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def arriving(numbers: Tensor) -> Callable[[], list[float]]:
+def start_copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
     """Start an asynchronous copy of (N,) values to the host; the function returned waits for it.
 
     It waits only for work queued before the copy.
@@ -71,7 +71,7 @@ def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]
     return memory.numpy().view(dtype)
 
 
-def joined(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> Tensor:
+def concatenate_on(arrays: Sequence[NDArray[np.generic]], device: torch.device | str) -> Tensor:
     """Concatenate arrays along the first axis on a device, without waiting for the copies.
 
     Those of :func:`pinned_array` are copied straight to a GPU.

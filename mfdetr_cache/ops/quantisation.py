@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.choices import Preset
-from mfdetr_cache.ops.devices import joined
+from mfdetr_cache.ops.devices import concatenate_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +179,11 @@ def decode_groups(
         return [decode_maps(maps, device) for maps in groups]
     maps = [m for group in groups for m in group]
     rows = [_rows(m) for m in maps]
-    values = joined([_whole_blocks(m, n) for m, n in zip(maps, rows, strict=True)], device)
+    values = concatenate_on([_whole_blocks(m, n) for m, n in zip(maps, rows, strict=True)], device)
     if first.affine is None:
         values = values.float()
     else:
-        affine = joined([m.affine for m in maps if m.affine is not None], device).float()
+        affine = concatenate_on([m.affine for m in maps if m.affine is not None], device).float()
         if encoding.bits == 4:
             values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :channels]
         values = values.unflatten(0, (len(affine), -1)).float()

@@ -72,24 +72,24 @@ def collate(
         boxes.append(found.boxes_xyxy_norm * scale)
         owner.append(np.full(len(found), index, dtype=np.int64))
 
-    def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
+    def concatenated(parts: Sequence[NDArray[np.generic]]) -> Tensor:
         return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
     inputs = HeadBatch(
         groups=map_groups(images, map_names, device) if groups is None else groups,
-        queries=joined(queries),
+        queries=concatenated(queries),
         # On the CPU: where boxes are decides which cells are computed at all.
         boxes_xyxy=torch.from_numpy(np.concatenate(boxes)),
-        image_index=joined(owner),
+        image_index=concatenated(owner),
         c1_crops=_crops_of(images, regions, device),
         counts=tuple(len(found) for found in regions),
         context=None if detected is None else _context_of(images, regions, detected, device),
     )
     return TrainBatch(
         inputs=inputs,
-        masks=joined([found.masks for found in regions]),
-        labels=joined([found.labels for found in regions]),
-        outside=joined([found.outside for found in regions]),
+        masks=concatenated([found.masks for found in regions]),
+        labels=concatenated([found.labels for found in regions]),
+        outside=concatenated([found.outside for found in regions]),
         image_ids=tuple(image.image_id for image in images),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.ops.devices import arriving
+from mfdetr_cache.ops.devices import start_copy_to_host
 from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes
@@ -135,7 +135,7 @@ class Learner:
     def _add_gradients(self, batches: Iterable[TrainBatch], first: int, total: int) -> list[float]:
         """Accumulate the gradients of a step; returns its loss, BCE, dice and scoring."""
         sums = torch.zeros(4, device=self.device)
-        known = arriving(sums)
+        known = start_copy_to_host(sums)
         image_ids: list[int] = []
         for batch in batches:
             image_ids += batch.image_ids
@@ -150,10 +150,10 @@ class Learner:
             sums = sums + torch.stack([p.float() for p in parts])
             # Before the backward pass, so that the GPU is busy with it while the loss is looked at
             # and the next step is prepared.
-            known = arriving(sums)
+            known = start_copy_to_host(sums)
             self._scaler.scale(losses.total).backward()
         if self._processes.world > 1:
-            known = arriving(self._processes.sum_gradients(self.head.parameters(), sums))
+            known = start_copy_to_host(self._processes.sum_gradients(self.head.parameters(), sums))
         total_loss, *parts_of_it = known()
         if not np.isfinite(total_loss):
             raise TrainingError(
