@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdetr_pipelines.ablation.caches import open_caches
+from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import COLUMNS, report_cells, write_report
 from mfdetr_pipelines.ablation.result import RowResult
@@ -30,6 +31,7 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
         plans = _plan(config)
         write_json(json, {**about, "needs": chosen.needs, "rows": plans})
         _print_plan(chosen.title, plans)
+        _print_published(chosen.published)
         if chosen.needs:
             print_lines(f"It needs {chosen.needs}")
         return
@@ -39,8 +41,9 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
     if config.images is not None:
         validation = open_caches(*config.caches, config.rows).validation
         samples = sample_masks(validation, results, config.out, config.images)
-    files = write_report(config.out, chosen.title, results, samples)
+    files = write_report(config.out, chosen.title, results, samples, chosen.published)
     _print_results(chosen.title, results)
+    _print_published(chosen.published)
     print_facts("Written", {p.suffix[1:]: str(p) for p in files})
 
 
@@ -61,6 +64,12 @@ def _print_results(title: str, results: Sequence[RowResult]) -> None:
     for result in results:
         if result.problem:
             print_lines(f"{result.plan.row.name}: {result.problem}")
+
+
+def _print_published(published: Sequence[PublishedSystem]) -> None:
+    if published:
+        rows = [p.cells() for p in sorted(published, key=lambda p: p.AP)]
+        print_table("Published, not measured here", PUBLISHED_COLUMNS, rows)
 
 
 def _plan(config: AblateConfig) -> list[dict[str, Any]]:

@@ -439,6 +439,13 @@ def test_every_row_of_the_papers_tables_is_trained_and_measured(
     without_neck = [n for n, r in zip(range(99), results, strict=False) if r.problem]
     assert without_neck == {1: [2, 3], 2: [0]}.get(number, [])
     assert all(r.problem or r.mean() is not None for r in results)
+    if published := PAPER_TABLES[number].published:
+        write_report(tmp_path / "report", "Systems", results, published=published)
+        text = (tmp_path / "report" / "ablation.md").read_text()
+        assert "| Mask DINO | R50 | 50 | 1404 | 50.5 | 46.0 |" in text
+        document = json.loads((tmp_path / "report" / "ablation.json").read_text())
+        assert len(document["published"]) == len(published)
+        assert "Mask2Former Swin-L" in (tmp_path / "report" / "ablation.html").read_text()
 
 
 def test_a_branch_over_the_whole_image_is_trained_an_image_at_a_time(

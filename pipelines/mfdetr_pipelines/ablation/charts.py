@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from mfdetr_pipelines.ablation.paper_tables import PublishedSystem
 from mfdetr_pipelines.ablation.result import RowResult
-from mfdetr_pipelines.pages.chart import PUBLISHED, Chart, bars, draw
+from mfdetr_pipelines.pages.chart import MEASURED, PUBLISHED, Chart, bars, draw
 
 
 def ap_bars(results: Sequence[RowResult]) -> Chart:
@@ -15,7 +16,7 @@ def ap_bars(results: Sequence[RowResult]) -> Chart:
     means = [_percent(r.mean()) for r in results]
     spreads = [_percent(r.spread()) for r in results]
     papers = [r.plan.row.paper for r in results]
-    published = [math.nan if p is None else 100 * p.metrics.AP for p in papers]
+    published = [math.nan if p is None or p.AP is None else 100 * p.AP for p in papers]
 
     def plot(axes: Axes) -> None:
         bars(axes, names, means, list(map(_label, means, spreads)), spreads)
@@ -24,6 +25,35 @@ def ap_bars(results: Sequence[RowResult]) -> Chart:
         axes.bar_label(below, texts, padding=4)
 
     return draw(plot, 8, 0.3 + len(results) * (0.42 if any(papers) else 0.3))
+
+
+def hours_chart(results: Sequence[RowResult], published: Sequence[PublishedSystem]) -> Chart:
+    """Mask AP over hours of training: measured rows in colour, published systems in grey.
+
+    Hours of a measured row are its total, if the detector's are known, else those of its training
+    on the machine at hand; those of the others are V100 hours.
+    """
+
+    def plot(axes: Axes) -> None:
+        for system in published:
+            if system.hours is not None:
+                _point(
+                    axes, system.hours, system.AP, f"{system.system} {system.backbone}", PUBLISHED
+                )
+        for result in results:
+            hours = result.total_hours or result.train_seconds / 3600
+            if result.seeds and hours:
+                _point(axes, hours, _percent(result.mean()), result.plan.row.name, MEASURED)
+        axes.set_xscale("log")
+        axes.set_xlabel("hours: published on a V100 (grey), measured here")
+        axes.set_ylabel("mask AP")
+
+    return draw(plot, 8, 4)
+
+
+def _point(axes: Axes, hours: float, ap: float, name: str, colour: str) -> None:
+    axes.plot([hours], [ap], "o", color=colour)
+    axes.annotate(name, (hours, ap), (4, 4), textcoords="offset points", size="small")
 
 
 def label_curves(results: Sequence[RowResult]) -> Chart | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mfdetr_cache.training.recipes import build_recipe, split_settings
-from mfdetr_pipelines.ablation.paper_tables import paper_table
+from mfdetr_pipelines.ablation.paper_tables import PublishedSystem, paper_table
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
     baseline_rows,
@@ -25,12 +25,14 @@ class Comparison:
         rows: The rows; the first is the reference.
         table: The table of the paper, if it is one.
         needs: What the training needs besides a cache; may be empty.
+        published: Systems that are shown beside the rows.
     """
 
     title: str
     rows: tuple[AblationRow, ...]
     table: int | None = None
     needs: str = ""
+    published: tuple[PublishedSystem, ...] = ()
 
 
 def comparison_of(options: RowOptions) -> Comparison:
@@ -54,6 +56,7 @@ def _chosen_rows(options: RowOptions) -> Comparison:
     if options.table is not None:
         table = paper_table(options.table)
         title = f"Table {options.table}: {table.caption}"
-        return Comparison(title, rows_of_table(table), options.table, table.needs)
+        rows = rows_of_table(table)
+        return Comparison(title, rows, options.table, table.needs, table.published)
     rows = tuple(AblationRow(name, build_recipe(name, {})) for name in options.recipe)
     return Comparison(f"Recipes: {', '.join(options.recipe)}", rows)

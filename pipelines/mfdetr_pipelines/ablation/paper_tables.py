@@ -22,7 +22,7 @@ class PaperRow:
         recipe: Head and training settings.
         params_m: Printed parameters in millions; None if the table has no such column.
         macs_g: Printed "FLOPs" in 10^9, which are multiply-adds.
-        metrics: Printed mask AP in [0, 1]; -1 where it is not printed.
+        metrics: Printed mask AP in [0, 1], -1 for a part that is not; None if it has none.
         epochs: Length of the training; None for the recipe's steps.
         own_width: Whether the hidden width is the detector's own.
         detector: The detector whose geometry the paper counted.
@@ -32,20 +32,75 @@ class PaperRow:
     recipe: Recipe
     params_m: float | None
     macs_g: float | None
-    metrics: CocoMetrics
+    metrics: CocoMetrics | None
     epochs: float | None = None
     own_width: bool = False
     detector: str = "h-detr-r50"
 
+    @property
+    def AP(self) -> float | None:
+        """Printed mask AP in [0, 1]."""
+        return None if self.metrics is None else self.metrics.AP
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedSystem:
+    """What others have published, on the split of the table.
+
+    Attributes:
+        system: Its name.
+        backbone: Its backbone.
+        source: Where the numbers stand.
+        AP: Mask AP and its parts, box AP: in percent, as printed; None where they are not.
+        epochs: Length of the training of the masks.
+        hours: V100 hours of it.
+    """
+
+    system: str
+    backbone: str
+    source: str
+    AP: float
+    AP50: float | None = None
+    AP75: float | None = None
+    APS: float | None = None
+    APM: float | None = None
+    APL: float | None = None
+    box_AP: float | None = None
+    epochs: float | None = None
+    hours: float | None = None
+
+    def cells(self) -> list[str]:
+        """In the order of ``PUBLISHED_COLUMNS``, a dash for what is not printed."""
+        whole = (self.epochs, self.hours)
+        aps = (self.box_AP, self.AP, self.AP50, self.AP75, self.APS, self.APM, self.APL)
+        texts = ["-" if n is None else f"{n:g}" for n in whole]
+        texts += ["-" if n is None else f"{n:.1f}" for n in aps]
+        return [self.system, self.backbone, *texts, self.source]
+
+
+PUBLISHED_COLUMNS = (
+    "published", "backbone", "epochs", "V100 h", "box AP",
+    "AP", "AP50", "AP75", "APS", "APM", "APL", "source",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """A table of the paper; ``needs`` is what its training needs beyond one cache, if anything."""
+    """A table of the paper.
+
+    Attributes:
+        number: Its number.
+        caption: What it compares.
+        rows: What can be trained or counted.
+        needs: What the training needs beyond one cache, if anything.
+        published: Other systems it compares with.
+    """
 
     number: int
     caption: str
     rows: tuple[PaperRow, ...]
     needs: str = ""
+    published: tuple[PublishedSystem, ...] = ()
 
 
 def paper_table(number: int) -> PaperTable:
@@ -57,7 +112,8 @@ def paper_table(number: int) -> PaperTable:
 
 def _table(entry: Mapping[str, Any]) -> PaperTable:
     rows = tuple(_row({**entry, **row}, entry, row) for row in entry["rows"])
-    return PaperTable(entry["number"], entry["caption"], rows, entry.get("needs", ""))
+    published = tuple(PublishedSystem(**system) for system in entry.get("published", ()))
+    return PaperTable(entry["number"], entry["caption"], rows, entry.get("needs", ""), published)
 
 
 def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> PaperRow:
@@ -71,7 +127,7 @@ def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> PaperRow:
         Recipe(both["name"], head, train),
         both.get("params_m"),
         both.get("macs_g"),
-        CocoMetrics(*(round(percent / 100, 5) for percent in both["AP"])),
+        CocoMetrics(*(round(p / 100, 5) for p in both["AP"])) if "AP" in both else None,
         both.get("epochs"),
         both.get("own_width", False),
         both.get("detector", "h-detr-r50"),

@@ -66,7 +66,7 @@ class RowPlan:
             "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
             "paper_params_m": None if paper is None else paper.params_m,
             "paper_macs_g": None if paper is None else paper.macs_g,
-            "paper_AP": None if paper is None else paper.metrics.AP,
+            "paper_AP": None if paper is None else paper.AP,
             "note": self.problem or self.row.note,
         }
 

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mfdetr_cache.files import write_atomically
-from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
+from mfdetr_pipelines.ablation.charts import ap_bars, hours_chart, label_curves
+from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.page import PanelRow, Section, html_page
@@ -59,18 +61,23 @@ def report_cells(result: RowResult) -> list[str]:
         number(result.images_per_second or None, 1),
         number(result.head_ms or None, 0),
         number(result.total_hours, 1),
-        number(None if paper is None else 100 * paper.metrics.AP, 1),
+        number(None if paper is None or paper.AP is None else 100 * paper.AP, 1),
         number(None if paper is None else paper.params_m),
         number(None if paper is None else paper.macs_g),
     ]
 
 
 def write_report(
-    folder: Path, title: str, results: Sequence[RowResult], samples: Sequence[PanelRow] = ()
+    folder: Path,
+    title: str,
+    results: Sequence[RowResult],
+    samples: Sequence[PanelRow] = (),
+    published: Sequence[PublishedSystem] = (),
 ) -> list[Path]:
     """Write the table in all forms and its charts as PDF; returns the files.
 
-    With label fractions there is a curve too, as SVG for the Markdown and as PDF.
+    With label fractions there is a curve too, as SVG for the Markdown and as PDF. ``published``
+    systems come in a table of their own, and beside the rows in a chart of AP against hours.
     """
     bars, curves = ap_bars(results), label_curves(results)
     document = {"title": title, "rows": [r.to_dict() for r in results]}
@@ -84,7 +91,14 @@ def write_report(
     if curves is not None:
         charts.append(curves.to_svg())
         files |= {"labels.svg": charts[1].encode(), "labels.pdf": curves.to_pdf()}
-    files["ablation.html"] = _page(title, results, charts, samples).encode()
+    if published:
+        hours = hours_chart(results, published)
+        charts.append(hours.to_svg())
+        files["hours.pdf"] = hours.to_pdf()
+        files["ablation.md"] += _markdown_table(PUBLISHED_COLUMNS, _published(published)).encode()
+        document["published"] = [asdict(p) for p in published]
+        files["ablation.json"] = json.dumps(document, indent=2).encode()
+    files["ablation.html"] = _page(title, results, charts, samples, published).encode()
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
@@ -102,13 +116,21 @@ def _filled(results: Sequence[RowResult]) -> tuple[list[str], list[list[str]]]:
 
 
 def _markdown(title: str, results: Sequence[RowResult], *, with_curves: bool) -> str:
-    columns, cells = _filled(results)
-    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(c) + " |" for c in cells]
+    lines = [f"# {title}", _markdown_table(*_filled(results))]
     note = "vs first: difference in points with its 95 % interval over images; ~ holds zero."
     curves = ["![mask AP against label fraction](labels.svg)", ""] if with_curves else []
-    lines += ["", note, "", *curves, *(f"* {p}" for p in _problems(results))]
+    lines += [note, "", *curves, *(f"* {p}" for p in _problems(results))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *cells]
+    return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _published(published: Sequence[PublishedSystem]) -> list[list[str]]:
+    """Cells, the best last."""
+    return [p.cells() for p in sorted(published, key=lambda p: p.AP)]
 
 
 def _csv(results: Sequence[RowResult]) -> str:
@@ -127,11 +149,22 @@ _LEGEND = (
 
 
 def _page(
-    title: str, results: Sequence[RowResult], charts: Sequence[str], samples: Sequence[PanelRow]
+    title: str,
+    results: Sequence[RowResult],
+    charts: Sequence[str],
+    samples: Sequence[PanelRow],
+    published: Sequence[PublishedSystem],
 ) -> str:
     columns, cells = _filled(results)
     table = Section(
         charts=charts[:1], columns=columns, cells=cells, text=_LEGEND, notes=_problems(results)
     )
     masks = [Section("Masks of the first seed", rows=samples)] if samples else []
-    return html_page(title, [table, Section(charts=charts[1:]), *masks])
+    others = Section(
+        "Published, not measured here",
+        columns=PUBLISHED_COLUMNS if published else (),
+        cells=_published(published),
+    )
+    return html_page(
+        title, [table, Section(charts=charts[1:]), *([others] if published else []), *masks]
+    )

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 # Text and lines; in an SVG they take the colour of the page around them.
 INK = "#222222"
+MEASURED = "#0072b2"
 PUBLISHED = "#999999"  # what was not measured here, readable on white and on black
 _STYLE: dict[Any, Any] = {
     "font.size": 9.75,  # 13 pixels of a page
