@@ -14,6 +14,9 @@ from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.ops.quantisation import StoredMap
 
 MapRole = Literal["encoder", "backbone", "c1", "c1_roi"]
+# The logit of every label that a query does not have where queries are detections, and of all its
+# labels where it is absent. The sigmoid of it is 0 in float32, and a detection of score 0 is none.
+ABSENT_LOGIT = -200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +92,9 @@ class DetectorSpec:
 
     @property
     def detector(self) -> str:
-        """What ``--detector`` calls it: the name without its variant."""
-        return self.name.partition(":")[0]
+        """What ``--detector`` calls it: the name without its variant; of torchvision with it."""
+        family = self.name.partition(":")[0]
+        return self.name if family == "torchvision" else family
 
     def map_named(self, name: str) -> MapSpec:
         """The specification of one map; DetectorError if there is none of that name."""
@@ -104,6 +108,9 @@ class DetectorSpec:
 @dataclass(frozen=True, slots=True)
 class DetectorOutput:
     """A frozen detector's outputs for a batch. Q queries, K labels, d query width.
+
+    Detectors whose queries are detections have fewer in some images; the other queries are absent:
+    ``ABSENT_LOGIT`` for every label. These are neither matched, nor trained on, nor evaluated.
 
     Attributes:
         class_logits: Before the score function, shape (B, Q, K).

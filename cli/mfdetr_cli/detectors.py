@@ -35,7 +35,15 @@ def detectors(_config: DetectorsConfig, json: Path | None) -> None:
         [[d.model, d.encoder_maps, d.c1, _mark(d, notes)] for d in listed if d.name == "hf"],
         justify="left",
     )
-    plugins = [d for d in listed if d.name != "hf" and d not in (*official, *authors)]
+    torchvision = [d for d in listed if d.name.startswith("torchvision:")]
+    print_table(
+        "--detector NAME --weights FILE.pth, of torchvision: detections are the queries",
+        ["NAME", "strides", "width", "queries", "C1", "checked"],
+        [[d.name, d.levels, d.width, d.queries, d.c1, _mark(d, notes)] for d in torchvision],
+        justify="left",
+    )
+    listed_above = (*official, *authors, *torchvision)
+    plugins = [d for d in listed if d.name != "hf" and d not in listed_above]
     if plugins:
         rows = [[d.name, d.model, _mark(d, notes)] for d in plugins]
         print_table("--detector NAME, of other packages", ["NAME", "model", "checked"], rows)

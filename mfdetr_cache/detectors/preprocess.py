@@ -1,7 +1,7 @@
 """Preprocessing of an RGB image, as the detector's authors do it: resized by PIL.
 
 PIL's antialiasing differs from tensor interpolation; a detector trained with one loses accuracy
-with the other, so PIL is the only resize here.
+with the other, so PIL is the only resize here; torchvision's detectors bring their own.
 """
 
 from dataclasses import asdict, dataclass

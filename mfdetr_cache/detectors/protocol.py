@@ -12,7 +12,10 @@ from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 
 @runtime_checkable
 class Detector(Protocol):
-    """A frozen DETR: from an image to queries, boxes, class logits and feature maps.
+    """A frozen detector: from an image to queries, boxes, class logits and feature maps.
+
+    For a detector without queries each of its final detections is one, with one label; the rest of
+    ``spec.num_queries`` is absent, see :class:`~mfdetr_cache.types.DetectorOutput`.
 
     An implementation is in evaluation mode, its parameters need no gradient, and its output for an
     image does not depend on the rest of the batch.

@@ -20,6 +20,13 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.torchvision.loading import (
+    MODELS,
+    PREFIX,
+    TORCHVISION_NAMES,
+    load_torchvision_detector,
+    recognised_torchvision,
+)
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import Identity
@@ -116,6 +123,22 @@ def list_detectors() -> tuple[DetectorListing, ...]:
         )
         for detector in AUTHORS.values()
     ]
+    torchvision = [
+        DetectorListing(
+            name=name,
+            model=model.label,
+            backbone=model.backbone,
+            weights="state dict of torchvision",
+            levels=model.levels,
+            width="256" if model.width == 256 else f"{model.width}, maps 256",
+            queries=str(model.queries),
+            c1=str(model.c1),
+            paper="",
+            encoder_maps="feature pyramid",
+            checked="torchvision's own detections: equal",
+        )
+        for name, model in MODELS.items()
+    ]
     plugins = [
         DetectorListing(
             name,
@@ -132,7 +155,7 @@ def list_detectors() -> tuple[DetectorListing, ...]:
         )
         for name, p in _plugins().items()
     ]
-    return (*official, *authors, *transformers, *plugins)
+    return (*official, *authors, *transformers, *torchvision, *plugins)
 
 
 def _official(name: str, architecture: Architecture) -> DetectorListing:
@@ -181,11 +204,15 @@ def load_detector(
         if weights is None:
             raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
         return load_authors_detector(name, str(weights), options)
+    if name.startswith(PREFIX):
+        if weights is None:
+            raise DetectorError(f"--detector {name} needs --weights: a state dict")
+        return load_torchvision_detector(name, str(weights), options)
     plugin = _plugins().get(name)
     if plugin is not None:
         return plugin.load()(weights, options)  # type: ignore[no-any-return]
     if name != "hf":
-        known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, *AUTHORS, *_plugins()]
+        known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, *AUTHORS, *TORCHVISION_NAMES, *_plugins()]
         raise DetectorError(f"unknown detector {name!r}{nearest(name, known)}")
     if weights is None:
         raise DetectorError("--detector hf needs --weights: a folder or a hub id")
@@ -199,8 +226,9 @@ def _detector_of(weights: str | None) -> str:
     path = Path(weights)
     if not path.is_file() and not is_authors_folder(path):
         return "hf"  # a folder or a hub id
-    tensors = read_checkpoint(path).tensors
-    found = recognised(tensors)
+    checkpoint = read_checkpoint(path)
+    tensors = checkpoint.tensors
+    found = recognised(tensors) + recognised_torchvision(checkpoint)
     with contextlib.suppress(DetectorError):
         found.append(read_architecture(tensors, weights).scheme)
     if not found:

@@ -50,6 +50,8 @@ def select_detections(
 ) -> Detections:
     """The best (query, label) pairs, as Deformable DETR and its descendants select them.
 
+    Pairs of score 0 are left out: absent queries, and labels that a detection does not have.
+
     Args:
         class_logits: Shape (Q, K).
         boxes_cxcywh_norm: Relative to the resized image, shape (Q, 4).
@@ -63,6 +65,7 @@ def select_detections(
     scores = class_probabilities(class_logits, spec)
     count = min(max_detections, scores.numel())
     best, index = scores.flatten().topk(count)
+    best, index = best[best > 0], index[best > 0]
     query_index = torch.div(index, scores.shape[-1], rounding_mode="floor")
     boxes = scale_boxes(cxcywh_to_xyxy(boxes_cxcywh_norm), original_hw)
     return Detections(query_index, index % scores.shape[-1], best, boxes[query_index])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfdetr_cache.matching.objects import trainable_objects
 from mfdetr_cache.ops.boxes import box_iou
-from mfdetr_cache.types import GroundTruth
+from mfdetr_cache.types import ABSENT_LOGIT, GroundTruth
 
 # Costs of Deformable DETR's matcher, which H-DETR, DINO and RT-DETR kept.
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
@@ -53,8 +53,14 @@ def match_hungarian(
             alone, since another release or machine may swap two queries of equal cost.
 
     Returns:
-        min(G, Q) pairs, sorted by query.
+        min(G, Q) pairs, sorted by query; absent queries are in none and do not count.
     """
+    present = np.flatnonzero((class_logits > ABSENT_LOGIT).any(axis=1))
+    if len(present) < len(class_logits):
+        held = None if preferred is None else np.flatnonzero(np.isin(present, preferred))
+        of_present = class_logits[present], boxes_cxcywh_norm[present]
+        found = match_hungarian(*of_present, object_labels, object_cxcywh_norm, held)
+        return Matches(present[found.query_index], found.object_index, found.iou)
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.matching.pair_costs_numba import pair_costs
 
@@ -98,8 +104,8 @@ def match_by_iou(
     Returns:
         The pairs, sorted by query.
     """
-    best = class_logits.max(-1).values.topk(min(candidates, len(class_logits))).indices
-    query_index = best.sort().values
+    score, best = class_logits.max(-1).values.topk(min(candidates, len(class_logits)))
+    query_index = best[score > ABSENT_LOGIT].sort().values
     iou = box_iou(boxes_xyxy_norm[query_index], object_xyxy_norm)
     overlap, object_index = iou.max(dim=1)
     keep = (overlap >= min_iou) & (overlap > 0)

@@ -6,6 +6,7 @@ from torchvision.ops import generalized_box_iou
 
 from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_hungarian
 from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
+from mfdetr_cache.types import ABSENT_LOGIT
 
 
 def scene(num_queries: int = 5, num_objects: int = 3) -> tuple[torch.Tensor, ...]:
@@ -89,3 +90,28 @@ def test_by_iou_shares_objects_and_drops_bad_boxes() -> None:
     np.testing.assert_allclose(found.iou, [1.0, 0.875], atol=1e-6)
     # Only the two most confident queries are looked at.
     assert match_by_iou(logits, boxes, objects, 2, 0.5).query_index.tolist() == [2]
+
+
+def test_absent_queries_are_never_matched() -> None:
+    """As if they were not there, although they lie on the objects."""
+    torch.manual_seed(0)
+    logits, boxes, labels, objects = scene()
+    alone = match(logits, boxes, labels, objects)
+    order = torch.tensor([0, 5, 1, 6, 2, 3, 7, 4])
+    logits = torch.cat((logits, torch.full((3, 4), ABSENT_LOGIT)))[order]
+    boxes = torch.cat((boxes, objects))[order]
+    place = order.argsort().numpy()
+    for held in (None, place[alone.query_index]):
+        found = match(logits, boxes, labels, objects, held)
+        assert found.query_index.tolist() == place[alone.query_index].tolist()
+        assert found.object_index.tolist() == alone.object_index.tolist()
+        np.testing.assert_array_equal(found.iou, alone.iou)
+    # More objects than queries that are there.
+    logits[3:] = ABSENT_LOGIT
+    assert set(match(logits, boxes, labels, objects).query_index.tolist()) == {0, 2}
+    logits[:] = ABSENT_LOGIT
+    assert not len(match(logits, boxes, labels, objects).query_index)
+    corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects)
+    assert not len(match_by_iou(logits, *corners, candidates=8, min_iou=0.0).query_index)
+    logits[1] = 0
+    assert match_by_iou(logits, *corners, candidates=8, min_iou=0.0).query_index.tolist() == [1]
