@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,10 +62,9 @@ class TorchvisionDetector(nn.Module):
         self.eval()
         self._two_stage = isinstance(model, FasterRCNN)
         # What cuts the list of detections.
-        self._last_stage = getattr(self.model, "roi_heads", self.model)
-        self._last_stage.detections_per_img = options.num_queries or int(
-            self._last_stage.detections_per_img
-        )
+        self._last_stage = cast(Any, getattr(model, "roi_heads", model))
+        if options.num_queries:
+            self._last_stage.detections_per_img = options.num_queries
         self._kept: dict[str, Any] = {}
         self._stages: dict[str, Tensor] = {}
         self._hook()
