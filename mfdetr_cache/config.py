@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -93,6 +94,8 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401
     try:
         if hint is int and isinstance(value, float) and value != int(value):
             raise ValueError
+        if hint is float and not math.isfinite(float(value)):
+            raise ValueError
         return hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where} must be of type {hint.__name__}, not {value!r}") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,17 @@ from mfdetr_cache.errors import MfdetrError, OutputError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+# Too large for ``ulimit -f`` or FAT, too many files, a disk that breaks or went away.
+FAILING = (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENXIO)
+# Files with these endings are nobody's: half written, or there to be locked.
+PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 def disk_error(error: BaseException) -> int:
-    """``DISK_FULL``, ``NOT_ALLOWED`` or ``NO_SUCH_PLACE`` if a failed write caused this; else 0.
+    """The number of a disk that is full, not allowed or not there, if a failed write caused this.
+
+    0 for any other error.
 
     torch and safetensors raise their own exceptions when a write fails: the operating system's
     error is then among the causes, or only in the text.
@@ -25,7 +33,7 @@ def disk_error(error: BaseException) -> int:
         number = found.errno if isinstance(found, OSError) else None
         if number is None and (said := re.search(r"\(os error (\d+)\)", str(found))):
             number = int(said[1])
-        if number in (*DISK_FULL, *NOT_ALLOWED, *NO_SUCH_PLACE):
+        if number in (*DISK_FULL, *NOT_ALLOWED, *NO_SUCH_PLACE, *FAILING):
             return int(number or 0)
         found = found.__cause__ or found.__context__
     return 0
@@ -53,7 +61,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file in the same folder that replaces ``path`` at the end; OutputError."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     with writing(path):
         try:
             yield partial
@@ -75,8 +83,34 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether the path is a file or a folder that is not empty."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether the path is a file or a folder with more in it than locks and half-written files."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.suffix not in (PARTIAL, LOCK) for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Own a lock file, or share it with ``LOCK_SH``; raises ``busy`` if another process has it.
+
+    The file stays: who removes it could take it from under somebody else's lock.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        # On a disk that is read-only it can be locked if it is there.
+        if error.errno not in NOT_ALLOWED or not path.exists():
+            raise
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

@@ -20,12 +20,14 @@ class Option:
         metavar: What stands for the value in the help.
         help: In place of the text under ``Attributes``: for a flag ``--no-x``, what it leaves out.
         parse: Turns what was typed into the value; raises ValueError with what to write instead.
+        takes_zero: Whether a number may be 0 whose default is another; none may be negative.
     """
 
     name: str = ""
     metavar: str = ""
     help: str = ""
     parse: Callable[[Any], Any] | None = None
+    takes_zero: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,91 @@
-"""Signals that ask a long command to stop."""
+"""Signals that ask a command to stop: SIGTERM, SIGHUP and Ctrl-C."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# Whether one of them came. Not an Event, whose lock the main thread may hold when a handler runs.
+_came = False
+
+
+def is_stopping() -> bool:
+    """Whether a signal asked to stop, so that waiting for somebody else has no use."""
+    return _came
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """Raised in the main thread by a signal that asks to stop; its text is the signal's name."""
+
+
+class StopRequest:
+    """Whether a signal asked to stop; :func:`stop_on_signals` makes it."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._interrupts = False
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Raise StoppedBySignal for a signal that comes meanwhile, or came before."""
+        self._interrupts = True
+        try:
+            if self.is_set:
+                raise StoppedBySignal
+            yield
+        finally:
+            self._interrupts = False
+
+    def ask(self, number: int, _frame: FrameType | None) -> None:
+        """The handler; whoever asks twice does not want to wait."""
+        _note()
+        again, self.is_set = self.is_set, True
+        if again or self._interrupts:
+            raise StoppedBySignal(signal.Signals(number).name)
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Let SIGTERM and Ctrl-C ask to stop, where they would end the process.
+def ending_on_signals() -> Iterator[None]:
+    """Let the signals raise StoppedBySignal in the main thread, where two would kill."""
 
-    Yields:
-        Set when a signal arrives; outside of the main thread none does.
-    """
-    stop = threading.Event()
+    def end(number: int, _frame: FrameType | None) -> None:
+        _note()
+        raise StoppedBySignal(signal.Signals(number).name)
 
-    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    with _handled_by(end):
+        yield
 
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Let the signals set a flag; outside of the main thread none does."""
+    request = StopRequest()
+    with _handled_by(request.ask):
+        yield request
+
+
+def _note() -> None:
+    global _came
+    _came = True
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) or signal.SIG_DFL for s in _ASKING}
+    # Under nohup a terminal that closes is no reason to stop.
+    asking = [s for s in _ASKING if s != signal.SIGHUP or before[s] != signal.SIG_IGN]
+    for number in asking:
+        signal.signal(number, handler)
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        global _came
+        _came = False
+        for number in asking:
+            signal.signal(number, before[number])

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mfdetr_pipelines.config.train_joint import TrainJointConfig
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
+from mfdetr_cache.signals import StoppedBySignal, ending_on_signals
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
 from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.text import harmless, put
@@ -54,7 +56,10 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
 
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
         module, _, function = where.partition(":")
-        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
+        try:
+            getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
+        except StoppedBySignal as stopped:
+            raise StoppedError(f"stopped by {stopped}; what was finished before is kept") from None
 
     summary, about = help_of(kind)
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
@@ -102,8 +107,10 @@ def _root(
 
 def main() -> None:
     """Run the command line: exit 0 done, 1 a check found a fault, 2 wrong input, 130 stopped."""
+    warnings.formatwarning = _one_line
     try:
-        app(prog_name="mfdetr")
+        with ending_on_signals():
+            app(prog_name="mfdetr")
     except StoppedError as error:
         _print_error(error)
         sys.exit(130)
@@ -119,6 +126,11 @@ def main() -> None:
             raise
         _print_error(error)
         sys.exit(2)
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of source that gave it."""
+    return f"warning: {harmless(' '.join(str(message).split()))}\n"
 
 
 def _print_error(error: Exception) -> None:

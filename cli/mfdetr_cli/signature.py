@@ -1,6 +1,7 @@
 """Commands from documented dataclasses: fields are the options, their docstrings the help."""
 
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -127,6 +128,18 @@ def _default(field: Field[Any]) -> Any:  # noqa: ANN401
     return False if field.default is True else field.default
 
 
+def _require_bounds(setting: _Setting, value: Any) -> None:  # noqa: ANN401
+    """Refuse numbers out of bounds: 0 is one where it is the default, or the option says so."""
+    takes_zero = setting.option.takes_zero or setting.field.default == 0
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not 0 <= number < math.inf:
+            raise ValueError("must be a number that is not negative")
+        if isinstance(number, int) and not 0 <= number < 2**31:
+            raise ValueError(f"must be from {0 if takes_zero else 1} to {2**31 - 1}")
+        if isinstance(number, int | float) and not number and not takes_zero:
+            raise ValueError("must be above 0")
+
+
 def built(kind: type[Any], typed: Mapping[str, Any], only: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
     """A settings object from Typer's values; options that were not given keep their defaults."""
     given: dict[str, Any] = {}
@@ -141,6 +154,7 @@ def built(kind: type[Any], typed: Mapping[str, Any], only: tuple[str, ...] = ())
             same = tuple if isinstance(value, list) else type(value)
             try:
                 given[name] = (setting.option.parse or same)(value)
+                _require_bounds(setting, given[name])
             except ValueError as error:
                 raise ConfigError(f"{setting.name} {value}: {error}") from error
     return kind(**given)

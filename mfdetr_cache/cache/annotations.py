@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mfdetr_cache.cache.arrays import chunk_keys
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.crops import crop_columns, crop_lengths, read_crops
-from mfdetr_cache.cache.document import read_document, read_sealed, seal
+from mfdetr_cache.cache.document import read_document, read_sealed
 from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.foundation import ANNOTATIONS, metadata_keys
 from mfdetr_cache.cache.manifest import require_files, require_names, status_key
@@ -32,6 +32,7 @@ from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import Identity, identity_hash
 from mfdetr_cache.ops.quantisation import StoredMap
+from mfdetr_cache.sealed import seal
 from mfdetr_cache.types import C1Crops, GroundTruth
 
 SEALS = f"{status_key()}/annotations"

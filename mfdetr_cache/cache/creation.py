@@ -25,7 +25,6 @@ from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
 from mfdetr_cache.cache.zarr_nodes import create_array, write_column
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.files import is_taken
 from mfdetr_cache.identity import Identity
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
@@ -125,7 +124,7 @@ def _create_folder(path: Path, content: CacheContent) -> None:
         if (path / ROOT_KEY).is_file():
             return
         partial = path.with_name(path.name + ".creating")
-        if is_taken(path):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise _not_free(LocalStorage(path))
         if path.is_dir():
             path.rmdir()

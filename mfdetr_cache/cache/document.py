@@ -1,33 +1,15 @@
-"""JSON documents of a cache. A sealed one begins with the SHA-256 of all that follows in it."""
+"""JSON documents of a cache."""
 
-import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
+from mfdetr_cache.sealed import seal_of
 
 # The root of a detector with thousands of labels has some 100 kB, a manifest 10 kB.
 _MOST_BYTES = 64 * 2**20
-_HEAD = b'{\n "sha256": "'
-_END_OF_HEAD = b'",'
-_HASH_AT = slice(len(_HEAD), len(_HEAD) + 64)
-_BODY = len(_HEAD) + 64 + len(_END_OF_HEAD)
-
-
-def seal(document: Mapping[str, Any]) -> bytes:
-    """A document as a file that carries its own hash.
-
-    Args:
-        document: Plain JSON values.
-
-    Returns:
-        The same JSON object with ``sha256`` as its first field: that of every byte behind it.
-    """
-    body = json.dumps(document, indent=1, sort_keys=True).encode()[1:]
-    return _HEAD + hashlib.sha256(body).hexdigest().encode() + _END_OF_HEAD + body
 
 
 def read_document(storage: Storage, key: str) -> Fields:
@@ -68,13 +50,6 @@ def read_sealed(storage: Storage, key: str) -> Fields:
     if not whole:
         raise CacheError(f"{where} is damaged: its bytes are not those that were written; {MEND}")
     return _parsed(data, where)
-
-
-def seal_of(data: bytes) -> str:
-    """The hash that a sealed document carries; empty where it is not that of its bytes."""
-    begins = data.startswith(_HEAD) and data[_BODY - len(_END_OF_HEAD) : _BODY] == _END_OF_HEAD
-    found = hashlib.sha256(data[_BODY:]).hexdigest()
-    return found if begins and data[_HASH_AT] == found.encode() else ""
 
 
 def _read(storage: Storage, key: str) -> bytes:

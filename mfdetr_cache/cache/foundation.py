@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mfdetr_cache.cache.arrays import chunk_keys, image_columns
 from mfdetr_cache.cache.columns import Columns
-from mfdetr_cache.cache.document import read_document, read_sealed, seal
+from mfdetr_cache.cache.document import read_document, read_sealed
 from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.manifest import (
     Manifest,
@@ -20,6 +20,7 @@ from mfdetr_cache.cache.schema import ATTRIBUTES_KEY, Part
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
+from mfdetr_cache.sealed import seal
 
 FOUNDATION_KEY = f"{status_key()}/manifest/foundation.json"
 ANNOTATIONS = "annotations"

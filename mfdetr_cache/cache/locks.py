@@ -2,15 +2,13 @@
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from mfdetr_cache.cache.manifest import status_key
 from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.storage.protocol import Storage, explained
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.files import NOT_ALLOWED
+from mfdetr_cache.files import locked_file
 
 
 @contextlib.contextmanager
@@ -38,24 +36,8 @@ def locked(storage: Storage, partition: Partition = WHOLE) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for name, kind in wanted if storage.folder is not None else ():
             assert storage.folder is not None
+            busy = CacheError(f"{storage.name} is being written by another process; wait for it")
             with explained(storage):
-                lock = _opened(storage.folder / status_key() / name)
-            held.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CacheError(
-                    f"{storage.name} is being written by another process; wait for it"
-                ) from None
+                path = storage.folder / status_key() / name
+                held.enter_context(locked_file(path, busy, kind))
         yield
-
-
-def _opened(path: Path) -> int:
-    """A lock file; one on a disk that is read-only can be locked if it is there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno not in NOT_ALLOWED or not path.exists():
-            raise
-        return os.open(path, os.O_RDONLY)

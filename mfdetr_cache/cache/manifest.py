@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mfdetr_cache.cache.document import read_sealed, seal
+from mfdetr_cache.cache.document import read_sealed
 from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
+from mfdetr_cache.sealed import seal
 
 
 def status_key(view: str = BASE_VIEW) -> str:

@@ -8,15 +8,18 @@ from typing import Any
 
 from mfdetr_cache.cache.annotations import Annotations, newest_version, read_annotations
 from mfdetr_cache.cache.foundation import Foundation, Opened, read_opened
-from mfdetr_cache.cache.manifest import Manifest, read_manifest
+from mfdetr_cache.cache.manifest import Manifest, manifest_key, read_manifest
 from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.coco.class_agnostic import class_agnostic_spec
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
-from mfdetr_cache.errors import CacheError
+from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
+
+# Missing parts that are looked at to say why they are missing: a store may take a while for each.
+_LOOKED_AT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +111,15 @@ class FeatureCache(Foundation):
         Raises:
             CacheError: Saying how many parts are missing.
         """
-        if self.missing_parts:
-            raise CacheError(
-                f"{self.path} is not finished: {len(self.missing_parts)} of "
-                f"{len(self.layout.parts)} parts are missing; run the same extract again"
-            )
+        if not self.missing_parts:
+            return
+        missing = f"{len(self.missing_parts)} of {len(self.layout.parts)} parts are missing"
+        advice = "run the same extract again"
+        # A sealed part whose files are gone was there once.
+        first = self.missing_parts[:_LOOKED_AT]
+        if any(self.storage.size(manifest_key(part)) is not None for part in first):
+            advice = f"files were lost: {MEND}, or {advice}"
+        raise CacheError(f"{self.path} is not finished: {missing}; {advice}")
 
     def require_c1_map(self, purpose: str) -> None:
         """Refuse a cache that holds C1 only around matched queries.

@@ -30,6 +30,7 @@ from mfdetr_cache.detectors.torchvision.loading import (
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import Identity
+from mfdetr_cache.ops.devices import exact_float32
 
 # The weights say which detector they are.
 AUTO = "auto"
@@ -190,11 +191,12 @@ def load_detector(
 
     Returns:
         The detector. Its ``forward(pixel_values, padding_mask)`` returns logits, boxes, queries and
-        the maps that ``spec.maps`` lists.
+        the maps that ``spec.maps`` lists. This process computes exact float32 from now on.
 
     Raises:
         DetectorError: If the name is unknown, or the weights are missing or do not fit.
     """
+    exact_float32()
     options = options or DetectorOptions()
     if name == AUTO:
         name = _detector_of(weights)

@@ -102,8 +102,6 @@ class Extraction:
         self._content = content
         self._device = device
         keep_freed_memory()
-        # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
-        torch.backends.cudnn.allow_tf32 = False
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter
@@ -115,6 +113,7 @@ class Extraction:
         self.num_bytes = 0
         self.detector_seconds = 0.0
         self._oddities: Counter[str] = Counter()
+        self._num_sealed = 0
 
     def run(self, pending: Sequence[Part]) -> None:
         """Extract the parts that are pending."""
@@ -130,8 +129,10 @@ class Extraction:
                 self._put(self._item_of(part, row, decoded))
             self._put(None)
         except KeyboardInterrupt:
+            kept = total - todo + self._num_sealed
             self._failure = StoppedError(
-                "stopped; sealed parts are kept, the same command goes on from there"
+                f"stopped: {kept} of {total} images are kept in sealed parts, the same command "
+                "goes on from there"
             )
             raise self._failure from None
         except BaseException:
@@ -217,6 +218,7 @@ class Extraction:
                 if item is None or item.part != open_part:
                     if open_part is not None:
                         self._writer.seal_part()
+                        self._num_sealed += len(self._writer.rows_of_part(open_part))
                     if item is None:
                         return
                     open_part = item.part

@@ -72,10 +72,10 @@ class HeadConfig:
         return self.fine_size or self.roi_size
 
     def __post_init__(self) -> None:
-        if self.roi_size < 8 or self.roi_size % 8:
-            raise ValueError(f"roi_size must be 8 or a larger multiple of 8, not {self.roi_size}")
-        if self.hidden_dim < 8 or self.hidden_dim % 8:
-            raise ValueError(f"hidden_dim must be a positive multiple of 8, not {self.hidden_dim}")
+        for name, most in (("roi_size", 512), ("hidden_dim", 8192)):
+            value = getattr(self, name)
+            if not 8 <= value <= most or value % 8:
+                raise ValueError(f"{name} must be a multiple of 8 from 8 to {most}, not {value}")
         if not 0 <= self.image_layers <= 8 or not 0 <= self.box_layers <= 8:
             raise ValueError("image_layers and box_layers must be 0 to 8")
         if not self.roialign and (self.box_layers or self.query_b2o or self.mask_scoring):

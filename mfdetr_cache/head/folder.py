@@ -1,13 +1,15 @@
 """A trained head as a folder: its weights, its architecture, and the detector it belongs to."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mfdetr_cache.choices import Which
@@ -17,11 +19,18 @@ from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.identity import Identity, spec_from_identity
+from mfdetr_cache.identity import Identity, identity_hash, spec_from_identity
+from mfdetr_cache.sealed import seal, seal_of
 
 HEAD_FILE = "head.safetensors"
 BEST_HEAD_FILE = "head-best.safetensors"
 CONFIG_FILE = "config.json"
+# What weights say of themselves: their hash and their run.
+_SEAL = "sha256 and run"
+# Values of a part that an old head may be without.
+_MOST_ADDED = 2**16
+# Training settings that no weight depends on: a run may go on with others.
+FREE_FIELDS = ("num_threads", "num_processes", "checkpoint_minutes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +49,8 @@ class RunRecord:
         label_categories: Category id of each of the detector's labels, -1 for none.
         command: The command line.
         versions: Versions of the packages that results depend on.
+        run: Hash of what decides the weights; every file of weights names it too.
+        before: Training settings of the steps before a failure, where some were changed then.
     """
 
     recipe: str | None = None
@@ -53,6 +64,8 @@ class RunRecord:
     label_categories: Sequence[int] = ()
     command: Sequence[str] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    run: str = ""
+    before: Sequence[dict[str, Any]] = ()
 
     @property
     def held_out(self) -> tuple[int, ...]:
@@ -73,6 +86,7 @@ class RunRecord:
         """The fields as they stand in the file."""
         # A run from a cache says null where it has no validation cache; one without says neither.
         unused = {"joint"} if self.joint is None else {"cache", "annotations", "val_cache"}
+        unused |= set() if self.before else {"before"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
 
     @classmethod
@@ -100,22 +114,49 @@ _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last") -> None:
-    """Write the last or best weights; OutputError if the disk is full, with the old ones kept."""
+    """Write the last or best weights; OutputError if the disk is full, with the old ones kept.
+
+    They name their own hash and, beside a ``config.json``, its run.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    is_run = (folder / CONFIG_FILE).is_file()
+    of_run = str(read_run_config(folder).get("run", "")) if is_run else ""
+    # Two entries would come in any order, and the same weights are to be the same bytes.
+    about = {_SEAL: f"{_hash_of(tensors)} {of_run}"}
     # Not save_file, whose files nobody else may read.
-    write_atomically(folder / _FILES[which], save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / _FILES[which], save(tensors, metadata=about))
 
 
 def save_run_config(folder: Path, config: HeadConfig, run: RunRecord) -> None:
-    """Write a run's ``config.json``; OutputError if the disk is full."""
+    """Write a run's ``config.json``, sealed; OutputError if the disk is full."""
     full = {"head": to_dict(config), **run.to_dict()}
-    write_atomically(folder / CONFIG_FILE, json.dumps(full, indent=2).encode())
+    write_atomically(folder / CONFIG_FILE, seal({**full, "run": run.run or _run_of(full)}))
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """A run's ``config.json``; HeadError if it cannot be read or was changed.
+
+    One that an earlier version wrote has no hash and is taken as it is.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        data = path.read_bytes()
+        document = json.loads(data)
+        if not isinstance(document, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise HeadError(f"{path} is damaged ({error})") from error
+    if ("sha256" in document or "run" in document) and not seal_of(data):
+        raise HeadError(
+            f"{path} was changed: it is not what was written; restore it, or train the head again"
+        )
+    return document
 
 
 def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     """The last or best weights of a run folder, as a head on the CPU with its run record.
 
-    HeadError if a file is missing, damaged or does not fit the others.
+    HeadError if a file is missing, damaged, changed or does not fit the others.
     """
     weights_file = folder / _FILES[which]
     for file in (folder / CONFIG_FILE, weights_file):
@@ -128,20 +169,66 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
             raise HeadError(
                 f"{folder} is no trained head: it has no {file.name}; pass a train-head --out"
             )
+    document = read_run_config(folder)
     try:
-        document = json.loads((folder / CONFIG_FILE).read_bytes())
         config = from_dict(HeadConfig, document["head"], f"{folder / CONFIG_FILE}: head")
         run = RunRecord.from_dict(document)
-        head = build_head(config, spec_from_identity(run.detector))
-    except (ValueError, KeyError, TypeError) as error:
+        spec = spec_from_identity(run.detector)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
-    try:
-        weights = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise HeadError(f"{weights_file} is damaged ({error})") from error
+    weights = _read_weights(weights_file, document)
+    # Sizes that a config.json claims must not take memory that the weights do not have.
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in build_head(config, spec).state_dict().items()}
+    wrong = [k for k, shape in shapes.items() if k in weights and weights[k].shape != shape]
+    wrong += [k for k, shape in shapes.items() if k not in weights and shape.numel() > _MOST_ADDED]
+    if wrong:
+        raise HeadError(f"{weights_file} does not fit its config.json: {wrong[0]} has another size")
+    head = build_head(config, spec)
     try:
         head.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
     return HeadFolder(head.eval(), run, folder)
+
+
+def _read_weights(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, checked against its hash and the run that it must be of."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"{path} is damaged ({error})") from error
+    content, _, of_run = about.get(_SEAL, "").partition(" ")
+    # A config.json from before there were hashes may have weights without.
+    if (content or "sha256" in document) and content != _hash_of(weights):
+        raise HeadError(
+            f"{path} was changed: it is not what was written; restore it, or train the head again"
+        )
+    if of_run != document.get("run", ""):
+        raise HeadError(f"{path} is of another run than its config.json; restore one of them")
+    return weights
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, type, shape and values of all tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _run_of(document: Mapping[str, Any]) -> str:
+    """Hash of what decides the weights; a tuned detector is another one at the end."""
+    cache = document.get("cache") or {}
+    train = {k: v for k, v in document["train"].items() if k not in FREE_FIELDS}
+    return identity_hash(
+        {
+            **{k: document.get(k) for k in ("head", "annotations", "joint")},
+            "train": train,
+            "cache_id": cache.get("cache_id"),
+        }
+    )

@@ -1,5 +1,6 @@
 """The checkpoint of a run, from which it is resumed."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import whole_file
 
 CHECKPOINT_FILE = "checkpoint.pt"
+# The state of a run that cannot go on; the checkpoint is the one before.
+FAILED_FILE = "failed.pt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, state: dict[str, Any], name: str = CHECKPOINT_FILE) -> None:
     """Replace the checkpoint by tensors and plain values; a full disk keeps the old one."""
     # Through a file of Python's: torch's own does not say why a write failed.
-    with whole_file(folder / CHECKPOINT_FILE) as partial, partial.open("wb") as file:
+    with whole_file(folder / name) as partial, partial.open("wb") as file:
         torch.save(state, file)
 
 
@@ -24,7 +27,15 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise HeadError(f"{folder} has no {CHECKPOINT_FILE}: nothing to resume; leave --resume out")
     try:
+        # torch writes checksums and does not look at them.
+        with zipfile.ZipFile(path) as packed:
+            if packed.testzip() is not None:
+                raise ValueError("a wrong checksum")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("no dictionary")
     except Exception as error:  # torch raises whatever its unpickler meets in damaged bytes
-        raise HeadError(f"{path} is damaged; leave --resume out to begin again") from error
+        raise HeadError(
+            f"{path} is damaged; remove it to begin this run again with --resume"
+        ) from error
     return state

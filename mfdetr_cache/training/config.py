@@ -1,15 +1,15 @@
 """Settings of a training."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.options import Option
 
-# Settings that no weight depends on: a run may go on with others.
-FREE_FIELDS = ("num_threads", "num_processes", "checkpoint_minutes")
+# Settings that a run that failed may go on with otherwise.
+RESCUE_FIELDS = ("lr", "clip_norm", "amp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +154,26 @@ class TrainConfig:
         return count if count > 1 else 0
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and value < 0 and name != "num_processes":
+                raise ValueError(f"{name} must not be negative")
         for name in ("steps", "batch_size", "target_scale", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
-        if self.val_split < 0 or self.val_split == 1:
+        if self.val_split == 1:
             raise ValueError("val_split must be 0, or 2 or more")
-        if self.num_threads < 0 or self.num_processes < -1:
-            raise ValueError("num_threads must be 0 or more, num_processes -1 or more")
+        if self.num_processes < -1:
+            raise ValueError("num_processes must be -1 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
+        self._require_shares()
+
+    def _require_shares(self) -> None:
         for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within 0 and 1")
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            raise ValueError("beta1 and beta2 must be below 1")
         if not 0 < self.label_fraction <= 1:
             raise ValueError("label_fraction must be above 0 and at most 1")
         if not 0 <= self.box_jitter < 0.5:

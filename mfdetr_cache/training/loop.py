@@ -2,13 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from mfdetr_cache.errors import OutputError, StoppedError, TrainingError
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.signals import stop_on_signals
+from mfdetr_cache.signals import StoppedBySignal, StopRequest, stop_on_signals
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.input.source import Source, Step
 from mfdetr_cache.training.learner import StepReport
@@ -47,8 +47,9 @@ class TrainingLoop:
     def run(self, until: int | None = None) -> None:
         """Train until every head is done or has failed, or until step ``until`` (exclusive).
 
-        A signal writes checkpoints and raises StoppedError. TrainingError if a step's images do not
-        fit into the GPU's memory.
+        A signal writes checkpoints and raises StoppedError. So are they written for a step that
+        cannot be read (a store that is gone, a reader that was killed) or does not fit into the
+        GPU's memory (TrainingError).
         """
         active = [run for run in self._runs if run.is_active]
         if not active:
@@ -77,17 +78,15 @@ class TrainingLoop:
         ):
             for number in numbers:
                 begun = time.perf_counter()
-                step = next(steps)
-                waited = time.perf_counter() - begun
-                self._prepare(step)
-                # All processes stop before the same step, whichever of them was asked to.
-                counts = self._processes.gather(
-                    [int(stop.is_set()), *step.counts.values()], self._device
-                )
-                if any(asked for asked, *_ in counts):
+                found = self._next(steps, number, stop)
+                if found is None:
                     return True
+                step, counts, waited = found
                 read = time.perf_counter() - begun
                 self._one_step(number, step, self._shares(step, counts), read, waited)
+                for run in self._runs:
+                    if run.learner.step == number + 1 and run.is_to_be_measured:
+                        self._measure(run, stop)
                 step.release()
                 if self._on_step is not None:
                     self._on_step(number + 1)
@@ -96,7 +95,40 @@ class TrainingLoop:
                 if time.monotonic() - saved > 60 * self._train.checkpoint_minutes:
                     self._save(going_on=True)
                     saved = time.monotonic()
-            return stop.is_set()
+            return stop.is_set
+
+    def _next(
+        self, steps: Iterator[Step], number: int, stop: StopRequest
+    ) -> tuple[Step, list[list[int]], float] | None:
+        """The next step, its counts in each process, and seconds waited; None if asked to stop."""
+        begun = time.perf_counter()
+        try:
+            with self._interruptible(stop):
+                step = next(steps)
+            waited = time.perf_counter() - begun
+            self._prepare(step)
+            # All processes stop before the same step, whichever of them was asked to.
+            counts = self._processes.gather([int(stop.is_set), *step.counts.values()], self._device)
+        except StoppedBySignal:
+            return None
+        except Exception:
+            if stop.is_set and self._processes.world == 1:
+                return None
+            # The weights are those of the last step, whatever is wrong with the next one.
+            self._save_what_is_there(number)
+            raise
+        return None if any(asked for asked, *_ in counts) else (step, counts, waited)
+
+    def _interruptible(self, stop: StopRequest) -> contextlib.AbstractContextManager[None]:
+        """Where a signal need not wait for a store; several processes agree on a step instead."""
+        return stop.interrupting() if self._processes.world == 1 else contextlib.nullcontext()
+
+    def _save_what_is_there(self, number: int) -> None:
+        """Write checkpoints on the way out, without other processes and without other errors."""
+        with contextlib.suppress(Exception):
+            self._write_checkpoints(going_on=True)
+            if self._processes.is_first and any(run.learner.step for run in self._runs):
+                self._reporter.say(f"the checkpoint of step {number} is written; --resume goes on")
 
     def _shares(
         self, step: Step, counts: Sequence[Sequence[int]]
@@ -131,12 +163,15 @@ class TrainingLoop:
             learner.waiting_seconds += waited / len(learning)
             if report is not None and self._processes.is_first:
                 run.add_to_log(report)
-            if run.is_to_be_measured:
-                if self._processes.is_first:
-                    run.measure()
-                self._processes.wait()
             notes.append(run.note(report))
         self._reporter.advance(note=notes[0] if notes else "")
+
+    def _measure(self, run: Run, stop: StopRequest) -> None:
+        """Measure a head in the first process, unless a signal comes first."""
+        if self._processes.is_first:
+            with contextlib.suppress(StoppedBySignal), self._interruptible(stop):
+                run.measure()
+        self._processes.wait()
 
     def _learn(self, run: Run, step: Step, share: tuple[int, int]) -> StepReport | None:
         """One step of one head; out of memory, again in more micro-batches."""
@@ -148,9 +183,10 @@ class TrainingLoop:
                 # Here the exception is gone, and with it what the step had computed so far.
                 self._split_further(step)
         except TrainingError as error:
-            run.problem = error
             if self._processes.is_first:
-                run.save()
+                run.fail(error)
+            else:
+                run.problem = error
             return None
 
     def _prepare(self, step: Step) -> None:
@@ -177,7 +213,14 @@ class TrainingLoop:
         )
 
     def _save(self, *, going_on: bool) -> None:
-        """Write checkpoints; with ``going_on``, a full disk is only a warning."""
+        """Write checkpoints and wait for all processes."""
+        self._write_checkpoints(going_on=going_on)
+        # After a failure the others may be in the middle of a step; torchrun stops them.
+        if all(run.problem is None for run in self._runs):
+            self._processes.wait()
+
+    def _write_checkpoints(self, *, going_on: bool) -> None:
+        """The first process's; with ``going_on``, a full disk is only a warning."""
         if self._processes.is_first:
             for run in self._runs:
                 if run.problem is not None:
@@ -188,6 +231,3 @@ class TrainingLoop:
                     if not going_on:
                         raise
                     self._reporter.warn(f"{error}; training goes on")
-        # After a failure the others may be in the middle of a step; torchrun stops them.
-        if all(run.problem is None for run in self._runs):
-            self._processes.wait()

@@ -1,5 +1,6 @@
 """A training with its run folder: learner, checkpoints, log and validation."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +10,16 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Tracker
-from mfdetr_cache.errors import HeadError, TrainingError
+from mfdetr_cache.errors import HeadError, OutputError, TrainingError
 from mfdetr_cache.head.folder import RunRecord, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from mfdetr_cache.training.checkpoint import (
+    CHECKPOINT_FILE,
+    FAILED_FILE,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.learner import Learner, StepReport
 from mfdetr_cache.training.run_folder import prepare_folder
@@ -73,6 +79,7 @@ class Run:
         self.best_step: int | None = None
         self._log = log
         self._last_ap: float | None = None
+        self._saved_step: int | None = None
         self._folder = folder
         self._validation = validation
         if resume:
@@ -84,9 +91,29 @@ class Run:
         return self.problem is None and not self.learner.is_done
 
     def save(self) -> None:
-        """Write a checkpoint; OutputError if the disk is full, with the old one kept."""
-        if self._folder is not None:
+        """Write a checkpoint; OutputError if the disk is full, with the old one kept.
+
+        Weights that are not finite end the run instead.
+        """
+        if not all(bool(w.isfinite().all()) for w in self.learner.head.state_dict().values()):
+            self.fail(TrainingError(f"the weights are not finite after step {self.learner.step}"))
+        elif self._folder is not None:
             save_checkpoint(self._folder, self.learner.state())
+            self._saved_step = self.learner.step
+            (self._folder / FAILED_FILE).unlink(missing_ok=True)
+
+    def fail(self, error: TrainingError) -> None:
+        """End the run: the checkpoint from before is kept, the state now lies beside it."""
+        kept = "no checkpoint was written yet"
+        if self._saved_step is not None:
+            kept = f"the checkpoint of step {self._saved_step} is kept"
+        if self._folder is not None:
+            error = TrainingError(
+                f"{error}; {kept}: --resume goes on from it, also with another lr, clip_norm or amp"
+            )
+            with contextlib.suppress(OutputError):
+                save_checkpoint(self._folder, self.learner.state(), FAILED_FILE)
+        self.problem = error
 
     def add_to_log(self, report: StepReport) -> None:
         """Log every tenth step, and the last one."""
@@ -169,8 +196,10 @@ class Run:
             return
         try:
             self.learner.restore(load_checkpoint(self._folder))
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise HeadError(f"{path} does not fit this run ({error})") from error
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise HeadError(f"{path} does not fit this run ({reason})") from error
+        self._saved_step = self.learner.step
         for line in read_log(self._folder) if self._validation is not None else []:
             # A measurement later than the checkpoint is made again.
             if "validation" in line and line["step"] <= self.learner.step:

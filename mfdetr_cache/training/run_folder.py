@@ -1,9 +1,10 @@
 """The folder of a run; it is resumed with the same settings only."""
 
-import json
+import contextlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,19 @@ import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.files import is_taken, make_folder
+from mfdetr_cache.files import is_taken, locked_file, make_folder, writing
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.folder import CONFIG_FILE, RunRecord, save_run_config
+from mfdetr_cache.head.folder import (
+    CONFIG_FILE,
+    FREE_FIELDS,
+    RunRecord,
+    read_run_config,
+    save_run_config,
+)
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
-from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
+from mfdetr_cache.training.checkpoint import FAILED_FILE
+from mfdetr_cache.training.config import RESCUE_FIELDS, TrainConfig
+from mfdetr_cache.training.distributed import Processes
 
 
 def record_of_cache(
@@ -54,6 +63,36 @@ def versions() -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def owned_folder(out: Path) -> Iterator[None]:
+    """Own a run folder, or a folder of runs; HeadError if another process is writing it."""
+    busy = HeadError(f"{out} is being written by another process; wait for it, or another --out")
+    make_folder(out)
+    with contextlib.ExitStack() as held:
+        with writing(out):
+            held.enter_context(locked_file(out / "writer.lock", busy))
+        yield
+
+
+@contextlib.contextmanager
+def owned_run(out: Path, processes: Processes) -> Iterator[None]:
+    """Own a run folder in the first process; nothing is put into one that holds something else."""
+    if not processes.is_first:
+        yield
+        return
+    if is_taken(out) and not (out / CONFIG_FILE).is_file():
+        raise _not_empty(out)
+    with owned_folder(out):
+        yield
+
+
+def _not_empty(out: Path) -> HeadError:
+    return HeadError(
+        f"{out} is not empty; nothing was touched. Pass --resume to go on with that run, or "
+        "another --out"
+    )
+
+
 def prepare_folder(
     out: Path,
     head: HeadConfig,
@@ -64,35 +103,39 @@ def prepare_folder(
 ) -> None:
     """Create a run folder, or with ``resume`` check that it holds the same run.
 
-    ``same`` are the entries of ``config.json`` that must be unchanged. HeadError if the folder is
-    in use, holds no run, or a different one.
+    ``same`` are the entries of ``config.json`` that must be unchanged; a run that failed may go on
+    with another learning rate. HeadError if the folder is in use, holds no run, or a different one.
     """
-    path = out / CONFIG_FILE
     if resume:
-        try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise HeadError(f"{out} holds no run to resume ({error})") from error
+        if not (out / CONFIG_FILE).is_file():
+            raise HeadError(f"{out} holds no run to resume; leave --resume out to begin one")
+        before = read_run_config(out)
         now = {"head": to_dict(head), **run.to_dict()}
         kinds = {"head": HeadConfig, "train": TrainConfig}
+        free: tuple[str, ...] = FREE_FIELDS
+        if (out / FAILED_FILE).is_file():
+            free += RESCUE_FIELDS
         for name in same:
             earlier = before.get(name)
             if name in kinds and isinstance(earlier, dict):
                 earlier = completed(kinds[name], earlier)
             found = differences(earlier, now[name])
             if name == "train":
-                found = [d for d in found if d[0] not in FREE_FIELDS]
+                found = [d for d in found if d[0] not in free]
             if found:
                 key, theirs, ours = found[0]
                 raise HeadError(
                     f"cannot resume {out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
                     "give the same settings, or another --out"
                 )
+        earlier = before["train"]
+        if {k: earlier.get(k) for k in RESCUE_FIELDS} != {k: run.train[k] for k in RESCUE_FIELDS}:
+            changed = replace(
+                run, run=before.get("run", ""), before=[*before.get("before", ()), earlier]
+            )
+            save_run_config(out, head, changed)
         return
     if is_taken(out):
-        raise HeadError(
-            f"{out} is not empty; nothing was touched. Pass --resume to go on with that "
-            "run, or another --out"
-        )
+        raise _not_empty(out)
     make_folder(out)
     save_run_config(out, head, run)

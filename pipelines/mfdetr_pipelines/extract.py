@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.foundation import read_root
@@ -87,8 +86,6 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
         require_images(config.files.images, split, advice)
-    # Features must not depend on a GPU's shortcuts; convolutions use TF32 unless told not to.
-    torch.backends.cudnn.allow_tf32 = False
     detector = load_detector(config.detector, config.weights, config.options)
     labelled = label_split(split, detector.spec, config.labels)
     for warning in labelled.match.warnings:

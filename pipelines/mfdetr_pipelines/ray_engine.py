@@ -6,6 +6,8 @@ tasks.
 """
 
 import importlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -73,12 +75,16 @@ def _connected(work: WorkOptions) -> Iterator[Any]:
         ) from None
     before = ray.is_initialized()
     if not before:
+        ends = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=work.address, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             where = f"--address {work.address}"
             raise ConfigError(f"{where}: no Ray cluster there ({reason})") from error
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler would end the command without a word.
+            signal.signal(signal.SIGTERM, ends)
     try:
         yield ray
     finally:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.head.folder import save_head
+from mfdetr_cache.ops.devices import keep_no_kernels
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import training_processes
@@ -15,7 +16,7 @@ from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
-from mfdetr_cache.training.run_folder import record_of_cache
+from mfdetr_cache.training.run_folder import owned_run, record_of_cache
 from mfdetr_cache.training.run_log import require_trackers
 from mfdetr_cache.training.settings import (
     category_ids,
@@ -82,7 +83,8 @@ def run_train_head(
     require_trackers(config.track)
     train = _settled(config, cache)
     device = training_device(config.device, train.amp)
-    with training_processes(device) as processes:
+    keep_no_kernels()
+    with training_processes(device) as processes, owned_run(config.out, processes):
         if not processes.is_first:
             reporter = SilentReporter()
         learner = build_learner(

@@ -28,6 +28,7 @@ from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.learner import seeded_head
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.run import Validation, begin_run
+from mfdetr_cache.training.run_folder import owned_run
 from mfdetr_cache.training.run_log import require_trackers
 from mfdetr_cache.training.settings import (
     require_live,
@@ -92,7 +93,7 @@ def run_train_joint(
     images = LiveImages(split, config.images, detector, train, _augment(config))
     train = with_length(train, config.length, len(images.rows))
     device = training_device(config.device, train.amp)
-    with training_processes(device) as processes:
+    with training_processes(device) as processes, owned_run(config.out, processes):
         if not processes.is_first:
             reporter = SilentReporter()
         detector = detector.to(device)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
 
-from mfdetr_cache.cache.document import seal
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY
 from mfdetr_cache.errors import CacheError, MfdetrError
 from mfdetr_cache.identity import identity_hash
 from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.sealed import seal
 from tests.support.caches import (
     DictStorage,
     document_paths,

@@ -133,7 +133,8 @@ def test_every_file_cut_off_longer_empty_or_gone() -> None:
 
 def test_a_manifest_that_names_too_little() -> None:
     """Sealed again by whoever changed it."""
-    from mfdetr_cache.cache.document import read_sealed, seal
+    from mfdetr_cache.cache.document import read_sealed
+    from mfdetr_cache.sealed import seal
 
     whole = tiny_files()
     sealed = [k for k in whole if "/status/manifest/" in k or "/status/annotations/" in k]

@@ -9,6 +9,7 @@ import socket
 import socketserver
 import tempfile
 import threading
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.storage import object_store
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.mirror import MirroredStorage
 from mfdetr_cache.cache.storage.object_store import ObjectStorage
@@ -56,6 +58,8 @@ class _Cutting(socketserver.StreamRequestHandler):
         with server.lock:
             server.connections += 1
             cut = server.connections in server.cut
+        if time.monotonic() < server.away_until:
+            return
         with socket.create_connection(server.upstream) as upstream:
             sender = threading.Thread(target=self._pump, args=(self.connection, upstream))
             sender.start()
@@ -88,6 +92,7 @@ class _Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Cutting)
         self.upstream, self.lock = upstream, threading.Lock()
         self.connections, self.cuts, self.cut = 0, 0, set[int]()
+        self.away_until = 0.0
 
 
 @pytest.fixture
@@ -305,6 +310,36 @@ def test_urls_that_cannot_be_used_are_one_line(monkeypatch: pytest.MonkeyPatch) 
         storage.read("zarr.json")
     assert "\n" not in str(caught.value)
     assert "never-to-be-shown" not in str(caught.value)
+
+
+def test_a_store_that_is_away_is_waited_for(
+    bucket: tuple[str, _Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said once, and when it is back; one that never answered is an error at once."""
+    url, proxy = bucket
+    storage = ObjectStorage(f"{url}/x", max_retries=0, patience=60)
+    proxy.away_until = time.monotonic() + 60
+    with pytest.raises(CacheError, match="cannot be used"):
+        storage.read("a")
+    proxy.away_until = 0
+    storage.write("a", [b"abc"])
+    for ask in (lambda: storage.read("a"), lambda: pickle.loads(pickle.dumps(storage)).read("a")):
+        proxy.away_until = time.monotonic() + 0.8
+        with pytest.warns(RuntimeWarning) as told:
+            assert ask() == b"abc"
+        away, back = (str(warning.message) for warning in told)
+        assert away.startswith(f"{url}/x does not answer (")
+        assert "asked again for 1 minutes" in away
+        assert f"{url}/x answers again after " in back
+    # Who is asked to stop waits no longer, and patience ends.
+    proxy.away_until = time.monotonic() + 60
+    storage._patience = 0.3
+    with pytest.raises(CacheError, match="cannot be used"), pytest.warns(RuntimeWarning):
+        storage.read("a")
+    storage._patience = 60
+    monkeypatch.setattr(object_store, "is_stopping", lambda: True)
+    with pytest.raises(CacheError, match="cannot be used"):
+        storage.read("a")
 
 
 def test_a_cache_in_s3_is_filled_trained_from_and_evaluated(

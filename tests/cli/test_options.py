@@ -9,6 +9,16 @@ from typing import Any
 import pytest
 import typer
 from mfdetr_cli.app import app
+from mfdetr_cli.signature import built
+from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.plan import PlanConfig
+from mfdetr_pipelines.config.predict import PredictConfig
+
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.extraction.options import ViewOptions
 
 KNOWN = Path(__file__).with_name("options.txt")
 HEAVY = ("torch", "numpy", "scipy", "numba", "transformers", "rich", "PIL")
@@ -55,6 +65,34 @@ def modules_after(*arguments: str) -> tuple[int, set[str]]:
     )
     _, exit_code, *names = done.stdout.splitlines()[-1].split()
     return int(exit_code), set(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        (DetectorOptions, "num_queries", 0),
+        (DetectorOptions, "num_queries", 2**40),
+        (ExtractConfig, "limit", 0),
+        (PredictConfig, "top_k", -1),
+        (PredictConfig, "threshold", -0.1),
+        (PredictConfig, "threshold", float("nan")),
+        (PlanConfig, "epochs", float("inf")),
+        (PlanConfig, "epochs", 0.0),
+        (AblateConfig, "label_fraction", [0.5, 0.0]),
+        (ViewOptions, "views", -1),
+        (CopyPasteConfig, "seed", -1),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(kind: type[Any], option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^--{option.replace('_', '-')} .*: must be "):
+        built(kind, {option: value})
+
+
+def test_zero_is_a_number_where_it_means_something() -> None:
+    assert built(ViewOptions, {"view_seed": 0, "views": 0}) == ViewOptions()
+    # Nothing is wrong with the threshold: the rest is missing.
+    with pytest.raises(TypeError, match="required"):
+        built(PredictConfig, {"threshold": 0.0})
 
 
 @pytest.mark.parametrize(

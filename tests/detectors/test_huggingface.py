@@ -179,6 +179,16 @@ def test_damaged_weights_and_other_models_are_named(tmp_path: Path, rtdetr_folde
         load_detector("hf")
 
 
+def test_a_detector_computes_exact_float32(rtdetr_folder: Path) -> None:
+    """Whatever was chosen before; every process that computes one loads it in the same way."""
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    load_detector("hf", str(rtdetr_folder))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_every_family_is_listed() -> None:
     listed = list_detectors()
     assert {d.model for d in listed if d.name == "hf"} == {

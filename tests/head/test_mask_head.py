@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from mfdetr_cache.head.blocks.deformable import cell_centres
 from mfdetr_cache.head.blocks.ffn import FfnBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.folder import RunRecord, load_head, save_head, save_run_config
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding, sine_position
 from mfdetr_cache.head.query_encoder import BoxToObject
-from mfdetr_cache.identity import detector_identity
 from tests.support.images import make_batch, make_spec
 
 SMALL = HeadConfig(hidden_dim=16, roi_size=8, image_layers=1, box_layers=1)
@@ -294,36 +291,6 @@ def test_a_convnext_block_begins_as_the_identity_and_old_weights_have_no_scale()
     old = {k: v for k, v in block.state_dict().items() if k != "scale"}
     block.load_state_dict(old)
     assert block.scale.tolist() == [1.0] * 8
-
-
-def test_saved_and_loaded_heads_agree(tmp_path: Path) -> None:
-    spec = make_spec(level_embed=True)
-    head = build_head(SMALL, spec).eval()
-    randomise(head)
-    save_run_config(tmp_path, SMALL, RunRecord(detector=detector_identity(spec)))
-    save_head(tmp_path, head.state_dict())
-    loaded = load_head(tmp_path)
-    assert loaded.head.config == SMALL
-    batch = make_batch(spec, [(64, 64)])
-    assert torch.equal(loaded.head(batch).mask_logits, head(batch).mask_logits)
-
-
-def test_faulty_head_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(HeadError, match=r"is no trained head: it has no config\.json"):
-        load_head(tmp_path)
-    spec = make_spec()
-    save_run_config(tmp_path, SMALL, RunRecord(detector=detector_identity(spec)))
-    with pytest.raises(HeadError, match=r"it has no head\.safetensors"):
-        load_head(tmp_path)
-    save_head(tmp_path, build_head(dataclasses.replace(SMALL, hidden_dim=8), spec).state_dict())
-    with pytest.raises(HeadError, match="does not fit its config.json"):
-        load_head(tmp_path)
-    (tmp_path / "head.safetensors").write_bytes(b"torn")
-    with pytest.raises(HeadError, match="head.safetensors is damaged"):
-        load_head(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(HeadError, match="config.json is damaged"):
-        load_head(tmp_path)
 
 
 def test_heads_that_cannot_be_built_say_why() -> None:

@@ -1,9 +1,11 @@
+import contextlib
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
+    CacheError,
     ConfigError,
     HeadError,
     IdentityError,
@@ -39,7 +42,7 @@ from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.input.threads import read_in_threads
-from mfdetr_cache.training.learner import build_learner, loss_of_batch
+from mfdetr_cache.training.learner import Learner, build_learner, loss_of_batch
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.order import (
     Order,
@@ -261,6 +264,110 @@ def test_a_loss_that_is_not_finite_names_the_images(
     monkeypatch.setattr(learner_module, "loss_of_batch", broken)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 0; images \[1\d\d"):
         train(drawn_cache, tmp_path / "run")
+
+
+def broken_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = learner_module.loss_of_batch
+
+    def broken(head: Any, batch: Any, train: Any, now: int, *rest: Any) -> Any:
+        losses = real(head, batch, train, now, *rest)
+        factor = float("nan") if now >= step else 1.0
+        return dataclasses.replace(losses, total=losses.total * factor)
+
+    monkeypatch.setattr(learner_module, "loss_of_batch", broken)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_from_before(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, often = tmp_path / "run", small_recipe(steps=6, checkpoint_minutes=0.0)
+    with monkeypatch.context() as during:
+        broken_from(3, during)
+        with pytest.raises(TrainingError, match="step 3 is kept: --resume goes on from it, also"):
+            train(drawn_cache, out, often)
+    assert load_checkpoint(out)["step"] == 3
+    assert (out / "failed.pt").is_file()
+    with pytest.raises(HeadError, match=r"train\.batch_size was 3 and is 2 now"):
+        train(drawn_cache, out, small_recipe(steps=6, batch_size=2), resume=True)
+    train(drawn_cache, out, small_recipe(steps=6, lr=1e-4, checkpoint_minutes=0.0), resume=True)
+    record = load_head(out).run
+    assert record.train["lr"] == 1e-4
+    assert [before["lr"] for before in record.before] == [1e-3]
+    # What failed is over: from now on it is a run with these settings.
+    assert not (out / "failed.pt").exists()
+    with pytest.raises(HeadError, match=r"train\.lr was 0\.0001 and is 0\.01 now"):
+        train(drawn_cache, out, small_recipe(steps=6, lr=1e-2), resume=True)
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint_and_no_head(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient can be infinite where the loss is not; the last step has no step after it."""
+    real = Learner._average_weights
+
+    def broken(learner: Learner) -> None:
+        if learner.step == 3:
+            next(learner.head.parameters()).data.fill_(float("inf"))
+        real(learner)
+
+    monkeypatch.setattr(Learner, "_average_weights", broken)
+    with pytest.raises(TrainingError, match="weights are not finite after step 4; no checkpoint"):
+        train(drawn_cache, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    assert not (tmp_path / "run/head.safetensors").exists()
+
+
+def test_what_was_learned_is_saved_when_the_cache_cannot_be_read_any_more(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is gone, or a reader that was killed, whatever the error."""
+    train(drawn_cache, tmp_path / "reference", small_recipe(steps=9))
+    real = CacheSource.steps
+
+    def failing(source: CacheSource, numbers: range) -> Iterator[Any]:
+        steps = real(source, numbers)
+        with contextlib.closing(steps):
+            yield from itertools.islice(steps, 5)
+            raise CacheError("the store is gone")
+
+    out, recipe = tmp_path / "run", small_recipe(steps=9)
+    with monkeypatch.context() as during:
+        during.setattr(CacheSource, "steps", failing)
+        with pytest.raises(CacheError, match="^the store is gone$"):
+            train(drawn_cache, out, recipe)
+    assert load_checkpoint(out)["step"] == 5
+    train(drawn_cache, out, recipe, resume=True)
+    reference = weights_of(tmp_path / "reference")
+    assert all(torch.equal(v, reference[k]) for k, v in weights_of(out).items())
+
+
+def test_a_run_folder_has_one_writer(tmp_path: Path, drawn_cache: Path) -> None:
+    out = tmp_path / "run"
+    second: list[str] = []
+
+    def also(_step: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(HeadError) as caught:
+                train(drawn_cache, out, resume=resume)
+            second.append(str(caught.value))
+
+    train(drawn_cache, out, small_recipe(steps=1), on_step=also)
+    said = f"{out} is being written by another process; wait for it, or another --out"
+    assert second == [said, said]
+    # What a kill during the creation of the folder leaves is nobody's run.
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json.partial").write_text("{")
+    with pytest.raises(HeadError, match="holds no run to resume; leave --resume out"):
+        train(drawn_cache, half, small_recipe(steps=1), resume=True)
+    train(drawn_cache, half, small_recipe(steps=1))
+    # Nothing is put into a folder of something else.
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_text("")
+    with pytest.raises(HeadError, match="is not empty; nothing was touched"):
+        train(drawn_cache, photos)
+    assert [p.name for p in photos.iterdir()] == ["cat.jpg"]
 
 
 def test_folders_in_use_are_not_touched(tmp_path: Path, drawn_cache: Path) -> None:

@@ -1,13 +1,23 @@
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from mfdetr_cache.errors import HeadError, OutputError
-from mfdetr_cache.files import disk_error, make_folder, whole_file, write_atomically, writing
+from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.protocol import explained
+from mfdetr_cache.errors import CacheError, HeadError, OutputError
+from mfdetr_cache.files import (
+    disk_error,
+    is_taken,
+    make_folder,
+    whole_file,
+    write_atomically,
+    writing,
+)
 from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
 
 # Every write to this device fails as on a full disk, by the kernel's own hand.
@@ -64,8 +74,47 @@ def test_what_libraries_make_of_a_full_disk_is_known() -> None:
     consequence = RuntimeError("unexpected pos 64 vs 0")
     consequence.__context__ = OSError(errno.ENOSPC, "")
     assert disk_error(consequence) == errno.ENOSPC
-    assert disk_error(OSError(errno.EIO, "")) == 0
+    assert disk_error(OSError(errno.EINVAL, "")) == 0
     assert disk_error(ValueError("os error of another kind")) == 0
+
+
+def test_a_limit_of_file_sizes_is_one_line(tmp_path: Path) -> None:
+    """As ``ulimit -f`` sets it; FAT refuses files above 4 GB in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"a\.json cannot be written: File too large"):
+            write_atomically(tmp_path / "a.json", bytes(10_000))
+        with pytest.raises(OutputError, match=r"checkpoint\.pt cannot be written: File too large"):
+            save_checkpoint(tmp_path, {"weights": torch.zeros(100_000)})
+        storage, said = LocalStorage(tmp_path), "cannot write to .*: File too large"
+        with pytest.raises(CacheError, match=said), explained(storage):
+            storage.write("a", [bytes(10_000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_half_written_or_a_lock_takes_no_folder(tmp_path: Path) -> None:
+    assert not is_taken(tmp_path / "absent")
+    for name in ("config.json.partial", "writer.lock"):
+        (tmp_path / name).write_text("")
+    assert not is_taken(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    assert is_taken(tmp_path)
+    assert is_taken(tmp_path / "notes.txt")
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    """torch writes checksums and reads past them."""
+    save_checkpoint(tmp_path, {"weights": torch.arange(1000.0)})
+    path = tmp_path / "checkpoint.pt"
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(1000.0).numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["weights"][10] != 10
+    with pytest.raises(HeadError, match=r"checkpoint\.pt is damaged; remove it to begin"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from mfdetr_cache.cache.storage.protocol import (
     files_below,
 )
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import PARTIAL
 
 # The disk is asked beforehand for stretches that are longer.
 _AT_ONCE = 512 * 1024
@@ -104,7 +105,7 @@ class LocalStorage(Storage):
         """Write a file and make it survive a power cut; see :class:`Storage`."""
         path = self._folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + PARTIAL)
         try:
             with partial.open("wb") as file:
                 for piece in pieces:
@@ -112,7 +113,7 @@ class LocalStorage(Storage):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError:
+        except BaseException:
             # On a full disk it would keep the room that somebody makes.
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.files import DISK_FULL, NOT_ALLOWED
+from mfdetr_cache.files import DISK_FULL, FAILING, NOT_ALLOWED
 
 # The file that makes a place a cache.
 ROOT_KEY = "zarr.json"
@@ -145,7 +145,7 @@ def explained(storage: Storage) -> Iterator[None]:
                 f"the disk under {storage.name} is full; sealed parts are kept, make room and run "
                 "the same command again to go on"
             ) from error
-        if error.errno in NOT_ALLOWED:
+        if error.errno in (*NOT_ALLOWED, *FAILING):
             raise CacheError(f"cannot write to {storage.name}: {error.strerror}") from error
         raise
 

@@ -1,5 +1,6 @@
 """Train a group of jobs over one read of the cache, and measure each."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +8,10 @@ import torch
 
 from mfdetr_cache.errors import HeadError, MfdetrError, StoppedError, TrainingError
 from mfdetr_cache.evaluation.measure import measure
-from mfdetr_cache.files import make_folder
+from mfdetr_cache.files import is_taken, make_folder
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head, save_head
-from mfdetr_cache.ops.devices import torch_device
+from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.initial_head import new_head
@@ -18,7 +19,7 @@ from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.run import Run, begin_run
-from mfdetr_cache.training.run_folder import record_of_cache
+from mfdetr_cache.training.run_folder import owned_folder, record_of_cache
 from mfdetr_cache.training.settings import require_c1, training_device
 from mfdetr_pipelines.ablation.baselines import SamSource, measure_baseline
 from mfdetr_pipelines.ablation.caches import Caches
@@ -36,12 +37,25 @@ def train_group(
 
     The jobs must share their batches. StoppedError if a signal ended it; the same command resumes.
     """
+    with contextlib.ExitStack() as owned:
+        return _train_group(jobs, caches, device_name, sam, reporter, owned)
+
+
+def _train_group(
+    jobs: Sequence[Job],
+    caches: Caches,
+    device_name: str,
+    sam: SamSource | None,
+    reporter: Reporter,
+    owned: contextlib.ExitStack,
+) -> dict[str, str]:
     device = torch_device(device_name)
     problems: dict[str, str] = {}
     runs: dict[str, Run] = {}
     for job in jobs:
         try:
             if job.plan.is_trained:
+                owned.enter_context(owned_folder(job.folder))
                 runs[job.name] = _begin(job, caches, device_name)
         except MfdetrError as error:
             problems[job.name] = str(error)
@@ -64,12 +78,13 @@ def _begin(job: Job, caches: Caches, device_name: str) -> Run:
     """A new run in the job's folder, or the resumed one."""
     train, cache = job.recipe.train, caches.training
     device = training_device(device_name, train.amp)
+    keep_no_kernels()
     learner = build_learner(train, lambda: new_head(job.recipe.head, cache, train), device)
     require_c1(cache, learner.head, train)
     if learner.head.c1 is not None:
         # Not after it was trained.
         caches.validation.require_c1_map("evaluation")
-    begun = job.folder.exists() and any(job.folder.iterdir())
+    begun = is_taken(job.folder)
     record = record_of_cache(job.recipe.name, train, cache, None)
     return begin_run(
         learner, job.folder, record, Processes(), track=(), validation=None, resume=begun

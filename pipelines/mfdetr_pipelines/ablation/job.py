@@ -14,8 +14,9 @@ from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.folder import FREE_FIELDS
 from mfdetr_cache.identity import differences
-from mfdetr_cache.training.config import FREE_FIELDS, TrainConfig
+from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import stream_key
 from mfdetr_cache.training.recipes import Recipe
 from mfdetr_pipelines.ablation.caches import Caches

@@ -7,6 +7,7 @@ from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
+from mfdetr_cache.training.run_folder import owned_folder
 from mfdetr_pipelines.ablation.baselines import SamSource
 from mfdetr_pipelines.ablation.caches import Caches, open_caches
 from mfdetr_pipelines.ablation.group import train_group
@@ -26,6 +27,11 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
     if config.comparison.needs:
         raise ConfigError(f"--table {config.comparison.table} needs {config.comparison.needs}")
     require_own_folders(config.rows, config.out)
+    with owned_folder(config.out):
+        return _run(config, reporter)
+
+
+def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
     caches = open_caches(*config.caches, config.rows)
     plans = plan_rows(config.rows, caches.training, config.max_steps)
     jobs = plan_jobs(plans, config.seeds, config.out, caches)

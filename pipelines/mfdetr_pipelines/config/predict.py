@@ -31,7 +31,7 @@ class PredictConfig(OnDevice):
     head: Annotated[Path, FOLDER]
     out: Annotated[Path, Option(metavar="FOLDER")]
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
-    threshold: float = 0.25
+    threshold: Annotated[float, Option(takes_zero=True)] = 0.25
     top_k: int = 100
 
     def __post_init__(self) -> None:

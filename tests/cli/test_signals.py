@@ -1,0 +1,73 @@
+"""Signals end every command with a line and exit code 130, and only once they are asked to."""
+
+import os
+import signal
+import sys
+import time
+import types
+from typing import Any
+
+import pytest
+from mfdetr_cli import app as app_module
+
+from mfdetr_cache.signals import StoppedBySignal, is_stopping, stop_on_signals
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def main_with(
+    monkeypatch: pytest.MonkeyPatch, command: Any, arguments: tuple[str, ...] = ("detectors",)
+) -> int:
+    """The exit code of a command line whose command is a function."""
+    module = types.ModuleType("mfdetr_cli.detectors")
+    module.detectors = command  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys, "argv", ["mfdetr", *arguments])
+    try:
+        app_module.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_ends_any_command(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are registered by the same function."""
+
+    def command(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    before = [signal.getsignal(s) for s in ASKING]
+    assert main_with(monkeypatch, command) == 130
+    shown = capsys.readouterr()
+    expected = f"error: stopped by {number.name}; what was finished before is kept\n"
+    assert (shown.out, shown.err) == ("", expected)
+    assert [signal.getsignal(s) for s in ASKING] == before
+    assert not is_stopping()
+
+
+def test_a_terminal_that_closes_ends_nothing_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main_with(monkeypatch, lambda *_: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_training_is_asked_once_and_told_twice(number: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.is_set
+        assert is_stopping()
+        # While it waits for others it need not come to an end first.
+        with pytest.raises(StoppedBySignal), stop.interrupting():
+            pass
+        with pytest.raises(StoppedBySignal, match=number.name):
+            os.kill(os.getpid(), number)
+    raised = pytest.raises(StoppedBySignal, match=number.name)
+    with stop_on_signals() as stop, raised, stop.interrupting():
+        os.kill(os.getpid(), number)
