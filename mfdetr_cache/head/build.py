@@ -14,7 +14,12 @@ from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections, Projection
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder, SingleLevelImageEncoder
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.head.mask_predictor import DotProductPredictor, FcnPredictor, SegmenterPredictor
+from mfdetr_cache.head.mask_predictor import (
+    DotProductPredictor,
+    DynamicConvPredictor,
+    FcnPredictor,
+    SegmenterPredictor,
+)
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding
 from mfdetr_cache.head.query_encoder import QueryEncoder
@@ -164,4 +169,6 @@ def _predictor(config: HeadConfig) -> nn.Module:
         return EmbeddingPredictor(config.hidden_dim, config.mask_embedding_dim)
     if config.mask_predictor == "fcn":
         return FcnPredictor(config.hidden_dim)
+    if config.mask_predictor == "dynamic":
+        return DynamicConvPredictor(config.hidden_dim)
     return DotProductPredictor()

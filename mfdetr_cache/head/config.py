@@ -33,8 +33,9 @@ class HeadConfig:
         query_o2o: Object-to-object attention (Eq. 10, Table 5).
         query_b2o: Box-to-object attention (Eq. 11, Table 5).
         mask_predictor: Dot product (Eq. 4), the segmenter head (Table 12), or a baseline: ``fcn``,
-            Mask R-CNN's convolutions, which do not see the query, or ``embedding``, a short code of
-            the mask as in ISTR, decoded with a basis learned from the annotated masks.
+            Mask R-CNN's convolutions, which do not see the query; ``dynamic``, the same after two
+            convolutions whose weights the query makes, as in QueryInst; or ``embedding``, a short
+            code of the mask as in ISTR, decoded with a basis learned from the annotated masks.
         mask_embedding_dim: Length of that code.
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
         fine_size: Cells of a finer grid on which the mask is corrected, a multiple of ``roi_size``;
@@ -59,7 +60,7 @@ class HeadConfig:
     query_ffn: bool = True
     query_o2o: bool = False
     query_b2o: bool = True
-    mask_predictor: Literal["dot", "segmenter", "fcn", "embedding"] = "dot"
+    mask_predictor: Literal["dot", "segmenter", "fcn", "dynamic", "embedding"] = "dot"
     mask_embedding_dim: int = 64
     mask_scoring: bool = True
     fine_size: int = 0

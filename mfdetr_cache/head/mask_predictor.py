@@ -60,3 +60,30 @@ class FcnPredictor(nn.Module):
         for layer in self.layers:
             maps = functional.relu(layer(maps))
         return self.last(maps)[:, 0], None
+
+
+class DynamicConvPredictor(nn.Module):
+    """QueryInst's mask head (Fang et al., 2021, arXiv 2105.01928, section 3.2): DynConv, then FCN.
+
+    The query makes the weights of two 1x1 convolutions over its region, each followed by layer
+    norm and ReLU; Mask R-CNN's convolutions read the result. The narrow middle has a quarter of
+    the width, as 64 of 256 there.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.middle = max(8, width // 4)
+        self.weights = nn.Linear(width, 2 * width * self.middle)
+        self.norms = nn.ModuleList((nn.LayerNorm(self.middle), nn.LayerNorm(width)))
+        self.fcn = FcnPredictor(width)
+        nn.init.xavier_uniform_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+
+    def forward(self, queries: Tensor, regions: Tensor) -> tuple[Tensor, None]:
+        """Logits (R, r, r) of queries (R, d) and regions (R, r, r, d); there are no codes."""
+        into, out = self.weights(queries).chunk(2, dim=-1)
+        cells = regions.flatten(1, 2)
+        cells = functional.relu(self.norms[0](cells @ into.unflatten(-1, (-1, self.middle))))
+        cells = functional.relu(self.norms[1](cells @ out.unflatten(-1, (self.middle, -1))))
+        mixed: tuple[Tensor, None] = self.fcn(queries, cells.view_as(regions))
+        return mixed

@@ -84,6 +84,24 @@ def istr() -> Recipe:
     return Recipe("istr", replace(recipe.head, mask_predictor="embedding"), recipe.train)
 
 
+def queryinst() -> Recipe:
+    """A baseline: QueryInst's dynamic mask head on the same regions, trained as ``fast``."""
+    recipe = fcn()
+    return Recipe("queryinst", replace(recipe.head, mask_predictor="dynamic"), recipe.train)
+
+
+def mask2former() -> Recipe:
+    """A baseline: Mask2Former's branch, FFN of the query times pixel embedding over the image.
+
+    Mask DINO's is the same. Nothing is cut out, so a mask may lie anywhere in the image; one image
+    at a time.
+    """
+    recipe = ffn()
+    head = replace(recipe.head, roialign=False)
+    train = replace(recipe.train, accumulate=recipe.train.batch_size)
+    return Recipe("mask2former", head, train)
+
+
 def demo() -> Recipe:
     """The head of ``mfdetr demo``: ``fast`` with two box layers, for scenes of 160 pixels."""
     recipe = fast()
@@ -93,7 +111,7 @@ def demo() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    f.__name__: f for f in (paper, fast, fcn, ffn, istr, demo)
+    f.__name__: f for f in (paper, fast, fcn, ffn, queryinst, istr, mask2former, demo)
 }
 
 

@@ -65,6 +65,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | NO_IMAGE,
         {},
     ),
+    "dynamic": (
+        {"mask_predictor": "dynamic", "box_layers": 0, "query_ffn": False, "query_b2o": False}
+        | NO_IMAGE,
+        {},
+    ),
     "embedding": ({"mask_predictor": "embedding", "mask_embedding_dim": 4, **NO_IMAGE}, {}),
     "scoring": ({"mask_scoring": True, **NO_IMAGE}, {}),
     "deformable": ({"image_layers": 2, "box_layers": 2}, {}),

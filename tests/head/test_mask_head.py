@@ -36,6 +36,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"mask_predictor": "segmenter"},
     {"mask_predictor": "embedding", "mask_embedding_dim": 70},
     {"mask_predictor": "fcn", "box_layers": 0, "query_ffn": False, "query_b2o": False},
+    {"mask_predictor": "dynamic", "box_layers": 0, "query_ffn": False, "query_b2o": False},
     {"mask_scoring": False},
     {"use_c1": False},
     {"roi_size": 24, "hidden_dim": 8},

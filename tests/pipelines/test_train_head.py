@@ -103,6 +103,18 @@ def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> 
         assert measured.num_images == 8
 
 
+@pytest.mark.parametrize("name", ["fcn", "ffn", "queryinst", "istr", "mask2former"])
+def test_other_papers_mask_branches_learn_from_the_same_cache(
+    tmp_path: Path, drawn_cache: Path, name: str
+) -> None:
+    settings = {"hidden_dim": "16", "mask_embedding_dim": "8", "min_match_iou": "0", "steps": "8"}
+    train(drawn_cache, tmp_path / "run", build_recipe(name, settings))
+    lines = read_log(tmp_path / "run")
+    assert np.isfinite(lines[-1]["bce"])
+    measured = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "run"), SilentReporter())
+    assert 0 <= measured.mask.AP <= 1
+
+
 def test_training_from_a_cache_loads_no_detector(tmp_path: Path, drawn_cache: Path) -> None:
     """Neither the library of the detectors nor ours, also where the head is measured."""
     script = f"""
