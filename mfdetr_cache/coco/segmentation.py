@@ -72,10 +72,10 @@ def _is_point(item: object) -> bool:
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
-    if any(isinstance(v, bool) or not isinstance(v, (int, float, str)) for v in values):
+    if not set(map(type, values)) <= {int, float, str}:
         raise ValueError("a polygon holds something that is no number")
     try:
-        return [float(v) for v in values]
+        return list(map(float, values))
     except (ValueError, OverflowError) as error:
         raise ValueError("a polygon holds something that is no number") from error
 
