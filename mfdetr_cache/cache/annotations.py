@@ -104,6 +104,15 @@ class AnnotationRecord:
     lengths: dict[str, int]
     files: dict[str, FileRecord]
 
+    def is_of(self, content: AnnotationContent) -> bool:
+        """Whether these are the labels of ``content``, whatever its file was called."""
+        other = content.header
+        return (
+            {**self.source, "name": None} == {**content.source, "name": None}
+            and self.categories == other["categories"]
+            and list(self.label_categories) == other["label_categories"]
+        )
+
 
 def seal_key(number: int) -> str:
     """Where the sealed document of a version is.

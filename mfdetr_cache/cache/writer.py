@@ -283,9 +283,9 @@ def require_same_content(storage: Storage, root: Root, content: CacheContent) ->
     require_same_features(storage, root, content)
     # Crops of C1 were chosen by the first annotations; nothing else of the features hangs on them.
     numbers = (0,) if root.layout.c1 == "roi" else version_numbers(storage)
-    known = {r.annotations_id: r for r in (read_annotations(storage, root, n) for n in numbers)}
-    if content.labels.annotations_id not in known:
-        raise other_annotations(storage, [str(r.source["name"]) for r in known.values()])
+    known = [read_annotations(storage, root, number) for number in numbers]
+    if not any(record.is_of(content.labels) for record in known):
+        raise other_annotations(storage, [str(record.source["name"]) for record in known])
 
 
 def other_annotations(storage: Storage, names: Sequence[str]) -> CacheError:

@@ -162,6 +162,20 @@ def test_extract_with_other_annotations_says_what_to_do(
         run_extract(config, SilentReporter())
 
 
+def test_annotations_under_another_name_are_the_same(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    path = Path(shutil.copytree(drawn_cache, tmp_path / "c.zarr"))
+    renamed = Path(shutil.copy(scenes_folder / "instances.json", tmp_path / "renamed.json"))
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path, annotations=renamed)
+    assert run_extract(config, SilentReporter()).num_extracted == 0
+    again = relabelled(path, renamed)
+    assert (again.is_new, again.version) == (False, 0)
+    assert again.annotations_id == FeatureCache.open(path).annotations.annotations_id
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before
+
+
 @pytest.mark.parametrize("preset", ["int8", "int8-small", "fp16"])
 def test_crops_are_extracted_only_where_one_is_missing(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, better: Path, preset: str
@@ -271,7 +285,9 @@ def test_repair_mends_the_version_that_its_annotation_file_is_of(
     found = run_repair(path, *arguments, better, SilentReporter())
     assert not found.whole
     assert found.num_images == 0
-    assert run_repair(path, *arguments, scenes_folder / "instances.json", SilentReporter()).whole
+    # The file may be called otherwise by now.
+    renamed = Path(shutil.copy(scenes_folder / "instances.json", tmp_path / "renamed.json"))
+    assert run_repair(path, *arguments, renamed, SilentReporter()).whole
     assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == whole
 
 

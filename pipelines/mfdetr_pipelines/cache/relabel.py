@@ -99,7 +99,7 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
     with locked(cache.storage):
         newest = version_numbers(cache.storage)[-1]
         record = read_annotations(cache.storage, cache.root, newest)
-        is_new = record.annotations_id != content.annotations_id
+        is_new = not record.is_of(content)
         if is_new:
             newest += 1
             missing = _rows_without_crops(cache, content)
@@ -113,7 +113,7 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
         )
     return RelabelSummary(
         version=newest,
-        annotations_id=content.annotations_id,
+        annotations_id=record.annotations_id,
         is_new=is_new,
         images=cache.layout.num_rows - found.unlisted,
         objects=sum(map(len, content.objects[cache.base.name])),

@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mfdetr_cache.cache.annotations import header_of, write_annotations
+from mfdetr_cache.cache.annotations import AnnotationContent, header_of, write_annotations
 from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY, Opened, read_opened
 from mfdetr_cache.cache.locks import locked
@@ -97,7 +97,12 @@ def run_repair(
         )
         options = options_of(detector_identity(root.spec))
         detector = load_detector(root.spec.detector, weights, options)
-        labelled = label_split(split, detector.spec, _label_options(storage, root, split.sha256))
+        known = _labels_of_file(storage, root, split.sha256)
+        if known is not None:
+            # The file may have been renamed since.
+            split = replace(split, name=str(known.source["name"]))
+        chosen = None if known is None else LabelOptions.of(known.source)
+        labelled = label_split(split, detector.spec, chosen)
         content = replace(plan_cache(labelled, detector, *_choices(root)), layout=root.layout)
         # Before anything is touched: another detector or dataset could only make it worse.
         require_same_features(storage, root, content)
@@ -117,13 +122,13 @@ def run_repair(
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 
-def _label_options(storage: Storage, root: Root, sha256: str) -> LabelOptions:
-    """Which categories were chosen for the annotations of a file."""
+def _labels_of_file(storage: Storage, root: Root, sha256: str) -> AnnotationContent | None:
+    """The newest labels that a cache has from a file, without their objects."""
     for number in reversed(annotation_versions(storage)):
         header = header_of(storage, root, number)
         if header is not None and header.source["sha256"] == sha256:
-            return LabelOptions.of(header.source)
-    return LabelOptions()
+            return header
+    return None
 
 
 def _choices(root: Root) -> tuple[MapOptions, ViewOptions]:
