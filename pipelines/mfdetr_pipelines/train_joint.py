@@ -86,7 +86,10 @@ def run_train_joint(
     (stopped by a signal; can be resumed).
     """
     _require_possible(config)
-    split = load_coco_split(config.annotations, config.images, limit=config.limit)
+    split = load_coco_split(
+        config.annotations, config.images, on_bad=config.on_bad_annotation, limit=config.limit
+    )
+    split.tell_faults(reporter)
     require_images(config.images, split, "check --images")
     detector = load_detector(config.detector, config.weights, config.options)
     train = with_batch_size(config.recipe.train, config.batch_size)
@@ -165,7 +168,12 @@ def _require_possible(config: TrainJointConfig) -> None:
     wanted = config.validation
     require_validation(wanted.val_every, "--val-images", wanted.val_images)
     if wanted.val_images is not None and wanted.val_annotations is not None:
-        split = load_coco_split(wanted.val_annotations, wanted.val_images)
+        split = load_coco_split(
+            wanted.val_annotations,
+            wanted.val_images,
+            on_bad=config.on_bad_annotation,
+            masks="optional",
+        )
         require_images(wanted.val_images, split, "check --val-images")
     require_live(config.recipe.train, is_tuned=config.tune != "nothing")
     require_trackers(config.track)
@@ -201,6 +209,7 @@ def _validation(
             images=images,
             annotations=annotations,
             cache=path,
+            on_bad_annotation=config.on_bad_annotation,
             detector=config.detector,
             options=config.options,
             maps=MapOptions(preset="fp16"),

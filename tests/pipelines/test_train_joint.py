@@ -18,6 +18,7 @@ from mfdetr_cache.detectors.protocol import TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import (
     ConfigError,
+    DatasetError,
     HeadError,
     IdentityError,
     ImageError,
@@ -29,7 +30,7 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.detector_tuner import DetectorTuner, JointLearner
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from tests.support import detectors
+from tests.support import detectors, scenes
 from tests.support.configs import changed
 from tests.support.official import SMALL, write_checkpoint
 from tests.support.signals import stop_after
@@ -354,6 +355,17 @@ def test_bad_input_gets_one_line(
     validation = {"val_annotations": good.annotations, "val_images": tmp_path}
     with pytest.raises(ImageError, match="check --val-images"):
         run_train_joint(changed(good, **validation), SilentReporter())
+    document = scenes.load_annotations(scenes_folder)
+    document["annotations"][2]["segmentation"] = None
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    bad = changed(good, annotations=tmp_path / "bad.json", max_steps=1)
+    with pytest.raises(DatasetError, match="--on-bad-annotation skip leaves them out"):
+        run_train_joint(bad, SilentReporter())
+    reporter = SilentReporter()
+    run_train_joint(
+        changed(bad, out=tmp_path / "skipped", on_bad_annotation="skip", track=()), reporter
+    )
+    assert any("left out: 1 of 16 annotations" in m for m in reporter.messages)
     real = load_detector("hf", str(rtdetr_folder))
     assert isinstance(real, TunableDetector)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from mfdetr_cache.choices import Augmentation, Tune
+from mfdetr_cache.choices import Augmentation, OnBad, Tune
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
@@ -57,6 +57,7 @@ class TrainJointConfig(TrainingRun):
         detector_lr: The detector's learning rate as a share of the head's.
         augment: Augment every image anew in every epoch: none, deformable-detr or
             large-scale-jitter.
+        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         limit: Only the first N images.
         recipe: Head and training settings.
         length: In place of the recipe's.
@@ -73,6 +74,7 @@ class TrainJointConfig(TrainingRun):
     tune: Annotated[Tune, Option(metavar="PART")] = "encoder-decoder"
     detector_lr: float = 0.1
     augment: Annotated[Augmentation, Option(metavar="POLICY")] = "none"
+    on_bad_annotation: OnBad = "stop"
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)
