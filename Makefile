@@ -6,10 +6,11 @@ READY := $(VENV)/.ready
 # Processes that share the tests; each takes about 2 GB. 0 runs them in one.
 TESTERS ?= 2
 
-.PHONY: help setup test peers check fmt demo clean
+.PHONY: help setup test peers check fmt demo docs clean
 help:
 	@echo "make test   run the test suite          make check  format, lint, types, imports, docstrings"
 	@echo "make demo   the whole way on made data  make fmt    format the code"
+	@echo "make docs   the site, in build/site"
 
 setup: $(READY)
 
@@ -40,6 +41,11 @@ fmt: $(READY)
 
 demo: $(READY)
 	$(BIN)/mfdetr demo
+
+# The site in build/site; a broken link fails. Building it needs no network.
+docs: $(READY)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -25,7 +25,10 @@ from mfdetr_cache.training.recipes import build_recipe
 from tests.support.scenes import extract_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/history.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def fenced(path: Path) -> list[str]:
@@ -75,7 +78,7 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("target", ["test", "check", "demo", "fmt"])
+@pytest.mark.parametrize("target", ["test", "check", "demo", "fmt", "docs"])
 def test_make_targets_exist(target: str) -> None:
     finished = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
@@ -146,9 +149,15 @@ def test_messages_of_the_troubleshooting_page_exist() -> None:
     assert missing == []
 
 
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, with the demo's detector and head in place of the reader's."""
-    (code,) = [b for b in fenced(ROOT / "README.md") if "from mfdetr_cache.model" in b]
+def test_the_python_page_runs(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, with the demo's detector and head and a drawn cache in place of others.
+
+    Its ONNX example runs beside the export of that model, in tests/pipelines/test_export.py.
+    """
+    examples = [b for b in fenced(ROOT / "docs/python.md") if "from mfdetr_cache" in b]
+    code = "\n".join(examples).replace('"train2017.zarr"', repr(str(drawn_cache)))
     assert '("hdetr_r50.pth", "runs/paper", kind="h-detr-r50")' in code
     code = code.replace(
         '("hdetr_r50.pth", "runs/paper", kind="h-detr-r50")', "(demo_detector(), demo_head())"
@@ -161,3 +170,4 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         warnings.simplefilter("ignore")  # supervision speaks of OpenCV
         exec(code, names)
     assert len(names["found"]) >= 1
+    assert names["c1"].ndim == 3

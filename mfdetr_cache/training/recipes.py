@@ -32,8 +32,8 @@ def fast() -> Recipe:
     matrices get the most out of the steps that fit the time. Every query with enough overlap is
     trained on instead of one per object, with averaged weights. Mask scoring is off: it has a
     regressor for every label, and some hundred images are too few for it. All chosen on a fifth of
-    the training images (docs/results.md has the steps and what each was worth). Made for a cache
-    with views.
+    the training images (the steps, and what each was worth: benchmarks/history.md). Made for a
+    cache with views.
     """
     head = HeadConfig(
         hidden_dim=64,

@@ -1,5 +1,6 @@
 """ONNX files give what torch gives, to what float32 can tell apart."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.export import run_export
 from mfdetr_pipelines.train_head import run_train_head
 
+from mfdetr_cache.coco.synthetic import draw_scene
 from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.live import live_image
@@ -84,12 +86,33 @@ def test_detector_and_head_give_the_masks_of_predict(
     assert notes["weights_sha256"] == detector.spec.weights_sha256
 
 
-def test_a_trained_deformable_detr_is_exported(tmp_path: Path) -> None:
-    """The demo's; its sizes are traced as float64, for which onnxruntime cannot sample."""
+def test_a_trained_deformable_detr_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's; its sizes are traced as float64, for which onnxruntime cannot sample.
+
+    Then the example of docs/python.md, which reads the file without this package.
+    """
     config = ExportConfig(demo_head(), tmp_path / "model.onnx", weights=str(demo_detector()))
     summary = run_export(config, SilentReporter())
     assert summary.largest_difference < TOLERANCE
     assert summary.inputs == {"pixel_values": ["1", "3", "160", "160"]}
+    page = (Path(__file__).parents[2] / "docs/python.md").read_text()
+    (example,) = re.findall(r"^```python\n(import numpy.*?)^```", page, re.DOTALL | re.MULTILINE)
+    picture, objects = draw_scene(3)
+    picture.save(tmp_path / "photo.jpg", quality=100)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    # The last object that it printed is one that was drawn.
+    (x0, y0), mask = (names["x0"], names["y0"]), names["mask"]
+    found = np.zeros((picture.height, picture.width), dtype=bool)
+    rows, columns = np.nonzero(mask)
+    rows, columns = rows + y0, columns + x0
+    kept = (0 <= rows) & (rows < picture.height) & (0 <= columns) & (columns < picture.width)
+    found[rows[kept], columns[kept]] = True
+    overlaps = [(found & o["mask"]).sum() / (found | o["mask"]).sum() for o in objects]
+    assert max(overlaps) > 0.5
 
 
 def test_wrong_input_is_named(

@@ -164,7 +164,7 @@ class SuggestConfig(OnDevice):
     """Name the images whose masks are most worth drawing next.
 
     A head looks at the images that lack masks. First come those whose masks it is least sure of,
-    spread over the categories; see docs/datasets.md.
+    spread over the categories; see docs/few-masks.md.
 
     Example:
         mfdetr cache suggest train2017.zarr --head runs/first --count 20
