@@ -58,12 +58,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def in_site(found: re.Match[str]) -> str:
         text, target = found.groups()
         path, hash_, anchor = target.partition("#")
+        # Pages with links lie side by side; those of reference, below api/, have none.
         if "://" in path or not path or uri.startswith("api/"):
             return found[0]
         named = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         inside = PAGES.get(named, named.removeprefix("docs/"))
         if files.get_file_from_path(inside) is None:
             return text if (ROOT / named).exists() else found[0]
-        return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(uri) or '.')}{hash_}{anchor})"
+        return f"[{text}]({inside}{hash_}{anchor})"
 
     return _LINK.sub(in_site, markdown)
