@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,11 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
     for name, value in facts.items():
         table.add_row(Text(harmless(name)), Text(harmless(value)))
     _print(_console(), table)
+
+
+def print_next(*commands: Sequence[object]) -> None:
+    """Print what people do next, as commands to type."""
+    print_lines("next:", *("  mfdetr " + shlex.join(map(str, words)) for words in commands))
 
 
 def print_lines(*lines: str) -> None:

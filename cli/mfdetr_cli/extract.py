@@ -15,6 +15,7 @@ from mfdetr_cli.console import (
     metric_rows,
     print_facts,
     print_lines,
+    print_next,
     print_table,
     write_json,
 )
@@ -51,6 +52,8 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
             f"{summary.parts_missing} parts of the cache are not there yet; when the other "
             f"processes are done: mfdetr cache finish {config.cache}"
         )
+    else:
+        print_next(("train-head", "--cache", config.cache, "--out", "runs/fast"))
 
 
 def _print_categories(categories: Sequence[MatchedCategory]) -> None:

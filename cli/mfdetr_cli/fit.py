@@ -33,4 +33,4 @@ def show(summary: FitSummary, json: Path | None) -> None:
     facts["in all"] = human_time(sum(summary.seconds.values()))
     print_facts("What it took", {**facts, "caches": human_bytes(summary.cache_bytes)})
     print_facts("Look at", {"page": str(summary.page), "pictures": str(summary.pictures[0].parent)})
-    print_lines("How to go on:", *(f"  {command}" for command in summary.next_commands))
+    print_lines("next:", *(f"  {command}" for command in summary.next_commands))

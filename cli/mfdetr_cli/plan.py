@@ -10,6 +10,7 @@ from mfdetr_cli.console import (
     human_bytes,
     human_time,
     print_facts,
+    print_next,
     print_table,
     write_json,
 )
@@ -29,7 +30,7 @@ def plan(config: PlanConfig, json: Path | None) -> None:
             "disk": f"{found.disk}: {human_bytes(found.free_bytes)} free, writes "
             f"{human_bytes(found.write_bytes_per_second)}/s, reads "
             f"{human_bytes(found.read_bytes_per_second)}/s",
-            "live": f"{human_time(3600 * found.live_hours)} for {config.epochs:g} epochs with the "
+            "live": f"{human_time(3600 * found.live_hours)} for {found.epochs:.3g} epochs with the "
             "detector in the loop",
         },
     )
@@ -46,3 +47,8 @@ def plan(config: PlanConfig, json: Path | None) -> None:
     ]
     columns = ["preset", "an image", "cache", "extract", "one training", "pays after"]
     print_table("Presets (! does not fit the disk)", columns, rows)
+    images = config.images or "IMAGES"
+    print_next(
+        ("extract", "--weights", config.weights, "--images", images, "--annotations",
+         config.annotations, "--cache", "train.zarr"),
+    )  # fmt: skip

@@ -12,6 +12,7 @@ from mfdetr_cli.console import (
     percent,
     print_evaluation,
     print_facts,
+    print_next,
     write_json,
 )
 from mfdetr_cli.progress import ConsoleReporter
@@ -40,3 +41,7 @@ def train_head(config: TrainHeadConfig, json: Path | None) -> None:
     print_facts(f"Head {config.out}", facts)
     if metrics is not None:
         print_evaluation("Validation, in percent", metrics)
+    print_next(
+        ("evaluate", "--cache", config.validation.val_cache or "VAL", "--head", config.out),
+        ("predict", "PHOTOS", "--weights", "DETECTOR", "--head", config.out, "--out", "MASKS"),
+    )

@@ -79,6 +79,7 @@ class Plan:
         free_bytes: Free space there.
         write_bytes_per_second: Sustained.
         read_bytes_per_second: From the disk, not from memory.
+        epochs: Length of one training.
         live_hours: Of one training with the detector in the loop.
         presets: One plan per preset.
     """
@@ -92,6 +93,7 @@ class Plan:
     free_bytes: int
     write_bytes_per_second: float
     read_bytes_per_second: float
+    epochs: float
     live_hours: float
     presets: tuple[PresetPlan, ...]
 
@@ -124,7 +126,9 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     free = shutil.disk_usage(folder).free
     passes = 1 + config.views.count
     count = len(split.images)
-    shown = config.epochs * count
+    train = config.recipe.train
+    epochs = config.epochs or train.steps * train.batch_size / count
+    shown = epochs * count
     live = shown * (detector_seconds + head_seconds) / 3600
     presets = []
     for preset, encoding in ENCODINGS.items():
@@ -147,6 +151,7 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         free_bytes=free,
         write_bytes_per_second=write_speed,
         read_bytes_per_second=read_speed,
+        epochs=epochs,
         live_hours=live,
         presets=tuple(presets),
     )

@@ -9,20 +9,14 @@ from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
-from mfdetr_cache.training.recipes import Recipe, paper
+from mfdetr_cache.training.recipes import Recipe, fast
 from mfdetr_pipelines.config.shared import OnDevice
-from mfdetr_pipelines.config.training import RECIPE, RecipeOptions
+from mfdetr_pipelines.config.training import RecipeOptions
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRecipe(RecipeOptions):
-    """The training that is planned.
-
-    Attributes:
-        recipe: Name of a recipe.
-    """
-
-    recipe: Annotated[str, RECIPE] = "paper"
+    """The training that is planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class PlanConfig(OnDevice):
         disk: Where the cache would go; this folder if omitted.
         sample: Images to measure on.
         disk_seconds: Seconds to write; longer than the drive's write cache lasts.
-        epochs: Length of one training.
+        epochs: Length of one training; by default the recipe's.
     """
 
     weights: Annotated[str, Option(metavar="NAME")]
@@ -54,8 +48,8 @@ class PlanConfig(OnDevice):
     disk: Annotated[Path | None, Option(metavar="FOLDER")] = None
     sample: int = 8
     disk_seconds: float = 10.0
-    epochs: float = 6.0
-    recipe: Annotated[Recipe, Built(PlannedRecipe), Only("recipe")] = field(default_factory=paper)
+    epochs: float | None = None
+    recipe: Annotated[Recipe, Built(PlannedRecipe), Only("recipe")] = field(default_factory=fast)
     options: Annotated[DetectorOptions, Only("num_queries", "encoder_layer")] = field(
         default_factory=DetectorOptions
     )
@@ -63,5 +57,5 @@ class PlanConfig(OnDevice):
     views: Annotated[ViewOptions, Only("count")] = field(default_factory=ViewOptions)
 
     def __post_init__(self) -> None:
-        if self.sample < 1 or self.epochs <= 0:
+        if self.sample < 1 or (self.epochs is not None and self.epochs <= 0):
             raise ConfigError("--sample and --epochs must be above 0")
