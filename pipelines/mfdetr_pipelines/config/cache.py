@@ -179,7 +179,7 @@ class SuggestConfig(OnDevice):
     cache: Annotated["Location", _CACHE]
     head: Annotated[Path, FOLDER]
     count: int = 20
-    threshold: float = 0.3
+    threshold: Annotated[float, Option(takes_zero=True)] = 0.3
 
     def __post_init__(self) -> None:
         if self.count < 1:

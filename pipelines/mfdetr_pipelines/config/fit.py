@@ -7,7 +7,6 @@ from typing import Annotated
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.options import LabelOptions
-from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FILE, FOLDER, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_pipelines.config.shared import OnDevice
@@ -52,14 +51,10 @@ class FitConfig(OnDevice):
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBad = "stop"
-    views: int = _VIEWS
+    views: Annotated[int, Option(takes_zero=True)] = _VIEWS
     recipe: Annotated[str, RECIPE] = "fast"
     length: Length = field(default_factory=Length)
     categories: LabelOptions = field(default_factory=LabelOptions)
-
-    def __post_init__(self) -> None:
-        if self.views < 0:
-            raise ConfigError(f"--views {self.views}: give 0 or more augmented views")
 
     @property
     def words_of_labels(self) -> Iterator[str]:
