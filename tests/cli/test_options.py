@@ -11,8 +11,10 @@ import typer
 from mfdetr_cli.app import app
 from mfdetr_cli.signature import built
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.cache import SuggestConfig
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 
@@ -90,9 +92,14 @@ def test_numbers_out_of_bounds_are_refused(kind: type[Any], option: str, value: 
 
 def test_zero_is_a_number_where_it_means_something() -> None:
     assert built(ViewOptions, {"view_seed": 0, "views": 0}) == ViewOptions()
-    # Nothing is wrong with the threshold: the rest is missing.
-    with pytest.raises(TypeError, match="required"):
-        built(PredictConfig, {"threshold": 0.0})
+    # Nothing is wrong with the number: the rest is missing.
+    for kind, option in (
+        (PredictConfig, "threshold"),
+        (SuggestConfig, "threshold"),
+        (FitConfig, "views"),
+    ):
+        with pytest.raises(TypeError, match="required"):
+            built(kind, {option: 0})
 
 
 @pytest.mark.parametrize(
