@@ -2,16 +2,16 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-import torch.onnx
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.ops.quantisation import StoredMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MapRole = Literal["encoder", "backbone", "c1", "c1_roi"]
 # The logit of every label that a query does not have where queries are detections, and of all its
@@ -119,12 +119,15 @@ class DetectorOutput:
         maps: Feature maps by name, each (B, C, h, w), padding included.
     """
 
-    class_logits: Tensor
-    boxes_cxcywh_norm: Tensor
-    queries: Tensor
-    maps: dict[str, Tensor]
+    class_logits: "Tensor"
+    boxes_cxcywh_norm: "Tensor"
+    queries: "Tensor"
+    maps: "dict[str, Tensor]"
 
     def __post_init__(self) -> None:
+        # Reading a dataset or describing a cache needs no torch, which takes seconds to import.
+        import torch.onnx
+
         if torch.onnx.is_in_onnx_export():
             return  # sizes are tensors then, and never equal as keys
         heads = {self.class_logits.shape[:2], self.boxes_cxcywh_norm.shape[:2]}

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from mfdetr_cache.cache.shards import CRC_BYTES, ShardReader, decode_chunk, frame_bytes
 from mfdetr_cache.errors import MEND, CacheError
-from mfdetr_cache.ops.devices import pinned_array
 
 _BYTES = np.dtype(np.uint8)
 # Decoded bytes that are read, checked and decompressed at a time where no GPU waits: encoded bytes
@@ -84,7 +83,12 @@ def read_chunks(
     order = sorted(range(len(runs)), key=lambda i: -runs[i].dtype.itemsize)
     ordered = [runs[i] for i in order]
     total = sum(run.num_bytes for run in runs)
-    out: NDArray[Any] = pinned_array(total, _BYTES) if pinned else np.empty(total, np.uint8)
+    out: NDArray[Any] = np.empty(0 if pinned else total, np.uint8)
+    if pinned:
+        # Imported late: torch takes seconds, and a cache can be read without it.
+        from mfdetr_cache.ops.devices import pinned_array
+
+        out = pinned_array(total, _BYTES)
     end = 0
     for stretch in _stretches(ordered, total if pinned else _IN_CACHE):
         first, end = end, end + sum(run.num_bytes for run in stretch)

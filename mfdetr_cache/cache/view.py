@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.annotations import Annotations
@@ -17,7 +16,6 @@ from mfdetr_cache.cache.schema import C1_ROI, ROW_OK, ROW_SKIPPED, Part, stored_
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
-from mfdetr_cache.coco.class_agnostic import any_class
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
@@ -181,7 +179,10 @@ class CacheView:
         logits = held["class_logits"][0]
         # Labels may say that the classes are one.
         if cache.spec is not cache.root.spec:
-            logits = any_class(torch.from_numpy(logits), cache.root.spec).numpy()
+            # It imports torch, for which nobody waits who asks what a cache is.
+            from mfdetr_cache.ops.any_class import any_class_of_array
+
+            logits = any_class_of_array(logits, cache.root.spec.score_function)
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),

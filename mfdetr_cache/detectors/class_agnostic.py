@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mfdetr_cache.coco.class_agnostic import any_class, class_agnostic_spec
+from mfdetr_cache.coco.class_agnostic import class_agnostic_spec
 from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.ops.any_class import any_class
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
 
 
@@ -34,7 +35,8 @@ class ClassAgnosticDetector(nn.Module):
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """As that of the detector, with logits of one label."""
         output = self.detector.forward(pixel_values, padding_mask)
-        return replace(output, class_logits=any_class(output.class_logits, self.detector.spec))
+        logits = any_class(output.class_logits, self.detector.spec.score_function)
+        return replace(output, class_logits=logits)
 
     def to(self, device: torch.device | str) -> "ClassAgnosticDetector":  # type: ignore[override]
         """The same detector on another device."""

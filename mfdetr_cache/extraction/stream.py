@@ -18,7 +18,6 @@ from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import transform_image
-from mfdetr_cache.coco.class_agnostic import any_class
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.detectors.protocol import Detector
@@ -27,6 +26,7 @@ from mfdetr_cache.errors import (
     StoppedError,
 )
 from mfdetr_cache.matching.crops import c1_crops
+from mfdetr_cache.ops.any_class import any_class
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
@@ -196,7 +196,7 @@ class Extraction:
             truth = self._content.views[part.view].ground_truth[row]
             seen = output
             if self._content.annotations.get(CLASS_AGNOSTIC):
-                logits = any_class(output.class_logits, self._content.spec)
+                logits = any_class(output.class_logits, self._content.spec.score_function)
                 seen = replace(output, class_logits=logits)
             crops = c1_crops(seen, truth, decoded.geometry, self._content.layout.c1_roi)
         kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}

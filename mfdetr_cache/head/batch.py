@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfdetr_cache.ops.dequantisation import decode_groups
 from mfdetr_cache.ops.devices import to_device
-from mfdetr_cache.ops.quantisation import decode_groups
 from mfdetr_cache.types import CachedImage, DetectorOutput, ImageGeometry
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext, map_groups
+from mfdetr_cache.ops.dequantisation import decode_maps
 from mfdetr_cache.ops.devices import to_device
-from mfdetr_cache.ops.quantisation import decode_maps
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets
 from mfdetr_cache.types import CachedImage
 

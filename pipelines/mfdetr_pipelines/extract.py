@@ -1,35 +1,14 @@
 """Extract: every image through the frozen detector once, into a cache."""
 
-import functools
-import math
-import shutil
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from mfdetr_cache.cache.creation import CacheContent
-from mfdetr_cache.cache.foundation import read_root
-from mfdetr_cache.cache.partition import WHOLE, Partition
-from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import BASE_VIEW, Part
-from mfdetr_cache.cache.storage.open import open_storage
-from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.image_folder import require_images
-from mfdetr_cache.coco.labelled import label_split
-from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import CacheError, DatasetError
-from mfdetr_cache.evaluation.cached_boxes import judged_box_metrics
+from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
-from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction, ImageSource
-from mfdetr_cache.ops.devices import torch_device
-from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.extract import ExtractConfig
-from mfdetr_pipelines.ray_engine import on_cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,54 +59,21 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         DetectorError: If the detector cannot be loaded.
         CacheError: If the cache cannot be written or is of something else.
     """
-    split = _split_of(config)
+    reporter.say(f"reading {config.files.annotations}")
+    split = split_of(config)
     split.tell_faults(reporter)
     split.tell_missing_masks(reporter)
     if config.on_bad_image == "stop":
         advice = "check --images, or leave them out with --on-bad-image skip"
         require_images(config.files.images, split, advice)
-    detector = load_detector(config.detector, config.weights, config.options)
-    labelled = label_split(split, detector.spec, config.labels)
-    for warning in labelled.match.warnings:
-        reporter.warn(warning)
-    content = plan_cache(labelled, detector, config.maps, config.views)
-    partition = config.work.part or WHOLE
-    _announce(config, content, partition, reporter)
-    started = time.perf_counter()
-    with CacheWriter.open_or_create(config.cache, content, partition) as writer:
-        if config.work.engine == "ray":
-            extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
-        else:
-            device = torch_device(config.device)
-            source = _images_of(config, labelled.split)
-            worker = Extraction(source, content, detector, device, writer, reporter)
-            worker.run(writer.pending_parts())
-            worker.tell_oddities()
-            extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
-    seconds = time.perf_counter() - started
-    cache = FeatureCache.open(config.cache)
-    box = None
-    if partition == WHOLE:
-        cache.require_complete()
-    if cache.is_complete:
-        box = judged_box_metrics(cache, reporter)
-    return ExtractSummary(
-        cache_id=cache.cache_id,
-        num_images=len(cache),
-        num_extracted=extracted,
-        skipped=cache.skipped,
-        stored_bytes=cache.stored_bytes,
-        raw_bytes=cache.raw_bytes,
-        seconds=seconds,
-        detector_seconds=detector_seconds,
-        box=box,
-        parts_missing=len(cache.missing_parts),
-        categories=labelled.match.table,
-        left_out={f"{faults.noun}s": faults.unusable for faults in split.faults},
-    )
+    # Imported late: it takes seconds to import torch and transformers, and a mistake in the dataset
+    # is told without them.
+    from mfdetr_pipelines.filling import fill_cache
+
+    return fill_cache(config, split, reporter)
 
 
-def _split_of(config: ExtractConfig) -> CocoSplit:
+def split_of(config: ExtractConfig) -> CocoSplit:
     """The dataset; images with boxes only, or with nothing yet, can be annotated later."""
     files = config.files
     if not files.images.is_dir():
@@ -140,112 +86,3 @@ def _split_of(config: ExtractConfig) -> CocoSplit:
         masks="optional",
         unannotated=True,
     )
-
-
-def _images_of(config: ExtractConfig, split: CocoSplit) -> ImageSource:
-    return ImageSource(split, config.files.images, skip_bad=config.on_bad_image == "skip")
-
-
-@dataclass(frozen=True, slots=True)
-class _Filled:
-    """What a task on a cluster did: images extracted, bytes written, seconds in the detector."""
-
-    images: int
-    num_bytes: int
-    detector_seconds: float
-
-
-def _fill_on_cluster(
-    config: ExtractConfig, writer: CacheWriter, reporter: Reporter
-) -> tuple[int, float]:
-    """Every pending part as a task; images extracted and seconds in the detector."""
-    pending = writer.pending_parts()
-    sizes = {part: len(writer.rows_of_part(part)) for part in pending}
-    total = writer.num_rows
-    reporter.start("extract", total, "images", done=total - sum(sizes.values()))
-    extracted, seconds = 0, 0.0
-    fill = functools.partial(_fill_part, config)
-    for part, done in on_cluster(fill, pending, config.work):
-        extracted += done.images
-        seconds += done.detector_seconds
-        reporter.advance(sizes[part], num_bytes=done.num_bytes)
-    reporter.finish()
-    return extracted, seconds
-
-
-# What the last extraction of this worker process needs, by its settings; these have no hash.
-_KEPT: dict[str, tuple[CocoSplit, Detector, CacheContent]] = {}
-
-
-def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
-    """What all parts of an extraction need, kept by the worker process."""
-    if repr(config) not in _KEPT:
-        _KEPT.clear()
-        _KEPT[repr(config)] = _prepare(config)
-    return _KEPT[repr(config)]
-
-
-def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
-    split = _split_of(config)
-    detector = load_detector(config.detector, config.weights, config.options)
-    labelled = label_split(split, detector.spec, config.labels)
-    content = plan_cache(labelled, detector, config.maps, config.views)
-    # The cache keeps the parts it was created with, whatever this version would choose.
-    storage = open_storage(config.cache)
-    root = read_root(storage)
-    require_same_content(storage, root, content)
-    return labelled.split, detector, replace(content, layout=root.layout)
-
-
-def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
-    """Fill one part; runs on a worker of a cluster."""
-    split, detector, content = _prepared(config)
-    writer = CacheWriter(open_storage(config.cache), content)
-    source, device = _images_of(config, split), torch_device(config.device)
-    worker = Extraction(source, content, detector, device, writer, SilentReporter())
-    worker.run([part])
-    return _Filled(worker.num_extracted, worker.num_bytes, worker.detector_seconds)
-
-
-def _announce(
-    config: ExtractConfig, content: CacheContent, partition: Partition, reporter: Reporter
-) -> None:
-    """Say what is coming and refuse a disk that cannot hold it."""
-    needed = estimated_bytes(content)
-    storage = open_storage(config.cache)
-    views = f" in {len(content.views)} views" if len(content.views) > 1 else ""
-    line = (
-        f"{len(content.image_ids)} images of {content.annotations['name']}{views} through "
-        f"{content.spec.name} as {content.layout.preset}; at most {needed / 1e9:.2f} GB (before "
-        "compression)"
-    )
-    if partition != WHOLE:
-        line += f"; this is part {partition} of the work"
-    if storage.folder is None:
-        reporter.say(f"{line}, into {storage.name}")
-        return
-    folder = storage.folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    ours = sum(storage.sizes("").values())
-    reporter.say(f"{line}, {free / 1e9:.1f} GB free")
-    if needed > free + ours and not config.force:
-        raise CacheError(
-            f"{storage.name} needs up to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "choose another disk, use --limit, or pass --force"
-        )
-
-
-def estimated_bytes(content: CacheContent) -> int:
-    """An upper bound of the bytes of a cache, before compression.
-
-    Args:
-        content: What the cache will be of.
-
-    Returns:
-        Bytes of all parts, every image as large as the largest.
-    """
-    arrays = content.root.arrays[BASE_VIEW].values()
-    each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
-    return each * len(content.views)

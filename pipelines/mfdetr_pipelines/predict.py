@@ -1,6 +1,5 @@
 """Predict: masks for image and video files, by the frozen detector and a trained head."""
 
-import glob
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,14 +17,13 @@ from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.picture_files import VIDEO_SUFFIXES
 from mfdetr_pipelines.predict_video import (
-    VIDEO_SUFFIXES,
     WRITTEN_BY,
     Video,
     was_written_by_predict,
 )
 
-_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 RESULTS_FILE = "predictions.json"
 
 
@@ -71,7 +69,7 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     DatasetError if no file can be read, IdentityError if the head was trained with another
     detector.
     """
-    files = find_images(config.images, config.out)
+    files = config.files
     results_path = config.out / RESULTS_FILE
     _require_ours(results_path)
     pictures = picture_paths(files, config.out)
@@ -144,31 +142,6 @@ def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> Pre
         1000 * sum(f.head_seconds for f in found) / len(found),
         len(found),
     )
-
-
-def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
-    """Image and video files of files, folders, glob patterns and file:// URLs, without duplicates.
-
-    Folders are sorted; what this command wrote to ``out`` before is not an input. DatasetError if
-    one of the patterns matches nothing else.
-    """
-    ours = out.resolve()
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern.removeprefix("file://"))
-        if path.is_dir():
-            files = sorted(
-                f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | VIDEO_SUFFIXES
-            )
-        elif path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207
-        files = [f for f in files if f == path or f.parent.resolve() != ours or not _is_ours(f)]
-        if not files:
-            raise DatasetError(f"{pattern}: no image there; give files, folders or patterns")
-        found.update(dict.fromkeys(files))
-    return list(found)
 
 
 def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:

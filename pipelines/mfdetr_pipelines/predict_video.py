@@ -12,7 +12,6 @@ from mfdetr_cache.errors import ConfigError, ImageError
 
 # In the metadata of what the command writes: only that may be written over by a later run.
 WRITTEN_BY = "mfdetr predict"
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
 class Video:

@@ -69,6 +69,13 @@ def modules_after(*arguments: str) -> tuple[int, set[str]]:
     return int(exit_code), set(names)
 
 
+@pytest.mark.parametrize("command", [*{names[0]: None for names in COMMANDS}, "cache info"])
+def test_help_needs_no_torch(command: str) -> None:
+    code, modules = modules_after(*command.split(), "--help")
+    assert code == 0
+    assert modules.isdisjoint(HEAVY)
+
+
 @pytest.mark.parametrize(
     ("kind", "option", "value"),
     [
@@ -106,16 +113,40 @@ def test_zero_is_a_number_where_it_means_something() -> None:
     "arguments",
     [
         "--help",
-        "extract --help",
-        "cache info --help",
+        "--version",
         "extract --weight x",
         "extract --weights",
         "extract --limit many",
         "extract --weights a --images absent --annotations b --cache c",
+        "train-head --cache . --out a --set lrr=1",
+        "predict absent.jpg --weights a --head . --out b",
         "cache info absent.zarr",
     ],
 )
-def test_help_and_wrong_arguments_need_no_torch(arguments: str) -> None:
+def test_wrong_arguments_need_no_torch(arguments: str) -> None:
     code, modules = modules_after(*arguments.split())
-    assert code == (0 if "--help" in arguments else 2)
+    assert code == (2 if " " in arguments else 0)
     assert modules.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        (("extract", "--weights", "a", "--images", "{data}", "--cache", "c"), 2),
+        (("ablate", "--table", "99", "--dry-run"), 2),
+        (("ablate", "--table", "3", "--set", "lrr=1", "--dry-run"), 2),
+        (("cache", "info", "{cache}"), 0),
+    ],
+)
+def test_what_needs_no_network_needs_no_torch(
+    arguments: tuple[str, ...], exit_code: int, drawn_cache: Path, tmp_path: Path
+) -> None:
+    """A mistake in a dataset, and what a cache is, are told without the seconds torch takes."""
+    (tmp_path / "bad.json").write_text("{}")
+    places = {"data": tmp_path, "cache": drawn_cache}
+    given = [a.format(**places) for a in arguments]
+    if given[0] == "extract":
+        given += ["--annotations", str(tmp_path / "bad.json")]
+    code, modules = modules_after(*given)
+    assert code == exit_code
+    assert modules.isdisjoint({"torch", "torchvision", "transformers"})

@@ -22,7 +22,7 @@ from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.deformable_attention import deformable_attention, sampled_attention
-from mfdetr_cache.ops.quantisation import decode_maps
+from mfdetr_cache.ops.dequantisation import decode_maps
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.initial_head import new_head

@@ -6,11 +6,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from mfdetr_cache.choices import Preset
+from mfdetr_cache.ops.dequantisation import decode_groups, decode_maps
 from mfdetr_cache.ops.quantisation import (
     ENCODINGS,
     StoredMap,
-    decode_groups,
-    decode_maps,
     encode_map,
     fits_float16,
 )

@@ -7,6 +7,7 @@ from typing import Annotated
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
 from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.picture_files import find_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,9 @@ class PredictConfig(OnDevice):
             )
         if self.top_k < 1:
             raise ConfigError(f"--top-k {self.top_k}: give 1 or more objects")
+        self.files  # noqa: B018  refused before anything is loaded
+
+    @property
+    def files(self) -> list[Path]:
+        """The image and video files."""
+        return find_images(self.images)

@@ -1,0 +1,25 @@
+"""``mfdetr cache certify``."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mfdetr_pipelines.cache.certify import run_certify
+from mfdetr_pipelines.config.cache import CertifyConfig
+
+from mfdetr_cli.console import percent, print_facts, write_json
+from mfdetr_cli.progress import ConsoleReporter
+
+
+def certify(config: CertifyConfig, json: Path | None) -> None:
+    """Show both APs and the interval of their difference."""
+    found = run_certify(config, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    print_facts(
+        f"Cache {config.cache}",
+        {
+            f"AP on {found.reference}": percent(found.AP_reference, 2),
+            f"AP on {found.preset}": percent(found.AP, 2),
+            "difference": f"{100 * found.difference:+.2f}, 95 % interval "
+            f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}] over {found.images} images",
+        },
+    )

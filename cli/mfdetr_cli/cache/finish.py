@@ -1,0 +1,27 @@
+"""``mfdetr cache finish``."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mfdetr_pipelines.cache.finish import run_finish
+from mfdetr_pipelines.config.cache import FinishConfig
+
+from mfdetr_cache.errors import CheckFailedError
+from mfdetr_cli.console import metric_rows, print_lines, print_table, write_json
+from mfdetr_cli.progress import ConsoleReporter
+
+
+def finish(config: FinishConfig, json: Path | None) -> None:
+    """Name the missing parts, or show the box AP."""
+    found = run_finish(config.cache, ConsoleReporter())
+    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    if found.missing:
+        for line in found.missing[:20]:
+            print_lines(line)
+        raise CheckFailedError(
+            f"{config.cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
+            "processes that fill them again"
+        )
+    assert found.box is not None
+    box = found.box.to_dict()
+    print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))

@@ -1,0 +1,38 @@
+"""``mfdetr cache repair``."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mfdetr_pipelines.cache.repair import run_repair
+from mfdetr_pipelines.config.cache import RepairConfig
+
+from mfdetr_cache.errors import CheckFailedError
+from mfdetr_cli.console import counted, print_facts, print_lines, write_json
+from mfdetr_cli.progress import ConsoleReporter
+
+
+def repair(config: RepairConfig, json: Path | None) -> None:
+    """Mend what is broken, and say what it was."""
+    summary = run_repair(
+        config.cache,
+        config.weights,
+        config.images,
+        config.annotations,
+        ConsoleReporter(),
+        device=config.device,
+    )
+    write_json(json, {"cache": str(config.cache), **asdict(summary)})
+    for fault in summary.faults[:20]:
+        print_lines(fault)
+    if not summary.whole:
+        raise CheckFailedError(
+            f"{config.cache} still has faults; see: mfdetr cache verify --full {config.cache}"
+        )
+    mended = "nothing was broken"
+    if summary.faults:
+        mended = (
+            f"{counted(len(summary.parts), 'part')} extracted again "
+            f"({counted(summary.num_images, 'image')}), "
+            f"{counted(summary.foundation_files, 'file')} of the foundation rewritten"
+        )
+    print_facts(f"Cache {config.cache}", {"whole": mended})
