@@ -1,12 +1,15 @@
 """Extraction against the detector's bare forward: what reading, encoding and writing add.
 
-A detector with untrained weights on made-up pictures of COCO sizes.
+A detector, with untrained weights unless some are given, on made-up pictures of COCO sizes; in
+batches as extract makes them, and one image after the other as before. Rounds take turns.
 
-python benchmarks/extraction.py [--images 6] [--detector h-detr-r50] [--dtype int8] [--device cpu]
+python benchmarks/extraction.py [--images 6] [--rounds 3] [--detector h-detr-r50] [--weights PATH]
+    [--dtype int8] [--device cpu]
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.extraction import batches
 from mfdetr_cache.extraction.content import plan_cache
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.extraction.stream import Extraction, ImageSource
@@ -56,13 +60,15 @@ def write_pictures(folder: Path, count: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--detector", default="h-detr-r50")
+    parser.add_argument("--weights")
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     keep_freed_memory()  # as extract does, so that the bare forward has it too
     device = torch.device(options.device)
-    detector = load_detector(options.detector).to(device)
+    detector = load_detector(options.detector, options.weights).to(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         annotations = write_pictures(folder, options.images)
@@ -75,29 +81,47 @@ def main() -> None:
             detector.preprocess(Image.open(folder / "images" / e.file_name).convert("RGB"))
             for e in split.images
         ]
+        sizes = [(p.shape[-2], p.shape[-1]) for p in pixels]
 
         def bare() -> float:
             started = time.perf_counter()
-            for picture in pixels:
-                detector.forward(picture[None].to(device))
+            for part in content.layout.parts:
+                rows = content.layout.rows_of_part(part.number)
+                for batch in batches.batches_of_part(rows, [sizes[r] for r in rows], device):
+                    detector.forward(torch.stack([pixels[r] for r in batch]).to(device))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - started
 
-        detector.forward(pixels[0][None].to(device))
-        before = bare()
-        started = time.perf_counter()
-        with CacheWriter.open_or_create(folder / "a.zarr", content) as writer:
-            worker = Extraction(source, content, detector, device, writer, SilentReporter())
-            worker.run(writer.pending_parts())
-        whole = time.perf_counter() - started
-        # The machine may have changed its speed meanwhile: the forward is timed on both sides.
-        alone = (before + bare()) / 2
-    print(
-        f"{options.detector}, {options.images} images, {options.dtype}, {device}: extraction "
-        f"{whole / options.images:.2f} s an image, bare forward {alone / options.images:.2f} s, "
-        f"ratio {alone / whole:.2f}"
-    )
+        def whole(name: str) -> float:
+            started = time.perf_counter()
+            with CacheWriter.open_or_create(folder / name, content) as writer:
+                worker = Extraction(source, content, detector, device, writer, SilentReporter())
+                worker.run(writer.pending_parts())
+            return time.perf_counter() - started
+
+        seconds: dict[str, list[float]] = {}
+        together = batches._MOST
+        bare()
+        for number in range(options.rounds):
+            for way, most in (("one by one", 1), ("in batches", together)):
+                batches._MOST = most
+                # The machine may change its speed meanwhile: the forward is timed on both sides.
+                before, took = bare(), whole(f"{number}-{most}.zarr")
+                seconds.setdefault(f"bare forward, {way}", []).append((before + bare()) / 2)
+                seconds.setdefault(f"extraction, {way}", []).append(took)
+    title = f"{options.detector}, {options.images} images, {options.dtype}, {device}"
+    print(f"{title}, {torch.get_num_threads()} threads")
+    for name, each in seconds.items():
+        print(f"{name}: {options.images / statistics.median(each):.2f} images/s")
+    for what, first, second in (
+        ("extraction to bare forward, one by one", "bare forward, one by one", None),
+        ("extraction to bare forward, in batches", "bare forward, in batches", None),
+        ("in batches to one by one", "extraction, one by one", "extraction, in batches"),
+    ):
+        other = seconds[second or first.replace("bare forward", "extraction")]
+        ratios = [a / b for a, b in zip(seconds[first], other, strict=True)]
+        print(f"{what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

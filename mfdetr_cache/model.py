@@ -2,130 +2,63 @@
 
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from mfdetr_cache.choices import Scoring
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import as_rgb, load_image
-from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_same_detector
-from mfdetr_cache.errors import ConfigError, HeadError
-from mfdetr_cache.evaluation.inference import predict_masks
-from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
-from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.errors import HeadError, ImageError
+from mfdetr_cache.evaluation.inference import MaskPrediction, predict_live
+from mfdetr_cache.evaluation.objects import shown_objects
+from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
 from mfdetr_cache.identity import detector_identity, require_same
-from mfdetr_cache.ops.devices import torch_device
-from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
+from mfdetr_cache.ops.devices import to_device, torch_device
+from mfdetr_cache.read_ahead import read_ahead
+from mfdetr_cache.types import ImageGeometry
+
+ItemT = TypeVar("ItemT")
+# A prediction, with the seconds in the detector and in the head.
+_Timed = tuple[MaskPrediction, float, float]
+_THREADS = 2
+# Pictures that are read before the networks need them; batches whose masks are being finished.
+_AHEAD, _BEHIND = 3, 3
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """The objects of one image, by falling score.
-
-    Attributes:
-        size_hw: Height and width of the image in pixels.
-        run_lengths: Mask of each object on the image, length N.
-        boxes_xyxy: In pixels of the image, float32, shape (N, 4).
-        scores: Final scores s_i in [0, 1], float32, shape (N,).
-        category_ids: Of the dataset the head was trained on, int64, shape (N,).
-        names: Category names, length N.
-    """
-
-    size_hw: tuple[int, int]
-    run_lengths: tuple[RunLengths, ...]
-    boxes_xyxy: NDArray[np.float32]
-    scores: NDArray[np.float32]
-    category_ids: NDArray[np.int64]
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    @property
-    def masks(self) -> NDArray[np.bool_]:
-        """True inside, at the image's size, shape (N, H, W); made anew at every call."""
-        masks = np.empty((len(self), *self.size_hw), np.bool_)
-        for mask, runs in zip(masks, self.run_lengths, strict=True):
-            mask[:] = decode_run_lengths(runs, self.size_hw)
-        return masks
-
-    def draw(self, image: Image.Image) -> Image.Image:
-        """A copy of the image with masks, outlines, boxes and labels."""
-        return draw_overlay(image, [o.to_item() for o in reversed(self._objects())])
-
-    def to_torchvision(self) -> dict[str, torch.Tensor]:
-        """Torchvision's form: boxes (N, 4), labels (N,), scores (N,), binary masks (N, 1, H, W)."""
-        return {
-            "boxes": torch.from_numpy(self.boxes_xyxy),
-            "labels": torch.from_numpy(self.category_ids),
-            "scores": torch.from_numpy(self.scores),
-            "masks": torch.from_numpy(self.masks[:, None].astype(np.float32)),
-        }
-
-    def to_supervision(self) -> Any:  # noqa: ANN401  an optional package
-        """``supervision.Detections`` with masks and ``data["class_name"]``.
-
-        ConfigError if the package ``supervision`` is not installed.
-        """
-        try:
-            import supervision
-        except ImportError:
-            raise ConfigError("to_supervision needs: pip install supervision") from None
-        return supervision.Detections(
-            xyxy=self.boxes_xyxy,
-            mask=self.masks,
-            confidence=self.scores,
-            class_id=self.category_ids.astype(int),
-            data={"class_name": np.array(self.names)},
-        )
-
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results, one per object, masks as compressed RLE."""
-        results = []
-        for found in self._objects():
-            rle = compress_run_lengths(found.run_lengths, self.size_hw)
-            x0, y0, x1, y1 = found.box_xyxy
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": found.category_id,
-                    "score": found.confidence,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                }
-            )
-        return results
-
-    def _objects(self) -> list[ShownObject]:
-        found = []
-        for index, (name, runs) in enumerate(zip(self.names, self.run_lengths, strict=True)):
-            x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
-            category_id, score = int(self.category_ids[index]), float(self.scores[index])
-            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs))
-        return found
+# What one image can be: opened, as an RGB array of shape (H, W, 3), or a file.
+Picture = Image.Image | NDArray[np.uint8] | str | Path
+Pictures = list[Picture] | list[Path] | list[str] | list[Image.Image] | tuple[Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class TimedSegmentation:
-    """A segmentation with the seconds in preprocessing and detector, and in the mask network."""
+class _Prepared(Generic[ItemT]):
+    """A picture on its way to the detector; an error in place of one that cannot be read."""
 
-    result: Segmentation
-    detector_seconds: float
-    head_seconds: float
+    item: ItemT
+    picture: Image.Image | ImageError
+    geometry: ImageGeometry | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def input_hw(self) -> tuple[int, int] | None:
+        return None if self.geometry is None else self.geometry.input_hw
 
 
 class MaskFrozenDETR:
-    """A frozen DETR with a mask network: an image in, instance masks out.
+    """A frozen DETR with a mask network: images in, instance masks out.
 
     Args:
         detector: The detector, on the device.
@@ -184,59 +117,160 @@ class MaskFrozenDETR:
         )
         return cls(loaded, folder, torch_device(device))
 
+    @overload
     def __call__(
         self,
-        image: Image.Image | NDArray[np.uint8] | str | Path,
+        image: Picture,
         threshold: float = 0.25,
         top_k: int = 100,
         scoring: Scoring = "auto",
-    ) -> Segmentation:
-        """Segment one image, with the best label of each query.
+    ) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self,
+        image: Pictures,
+        threshold: float = 0.25,
+        top_k: int = 100,
+        scoring: Scoring = "auto",
+    ) -> list[Segmentation]: ...
+
+    def __call__(
+        self,
+        image: Picture | Pictures,
+        threshold: float = 0.25,
+        top_k: int = 100,
+        scoring: Scoring = "auto",
+    ) -> Segmentation | list[Segmentation]:
+        """Segment an image, or a list of them, with the best label of each query.
 
         Args:
-            image: A PIL image, an RGB array of shape (H, W, 3), or a file.
+            image: A PIL image, an RGB array of shape (H, W, 3), or a file; or several.
             threshold: Lowest score kept.
             top_k: Maximum number of objects.
             scoring: How the class score becomes the final one.
 
         Returns:
-            Its objects.
+            Its objects; of several images, those of each.
 
         Raises:
             ImageError: If a file cannot be read.
         """
-        if isinstance(image, (str, Path)):
-            picture = load_image(Path(image))
-        else:
-            picture = as_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-        return self.timed(picture, threshold, top_k, scoring).result
+        images = image if isinstance(image, (list, tuple)) else [image]
+        results = []
+        for _, found in self.stream(images, _as_picture, threshold, top_k, scoring):
+            if isinstance(found, ImageError):
+                raise found
+            results.append(found.result)
+        return results if images is image else results[0]
 
-    def timed(
+    def stream(
         self,
-        picture: Image.Image,
+        items: Iterable[ItemT],
+        load: Callable[[ItemT], Image.Image],
         threshold: float = 0.25,
         top_k: int = 100,
         scoring: Scoring = "auto",
-    ) -> TimedSegmentation:
-        """:meth:`__call__` for an RGB image, with the time of each network."""
+    ) -> Iterator[tuple[ItemT, TimedSegmentation | ImageError]]:
+        """Segment any number of pictures, in order; a few are in memory at a time.
+
+        Threads load and preprocess the next pictures and finish the masks of the last ones while
+        the networks run. On a GPU the detector takes neighbours of one input size together.
+
+        Args:
+            items: What to segment, such as files.
+            load: The picture of an item, RGB; called in threads.
+            threshold: Lowest score kept.
+            top_k: Maximum number of objects.
+            scoring: How the class score becomes the final one.
+
+        Yields:
+            Each item with its segmentation, or with the ImageError that ``load`` raised.
+        """
+        most = _most_together(self.device)
+        with ThreadPoolExecutor(_THREADS, "pictures") as pool:
+
+            def prepare(item: ItemT) -> Callable[[], _Prepared[ItemT]]:
+                return pool.submit(self._prepare, item, load).result
+
+            def segment(
+                batch: list[_Prepared[ItemT]],
+            ) -> Callable[[], list[tuple[ItemT, TimedSegmentation | ImageError]]]:
+                first = batch[0]
+                if isinstance(first.picture, ImageError):
+                    unread: list[tuple[ItemT, TimedSegmentation | ImageError]]
+                    unread = [(first.item, first.picture)]
+                    return lambda: unread
+                predictions = self._predict(batch, scoring, threshold)
+                return pool.submit(self._finish, batch, predictions, threshold, top_k).result
+
+            batches = _of_one_size(read_ahead(prepare, items, most + _AHEAD), most)
+            for results in read_ahead(segment, batches, _BEHIND):
+                yield from results
+
+    def _prepare(self, item: ItemT, load: Callable[[ItemT], Image.Image]) -> _Prepared[ItemT]:
+        try:
+            picture = load(item)
+        except ImageError as error:
+            return _Prepared(item, error)
+        geometry = self.detector.input_geometry((picture.height, picture.width))
+        return _Prepared(item, picture, geometry, self.detector.preprocess(picture))
+
+    def _predict(
+        self, batch: list[_Prepared[ItemT]], scoring: Scoring, threshold: float
+    ) -> list[_Timed]:
+        """Run both networks, the head on one image after the other."""
         started = time.perf_counter()
-        live = live_image(self.detector, picture, "", self.device)
-        between = time.perf_counter()
-        prediction = predict_masks(self.head, live, self.detector.spec, self.device, scoring)
-        ended = time.perf_counter()
-        size_hw = live.geometry.original_hw
-        found = shown_objects(
-            prediction, self._label_categories, self._names, size_hw, threshold, top_k
+        pixels = torch.stack([p.pixels for p in batch if p.pixels is not None])
+        output = self.detector.forward(to_device(pixels, self.device))
+        # This waits for the detector; what is detected is chosen on the CPU.
+        output = replace(
+            output,
+            class_logits=output.class_logits.cpu(),
+            boxes_cxcywh_norm=output.boxes_cxcywh_norm.cpu(),
         )
-        result = Segmentation(
-            size_hw=size_hw,
-            run_lengths=tuple(o.run_lengths for o in found),
-            boxes_xyxy=np.array([o.box_xyxy for o in found], np.float32).reshape(-1, 4),
-            scores=np.array([o.confidence for o in found], np.float32),
-            category_ids=np.array([o.category_id for o in found], np.int64),
-            names=tuple(o.name for o in found),
-        )
-        return TimedSegmentation(result, between - started, ended - between)
+        each = (time.perf_counter() - started) / len(batch)
+        found = []
+        for index, prepared in enumerate(batch):
+            assert prepared.geometry is not None
+            between = time.perf_counter()
+            prediction = predict_live(
+                self.head,
+                output.of_image(index),
+                prepared.geometry,
+                self.detector.spec,
+                scoring,
+                threshold,
+            )
+            found.append((prediction, each, time.perf_counter() - between))
+        return found
+
+    def _finish(
+        self,
+        batch: list[_Prepared[ItemT]],
+        predictions: list[_Timed],
+        threshold: float,
+        top_k: int,
+    ) -> list[tuple[ItemT, TimedSegmentation | ImageError]]:
+        """Masks at the size of their pictures."""
+        finished: list[tuple[ItemT, TimedSegmentation | ImageError]] = []
+        for prepared, (prediction, *seconds) in zip(batch, predictions, strict=True):
+            picture = prepared.picture
+            assert isinstance(picture, Image.Image)
+            size_hw = (picture.height, picture.width)
+            found = shown_objects(
+                prediction, self._label_categories, self._names, size_hw, threshold, top_k
+            )
+            result = Segmentation(
+                size_hw=size_hw,
+                run_lengths=tuple(o.run_lengths for o in found),
+                boxes_xyxy=np.array([o.box_xyxy for o in found], np.float32).reshape(-1, 4),
+                scores=np.array([o.confidence for o in found], np.float32),
+                category_ids=np.array([o.category_id for o in found], np.int64),
+                names=tuple(o.name for o in found),
+            )
+            finished.append((prepared.item, TimedSegmentation(picture, result, *seconds)))
+        return finished
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the head for :meth:`from_pretrained`; the detector is not copied."""
@@ -277,3 +311,29 @@ def _local_folder(head: str | Path) -> Path:
     except Exception as error:  # the hub's client raises its own, requests' and the system's
         reason = str(error).splitlines()[0]
         raise HeadError(f"{head} is no folder and not on the hub: {reason}") from error
+
+
+def _as_picture(image: Picture) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return load_image(Path(image))
+    return as_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+
+
+def _of_one_size(
+    pictures: Iterable[_Prepared[ItemT]], most: int
+) -> Iterator[list[_Prepared[ItemT]]]:
+    """Neighbours with inputs of one size, at most so many; what cannot be read stands alone."""
+    batch: list[_Prepared[ItemT]] = []
+    for picture in pictures:
+        alike = batch and picture.input_hw is not None and picture.input_hw == batch[0].input_hw
+        if batch and (len(batch) == most or not alike):
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch
+
+
+def _most_together(device: torch.device) -> int:
+    """How many pictures a detector takes at once; on a CPU each takes as long as alone."""
+    return 1 if device.type == "cpu" else 8

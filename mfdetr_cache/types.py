@@ -134,6 +134,16 @@ class DetectorOutput:
         if heads != {self.queries.shape[:2]}:
             raise ValueError("class_logits, boxes and queries disagree on (B, Q)")
 
+    def of_image(self, index: int) -> "DetectorOutput":
+        """The outputs of one image of the batch, as a batch of one; nothing is copied."""
+        one = slice(index, index + 1)
+        return DetectorOutput(
+            self.class_logits[one],
+            self.boxes_cxcywh_norm[one],
+            self.queries[one],
+            {name: values[one] for name, values in self.maps.items()},
+        )
+
     def cpu(self, map_names: Collection[str] | None = None) -> "DetectorOutput":
         """The outputs on the CPU, with ``map_names`` or all maps; waits for the device."""
         return DetectorOutput(

@@ -14,7 +14,9 @@ from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import HeadError, IdentityError, ImageError
+from mfdetr_cache.evaluation.segmentation import TimedSegmentation
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_train_head import small_recipe
@@ -66,6 +68,38 @@ def test_every_kind_of_image_gives_the_same(model: MaskFrozenDETR, picture: Path
     assert (as_array.scores == model(gray, threshold=0.0, top_k=3).scores).all()
     with pytest.raises(ImageError, match="is not on disk"):
         model("absent.png")
+
+
+def test_a_list_is_its_images_one_by_one(
+    model: MaskFrozenDETR, scenes_folder: Path, tmp_path: Path
+) -> None:
+    pictures = sorted((scenes_folder / "images").iterdir())[:4]
+    together = model(pictures, threshold=0.0, top_k=3)
+    for picture, found in zip(pictures, together, strict=True):
+        alone = model(picture, threshold=0.0, top_k=3)
+        assert (found.scores == alone.scores).all()
+        assert (found.masks == alone.masks).all()
+    assert model([]) == []
+    with pytest.raises(ImageError, match="is not on disk"):
+        model([pictures[0], tmp_path / "absent.png", pictures[1]])
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_neighbours_of_one_size_share_a_batch(
+    most: int, model: MaskFrozenDETR, scenes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; what cannot be read stands alone, and the order stays."""
+    monkeypatch.setattr("mfdetr_cache.model._most_together", lambda _device: most)
+    files = sorted((scenes_folder / "images").iterdir())[:5]
+    items = [*files[:2], Path("absent"), *files[2:]]
+    found = list(model.stream(items, load_image, threshold=0.0, top_k=3))
+    assert [item for item, _ in found] == items
+    assert isinstance(found.pop(2)[1], ImageError)
+    for file, timed in found:
+        assert isinstance(timed, TimedSegmentation)
+        alone = model(file, threshold=0.0, top_k=3)
+        assert timed.result.scores == pytest.approx(alone.scores, rel=1e-4)
+        assert timed.result.masks.sum() == pytest.approx(alone.masks.sum(), rel=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:OpenCV .* is not installed")

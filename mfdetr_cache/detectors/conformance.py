@@ -122,3 +122,11 @@ class DetectorConformance:
                 # Sums in another order: 1e-4 of the largest value is far above float32 noise and
                 # far below what a neighbour's influence makes.
                 assert gap <= 1e-4 * scale, m.name
+            # Queries of nearly the same score may change places, and pass the noise through all of
+            # the decoder's layers; each label's logits in their order tell what was detected.
+            for ours, theirs in (
+                (together.class_logits[index], alone.class_logits[0]),
+                (together.boxes_cxcywh_norm[index], alone.boxes_cxcywh_norm[0]),
+            ):
+                gap = float((ours.sort(0)[0] - theirs.sort(0)[0]).abs().max())
+                assert gap <= 1e-3 * float(theirs.abs().max())

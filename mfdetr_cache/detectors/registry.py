@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.config import nearest
+from mfdetr_cache.detectors.amp import AmpDetector
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
 from mfdetr_cache.detectors.class_agnostic import ClassAgnosticDetector
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
@@ -198,6 +199,11 @@ def load_detector(
     """
     exact_float32()
     options = options or DetectorOptions()
+    detector = _load(name, weights, options)
+    return detector if options.amp == "off" else AmpDetector(detector)
+
+
+def _load(name: str, weights: str | None, options: DetectorOptions) -> Detector:
     if name == AUTO:
         name = _detector_of(weights)
     if name in ARCHITECTURES or name in SCHEMES:

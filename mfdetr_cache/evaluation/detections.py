@@ -33,6 +33,15 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, chosen: Tensor) -> "Detections":
+        """Those that a mask (D,) or indices choose."""
+        return Detections(
+            self.query_index[chosen],
+            self.labels[chosen],
+            self.class_scores[chosen],
+            self.boxes_xyxy[chosen],
+        )
+
 
 def class_probabilities(class_logits: Tensor, spec: DetectorSpec) -> Tensor:
     """Class scores in [0, 1] of logits (..., K); without "no object" for a softmax detector."""

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mfdetr_cache.choices import Scoring
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.evaluation.detections import Detections, detections_of
+from mfdetr_cache.evaluation.detections import Detections, detections_of, select_detections
 from mfdetr_cache.evaluation.scoring import mask_confidence, mask_iou_confidence
-from mfdetr_cache.head.batch import HeadBatch, map_groups
+from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext, live_groups, map_groups
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
 from mfdetr_cache.ops.masks import compress_run_lengths
 from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
-from mfdetr_cache.types import CachedImage, DetectorSpec
+from mfdetr_cache.types import CachedImage, DetectorOutput, DetectorSpec, ImageGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,46 +39,95 @@ class MaskPrediction:
     boxes_xyxy: Tensor
 
 
-@torch.no_grad()
 def predict_masks(
     head: MaskHead,
     image: CachedImage,
     spec: DetectorSpec,
     device: torch.device,
     scoring: Scoring = "auto",
+    threshold: float = 0.0,
 ) -> MaskPrediction:
-    """Run a head, in evaluation mode, on a cached or live image.
+    """Run a head, in evaluation mode, on a cached image.
+
+    Detections below ``threshold`` are left out before the head runs: no scoring gives a mask more
+    than its class score.
 
     HeadError if Eq. 13 is requested by ``scoring`` and the head predicts no IoU.
     """
-    boxes = torch.from_numpy(np.array(image.boxes_cxcywh_norm))
+    groups = map_groups([image], head.map_names, device)
     detections = detections_of(image, spec)
-    queries, position = detections.query_index.unique(return_inverse=True)
-    corners = cxcywh_to_xyxy(boxes)[queries]
+    boxes, queries = (
+        torch.from_numpy(np.array(values)) for values in (image.boxes_cxcywh_norm, image.queries)
+    )
+    return _predict(
+        head, groups, detections, boxes, queries.float(), image.geometry, scoring, threshold
+    )
+
+
+def predict_live(
+    head: MaskHead,
+    output: DetectorOutput,
+    geometry: ImageGeometry,
+    spec: DetectorSpec,
+    scoring: Scoring = "auto",
+    threshold: float = 0.0,
+) -> MaskPrediction:
+    """:func:`predict_masks` for what a live detector gives for one image, on the head's device."""
+    groups = live_groups([output], [geometry], head.map_names)
+    logits, boxes = output.class_logits[0].cpu(), output.boxes_cxcywh_norm[0].cpu()
+    detections = select_detections(logits, boxes, geometry.original_hw, spec)
+    queries = output.queries[0]
+    return _predict(head, groups, detections, boxes, queries, geometry, scoring, threshold)
+
+
+@torch.no_grad()
+def _predict(
+    head: MaskHead,
+    groups: tuple[MapGroup, ...],
+    detections: Detections,
+    boxes_cxcywh_norm: Tensor,
+    queries: Tensor,
+    geometry: ImageGeometry,
+    scoring: Scoring,
+    threshold: float,
+) -> MaskPrediction:
+    device = next(iter(groups[0].maps.values())).device
+    queries = queries.to(device)
+    detected = detections.query_index.unique().to(device)
+    # In double precision, as the final scores are compared.
+    kept = detections.subset(detections.class_scores.double() >= threshold)
+    regions, position = kept.query_index.unique(return_inverse=True)
+    corners = cxcywh_to_xyxy(boxes_cxcywh_norm)[regions]
+    context = None
+    if len(regions) < len(detected):
+        # Eq. 10 lets every query look at all that were detected, those below the threshold too.
+        image_of_each = torch.zeros(len(detected), dtype=torch.long, device=device)
+        context = QueryContext(queries[detected], image_of_each)
     batch = HeadBatch(
-        groups=map_groups([image], head.map_names, device),
-        queries=torch.from_numpy(image.queries[queries.numpy()].astype(np.float32)).to(device),
-        boxes_xyxy=scale_boxes(corners, image.geometry.resized_hw),
-        image_index=torch.zeros(len(queries), dtype=torch.long, device=device),
-        counts=(len(queries),),
+        groups=groups,
+        queries=queries[regions.to(device)],
+        boxes_xyxy=scale_boxes(corners, geometry.resized_hw),
+        image_index=torch.zeros(len(regions), dtype=torch.long, device=device),
+        counts=(len(regions),),
+        context=context,
     )
     output = head(batch)
     probs = output.mask_logits.float().sigmoid().cpu()
     if scoring == "auto":
         scoring = "mean" if output.mask_iou is None else "iou"
-    confidences = detections.class_scores
+    confidences = kept.class_scores
     if scoring == "mean":
-        confidences = mask_confidence(detections.class_scores, probs[position])
+        confidences = mask_confidence(kept.class_scores, probs[position])
     elif scoring == "iou":
         if output.mask_iou is None:
             raise HeadError("this head predicts no mask IoU; score by mean or class instead")
-        iou = output.mask_iou.float().cpu()[position, detections.labels]
-        confidences = mask_iou_confidence(detections.class_scores, iou)
+        iou = output.mask_iou.float().cpu()[position, kept.labels]
+        confidences = mask_iou_confidence(kept.class_scores, iou)
     if not head.config.roialign:
         # These masks lie over the whole image.
         corners = corners.new_tensor([0, 0, 1, 1]).expand_as(corners)
-    original = scale_boxes(corners, image.geometry.original_hw)
-    return MaskPrediction(detections, confidences.double().numpy(), position, probs, original)
+    original = scale_boxes(corners, geometry.original_hw)
+    return MaskPrediction(kept, confidences.double().numpy(), position, probs, original)
 
 
 def masks_in_image(

@@ -38,7 +38,7 @@ def prediction_panels(
     cached = cache.read(row, head.map_names)
     size_hw = cached.geometry.original_hw
     image = load_image(images / cached.file_name, size_hw)
-    prediction = predict_masks(head, cached, cache.spec, device)
+    prediction = predict_masks(head, cached, cache.spec, device, threshold=threshold)
     names = category_names(cache.categories)
     # The most confident is drawn last, on top.
     found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]

@@ -1,5 +1,6 @@
 """Extraction pipeline: decoding, the detector, encoding and writing run concurrently."""
 
+import itertools
 import queue
 import threading
 import time
@@ -25,17 +26,19 @@ from mfdetr_cache.errors import (
     ImageError,
     StoppedError,
 )
+from mfdetr_cache.extraction.batches import batches_of_part
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.any_class import any_class
 from mfdetr_cache.ops.cores import threads_beside_gpu
-from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.ops.devices import keep_freed_memory, to_device
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.types import ImageGeometry
+from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
+# Images that are decoded before their batch is complete; encoded ones that wait to be written.
 _PREFETCH = 8
-
-
+# Threads that decode beside a CPU.
+_DECODERS = 2
 # Threads that quantise and compress while a GPU computes.
 _MOST_ENCODERS = 8
 
@@ -65,6 +68,14 @@ class _Decoded:
     oddities: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows of a part whose images go through the detector together."""
+
+    part: Part
+    rows: tuple[int, ...]
+
+
 @dataclass
 class _Item:
     """One image on its way to the writer; one that is never encoded is left out."""
@@ -84,6 +95,13 @@ def num_encoders(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return threads_beside_gpu(_MOST_ENCODERS)
+
+
+def num_decoders(device: torch.device) -> int:
+    """Number of threads that read and preprocess images."""
+    if device.type == "cpu":
+        return _DECODERS
+    return max(_DECODERS, threads_beside_gpu(_MOST_ENCODERS))
 
 
 class Extraction:
@@ -118,15 +136,13 @@ class Extraction:
     def run(self, pending: Sequence[Part]) -> None:
         """Extract the parts that are pending."""
         total = self._writer.num_rows
-        layout_rows = [self._writer.rows_of_part(part) for part in pending]
-        todo = sum(len(rows) for rows in layout_rows)
+        todo = sum(len(self._writer.rows_of_part(part)) for part in pending)
         self._reporter.start("extract", total, "images", done=total - todo)
         writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
         writing.start()
         try:
-            ordered = [(p, r) for p, rows in zip(pending, layout_rows, strict=True) for r in rows]
-            for (part, row), decoded in zip(ordered, self._decode_ahead(ordered), strict=True):
-                self._put(self._item_of(part, row, decoded))
+            for item in self._in_order(pending):
+                self._put(item)
             self._put(None)
         except KeyboardInterrupt:
             kept = total - todo + self._num_sealed
@@ -164,47 +180,103 @@ class Extraction:
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._source.split.images[row]
         transform = self._content.views[view].transforms[row]
-        edge = transform.shortest_edge
-        geometry = self._detector.input_geometry(transform.size_hw, edge)
+        geometry = self._geometry(view, row)
         try:
             loaded = load_with_oddities(self._source.folder / entry.file_name, entry.size_hw)
         except ImageError as error:
             return _Decoded(geometry, None, str(error))
-        pixels = self._detector.preprocess(transform_image(loaded.image, transform), edge)
+        pixels = self._detector.preprocess(
+            transform_image(loaded.image, transform), transform.shortest_edge
+        )
         return _Decoded(geometry, pixels, "", loaded.oddities)
 
-    def _decode_ahead(self, ordered: list[tuple[Part, int]]) -> Iterator[_Decoded]:
-        with ThreadPoolExecutor(2, "decode") as pool:
-            yield from read_ahead(
-                lambda item: pool.submit(self._decode, item[0].view, item[1]).result,
-                ordered,
-                _PREFETCH,
-            )
+    def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
+        """All rows of the parts in order; what a batch gives too early waits."""
+        batches = [_Batch(part, rows) for part in pending for rows in self._batches_of(part)]
+        expected = (row for part in pending for row in self._writer.rows_of_part(part))
+        early: dict[int, _Item] = {}
+        row = next(expected, None)
+        for batch, decoded in zip(batches, self._decode_ahead(batches), strict=True):
+            early |= {item.row: item for item in self._items_of(batch, decoded)}
+            while row in early:
+                yield early.pop(row)
+                row = next(expected, None)
 
-    def _item_of(self, part: Part, row: int, decoded: _Decoded) -> _Item:
-        if decoded.pixel_values is None:
-            if not self._source.skip_bad:
-                raise ImageError(f"{decoded.problem} (--on-bad-image skip leaves such images out)")
-            self._reporter.warn(f"skipped: {decoded.problem}")
-            return _Item(part, row, None, decoded.problem)
-        if part.view == BASE_VIEW:
-            self._oddities.update(decoded.oddities)
+    def _batches_of(self, part: Part) -> list[tuple[int, ...]]:
+        rows = self._writer.rows_of_part(part)
+        return batches_of_part(
+            rows, [self._geometry(part.view, row).input_hw for row in rows], self._device
+        )
+
+    def _geometry(self, view: str, row: int) -> ImageGeometry:
+        transform = self._content.views[view].transforms[row]
+        return self._detector.input_geometry(transform.size_hw, transform.shortest_edge)
+
+    def _decode_ahead(self, batches: Sequence[_Batch]) -> Iterator[list[_Decoded]]:
+        """The images of each batch."""
+        ordered = [(batch.part.view, row) for batch in batches for row in batch.rows]
+        depth = _PREFETCH + max((len(batch.rows) for batch in batches), default=0)
+        with ThreadPoolExecutor(num_decoders(self._device), "decode") as pool:
+            decoded = read_ahead(
+                lambda item: pool.submit(self._decode, *item).result, ordered, depth
+            )
+            for batch in batches:
+                yield list(itertools.islice(decoded, len(batch.rows)))
+
+    def _items_of(self, batch: _Batch, images: list[_Decoded]) -> Iterator[_Item]:
+        """Run the detector on a batch and begin to encode what it gives."""
+        for image in images:
+            if image.pixel_values is None and not self._source.skip_bad:
+                raise ImageError(f"{image.problem} (--on-bad-image skip leaves such images out)")
+        output, on_cpu = self._outputs_of(images)
+        for index, (row, image) in enumerate(zip(batch.rows, images, strict=True)):
+            if image.pixel_values is None:
+                self._reporter.warn(f"skipped: {image.problem}")
+                yield _Item(batch.part, row, None, image.problem)
+                continue
+            if batch.part.view == BASE_VIEW:
+                self._oddities.update(image.oddities)
+            crops = self._crops_of(batch.part.view, row, image.geometry, output, index)
+            encoded = self._encoders.submit(
+                self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
+            )
+            self.num_extracted += 1
+            yield _Item(batch.part, row, encoded)
+
+    def _outputs_of(self, images: list[_Decoded]) -> tuple[DetectorOutput, DetectorOutput]:
+        """What the detector gives for a batch, and what of it is stored, on the CPU.
+
+        A black image stands for one that is left out: the other rows then have the same bytes once
+        that image has been mended.
+        """
         started = time.perf_counter()
-        output = self._detector.forward(decoded.pixel_values[None].to(self._device))
-        crops = None
-        if self._content.layout.c1_roi is not None:
-            truth = self._content.views[part.view].ground_truth[row]
-            seen = output
-            if self._content.annotations.get(CLASS_AGNOSTIC):
-                logits = any_class(output.class_logits, self._content.spec.score_function)
-                seen = replace(output, class_logits=logits)
-            crops = c1_crops(seen, truth, decoded.geometry, self._content.layout.c1_roi)
+        pixels = [
+            torch.zeros(3, *image.geometry.input_hw)
+            if image.pixel_values is None
+            else image.pixel_values
+            for image in images
+        ]
+        output = self._detector.forward(to_device(torch.stack(pixels), self._device))
         kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
         on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started
-        self.num_extracted += 1
-        encode = self._writer.encoder.encode
-        return _Item(part, row, self._encoders.submit(encode, row, decoded.geometry, on_cpu, crops))
+        return output, on_cpu
+
+    def _crops_of(
+        self, view: str, row: int, geometry: ImageGeometry, output: DetectorOutput, index: int
+    ) -> C1Crops | None:
+        """Crops of C1 around the queries that its objects match, where these are stored."""
+        layout = self._content.layout.c1_roi
+        if layout is None:
+            return None
+        started = time.perf_counter()
+        seen = output.of_image(index)
+        if self._content.annotations.get(CLASS_AGNOSTIC):
+            logits = any_class(seen.class_logits, self._content.spec.score_function)
+            seen = replace(seen, class_logits=logits)
+        crops = c1_crops(seen, self._content.views[view].ground_truth[row], geometry, layout)
+        self.detector_seconds += time.perf_counter() - started
+        return crops
 
     def _write(self) -> None:
         """The writer thread: one part after the other, sealed when its last row is in."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfdetr_cache.detectors.amp import AMP
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
@@ -199,6 +200,11 @@ def _full_graph(
         detector_identity(detector.spec),
         f"detector {config.weights}",
     )
+    if AMP in detector.spec.settings:
+        raise ConfigError(
+            f"{config.head} was trained on a cache of --amp bf16, which ONNX cannot be told: "
+            "export the head alone, without --weights"
+        )
     input_hw = config.input_hw or fixed_input_hw(detector)
     if input_hw is None:
         raise ConfigError("this detector's input size follows the image: give --input-size HxW")

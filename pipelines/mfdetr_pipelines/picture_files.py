@@ -1,32 +1,74 @@
-"""Image and video files that a user names one by one, as folders or as patterns."""
+"""Image and video files that predict reads, and those that it writes."""
 
 import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.coco.image_files import open_image
+from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_pipelines.predict_video import WRITTEN_BY, was_written_by_predict
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+_VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
+def is_video(file: Path) -> bool:
+    """Whether a file is a video by its name."""
+    return file.suffix.lower() in _VIDEO_SUFFIXES
+
+
+def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
     """Image and video files of files, folders, glob patterns and file:// URLs, without duplicates.
 
-    Folders are sorted. DatasetError if one of the patterns matches nothing.
+    Folders are sorted; what this command wrote to ``out`` before is not an input. DatasetError if
+    one of the patterns matches nothing else.
     """
+    ours = out.resolve()
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern.removeprefix("file://"))
         if path.is_dir():
             files = sorted(
-                f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | VIDEO_SUFFIXES
+                f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | _VIDEO_SUFFIXES
             )
         elif path.is_file():
             files = [path]
         else:
             files = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207
+        files = [f for f in files if f == path or f.parent.resolve() != ours or not is_ours(f)]
         if not files:
             raise DatasetError(f"{pattern}: no image there; give files, folders or patterns")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
+    """The output file of every image, all different: ``.png``, or ``.mp4`` for a video.
+
+    Existing files are replaced only if this command wrote them.
+    """
+    inputs = {file.resolve() for file in files}
+    # Some file systems take names that differ in case for the same.
+    taken: set[str] = set()
+    paths = []
+    for file in files:
+        ending = ".mp4" if is_video(file) else ".png"
+        path, number = out / f"{file.stem}{ending}", 2
+        while path.name.casefold() in taken or path.resolve() in inputs or not is_ours(path):
+            path, number = out / f"{file.stem}-{number}{ending}", number + 1
+        taken.add(path.name.casefold())
+        paths.append(path)
+    return paths
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is absent or was written by this command."""
+    if not path.exists() and not path.is_symlink():
+        return True
+    if path.suffix == ".mp4":
+        return was_written_by_predict(path)
+    try:
+        with open_image(path) as picture:
+            return picture.info.get("Software") == WRITTEN_BY
+    except ImageError:
+        return False

@@ -1,30 +1,39 @@
 """Predict: masks for image and video files, by the frozen detector and a trained head."""
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mfdetr_cache.coco.image_files import open_image
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import make_folder, whole_file, write_atomically, writing
-from mfdetr_cache.model import MaskFrozenDETR, Segmentation, TimedSegmentation
+from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.picture_files import VIDEO_SUFFIXES
+from mfdetr_pipelines.picture_files import is_video, picture_paths
 from mfdetr_pipelines.predict_video import (
     WRITTEN_BY,
     Video,
-    was_written_by_predict,
 )
 
 RESULTS_FILE = "predictions.json"
+# Threads that draw; pictures that are being drawn while the networks see the next ones.
+_THREADS, _BEHIND = 2, 4
+
+ItemT = TypeVar("ItemT")
+_Pair = tuple[ItemT, TimedSegmentation | ImageError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,59 +87,105 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         config.weights, config.head, kind=config.detector, device=config.device
     )
     make_folder(config.out)
-    done: list[PredictedImage] = []
-    unreadable: list[str] = []
-    results: list[dict[str, object]] = []
-    oddities: Counter[str] = Counter()
     reporter.start("predict", len(files), "files")
-    for file, picture in zip(files, pictures, strict=True):
-        try:
-            if file.suffix.lower() in VIDEO_SUFFIXES:
-                with writing(picture):
-                    one = _video(config, model, file, picture, results, reporter)
-                done.append(one)
-            else:
-                loaded = load_with_oddities(file)
-                found = model.timed(loaded.image, config.threshold, config.top_k)
-                drawn = found.result.draw(loaded.image)
-                with whole_file(picture) as partial:
-                    drawn.save(partial, "PNG", pnginfo=_mark())
-                results += _results(file, found.result)
-                done.append(_entry(file, picture, [found]))
-                oddities.update(loaded.oddities)
-        except ImageError as error:
-            unreadable.append(str(error))
-            reporter.warn(str(error))
-        reporter.advance()
+    with ThreadPoolExecutor(_THREADS, "draw") as pool:
+        run = _Run(config, model, pool, reporter)
+        pairs = zip(files, pictures, strict=True)
+        for are_videos, group in itertools.groupby(pairs, lambda pair: is_video(pair[0])):
+            ours = dict(group)
+            run.videos(ours) if are_videos else run.images(ours)
     reporter.finish()
-    if not done:
-        raise DatasetError(f"none of {len(files)} images could be read: {unreadable[0]}")
-    for what, count in oddities.items():
+    if not run.done:
+        raise DatasetError(f"none of {len(files)} images could be read: {run.unreadable[0]}")
+    for what, count in run.oddities.items():
         reporter.warn(f"{count} of {len(files)}: {what}")
-    write_atomically(results_path, json.dumps(results).encode())
-    return PredictSummary(tuple(done), tuple(unreadable), results_path)
+    write_atomically(results_path, json.dumps(run.results).encode())
+    return PredictSummary(tuple(run.done), tuple(run.unreadable), results_path)
 
 
-def _video(
-    config: PredictConfig,
-    model: MaskFrozenDETR,
-    file: Path,
-    out: Path,
-    results: list[dict[str, object]],
-    reporter: Reporter,
-) -> PredictedImage:
-    """Segment every frame of a video and write an annotated copy."""
-    timed = []
-    with Video(file, out) as video:
-        reporter.say(f"{file}: {video.frames or 'some'} pictures")
-        for number, image in enumerate(video):
-            found = model.timed(image, config.threshold, config.top_k)
-            video.add(found.result.draw(image))
-            results += [{**r, "frame": number} for r in _results(file, found.result)]
-            timed.append(found)
-    if not timed:
-        raise ImageError(f"video {file} holds no picture")
-    return _entry(file, out, timed)
+@dataclass(slots=True)
+class _Run:
+    """Files through a model, and what was found so far; ``pool`` draws beside the networks."""
+
+    config: PredictConfig
+    model: MaskFrozenDETR
+    pool: ThreadPoolExecutor
+    reporter: Reporter
+    done: list[PredictedImage] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    results: list[dict[str, object]] = field(default_factory=list)
+    oddities: Counter[str] = field(default_factory=Counter)
+
+    def images(self, pictures: dict[Path, Path]) -> None:
+        """Segment image files; each is drawn into its picture."""
+        oddities: dict[Path, tuple[str, ...]] = {}
+
+        def load(file: Path) -> Image.Image:
+            loaded = load_with_oddities(file)
+            oddities[file] = loaded.oddities
+            return loaded.image
+
+        def draw(pair: _Pair[Path]) -> Callable[[], _Pair[Path]]:
+            file, found = pair
+            if isinstance(found, ImageError):
+                return lambda: pair
+            return self.pool.submit(_draw_into, pictures[file], file, found).result
+
+        for file, found in read_ahead(draw, self._segmented(pictures, load), _BEHIND):
+            if isinstance(found, ImageError):
+                self._is_unreadable(found)
+            else:
+                self.results += _results(file, found.result)
+                self.done.append(_entry(file, pictures[file], [found]))
+                self.oddities.update(oddities.pop(file))
+            self.reporter.advance()
+
+    def videos(self, copies: dict[Path, Path]) -> None:
+        """Segment videos, each into an annotated copy."""
+        for file, copy in copies.items():
+            try:
+                with writing(copy):
+                    self.done.append(self._video(file, copy))
+            except ImageError as error:
+                self._is_unreadable(error)
+            self.reporter.advance()
+
+    def _video(self, file: Path, copy: Path) -> PredictedImage:
+        def draw(pair: _Pair[Image.Image]) -> Callable[[], tuple[Image.Image, TimedSegmentation]]:
+            frame, found = pair
+            assert isinstance(found, TimedSegmentation)  # frames are decoded when they come
+            drawing = self.pool.submit(found.result.draw, frame)
+            return lambda: (drawing.result(), found)
+
+        timed: list[TimedSegmentation] = []
+        with Video(file, copy) as video:
+            self.reporter.say(f"{file}: {video.frames or 'some'} pictures")
+            frames = self._segmented(video, lambda frame: frame)
+            for drawn, found in read_ahead(draw, frames, _BEHIND):
+                video.add(drawn)
+                entries = _results(file, found.result)
+                self.results += [{**entry, "frame": len(timed)} for entry in entries]
+                timed.append(found)
+        if not timed:
+            raise ImageError(f"video {file} holds no picture")
+        return _entry(file, copy, timed)
+
+    def _segmented(
+        self, items: Iterable[ItemT], load: Callable[[ItemT], Image.Image]
+    ) -> Iterator[_Pair[ItemT]]:
+        return self.model.stream(items, load, self.config.threshold, self.config.top_k)
+
+    def _is_unreadable(self, error: ImageError) -> None:
+        self.unreadable.append(str(error))
+        self.reporter.warn(str(error))
+
+
+def _draw_into(
+    picture: Path, file: Path, found: TimedSegmentation
+) -> tuple[Path, TimedSegmentation]:
+    with whole_file(picture) as partial:
+        found.result.draw(found.picture).save(partial, "PNG", pnginfo=_mark())
+    return file, found
 
 
 def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> PredictedImage:
@@ -144,43 +199,11 @@ def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> Pre
     )
 
 
-def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
-    """The output file of every image, all different: ``.png``, or ``.mp4`` for a video.
-
-    Existing files are replaced only if this command wrote them.
-    """
-    inputs = {file.resolve() for file in files}
-    # Some file systems take names that differ in case for the same.
-    taken: set[str] = set()
-    paths = []
-    for file in files:
-        ending = ".mp4" if file.suffix.lower() in VIDEO_SUFFIXES else ".png"
-        path, number = out / f"{file.stem}{ending}", 2
-        while path.name.casefold() in taken or path.resolve() in inputs or not _is_ours(path):
-            path, number = out / f"{file.stem}-{number}{ending}", number + 1
-        taken.add(path.name.casefold())
-        paths.append(path)
-    return paths
-
-
 def _mark() -> PngInfo:
     """PNG metadata that marks an image as written by this command."""
     mark = PngInfo()
     mark.add_text("Software", WRITTEN_BY)
     return mark
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is absent or was written by this command."""
-    if not path.exists() and not path.is_symlink():
-        return True
-    if path.suffix == ".mp4":
-        return was_written_by_predict(path)
-    try:
-        with open_image(path) as picture:
-            return picture.info.get("Software") == WRITTEN_BY
-    except ImageError:
-        return False
 
 
 def _require_ours(path: Path) -> None:

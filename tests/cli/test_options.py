@@ -119,7 +119,6 @@ def test_zero_is_a_number_where_it_means_something() -> None:
         "extract --limit many",
         "extract --weights a --images absent --annotations b --cache c",
         "train-head --cache . --out a --set lrr=1",
-        "predict absent.jpg --weights a --head . --out b",
         "cache info absent.zarr",
     ],
 )
@@ -133,6 +132,7 @@ def test_wrong_arguments_need_no_torch(arguments: str) -> None:
     ("arguments", "exit_code"),
     [
         (("extract", "--weights", "a", "--images", "{data}", "--cache", "c"), 2),
+        (("predict", "absent.jpg", "--weights", "a", "--head", ".", "--out", "b"), 2),
         (("ablate", "--table", "99", "--dry-run"), 2),
         (("ablate", "--table", "3", "--set", "lrr=1", "--dry-run"), 2),
         (("cache", "info", "{cache}"), 0),

@@ -48,9 +48,14 @@ def test_cached_values_are_the_detectors(
     detector = load_detector("hf", str(rtdetr_folder))
     cache = FeatureCache.open(drawn_cache)
     assert len(cache) == 8
-    for image in cache:
-        picture = load_image(scenes_folder / "images" / image.file_name, image.geometry.original_hw)
-        output = detector.forward(detector.preprocess(picture)[None])
+    pictures = [
+        load_image(scenes_folder / "images" / image.file_name, image.geometry.original_hw)
+        for image in cache
+    ]
+    # All have one input size and are small: they went through the detector together.
+    outputs = detector.forward(torch.stack([detector.preprocess(p) for p in pictures]))
+    for index, image in enumerate(cache):
+        output = outputs.of_image(index)
         assert (image.class_logits == output.class_logits[0].numpy()).all()
         assert (image.boxes_cxcywh_norm == output.boxes_cxcywh_norm[0].numpy()).all()
         assert (image.queries == output.queries[0].half().numpy()).all()
@@ -75,7 +80,7 @@ def test_killed_at_any_moment_and_run_again(
 import sys
 from pathlib import Path
 from mfdetr_cache.cache import schema
-schema.PART_BYTES = 1
+schema.PART_IMAGES = 2
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.config.extract import ExtractConfig
@@ -91,9 +96,9 @@ run_extract(ExtractConfig(str(weights), cache, **files), SilentReporter())
 
     assert start(tmp_path / "whole.zarr").wait() == 0
     whole = files_of(tmp_path / "whole.zarr")
-    assert sum("manifest/0" in name for name in whole) == 8
+    assert sum("manifest/0" in name for name in whole) == 4
     path = tmp_path / "killed.zarr"
-    for parts in (1, 4):
+    for parts in (1, 2):
         process = start(path)
         deadline = time.monotonic() + 120
         while len(list(path.glob("views/base/status/manifest/0*.json"))) < parts:
@@ -114,20 +119,24 @@ def test_ctrl_c_keeps_what_was_sealed(
 ) -> None:
     from mfdetr_cache.extraction.stream import Extraction
 
-    real = Extraction._item_of
+    real = Extraction._items_of
     calls = []
 
-    def interrupted(self: Any, part: Any, row: int, decoded: Any) -> Any:
+    def interrupted(self: Any, batch: Any, images: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("c.zarr/views/base/status/manifest/0*.json")):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             raise KeyboardInterrupt
-        return real(self, part, row, decoded)
+        return real(self, batch, images)
 
     monkeypatch.setattr(schema, "PART_BYTES", 1)
-    monkeypatch.setattr(Extraction, "_item_of", interrupted)
-    with pytest.raises(StoppedError, match="sealed parts are kept"):
+    monkeypatch.setattr(Extraction, "_items_of", interrupted)
+    with pytest.raises(StoppedError, match="of 8 images are kept in sealed parts"):
         run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
-    monkeypatch.setattr(Extraction, "_item_of", real)
+    monkeypatch.setattr(Extraction, "_items_of", real)
     summary, _ = run(scenes_folder, rtdetr_folder, tmp_path / "c.zarr")
     assert summary.num_images == 8
     assert 4 <= summary.num_extracted < 8
@@ -230,14 +239,14 @@ def test_wrong_input_is_one_clear_line(
 
 
 def _needs_more_than_there_is(folder: Path, weights: Path, cache: Path) -> None:
-    from mfdetr_pipelines import extract
+    from mfdetr_pipelines import filling
 
-    real = extract.shutil.disk_usage
-    extract.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10, 10, 10)  # type: ignore[attr-defined]
+    real = filling.shutil.disk_usage
+    filling.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10, 10, 10)  # type: ignore[attr-defined]
     try:
         run(folder, weights, cache)
     finally:
-        extract.shutil.disk_usage = real
+        filling.shutil.disk_usage = real
 
 
 def test_the_same_cache_is_not_made_twice(

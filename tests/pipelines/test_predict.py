@@ -9,8 +9,8 @@ from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
-from mfdetr_pipelines.picture_files import find_images
-from mfdetr_pipelines.predict import picture_paths, run_predict
+from mfdetr_pipelines.picture_files import find_images, picture_paths
+from mfdetr_pipelines.predict import run_predict
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask

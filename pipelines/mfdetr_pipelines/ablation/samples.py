@@ -62,7 +62,7 @@ def _panel_row(
     colours: dict[object, int] = {}
     for name, head in heads:
         cached = cache.read(row, head.map_names)
-        found = predict_masks(head, cached, cache.spec, torch.device("cpu"))
+        found = predict_masks(head, cached, cache.spec, torch.device("cpu"), threshold=_THRESHOLD)
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
         for found_object in shown:
             colours.setdefault(found_object.box_xyxy, len(colours))

@@ -17,11 +17,10 @@ from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.relabel import relabelling
 from mfdetr_cache.coco.annotations import load_coco_split
-from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.coco.labelled import label_split
-from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.extraction.again import extract_again
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.matching.matchers import hungarian_queries
@@ -171,12 +170,7 @@ def _extracted(
     assert cache.layout.c1_roi is not None
     found: dict[str, dict[int, C1Crops]] = {}
     for view, rows in missing.items():
-        for row in rows:
-            image = load_image(images / cache.file_name(row), cache.original_hw(row))
-            transform = cache.views[view].transform(row)
-            edge = transform.shortest_edge
-            pixels = detector.preprocess(transform_image(image, transform), edge)
-            output = detector.forward(pixels[None].to(device))
+        for row, output in extract_again(cache, detector, view, rows, images, device):
             geometry = cache.views[view].geometry(row)
             truth = content.objects[view][row]
             crops = c1_crops(output, truth, geometry, cache.layout.c1_roi)

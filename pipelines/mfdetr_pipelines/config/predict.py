@@ -7,7 +7,6 @@ from typing import Annotated
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
 from mfdetr_pipelines.config.shared import OnDevice
-from mfdetr_pipelines.picture_files import find_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +46,7 @@ class PredictConfig(OnDevice):
     @property
     def files(self) -> list[Path]:
         """The image and video files."""
-        return find_images(self.images)
+        # Imported late: help and a mistyped option need not wait for Pillow.
+        from mfdetr_pipelines.picture_files import find_images
+
+        return find_images(self.images, self.out)

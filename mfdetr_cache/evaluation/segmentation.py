@@ -1,0 +1,111 @@
+"""The objects found in an image, in the forms that other tools take."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.evaluation.objects import ShownObject
+from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The objects of one image, by falling score.
+
+    Attributes:
+        size_hw: Height and width of the image in pixels.
+        run_lengths: Mask of each object on the image, length N.
+        boxes_xyxy: In pixels of the image, float32, shape (N, 4).
+        scores: Final scores s_i in [0, 1], float32, shape (N,).
+        category_ids: Of the dataset the head was trained on, int64, shape (N,).
+        names: Category names, length N.
+    """
+
+    size_hw: tuple[int, int]
+    run_lengths: tuple[RunLengths, ...]
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    category_ids: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """True inside, at the image's size, shape (N, H, W); made anew at every call."""
+        masks = np.empty((len(self), *self.size_hw), np.bool_)
+        for mask, runs in zip(masks, self.run_lengths, strict=True):
+            mask[:] = decode_run_lengths(runs, self.size_hw)
+        return masks
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """A copy of the image with masks, outlines, boxes and labels."""
+        return draw_overlay(image, [o.to_item() for o in reversed(self._objects())])
+
+    def to_torchvision(self) -> dict[str, torch.Tensor]:
+        """Torchvision's form: boxes (N, 4), labels (N,), scores (N,), binary masks (N, 1, H, W)."""
+        return {
+            "boxes": torch.from_numpy(self.boxes_xyxy),
+            "labels": torch.from_numpy(self.category_ids),
+            "scores": torch.from_numpy(self.scores),
+            "masks": torch.from_numpy(self.masks[:, None].astype(np.float32)),
+        }
+
+    def to_supervision(self) -> Any:  # noqa: ANN401  an optional package
+        """``supervision.Detections`` with masks and ``data["class_name"]``.
+
+        ConfigError if the package ``supervision`` is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise ConfigError("to_supervision needs: pip install supervision") from None
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.category_ids.astype(int),
+            data={"class_name": np.array(self.names)},
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results, one per object, masks as compressed RLE."""
+        results = []
+        for found in self._objects():
+            rle = compress_run_lengths(found.run_lengths, self.size_hw)
+            x0, y0, x1, y1 = found.box_xyxy
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": found.category_id,
+                    "score": found.confidence,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+        return results
+
+    def _objects(self) -> list[ShownObject]:
+        found = []
+        for index, (name, runs) in enumerate(zip(self.names, self.run_lengths, strict=True)):
+            x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
+            category_id, score = int(self.category_ids[index]), float(self.scores[index])
+            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class TimedSegmentation:
+    """The segmentation of a picture, RGB, with the seconds in detector and mask network."""
+
+    picture: Image.Image
+    result: Segmentation
+    detector_seconds: float
+    head_seconds: float

@@ -1,0 +1,73 @@
+"""Rows of a cache through the detector again, as they were extracted."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.coco.augmentation import transform_image
+from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.errors import ImageError
+from mfdetr_cache.extraction.batches import batches_of_part
+from mfdetr_cache.ops.devices import to_device
+from mfdetr_cache.types import DetectorOutput
+
+
+def extract_again(
+    cache: FeatureCache,
+    detector: Detector,
+    view: str,
+    rows: Collection[int],
+    images: Path,
+    device: torch.device,
+) -> Iterator[tuple[int, DetectorOutput]]:
+    """Run the detector on some rows in the batches that extraction made of their parts.
+
+    On one kind of device the numbers are those of the extraction, to the bit.
+
+    Args:
+        cache: The cache.
+        detector: Its detector, on the device.
+        view: A view of the cache.
+        rows: Stored rows of the view.
+        images: Image folder.
+        device: Device of the detector.
+
+    Yields:
+        Each row with its output, a batch of one.
+
+    Raises:
+        ImageError: If the image of a row cannot be read.
+    """
+    layout = cache.layout
+    for number in sorted({row // layout.images_per_part for row in rows}):
+        part = layout.rows_of_part(number)
+        transforms = [cache.views[view].transform(row) for row in part]
+        inputs_hw = [
+            detector.input_geometry(t.size_hw, t.shortest_edge).input_hw for t in transforms
+        ]
+        for batch in batches_of_part(part, inputs_hw, device):
+            wanted = [row for row in batch if row in rows]
+            if not wanted:
+                continue
+            pixels = []
+            for row in batch:
+                try:
+                    pixels.append(_pixels(cache, detector, view, row, images))
+                except ImageError:
+                    if row in wanted:
+                        raise
+                    # As in the extraction: a black image keeps the place of one that is left out.
+                    pixels.append(torch.zeros(3, *inputs_hw[row - part.start]))
+            output = detector.forward(to_device(torch.stack(pixels), device))
+            for row in wanted:
+                yield row, output.of_image(batch.index(row))
+
+
+def _pixels(cache: FeatureCache, detector: Detector, view: str, row: int, images: Path) -> Tensor:
+    image = load_image(images / cache.file_name(row), cache.original_hw(row))
+    transform = cache.views[view].transform(row)
+    return detector.preprocess(transform_image(image, transform), transform.shortest_edge)

@@ -1,0 +1,38 @@
+"""Which images go through the detector together."""
+
+from collections.abc import Sequence
+
+import torch
+
+# Input pixels of a batch, and images of one. On two cores DEIMv2-femto at 416 x 416 takes an eighth
+# less time for an image among six than alone, and one at 800 x 1066 fills them by itself.
+_PIXELS = {"cpu": 2**20, "cuda": 2**22}
+_MOST = 16
+
+
+def batches_of_part(
+    rows: Sequence[int], inputs_hw: Sequence[tuple[int, int]], device: torch.device
+) -> list[tuple[int, ...]]:
+    """The rows of a part in batches of one input size, so that nothing is padded.
+
+    They hang on the part's rows and the kind of device alone, never on what was extracted before or
+    by whom, because the others of a batch decide the order of sums: a cache that was stopped,
+    shared or repaired has the bytes of an uninterrupted one.
+
+    Args:
+        rows: The rows.
+        inputs_hw: Height and width of each one's network input.
+        device: Where the detector computes.
+
+    Returns:
+        The rows of each batch in rising order, batches by their first row.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for row, input_hw in zip(rows, inputs_hw, strict=True):
+        by_size.setdefault(input_hw, []).append(row)
+    batches = []
+    for (height, width), members in by_size.items():
+        pixels = _PIXELS.get(device.type, _PIXELS["cuda"])
+        most = min(_MOST, max(1, pixels // (height * width)))
+        batches += [tuple(members[i : i + most]) for i in range(0, len(members), most)]
+    return sorted(batches)

@@ -1,0 +1,82 @@
+"""Masks of detections: what is left out before the head runs is nothing that would be shown."""
+
+import numpy as np
+import pytest
+import torch
+
+from mfdetr_cache.choices import Scoring
+from mfdetr_cache.evaluation.inference import MaskPrediction, predict_live, predict_masks
+from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
+from mfdetr_cache.head.build import build_head
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.types import DetectorOutput
+from tests.support.images import make_image, make_spec
+
+SPEC = make_spec()
+IMAGE = make_image(SPEC)
+CPU = torch.device("cpu")
+SMALL = {"hidden_dim": 16, "roi_size": 8, "image_layers": 1, "box_layers": 1}
+
+
+def shown(prediction: MaskPrediction, threshold: float) -> list[ShownObject]:
+    return shown_objects(prediction, (0, 1, 2), {}, IMAGE.geometry.original_hw, threshold)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scorings"),
+    [
+        ({}, ("iou", "mean", "class")),
+        ({"mask_scoring": False}, ("auto",)),
+        ({"query_o2o": True}, ("iou",)),
+        (
+            {"roialign": False, "box_layers": 0, "query_b2o": False, "mask_scoring": False},
+            ("mean",),
+        ),
+    ],
+)
+@pytest.mark.parametrize("threshold", [0.08, 0.3])
+def test_detections_below_the_threshold_need_no_mask(
+    changes: dict[str, bool], scorings: tuple[Scoring, ...], threshold: float
+) -> None:
+    torch.manual_seed(0)
+    head = build_head(HeadConfig(**{**SMALL, **changes}), SPEC).eval()
+    for scoring in scorings:
+        whole = predict_masks(head, IMAGE, SPEC, CPU, scoring)
+        found = predict_masks(head, IMAGE, SPEC, CPU, scoring, threshold)
+        assert (whole.confidences <= whole.detections.class_scores.double().numpy()).all()
+        assert len(found.mask_probs) < len(whole.mask_probs)
+        wanted, got = shown(whole, threshold), shown(found, threshold)
+        assert [o.category_id for o in got] == [o.category_id for o in wanted]
+        # Products of fewer rows may be summed in another order: some units of float32.
+        assert [o.confidence for o in got] == pytest.approx(
+            [o.confidence for o in wanted], rel=1e-5
+        )
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert ours.box_xyxy == theirs.box_xyxy
+            assert np.array_equal(ours.run_lengths, theirs.run_lengths)
+
+
+def test_nothing_above_the_threshold_is_no_mask() -> None:
+    head = build_head(HeadConfig(**SMALL), SPEC).eval()
+    found = predict_masks(head, IMAGE, SPEC, CPU, threshold=0.999)
+    assert len(found.detections) == len(found.mask_probs) == len(shown(found, 0.999)) == 0
+
+
+def test_a_live_image_has_the_masks_of_a_cached_one() -> None:
+    head = build_head(HeadConfig(**SMALL), SPEC).eval()
+    maps = {
+        name: torch.from_numpy(np.asarray(m, np.float32)).permute(2, 0, 1)[None]
+        for name, m in IMAGE.maps.items()
+    }
+    output = DetectorOutput(
+        torch.from_numpy(IMAGE.class_logits)[None],
+        torch.from_numpy(IMAGE.boxes_cxcywh_norm)[None],
+        torch.from_numpy(IMAGE.queries.astype(np.float32))[None],
+        maps,
+    )
+    live = predict_live(head, output, IMAGE.geometry, SPEC, threshold=0.1)
+    cached = predict_masks(head, IMAGE, SPEC, CPU, threshold=0.1)
+    assert torch.equal(live.mask_index, cached.mask_index)
+    # The maps lie in memory in another order, and sums may follow it.
+    torch.testing.assert_close(live.mask_probs, cached.mask_probs, atol=1e-5, rtol=0)
+    assert live.confidences == pytest.approx(cached.confidences, rel=1e-5)
