@@ -71,11 +71,22 @@ def test_there_are_documented_commands() -> None:
     assert len(commands()) >= 6
 
 
+def anchors(path: Path) -> set[str]:
+    """Of its headings, as GitHub makes them; the site's are checked by ``make docs``."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+    plain = (re.sub(r"\]\(.*?\)|[^\w\- ]", "", title.lower()) for title in titles)
+    return {title.strip().replace(" ", "-") for title in plain}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
 
 
 @pytest.mark.parametrize("target", ["test", "check", "demo", "fmt", "docs"])
