@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mfdetr_cache.choices import Scoring
 from mfdetr_cache.coco.categories import category_names
+from mfdetr_cache.coco.class_agnostic import as_prompted
+from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_same_detector
@@ -64,6 +66,8 @@ class MaskFrozenDETR:
         detector: The detector, on the device.
         head: The trained mask network with its category ids and detector identity.
         device: Device of both.
+        prompt: Names of the detector's labels where they are not those of the head; their category
+            ids are 1, 2 and so on.
 
     Examples:
         >>> from mfdetr_cache.coco.synthetic import draw_scene
@@ -77,13 +81,22 @@ class MaskFrozenDETR:
         ['boxes', 'labels', 'masks', 'scores']
     """
 
-    def __init__(self, detector: Detector, head: HeadFolder, device: torch.device) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        head: HeadFolder,
+        device: torch.device,
+        prompt: Sequence[str] = (),
+    ) -> None:
         self.device = device
         self.detector = detector.to(device)
         self.head = head.head.to(device).eval()
         self._folder = head
         self._label_categories = list(head.run.label_categories)
         self._names = category_names(head.run.categories)
+        if prompt:
+            self._names = dict(enumerate(prompt, 1))
+            self._label_categories = list(self._names)
 
     @classmethod
     def from_pretrained(
@@ -93,6 +106,7 @@ class MaskFrozenDETR:
         *,
         kind: str = "auto",
         device: str = "auto",
+        prompt: Sequence[str] = (),
     ) -> "MaskFrozenDETR":
         """Load a detector's weights and a head.
 
@@ -101,21 +115,29 @@ class MaskFrozenDETR:
             head: Folder written by ``train-head --out`` or :meth:`save_pretrained`, or a hub id.
             kind: Detector name in ``mfdetr detectors``; ``auto`` infers it from the weights.
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+            prompt: Other classes for an open-vocabulary detector than the head learned from, which
+                must be class-agnostic then.
 
         Returns:
             The model.
 
         Raises:
             DetectorError: If the detector cannot be loaded.
-            HeadError: If the head is missing or damaged.
+            HeadError: If the head is missing or damaged, or has classes and a prompt is given.
             IdentityError: If the head was trained with another detector.
         """
         folder = load_head(_local_folder(head))
-        loaded = load_same_detector(kind, str(detector), folder.detector)
-        require_same(
-            folder.detector, f"head {head}", detector_identity(loaded.spec), f"detector {detector}"
-        )
-        return cls(loaded, folder, torch_device(device))
+        if prompt and not folder.detector["settings"].get(CLASS_AGNOSTIC):
+            raise HeadError(
+                f"--prompt: head {head} learned masks of its classes; one that was trained with "
+                "--class-agnostic takes any word"
+            )
+        loaded = load_same_detector(kind, str(detector), folder.detector, prompt)
+        identity = detector_identity(loaded.spec)
+        if prompt:
+            identity = as_prompted(loaded.spec, folder.detector)
+        require_same(folder.detector, f"head {head}", identity, f"detector {detector}")
+        return cls(loaded, folder, torch_device(device), prompt)
 
     @overload
     def __call__(

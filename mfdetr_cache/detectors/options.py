@@ -1,5 +1,6 @@
 """What a user may choose about a detector."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ def names_in_file(text: str) -> tuple[str, ...]:
     return names
 
 
+def phrases_of(text: str) -> tuple[str, ...]:
+    """The classes in ``elephant. tiger.``, as ``--prompt`` takes them; ValueError for none."""
+    phrases = tuple(phrase for part in re.split("[.?]", text) if (phrase := part.strip()))
+    if not phrases:
+        raise ValueError("names no class; write them as in 'elephant. tiger.'")
+    return phrases
+
+
 @dataclass(frozen=True, slots=True)
 class DetectorOptions:
     """What the detector gives.
@@ -39,6 +48,8 @@ class DetectorOptions:
         backbone_stride8: Also keep the backbone's stride-8 map where the encoder has no such level.
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
+        prompt: What an open-vocabulary detector looks for, as in "elephant. tiger."; by default the
+            names of the dataset's categories.
         amp: Compute the detector in bfloat16 where that is safe: faster on a GPU, and less exact.
     """
 
@@ -52,6 +63,7 @@ class DetectorOptions:
         ),
     ] = True
     labels: Annotated[tuple[str, ...], Option(metavar="FILE", parse=names_in_file)] = ()
+    prompt: Annotated[tuple[str, ...], Option(metavar="TEXT", parse=phrases_of)] = ()
     amp: Literal["off", "bf16"] = "off"
 
 
@@ -72,5 +84,6 @@ def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
         encoder_layer=settings.get("encoder_layer"),
         backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),
         labels=names if settings.get("labels") == "given" else (),
+        prompt=tuple(settings.get("prompt", ())),
         amp=settings.get("amp", "off"),
     )

@@ -1,7 +1,8 @@
 """Detectors by name: official ones, transformers families, authors' checkpoints and plugins."""
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -179,7 +180,10 @@ def _official(name: str, architecture: Architecture) -> DetectorListing:
 
 
 def load_detector(
-    name: str, weights: str | None = None, options: DetectorOptions | None = None
+    name: str,
+    weights: str | None = None,
+    options: DetectorOptions | None = None,
+    categories: Sequence[str] = (),
 ) -> Detector:
     """A frozen detector on the CPU, in evaluation mode.
 
@@ -189,6 +193,8 @@ def load_detector(
         weights: Checkpoint file, folder or hub id, as its listing says. None builds an official
             detector with untrained weights, to look at shapes and speed.
         options: The user's options.
+        categories: Names that an open-vocabulary detector looks for where the options have no
+            prompt; other detectors have their own.
 
     Returns:
         The detector. Its ``forward(pixel_values, padding_mask)`` returns logits, boxes, queries and
@@ -199,32 +205,37 @@ def load_detector(
     """
     exact_float32()
     options = options or DetectorOptions()
-    detector = _load(name, weights, options)
+    detector = _load(name, weights, options, categories)
     return detector if options.amp == "off" else AmpDetector(detector)
 
 
-def _load(name: str, weights: str | None, options: DetectorOptions) -> Detector:
+def _load(
+    name: str, weights: str | None, options: DetectorOptions, categories: Sequence[str]
+) -> Detector:
     if name == AUTO:
         name = _detector_of(weights)
+    if name == "hf":
+        folder = _given(weights, name, "a folder or a hub id")
+        return load_huggingface_detector(folder, options, categories)
+    if options.prompt:
+        raise DetectorError(f"--prompt: {name} has its own classes; leave it out")
     if name in ARCHITECTURES or name in SCHEMES:
         return load_official_detector(name, None if weights is None else str(weights), options)
     if name in AUTHORS:
-        if weights is None:
-            raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
-        return load_authors_detector(name, str(weights), options)
+        return load_authors_detector(name, _given(weights, name, "a checkpoint file"), options)
     if name.startswith(PREFIX):
-        if weights is None:
-            raise DetectorError(f"--detector {name} needs --weights: a state dict")
-        return load_torchvision_detector(name, str(weights), options)
+        return load_torchvision_detector(name, _given(weights, name, "a state dict"), options)
     plugin = _plugins().get(name)
-    if plugin is not None:
-        return plugin.load()(weights, options)  # type: ignore[no-any-return]
-    if name != "hf":
+    if plugin is None:
         known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, *AUTHORS, *TORCHVISION_NAMES, *_plugins()]
         raise DetectorError(f"unknown detector {name!r}{nearest(name, known)}")
+    return plugin.load()(weights, options)  # type: ignore[no-any-return]
+
+
+def _given(weights: str | None, name: str, what: str) -> str:
     if weights is None:
-        raise DetectorError("--detector hf needs --weights: a folder or a hub id")
-    return load_huggingface_detector(str(weights), options)
+        raise DetectorError(f"--detector {name} needs --weights: {what}")
+    return str(weights)
 
 
 def _detector_of(weights: str | None) -> str:
@@ -251,13 +262,16 @@ def _detector_of(weights: str | None) -> str:
     return found[0]
 
 
-def load_same_detector(name: str, weights: str, identity: Identity) -> Detector:
+def load_same_detector(
+    name: str, weights: str, identity: Identity, prompt: Sequence[str] = ()
+) -> Detector:
     """The detector that a cache or a head was made with, if the weights are those.
 
     Args:
         name: Its name, as for :func:`load_detector`.
         weights: Checkpoint file, folder or hub id.
         identity: The detector identity kept with the cache or head.
+        prompt: Another prompt than there; the detector's classes are these words then.
 
     Returns:
         The detector with the same options; its classes are one where they are one there.
@@ -265,7 +279,10 @@ def load_same_detector(name: str, weights: str, identity: Identity) -> Detector:
     Raises:
         DetectorError: If the weights are missing or do not fit.
     """
-    detector = load_detector(name, weights, options_of(identity))
+    options = options_of(identity)
+    if prompt:
+        return load_detector(name, weights, replace(options, prompt=tuple(prompt)))
+    detector = load_detector(name, weights, options)
     agnostic = identity["settings"].get(CLASS_AGNOSTIC)
     return ClassAgnosticDetector(detector) if agnostic else detector
 

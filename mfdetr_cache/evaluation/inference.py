@@ -121,7 +121,10 @@ def _predict(
     elif scoring == "iou":
         if output.mask_iou is None:
             raise HeadError("this head predicts no mask IoU; score by mean or class instead")
-        iou = output.mask_iou.float().cpu()[position, kept.labels]
+        iou = output.mask_iou.float().cpu()
+        # A class-agnostic head has one for all labels.
+        column = kept.labels if iou.shape[1] > 1 else torch.zeros_like(kept.labels)
+        iou = iou[position, column]
         confidences = mask_iou_confidence(kept.class_scores, iou)
     if not head.config.roialign:
         # These masks lie over the whole image.

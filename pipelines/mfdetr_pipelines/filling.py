@@ -32,7 +32,8 @@ from mfdetr_pipelines.ray_engine import on_cluster
 
 def fill_cache(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> ExtractSummary:
     """Fill the cache of a split that was read, as :func:`~mfdetr_pipelines.extract.run_extract`."""
-    detector = load_detector(config.detector, config.weights, config.options)
+    names = [category.name for category in split.categories]
+    detector = load_detector(config.detector, config.weights, config.options, names)
     labelled = label_split(split, detector.spec, config.labels)
     for warning in labelled.match.warnings:
         reporter.warn(warning)
@@ -118,7 +119,8 @@ def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]
 
 def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     split = split_of(config)
-    detector = load_detector(config.detector, config.weights, config.options)
+    names = [category.name for category in split.categories]
+    detector = load_detector(config.detector, config.weights, config.options, names)
     labelled = label_split(split, detector.spec, config.labels)
     content = plan_cache(labelled, detector, config.maps, config.views)
     # The cache keeps the parts it was created with, whatever this version would choose.

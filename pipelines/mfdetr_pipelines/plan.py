@@ -114,7 +114,8 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     split.tell_faults(reporter)
     device = torch_device(config.device)
     keep_freed_memory()  # as extraction does
-    detector = load_detector(config.detector, config.weights, config.options).to(device)
+    names = [category.name for category in split.categories]
+    detector = load_detector(config.detector, config.weights, config.options, names).to(device)
     reporter.say(f"measuring on {config.sample} images")
     outputs, detector_seconds = _sample(config, split, detector, device, reporter)
     head_seconds = _head_seconds(config.recipe, detector.spec, outputs, device)

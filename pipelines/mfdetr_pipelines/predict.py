@@ -84,7 +84,11 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     pictures = picture_paths(files, config.out)
     keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(
-        config.weights, config.head, kind=config.detector, device=config.device
+        config.weights,
+        config.head,
+        kind=config.detector,
+        device=config.device,
+        prompt=config.prompt,
     )
     make_folder(config.out)
     reporter.start("predict", len(files), "files")

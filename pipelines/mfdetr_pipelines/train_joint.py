@@ -91,7 +91,8 @@ def run_train_joint(
     )
     split.tell_faults(reporter)
     require_images(config.images, split, "check --images")
-    detector = load_detector(config.detector, config.weights, config.options)
+    names = [category.name for category in split.categories]
+    detector = load_detector(config.detector, config.weights, config.options, names)
     train = with_batch_size(config.recipe.train, config.batch_size)
     images = LiveImages(split, config.images, detector, train, _augment(config))
     train = with_length(train, config.length, len(images.rows))
@@ -144,7 +145,7 @@ def run_train_joint(
             weights = _saved_weights(config, detector)
             if is_tuned:
                 # The head belongs to the detector as it is now.
-                tuned = load_detector(config.detector, weights, config.options)
+                tuned = load_detector(config.detector, weights, config.options, names)
                 record = replace(record, detector=detector_identity(tuned.spec))
             save_run_config(config.out, head.config, record)
         measured = run.end(reporter, processes)

@@ -19,9 +19,15 @@ from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Extra
+from mfdetr_cache.coco.options import LabelOptions
+from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import HeadError
 from mfdetr_cache.evaluation.detections import detected_queries, detections_of
+from mfdetr_cache.evaluation.inference import predict_live
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.types import ABSENT_LOGIT
@@ -150,3 +156,38 @@ def test_an_exported_graph_finds_as_many_as_there_are(
         np.testing.assert_allclose(scores, wanted, atol=1e-4)
         counts.append(int((wanted > 0).sum()))
     assert len(set(counts)) > 1
+
+
+def test_any_word_with_a_head_that_has_no_classes(tmp_path: Path, scenes_folder: Path) -> None:
+    """The dataset's names are the prompt of the cache; later words are others."""
+    folder, cache, head = (tmp_path / name for name in ("detector", "a.zarr", "head"))
+    detectors.save_grounding_dino(folder)
+    agnostic = LabelOptions(class_agnostic=True)
+    config = scenes.extract_config(scenes_folder, str(folder), cache, limit=4, labels=agnostic)
+    run_extract(config, SilentReporter())
+    spec = FeatureCache.open(cache).root.spec
+    assert spec.settings["prompt"] == ["ellipse", "box", "crowd"]
+    recipe = small_recipe("paper", steps=2, min_match_iou=0, mask_scoring="true")
+    run_train_head(TrainHeadConfig(cache, head, recipe), SilentReporter())
+    photo = str(min((scenes_folder / "images").iterdir()))
+    words = ("elephant", "tiger", "light")
+    seen = PredictConfig((photo,), str(folder), head, tmp_path / "out", "hf", 0.0, 100, words)
+    assert run_predict(seen, SilentReporter()).images[0].num_objects > 10
+    found = MaskFrozenDETR.from_pretrained(folder, head, device="cpu", prompt=words)(photo, 0.0)
+    assert set(found.names) <= set(words)
+    assert {words[i - 1] for i in found.category_ids} == set(found.names)
+    # Masks and their scores are those of the prompted detector's own queries and maps.
+    detector = load_detector("hf", str(folder), DetectorOptions(prompt=words))
+    picture = load_image(Path(photo))
+    output = detector.forward(detector.preprocess(picture)[None])
+    geometry = detector.input_geometry((picture.height, picture.width))
+    wanted = predict_live(load_head(head).head.eval(), output, geometry, detector.spec)
+    assert found.scores.max() == pytest.approx(wanted.confidences.max(), abs=1e-6)
+    with_classes = scenes.extract_config(scenes_folder, str(folder), tmp_path / "b.zarr", limit=4)
+    run_extract(with_classes, SilentReporter())
+    settings = TrainHeadConfig(tmp_path / "b.zarr", tmp_path / "b", recipe)
+    run_train_head(settings, SilentReporter())
+    measure = EvaluateConfig(tmp_path / "b.zarr", tmp_path / "b")
+    assert 0 <= run_evaluate(measure, SilentReporter()).mask.AP <= 1
+    with pytest.raises(HeadError, match="one that was trained with --class-agnostic takes any"):
+        MaskFrozenDETR.from_pretrained(folder, tmp_path / "b", device="cpu", prompt=words)

@@ -19,7 +19,7 @@ def load_rule2(goldens: Path) -> Any:
     return module
 
 
-def golden_weights(goldens: Path, variant: str) -> dict[str, Tensor]:
+def golden_weights(goldens: Path, variant: str, *, without: str = "none") -> dict[str, Tensor]:
     """The state dict of a golden folder: by the rule, and kept entries as the model makes them."""
     folder = goldens / variant
     keys = json.loads((folder / "state_dict_keys.json").read_text())
@@ -29,6 +29,8 @@ def golden_weights(goldens: Path, variant: str) -> dict[str, Tensor]:
     side = next(iter(meta["cases"].values()))["sizes_hw"][0]
     found = {}
     for key, about in keys.items():
+        if key.endswith(without):
+            continue
         shape = about["shape"] if isinstance(about, dict) else about[1]
         kept = meta["kept"].get(key)
         if kept is None:

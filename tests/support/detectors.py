@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertTokenizer,
     ConditionalDetrConfig,
     ConditionalDetrForObjectDetection,
     DabDetrConfig,
@@ -19,10 +21,15 @@ from transformers import (
     DetrImageProcessor,
     DFineConfig,
     DFineForObjectDetection,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessor,
     HGNetV2Config,
     LwDetrConfig,
     LwDetrForObjectDetection,
     LwDetrViTConfig,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
     ResNetConfig,
     RfDetrConfig,
     RfDetrForObjectDetection,
@@ -32,6 +39,7 @@ from transformers import (
     RTDetrResNetConfig,
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
+    SwinConfig,
 )
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
@@ -296,3 +304,48 @@ def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
     model.save_pretrained(folder)
     size = {"shortest_edge": 96, "longest_edge": 160}
     DeformableDetrImageProcessor(size=size).save_pretrained(folder)
+
+
+# BERT's tokens that Grounding DINO knows by their numbers, among words of these tests.
+_TOKENS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 1012: ".", 1029: "?"}
+_WORDS = ("ellipse", "box", "other", "crowd", "traffic", "light", "elephant", "tiger", "##s")
+
+
+def save_grounding_dino(folder: Path, *, mm: bool = False) -> None:
+    """Also the vocabulary of a small BERT."""
+    torch.manual_seed(0)
+    names = _TOKENS | dict(enumerate(_WORDS, 200))
+    vocabulary = {names.get(i, f"[unused{i}]"): i for i in range(1030)}
+    settings: dict[str, Any] = {
+        "backbone_config": SwinConfig(
+            image_size=96,
+            embed_dim=16,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_indices=[2, 3, 4],
+        ),
+        "text_config": BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        ),
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "num_queries": 20,
+    }
+    config = (MMGroundingDinoConfig if mm else GroundingDinoConfig)(**settings)
+    kind = MMGroundingDinoForObjectDetection if mm else GroundingDinoForObjectDetection
+    model = kind(config)
+    _enliven(model)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 96, "longest_edge": 160}
+    GroundingDinoImageProcessor(size=size).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)

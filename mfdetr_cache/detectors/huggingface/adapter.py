@@ -14,7 +14,9 @@ from mfdetr_cache.detectors.huggingface.families import (
     Family,
     backbone_stages,
     first_tensor,
+    stage_map,
 )
+from mfdetr_cache.detectors.huggingface.prompt import Prompt
 from mfdetr_cache.detectors.labels import output_names
 from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.options import NO_OBJECT, DetectorOptions
@@ -35,6 +37,7 @@ class Origin:
         settings: Settings beside the weights that change the outputs.
         save: Writes the current weights into a folder; returns the value for ``--weights``.
         spare_outputs: Maximum number of class outputs without a class.
+        prompt: What it looks for, where it takes that.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Origin:
     settings: Mapping[str, object]
     save: Callable[[Path], str]
     spare_outputs: int = 0
+    prompt: Prompt | None = None
 
 
 class HuggingFaceDetector(nn.Module):
@@ -103,7 +107,7 @@ class HuggingFaceDetector(nn.Module):
             spec.name: encoder_maps[index] if role == "encoder" else self._stage_maps[index]
             for spec, role, index in self._map_keys
         }
-        logits, boxes = outputs.logits, outputs.pred_boxes
+        logits, boxes = self._class_logits(outputs), outputs.pred_boxes
         queries = outputs.last_hidden_state
         if self._spec.num_queries < logits.shape[1]:
             best = logits.max(-1).values.topk(self._spec.num_queries, dim=1).indices
@@ -135,6 +139,9 @@ class HuggingFaceDetector(nn.Module):
             arguments["pixel_mask"] = valid
         elif padding_mask is not None and bool(padding_mask.any()):
             raise ValueError(f"{self._family.label} cannot respect padding; give equal sizes")
+        if self._origin.prompt is not None:
+            ids = torch.tensor(self._origin.prompt.token_ids, device=pixel_values.device)
+            arguments["input_ids"] = ids.expand(len(pixel_values), -1)
         outputs = self.model(pixel_values, **arguments)
         if self._family.encoder_maps == "outputs":
             return outputs, list(outputs.encoder_last_hidden_state)
@@ -146,10 +153,14 @@ class HuggingFaceDetector(nn.Module):
             self._level_sizes = [(int(last.shape[-2]), int(last.shape[-1]))]
         return outputs, tokens_to_maps(self._layer_tokens, self._level_sizes)
 
+    def _class_logits(self, outputs: Any) -> Tensor:  # noqa: ANN401
+        logits: Tensor = outputs.logits
+        return logits if self._origin.prompt is None else self._origin.prompt.class_logits(logits)
+
     def _hook_backbone(self) -> None:
         def keep(index: int) -> Any:  # noqa: ANN401
             def hook(_module: nn.Module, _args: object, output: object) -> None:
-                self._stage_maps[index] = first_tensor(output)
+                self._stage_maps[index] = stage_map(output)
 
             return hook
 
@@ -201,7 +212,7 @@ class HuggingFaceDetector(nn.Module):
         kept = self._options.num_queries or num_queries
         if not 1 <= kept <= num_queries:
             raise DetectorError(f"--num-queries {kept}: this detector has 1 to {num_queries}")
-        num_labels = int(outputs.logits.shape[-1])
+        num_labels = int(self._class_logits(outputs).shape[-1])
         nothing = (NO_OBJECT,) if self._family.score_function == "softmax" else ()
         given = self._options.labels
         names = output_names(
@@ -220,6 +231,10 @@ class HuggingFaceDetector(nn.Module):
         }
         if given:
             settings["labels"] = "given"
+        if self._origin.prompt is not None:
+            settings["prompt"] = list(self._origin.prompt.phrases)
+            # The vocabulary is no part of the weights.
+            settings["token_ids"] = list(self._origin.prompt.token_ids)
         if self._encoder_layer is not None:
             settings["encoder_layer"] = self._encoder_layer
         return DetectorSpec(

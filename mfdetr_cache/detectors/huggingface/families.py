@@ -34,6 +34,7 @@ class Family:
         takes_mask: Whether padding is masked (else the input has one fixed size).
         checked: Reference its outputs were verified against.
         score_function: ``softmax`` where the last class is "no object".
+        takes_prompt: Whether its classes are words that it reads with the image.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Family:
     takes_mask: bool
     checked: str
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    takes_prompt: bool = False
 
 
 def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
@@ -58,7 +60,7 @@ def _plain_backbone(model: Any) -> nn.Module:  # noqa: ANN401
     return backbone
 
 
-def _dab_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+def _nested_backbone(model: Any) -> nn.Module:  # noqa: ANN401
     backbone: nn.Module = model.model.backbone.conv_encoder.model
     return backbone
 
@@ -141,10 +143,30 @@ FAMILIES: dict[str, Family] = {
             "dab-detr",
             "DAB-DETR",
             "tokens",
-            _dab_backbone,
+            _nested_backbone,
             None,
             takes_mask=True,
             checked="nothing independent; it runs with random weights",
+        ),
+        Family(
+            "grounding-dino",
+            "Grounding DINO",
+            "layers",
+            _nested_backbone,
+            None,
+            takes_mask=True,
+            checked="the authors' code: 5e-4 in logits and queries, 2e-5 in boxes",
+            takes_prompt=True,
+        ),
+        Family(
+            "mm-grounding-dino",
+            "MM-Grounding-DINO",
+            "layers",
+            _nested_backbone,
+            None,
+            takes_mask=True,
+            checked="nothing independent; it runs with random weights",
+            takes_prompt=True,
         ),
         Family(
             "lw_detr",
@@ -173,6 +195,9 @@ def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
     adapter = getattr(backbone, "spatial_tuning_adapter", None)
     if adapter is not None:
         return [adapter.stem_pool]
+    swin = getattr(backbone, "swin", None)
+    if swin is not None:
+        return list(swin.encoder.layers)
     encoder = getattr(backbone, "encoder", None)
     stages = getattr(encoder, "stages", None)
     if stages is not None:
@@ -182,9 +207,17 @@ def backbone_stages(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
 
 
 def first_tensor(output: object) -> Tensor:
-    """The first tensor of a module's output, tuple or model output; TypeError if there is none."""
+    """The first tensor of a module's output, also of nested tuples; TypeError if there is none."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
+    if isinstance(output, (tuple, list)) and output:
+        return first_tensor(output[0])
     raise TypeError(f"no tensor in {type(output).__name__}")
+
+
+def stage_map(output: object) -> Tensor:
+    """The map (B, C, h, w) in a backbone stage's output; Swin gives tokens of the next one too."""
+    if isinstance(output, (tuple, list)):
+        maps = [part for part in output if isinstance(part, Tensor) and part.ndim == 4]
+        return first_tensor(maps or output)
+    return first_tensor(output)

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,20 @@ from torch import Tensor, nn
 from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Origin
 from mfdetr_cache.detectors.huggingface.families import FAMILIES, Family
+from mfdetr_cache.detectors.huggingface.prompt import read_prompt
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import write_atomically, writing
 
 
-def load_huggingface_detector(weights: str, options: DetectorOptions) -> HuggingFaceDetector:
+def load_huggingface_detector(
+    weights: str, options: DetectorOptions, categories: Sequence[str] = ()
+) -> HuggingFaceDetector:
     """Load a transformers detector from a folder or a hub id, frozen, on the CPU.
 
-    A folder has ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+    A folder has ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``, and one
+    that takes a prompt its tokenizer; ``categories`` are its prompt where the options have none.
     DetectorError if it is no detector, is of an unknown family, or its weights do not fit.
     """
     folder = Path(weights)
@@ -45,7 +49,19 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
             processor = transformers.AutoImageProcessor.from_pretrained(
                 weights, trust_remote_code=False
             )
-            model, info = transformers.AutoModelForObjectDetection.from_pretrained(
+            kind: Any = transformers.AutoModelForObjectDetection
+            processors, prompt = [processor], None
+            if family.takes_prompt:
+                kind = transformers.AutoModelForZeroShotObjectDetection
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    weights, trust_remote_code=False
+                )
+                processors.append(tokenizer)
+                most = int(config.get("max_text_len", 256))
+                prompt = read_prompt(_asked_for(options, categories, weights), tokenizer, most)
+            elif options.prompt:
+                raise DetectorError(f"--prompt: {family.label} has its own classes; leave it out")
+            model, info = kind.from_pretrained(
                 weights,
                 output_loading_info=True,
                 use_safetensors=True,
@@ -63,9 +79,12 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
     origin = Origin(
         name=f"hf:{family.model_type}",
         where=weights,
-        known_names={int(i): str(name) for i, name in model.config.id2label.items()},
+        known_names=dict(enumerate(prompt.phrases))
+        if prompt is not None
+        else {int(i): str(name) for i, name in model.config.id2label.items()},
         settings={"corrected": family.correct is not None},
-        save=partial(_save_folder, model, named_weights, processor),
+        save=partial(_save_folder, model, named_weights, processors),
+        prompt=prompt,
     )
     preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
     return HuggingFaceDetector(model, family, origin, preprocessing, options)
@@ -74,18 +93,28 @@ def load_huggingface_detector(weights: str, options: DetectorOptions) -> Hugging
 def _save_folder(
     model: Any,  # noqa: ANN401
     named_weights: Mapping[str, Tensor],
-    processor: Any,  # noqa: ANN401  transformers has no common type for them
+    processors: Sequence[Any],
     folder: Path,
 ) -> str:
     """Write a folder that ``--detector hf`` takes."""
     with quiet(), writing(folder):
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        for processor in processors:
+            processor.save_pretrained(folder)
     # Under the names of the checkpoint and every one: transformers leaves out those it believes to
     # be shared.
     weights = {k: v.detach().cpu().clone() for k, v in named_weights.items()}
     write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     return str(folder)
+
+
+def _asked_for(options: DetectorOptions, categories: Sequence[str], weights: str) -> Sequence[str]:
+    """The classes that an open-vocabulary detector is to find."""
+    if options.labels:
+        raise DetectorError("--labels: the classes of this detector are those of --prompt")
+    if not (options.prompt or categories):
+        raise DetectorError(f"{weights} finds what it is told: give --prompt 'elephant. tiger.'")
+    return options.prompt or categories
 
 
 def into_own_memory(model: nn.Module) -> None:

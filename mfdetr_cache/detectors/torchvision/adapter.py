@@ -164,7 +164,7 @@ class TorchvisionDetector(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (Q, K), boxes (Q, 4) and queries (Q, d) of one image, absent ones at the end."""
         labels = found["labels"] - (1 if self._two_stage else 0)
-        sure = torch.logit(found["scores"].double(), eps=_SURE).to(vectors.dtype)
+        sure = torch.logit(found["scores"].double(), eps=_SURE).float()
         columns = torch.arange(self._spec.num_labels, device=labels.device)
         logits = torch.where(columns == labels[:, None], sure[:, None], ABSENT_LOGIT)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from mfdetr_cache.detectors.options import phrases_of
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
 from mfdetr_pipelines.config.shared import OnDevice
@@ -24,6 +25,8 @@ class PredictConfig(OnDevice):
         detector: A name that mfdetr detectors lists; by default what the weights say.
         threshold: Least confidence of what is kept.
         top_k: At most N objects per image.
+        prompt: Other classes than the head learned from, as in "elephant. tiger.", for an
+            open-vocabulary detector with a class-agnostic head; category ids are 1, 2 and so on.
     """
 
     images: Annotated[tuple[str, ...], Option("IMAGES", metavar="IMAGES")]
@@ -33,6 +36,7 @@ class PredictConfig(OnDevice):
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     threshold: Annotated[float, Option(takes_zero=True)] = 0.25
     top_k: int = 100
+    prompt: Annotated[tuple[str, ...], Option(metavar="TEXT", parse=phrases_of)] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:

@@ -78,7 +78,7 @@ class TrainJointConfig(TrainingRun):
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)
-    options: Annotated[DetectorOptions, Only("encoder_layer", "labels")] = field(
+    options: Annotated[DetectorOptions, Only("encoder_layer", "labels", "prompt")] = field(
         default_factory=DetectorOptions
     )
 
