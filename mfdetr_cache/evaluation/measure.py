@@ -203,6 +203,8 @@ def open_to_measure(
     """
     cache = FeatureCache.open(location)
     folder = load_head(head, which)
+    if folder.unfinished:
+        reporter.warn(folder.unfinished)
     require_same(
         folder.detector, f"head {head}", detector_identity(cache.spec), f"cache {cache.path}"
     )

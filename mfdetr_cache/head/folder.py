@@ -98,11 +98,23 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class HeadFolder:
-    """A trained head, in evaluation mode, with its run record and folder."""
+    """A trained head, in evaluation mode, with its run record and folder.
+
+    ``step`` is that of its last weights; None for the best, and for heads of earlier versions.
+    """
 
     head: MaskHead
     run: RunRecord
     path: Path
+    step: int | None = None
+
+    @property
+    def unfinished(self) -> str:
+        """At which step of how many the weights are, if the training has not ended; else empty."""
+        steps = self.run.train.get("steps", 0)
+        if self.step is None or self.step >= steps:
+            return ""
+        return f"{self.path} is of step {self.step} of {steps}: its training was not ended"
 
     @property
     def detector(self) -> Identity:
@@ -113,16 +125,19 @@ class HeadFolder:
 _FILES: dict[Which, str] = {"last": HEAD_FILE, "best": BEST_HEAD_FILE}
 
 
-def save_head(folder: Path, weights: Mapping[str, Tensor], which: Which = "last") -> None:
+def save_head(
+    folder: Path, weights: Mapping[str, Tensor], which: Which = "last", step: int | None = None
+) -> None:
     """Write the last or best weights; OutputError if the disk is full, with the old ones kept.
 
-    They name their own hash and, beside a ``config.json``, its run.
+    They name their own hash and, beside a ``config.json``, its run, and the step they are of.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     is_run = (folder / CONFIG_FILE).is_file()
     of_run = str(read_run_config(folder).get("run", "")) if is_run else ""
-    # Two entries would come in any order, and the same weights are to be the same bytes.
-    about = {_SEAL: f"{_hash_of(tensors)} {of_run}"}
+    # Several entries would come in any order, and the same weights are to be the same bytes.
+    known = (_hash_of(tensors), of_run, *([] if step is None else [str(step)]))
+    about = {_SEAL: " ".join(known)}
     # Not save_file, whose files nobody else may read.
     write_atomically(folder / _FILES[which], save(tensors, metadata=about))
 
@@ -176,7 +191,7 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
         spec = spec_from_identity(run.detector)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise HeadError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from error
-    weights = _read_weights(weights_file, document)
+    weights, step = _read_weights(weights_file, document)
     # Sizes that a config.json claims must not take memory that the weights do not have.
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in build_head(config, spec).state_dict().items()}
@@ -190,18 +205,18 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
-    return HeadFolder(head.eval(), run, folder)
+    return HeadFolder(head.eval(), run, folder, step)
 
 
-def _read_weights(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file, checked against its hash and the run that it must be of."""
+def _read_weights(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Tensor], int | None]:
+    """The tensors of a file and their step, checked against hash and the run they must be of."""
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise HeadError(f"{path} is damaged ({error})") from error
-    content, _, of_run = about.get(_SEAL, "").partition(" ")
+    content, of_run, step = (*about.get(_SEAL, "").split(" "), "", "", "")[:3]
     # A config.json from before there were hashes may have weights without.
     if (content or "sha256" in document) and content != _hash_of(weights):
         raise HeadError(
@@ -209,7 +224,7 @@ def _read_weights(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     if of_run != document.get("run", ""):
         raise HeadError(f"{path} is of another run than its config.json; restore one of them")
-    return weights
+    return weights, int(step) if step.isdigit() else None
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -59,6 +59,7 @@ class Validation:
 class Run:
     """A training with its folder; with ``resume``, at the folder's checkpoint if there is one.
 
+    With ``midway`` the head can be used at every checkpoint, also if the run is stopped there.
     Without a folder nothing is written. HeadError if the checkpoint is damaged or of another run.
     ``problem`` is the error that ended it early, if any; ``best_ap`` the best mask AP measured,
     also before a resume, at ``best_step``.
@@ -72,8 +73,10 @@ class Run:
         validation: Validation | None = None,
         *,
         resume: bool = False,
+        midway: bool = True,
     ) -> None:
         self.learner = learner
+        self._midway = midway
         self.problem: TrainingError | None = None
         self.best_ap: float | None = None
         self.best_step: int | None = None
@@ -99,8 +102,15 @@ class Run:
             self.fail(TrainingError(f"the weights are not finite after step {self.learner.step}"))
         elif self._folder is not None:
             save_checkpoint(self._folder, self.learner.state())
+            if self._midway:
+                self.save_weights()
             self._saved_step = self.learner.step
             (self._folder / FAILED_FILE).unlink(missing_ok=True)
+
+    def save_weights(self) -> None:
+        """Write the head as it is at this step."""
+        assert self._folder is not None
+        save_head(self._folder, self.learner.result_weights(), step=self.learner.step)
 
     def fail(self, error: TrainingError) -> None:
         """End the run: the checkpoint from before is kept, the state now lies beside it."""
@@ -225,4 +235,6 @@ def begin_run(
         prepare_folder(folder, learner.head.config, record, resume=resume, same=same)
     processes.wait()
     log = RunLog(folder, track if processes.is_first else (), record.train)
-    return Run(learner, folder, log, validation, resume=resume)
+    # Until the end a detector that is tuned is in the checkpoint alone, and its head fits no other.
+    midway = record.joint is None or record.joint["tune"] == "nothing"
+    return Run(learner, folder, log, validation, resume=resume, midway=midway)

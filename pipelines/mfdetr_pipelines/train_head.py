@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.head.folder import save_head
 from mfdetr_cache.ops.devices import keep_no_kernels
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import TrainConfig
@@ -125,7 +124,7 @@ def run_train_head(
         if run.problem is not None:
             raise run.problem
         if processes.is_first:
-            save_head(config.out, learner.result_weights())
+            run.save_weights()
         measured = run.end(reporter, processes)
     return TrainSummary(
         out=str(config.out),

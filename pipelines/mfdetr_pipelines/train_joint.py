@@ -18,7 +18,7 @@ from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
-from mfdetr_cache.head.folder import save_head, save_run_config
+from mfdetr_cache.head.folder import save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -141,7 +141,7 @@ def run_train_joint(
             raise run.problem
         weights = config.weights
         if processes.is_first:
-            save_head(config.out, learner.result_weights())
+            run.save_weights()
             weights = _saved_weights(config, detector)
             if is_tuned:
                 # The head belongs to the detector as it is now.

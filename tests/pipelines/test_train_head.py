@@ -698,6 +698,19 @@ def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: P
         train(drawn_cache, tmp_path / "other", hold_out=("elipse",))
 
 
+def test_a_stopped_run_is_measured_at_its_step(tmp_path: Path, drawn_cache: Path) -> None:
+    out, whole, reporter = tmp_path / "run", tmp_path / "whole", SilentReporter()
+    with pytest.raises(StoppedError, match="at step 3"):
+        train(drawn_cache, out, small_recipe(steps=6), stop_after(3))
+    run_evaluate(EvaluateConfig(drawn_cache, out), reporter)
+    assert f"warning: {out} is of step 3 of 6: its training was not ended" in reporter.messages
+    train(drawn_cache, out, small_recipe(steps=6), resume=True)
+    train(drawn_cache, whole, small_recipe(steps=6))
+    assert load_head(out).unfinished == ""
+    wanted = load_head(whole).head.state_dict()
+    assert all(torch.equal(v, wanted[k]) for k, v in load_head(out).head.state_dict().items())
+
+
 def test_the_best_weights_survive_a_stop(
     tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from mfdetr_cache.errors import HeadError, MfdetrError, StoppedError, TrainingEr
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.files import is_taken, make_folder
 from mfdetr_cache.head.build import build_head
-from mfdetr_cache.head.folder import load_head, save_head
+from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.distributed import Processes
@@ -114,7 +114,7 @@ def _measure_head(
     if run is None:
         head = build_head(job.recipe.head, caches.training.spec)
     else:
-        save_head(job.folder, run.learner.result_weights())
+        run.save_weights()
         head = load_head(job.folder).head
         seconds = run.learner.seconds
         speed = run.learner.images / max(seconds, 1e-9)
