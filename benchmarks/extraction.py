@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 
 
-def write_pictures(folder: Path, count: int) -> Path:
+def write_pictures(folder: Path, count: int, names: Sequence[str]) -> Path:
     """Noise of COCO sizes as JPEGs, an object in each; the annotation file."""
     (folder / "images").mkdir()
     images, annotations = [], []
@@ -51,7 +52,7 @@ def write_pictures(folder: Path, count: int) -> Path:
             }
         )
     path = folder / "instances.json"
-    categories = [{"id": i, "name": f"thing {i}"} for i in range(1, 91)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
     document = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(document))
     return path
@@ -71,7 +72,7 @@ def main() -> None:
     detector = load_detector(options.detector, options.weights).to(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        annotations = write_pictures(folder, options.images)
+        annotations = write_pictures(folder, options.images, detector.spec.label_names)
         split = load_coco_split(annotations)
         content = plan_cache(
             label_split(split, detector.spec), detector, MapOptions(options.dtype), ViewOptions()
