@@ -69,6 +69,9 @@ class MaskFrozenDETR:
         prompt: Names of the detector's labels where they are not those of the head; their category
             ids are 1, 2 and so on.
 
+    Attributes:
+        unfinished: At which step its training was when the head was written; empty if at its end.
+
     Examples:
         >>> from mfdetr_cache.coco.synthetic import draw_scene
         >>> from mfdetr_cache.demo import demo_detector, demo_head
@@ -91,6 +94,7 @@ class MaskFrozenDETR:
         self.device = device
         self.detector = detector.to(device)
         self.head = head.head.to(device).eval()
+        self.unfinished = head.unfinished
         self._folder = head
         self._label_categories = list(head.run.label_categories)
         self._names = category_names(head.run.categories)

@@ -90,6 +90,8 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
         device=config.device,
         prompt=config.prompt,
     )
+    if model.unfinished:
+        reporter.warn(model.unfinished)
     make_folder(config.out)
     reporter.start("predict", len(files), "files")
     with ThreadPoolExecutor(_THREADS, "draw") as pool:
