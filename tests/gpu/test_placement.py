@@ -28,12 +28,14 @@ from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cache.demo import demo_detector
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from tests.support import scenes
+from tests.support import detectors, scenes, small_torchvision
 from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -171,3 +173,24 @@ def test_a_plan_measures(tmp_path: Path, scenes_folder: Path, rtdetr_folder: Pat
     with pretend_gpu():
         plan = run_plan(config, SilentReporter())
     assert plan.head_seconds > 0
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "hf"])
+def test_detectors_with_tensors_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Absent queries and the tokens of a prompt are made where the image is."""
+    if name == "hf":
+        detectors.save_grounding_dino(tmp_path)
+        detector = load_detector("hf", str(tmp_path), DetectorOptions(prompt=("box", "tiger")))
+    else:
+        small_torchvision.write_small(tmp_path / "m.pth", name, monkeypatch)
+        detector = load_detector(f"torchvision:{name}", str(tmp_path / "m.pth"))
+    pixels = torch.rand(1, 3, 96, 128)
+    on_cpu = detector.forward(pixels)
+    with pretend_gpu():
+        output = detector.to("cuda").forward(pixels.to("cuda"))
+        assert isinstance(output.queries, GpuTensor)
+        assert all(isinstance(m, GpuTensor) for m in output.maps.values())
+        output = output.cpu()
+    assert torch.equal(output.class_logits, on_cpu.class_logits)
