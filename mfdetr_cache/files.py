@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Ite
         yield
     finally:
         os.close(descriptor)
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file; OSError for a pipe or a device, which may never end."""
+    # Opening a pipe must not wait for somebody who writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read()
 
 
 def make_folder(path: Path) -> None:

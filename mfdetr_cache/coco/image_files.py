@@ -15,6 +15,8 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 MOST_PIXELS = 178_956_970
 # Half of it is worth a warning to Pillow, which would come in the middle of our own lines.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Nor is a tag of the file that Pillow passes over.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 _ORIENTATION = 0x0112
 
 

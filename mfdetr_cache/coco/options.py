@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.files import read_regular
 from mfdetr_cache.options import Option
 
 # In what a version of annotations is made from, and in the settings of a detector.
@@ -18,8 +19,8 @@ def parse_map(texts: Sequence[str]) -> dict[str, str]:
     """``category=label`` texts, or files of such lines, as a dictionary."""
     lines: list[str] = []
     for text in texts:
-        is_file = "=" not in text and Path(text).is_file()
-        lines += Path(text).read_text().splitlines() if is_file else [text]
+        is_file = "=" not in text and "\0" not in text and Path(text).is_file()
+        lines += read_regular(Path(text)).decode().splitlines() if is_file else [text]
     wanted = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     pairs = [line.partition("=") for line in wanted]
     if not all(key.strip() and value.strip() for key, _, value in pairs):

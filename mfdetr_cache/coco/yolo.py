@@ -11,6 +11,7 @@ from mfdetr_cache.coco.faults import short
 from mfdetr_cache.coco.image_files import upright_size
 from mfdetr_cache.coco.json_file import JsonFile
 from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.files import read_regular
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SPLITS = ("train", "val", "valid", "test")
@@ -109,7 +110,7 @@ def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        document = yaml.safe_load(path.read_bytes())
+        document = yaml.safe_load(read_regular(path))
     except (yaml.YAMLError, RecursionError, OSError, ValueError) as error:
         raise DatasetError(f"{path} is no YAML ({short(str(error))})") from error
     return document if isinstance(document, Mapping) else {}

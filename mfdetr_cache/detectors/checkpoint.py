@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import read_regular
 
 # Where the weights are, the first that is there. Averaged weights come before the last ones where
 # the authors' own loaders prefer them (RT-DETR, D-FINE, DEIM), and after them where these read
@@ -110,8 +111,8 @@ def is_authors_folder(path: Path) -> bool:
     if not (path / _HUB_FILE).is_file():
         return False
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(read_regular(path / "config.json"))
+    except (OSError, ValueError, RecursionError):
         return True
     return not (isinstance(config, dict) and config.get("model_type"))
 

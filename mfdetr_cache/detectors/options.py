@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
+from mfdetr_cache.files import read_regular
 from mfdetr_cache.options import Option
 
 # The last output of a softmax.
@@ -16,7 +17,7 @@ NO_OBJECT = "no object"
 def names_in_file(text: str) -> tuple[str, ...]:
     """One name a line, as ``--labels`` takes them."""
     try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(Path(text)).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read as a list of names ({error})") from error
     names = tuple(name for line in lines if (name := line.strip()))

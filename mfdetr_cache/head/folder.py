@@ -203,7 +203,7 @@ def load_head(folder: Path, which: Which = "last") -> HeadFolder:
     try:
         head.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[1].strip()[:300]
         raise HeadError(f"{weights_file} does not fit its config.json: {reason}") from error
     return HeadFolder(head.eval(), run, folder, step)
 

@@ -81,6 +81,9 @@ def run_lengths_of_counts(counts: object, size_hw: tuple[int, int]) -> RunLength
             raise ValueError("the counts of an RLE are a list of whole numbers, or text")
     if (runs < 0).any():
         raise ValueError("the counts of an RLE must not be negative")
+    # Before their sum, which could be more than a number holds.
+    if (longest := runs.max(initial=0)) > height * width:
+        raise ValueError(f"a run of {longest:.0f} pixels is longer than {height} x {width}")
     if (total := int(runs.sum())) != height * width:
         raise ValueError(f"run lengths do not sum to {height} x {width} pixels but to {total}")
     return runs.astype(np.uint32)

@@ -181,6 +181,25 @@ def test_damaged_weights_and_other_models_are_named(tmp_path: Path, rtdetr_folde
         load_detector("hf")
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"backbone": "owner/name", "backbone_config": None}, "backbone 'owner/name'"),
+        ({"backbone_config": {"backbone": "hf-hub:owner"}}, "backbone 'hf-hub:owner'"),
+        ({"backbone_kwargs": {"trust_remote_code": True}}, "trust_remote_code 'True'"),
+    ],
+)
+def test_no_other_repository_is_asked(
+    tmp_path: Path, rtdetr_folder: Path, change: dict[str, object], named: str
+) -> None:
+    """transformers would fetch a backbone by its name, and run its code where it is told to."""
+    shutil.copytree(rtdetr_folder, tmp_path / "d")
+    path = tmp_path / "d/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DetectorError, match=f"its config.json has {named}, which is in no"):
+        load_detector("hf", str(tmp_path / "d"))
+
+
 def test_a_detector_computes_exact_float32(rtdetr_folder: Path) -> None:
     """Whatever was chosen before; every process that computes one loads it in the same way."""
     torch.set_float32_matmul_precision("medium")

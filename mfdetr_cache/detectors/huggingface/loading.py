@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from mfdetr_cache.detectors.huggingface.families import FAMILIES, Family
 from mfdetr_cache.detectors.huggingface.prompt import read_prompt
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
-from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.errors import DetectorError, MfdetrError
 from mfdetr_cache.files import write_atomically, writing
 
 
@@ -37,40 +36,49 @@ def load_huggingface_detector(
     folder = Path(weights)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DetectorError(f"{weights} is no detector: it has no config.json")
-    if folder.is_file():
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DetectorError(f"{weights} is a file; --detector hf takes a folder or a hub id")
     if not folder.exists() and (weights.count("/") != 1 or weights.startswith((".", "/"))):
         raise DetectorError(f"{weights} does not exist, and is no hub id (owner/name) either")
+    if odd := next((f for f in folder.glob("*") if not (f.is_file() or f.is_dir())), None):
+        raise DetectorError(f"{odd} is no regular file: it is none of a detector")
+    try:
+        return _loaded(weights, options, categories)
+    except MfdetrError:
+        raise
+    except Exception as error:  # transformers raises whatever its classes meet in the files
+        reason = next(iter(str(error).strip().splitlines()), repr(error))[:300]
+        raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
+
+
+def _loaded(
+    weights: str, options: DetectorOptions, categories: Sequence[str]
+) -> HuggingFaceDetector:
     with quiet():
-        try:
-            # The type is looked at before anything of the folder is used, and code in it never is.
-            config, _ = transformers.PretrainedConfig.get_config_dict(weights)
-            family = _family_of(str(config.get("model_type")), weights)
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                weights, trust_remote_code=False
-            )
-            kind: Any = transformers.AutoModelForObjectDetection
-            processors, prompt = [processor], None
-            if family.takes_prompt:
-                kind = transformers.AutoModelForZeroShotObjectDetection
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    weights, trust_remote_code=False
-                )
-                processors.append(tokenizer)
-                most = int(config.get("max_text_len", 256))
-                prompt = read_prompt(_asked_for(options, categories, weights), tokenizer, most)
-            elif options.prompt:
-                raise DetectorError(f"--prompt: {family.label} has its own classes; leave it out")
-            model, info = kind.from_pretrained(
-                weights,
-                output_loading_info=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise DetectorError(f"cannot load the detector {weights}: {reason}") from error
+        # The type is looked at before anything of the folder is used, and code in it never is.
+        config, _ = transformers.PretrainedConfig.get_config_dict(weights)
+        family = _family_of(str(config.get("model_type")), weights)
+        _require_own_parts(config, weights)
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            weights, trust_remote_code=False
+        )
+        kind: Any = transformers.AutoModelForObjectDetection
+        processors, prompt = [processor], None
+        if family.takes_prompt:
+            kind = transformers.AutoModelForZeroShotObjectDetection
+            tokenizer = transformers.AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+            processors.append(tokenizer)
+            most = int(config.get("max_text_len", 256))
+            prompt = read_prompt(_asked_for(options, categories, weights), tokenizer, most)
+        elif options.prompt:
+            raise DetectorError(f"--prompt: {family.label} has its own classes; leave it out")
+        model, info = kind.from_pretrained(
+            weights,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     _check_loaded(weights, info)
     into_own_memory(model)
     named_weights = model.state_dict(keep_vars=True)
@@ -88,6 +96,20 @@ def load_huggingface_detector(
     )
     preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
     return HuggingFaceDetector(model, family, origin, preprocessing, options)
+
+
+def _require_own_parts(config: Any, weights: str) -> None:  # noqa: ANN401  any JSON
+    """Refuse a configuration that asks for another repository, whose code might be run."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        named = isinstance(value, str) and any(c in value for c in "/\\:")
+        if name == "trust_remote_code" or (name == "backbone" and named):
+            raise DetectorError(
+                f"{weights}: its config.json has {name} {str(value)[:60]!r}, which is in no "
+                "supported detector; other repositories are not fetched and no code is run"
+            )
+    for value in config.values() if isinstance(config, dict) else config:
+        if isinstance(value, dict | list):
+            _require_own_parts(value, weights)
 
 
 def _save_folder(

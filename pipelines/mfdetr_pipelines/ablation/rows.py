@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mfdetr_cache.choices import Baseline
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.files import read_regular
 from mfdetr_cache.training.recipes import Recipe, build_recipe
 from mfdetr_pipelines.ablation.paper_tables import PaperRow, PaperTable
 
@@ -97,10 +98,10 @@ def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
     ConfigError if the file or a row cannot be used.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise ConfigError(f"ablation file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"ablation file {path} is not TOML ({error})") from error
     entries = document.get("row")
     if not isinstance(entries, list) or not entries:
