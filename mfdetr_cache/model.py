@@ -122,9 +122,6 @@ class MaskFrozenDETR:
             prompt: Other classes for an open-vocabulary detector than the head learned from, which
                 must be class-agnostic then.
 
-        Returns:
-            The model.
-
         Raises:
             DetectorError: If the detector cannot be loaded.
             HeadError: If the head is missing or damaged, or has classes and a prompt is given.

@@ -42,11 +42,7 @@ class Built:
 
 
 class Only:
-    """The fields of a group that a command offers; the others keep their defaults.
-
-    Args:
-        *names: Of fields.
-    """
+    """The fields of a group that a command offers; the others keep their defaults."""
 
     def __init__(self, *names: str) -> None:
         self.names = names

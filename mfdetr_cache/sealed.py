@@ -14,9 +14,6 @@ _BODY = len(_HEAD) + 64 + len(_END_OF_HEAD)
 def seal(document: Mapping[str, Any]) -> bytes:
     """A document as a file that carries its own hash.
 
-    Args:
-        document: Plain JSON values.
-
     Returns:
         The same JSON object with ``sha256`` as its first field: that of every byte behind it.
     """

@@ -115,14 +115,7 @@ class AnnotationRecord:
 
 
 def seal_key(number: int) -> str:
-    """Where the sealed document of a version is.
-
-    Args:
-        number: Which version.
-
-    Returns:
-        Key of a JSON file.
-    """
+    """Where the sealed document of a version is."""
     return f"{SEALS}/{number:06d}.json"
 
 
@@ -134,9 +127,6 @@ def folder_of(number: int) -> str:
 def version_numbers(storage: Storage) -> tuple[int, ...]:
     """Sealed versions of the annotations.
 
-    Args:
-        storage: Where the cache is.
-
     Returns:
         Their numbers, rising.
     """
@@ -146,12 +136,6 @@ def version_numbers(storage: Storage) -> tuple[int, ...]:
 
 def newest_version(storage: Storage) -> int:
     """The version that is read where none is chosen.
-
-    Args:
-        storage: Where the cache is.
-
-    Returns:
-        Its number.
 
     Raises:
         CacheError: If there is none.
@@ -222,14 +206,6 @@ def _object_columns(per_row: list[GroundTruth]) -> dict[str, NDArray[Any]]:
 def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRecord:
     """The sealed document of a version.
 
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        number: Which version.
-
-    Returns:
-        Its content.
-
     Raises:
         CacheError: If it is missing, damaged, or of another version or cache.
     """
@@ -267,11 +243,6 @@ def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRec
 
 def header_of(storage: Storage, root: Root, number: int) -> AnnotationContent | None:
     """What a version is of, although it may be damaged.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        number: Which version.
 
     Returns:
         Source and categories, from the sealed document or from the group; None where neither can
@@ -321,11 +292,6 @@ def _require_lengths(lengths: Mapping[str, int], root: Root, number: int, where:
 class Annotations:
     """A version of the annotations of a cache, by view and row.
 
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        record: What its sealed document says.
-
     Attributes:
         record: What its sealed document says.
     """
@@ -372,10 +338,6 @@ class Annotations:
 
     def crops(self, view: str, row: int) -> tuple[NDArray[np.int64], StoredMap] | None:
         """Crops of C1 that came with these annotations, all that the row needs.
-
-        Args:
-            view: Name of the view.
-            row: Row in the cache.
 
         Returns:
             Query of each crop, rising, and the crops; None where those of the features will do.

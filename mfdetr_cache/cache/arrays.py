@@ -51,15 +51,7 @@ COLUMNS = {
 
 
 def columns_of(spec: DetectorSpec, layout: CacheLayout) -> dict[str, ColumnSpec]:
-    """What the columns of a cache hold, by the end of their path.
-
-    Args:
-        spec: The detector.
-        layout: The layout.
-
-    Returns:
-        Every kind of column.
-    """
+    """What the columns of a cache hold, by the end of their path."""
     if layout.c1_roi is None:
         return COLUMNS
     encoding, channels = ENCODINGS[layout.preset], c1_channels(spec)
@@ -74,9 +66,6 @@ def columns_of(spec: DetectorSpec, layout: CacheLayout) -> dict[str, ColumnSpec]
 
 def image_columns(layout: CacheLayout) -> dict[str, int | None]:
     """Columns that are written when a cache is created, with their lengths.
-
-    Args:
-        layout: The layout.
 
     Returns:
         Length by path; None where it depends on the names of the images.
@@ -101,11 +90,6 @@ def column_name(path: str) -> str:
 
 def chunk_keys(path: str, spec: ColumnSpec, length: int) -> list[str]:
     """Keys of a column's chunks.
-
-    Args:
-        path: Its path.
-        spec: What it holds.
-        length: Its length.
 
     Returns:
         Keys in order; none for an empty column.
@@ -142,14 +126,7 @@ class ArraySpec:
         return 1 if self.shard is None else self.shard[0] // self.chunk[0]
 
     def key_of_part(self, part: int) -> str:
-        """The store key of the object that holds one part.
-
-        Args:
-            part: Number of the part.
-
-        Returns:
-            A path relative to the cache.
-        """
+        """The store key of the object that holds one part."""
         return "/".join([self.path, "c", str(part), *("0" for _ in self.shape[1:])])
 
 
@@ -158,11 +135,6 @@ _MOMENTS = "mean of c c^T over the cells of C1, then in the last row the mean of
 
 def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
     """Every array of a view that is written part by part, by its path below the view.
-
-    Args:
-        spec: The detector.
-        layout: The layout.
-        view: Name of the view.
 
     Returns:
         Array specifications in the order they are written.

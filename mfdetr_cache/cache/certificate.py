@@ -42,12 +42,6 @@ class Certificate:
 def read_certificates(location: Location) -> tuple[Certificate, ...]:
     """The certificates kept in a cache.
 
-    Args:
-        location: The cache.
-
-    Returns:
-        Certificates, by head.
-
     Raises:
         CacheError: If one is damaged.
     """
@@ -80,10 +74,6 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
 
 def write_certificate(storage: Storage, certificate: Certificate) -> None:
     """Keep a certificate in a cache, in place of an older one of the same head and reference.
-
-    Args:
-        storage: Where the cache is.
-        certificate: The certificate.
 
     Raises:
         CacheError: If it cannot be written.

@@ -36,9 +36,6 @@ def checksum_of_joined(checksums: NDArray[np.uint32], sizes: NDArray[np.int64]) 
     Args:
         checksums: CRC-32C of each, shape (n,).
         sizes: Bytes of each, shape (n,).
-
-    Returns:
-        That of all of them.
     """
     found = np.uint32(0)
     for i in range(len(checksums)):

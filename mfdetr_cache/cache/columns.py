@@ -60,14 +60,6 @@ class Columns:
     def slice(self, path: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of an array, without reading the others.
 
-        Args:
-            path: Path of the array inside the cache.
-            start: First row.
-            stop: Row after the last.
-
-        Returns:
-            The rows.
-
         Raises:
             CacheError: If one of its chunks is missing or damaged.
         """
@@ -133,14 +125,6 @@ class Columns:
 
 def read_checked(storage: Storage, key: str, sha256: bytes) -> bytes:
     """A small file whose hash is known.
-
-    Args:
-        storage: Where the cache is.
-        key: Its key.
-        sha256: Its hash.
-
-    Returns:
-        Its bytes.
 
     Raises:
         CacheError: If it is missing or another.

@@ -53,17 +53,7 @@ def _joined(parts: Sequence[NDArray[np.generic]], tail: tuple[int, ...]) -> NDAr
 
 
 def crop_lengths(root: Root, base: str, rows: int, crops: int) -> dict[str, int]:
-    """How long the columns are.
-
-    Args:
-        root: What the cache is.
-        base: Path of the view.
-        rows: Rows with crops.
-        crops: All their crops.
-
-    Returns:
-        Length by path.
-    """
+    """How long the columns are."""
     layout = root.layout
     assert layout.c1_roi is not None
     tokens, encoding = crops * layout.c1_roi.roi_size**2, ENCODINGS[layout.preset]
@@ -78,12 +68,6 @@ def read_crops(
     columns: Columns, root: Root, base: str, row: int
 ) -> tuple[NDArray[np.int64], StoredMap] | None:
     """The crops of a row.
-
-    Args:
-        columns: Of the version.
-        root: What the cache is; it holds C1 as crops.
-        base: Path of the view.
-        row: Row in the cache.
 
     Returns:
         Query of each crop, rising, and the crops; None where the version has none for the row.

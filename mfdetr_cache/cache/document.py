@@ -15,13 +15,6 @@ _MOST_BYTES = 64 * 2**20
 def read_document(storage: Storage, key: str) -> Fields:
     """A JSON object.
 
-    Args:
-        storage: Where the cache is.
-        key: Its key.
-
-    Returns:
-        Its fields.
-
     Raises:
         FileNotFoundError: If there is none.
         CacheError: If it is no JSON object.
@@ -32,13 +25,6 @@ def read_document(storage: Storage, key: str) -> Fields:
 
 def read_sealed(storage: Storage, key: str) -> Fields:
     """A sealed document.
-
-    Args:
-        storage: Where the cache is.
-        key: Its key.
-
-    Returns:
-        Its fields, the hash among them.
 
     Raises:
         FileNotFoundError: If there is none.

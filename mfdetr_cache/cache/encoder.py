@@ -33,11 +33,7 @@ class EncodedImage:
 
 
 class ImageEncoder:
-    """Encodes images of a cache; from any number of threads.
-
-    Args:
-        root: What the cache is.
-    """
+    """Encodes images of a cache; from any number of threads."""
 
     def __init__(self, root: Root) -> None:
         self._spec, self._layout = root.spec, root.layout
@@ -60,9 +56,6 @@ class ImageEncoder:
             geometry: How the image became the input.
             output: The detector's output for a batch of this one image, on the CPU.
             crops: Crops of C1, where the layout keeps these in place of the map.
-
-        Returns:
-            What :meth:`CacheWriter.add` takes.
 
         Raises:
             ValueError: If an array has another shape than declared.

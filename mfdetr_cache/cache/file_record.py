@@ -23,14 +23,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, data: bytes) -> "FileRecord":
-        """Of a file that is no shard.
-
-        Args:
-            data: Its bytes.
-
-        Returns:
-            The record.
-        """
+        """Of a file that is no shard."""
         return cls(len(data), hashlib.sha256(data).hexdigest())
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,13 +33,6 @@ class FileRecord:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "FileRecord":
-        """From a document.
-
-        Args:
-            fields: What :meth:`to_dict` gave.
-
-        Returns:
-            The record.
-        """
+        """From a document."""
         index = fields.sha256("index_sha256") if "index_sha256" in fields.values else ""
         return cls(fields.integer("bytes"), fields.sha256("sha256"), index)

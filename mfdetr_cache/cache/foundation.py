@@ -78,9 +78,6 @@ def seal_foundation(
 def read_opened(storage: Storage) -> Opened:
     """Root and foundation, each compared with the other.
 
-    Args:
-        storage: Where the cache is.
-
     Returns:
         What is known; the root is the foundation's copy where its own is damaged.
 
@@ -115,12 +112,6 @@ def read_opened(storage: Storage) -> Opened:
 
 def read_root(storage: Storage) -> Root:
     """What a cache is.
-
-    Args:
-        storage: Where the cache is.
-
-    Returns:
-        Its root.
 
     Raises:
         CacheError: If there is no cache, this version does not read it, or its root or foundation
@@ -184,9 +175,6 @@ def metadata_keys(arrays: Iterable[str], top: str) -> list[str]:
     Args:
         arrays: Their paths.
         top: The group they are all in, itself included; empty for the root.
-
-    Returns:
-        Keys, each once.
     """
     found = {top}
     for path in arrays:
@@ -198,10 +186,6 @@ def metadata_keys(arrays: Iterable[str], top: str) -> list[str]:
 
 class Foundation:
     """The part of a cache that is written when it is created; what all its views share.
-
-    Args:
-        storage: Where the cache is.
-        opened: Its root and foundation.
 
     Attributes:
         storage: Where the cache is.
@@ -243,24 +227,11 @@ class Foundation:
         return tuple(p for p in self.layout.parts if p not in self.sealed)
 
     def image_id(self, row: int) -> int:
-        """COCO image id of a row.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The id.
-        """
+        """COCO image id of a row."""
         return int(self.columns["images/image_id"][row])
 
     def file_name(self, row: int) -> str:
         """Name of a row's image, relative to the image folder.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The name.
 
         Raises:
             CacheError: If it is no text.
@@ -272,13 +243,6 @@ class Foundation:
             raise CacheError(f"{self.path}: the file name of row {row} is no text") from None
 
     def original_hw(self, row: int) -> tuple[int, int]:
-        """Annotated height and width of a row's image in pixels.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            Height and width.
-        """
+        """Annotated height and width of a row's image in pixels."""
         height, width = self.columns["images/original_hw"][row]
         return int(height), int(width)

@@ -17,10 +17,6 @@ def locked(storage: Storage, partition: Partition = WHOLE) -> Iterator[None]:
 
     In an object store there are no locks.
 
-    Args:
-        storage: Where the cache is.
-        partition: Which parts.
-
     Yields:
         Nothing.
 

@@ -22,12 +22,6 @@ def status_key(view: str = BASE_VIEW) -> str:
 
     Zarr readers that list a group do not look inside arrays, so files of ours that are no Zarr
     nodes disturb nobody there.
-
-    Args:
-        view: Name of the view.
-
-    Returns:
-        A key.
     """
     return f"views/{view}/status"
 
@@ -37,14 +31,7 @@ CERTIFICATES_KEY = f"{status_key()}/certificates"
 
 
 def manifest_key(part: Part) -> str:
-    """Where the manifest of a part is.
-
-    Args:
-        part: The part.
-
-    Returns:
-        Key of a JSON file.
-    """
+    """Where the manifest of a part is."""
     return f"{status_key(part.view)}/manifest/{part.number:06d}.json"
 
 
@@ -64,13 +51,7 @@ class Manifest:
 
 
 def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
-    """Seal a part whose files are all there.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        manifest: The part.
-    """
+    """Seal a part whose files are all there."""
     rows = root.layout.rows_of_part(manifest.part.number)
     document = {
         **root.names,
@@ -85,11 +66,6 @@ def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
 
 def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
     """The manifest of a part.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        part: The part.
 
     Returns:
         Its content, or None if the part was never sealed.
@@ -126,11 +102,6 @@ def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
 def require_names(fields: Fields, root: Root, where: str) -> None:
     """Refuse a sealed document of another cache.
 
-    Args:
-        fields: The document.
-        root: What the cache is.
-        where: Its file, for the message.
-
     Raises:
         CacheError: Naming what it is of.
     """
@@ -141,11 +112,6 @@ def require_names(fields: Fields, root: Root, where: str) -> None:
 
 def require_files(files: Mapping[str, FileRecord], keys: Iterable[str], where: str) -> None:
     """Refuse a sealed document that does not name exactly the files it seals.
-
-    Args:
-        files: What it names.
-        keys: What it must name.
-        where: Its file, for the message.
 
     Raises:
         CacheError: Naming a file that is missing or too much.
@@ -158,14 +124,6 @@ def require_files(files: Mapping[str, FileRecord], keys: Iterable[str], where: s
 
 def whole_parts(storage: Storage, root: Root, parts: Iterable[Part]) -> dict[Part, Manifest]:
     """Those of some parts that are sealed and whose files have the size they were sealed with.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        parts: Parts.
-
-    Returns:
-        Their manifests.
 
     Raises:
         CacheError: If a manifest is damaged.

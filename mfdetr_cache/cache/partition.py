@@ -46,9 +46,6 @@ def parse_partition(text: str) -> Partition:
     Args:
         text: ``K/N``.
 
-    Returns:
-        The K-th of N.
-
     Raises:
         ValueError: If it cannot be understood.
 

@@ -42,11 +42,6 @@ class ArraySummary:
 class FeatureCache(Foundation):
     """A cache, open for reading. Iterating and indexing go over the stored images of ``base``.
 
-    Args:
-        storage: Where the cache is.
-        opened: Its root and foundation.
-        annotations: Which version of its annotations.
-
     Attributes:
         cache_id: Hash of its identity.
         identity: What decides its features.
@@ -232,36 +227,15 @@ class FeatureCache(Foundation):
         return (self.read(row) for row in self.rows)
 
     def geometry(self, row: int) -> ImageGeometry:
-        """Sizes of a row's image in the view ``base``.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            Original, resized and input size.
-        """
+        """Sizes of a row's image in the view ``base``."""
         return self.base.geometry(row)
 
     def map_bytes(self, row: int) -> int:
-        """Bytes of a row's maps as float16, before quantisation and compression.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            Bytes, padding of chunks not counted.
-        """
+        """Bytes of a row's maps as float16, before quantisation and compression."""
         return self.base.map_bytes(row)
 
     def ground_truth(self, row: int) -> GroundTruth:
-        """The annotated objects of a row in the view ``base``.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The objects, masks as run lengths.
-        """
+        """The annotated objects of a row in the view ``base``."""
         return self.base.ground_truth(row)
 
     def read(
@@ -280,21 +254,11 @@ class FeatureCache(Foundation):
             view: Which pass of the detector.
             pinned: Decompress the maps into memory that a GPU copies from by itself.
 
-        Returns:
-            The image as the detector saw it.
-
         Raises:
             CacheError: If the row has no content, or its bytes are damaged.
         """
         return self.views[view].read(row, map_names, pinned=pinned)
 
     def largest_maps(self, map_names: tuple[str, ...]) -> int:
-        """Most bytes that :meth:`read` needs for the maps of an image.
-
-        Args:
-            map_names: Which maps.
-
-        Returns:
-            Bytes, over all rows and views.
-        """
+        """Most bytes that :meth:`read` needs for the maps of an image."""
         return max(view.largest_maps(map_names) for view in self.views.values())

@@ -42,16 +42,7 @@ class Root:
 
     @classmethod
     def of(cls, identity: Identity, spec: DetectorSpec, layout: CacheLayout) -> "Root":
-        """The root of a new cache.
-
-        Args:
-            identity: What decides the content.
-            spec: The detector.
-            layout: Rows, parts and tokens.
-
-        Returns:
-            The root.
-        """
+        """The root of a new cache."""
         return cls(identity_hash(identity), identity, spec, layout)
 
     @classmethod
@@ -60,9 +51,6 @@ class Root:
 
         Args:
             fields: What ``attributes`` gave.
-
-        Returns:
-            The root.
 
         Raises:
             CacheError: If this version does not read such a cache, or a field is not what it can
@@ -108,9 +96,6 @@ class Root:
 
         Args:
             path: Path of the array inside the cache.
-
-        Returns:
-            Its specification.
 
         Raises:
             CacheError: If a cache has no such column.

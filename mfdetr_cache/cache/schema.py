@@ -118,9 +118,6 @@ class CacheLayout:
 
         Args:
             part: Number of the part inside its view.
-
-        Returns:
-            Consecutive rows.
         """
         first = part * self.images_per_part
         return range(first, min(first + self.images_per_part, self.num_rows))
@@ -144,12 +141,6 @@ class CacheLayout:
     @classmethod
     def from_fields(cls, fields: Fields) -> "CacheLayout":
         """The layout from a cache's attributes.
-
-        Args:
-            fields: What :meth:`to_dict` gave.
-
-        Returns:
-            The layout.
 
         Raises:
             CacheError: If a field is not what it can be.
@@ -183,10 +174,6 @@ def _map_layout(fields: Fields) -> MapLayout:
 
 def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
     """The most cells a map can have for an input of the given size.
-
-    Args:
-        spec: The map.
-        input_hw: Height and width of the network input.
 
     Returns:
         Number of cells. Strided convolutions give floor or ceil of the quotient; a stem with
@@ -249,9 +236,6 @@ def plan_layout(
 def c1_channels(spec: DetectorSpec) -> int:
     """Channels of a detector's C1.
 
-    Args:
-        spec: The detector.
-
     Returns:
         Channels.
 
@@ -270,10 +254,6 @@ def _kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
 
 def stored_maps(spec: DetectorSpec, layout: CacheLayout) -> tuple[MapSpec, ...]:
     """The maps a cache holds, crops of C1 among them.
-
-    Args:
-        spec: The detector.
-        layout: The layout.
 
     Returns:
         Specifications in the order they are written.

@@ -35,15 +35,7 @@ _TAIL_BYTES = CRC_BYTES + 16
 
 
 def encode_chunk(values: NDArray[np.generic], *, raw: bool = False) -> bytes:
-    """One chunk through the codecs bytes (little endian), zstd and crc32c.
-
-    Args:
-        values: The whole chunk.
-        raw: Leave zstd out.
-
-    Returns:
-        Its bytes as they stand in a shard.
-    """
+    """One chunk through the codecs bytes (little endian), zstd and crc32c."""
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     plain = np.ascontiguousarray(little)
     packed: bytes = plain.tobytes() if raw else _ZSTD.encode(plain)
@@ -66,9 +58,6 @@ def decode_chunk(
         count: How many values there must be.
         where: File and chunk, for the message.
         raw: The chunk was written without zstd.
-
-    Returns:
-        The values, flat.
 
     Raises:
         CacheError: If the checksum is wrong or the length is not what it must be.
@@ -101,10 +90,6 @@ _SIZE_BYTES = (0, 2, 4, 8)
 def frame_bytes(data: memoryview, start: int) -> int:
     """How many bytes a zstd frame says it holds (RFC 8878, 3.1.1.1), to be asked before memory is.
 
-    Args:
-        data: Bytes with the frame.
-        start: Where it begins.
-
     Returns:
         Bytes; -1 if it is no frame that says it.
     """
@@ -123,9 +108,6 @@ def decompress(data: memoryview) -> bytes:
 
     Args:
         data: The chunk's bytes, checksum included.
-
-    Returns:
-        Its bytes.
     """
     plain: bytes = zstd_decompress(data[:-CRC_BYTES])
     return plain
@@ -199,9 +181,6 @@ class ShardReader:
             num_chunks: How many chunks the array has in a shard.
             sha256: Hash of the index and the checksums, from the manifest.
 
-        Returns:
-            The reader.
-
         Raises:
             CacheError: If the file is missing, too short, or its index is not what was written.
         """
@@ -235,13 +214,6 @@ class ShardReader:
     def entries(self, first: int, count: int) -> list[tuple[int, int]]:
         """Where neighbouring chunks are.
 
-        Args:
-            first: Index of the first chunk.
-            count: How many chunks.
-
-        Returns:
-            Offset and length of each.
-
         Raises:
             CacheError: If a chunk was never written.
         """
@@ -252,13 +224,6 @@ class ShardReader:
 
     def read(self, first: int, count: int) -> list[bytes]:
         """The encoded bytes of neighbouring chunks.
-
-        Args:
-            first: Index of the first chunk.
-            count: How many chunks.
-
-        Returns:
-            One piece per chunk.
 
         Raises:
             CacheError: If a chunk was never written, or the file ends early.

@@ -73,16 +73,7 @@ def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartC
 
 
 def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[str, ...]:
-    """Check what was written when the cache was created, its annotations left out.
-
-    Args:
-        storage: Where the cache is.
-        opened: Its root and foundation.
-        full: Compare hashes too.
-
-    Returns:
-        One line per fault.
-    """
+    """Check what was written when the cache was created, its annotations left out."""
     files = opened.foundation.files if opened.foundation else {}
     found = _file_faults(storage, files, full=full)
     # The root may be whole as a document and still have other bytes; it is named once.
@@ -91,17 +82,7 @@ def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[s
 
 
 def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) -> tuple[str, ...]:
-    """Check a version of the annotations.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        number: Which version.
-        full: Compare hashes too.
-
-    Returns:
-        One line per fault.
-    """
+    """Check a version of the annotations."""
     if number not in version_numbers(storage):
         return (f"annotations {number} were never sealed ({seal_key(number)} is missing)",)
     try:
@@ -114,9 +95,6 @@ def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) 
 def annotation_versions(storage: Storage) -> tuple[int, ...]:
     """Versions that there must be: the first, and whichever is sealed.
 
-    Args:
-        storage: Where the cache is.
-
     Returns:
         Their numbers, rising.
     """
@@ -125,10 +103,6 @@ def annotation_versions(storage: Storage) -> tuple[int, ...]:
 
 def unknown_files(storage: Storage, opened: Opened) -> tuple[str, ...]:
     """Files below a cache that are none of its own: nothing reads them.
-
-    Args:
-        storage: Where the cache is.
-        opened: Its root and foundation.
 
     Returns:
         Their keys; hidden files and what a killed writing leaves are not among them.

@@ -47,11 +47,6 @@ class ByteRange:
 class CacheView:
     """One pass of the detector, by row.
 
-    Args:
-        cache: The cache it belongs to.
-        name: Its name.
-        annotations: The objects of its images.
-
     Attributes:
         name: Its name.
         arrays: Every array that was written part by part, by its name below the view.
@@ -79,14 +74,7 @@ class CacheView:
         return tuple(int(r) for r in np.flatnonzero(self._table("status") == ROW_OK))
 
     def transform(self, row: int) -> ViewTransform:
-        """How the picture of a row was made from the original.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            The transform.
-        """
+        """How the picture of a row was made from the original."""
         base = f"views/{self.name}/transform"
         x0, y0, x1, y1 = (int(v) for v in self._cache.columns[f"{base}/crop_xyxy"][row])
         flip = bool(self._cache.columns[f"{base}/flip"][row])
@@ -96,9 +84,6 @@ class CacheView:
 
     def geometry(self, row: int) -> ImageGeometry:
         """Sizes of a row's picture in this view.
-
-        Args:
-            row: Row in the cache.
 
         Returns:
             Size of the picture in original pixels, resized and input size.
@@ -114,14 +99,7 @@ class CacheView:
         )
 
     def map_bytes(self, row: int) -> int:
-        """Bytes of a row's maps as float16, before quantisation and compression.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            Bytes, padding of chunks not counted.
-        """
+        """Bytes of a row's maps as float16, before quantisation and compression."""
         total = 0
         for m in stored_maps(self._cache.spec, self._cache.layout):
             height, width = (int(v) for v in self._table(f"maps/{m.name}/hw")[row])
@@ -130,9 +108,6 @@ class CacheView:
 
     def ground_truth(self, row: int) -> GroundTruth:
         """The annotated objects of a row.
-
-        Args:
-            row: Row in the cache.
 
         Returns:
             The objects in pixels of the view's picture, masks as run lengths.
@@ -148,9 +123,6 @@ class CacheView:
             row: Row in the cache.
             map_names: Which maps to read; None reads all.
             pinned: Decompress the maps into memory that a GPU copies from by itself.
-
-        Returns:
-            The image as the detector saw it.
 
         Raises:
             CacheError: If the row has no content, or its bytes are damaged.
@@ -200,9 +172,6 @@ class CacheView:
     def crop_queries(self, row: int) -> NDArray[np.int64]:
         """Queries whose crops of C1 the features hold.
 
-        Args:
-            row: Row in the cache.
-
         Returns:
             Indices, rising.
 
@@ -229,14 +198,7 @@ class CacheView:
         return C1Crops(*newer, held[f"{C1_ROI}/moments"][0], (height, width))
 
     def largest_maps(self, map_names: tuple[str, ...]) -> int:
-        """Most bytes that :meth:`read` needs for the maps of a row.
-
-        Args:
-            map_names: Which maps.
-
-        Returns:
-            Bytes.
-        """
+        """Most bytes that :meth:`read` needs for the maps of a row."""
         total = np.zeros(self._cache.layout.num_rows, np.int64)
         for m in stored_maps(self._cache.spec, self._cache.layout):
             if m.name not in map_names and m.role != "c1_roi":
@@ -256,14 +218,7 @@ class CacheView:
         return count * dtype.itemsize
 
     def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
-        """What :meth:`read` reads from disk for a row, for measuring.
-
-        Args:
-            row: Row in the cache.
-
-        Returns:
-            One range per array.
-        """
+        """What :meth:`read` reads from disk for a row, for measuring."""
         part, index = divmod(row, self._cache.layout.images_per_part)
         wanted = [(n, index, 1) for n in ("class_logits", "boxes_cxcywh_norm", "queries")]
         for m in stored_maps(self._cache.spec, self._cache.layout):

@@ -50,12 +50,6 @@ class _OpenPart:
 class CacheWriter:
     """Fills a cache. Use :meth:`open_or_create`; holds its locks until :meth:`close`.
 
-    Args:
-        storage: Where the cache is.
-        content: What the cache is of.
-        partition: The parts it owns.
-        locks: What is left when it is closed.
-
     Attributes:
         storage: Where the cache is.
         encoder: Makes what :meth:`add` takes, in any thread.
@@ -138,22 +132,11 @@ class CacheWriter:
         return sum(len(self.rows_of_part(part)) for part in parts)
 
     def rows_of_part(self, part: Part) -> range:
-        """The rows of one part.
-
-        Args:
-            part: The part.
-
-        Returns:
-            Consecutive rows.
-        """
+        """The rows of one part."""
         return self._content.layout.rows_of_part(part.number)
 
     def begin_part(self, part: Part) -> None:
-        """Start filling a part; every one of its rows is then appended or skipped.
-
-        Args:
-            part: The part.
-        """
+        """Start filling a part; every one of its rows is then appended or skipped."""
         opened = _OpenPart(part, self.rows_of_part(part), self._root.arrays[part.view])
         for name, spec in opened.arrays.items():
             if spec.shard is None:
@@ -191,10 +174,6 @@ class CacheWriter:
     def add(self, row: int, image: EncodedImage) -> int:
         """Add one image to the open part. Nothing is visible to readers before it is sealed.
 
-        Args:
-            row: Its row, in the open part.
-            image: From the encoder.
-
         Returns:
             Compressed bytes added.
 
@@ -222,12 +201,7 @@ class CacheWriter:
         return image.num_bytes
 
     def skip(self, row: int, reason: str) -> None:
-        """Leave one row without content.
-
-        Args:
-            row: Its row, in the open part.
-            reason: Why, kept in the manifest.
-        """
+        """Leave one row without content."""
         part = self._require_open()
         part.tables["status"][row - part.rows.start] = ROW_SKIPPED
         image_id = self._content.image_ids[row]
@@ -289,15 +263,7 @@ def require_same_content(storage: Storage, root: Root, content: CacheContent) ->
 
 
 def other_annotations(storage: Storage, names: Sequence[str]) -> CacheError:
-    """The refusal of annotations that a cache does not have.
-
-    Args:
-        storage: Where the cache is.
-        names: Names of those it has.
-
-    Returns:
-        The error.
-    """
+    """The refusal of annotations that a cache does not have."""
     return CacheError(
         f"{storage.name} holds these features with the annotations {' and '.join(names)}, and not "
         "with those given now; nothing was changed. New annotations are put beside the features "

@@ -12,13 +12,7 @@ from mfdetr_cache.choices import Compression
 
 
 def create_array(root: zarr.Group, spec: ArraySpec, compression: Compression) -> None:
-    """The metadata of an array that is written part by part.
-
-    Args:
-        root: Root group of the cache.
-        spec: The array.
-        compression: How its chunks are compressed.
-    """
+    """The metadata of an array that is written part by part."""
     root.create_array(
         spec.path,
         shape=spec.shape,
@@ -33,14 +27,7 @@ def create_array(root: zarr.Group, spec: ArraySpec, compression: Compression) ->
 
 
 def write_column(root: zarr.Group, path: str, spec: ColumnSpec, values: NDArray[Any]) -> None:
-    """An array that is written at once.
-
-    Args:
-        root: Root group of the cache.
-        path: Path of the array.
-        spec: What it holds.
-        values: Its values.
-    """
+    """An array that is written at once."""
     array = root.create_array(
         path,
         shape=(len(values), *spec.tail),

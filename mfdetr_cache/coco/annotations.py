@@ -44,9 +44,6 @@ class CocoSplit:
 
         Args:
             limit: How many images to keep; None keeps all.
-
-        Returns:
-            A split over the same file.
         """
         if limit is None:
             return self
@@ -55,20 +52,12 @@ class CocoSplit:
         return replace(self, images=images, annotations=kept)
 
     def tell_faults(self, reporter: Reporter) -> None:
-        """Warn of everything that was left out or repaired.
-
-        Args:
-            reporter: Who is told.
-        """
+        """Warn of everything that was left out or repaired."""
         for faults in self.faults:
             faults.tell(reporter)
 
     def tell_missing_masks(self, reporter: Reporter) -> None:
-        """Warn of what nothing can be learned from.
-
-        Args:
-            reporter: Who is told.
-        """
+        """Warn of what nothing can be learned from."""
         masks = [bool(len(a.run_lengths)) for found in self.annotations.values() for a in found]
         if not all(masks):
             reporter.warn(
@@ -130,9 +119,6 @@ def load_coco_split(
         limit: Only the first so many images; what is wrong with others is not looked at.
         masks: Whether an annotation without a mask can be used.
         unannotated: Whether there may be no annotation at all, as in COCO's test-dev.
-
-    Returns:
-        The split.
 
     Raises:
         DatasetError: If the file is missing, is no COCO instances file, lists no image, has no

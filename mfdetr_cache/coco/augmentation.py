@@ -56,9 +56,6 @@ def identity_transform(size_hw: tuple[int, int]) -> ViewTransform:
 
     Args:
         size_hw: Height and width of the image.
-
-    Returns:
-        The transform.
     """
     return ViewTransform((0, 0, size_hw[1], size_hw[0]), flip=False, shortest_edge=0)
 
@@ -77,9 +74,6 @@ def sample_transform(
         size_hw: Height and width of the image in pixels.
         fixed: Whether the detector's input has one fixed size. Its picture then becomes smaller
             by a wider window, filled to the right and below as a batch of mixed sizes is padded.
-
-    Returns:
-        The transform.
     """
     random = np.random.default_rng((seed, zlib.crc32(view.encode()), image_id))
     flip = bool(random.random() < _FLIP_SHARE)
@@ -132,10 +126,6 @@ def _jitter(
 
 def transform_image(image: Image.Image, transform: ViewTransform) -> Image.Image:
     """The picture of a view, in original resolution.
-
-    Args:
-        image: The original, RGB.
-        transform: What to do.
 
     Returns:
         Window of the image, mirrored if asked for; filled with ImageNet's mean colour outside.

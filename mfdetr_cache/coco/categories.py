@@ -242,15 +242,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def is_called(category: Category, name: str) -> bool:
-    """Whether a category has a name, capitals and hyphens apart, or an id.
-
-    Args:
-        category: The category.
-        name: As a user typed it.
-
-    Returns:
-        Whether it is meant.
-    """
+    """Whether a category has a name, capitals and hyphens apart, or an id."""
     return name == str(category.written_id) or _plain(name) == _plain(category.name)
 
 
@@ -263,8 +255,5 @@ def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
     Args:
         categories: ``{"id", "name"}`` each.
-
-    Returns:
-        Category id to name.
     """
     return {int(c["id"]): str(c["name"]) for c in categories}

@@ -15,9 +15,6 @@ _WORDS = (CLASS_AGNOSTIC, "prompt", "token_ids")
 def class_agnostic_spec(spec: DetectorSpec) -> DetectorSpec:
     """What a detector is when its classes are one.
 
-    Args:
-        spec: The detector.
-
     Returns:
         The same with one label, before "no object" where it has that; its settings keep the names
         of the classes.

@@ -49,14 +49,7 @@ class Scene:
         return int(self.pixels.shape[0]), int(self.pixels.shape[1])
 
     def chosen(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Scene":
-        """The same picture with some of its objects.
-
-        Args:
-            which: Their rows, or which they are.
-
-        Returns:
-            The scene.
-        """
+        """The same picture with some of its objects."""
         return Scene(self.pixels, self.masks[which], self.category_ids[which], self.is_crowd[which])
 
     def mirrored(self) -> "Scene":
@@ -68,9 +61,6 @@ class Scene:
 
         Args:
             size_hw: Height and width in pixels.
-
-        Returns:
-            Bilinear in colour and outline.
         """
         size = size_hw[::-1]
         pixels = np.asarray(Image.fromarray(self.pixels).resize(size, Image.Resampling.BILINEAR))
@@ -95,14 +85,7 @@ def can_be_pasted(num_pixels: NDArray[np.int64], is_crowd: NDArray[np.bool_]) ->
 
 
 def num_donors(random: np.random.Generator) -> int:
-    """How many scenes give objects to the next one.
-
-    Args:
-        random: Source of chance.
-
-    Returns:
-        One or two.
-    """
+    """How many scenes give objects to the next one."""
     return int(random.integers(1, _MOST_DONORS + 1))
 
 

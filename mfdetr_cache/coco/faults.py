@@ -53,12 +53,7 @@ class Faults:
     _examples: dict[str, list[str]] = field(default_factory=dict)
 
     def refuse(self, where: str, what: str) -> None:
-        """An entry cannot be used.
-
-        Args:
-            where: Which.
-            what: Why.
-        """
+        """An entry cannot be used."""
         self.unusable += 1
         if len(self._named) < _NAMED:
             self._named.append(f"{where} {what}")
@@ -74,12 +69,7 @@ class Faults:
         self._keep(where, what)
 
     def notice(self, where: str, what: str) -> None:
-        """An entry is used as it stands; it is told about if there are many of its kind.
-
-        Args:
-            where: Which.
-            what: What is odd; the same text for all of a kind.
-        """
+        """An entry is used as it stands; it is told about if there are many of its kind."""
         self.noticed[what] += 1
         self._keep(where, what)
 
@@ -91,9 +81,6 @@ class Faults:
     def stop_if_unusable(self, on_bad: OnBad) -> None:
         """Refuse the file unless its unusable entries are to be left out.
 
-        Args:
-            on_bad: What the user chose.
-
         Raises:
             DatasetError: Naming the first ten, and how many there are.
         """
@@ -103,11 +90,7 @@ class Faults:
             )
 
     def tell(self, reporter: Reporter) -> None:
-        """Warn of everything that was left out or repaired.
-
-        Args:
-            reporter: Who is told.
-        """
+        """Warn of everything that was left out or repaired."""
         if self.unusable:
             reporter.warn(f"{self.file}: left out: {self._said()}")
         least = _SHARE_WORTH_A_WORD * self.total

@@ -12,9 +12,6 @@ _LARGEST = 2**53
 def source_id(value: object) -> SourceId | None:
     """The one form of an id, however it is written: ``'1'``, ``1.0`` and ``1`` are one id.
 
-    Args:
-        value: As in a JSON file.
-
     Returns:
         A whole number where it is one, else text; None for what is no id (null, true, a list).
 
@@ -60,9 +57,6 @@ def internal_ids(ids: Sequence[SourceId | None]) -> list[int]:
 
 def named(ids: Iterable[SourceId | None]) -> str:
     """Ids for a message.
-
-    Args:
-        ids: One form of each.
 
     Returns:
         The first ten, and how many more there are.

@@ -23,10 +23,6 @@ _ORIENTATION = 0x0112
 def check_file_name(name: str, where: str) -> None:
     """Refuse a file name that leads out of the image folder, on any operating system.
 
-    Args:
-        name: As in an annotation file.
-        where: Whose it is, for the message.
-
     Raises:
         DatasetError: If it is absolute, has ``..`` in it, or is no name of a file.
     """
@@ -70,12 +66,6 @@ def find_file(folder: Path, name: str) -> str:
 def open_image(path: Path) -> Image.Image:
     """Open an image file without decoding its pixels.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The image; close it.
-
     Raises:
         ImageError: If it is no regular file, no image of a known format, or too large.
     """
@@ -101,9 +91,6 @@ def open_image(path: Path) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image.
 
-    Args:
-        image: Opened, perhaps not decoded.
-
     Returns:
         1 to 8; 1, upright, where there is none or it cannot be read.
     """
@@ -116,9 +103,6 @@ def orientation(image: Image.Image) -> int:
 
 def upright_size(path: Path) -> tuple[int, int]:
     """The size of an image file as viewers show it.
-
-    Args:
-        path: The file.
 
     Returns:
         Height and width in pixels, after EXIF rotation.

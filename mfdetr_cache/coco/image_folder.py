@@ -9,11 +9,6 @@ from mfdetr_cache.errors import DatasetError, ImageError
 def require_images(images: Path, split: CocoSplit, advice: str) -> None:
     """Refuse at once what would otherwise be noticed after hours.
 
-    Args:
-        images: Image folder.
-        split: What should be in it.
-        advice: What to do, for the message.
-
     Raises:
         DatasetError: If there is no such folder.
         ImageError: If an image is missing.

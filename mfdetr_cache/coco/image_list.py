@@ -65,10 +65,6 @@ class ImageEntry:
 def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
     """The categories of a document.
 
-    Args:
-        path: The file, for messages.
-        raw: Its list of categories.
-
     Returns:
         Id as written to category, in the order of the file. One without a name is called by its id.
 

@@ -50,9 +50,6 @@ def label_split(
         spec: The detector.
         options: Which categories to keep, and which label is meant by which; None takes names.
 
-    Returns:
-        The split with these categories.
-
     Raises:
         DatasetError: If a category or label that was named is unknown, or no label has a category.
     """

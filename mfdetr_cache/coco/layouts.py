@@ -29,15 +29,6 @@ def dataset_files(
 ) -> DatasetFiles:
     """The files that a user named, or that are found in a dataset's folder.
 
-    Args:
-        images: Image folder.
-        annotations: Annotation file.
-        dataset: Folder of a dataset, in place of both.
-        split: Its split.
-
-    Returns:
-        The files.
-
     Raises:
         ConfigError: If neither both files nor a folder are named.
         DatasetError: If the folder has no such split.
@@ -57,9 +48,6 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
     Args:
         folder: The dataset's folder.
         split: Name of the split, such as ``train`` or ``val2017``; None if there is only one.
-
-    Returns:
-        Its files.
 
     Raises:
         DatasetError: Naming the splits there are, if it is none of them.

@@ -194,9 +194,6 @@ def _finished(draft: _Draft, own: int, faults: Faults, *, corners: bool) -> Anno
 def is_crowd(value: object) -> bool:
     """The meaning of an ``iscrowd`` field.
 
-    Args:
-        value: As in a JSON file.
-
     Returns:
         False for nothing, null, 0, false and their texts; True for 1, true and theirs.
 
@@ -258,9 +255,6 @@ def boxes_are_corners(
 
     Args:
         boxes: Each ``bbox`` as written, the corners of its mask, and height and width of the image.
-
-    Returns:
-        True if it is certain.
     """
     as_corners = as_size = leaving = inside = total = 0
     for box, mask, (height, width) in boxes:

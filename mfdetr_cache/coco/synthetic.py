@@ -21,9 +21,6 @@ _SUPERSAMPLE = 3
 def draw_scene(seed: int) -> tuple[Image.Image, list[dict[str, Any]]]:
     """One scene and its objects; the same seed always gives the same scene.
 
-    Args:
-        seed: Number of the scene.
-
     Returns:
         The image, 140 to 220 pixels a side, and for each visible object ``label`` (an index into
         SHAPES), ``mask`` (visible pixels, bool) and ``box_xywh``.
@@ -63,9 +60,6 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
         name: Name of the split.
         first_seed: Seed of its first scene; scenes of other splits must use other seeds.
         count: How many scenes.
-
-    Returns:
-        Path of the annotation file.
     """
     make_folder(folder / name)
     images: list[dict[str, Any]] = []

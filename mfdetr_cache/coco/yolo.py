@@ -20,9 +20,6 @@ _SPLITS = ("train", "val", "valid", "test")
 def yolo_splits(path: Path) -> dict[str, Path]:
     """The splits of a ``data.yaml`` and their image folders.
 
-    Args:
-        path: A YAML file.
-
     Returns:
         Those whose folder is there; none for a YAML file of something else.
 

@@ -14,11 +14,7 @@ AMP = "amp"
 
 
 class AmpDetector(nn.Module):
-    """A detector under autocast: matrix products and convolutions in bfloat16, weights in float32.
-
-    Args:
-        detector: The detector.
-    """
+    """A detector under autocast: products and convolutions in bfloat16, weights in float32."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()

@@ -46,9 +46,6 @@ def output_names(
         where: The weights, for the message.
         spare_outputs: Maximum number of unnamed outputs, see :func:`names_of_checkpoint`.
 
-    Returns:
-        One name per output.
-
     Raises:
         DetectorError: If the number of given names does not fit.
     """

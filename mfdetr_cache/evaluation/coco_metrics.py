@@ -127,9 +127,6 @@ def coco_ground_truth(
 def ground_truth_of_split(split: CocoSplit) -> COCO:
     """The ground truth of an annotation file as pycocotools takes it.
 
-    Args:
-        split: The file, checked.
-
     Returns:
         An indexed ``COCO``, boxes in double precision as they are written.
     """

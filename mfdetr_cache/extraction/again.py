@@ -28,14 +28,6 @@ def extract_again(
 
     On one kind of device the numbers are those of the extraction, to the bit.
 
-    Args:
-        cache: The cache.
-        detector: Its detector, on the device.
-        view: A view of the cache.
-        rows: Stored rows of the view.
-        images: Image folder.
-        device: Device of the detector.
-
     Yields:
         Each row with its output, a batch of one.
 

@@ -86,9 +86,6 @@ class MaskHead(nn.Module):
     def forward(self, batch: HeadBatch) -> HeadOutput:
         """Masks of all regions of a batch.
 
-        Args:
-            batch: Maps, boxes and queries.
-
         Returns:
             Mask logits and predicted IoUs, in the order of the batch.
 

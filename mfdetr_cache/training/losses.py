@@ -78,9 +78,6 @@ def head_losses(
         share: Index of the first region within its step, and the number of regions of the step.
             Means are then over the step, so that losses and gradients of micro-batches add up.
         codec: Encodes the annotated masks where the output has codes.
-
-    Returns:
-        The parts and their weighted sum.
     """
     logits = output.mask_logits.float()
     if not len(logits):

@@ -47,10 +47,6 @@ class ExtractSummary:
 def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     """Fill a cache, or finish one that was begun.
 
-    Args:
-        config: What to do.
-        reporter: Who is told about progress.
-
     Returns:
         What was done, and the box AP of the cached detections.
 

@@ -173,9 +173,6 @@ def _announce(
 def estimated_bytes(content: CacheContent) -> int:
     """An upper bound of the bytes of a cache, before compression.
 
-    Args:
-        content: What the cache will be of.
-
     Returns:
         Bytes of all parts, every image as large as the largest.
     """

@@ -23,9 +23,6 @@ def open_storage(location: Location) -> Storage:
         location: A folder, a URL such as ``s3://bucket/train.zarr``, or a storage; ``@N`` behind a
             cache that is there chooses a version of its annotations.
 
-    Returns:
-        The storage.
-
     Raises:
         CacheError: If the URL cannot be used.
     """

@@ -31,12 +31,6 @@ class Storage(Protocol):
     def read(self, key: str) -> bytes:
         """A whole file.
 
-        Args:
-            key: Its key.
-
-        Returns:
-            Its bytes.
-
         Raises:
             FileNotFoundError: If there is none.
         """
@@ -47,9 +41,6 @@ class Storage(Protocol):
         Args:
             key: Its key.
             ranges: Offset and length of each part, in bytes, neighbours in order.
-
-        Returns:
-            One piece per range.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -80,32 +71,19 @@ class Storage(Protocol):
     def forget(self, key: str) -> bool:  # noqa: ARG002
         """Drop copies of a file that turned out to be damaged.
 
-        Args:
-            key: Its key.
-
         Returns:
             Whether there were any, so that the file is worth reading again.
         """
         return False
 
     def size(self, key: str) -> int | None:
-        """Bytes of a file; None if there is none.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            Bytes.
-        """
+        """Bytes of a file; None if there is none."""
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Files below a prefix.
 
         Args:
             prefix: Such as ``views/base``; empty for all.
-
-        Returns:
-            Key to bytes.
         """
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
@@ -117,11 +95,7 @@ class Storage(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Remove a file; nothing happens where there is none.
-
-        Args:
-            key: Its key.
-        """
+        """Remove a file; nothing happens where there is none."""
 
 
 @contextlib.contextmanager

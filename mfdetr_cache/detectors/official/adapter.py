@@ -41,11 +41,6 @@ SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
 class OfficialDetector(nn.Module):
     """Deformable DETR, H-DETR or DINO, frozen.
 
-    Args:
-        name: The requested detector name.
-        model: The detector with its weights.
-        options: The user's options.
-
     Raises:
         DetectorError: If an option does not fit the model.
     """
@@ -146,9 +141,6 @@ def load_official_detector(
         name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any.
         weights: The checkpoint file; None builds the named architecture with untrained weights.
         options: The user's options.
-
-    Returns:
-        The detector.
 
     Raises:
         DetectorError: If the checkpoint is of another detector, or its keys do not fit.

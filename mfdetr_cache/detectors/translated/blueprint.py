@@ -112,9 +112,6 @@ def input_size(
         tensors: The state dict; ``decoder.anchors`` are logits of cx, cy, w, h.
         strides: Of its levels, finest first.
         default: The authors' size, where there are no anchors.
-
-    Returns:
-        Height and width.
     """
     anchors = tensors.get("decoder.anchors")
     if anchors is None or anchors.is_meta:

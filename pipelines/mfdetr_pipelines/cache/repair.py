@@ -67,17 +67,6 @@ def run_repair(
 ) -> RepairSummary:
     """Find every fault, then run the cache's own extraction for these parts.
 
-    Args:
-        path: The cache.
-        weights: Folder, file or hub id of the detector it was made with.
-        images: Its image folder.
-        annotations: Its annotation file.
-        reporter: Who is told about progress.
-        device: Where the detector runs.
-
-    Returns:
-        What was mended.
-
     Raises:
         CacheError: If weights or annotations are not those of the cache, or another process writes
             it; nothing was changed then.

@@ -85,14 +85,7 @@ class LocalCache:
         parse_size(self.size)
 
     def before(self, location: "Location") -> "Location":
-        """A cache behind the local folder, where one is given and the cache is not local itself.
-
-        Args:
-            location: Folder or URL of the cache.
-
-        Returns:
-            What to open.
-        """
+        """A cache behind the local folder, where one is given and the cache is not local itself."""
         from mfdetr_cache.cache.storage.mirror import MirroredStorage
         from mfdetr_cache.cache.storage.open import open_storage
 
@@ -110,9 +103,6 @@ def parse_size(text: str) -> int:
 
     Args:
         text: Such as ``200GB`` or ``1.5 TB``.
-
-    Returns:
-        Bytes.
 
     Raises:
         ConfigError: If it is no size.
