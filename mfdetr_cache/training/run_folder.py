@@ -28,6 +28,8 @@ from mfdetr_cache.training.checkpoint import FAILED_FILE
 from mfdetr_cache.training.config import RESCUE_FIELDS, TrainConfig
 from mfdetr_cache.training.distributed import Processes
 
+_LOCK_FILE = "writer.lock"
+
 
 def record_of_cache(
     recipe: str, train: TrainConfig, cache: FeatureCache, val_cache: str | None
@@ -70,7 +72,7 @@ def owned_folder(out: Path) -> Iterator[None]:
     make_folder(out)
     with contextlib.ExitStack() as held:
         with writing(out):
-            held.enter_context(locked_file(out / "writer.lock", busy))
+            held.enter_context(locked_file(out / _LOCK_FILE, busy))
         yield
 
 
@@ -83,7 +85,14 @@ def owned_run(out: Path, processes: Processes) -> Iterator[None]:
     if is_taken(out) and not (out / CONFIG_FILE).is_file():
         raise _not_empty(out)
     with owned_folder(out):
-        yield
+        try:
+            yield
+        finally:
+            # Settings that were refused leave no folder behind.
+            if not is_taken(out):
+                with contextlib.suppress(OSError):
+                    (out / _LOCK_FILE).unlink()
+                    out.rmdir()
 
 
 def _not_empty(out: Path) -> HeadError:
