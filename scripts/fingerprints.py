@@ -38,7 +38,7 @@ ENVIRONMENT = {
 }
 TRAIN_SCENES, VAL_SCENES, FIRST_VAL_SEED = 16, 6, 10_000
 LONG_STEPS, SHORT_STEPS = 100, 5
-SMALL = ("hidden_dim=16", "roi_size=16", "box_layers=1")
+SMALL = ("hidden_dim=16", "roi_size=16", "box_layers=1", "fine_size=0")
 # Short trainings from the int8 cache: what is changed about a recipe, for each part of a head.
 SHORT: dict[str, tuple[str, tuple[str, ...]]] = {
     "deformable": ("fast", ("image_layers=2", "box_layers=2")),
@@ -46,6 +46,7 @@ SHORT: dict[str, tuple[str, tuple[str, ...]]] = {
     "convnext": ("fast", ("image_block=convnext", "box_block=convnext")),
     "no layers": ("fast", ("image_layers=0", "box_layers=0")),
     "segmenter": ("fast", ("mask_predictor=segmenter",)),
+    "finer grid": ("fast", ("fine_size=32", "coarse_weight=1")),
     "fcn": ("fcn", ("box_layers=0",)),
     "ffn": ("ffn", ("box_layers=0",)),
     "embedding": ("istr", ("box_layers=0", "mask_embedding_dim=16")),

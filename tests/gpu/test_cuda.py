@@ -40,6 +40,7 @@ pytestmark = pytest.mark.skipif(
 
 def recipe(name: str = "fast", **changes: Any) -> Recipe:
     small = {"hidden_dim": 16, "roi_size": 8, "steps": 6, "batch_size": 3, "min_match_iou": 0}
+    small["fine_size"] = 16 if name == "fast" else 0
     return build_recipe(name, {k: str(v) for k, v in {**small, **changes}.items()})
 
 

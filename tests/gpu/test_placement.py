@@ -45,6 +45,7 @@ pytestmark = pytest.mark.skipif(
 
 def recipe(**changes: Any) -> Recipe:
     small = {"hidden_dim": 8, "roi_size": 8, "steps": 4, "batch_size": 2, "min_match_iou": 0}
+    small["fine_size"] = 16
     # Memory of several processes cannot be pretended to be a GPU's.
     small["num_processes"] = 0
     return build_recipe("fast", {k: str(v) for k, v in {**small, **changes}.items()})

@@ -46,7 +46,13 @@ from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.rows import trainable_rows
 
-SMALL = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
+SMALL = {
+    "hidden_dim": "8",
+    "roi_size": "8",
+    "fine_size": "0",
+    "image_layers": "1",
+    "box_layers": "1",
+}
 
 
 def rows() -> tuple[AblationRow, ...]:

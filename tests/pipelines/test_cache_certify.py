@@ -96,6 +96,7 @@ def made(
     config = extract_config(scenes_folder, str(rtdetr_folder), folder / "int4.zarr", preset="int4")
     run_extract(config, SilentReporter())
     small = {"hidden_dim": "8", "roi_size": "8", "image_layers": "1", "box_layers": "1"}
+    small["fine_size"] = "0"
     recipe = build_recipe("fast", {**small, "min_match_iou": "0"})
     run_train_head(
         TrainHeadConfig(drawn_cache, folder / "head", recipe, length=Length(3)), SilentReporter()

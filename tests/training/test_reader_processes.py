@@ -204,6 +204,7 @@ def test_a_head_ends_with_the_weights_that_threads_give(
     )
     assert most <= cache.largest_maps(names) < 2 * most
     small = {"hidden_dim": 16, "roi_size": 8, "steps": 7, "batch_size": 3, "box_jitter": 0.1}
+    small["fine_size"] = 16
     weights = []
     for processes in (0, 2):
         settings = {k: str(v) for k, v in {**small, "num_processes": processes}.items()}

@@ -115,6 +115,7 @@ def test_staging_changes_no_weight(
     drawn_cache: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     settings = {"hidden_dim": 16, "roi_size": 8, "steps": 5, "batch_size": 3, "min_match_iou": 0}
+    settings["fine_size"] = 0
     recipe = build_recipe(
         "fast", {k: str(v) for k, v in {**settings, "accumulate": accumulate}.items()}
     )
