@@ -39,7 +39,7 @@ from tests.support.small_checkpoints import write_small
 
 def recipe(**changes: Any) -> Recipe:
     small = {"hidden_dim": 16, "roi_size": 8, "steps": 4, "batch_size": 3, "min_match_iou": 0}
-    small["fine_size"] = 16
+    small["fine_size"] = 0
     settings = {**small, "lr": 1e-3, **changes}
     return build_recipe("fast", {k: str(v) for k, v in settings.items()})
 
