@@ -152,7 +152,7 @@ def test_ground_truth_in_the_cache_is_the_json(shared: Path, val_cache: Path) ->
 def test_a_head_learns_and_every_oracle_is_an_upper_bound(val_cache: Path, tmp_path: Path) -> None:
     """On the very images it learned from; a short training of a small head."""
     small = {"roi_size": "8", "hidden_dim": "16", "image_layers": "0", "steps": "60"}
-    small["fine_size"] = "0"
+    small |= {"fine_size": "0", "roi_sampling_ratio": "2", "num_points": "256"}
     run_train_head(
         TrainHeadConfig(val_cache, tmp_path / "run", build_recipe("fast", small)), SilentReporter()
     )
