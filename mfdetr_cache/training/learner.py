@@ -179,6 +179,8 @@ class Learner:
     def restore(self, state: dict[str, Any]) -> None:
         """Load a state; KeyError, RuntimeError or ValueError if it is of another training."""
         self.step = int(state["step"])
+        if not 0 <= self.step <= self.train.steps:
+            raise ValueError(f"step {self.step} of {self.train.steps}")
         self.images = int(state["images"])
         self.seconds = float(state["seconds"])
         self.waiting_seconds = float(state["waiting_seconds"])

@@ -37,7 +37,7 @@ from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
-from mfdetr_cache.training.checkpoint import load_checkpoint
+from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.input.loader import CacheSource
@@ -698,6 +698,18 @@ def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: P
     assert found.details["held_out"]["seen_AP"] == pytest.approx(np.mean(others))
     with pytest.raises(ConfigError, match="--hold-out elipse: no such category; did you mean"):
         train(drawn_cache, tmp_path / "other", hold_out=("elipse",))
+
+
+@pytest.mark.parametrize("step", [-1, 7, 10**9])
+def test_a_checkpoint_of_a_step_that_there_is_not_is_refused(
+    tmp_path: Path, drawn_cache: Path, step: int
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        train(drawn_cache, out, small_recipe(steps=6), stop_after(3))
+    save_checkpoint(out, {**load_checkpoint(out), "step": step})
+    with pytest.raises(HeadError, match=f"does not fit this run .step {step} of 6"):
+        train(drawn_cache, out, small_recipe(steps=6), resume=True)
 
 
 def test_a_stopped_run_is_measured_at_its_step(tmp_path: Path, drawn_cache: Path) -> None:
