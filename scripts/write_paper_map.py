@@ -34,6 +34,12 @@ TABLES = [
     ("4", "hidden dimension", "`hidden_dim`"),
     ("5", "query encoder", "`query_ffn`, `query_o2o`, `query_b2o`"),
     ("6", "neck, sampled points, mask scoring", "`neck`, `points`, `mask_scoring`"),
+    (
+        "7, 8",
+        "systems",
+        "`ablate --table 7`: this detector's row beside what others published, AP against hours; "
+        "test-dev by `evaluate --save-results NAME.zip`",
+    ),
     ("9", "RoIAlign output size", "`roi_size`"),
     ("10", "training epochs", "`steps`, or `train-head --epochs`"),
     ("11", "large-scale jittering", "`extract --views N --view-policy large-scale-jitter`"),

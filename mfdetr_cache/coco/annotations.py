@@ -12,6 +12,7 @@ from mfdetr_cache.coco.faults import Faults
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
+from mfdetr_cache.coco.layouts import DatasetFiles
 from mfdetr_cache.coco.objects import Annotation, Masks, read_annotations
 from mfdetr_cache.coco.yolo import read_yolo
 from mfdetr_cache.errors import DatasetError
@@ -96,6 +97,23 @@ class CocoSplit:
             is_crowd=np.array([a.is_crowd for a in found], dtype=np.bool_),
             run_lengths=tuple(a.run_lengths for a in found),
         )
+
+
+def load_to_extract(files: DatasetFiles, on_bad: OnBad, limit: int | None) -> CocoSplit:
+    """What features can be extracted of: also images with boxes only, or with nothing yet.
+
+    Raises DatasetError as :func:`load_coco_split`, and if there is no image folder.
+    """
+    if not files.images.is_dir():
+        raise DatasetError(f"image folder {files.images} does not exist; check --images")
+    return load_coco_split(
+        files.annotations,
+        files.images,
+        on_bad=on_bad,
+        limit=limit,
+        masks="optional",
+        unannotated=True,
+    )
 
 
 def load_coco_split(

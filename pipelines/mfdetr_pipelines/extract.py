@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.annotations import load_to_extract
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.image_folder import require_images
-from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.extract import ExtractConfig
@@ -56,7 +55,7 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         CacheError: If the cache cannot be written or is of something else.
     """
     reporter.say(f"reading {config.files.annotations}")
-    split = split_of(config)
+    split = load_to_extract(config.files, config.on_bad_annotation, config.limit)
     split.tell_faults(reporter)
     split.tell_missing_masks(reporter)
     if config.on_bad_image == "stop":
@@ -64,21 +63,6 @@ def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
         require_images(config.files.images, split, advice)
     # Imported late: it takes seconds to import torch and transformers, and a mistake in the dataset
     # is told without them.
-    from mfdetr_pipelines.filling import fill_cache
+    from mfdetr_pipelines.filling import run_filling
 
-    return fill_cache(config, split, reporter)
-
-
-def split_of(config: ExtractConfig) -> CocoSplit:
-    """The dataset; images with boxes only, or with nothing yet, can be annotated later."""
-    files = config.files
-    if not files.images.is_dir():
-        raise DatasetError(f"image folder {files.images} does not exist; check --images")
-    return load_coco_split(
-        files.annotations,
-        files.images,
-        on_bad=config.on_bad_annotation,
-        limit=config.limit,
-        masks="optional",
-        unannotated=True,
-    )
+    return run_filling(config, split, reporter)

@@ -15,7 +15,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter, require_same_content
-from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.annotations import CocoSplit, load_to_extract
 from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
@@ -26,11 +26,11 @@ from mfdetr_cache.extraction.stream import Extraction, ImageSource
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_pipelines.config.extract import ExtractConfig
-from mfdetr_pipelines.extract import ExtractSummary, split_of
+from mfdetr_pipelines.extract import ExtractSummary
 from mfdetr_pipelines.ray_engine import on_cluster
 
 
-def fill_cache(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> ExtractSummary:
+def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> ExtractSummary:
     """Fill the cache of a split that was read, as :func:`~mfdetr_pipelines.extract.run_extract`."""
     names = [category.name for category in split.categories]
     detector = load_detector(config.detector, config.weights, config.options, names)
@@ -118,7 +118,7 @@ def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]
 
 
 def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
-    split = split_of(config)
+    split = load_to_extract(config.files, config.on_bad_annotation, config.limit)
     names = [category.name for category in split.categories]
     detector = load_detector(config.detector, config.weights, config.options, names)
     labelled = label_split(split, detector.spec, config.labels)

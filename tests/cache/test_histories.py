@@ -152,8 +152,9 @@ class Histories(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("load_coco_split", "load_detector", "label_split"):
                 patch.setattr(repair, name, lambda *_, **__: _Anything())
-            for name in ("options_of", "_choices", "_label_options"):
+            for name in ("options_of", "_choices"):
                 patch.setattr(repair, name, lambda *_: ())
+            patch.setattr(repair, "_labels_of_file", lambda *_: None)
             patch.setattr(repair, "plan_cache", lambda *_: content)
             patch.setattr(repair, "Extraction", _Extraction)
             try:

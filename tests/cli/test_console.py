@@ -103,7 +103,7 @@ def calls(function: ast.FunctionDef) -> list[str]:
 def test_json_is_written_before_anything_is_printed() -> None:
     """What was measured in hours is not lost because a table cannot be shown."""
     commands = 0
-    for path in sorted(Path(mfdetr_cli.__file__).parent.glob("*.py")):
+    for path in sorted(Path(mfdetr_cli.__file__).parent.rglob("*.py")):
         for function in ast.parse(path.read_text()).body:
             if isinstance(function, ast.FunctionDef) and "json" in [
                 a.arg for a in function.args.args
