@@ -43,7 +43,7 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
         names = ", ".join(str(s["image_id"]) for s in summary.skipped[:10])
         facts["skipped"] = f"{len(summary.skipped)} images: {names}"
     print_facts(f"Cache {config.cache}", facts)
-    _print_categories(summary.categories)
+    print_categories(summary.categories)
     if summary.box is not None:
         box = summary.box.to_dict()
         print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
@@ -56,7 +56,7 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
         print_next(("train-head", "--cache", config.cache, "--out", "runs/fast"))
 
 
-def _print_categories(categories: Sequence[MatchedCategory]) -> None:
+def print_categories(categories: Sequence[MatchedCategory]) -> None:
     """The matching of categories and labels; of many, the ones that need attention first."""
     order = {"": 0, "order": 1, "id": 1, "map": 2, "name": 3, "any": 3}
     found = sorted((c for c in categories if c.objects), key=lambda c: (order[c.rule], -c.objects))

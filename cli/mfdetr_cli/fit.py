@@ -14,6 +14,7 @@ from mfdetr_cli.console import (
     print_lines,
     write_json,
 )
+from mfdetr_cli.extract import print_categories
 from mfdetr_cli.progress import ConsoleReporter
 
 
@@ -28,6 +29,7 @@ def show(summary: FitSummary, json: Path | None) -> None:
     metrics = result.metrics()
     about = {k: v for k, v in asdict(summary).items() if k != "evaluation"}
     write_json(json, {**asdict(result), **metrics, **about})
+    print_categories(summary.categories)
     print_evaluation(f"{result.num_images} images not learned from, in percent", metrics)
     facts = {step: human_time(seconds) for step, seconds in summary.seconds.items()}
     facts["in all"] = human_time(sum(summary.seconds.values()))

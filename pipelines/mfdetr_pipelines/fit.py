@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from matplotlib.axes import Axes
 
+from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
 from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
 from mfdetr_cache.errors import MfdetrError
@@ -51,6 +52,7 @@ class FitSummary:
         head: Run folder of the head.
         page: Figures and pictures.
         pictures: Image, boxes, masks and annotation of some images that were not learned from.
+        categories: The categories of what was learned from, and their labels.
         seconds: Time of each step, of this call.
         cache_bytes: Size of the caches.
         evaluation: The metrics.
@@ -62,6 +64,7 @@ class FitSummary:
     head: Path
     page: Path
     pictures: tuple[Path, ...]
+    categories: tuple[MatchedCategory, ...]
     seconds: dict[str, float]
     cache_bytes: int
     evaluation: EvaluateSummary
@@ -120,6 +123,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
         head=head,
         page=config.out / _PAGE,
         pictures=tuple(pictures),
+        categories=learned.categories,
         seconds=steps.seconds,
         cache_bytes=sum(c.stored_bytes for c in caches.values()),
         evaluation=evaluation,
