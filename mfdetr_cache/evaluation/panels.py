@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.categories import category_names
@@ -52,6 +52,21 @@ def prediction_panels(
     ]
 
 
+def same_objects(iou: NDArray[np.floating]) -> dict[int, int]:
+    """Which detection an annotated object is, for IoUs (objects, detections).
+
+    Detections are in the order of rising confidence: of several of one object it is the most
+    confident, which is drawn on top.
+    """
+    pairs: dict[int, int] = {}
+    for detection in reversed(range(iou.shape[1])):
+        free = [i for i in range(len(iou)) if i not in pairs]
+        best = max(free, key=lambda i: float(iou[i, detection]), default=None)
+        if best is not None and iou[best, detection] > _SAME_OBJECT:
+            pairs[best] = detection
+    return pairs
+
+
 def annotated_objects(
     cache: FeatureCache, cached: CachedImage, found: Sequence[ShownObject] = ()
 ) -> list[OverlayItem]:
@@ -67,8 +82,7 @@ def annotated_objects(
         iou = box_iou(
             torch.from_numpy(truth.boxes_xyxy[order]), torch.tensor([o.box_xyxy for o in found])
         ).numpy()
-        pairs = zip(*linear_sum_assignment(iou, maximize=True), strict=True)
-        colours |= {order[i]: int(j) for i, j in pairs if iou[i, j] > _SAME_OBJECT}
+        colours |= {order[i]: j for i, j in same_objects(iou).items()}
     return [
         OverlayItem(
             names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i], colours[i]
