@@ -182,3 +182,15 @@ def test_the_python_page_runs(
         exec(code, names)
     assert len(names["found"]) >= 1
     assert names["c1"].ndim == 3
+
+
+def test_tests_that_the_reliability_page_names_exist() -> None:
+    path, named = "", 0
+    for file, test in re.findall(
+        r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs/reliability.md").read_text()
+    ):
+        path = file or path
+        if path and (file or test):
+            named += 1
+            assert f"def {test}" in (ROOT / path).read_text() or not test, f"{path}::{test}"
+    assert named > 20

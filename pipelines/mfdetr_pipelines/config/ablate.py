@@ -95,7 +95,7 @@ class AblateConfig(OnDevice):
     seeds: int = 1
     sam_weights: Annotated[str | None, Option(metavar="NAME")] = None
     images: Annotated[Path | None, FOLDER] = None
-    detector_hours: float | None = None
+    detector_hours: Annotated[float | None, Option(takes_zero=True)] = None
     dry_run: bool = False
     work: Annotated[WorkOptions, Only("engine", "address", "workers")] = field(
         default_factory=WorkOptions
