@@ -14,6 +14,7 @@ from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import mfdetr_cache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import HeadError, IdentityError, ImageError
 from mfdetr_cache.evaluation.segmentation import TimedSegmentation
@@ -52,6 +53,16 @@ def test_it_finds_what_predict_finds(
     assert [r["score"] for r in written] == pytest.approx(found.scores.tolist(), rel=1e-6)
     assert [r["segmentation"] for r in written] == [r["segmentation"] for r in found.to_coco(1)]
     assert (np.diff(found.scores) <= 0).all()
+
+
+def test_it_prints_as_a_short_table(model: MaskFrozenDETR, picture: Path) -> None:
+    assert mfdetr_cache.MaskFrozenDETR is MaskFrozenDETR
+    found = model(picture, threshold=0.0, top_k=3)
+    title, *lines = repr(found).splitlines()
+    assert title.startswith("3 objects in ")
+    for line, name, mask in zip(lines, found.names, found.masks, strict=True):
+        assert line.startswith(name)
+        assert line.endswith(f"mask {mask.sum()} px")
 
 
 def test_every_kind_of_image_gives_the_same(model: MaskFrozenDETR, picture: Path) -> None:

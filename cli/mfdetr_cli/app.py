@@ -30,6 +30,7 @@ from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
+from mfdetr_pipelines.config.training import RecipesConfig
 
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
@@ -77,6 +78,7 @@ _register(app, "ablate", AblateConfig, "ablate:ablate")
 _register(app, "plan", PlanConfig, "plan:plan")
 _register(app, "export", ExportConfig, "export:export")
 _register(app, "demo", DemoConfig, "demo:demo")
+_register(app, "recipes", RecipesConfig, "recipes:recipes")
 _register(app, "detectors", DetectorsConfig, "detectors:detectors")
 app.add_typer(cache_app, name="cache", short_help="Look after feature caches.")
 _register(cache_app, "info", InfoConfig, "cache.info:info")

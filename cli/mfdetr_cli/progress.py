@@ -1,4 +1,4 @@
-"""Progress of a command: a bar on a terminal, else a line from time to time."""
+"""Progress of a command: a line on a terminal, else a line from time to time."""
 
 import io
 import sys
@@ -6,19 +6,18 @@ import time
 from typing import IO, cast
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from mfdetr_cli.console import human_bytes, human_time
 from mfdetr_cli.text import harmless, put
 
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
+# A terminal that is narrower has no room for a bar.
+_BAR_FROM, _BAR = 80, 20
 
 
 class _StandardError(io.TextIOBase):
@@ -47,7 +46,7 @@ class ConsoleReporter:
         self._console = Console(
             file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False
         )
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         self._reset("", 0, "", 0)
 
     def _reset(self, task: str, total: int, unit: str, done: int) -> None:
@@ -72,53 +71,50 @@ class ConsoleReporter:
             self.say(f"{task}: {done} of {total} {unit} were done before")
         if not self._console.is_terminal:
             return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
+        self._live = Live(
+            get_renderable=self._shown_line, console=self._console, refresh_per_second=4
         )
-        self._progress.start()
-        self._progress.add_task(task, total=total, completed=done, rate="", note="")
+        self._live.start()
 
     def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
         """Count finished units; ``note`` is shown beside the bar."""
         self._done += count
         self._bytes += num_bytes
         self._note = note or self._note
-        if self._progress is not None:
-            self._progress.update(
-                self._progress.task_ids[0],
-                completed=self._done,
-                rate=self._rate(),
-                note=self._note,
-            )
-        elif time.monotonic() - self._last_line >= _PLAIN_EVERY:
+        if self._live is None and time.monotonic() - self._last_line >= _PLAIN_EVERY:
             self._last_line, self._shown = time.monotonic(), self._done
             self.say(self._line())
 
     def finish(self) -> None:
         """End the task."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
         elif self._done > self._shown:
             self.say(self._line())
 
-    def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        text = f"{(self._done - self._first) / seconds:.1f} {self._unit}/s"
-        if self._bytes:
-            text += f", {human_bytes(self._bytes)}"
-        return text
+    def _shown_line(self) -> Table:
+        """The line on a terminal: a note that is too long for it is cut, and no bar comes first."""
+        width = self._console.width
+        bar = _BAR if width >= _BAR_FROM else 0
+        text = Text(harmless(self._line()))
+        text.truncate(width - bar - bool(bar), overflow="ellipsis")
+        line = Table.grid(padding=(0, 1, 0, 0))
+        cells = [ProgressBar(self._total, self._done, width=bar)] if bar else []
+        line.add_row(*cells, text)
+        return line
 
     def _line(self) -> str:
-        done = max(self._done - self._first, 1)
-        left = (time.monotonic() - self._started) / done * (self._total - self._done)
-        line = f"{self._task}: {self._done}/{self._total} {self._unit}, {self._rate()}"
-        line += f", {human_time(left)} left" if self._done < self._total else ""
-        return f"{line}, {self._note}" if self._note else line
+        """Step, share, rate and time left first, as short as they can be."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        done, todo = self._done - self._first, self._total - self._done
+        parts = [
+            f"{self._task} {100 * self._done // max(self._total, 1)} %",
+            f"{self._done}/{self._total} {self._unit}",
+            f"{done / seconds:.1f}/s",
+        ]
+        if todo > 0 and done:
+            parts.append(f"{human_time(seconds / done * todo)} left")
+        if self._bytes:
+            parts.append(human_bytes(self._bytes))
+        return ", ".join([*parts, self._note] if self._note else parts)

@@ -52,7 +52,7 @@ def command_of(kind: type[Any], run: Callable[[Any, Path | None], None]) -> Call
 
 def help_of(kind: type[Any]) -> tuple[str, str]:
     """The first line of a command's help, and all that stands before its options."""
-    about, _, example = _docstring(kind)[0].partition("\n\nExample:\n")
+    about, _, example = documented(kind)[0].partition("\n\nExample:\n")
     # An option and its value stay together.
     words = re.sub(r"(--\S+) (?=[^-])", r"\1\0", " ".join(example.split()))
     lines = " \\\n    ".join(textwrap.wrap(words, 72, break_on_hyphens=False)).replace("\0", " ")
@@ -60,7 +60,7 @@ def help_of(kind: type[Any]) -> tuple[str, str]:
     return summary, f"{about}\n\n\b\nExample:\n  {lines}"
 
 
-def _docstring(kind: type[Any]) -> tuple[str, dict[str, str]]:
+def documented(kind: type[Any]) -> tuple[str, dict[str, str]]:
     """A dataclass's docstring before its attributes, and the text of each attribute."""
     about, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
@@ -83,11 +83,11 @@ def _settings(kind: type[Any], only: tuple[str, ...] = ()) -> Iterator[_Setting]
 def _parameters(
     kind: type[Any], panel: str | None = None, only: tuple[str, ...] = ()
 ) -> Iterator[inspect.Parameter]:
-    texts = {k: v for base in kind.__mro__ for k, v in _docstring(base)[1].items()}
+    texts = {k: v for base in kind.__mro__ for k, v in documented(base)[1].items()}
     for setting in _settings(kind, only):
         field, hint, option, group, chosen = setting
         if group is not None:
-            title = _docstring(group)[0].partition("\n")[0].rstrip(".")
+            title = documented(group)[0].partition("\n")[0].rstrip(".")
             yield from _parameters(group, title, chosen)
             continue
         taken, metavar = _taken(hint, option)

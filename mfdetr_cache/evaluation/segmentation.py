@@ -37,6 +37,19 @@ class Segmentation:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __repr__(self) -> str:
+        """A line for each object: name, score, box and size of the mask in pixels."""
+        height, width = self.size_hw
+        longest = max(map(len, self.names), default=0)
+        lines = [f"{len(self)} objects in {width} x {height} pixels"]
+        for found in self._objects():
+            box = " ".join(f"{v:.0f}" for v in found.box_xyxy)
+            pixels = int(found.run_lengths[1::2].sum())
+            lines.append(
+                f"{found.name:{longest}}  {found.confidence:.2f}  box {box}  mask {pixels} px"
+            )
+        return "\n".join(lines)
+
     @property
     def masks(self) -> NDArray[np.bool_]:
         """True inside, at the image's size, shape (N, H, W); made anew at every call."""

@@ -85,10 +85,11 @@ class TrainConfig:
         val_split: Leave every so-many-th image of the cache out of training, to measure on when
             settings are chosen; 0 leaves none out.
         seed: Of initialisation, order, jitter and points.
-        num_threads: Threads that read and prepare batches; 0 chooses, see :meth:`reader_threads`.
+        num_threads: Threads that read and prepare batches; 0 for two, or half of the cores up to
+            eight beside a GPU.
         num_processes: Processes that do this in place of the threads and leave the GIL to the
-            training; 0 for none, -1 chooses, see :meth:`reader_processes`. Threads read until they
-            have started.
+            training; 0 for none, -1 for half of the cores up to eight beside a GPU. Threads read
+            until they have started.
         checkpoint_minutes: Time between checkpoints.
     """
 

@@ -1,11 +1,15 @@
 """Named configurations: one function per recipe, whose docstring names its source."""
 
+import json
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from mfdetr_cache.config import nearest, override
+from mfdetr_cache.config import from_dict, nearest, override, to_dict
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.files import read_regular
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
 
@@ -122,17 +126,49 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def build_recipe(name: str, assignments: Mapping[str, str]) -> Recipe:
-    """A recipe with settings replaced as typed with ``--set``.
+def build_recipe(name: str, assignments: Mapping[str, str], file: Path | None = None) -> Recipe:
+    """A recipe with settings replaced by those of a file, then as typed with ``--set``.
 
-    ConfigError if the recipe or a setting is unknown, or a value cannot be used.
+    ConfigError if the recipe or a setting is unknown, or a value or the file cannot be used.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe: unknown recipe {name!r}{nearest(name, list(RECIPES))}")
-    recipe = RECIPES[name]()
+    recipe = _named(name) if file is None else _of_file(file, name)
     head_changes, train_changes = _split(assignments)
     head = override(recipe.head, head_changes, "--set")
     return Recipe(recipe.name, head, override(recipe.train, train_changes, "--set"))
+
+
+def _named(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ConfigError(f"--recipe: unknown recipe {name!r}{nearest(name, list(RECIPES))}")
+    return RECIPES[name]()
+
+
+def _of_file(path: Path, name: str) -> Recipe:
+    """``recipe``, ``head`` and ``train`` of a TOML file, or of a run's ``config.json``.
+
+    A file may leave out the recipe, which is ``name`` then, and settings.
+    """
+    where = f"--config {path}"
+    try:
+        text = read_regular(path).decode()
+        document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        parts = {k: dict(document.get(k, {})) for k in ("head", "train")}
+        recipe = str(document.get("recipe", name))
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where} holds no settings ({error})") from error
+    is_run = "detector" in document
+    unknown = sorted(set(document) - {"recipe", *parts})
+    if unknown and not is_run:
+        raise ConfigError(
+            f"--config {path}: unknown key {unknown[0]!r}; use recipe, head and train"
+        )
+    # A run names all settings of its time; those that came later are off by default.
+    base = Recipe(recipe, HeadConfig(), TrainConfig()) if is_run else _named(recipe)
+    head = from_dict(HeadConfig, {**to_dict(base.head), **parts["head"]}, where)
+    train = from_dict(TrainConfig, {**to_dict(base.train), **parts["train"]}, where)
+    return Recipe(recipe, head, train)
 
 
 def split_settings(assignments: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

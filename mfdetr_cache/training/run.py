@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mfdetr_cache.evaluation.measure import EvaluateSummary
 
 _LOG_EVERY = 10
+# Parts of the loss, and what they are called beside the bar.
+_LOSSES = {"bce": "bce", "dice": "dice", "scoring": "iou", "box_loss": "boxes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +146,16 @@ class Run:
         learner = self.learner
         if self.problem is not None:
             return str(self.problem)
-        parts = []
-        if report is not None:
-            seconds = max(learner.seconds, 1e-9)
-            boxes = "" if report.box_loss is None else f", boxes {report.box_loss:.3f}"
-            parts = [
-                f"{learner.images / seconds:.1f} images/s",
-                f"{100 * learner.waiting_seconds / seconds:.0f} % waiting",
-                f"loss {learner.recent_loss():.3f} (bce {report.bce:.3f}, dice {report.dice:.3f}, "
-                f"iou {report.scoring:.3f}){boxes}",
-            ]
+        # The most telling first: a narrow terminal shows the beginning.
+        parts = [] if report is None else [f"loss {learner.recent_loss():.3f}"]
         if self._last_ap is not None and self._last_ap >= 0:
             parts.append(f"val AP {100 * self._last_ap:.1f}")
+        if report is not None:
+            losses = {name: getattr(report, field) for field, name in _LOSSES.items()}
+            parts += [f"{name} {value:.3f}" for name, value in losses.items() if value]
+            seconds = max(learner.seconds, 1e-9)
+            parts.append(f"{learner.images / seconds:.1f} images/s")
+            parts.append(f"{100 * learner.waiting_seconds / seconds:.0f} % waiting")
         return ", ".join(parts)
 
     @property

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ import mfdetr_cli
 import pytest
 from mfdetr_cli.console import print_evaluation, print_facts, print_table
 from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.recipes import recipes
+from mfdetr_pipelines.config.training import RecipesConfig
+
+from mfdetr_cache.config import to_dict
+from mfdetr_cache.training.recipes import RECIPES
 
 METRICS = {"AP": 0.123, "AP50": 0.234, "AP75": 0.345, "APS": 0.456, "APM": 1.0, "APL": -1.0}
 NUMBERS = ("12.3", "23.4", "34.5", "45.6", "100.0")
@@ -37,12 +43,49 @@ def test_numbers_are_whole_at_any_width(
         assert all(number in line for number in NUMBERS)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_a_recipe_is_listed_with_its_meaning(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes(RecipesConfig(name), None)
+    printed = capsys.readouterr().out.splitlines()
+    recipe = RECIPES[name]()
+    for field, value in (to_dict(recipe.head) | to_dict(recipe.train)).items():
+        words = next(line.split() for line in printed if line.startswith(f"{field} "))
+        assert len(words) >= (4 if value != [] else 3)
+
+
 def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("[b]title", ["[i]name", "n"], [["bolt [/M6]", "1"], ["wire [red]", "2"]])
     print_facts("[b]facts", {"[red]a": "[/x]"})
     printed = capsys.readouterr().out
     for text in ("[b]title", "[i]name", "bolt [/M6]", "wire [red]", "[b]facts", "[red]a", "[/x]"):
         assert text in printed
+
+
+@pytest.mark.parametrize("columns", [60, 80, 110, 140])
+def test_step_share_rate_and_time_left_are_whole_at_any_width(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """On a terminal, in the longest training there is, with its losses and AP beside."""
+    master, slave = os.openpty()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    note = "loss 1.234, val AP 25.7, bce 0.123, dice 0.456, iou 0.789, 155.3 images/s, 12 % waiting"
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        reporter = ConsoleReporter()
+        reporter.start("train", 88500, "steps", done=8500)
+        reporter._started -= 36000
+        reporter.advance(40000, num_bytes=103_000_000, note=note)
+        reporter.finish()
+    written = os.read(master, 1 << 16).decode()
+    os.close(master)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written).replace("\r", "\n").splitlines()
+    last = [line.rstrip() for line in lines if line.strip()][-1]
+    assert "train 54 %, 48500/88500 steps, 1.1/s, 10 h 0 min left" in last
+    assert max(map(len, lines)) <= columns
+    assert ("103 MB" in last, "val AP 25.7" in last) == (columns > 80, columns > 100)
+    assert ("━" in last) == (columns >= 80)
 
 
 PRINTS = (

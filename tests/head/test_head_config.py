@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,39 @@ def test_wrong_settings_are_named(assignments: dict[str, str], message: str) -> 
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'paper'"):
         build_recipe("papre", {})
+
+
+def test_settings_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[head]\nroi_size = 8\n[train]\nlr = 1e-3\ndrops = [0.5]\n")
+    recipe, fast = build_recipe("fast", {"lr": "2e-3"}, file), RECIPES["fast"]()
+    assert (recipe.head.roi_size, recipe.train.lr, recipe.train.drops) == (8, 2e-3, (0.5,))
+    assert (recipe.head.box_layers, recipe.train.steps) == (fast.head.box_layers, fast.train.steps)
+    # A run's settings are all of its time: what came later stays off, whatever the recipe is now.
+    document = {"recipe": "fast", "head": to_dict(fast.head), "train": to_dict(fast.train)}
+    del document["head"]["fine_size"]
+    run = tmp_path / "config.json"
+    run.write_text(json.dumps({**document, "detector": {}, "run": "1"}))
+    assert build_recipe("paper", {}, run).head.fine_size == HeadConfig().fine_size
+    assert build_recipe("paper", {}, run).train == fast.train
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[heads]\nroi_size = 8", "unknown key 'heads'; use recipe, head and train"),
+        ("[head]\nroisize = 8", "unknown setting 'roisize'; did you mean 'roi_size'"),
+        ("head = 8", "holds no settings"),
+        ("{", "holds no settings"),
+    ],
+)
+def test_wrong_files_of_settings_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"--config {file}.*{message}"):
+        build_recipe("fast", {}, file)
+    with pytest.raises(ConfigError, match="No such file"):
+        build_recipe("fast", {}, tmp_path / "absent.toml")
 
 
 def test_every_recipe_says_where_it_comes_from() -> None:

@@ -135,7 +135,7 @@ def compare_live(
     chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
     faults: list[str] = []
     worst = 0.0
-    reporter.start("compare with the detector", len(chosen), "images")
+    reporter.start("compare", len(chosen), "images")
     for view in dict(chosen):
         rows = {row for name, row in chosen if name == view}
         for row, output in extract_again(cache, detector, view, rows, source.images, device):

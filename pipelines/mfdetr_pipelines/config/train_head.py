@@ -32,7 +32,7 @@ class TrainingRecipe(RecipeOptions):
         changes: dict[str, str] = {} if self.amp is None else {"amp": self.amp}
         if self.compile:
             changes["compile"] = "true"
-        return build_recipe(self.recipe, {**self.set, **changes})
+        return build_recipe(self.recipe, {**self.set, **changes}, self.config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from mfdetr_cache.choices import Tracker
-from mfdetr_cache.options import Option
+from mfdetr_cache.options import FILE, Option
 from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
 from mfdetr_pipelines.config.shared import OnDevice
 
@@ -27,15 +28,32 @@ class RecipeOptions:
 
     Attributes:
         recipe: Name of a recipe.
-        set: Replace a setting of the recipe, such as lr=3e-4.
+        set: Replace a setting of the recipe, such as lr=3e-4; mfdetr recipes lists them.
+        config: A file with recipe, head and train in place of a recipe's name: the config.json of
+            a run, or TOML.
     """
 
     recipe: Annotated[str, RECIPE] = "fast"
     set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
+    config: Annotated[Path | None, FILE] = None
 
     def build(self) -> Recipe:
         """The recipe with its settings replaced."""
-        return build_recipe(self.recipe, self.set)
+        return build_recipe(self.recipe, self.set, self.config)
+
+
+@dataclass(frozen=True, slots=True)
+class RecipesConfig:
+    """List the recipes, or the settings of one: value, the paper's value, and meaning.
+
+    Example:
+        mfdetr recipes fast
+
+    Attributes:
+        recipe: Whose settings to list.
+    """
+
+    recipe: Annotated[str | None, Option("recipe", metavar="NAME")] = None
 
 
 def parse_batch_size(text: str) -> int | Literal["auto"]:

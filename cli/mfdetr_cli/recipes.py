@@ -1,0 +1,43 @@
+"""``mfdetr recipes``."""
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+
+from mfdetr_pipelines.config.training import RecipesConfig
+
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.recipes import RECIPES, build_recipe
+from mfdetr_cli.console import print_lines, print_table, write_json
+from mfdetr_cli.signature import documented
+
+
+def recipes(config: RecipesConfig, json: Path | None) -> None:
+    """List recipes, or all settings of one."""
+    texts = {name: (inspect.getdoc(r) or "").replace("``", "") for name, r in RECIPES.items()}
+    if config.recipe is None:
+        write_json(json, {"recipes": [asdict(build_recipe(name, {})) for name in RECIPES]})
+        rows = [[name, text.partition("\n")[0]] for name, text in texts.items()]
+        print_table("Recipes", ["", "what it is"], rows, justify="left")
+        return
+    recipe = build_recipe(config.recipe, {})
+    write_json(json, asdict(recipe))
+    print_lines(texts[recipe.name], "")
+    for title, own, paper in (
+        ("Mask network: --set NAME=VALUE", recipe.head, HeadConfig()),
+        ("Training: --set NAME=VALUE", recipe.train, TrainConfig()),
+    ):
+        values, defaults = asdict(own), asdict(paper)
+        rows = [
+            [name, _shown(values[name]), _shown(defaults[name]), text.replace("``", "")]
+            for name, text in documented(type(own))[1].items()
+        ]
+        print_table(title, ["", "value", "paper", "meaning"], rows, justify="left")
+
+
+def _shown(value: object) -> str:
+    """As it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
