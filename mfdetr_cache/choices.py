@@ -23,8 +23,9 @@ Which = Literal["last", "best"]
 Scoring = Literal["auto", "iou", "mean", "class"]
 # faster-coco-eval gives pycocotools' numbers in half the time; pycocotools is the referee.
 Evaluator = Literal["fast", "pycocotools"]
-# What is measured beside mask and box AP: floor and ceiling; boundary AP; one thing made perfect.
-Extra = Literal["baselines", "boundary", "oracles"]
+# What is measured beside mask and box AP: floor and ceiling; boundary AP; one thing made perfect;
+# what objects are taken for.
+Extra = Literal["baselines", "boundary", "oracles", "confusion"]
 # An entry of a file that cannot be used: refuse the file, or leave it out and count it.
 OnBad = Literal["stop", "skip"]
 # Rows of an ablation that need no head.

@@ -21,6 +21,8 @@ from mfdetr_cli.console import (
 )
 from mfdetr_cli.progress import ConsoleReporter
 
+_MOST_CONFUSED = 30
+
 
 def evaluate(config: EvaluateConfig, json: Path | None) -> None:
     """Measure a head on a cache, or a results file."""
@@ -43,13 +45,12 @@ def evaluate(config: EvaluateConfig, json: Path | None) -> None:
 def _evaluate_file(
     config: EvaluateConfig, results: Path, annotations: Path, json: Path | None
 ) -> None:
-    boundary = "boundary" in config.extras
     found = run_evaluate_results(
         results,
         annotations,
         config.evaluator,
         ConsoleReporter(),
-        boundary=boundary,
+        extras=config.extras,
         on_bad=config.file.on_bad_annotation,
     )
     metrics, details = found.metrics(), found.details()
@@ -80,12 +81,20 @@ def _show(
     details: dict[str, Any],
     config: EvaluateConfig,
 ) -> None:
-    """Tables: metrics, recalls, and the categories if asked for."""
+    """Tables: metrics, recalls, and the confusion and the categories if asked for."""
     print_evaluation(title, metrics)
+    confusion = details.get("confusion")
     details = {name: details[name] for name in ("mask", "box") if name in details}
     recalls = {name: found["recall"] for name, found in details.items()}
     columns = list(next(iter(recalls.values())))
     print_table("Average recall", ["", *columns], metric_rows(recalls))
+    if confusion:
+        mistakes = [c for c in confusion if c["category"] != c["found_as"]][:_MOST_CONFUSED]
+        print_table(
+            "Objects that were found as something else",
+            ["", "found as", "objects"],
+            [[c["category"], c["found_as"] or "(not found)", str(c["objects"])] for c in mistakes],
+        )
     if not config.per_category:
         return
     names = list(details)

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     coco_ground_truth,
     measure_results,
 )
+from mfdetr_cache.evaluation.confusion import confusions
 from mfdetr_cache.evaluation.inference import MaskPrediction, masks_in_image, predict_masks
 from mfdetr_cache.evaluation.oracles import (
     ORACLES,
@@ -72,7 +73,7 @@ class EvaluateSummary:
         floor: Mask AP of the box as mask; None if not requested.
         ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not requested.
         boundary: Boundary AP of the head; None if not requested.
-        details: Recalls and categories of ``mask`` and ``box``.
+        details: Recalls and categories of ``mask`` and ``box``; ``confusion`` if requested.
         seconds: Total time.
         latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
             ``detector`` where it was timed.
@@ -167,6 +168,9 @@ def measure(
     if "baselines" in extras:
         floor = metrics([r for s in scored for r in s.floor], "segm").metrics
         ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics
+    details: dict[str, Any] = {"mask": mask.details(), "box": box.details()}
+    if "confusion" in extras:
+        details["confusion"] = [asdict(c) for c in confusions(truth, masks)]
     cost = head_cost(head.config, cache.spec)
     summary = EvaluateSummary(
         num_images=len(cache),
@@ -175,7 +179,7 @@ def measure(
         floor=floor,
         ceiling=ceiling,
         boundary=metrics(masks, "boundary").metrics if "boundary" in extras else None,
-        details={"mask": mask.details(), "box": box.details()},
+        details=details,
         seconds=time.perf_counter() - started,
         latency={
             "head": Latency.of(head_seconds),

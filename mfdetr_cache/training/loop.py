@@ -171,7 +171,9 @@ class TrainingLoop:
         if self._processes.is_first:
             with contextlib.suppress(StoppedBySignal), self._interruptible(stop):
                 run.measure()
-        self._processes.wait()
+        # The others stop at the same step.
+        settled = self._processes.gather([int(run.has_settled)], self._device)
+        run.has_settled = any(found for (found,) in settled)
 
     def _learn(self, run: Run, step: Step, share: tuple[int, int]) -> StepReport | None:
         """One step of one head; out of memory, again in more micro-batches."""

@@ -41,21 +41,29 @@ class Validation:
     Attributes:
         measure: Computes the metrics of a head.
         every: Steps between measurements; None measures at the end only.
+        patience: Measurements in a row without a better AP that end the run; None for no end.
         keeps_best: Save the weights with the best AP.
     """
 
     measure: "Callable[[MaskHead, Reporter], EvaluateSummary]"
     every: int | None = None
+    patience: int | None = None
     keeps_best: bool = True
 
     @classmethod
     def on_cache(
-        cls, cache: FeatureCache, device: torch.device, every: int | None = None
+        cls,
+        cache: FeatureCache,
+        device: torch.device,
+        every: int | None = None,
+        patience: int | None = None,
     ) -> "Validation":
         """Measure on a cache of the same detector, every ``every`` steps and at the end."""
         from mfdetr_cache.evaluation.measure import measure
 
-        return cls(lambda head, reporter: measure(cache, head, device, reporter)[0], every)
+        return cls(
+            lambda head, reporter: measure(cache, head, device, reporter)[0], every, patience
+        )
 
 
 class Run:
@@ -64,7 +72,8 @@ class Run:
     With ``midway`` the head can be used at every checkpoint, also if the run is stopped there.
     Without a folder nothing is written. HeadError if the checkpoint is damaged or of another run.
     ``problem`` is the error that ended it early, if any; ``best_ap`` the best mask AP measured,
-    also before a resume, at ``best_step``.
+    also before a resume, at ``best_step``; ``has_settled`` whether it did not become better for the
+    validation's ``patience``.
     """
 
     def __init__(
@@ -82,6 +91,8 @@ class Run:
         self.problem: TrainingError | None = None
         self.best_ap: float | None = None
         self.best_step: int | None = None
+        self.has_settled = False
+        self._since_best = 0
         self._log = log
         self._last_ap: float | None = None
         self._saved_step: int | None = None
@@ -92,8 +103,8 @@ class Run:
 
     @property
     def is_active(self) -> bool:
-        """Whether it has steps left and has not failed."""
-        return self.problem is None and not self.learner.is_done
+        """Whether it has steps left, has not failed and can still become better."""
+        return self.problem is None and not self.learner.is_done and not self.has_settled
 
     def save(self) -> None:
         """Write a checkpoint; OutputError if the disk is full, with the old one kept.
@@ -110,9 +121,10 @@ class Run:
             (self._folder / FAILED_FILE).unlink(missing_ok=True)
 
     def save_weights(self) -> None:
-        """Write the head as it is at this step."""
+        """Write the head as it is at this step; a settled one is at its end."""
         assert self._folder is not None
-        save_head(self._folder, self.learner.result_weights(), step=self.learner.step)
+        step = None if self.has_settled else self.learner.step
+        save_head(self._folder, self.learner.result_weights(), step=step)
 
     def fail(self, error: TrainingError) -> None:
         """End the run: the checkpoint from before is kept, the state now lies beside it."""
@@ -196,8 +208,11 @@ class Run:
         """Record a measurement; returns whether it is the best so far."""
         self._last_ap = ap
         if self.best_ap is not None and ap <= self.best_ap:
+            patience = None if self._validation is None else self._validation.patience
+            self._since_best += 1
+            self.has_settled = patience is not None and self._since_best >= patience
             return False
-        self.best_ap, self.best_step = ap, step
+        self.best_ap, self.best_step, self._since_best = ap, step, 0
         return True
 
     def _restore(self) -> None:

@@ -1,10 +1,11 @@
 """Evaluate a COCO results file of any tool: boxes and masks."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mfdetr_cache.choices import Evaluator, OnBad
+from mfdetr_cache.choices import Evaluator, Extra, OnBad
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.errors import DatasetError
@@ -16,6 +17,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     ground_truth_of_split,
     measure_results,
 )
+from mfdetr_cache.evaluation.confusion import Confusion, confusions
 from mfdetr_cache.reporter import Reporter, SilentReporter
 
 _FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
@@ -29,11 +31,13 @@ class ResultsSummary:
         num_images: Images in the annotation file.
         num_results: Detections in the results file.
         reports: By kind; kinds that the file does not have are absent.
+        confusion: What objects are taken for; empty without masks, or if not requested.
     """
 
     num_images: int
     num_results: int
     reports: dict[Kind, CocoReport]
+    confusion: tuple[Confusion, ...] = ()
 
     @property
     def mask(self) -> CocoMetrics | None:
@@ -56,9 +60,13 @@ class ResultsSummary:
         return {name: None if m is None else m.to_dict() for name, m in found.items()}
 
     def details(self) -> dict[str, Any]:
-        """Recalls and per-category metrics."""
+        """Recalls and per-category metrics, and the confusion."""
         names: dict[Kind, str] = {"segm": "mask", "bbox": "box"}
-        return {n: self.reports[k].details() for k, n in names.items() if k in self.reports}
+        found: dict[str, Any]
+        found = {n: self.reports[k].details() for k, n in names.items() if k in self.reports}
+        if self.confusion:
+            found["confusion"] = [asdict(c) for c in self.confusion]
+        return found
 
     def _metrics(self, kind: Kind) -> CocoMetrics | None:
         return self.reports[kind].metrics if kind in self.reports else None
@@ -70,13 +78,14 @@ def run_evaluate_results(
     evaluator: Evaluator = "fast",
     reporter: Reporter | None = None,
     *,
-    boundary: bool = True,
+    extras: Collection[Extra] = frozenset({"boundary"}),
     on_bad: OnBad = "stop",
 ) -> ResultsSummary:
     """Measure a COCO results file: ``bbox`` (xywh) and ``segmentation`` against instances JSON.
 
-    ``on_bad`` stops at, or leaves out, annotations and results that cannot be used. DatasetError if
-    a file cannot be used or a result has an unknown image id.
+    ``extras`` may have ``boundary`` and ``confusion``. ``on_bad`` stops at, or leaves out,
+    annotations and results that cannot be used. DatasetError if a file cannot be used or a result
+    has an unknown image id.
     """
     reporter = reporter or SilentReporter()
     split = load_coco_split(annotations, on_bad=on_bad, masks="optional")
@@ -87,7 +96,7 @@ def run_evaluate_results(
     asked: dict[Kind, list[Result]] = {
         kind: found.with_field(field)
         for kind, field in _FIELDS.items()
-        if kind != "boundary" or boundary
+        if kind != "boundary" or "boundary" in extras
     }
     if len(found.results):
         # A kind that no result has is not measured; an empty list is an AP of 0.
@@ -102,7 +111,9 @@ def run_evaluate_results(
     reports = {
         kind: measure_results(truth, those, kind, evaluator) for kind, those in asked.items()
     }
-    return ResultsSummary(len(split.images), found.faults.total, reports)
+    wanted = asked.get("segm", []) if "confusion" in extras else []
+    seen_as = confusions(truth, wanted) if wanted else ()
+    return ResultsSummary(len(split.images), found.faults.total, reports, seen_as)
 
 
 def _without_masks_that_nobody_drew(

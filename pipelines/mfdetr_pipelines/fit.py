@@ -1,14 +1,11 @@
 """Fit: a dataset and a detector in, a trained head with figures and pictures out."""
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-from matplotlib.axes import Axes
 
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
@@ -23,14 +20,13 @@ from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
-from mfdetr_cache.training.run_log import METRICS_FILE
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
-from mfdetr_pipelines.pages.chart import draw
+from mfdetr_pipelines.pages.curves import curves
 from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -39,7 +35,6 @@ ResultT = TypeVar("ResultT")
 _NUM_PICTURES = 10
 # Every so many-th training image is measured on where the dataset has no other split.
 _HELD_OUT = 5
-_LOSSES = {"bce": "cross-entropy", "dice": "dice", "scoring": "predicted IoU"}
 _TRAIN_CACHE, _VAL_CACHE, _HEAD, _PAGE = "train.zarr", "val.zarr", "head", "report.html"
 
 
@@ -258,7 +253,7 @@ def _page(
             Section(facts=facts),
             Section(
                 "How good they are",
-                charts=[_loss_curve(summary.head / METRICS_FILE)],
+                charts=[curves(summary.head).to_svg()],
                 columns=["in percent", *next(iter(metrics.values()))],
                 cells=[[name, *map(_percent, found.values())] for name, found in metrics.items()],
                 text="Floor: the box as mask. Ceiling: the annotated mask inside the predicted "
@@ -285,19 +280,3 @@ def _page(
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if value >= 0 else "-"
-
-
-def _loss_curve(path: Path) -> str:
-    """The parts of the training's loss by step."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def plot(axes: Axes) -> None:
-        for name, text in _LOSSES.items():
-            points = [(line["step"], line[name]) for line in lines if line.get(name)]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=text)
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss")
-        axes.legend(frameon=False)
-
-    return draw(plot, 6, 2.4).to_svg()

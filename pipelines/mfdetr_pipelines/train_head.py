@@ -27,6 +27,7 @@ from mfdetr_cache.training.settings import (
     with_length,
 )
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.pages.curves import write_curves
 
 if TYPE_CHECKING:
     from mfdetr_cache.evaluation.measure import EvaluateSummary
@@ -94,7 +95,7 @@ def run_train_head(
 
         validation, val_path = None, None
         if val_cache is not None:
-            validation = Validation.on_cache(val_cache, device, wanted.val_every)
+            validation = Validation.on_cache(val_cache, device, wanted.val_every, wanted.early_stop)
             val_path = val_cache.path
         run = begin_run(
             learner,
@@ -123,9 +124,13 @@ def run_train_head(
         loop.run()
         if run.problem is not None:
             raise run.problem
+        if run.has_settled:
+            reporter.say(f"stopped at step {learner.step}: mask AP was best at {run.best_step}")
         if processes.is_first:
             run.save_weights()
         measured = run.end(reporter, processes)
+        if processes.is_first:
+            write_curves(config.out)
     return TrainSummary(
         out=str(config.out),
         parameters=parameters,

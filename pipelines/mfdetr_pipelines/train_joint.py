@@ -40,6 +40,7 @@ from mfdetr_cache.training.settings import (
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.pages.curves import write_curves
 
 DETECTOR_FOLDER = "detector"
 VAL_CACHE = "val.zarr"
@@ -149,6 +150,8 @@ def run_train_joint(
                 record = replace(record, detector=detector_identity(tuned.spec))
             save_run_config(config.out, head.config, record)
         measured = run.end(reporter, processes)
+        if processes.is_first:
+            write_curves(config.out)
     return TrainJointSummary(
         out=str(config.out),
         weights=weights,

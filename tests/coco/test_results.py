@@ -227,7 +227,7 @@ def test_every_way_of_writing_gives_the_numbers_of_pycocotools(
     paths[0].write_text(json.dumps(written[1]))
     paths[1].write_text(json.dumps(written[0]))
     for evaluator in ("fast", "pycocotools"):
-        found = run_evaluate_results(*paths, evaluator, boundary=False)  # type: ignore[arg-type]
+        found = run_evaluate_results(*paths, evaluator, extras=())  # type: ignore[arg-type]
         for kind, numbers in wanted.items():
             report = found.reports[kind]  # type: ignore[index]
             ours = [*report.metrics.to_dict().values(), *report.recall.values()]
@@ -243,7 +243,7 @@ def test_every_encoding_is_read(
         text = json.dumps(document)
         data = gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding)
         path.write_bytes(data)
-    found = run_evaluate_results(*paths, boundary=False)
+    found = run_evaluate_results(*paths, extras=())
     assert found.mask is not None
     assert pytest.approx(wanted["segm"][0], abs=1e-9) == found.mask.AP
 
@@ -282,11 +282,11 @@ def test_a_result_that_cannot_be_used_is_named_or_left_out(
     written[1][3][key] = value
     with pytest.raises(DatasetError, match=message):
         measured(tmp_path, written)
-    found, messages = measured(tmp_path, written, on_bad="skip", boundary=False)
+    found, messages = measured(tmp_path, written, on_bad="skip", extras=())
     assert "left out: 1 of 24 results cannot be used: result 3" in messages[0]
     without = copied(plain)
     del without[1][3]
-    assert found == measured(tmp_path, without, boundary=False)[0]
+    assert found == measured(tmp_path, without, extras=())[0]
 
 
 def test_a_swapped_size_is_told(tmp_path: Path, plain: Documents) -> None:
@@ -355,4 +355,4 @@ def test_whatever_stands_in_results_is_right_or_one_line(
     for key, place, value in changes:
         written[1][place][key] = value
     with contextlib.suppress(DatasetError):
-        measured(tmp_path_factory.getbasetemp(), written, boundary=False, on_bad="skip")
+        measured(tmp_path_factory.getbasetemp(), written, extras=(), on_bad="skip")

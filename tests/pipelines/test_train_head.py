@@ -725,20 +725,24 @@ def test_a_stopped_run_is_measured_at_its_step(tmp_path: Path, drawn_cache: Path
     assert all(torch.equal(v, wanted[k]) for k, v in load_head(out).head.state_dict().items())
 
 
-def test_the_best_weights_survive_a_stop(
-    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worse validation after a resume does not replace a better one before it."""
-    values = iter([0.5, 0.1, 0.2])
-    real = measure_module.measure
+def measure_as(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
+    """Give these mask APs, one measurement after the other."""
+    real, left = measure_module.measure, iter(values)
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         found, masks = real(*arguments, **options)
         return dataclasses.replace(
-            found, mask=dataclasses.replace(found.mask, AP=next(values))
+            found, mask=dataclasses.replace(found.mask, AP=next(left))
         ), masks
 
     monkeypatch.setattr(measure_module, "measure", scripted)
+
+
+def test_the_best_weights_survive_a_stop(
+    tmp_path: Path, drawn_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worse validation after a resume does not replace a better one before it."""
+    measure_as(monkeypatch, 0.5, 0.1, 0.2)
     recipe, out = small_recipe(steps=6), tmp_path / "run"
     with pytest.raises(StoppedError, match="at step 3"):
         train(drawn_cache, out, recipe, stop_after(3), val_cache=drawn_cache, val_every=2)
@@ -746,6 +750,31 @@ def test_the_best_weights_survive_a_stop(
     summary = train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2, resume=True)
     assert (summary.best_AP, summary.best_step) == (0.5, 2)
     assert (out / "head-best.safetensors").read_bytes() == best
+
+
+def test_a_training_that_gets_no_better_stops(
+    drawn_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = (0.1, 0.5, 0.4, 0.5)
+    recipe, out = small_recipe(steps=9), tmp_path / "run"
+    options = {"val_cache": drawn_cache, "val_every": 1, "early_stop": 2}
+    measure_as(monkeypatch, *values, values[-1])
+    summary = train(drawn_cache, out, recipe, **options)
+    assert (summary.steps, summary.best_step) == (4, 2)
+    # It is at its end, and what is written says so.
+    assert load_head(out).unfinished == ""
+    assert ">mask AP<" in (out / "curves.svg").read_text()
+    # Stopped by a signal between the two, it counts on.
+    resumed = tmp_path / "resumed"
+    monkeypatch.undo()
+    measure_as(monkeypatch, *values, values[-1])
+    with pytest.raises(StoppedError, match="at step 3"):
+        train(drawn_cache, resumed, recipe, stop_after(3), **options)
+    assert train(drawn_cache, resumed, recipe, **options, resume=True).steps == 4
+    assert weights_of(resumed).keys() == weights_of(out).keys()
+    assert all(torch.equal(w, weights_of(out)[k]) for k, w in weights_of(resumed).items())
+    with pytest.raises(ConfigError, match="--early-stop counts measurements"):
+        train(drawn_cache, tmp_path / "other", early_stop=2)
 
 
 def test_a_part_of_the_cache_serves_as_validation(drawn_cache: Path, tmp_path: Path) -> None:

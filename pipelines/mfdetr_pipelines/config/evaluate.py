@@ -22,6 +22,8 @@ class ExtraOptions:
         boundary: Measure boundary AP.
         oracles: Show what AP would be if masks, scores, boxes, labels or the missing objects were
             perfect.
+        confusion: Show which categories are taken for which others, and how many objects are
+            missed.
     """
 
     baselines: Annotated[
@@ -29,6 +31,7 @@ class ExtraOptions:
     ] = True
     boundary: Annotated[bool, Option(help="Leave out boundary AP.")] = True
     oracles: bool = False
+    confusion: bool = False
 
     def build(self) -> frozenset[Extra]:
         """The chosen ones."""
@@ -36,6 +39,7 @@ class ExtraOptions:
             "baselines": self.baselines,
             "boundary": self.boundary,
             "oracles": self.oracles,
+            "confusion": self.confusion,
         }
         return frozenset(name for name, wanted in chosen.items() if wanted)
 

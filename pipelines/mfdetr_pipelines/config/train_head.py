@@ -43,12 +43,17 @@ class Validation:
         val_cache: Cache of the validation split, measured at the end.
         val_every: Measure every N steps too, on --val-cache or what --set val_split=M keeps; the
             best weights are kept.
+        early_stop: End the training after N of these measurements in a row without a better mask
+            AP. The schedule stays that of the whole length.
     """
 
     val_cache: Annotated["Location | None", CACHE] = None
     val_every: int | None = None
+    early_stop: int | None = None
 
     def __post_init__(self) -> None:
+        if self.early_stop is not None and self.val_every is None:
+            raise ConfigError("--early-stop counts measurements: give --val-every too")
         if self.val_every is not None and self.val_every < 1:
             raise ConfigError(f"--val-every must be 1 or more, not {self.val_every}")
 
