@@ -1,5 +1,6 @@
 """What the site has beside docs/*.md; a hook of MkDocs, see mkdocs.yml."""
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -34,11 +35,23 @@ REFERENCE = (
 _LINK = re.compile(r"\[([^\]\[]*)\]\(([^)\s]+)\)")
 
 
+def _as_page(notebook: Path) -> str:
+    """The cells of a notebook as Markdown, below a link to itself."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts.insert(1, f"[This page as a notebook]({notebook.name})")
+    return "\n\n".join(parts)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files beside docs/ and the pages of reference."""
+    """Add the files beside docs/, the notebooks as pages and the pages of reference."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
+    for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
+        files.append(File.generated(config, f"{notebook.stem}.md", content=_as_page(notebook)))
     for page, title, module in REFERENCE:
         text = f"# {title}\n\n`{module}`\n\n::: {module}\n"
         files.append(File.generated(config, f"api/{page}.md", content=text))

@@ -1,6 +1,7 @@
 """What the documents say is what the code does."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -182,6 +183,19 @@ def test_the_python_page_runs(
         exec(code, names)
     assert len(names["found"]) >= 1
     assert names["c1"].ndim == 3
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell by cell as they stand, on fewer scenes and steps, where nothing but pip has run."""
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    sizes = "num_train, num_val, steps = 80, 20, 300"
+    assert sizes in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace(sizes, "num_train, num_val, steps = 4, 3, 2"), names)
+    assert len(names.get("found", names.get("results"))) >= 1
 
 
 def test_tests_that_the_reliability_page_names_exist() -> None:

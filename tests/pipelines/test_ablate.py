@@ -45,6 +45,7 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.rows import trainable_rows
+from tests.support.browser import require_readable
 
 SMALL = {
     "hidden_dim": "8",
@@ -106,6 +107,7 @@ def test_sample_masks_of_every_row_are_drawn(
     assert all(Image.open(io.BytesIO(base64.b64decode(p))).height >= 200 for p, _ in pictures)
     # Nothing is fetched: the page is one file.
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", page)
+    require_readable(page, tmp_path)
 
 
 def result(row: AblationRow, *percent: float) -> RowResult:

@@ -11,6 +11,7 @@ from PIL import Image
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.reporter import SilentReporter
+from tests.support.browser import require_readable
 
 
 def test_regions_of_different_features_get_different_colours() -> None:
@@ -44,6 +45,7 @@ def test_the_page_shows_every_map_of_some_images(
     assert len(sizes) == 1
     assert text.count("<svg") >= 4
     assert "encoder" in text
+    require_readable(text, tmp_path)
     without = run_view(drawn_cache, tmp_path / "b.html", SilentReporter(), images=None, count=1)
     assert without.images == 1
     with pytest.raises(ConfigError, match="--count 0: give 1 or more"):

@@ -19,6 +19,7 @@ from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError, StoppedError
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
+from tests.support.browser import require_readable
 
 KINDS: dict[str, Any] = {
     "extract": ExtractConfig,
@@ -108,6 +109,10 @@ class Lines(SilentReporter):
     def say(self, message: str) -> None:
         if message.startswith("\n$ "):
             self.commands.append(message[3:])
+
+
+def test_its_page_is_readable_in_a_browser(fresh: FitSummary, tmp_path: Path) -> None:
+    require_readable(fresh.page.read_text(), tmp_path)
 
 
 @pytest.mark.parametrize("before", ["train-head", "evaluate"])
