@@ -11,12 +11,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Files beside docs/ that are pages of the site: path in the repository, page.
+# What are pages of the site beside docs/*.md: path in the repository, page.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/history.md": "history.md",
+    "docs/notebook-masks.ipynb": "notebook-masks.md",
+    "docs/notebook-ablation.ipynb": "notebook-ablation.md",
 }
 # Pages of reference, written from docstrings: page, title, module.
 REFERENCE = (
@@ -41,17 +43,17 @@ def _as_page(notebook: Path) -> str:
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-    parts.insert(1, f"[This page as a notebook]({notebook.name})")
+    parts.insert(1, f'<a href="{notebook.name}">This page as a notebook</a>')
     return "\n\n".join(parts)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files beside docs/, the notebooks as pages and the pages of reference."""
+    """Add the files beside docs/, the notebooks and the pages of reference."""
     for source, page in PAGES.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
+        path = ROOT / source
+        is_notebook = path.suffix == ".ipynb"
+        text = _as_page(path) if is_notebook else path.read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
-    for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
-        files.append(File.generated(config, f"{notebook.stem}.md", content=_as_page(notebook)))
     for page, title, module in REFERENCE:
         text = f"# {title}\n\n`{module}`\n\n::: {module}\n"
         files.append(File.generated(config, f"api/{page}.md", content=text))
