@@ -1,6 +1,6 @@
 """Input and output of the mask network. Maps are never padded: equal sizes share a group."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,12 +162,15 @@ class HeadOutput:
             mask scoring.
         codes: Mask codes the logits were decoded from, shape (R, K'); None for other predictors.
         coarse_logits: Before they were refined on a finer grid, shape (R, r, r); None without one.
+        refine: Logits (R, N) at points (R, N, 2), x and y in [0, 1] over each box, where they are
+            predicted one by one. In training only; ``mask_logits`` are then the coarse mask's.
     """
 
     mask_logits: Tensor
     mask_iou: Tensor | None
     codes: Tensor | None = None
     coarse_logits: Tensor | None = None
+    refine: Callable[[Tensor], Tensor] | None = None
 
 
 def live_groups(

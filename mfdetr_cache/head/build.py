@@ -21,6 +21,7 @@ from mfdetr_cache.head.mask_predictor import (
     SegmenterPredictor,
 )
 from mfdetr_cache.head.mask_scoring import MaskScoring
+from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding
 from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.head.sampled_cells import SampledCellsHead
@@ -63,9 +64,7 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
     scoring = None
     if config.mask_scoring:
         scoring = MaskScoring(config.hidden_dim, config.roi_size, spec.num_labels)
-    fine_mask = None
-    if config.fine_size:
-        fine_mask = FineMask(config.hidden_dim, config.fine_dim, config.fine_layers)
+    fine_mask = _fine_mask(config) if config.fine_size else None
     return SampledCellsHead(
         config,
         levels,
@@ -149,6 +148,13 @@ def _box_encoder(config: HeadConfig) -> nn.Module:
     if config.box_block == "deformable":
         return DeformableBoxEncoder(width, config.roi_size, count)
     return nn.Sequential(*_blocks(config.box_block, width, count, _BOX_WINDOW))
+
+
+def _fine_mask(config: HeadConfig) -> FineMask | PointMask:
+    shape = (config.hidden_dim, config.fine_dim, config.fine_layers)
+    if config.fine_block == "points":
+        return PointMask(*shape, config.fine_points)
+    return FineMask(*shape)
 
 
 def _blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:

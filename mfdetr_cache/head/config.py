@@ -40,8 +40,11 @@ class HeadConfig:
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
         fine_size: Cells of a finer grid on which the mask is corrected, a multiple of ``roi_size``;
             0 for none. RoIAlign then cuts this grid, and its means are the cells of ``roi_size``.
+        fine_block: ``convolution`` in all its cells, or ``points``: PointRend's, which predicts the
+            least certain ones of them from their features and the coarse mask.
         fine_dim: Channels there.
-        fine_layers: Depth-wise convolutions there.
+        fine_layers: Depth-wise convolutions there, or hidden layers of PointRend's MLP.
+        fine_points: Points that PointRend predicts, each time the grid's side is doubled.
     """
 
     image_block: BlockKind = "deformable"
@@ -64,8 +67,10 @@ class HeadConfig:
     mask_embedding_dim: int = 64
     mask_scoring: bool = True
     fine_size: int = 0
+    fine_block: Literal["convolution", "points"] = "convolution"
     fine_dim: int = 32
     fine_layers: int = 2
+    fine_points: int = 784
 
     @property
     def grid_size(self) -> int:
@@ -98,7 +103,7 @@ class HeadConfig:
                 f"fine_size must be 0, or 2 or more times roi_size ({self.roi_size}), "
                 f"not {self.fine_size}"
             )
-        if self.fine_dim < 1 or not 0 <= self.fine_layers <= 8:
-            raise ValueError("fine_dim must be 1 or more, fine_layers 0 to 8")
+        if min(self.fine_dim, self.fine_points) < 1 or not 0 <= self.fine_layers <= 8:
+            raise ValueError("fine_dim and fine_points must be 1 or more, fine_layers 0 to 8")
         if self.fine_size and (not self.roialign or self.mask_predictor == "embedding"):
             raise ValueError("fine_size needs roialign and another mask_predictor than embedding")

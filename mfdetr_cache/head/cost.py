@@ -27,6 +27,7 @@ from mfdetr_cache.head.fine_mask import FineLayer, FineMask
 from mfdetr_cache.head.fusion import FeatureFusion
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.query_encoder import BoxToObject
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
@@ -156,15 +157,27 @@ def _element_wise(head: MaskHead, total: list[int]) -> Iterator[None]:
     def fusion(_module: nn.Module, args: tuple[Tensor | None, ...], output: Tensor) -> None:
         total[0] += output.numel() if args[0] is not None else 0
 
-    handles = []
-    for module in head.modules():
-        if type(module) in _STEPS:
-            handles.append(module.register_forward_hook(steps_of(_STEPS[type(module)])))
-        elif isinstance(module, FineMask):
-            # Detail and context are added in every channel of a cell, and the two logits.
-            handles.append(module.register_forward_hook(steps_of(module.detail.out_features + 1)))
-        elif isinstance(module, FeatureFusion):
-            handles.append(module.register_forward_hook(fusion))
+    def correction(module: FineMask, _args: object, output: Tensor) -> None:
+        # Detail and context are added in every channel of a cell, and the two logits.
+        total[0] += (module.detail.out_features + 1) * output.numel()
+
+    def points(module: PointMask, args: tuple[Tensor, Tensor], _output: Tensor) -> None:
+        # Bilinear values of the features and of the coarse logit.
+        regions, side, _, width = args[1].shape
+        count = sum(n for _, n in module.subdivisions(int(args[0].shape[1]), side))
+        total[0] += 4 * regions * count * (width + 1)
+
+    hooks: dict[type[nn.Module], Any] = {
+        FeatureFusion: fusion,
+        FineMask: correction,
+        PointMask: points,
+    }
+    hooks |= {kind: steps_of(steps) for kind, steps in _STEPS.items()}
+    handles = [
+        module.register_forward_hook(hooks[type(module)])
+        for module in head.modules()
+        if type(module) in hooks
+    ]
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """The mask network of Mask Frozen-DETR (Fig. 2): frozen maps, boxes and queries in, masks out."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,6 +13,7 @@ from mfdetr_cache.head.fine_mask import FineMask
 from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_scoring import MaskScoring
+from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.ops.roi_align import RoIAlign
 from mfdetr_cache.types import MapSpec
 
@@ -55,7 +58,7 @@ class MaskHead(nn.Module):
         query_encoder: nn.Module,
         predictor: nn.Module,
         scoring: MaskScoring | None,
-        fine: FineMask | None,
+        fine: FineMask | PointMask | None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -140,6 +143,12 @@ class MaskHead(nn.Module):
         iou = scoring(logits.sigmoid(), regions) if scoring is not None else None  # Eq. 12
         if self.fine is None:
             return HeadOutput(logits, iou, codes)
+        if isinstance(self.fine, PointMask):
+            if self.training:
+                # The loss chooses the points.
+                refine = functools.partial(self.fine.at, logits=logits, fine=cut)
+                return HeadOutput(logits, iou, codes, refine=refine)
+            return HeadOutput(self.fine(logits, cut), iou, codes, logits)
         return HeadOutput(self.fine(logits, queries, regions, cut), iou, codes, logits)
 
     def decode_image(

@@ -1,5 +1,6 @@
 """Losses of the mask network: cross entropy and dice on points, and mask-IoU regression."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,10 @@ def head_losses(
         raise ValueError("a batch without regions has no loss")
     bce, dice = _mask_losses(logits, masks, config, generator, share)
     total = config.bce_weight * bce + config.dice_weight * dice
+    if output.refine is not None:
+        # The coarse mask and its refined points count alike (PointRend, section 3.4).
+        of_points = _mask_losses(logits, masks, config, generator, share, output.refine)
+        total = total + config.bce_weight * of_points[0] + config.dice_weight * of_points[1]
     if output.coarse_logits is not None and config.coarse_weight:
         coarse = output.coarse_logits.float()
         of_coarse = _mask_losses(coarse, masks, config, generator, share)
@@ -110,9 +115,13 @@ def _mask_losses(
     config: TrainConfig,
     generator: torch.Generator,
     share: tuple[int, int] | None,
+    refine: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy and dice of mask logits, in the terms of :func:`head_losses`."""
-    if config.points == "grid":
+    """Cross entropy and dice of mask logits, in the terms of :func:`head_losses`.
+
+    With ``refine``, of what it gives for points (R, N, 2) where these logits are least certain.
+    """
+    if config.points == "grid" and refine is None:
         height, width = logits.shape[1:]
         predicted = logits.flatten(1)
         wanted = functional.adaptive_avg_pool2d(masks[:, None], (height, width)).flatten(1)
@@ -125,7 +134,8 @@ def _mask_losses(
             generator,
             share,
         )
-        predicted, wanted = sample_at(logits, points), sample_at(masks, points)
+        predicted = sample_at(logits, points) if refine is None else refine(points)
+        wanted = sample_at(masks, points)
     count = len(logits) if share is None else share[1]
     bce = functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="sum")
     return bce / (count * predicted.shape[1]), dice_loss(predicted.sigmoid(), wanted).sum() / count

@@ -2,27 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from mfdetr_cache.ops.points import bilinear_at
 
 
 def sample_at(grids: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of grids at normalised points.
-
-    Args:
-        grids: Shape (R, h, w).
-        points: x and y in [0, 1] over each grid, shape (R, N, 2).
-
-    Returns:
-        Shape (R, N). Outside the outermost cell centres values are constant.
-    """
-    sampled = functional.grid_sample(
-        grids[:, None],
-        (2 * points - 1)[:, :, None].to(grids.dtype),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    return sampled[:, 0, :, 0]
+    """Bilinear values (R, N) of grids (R, h, w) at points (R, N, 2), as :func:`bilinear_at`."""
+    return bilinear_at(grids[:, None], points)[:, 0]
 
 
 def uncertain_points(

@@ -82,6 +82,33 @@ def fcn() -> Recipe:
     return Recipe("fcn", head, recipe.train)
 
 
+def pointrend() -> Recipe:
+    """A baseline: PointRend on ``fcn``'s mask, as its authors have it on Mask R-CNN's."""
+    return _with_points("pointrend", fcn())
+
+
+def pointrend_fast() -> Recipe:
+    """PointRend in place of ``fast``'s convolutions on the finer grid."""
+    return _with_points("pointrend_fast", _coarse())
+
+
+def _with_points(name: str, coarse: Recipe) -> Recipe:
+    """PointRend on a coarse mask: a cell of the finer grid is one sample of the fused map.
+
+    Three hidden layers as wide as the features, 784 points per subdivision (its section 3.4). The
+    mask gets 64 x 64 cells, as ``fast``'s, where PointRend goes to 224 x 224.
+    """
+    head = replace(
+        coarse.head,
+        fine_size=64,
+        fine_block="points",
+        fine_dim=coarse.head.hidden_dim,
+        fine_layers=3,
+        roi_sampling_ratio=1,
+    )
+    return Recipe(name, head, coarse.train)
+
+
 def ffn() -> Recipe:
     """A baseline: a two-layer FFN on the query, nothing learned inside the box (Table 5)."""
     recipe = _coarse()
@@ -122,7 +149,8 @@ def demo() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    f.__name__: f for f in (paper, fast, fcn, ffn, queryinst, istr, mask2former, demo)
+    f.__name__: f
+    for f in (paper, fast, fcn, pointrend, pointrend_fast, ffn, queryinst, istr, mask2former, demo)
 }
 
 

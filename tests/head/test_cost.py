@@ -83,6 +83,20 @@ def test_a_finer_grid_is_counted() -> None:
     assert added == 100 * (aligned + context + resized + layer + correction)
 
 
+def test_points_are_counted() -> None:
+    """PointRend's, written out: subdivisions to 32 x 32 and 64 x 64, 100 boxes."""
+    spec, d, w = hdetr_r50_spec(), 64, 48
+    plain = HeadConfig(hidden_dim=d, roi_size=16, mask_scoring=False)
+    finer = dataclasses.replace(plain, fine_size=64, fine_block="points", fine_dim=w, fine_layers=2)
+    points = 784 + 784
+    aligned = 17 * d * (64 * 64 - 16 * 16)
+    resized = 4 * (32 * 32 + 64 * 64)
+    sampled = 4 * points * (d + 1)
+    layers = points * ((d + 1) * w + (w + 1) * w + (w + 1))
+    added = head_cost(finer, spec).macs - head_cost(plain, spec).macs
+    assert added == 100 * (aligned + resized + sampled + layers)
+
+
 def test_counting_follows_the_size() -> None:
     """Twice the area costs twice the image part and the same box part."""
     spec, config = hdetr_r50_spec(), HeadConfig()

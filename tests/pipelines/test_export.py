@@ -44,8 +44,9 @@ def trained(cache: Path, out: Path, **settings: Any) -> Path:
         {"mask_scoring": "false", "use_c1": "false", "query_o2o": "true"},
         {"image_block": "swin", "box_block": "swin", "fine_size": "32"},
         {"image_block": "convnext", "box_block": "convnext", "mask_predictor": "segmenter"},
+        {"fine_size": "32", "fine_block": "points", "fine_points": "40"},
     ],
-    ids=["paper", "plain", "swin", "convnext"],
+    ids=["paper", "plain", "swin", "convnext", "points"],
 )
 def test_a_head_of_any_kind_and_number_of_regions(
     tmp_path: Path, drawn_cache: Path, settings: dict[str, str]

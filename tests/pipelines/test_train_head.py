@@ -105,7 +105,9 @@ def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> 
         assert measured.num_images == 8
 
 
-@pytest.mark.parametrize("name", ["fcn", "ffn", "queryinst", "istr", "mask2former"])
+@pytest.mark.parametrize(
+    "name", ["fcn", "pointrend", "pointrend_fast", "ffn", "queryinst", "istr", "mask2former"]
+)
 def test_other_papers_mask_branches_learn_from_the_same_cache(
     tmp_path: Path, drawn_cache: Path, name: str
 ) -> None:

@@ -96,6 +96,27 @@ def test_the_coarse_mask_of_a_finer_one_adds_its_own_loss() -> None:
     assert both == pytest.approx(alone[0] + 0.5 * alone[1], rel=1e-6)
 
 
+def test_single_points_add_their_own_loss() -> None:
+    """Where the coarse mask is least certain, with points of their own; as much as the mask's."""
+    output, masks, labels, outside = outputs()
+    config = TrainConfig(scoring_weight=0)
+    drawn = generator()
+    first, second = (
+        head_losses(output, masks, labels, outside, config, drawn).total.item() for _ in range(2)
+    )
+    assert first != second
+    asked: list[torch.Tensor] = []
+
+    def refine(points: torch.Tensor) -> torch.Tensor:
+        asked.append(points)
+        return sample_at(output.mask_logits, points)
+
+    refined = dataclasses.replace(output, refine=refine)
+    both = head_losses(refined, masks, labels, outside, config, generator()).total.item()
+    assert both == pytest.approx(first + second, rel=1e-6)
+    assert [points.shape for points in asked] == [(4, 16, 2)]
+
+
 def test_scoring_trains_only_the_objects_label() -> None:
     output, masks, labels, outside = outputs()
     config = TrainConfig(bce_weight=0, dice_weight=0)
