@@ -52,6 +52,11 @@ TABLES = [
         "`mfdetr train-joint --tune nothing`, `encoder-decoder` or `all` "
         "(`pipelines/mfdetr_pipelines/train_joint.py`)",
     ),
+    (
+        "reviews",
+        "other papers' mask branches on the same frozen features",
+        "`ablate --branches`: [what each row is](branches.md)",
+    ),
 ]
 
 

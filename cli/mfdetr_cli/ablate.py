@@ -52,7 +52,10 @@ def _print_results(title: str, results: Sequence[RowResult]) -> None:
     cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
     for title_, wanted in (
         (f"{title}, mask AP in percent", ("AP", "vs first", "AP50", "AP75", "paper AP")),
-        ("By size of the object", ("APS", "APM", "APL")),
+        (
+            "By size of the object, at the edge, and of the boxes",
+            ("APS", "APM", "APL", "boundary AP", "box AP"),
+        ),
         (
             "What each costs",
             ("params M", f"MACs G, {MACS_SIZE}", "train min", "images/s", "head ms", "total h"),

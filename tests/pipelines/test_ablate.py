@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
-from mfdetr_pipelines.ablation.comparison import Comparison
+from mfdetr_pipelines.ablation.comparison import Comparison, comparison_of
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, paper_table
 from mfdetr_pipelines.ablation.plan import RowPlan, plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import write_report
@@ -30,7 +30,7 @@ from mfdetr_pipelines.ablation.rows import (
 )
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
-from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.ablate import AblateConfig, RowOptions
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from PIL import Image
@@ -43,7 +43,8 @@ from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.input.loader import stream_key
+from mfdetr_cache.training.recipes import RECIPES, build_recipe
 from mfdetr_cache.training.rows import trainable_rows
 from tests.support.browser import require_readable
 
@@ -352,7 +353,12 @@ def test_settings_are_chosen_on_images_left_out_of_training(
     alone = run_evaluate(EvaluateConfig(drawn_cache, folder), reporter)
     assert reporter.messages == ["measuring on the 2 images that the training left out"]
     assert alone.num_images == 2
-    assert found.mean() == alone.mask.AP
+    assert alone.boundary is not None
+    assert (found.mean(), found.boundary, found.box) == (
+        alone.mask.AP,
+        alone.boundary.AP,
+        alone.box.AP,
+    )
     mixed = (*split, *with_settings(rows()[1:], {}, {"val_split": 2}))
     for wrong in (rows(), mixed):
         other = replace(settings, comparison=Comparison("rows", wrong), out=tmp_path / "b")
@@ -548,6 +554,9 @@ def test_baselines_are_rows_on_the_same_detections(
     assert evaluated.ceiling is not None
     assert found["box"] == evaluated.floor.AP
     assert found["oracle"] == evaluated.ceiling.AP
+    assert all(r.box == evaluated.box.AP for r in results)
+    # Its IoU is the smaller of that of the masks and that of their edges.
+    assert all(r.boundary is not None and r.boundary <= r.mean() for r in results)  # type: ignore[operator]
     assert all(f is not None and 0 <= f <= 1 for f in found.values())
     write_report(tmp_path, "baselines", results)
     without = run_ablate(
@@ -565,6 +574,20 @@ def test_what_has_no_chance_in_it_is_measured_once(drawn_cache: Path, tmp_path: 
     assert results[1].against_first is not None
     files = write_report(tmp_path, "one fixed row", results)
     assert all(f.is_file() for f in files)
+
+
+def test_branches_of_other_papers_learn_from_one_read_in_equal_steps() -> None:
+    compared = comparison_of(RowOptions(branches=True, baseline=("sam",)))
+    heads = [row for row in compared.rows if not row.baseline]
+    # The recipe of every head but the paper's own and the demonstration's, once.
+    assert sorted(r.recipe.name for r in heads) == sorted(set(RECIPES) - {"paper", "demo"})
+    assert len({(stream_key(r.recipe.train), r.recipe.train.steps) for r in heads}) == 1
+    assert [r.baseline for r in compared.rows if r.baseline] == ["box", "oracle", "sam"]
+    plans = plan_rows(compared.rows)
+    assert [p.problem for p in plans] == [""] * len(plans)
+    assert len({p.cost.macs for p in plans if p.cost is not None}) == len(heads)
+    # Published with its whole detector, none of it measured here.
+    assert all(20 < p.AP < 60 and p.source for p in compared.published)
 
 
 def test_an_ellipse_has_its_area() -> None:

@@ -18,7 +18,7 @@ from mfdetr_cache.evaluation.baselines import box_masks, ellipse_masks, oracle_m
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, evaluate_results
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.measure import ground_truth_of
-from mfdetr_cache.evaluation.results import mask_results
+from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
@@ -43,13 +43,16 @@ def measure_baseline(
     *,
     sam: SamSource | None = None,
     device: torch.device,
-) -> tuple[CocoMetrics, list[Result]]:
-    """Metrics and COCO mask results of a baseline on the detections of a complete cache.
+) -> tuple[dict[str, CocoMetrics], list[Result]]:
+    """``mask``, ``boundary`` and ``box`` AP of a baseline on the detections of a complete cache.
+
+    And its COCO mask results.
 
     ``sam`` and ``device`` are for SAM alone; ConfigError if it lacks weights or images.
     """
     masks_of = _maker(cache, baseline, sam, device)
     results: list[Result] = []
+    boxes: list[Result] = []
     reporter.start(BASELINES[baseline], len(cache), "images")
     for row in cache.rows:
         image = cache.read(row, ())
@@ -57,9 +60,16 @@ def measure_baseline(
         rles, scores = masks_of(image, detections)
         labels = cache.label_categories
         results += mask_results(image.image_id, detections, labels, rles, scores)
+        boxes += box_results(image.image_id, detections, labels)
         reporter.advance()
     reporter.finish()
-    return evaluate_results(ground_truth_of(cache), results, "segm"), results
+    truth = ground_truth_of(cache)
+    metrics = {
+        "mask": evaluate_results(truth, results, "segm"),
+        "boundary": evaluate_results(truth, results, "boundary"),
+        "box": evaluate_results(truth, boxes, "bbox"),
+    }
+    return metrics, results
 
 
 def _maker(

@@ -1,6 +1,8 @@
 """The rows that a command compares, from its options."""
 
+import tomllib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mfdetr_cache.training.recipes import build_recipe, split_settings
 from mfdetr_pipelines.ablation.paper_tables import PublishedSystem, paper_table
@@ -14,6 +16,8 @@ from mfdetr_pipelines.ablation.rows import (
     with_settings,
 )
 from mfdetr_pipelines.config.ablate import RowOptions
+
+_BRANCHES = Path(__file__).with_name("branches.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Comparison:
 
 
 def comparison_of(options: RowOptions) -> Comparison:
-    """The rows of a file, table or recipes, with the options' additions and replacements.
+    """The rows of a file, table, branches or recipes, with the options' additions and replacements.
 
     ConfigError if a table, recipe, baseline or setting is unknown.
     """
@@ -50,7 +54,17 @@ def comparison_of(options: RowOptions) -> Comparison:
     return replace(base, rows=rows)
 
 
+def _branches() -> Comparison:
+    """The mask branches of other papers, between the box as mask and the annotated one in it."""
+    rows = (*rows_of_file(_BRANCHES), *baseline_rows(("box", "oracle")))
+    entries = tomllib.loads(_BRANCHES.read_text())["published"]
+    published = tuple(PublishedSystem(**entry) for entry in entries)
+    return Comparison("Mask branches on the same frozen features", rows, published=published)
+
+
 def _chosen_rows(options: RowOptions) -> Comparison:
+    if options.branches:
+        return _branches()
     if options.file is not None:
         return Comparison(f"Rows of {options.file.name}", rows_of_file(options.file))
     if options.table is not None:

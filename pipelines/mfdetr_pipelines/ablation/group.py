@@ -1,11 +1,12 @@
 """Train a group of jobs over one read of the cache, and measure each."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mfdetr_cache.choices import Extra
 from mfdetr_cache.errors import HeadError, MfdetrError, StoppedError, TrainingError
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.files import is_taken, make_folder
@@ -118,9 +119,11 @@ def _measure_head(
         head = load_head(job.folder).head
         seconds = run.learner.seconds
         speed = run.learner.images / max(seconds, 1e-9)
-    measured, masks = measure(caches.validation, head.to(device), device, reporter)
+    extras: tuple[Extra, ...] = ("boundary",)
+    measured, masks = measure(caches.validation, head.to(device), device, reporter, extras)
     head_ms = 1000 * measured.latency["head"].median
-    job.write_result(_result(measured.mask.to_dict(), seconds, speed, head_ms), masks)
+    metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
+    job.write_result(_result(metrics, seconds, speed, head_ms), masks)
 
 
 def _measure_baseline(
@@ -128,16 +131,21 @@ def _measure_baseline(
 ) -> None:
     baseline = job.plan.row.baseline
     assert baseline
-    metrics, masks = measure_baseline(caches.validation, baseline, reporter, sam=sam, device=device)
-    job.write_result(_result(metrics.to_dict()), masks)
+    measured, masks = measure_baseline(
+        caches.validation, baseline, reporter, sam=sam, device=device
+    )
+    job.write_result(_result({name: m.to_dict() for name, m in measured.items()}), masks)
 
 
 def _result(
-    mask: dict[str, float], seconds: float = 0.0, speed: float = 0.0, head_ms: float = 0.0
+    metrics: Mapping[str, dict[str, float] | None],
+    seconds: float = 0.0,
+    speed: float = 0.0,
+    head_ms: float = 0.0,
 ) -> dict[str, Any]:
     return {
         "train_seconds": seconds,
         "images_per_second": speed,
         "head_ms": head_ms,
-        "mask": mask,
+        **metrics,
     }

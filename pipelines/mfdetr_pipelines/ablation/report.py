@@ -23,6 +23,8 @@ COLUMNS = (
     "APS",
     "APM",
     "APL",
+    "boundary AP",
+    "box AP",
     "params M",
     f"MACs G, {MACS_SIZE}",
     "train min",
@@ -45,16 +47,17 @@ def report_cells(result: RowResult) -> list[str]:
         mean = result.mean(name)
         return "-" if mean is None or mean < 0 else f"{100 * mean:.1f}"
 
-    ap, spread = percent("AP"), result.spread()
+    mask_ap, spread = percent("AP"), result.spread()
     if spread is not None:
-        ap += f" ± {100 * spread:.1f}"
+        mask_ap += f" ± {100 * spread:.1f}"
     cost, paper = result.plan.cost, result.plan.row.paper
     trained = result.train_seconds
     return [
         result.plan.row.name,
-        ap,
+        mask_ap,
         "-" if result.against_first is None else str(result.against_first),
         *(percent(n) for n in ("AP50", "AP75", "APS", "APM", "APL")),
+        *(number(None if ap is None else 100 * ap, 1) for ap in (result.boundary, result.box)),
         number(None if cost is None else cost.parameters / 1e6),
         number(None if cost is None else cost.macs / 1e9),
         f"{trained / 60:.1f}" if trained else "-",

@@ -25,6 +25,8 @@ class RowResult:
         seeds: Mask metrics per seed.
         train_seconds: Mean training time of a seed.
         images_per_second: Mean training speed.
+        boundary: Boundary AP, mean over the seeds, in [0, 1]; None without a result.
+        box: Box AP of the detector, likewise.
         head_ms: Median time of the mask network per evaluated image, in milliseconds.
         problem: Why there is no result; empty if there is one.
         against_first: Difference of AP to the first row with a 95 % interval; None for the first.
@@ -35,6 +37,8 @@ class RowResult:
     seeds: tuple[CocoMetrics, ...] = ()
     train_seconds: float = 0.0
     images_per_second: float = 0.0
+    boundary: float | None = None
+    box: float | None = None
     head_ms: float = 0.0
     problem: str = ""
     against_first: PairedDifference | None = None
@@ -57,6 +61,8 @@ class RowResult:
             **self.plan.to_dict(),
             **metrics,
             "AP_spread": self.spread(),
+            "boundary_AP": self.boundary,
+            "box_AP": self.box,
             "seeds": [m.to_dict() for m in self.seeds],
             "train_seconds": self.train_seconds,
             "images_per_second": self.images_per_second,
@@ -82,12 +88,19 @@ def collect(
     def mean(name: str) -> float:
         return statistics.mean(float(result[name]) for result in done)
 
+    def ap(kind: str) -> float | None:
+        # Rows that were measured before there was a boundary AP keep their result.
+        found = [result[kind]["AP"] for result in done if kind in result]
+        return statistics.mean(found) if len(found) == len(done) else None
+
     seconds = mean("train_seconds")
     return RowResult(
         plan,
         seeds=tuple(CocoMetrics(**result["mask"]) for result in done),
         train_seconds=seconds,
         images_per_second=mean("images_per_second"),
+        boundary=ap("boundary"),
+        box=ap("box"),
         head_ms=mean("head_ms"),
         total_hours=None if detector_hours is None else detector_hours + seconds / 3600,
     )

@@ -25,6 +25,8 @@ class RowOptions:
     Attributes:
         file: Rows in TOML: [[row]] tables with name, recipe and set.
         table: A table of the paper: 1-6, 9, 10, 12, 13, 15; others as a dry run.
+        branches: The mask branches of other papers on the same frozen features, and what the papers
+            publish.
         recipe: A recipe.
         baseline: A row without a head: box, ellipse, oracle or sam. Repeatable.
         label_fraction: Train every row on the masks of this part of the images. Repeatable.
@@ -34,6 +36,7 @@ class RowOptions:
 
     file: Annotated[Path | None, Option("FILE", metavar="FILE", parse=existing_file)] = None
     table: int | None = None
+    branches: bool = False
     recipe: Annotated[
         tuple[str, ...],
         Option(metavar="NAME", help=f"A recipe: {', '.join(RECIPES)}. Repeatable."),
@@ -44,9 +47,10 @@ class RowOptions:
     set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.file is not None) + (self.table is not None) + bool(self.recipe) != 1:
+        chosen = (self.file is not None, self.table is not None, self.branches, bool(self.recipe))
+        if sum(chosen) != 1:
             raise ConfigError(
-                "give FILE, or --table N, or --recipe (one or more): one of the three"
+                "give FILE, or --table N, or --branches, or --recipe (one or more): one of the four"
             )
 
     def build(self) -> "Comparison":
