@@ -91,7 +91,7 @@ def _show(
     if confusion:
         mistakes = [c for c in confusion if c["category"] != c["found_as"]][:_MOST_CONFUSED]
         print_table(
-            "Objects that were found as something else",
+            "Objects taken for others",
             ["", "found as", "objects"],
             [[c["category"], c["found_as"] or "(not found)", str(c["objects"])] for c in mistakes],
         )
