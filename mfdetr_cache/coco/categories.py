@@ -202,7 +202,7 @@ def _by_number(
     advice = (
         "say which is which with --map category=label, or use --class-agnostic for masks of any box"
         if real
-        else "name the labels in id2label of the detector's config.json"
+        else "name its outputs with --labels names.txt, one name a line in their order"
     )
     raise DatasetError(
         f"{detector} has {outputs} labels ({', '.join(label_names[:3])}, ...) and the "

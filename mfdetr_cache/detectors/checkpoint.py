@@ -6,6 +6,7 @@ import contextlib
 import json
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ _WEIGHT_KEYS = (
 )
 # Where training scripts keep their arguments.
 _SETTING_KEYS = ("args", "model_config", "hyper_parameters", "train_config", "config", "cfg")
+# What torch says of a name that it does not know, and of a class that is filled like a dictionary.
+_UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
+_FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
 _HUB_FILE = "model.safetensors"
 _NAME_KEYS = ("class_names", "classes", "names", "categories")
 # Nothing of these modules is configuration: a file that names them wants to do something.
@@ -84,6 +88,23 @@ class _Inert:
             self.__dict__.update(state)
 
 
+class _InertDict(_Inert):
+    """The same for classes that are dictionaries: torch fills no other kind of one."""
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> OrderedDict[str, object]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _InertList(list[object]):
+    """Stands for a queue."""
+
+    def __new__(cls, *_args: object) -> "_InertList":
+        return super().__new__(cls)
+
+    def __init__(self, *_args: object) -> None:
+        super().__init__()
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read weights, class names and settings of a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors``.
 
@@ -119,32 +140,42 @@ def is_authors_folder(path: Path) -> bool:
 
 def _load_pickle(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals(_allowed(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        # torch names the global it met; its advice to load unsafely is not passed on.
-        met = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"global (\S+)", str(error))
-        if met:
-            raise _asks_for(path, met.group(1)) from None
-        raise DetectorError(f"{path} cannot be read as a checkpoint") from error
+        zipped = _is_zip(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
+        inert = {name: _inert(path, name) for name in names}
+        while True:
+            try:
+                with torch.serialization.safe_globals([(v, k) for k, v in inert.items()]):
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            except pickle.UnpicklingError as error:
+                # torch names what it met; its advice to load unsafely is not passed on.
+                name, kind = _met(_UNKNOWN, error), _met(_FILLED, error)
+                name = name if "." in name else f"builtins.{name}"
+                filled = {k: _InertDict for k, v in inert.items() if v.__name__ == kind}
+                if _met(_UNKNOWN, error) and name not in inert:
+                    inert[name] = _inert(path, name)  # files before torch 1.6 list no names
+                elif filled:
+                    inert |= filled
+                else:
+                    raise DetectorError(f"{path} cannot be read as a checkpoint") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as error:
         raise DetectorError(f"{path} is damaged or no PyTorch checkpoint") from error
 
 
-def _allowed(path: Path) -> list[Any]:
-    """What may stand in the file beside tensors: arguments, and inert stand-ins for the rest."""
-    allowed: list[Any] = [argparse.Namespace]
-    if not _is_zip(path):
-        return allowed  # torch lists the names of a zip file only
-    for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
-        module, _, kind = name.rpartition(".")
-        if name == "argparse.Namespace":
-            continue
-        is_function = module == "builtins" and not isinstance(getattr(builtins, kind, None), type)
-        if is_function or module.split(".")[0] in _REFUSED_MODULES:
-            raise _asks_for(path, name)
-        allowed.append((type(kind, (_Inert,), {}), name))
-    return allowed
+def _met(pattern: str, error: pickle.UnpicklingError) -> str:
+    found = re.search(pattern, str(error))
+    return found[1] if found else ""
+
+
+def _inert(path: Path, name: str) -> type:
+    """What stands for a class of this name; DetectorError if it may do something."""
+    if name == "argparse.Namespace":
+        return argparse.Namespace
+    module, _, kind = name.rpartition(".")
+    is_function = module == "builtins" and not isinstance(getattr(builtins, kind, None), type)
+    if is_function or module.split(".")[0] in _REFUSED_MODULES:
+        raise _asks_for(path, name)
+    return _InertList if name == "collections.deque" else type(kind, (_Inert,), {})
 
 
 def _asks_for(path: Path, what: str) -> DetectorError:
@@ -176,7 +207,7 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     wrong = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if wrong:
         raise DetectorError(f"{path}: {wrong[0]} is no tensor; this is no state dict of a detector")
-    tensors = {str(k): v for k, v in found.items()}
+    tensors = {str(k): v.detach() for k, v in found.items()}
     if isinstance(document, Mapping) and "hyper_parameters" in document:
         # Lightning keeps losses and metrics beside the model.
         tensors = {k: v for k, v in tensors.items() if k.startswith("model.")} or tensors

@@ -62,7 +62,8 @@ def output_names(
 def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str]:
     """Class names of an authors' checkpoint by output; empty where it has none.
 
-    Outputs are the classes in their order (RT-DETR and its descendants), or category ids, so that
+    So many names that they cannot be those of the outputs are of another training. Outputs are the
+    classes in their order (RT-DETR and its descendants), or category ids, so that
     there is one output more than the largest id (LW-DETR, RF-DETR). A Roboflow dataset has a root
     category 0 that is no class; its names begin at output 1 then. Published COCO checkpoints have
     no names.
@@ -72,5 +73,7 @@ def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str
         return dict(enumerate(coco))
     if num_outputs == max(COCO_NAMES) + 1 and (not names or list(names) == coco):
         return dict(COCO_NAMES)
-    first = 1 if num_outputs - len(names) == SPARE_OUTPUTS else 0
-    return {first + i: name for i, name in enumerate(names) if first + i < num_outputs}
+    spare = num_outputs - len(names)
+    if not 0 <= spare <= SPARE_OUTPUTS:
+        return {}
+    return dict(enumerate(names, 1 if spare == SPARE_OUTPUTS else 0))

@@ -34,6 +34,14 @@ def phrases_of(text: str) -> tuple[str, ...]:
     return phrases
 
 
+def sides_of(text: str) -> tuple[int, ...]:
+    """One or two sides in pixels, as ``--input-size`` takes them; ValueError for others."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
+        raise ValueError("is no input size; write 640, or 480x640, of 32 pixels and more")
+    return tuple(map(int, sides))
+
+
 @dataclass(frozen=True, slots=True)
 class DetectorOptions:
     """What the detector gives.
@@ -47,6 +55,10 @@ class DetectorOptions:
         encoder_layer: Encoder layer that supplies the encoder maps, from 1 (default 4 as in the
             paper, or the last); for encoders that are a stack of layers and no feature pyramid.
         backbone_stride8: Also keep the backbone's stride-8 map where the encoder has no such level.
+        input_size: Size of the input where the training had another than the weights tell: the side
+            of a square or HEIGHTxWIDTH; of detectors that keep the shape of an image its shorter
+            side, or SHORTERxLONGER.
+        score_threshold: Lowest score of a detection, of torchvision's detectors.
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
         prompt: What an open-vocabulary detector looks for, as in "elephant. tiger."; by default the
@@ -63,6 +75,8 @@ class DetectorOptions:
             "such level."
         ),
     ] = True
+    input_size: Annotated[tuple[int, ...], Option(metavar="SIZE", parse=sides_of)] = ()
+    score_threshold: float | None = None
     labels: Annotated[tuple[str, ...], Option(metavar="FILE", parse=names_in_file)] = ()
     prompt: Annotated[tuple[str, ...], Option(metavar="TEXT", parse=phrases_of)] = ()
     amp: Literal["off", "bf16"] = "off"
@@ -77,13 +91,16 @@ def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
     Returns:
         Options that give the same queries and maps.
     """
-    settings = identity["settings"]
+    settings, resize = identity["settings"], identity["preprocessing"]
+    sides = [resize.get(k) for k in ("height", "width", "shortest_edge", "longest_edge")]
     classes = settings.get(CLASS_AGNOSTIC) or identity["label_names"]
     names = tuple(n for n in classes if n != NO_OBJECT)
     return DetectorOptions(
         num_queries=identity["num_queries"],
         encoder_layer=settings.get("encoder_layer"),
         backbone_stride8=any(m["name"] == "backbone8" for m in identity["maps"]),
+        input_size=tuple(int(side) for side in sides if side),
+        score_threshold=settings.get("score_thresh"),
         labels=names if settings.get("labels") == "given" else (),
         prompt=tuple(settings.get("prompt", ())),
         amp=settings.get("amp", "off"),

@@ -4,7 +4,8 @@ PIL's antialiasing differs from tensor interpolation; a detector trained with on
 with the other, so PIL is the only resize here; torchvision's detectors bring their own.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,18 @@ class Preprocessing:
             std=std,  # type: ignore[arg-type]
         )
 
+    def with_size(self, sides: Sequence[int]) -> "Preprocessing":
+        """With another input size, as ``--input-size`` gives it; empty for no other.
+
+        DetectorError if the longer side is the shorter one.
+        """
+        if not sides:
+            return self
+        if self.height is not None:
+            return replace(self, height=sides[0], width=sides[-1])
+        shortest, longest = sides_to_fit(sides, self.longest_edge or 0)
+        return replace(self, shortest_edge=shortest, longest_edge=longest)
+
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values, for a cache's identity."""
         return {"resize": "PIL", **asdict(self)}
@@ -103,6 +116,19 @@ class Preprocessing:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             values = (values - mean[:, None, None]) / std[:, None, None]
         return values.contiguous()
+
+
+def sides_to_fit(sides: Sequence[int], longest: int) -> tuple[int, int]:
+    """Shorter and longer side as ``--input-size`` gives them; ``longest`` where it gives one.
+
+    DetectorError if the longer side is the shorter one.
+    """
+    if sides[-1] < sides[0]:
+        raise DetectorError(
+            f"--input-size {sides[0]}x{sides[1]}: this detector keeps the shape of an image; give "
+            "the shorter side, or SHORTERxLONGER"
+        )
+    return sides[0], sides[1] if len(sides) > 1 else max(longest, sides[0])
 
 
 def shortest_edge_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:

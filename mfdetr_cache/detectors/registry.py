@@ -31,7 +31,7 @@ from mfdetr_cache.detectors.torchvision.loading import (
 )
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.identity import Identity
+from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.ops.devices import exact_float32
 
 # The weights say which detector they are.
@@ -214,6 +214,8 @@ def _load(
 ) -> Detector:
     if name == AUTO:
         name = _detector_of(weights)
+    if options.score_threshold is not None and not name.startswith(PREFIX):
+        raise DetectorError(f"--score-threshold: all queries of {name} are kept; leave it out")
     if name == "hf":
         folder = _given(weights, name, "a folder or a hub id")
         return load_huggingface_detector(folder, options, categories)
@@ -268,7 +270,7 @@ def load_same_detector(
     """The detector that a cache or a head was made with, if the weights are those.
 
     Args:
-        name: Its name, as for :func:`load_detector`.
+        name: Its name, as for :func:`load_detector`; ``auto`` is that of the identity.
         weights: Checkpoint file, folder or hub id.
         identity: The detector identity kept with the cache or head.
         prompt: Another prompt than there; the detector's classes are these words then.
@@ -280,6 +282,8 @@ def load_same_detector(
         DetectorError: If the weights are missing or do not fit.
     """
     options = options_of(identity)
+    if name == AUTO:
+        name = spec_from_identity(identity).detector
     if prompt:
         return load_detector(name, weights, replace(options, prompt=tuple(prompt)))
     detector = load_detector(name, weights, options)

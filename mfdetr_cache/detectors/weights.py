@@ -1,10 +1,13 @@
 """Hash and freezing of weights."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import nn
+
+from mfdetr_cache.errors import DetectorError
 
 # What a joint training may change of a detector (Table 16).
 TunedPart = Literal["encoder-decoder", "all"]
@@ -18,6 +21,17 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_complete(where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """DetectorError, naming some, if a model lacks tensors or a checkpoint has others."""
+    for kind, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if names:
+            shown = ", ".join(names[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise DetectorError(
+                f"{where}: {kind} tensors: {shown}{more}; the result would be partly random"
+            )
 
 
 def freeze(module: nn.Module) -> nn.Module:

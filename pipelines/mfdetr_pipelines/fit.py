@@ -132,7 +132,10 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
 def _extract(
     config: FitConfig, steps: _Steps, reporter: Reporter, split: str, cache: str, views: int
 ) -> ExtractSummary:
-    options = DetectorOptions(labels=names_in_file(str(config.labels)) if config.labels else ())
+    options = DetectorOptions(
+        input_size=config.input_size,
+        labels=names_in_file(str(config.labels)) if config.labels else (),
+    )
     extract = ExtractConfig(
         config.weights,
         str(config.out / cache),
@@ -148,8 +151,7 @@ def _extract(
     words = ["extract", "--weights", config.weights, "--cache", str(extract.cache)]
     words += ["--dataset", str(config.dataset), "--split", split]
     words += ["--on-bad-annotation", "skip"] if config.on_bad_annotation == "skip" else []
-    words += ["--detector", config.detector] if config.detector != "auto" else []
-    words += [*config.words_of_labels, *(["--views", str(views)] if views else [])]
+    words += [*config.words_of_detector, *(["--views", str(views)] if views else [])]
     return steps.run(
         f"extract {split}", [*words, *_device(config)], lambda: run_extract(extract, reporter)
     )

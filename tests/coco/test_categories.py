@@ -36,7 +36,7 @@ def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None
     [
         (["a", "b"], "say which is which with --map category=label"),
         (["a", "b", "c"], "say which is which with --map category=label"),
-        (PLACEHOLDERS[:2], "name the labels in id2label"),
+        (PLACEHOLDERS[:2], "name its outputs with --labels"),
     ],
 )
 def test_no_rule_is_an_error(labels: list[str], advice: str) -> None:

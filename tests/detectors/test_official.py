@@ -19,8 +19,9 @@ from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.detectors.official.detr import OfficialDetr
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import list_detectors, load_detector
+from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_same_detector
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.identity import detector_identity
 from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint
 
@@ -97,6 +98,27 @@ def test_a_checkpoint_that_asks_for_code_is_refused_by_name(
     assert "this ran" not in capsys.readouterr().out
 
 
+def test_names_and_input_size_of_a_tuned_checkpoint(tmp_path: Path) -> None:
+    """Names of the file, or the user's; a cache's detector has them again."""
+    labels = tuple(f"kind {i}" for i in range(SMALL["dino"].num_labels))
+    document = write_checkpoint(tmp_path / "c.pth", SMALL["dino"])
+    path = str(tmp_path / "c.pth")
+    assert load_detector("dino", path).spec.label_names[0] == "LABEL_0"
+    options = DetectorOptions(labels=labels, input_size=(320, 480))
+    named = load_detector("dino", path, options)
+    assert named.spec.label_names == labels
+    assert named.input_geometry((100, 120)).input_hw == (320, 384)
+    assert named.input_geometry((100, 300)).input_hw == (160, 480)
+    assert load_same_detector("auto", path, detector_identity(named.spec)).spec == named.spec
+    with pytest.raises(DetectorError, match="--labels has 2 names and dino has"):
+        load_detector("dino", path, DetectorOptions(labels=labels[:2]))
+    with pytest.raises(DetectorError, match="--input-size 800x600: .* SHORTERxLONGER"):
+        load_detector("dino", path, DetectorOptions(input_size=(800, 600)))
+    document["args"] = argparse.Namespace(class_names=list(labels))
+    torch.save(document, path)
+    assert load_detector("dino", path).spec.label_names == labels
+
+
 def damaged(tmp_path: Path, change: Any) -> str:
     document = write_checkpoint(tmp_path / "c.pth", SMALL["dino"])
     change(document["model"])
@@ -108,8 +130,11 @@ def damaged(tmp_path: Path, change: Any) -> str:
     ("change", "message"),
     [
         (lambda m: m.pop("transformer.tgt_embed.weight"), "holds deformable-detr with .*not dino"),
-        (lambda m: m.pop("class_embed.1.bias"), "missing keys: class_embed.1.bias"),
-        (lambda m: m.update(extra=torch.zeros(1)), "unexpected keys: extra; the result would be"),
+        (lambda m: m.pop("class_embed.1.bias"), "missing tensors: class_embed.1.bias"),
+        (
+            lambda m: m.update(extra=torch.zeros(1)),
+            "unexpected tensors: extra; the result",
+        ),
         (
             lambda m: m.update({"label_enc.weight": torch.zeros(3, 256)}),
             r"label_enc\.weight is \(3, 256\), expected \(7, 256\)",

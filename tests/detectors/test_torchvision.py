@@ -19,7 +19,7 @@ from mfdetr_cache.detectors.conformance import DetectorConformance
 from mfdetr_cache.detectors.labels import COCO_NAMES
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import list_detectors, load_detector
+from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_same_detector
 from mfdetr_cache.detectors.torchvision import loading
 from mfdetr_cache.detectors.torchvision.loading import MODELS, recognised_torchvision
 from mfdetr_cache.errors import DetectorError
@@ -267,6 +267,26 @@ def test_options_and_files_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
     torch.save(weights | {"roi_heads.box_head.fc7.bias": torch.ones(3)}, path)
     with pytest.raises(DetectorError, match=r"size mismatch for roi_heads.box_head.fc7.bias"):
         load_detector(FASTER, str(path))
+
+
+def test_sizes_and_threshold_of_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchvision's builders take them; a head's or cache's detector has them again."""
+    path = str(tmp_path / "m.pth")
+    write_small(tmp_path / "m.pth", "fcos_resnet50_fpn", monkeypatch)
+    options = DetectorOptions(input_size=(64, 128), score_threshold=0.02)
+    detector = load_detector(FCOS, path, options)
+    model = small_model("fcos_resnet50_fpn", min_size=64, max_size=128)
+    model.score_thresh = 0.02
+    image = picture(PICTURES[0])
+    wanted = own_detections(model, image)
+    found = detector.forward(detector.preprocess(image)[None]).class_logits[0].max(-1).values
+    there = found[found > ABSENT_LOGIT]
+    assert len(there) == len(wanted["scores"]) > 0
+    assert torch.allclose(there.sigmoid(), wanted["scores"], rtol=0, atol=2**-22)
+    again = load_same_detector("auto", path, detector_identity(detector.spec))
+    assert again.spec == detector.spec != load_detector(FCOS, path).spec
 
 
 def test_input_sizes_are_those_of_torchs_resize(

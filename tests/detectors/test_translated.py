@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import textwrap
+from collections import defaultdict, deque
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +21,7 @@ from mfdetr_cache.detectors.huggingface.loading import quiet
 from mfdetr_cache.detectors.labels import COCO_NAMES, names_of_checkpoint
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
-from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.registry import load_detector, load_same_detector
 from mfdetr_cache.detectors.translated.loading import build, read_blueprint, recognised
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import detector_identity
@@ -73,6 +77,7 @@ def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
         lambda sd: {"ema_state_dict": sd},
         lambda sd: {"model": {f"module._orig_mod.{k}": v for k, v in sd.items()}},
         lambda sd: {"model": sd, "args": argparse.Namespace(lr=1e-4, path=Path("x"))},
+        lambda sd: {"model": sd, "args": argparse.Namespace(**_SETTINGS)},
         lambda sd: {"model": sd, "cfg": SimpleNamespace(inner=SimpleNamespace(width=3))},
         lambda sd: {
             "state_dict": {"criterion.weight": torch.ones(3)}
@@ -89,6 +94,7 @@ def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
         "ema-state",
         "wrapped",
         "namespace",
+        "settings",
         "object",
         "lightning",
     ],
@@ -101,6 +107,30 @@ def test_containers(tmp_path: Path, container: Any) -> None:
     plain = load_detector("d-fine", str(tmp_path / "plain.pth"))
     found = load_detector("d-fine", str(tmp_path / "best.pth"))
     assert found.spec == plain.spec
+
+
+class _Config(dict[str, Any]):
+    """As yacs, EasyDict and addict keep settings."""
+
+
+# What torch does not read by itself.
+_SETTINGS = {
+    "config": _Config(model=_Config(width=3)),
+    "by_class": defaultdict(list, {1: [2]}),
+    "losses": deque([0.5], maxlen=3),
+    "best": np.float64(0.4),
+    "curve": np.zeros((2, 3)),
+    "sizes": frozenset([3]),
+    "hook": textwrap.dedent,
+}
+
+
+def test_settings_in_files_of_old_torch(tmp_path: Path) -> None:
+    """These are plain pickles, whose classes are met one after the other."""
+    document = {"model": state_dict("deimv2"), "args": argparse.Namespace(**_SETTINGS)}
+    document["args"].class_names = list(LABELS)
+    torch.save(document, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert load_detector("deimv2", str(tmp_path / "old.pth")).spec.label_names == LABELS
 
 
 def _spoilt(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -201,6 +231,9 @@ def test_names_of_classes(tmp_path: Path) -> None:
     # Roboflow's root category; one class output that is never used; names by label.
     assert names_of_checkpoint(4, ("a", "b")) == {1: "a", 2: "b"}
     assert names_of_checkpoint(3, ("a", "b")) == {0: "a", 1: "b"}
+    # Of the training before: they name none of the outputs.
+    assert names_of_checkpoint(2, ("a", "b", "c")) == {}
+    assert names_of_checkpoint(7, ("a", "b")) == {}
     torch.save({"model": state_dict("deimv2")}, tmp_path / "best.pth")
     path = str(tmp_path / "best.pth")
     assert load_detector("deimv2", path).spec.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
@@ -212,6 +245,45 @@ def test_names_of_classes(tmp_path: Path) -> None:
     write_small(tmp_path / "rf.pth", "rf-detr")
     spare = load_detector("rf-detr", str(tmp_path / "rf.pth"), DetectorOptions(labels=LABELS[:2]))
     assert spare.spec.label_names == (*LABELS[:2], "LABEL_2")
+
+
+def test_another_input_size(tmp_path: Path) -> None:
+    """RT-DETR's files do not tell it; heads and caches keep it."""
+    write_small(tmp_path / "best.pth", "rt-detr")
+    path = str(tmp_path / "best.pth")
+    wide = load_detector("rt-detr", path, DetectorOptions(input_size=(96, 160)))
+    assert wide.input_geometry((50, 70)).input_hw == (96, 160)
+    again = load_same_detector("auto", path, detector_identity(wide.spec))
+    assert again.spec == wide.spec
+    with pytest.raises(DetectorError, match="--input-size 100x100: the sides must be multiples of"):
+        load_detector("rt-detr", path, DetectorOptions(input_size=(100,)))
+    with pytest.raises(DetectorError, match="--score-threshold: all queries of rt-detr are kept"):
+        load_detector("rt-detr", path, DetectorOptions(score_threshold=0.1))
+
+
+def test_settings_that_are_read_come_back_with_tuned_weights(tmp_path: Path) -> None:
+    """An RF-DETR that was trained at another size, with other windows than its patches suggest."""
+    args = argparse.Namespace(resolution=256, num_windows=4)
+    torch.save({"model": state_dict("rf-detr"), "args": args}, tmp_path / "best.pth")
+    detector = load_detector("rf-detr", str(tmp_path / "best.pth"))
+    assert isinstance(detector, TunableDetector)
+    again = load_detector("rf-detr", detector.save_weights(tmp_path / "after"))
+    assert again.input_geometry((50, 70)).input_hw == (256, 256)
+    assert again.spec == detector.spec
+
+
+def test_rt_detr_v4_is_deim_with_a_projector_of_its_training(tmp_path: Path) -> None:
+    weights = state_dict("deim")
+    torch.save(weights, tmp_path / "deim.pth")
+    weights["encoder.feature_projector.0.weight"] = torch.ones(768, 32)
+    weights["encoder.feature_projector.0.bias"] = torch.ones(768)
+    torch.save({"ema": {"module": weights}}, tmp_path / "best.pth")
+    found = load_detector("auto", str(tmp_path / "best.pth"))
+    deim = load_detector("deim", str(tmp_path / "deim.pth"))
+    assert found.spec.name == "rt-detr-v4"
+    assert replace(found.spec, name="deim") == deim.spec
+    with pytest.raises(DetectorError, match="no checkpoint of D-FINE .* it can be rt-detr-v4"):
+        load_detector("d-fine", str(tmp_path / "best.pth"))
 
 
 def test_queries_are_as_many_as_asked_for(tmp_path: Path) -> None:

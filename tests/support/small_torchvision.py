@@ -17,7 +17,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from mfdetr_cache.detectors.torchvision import loading
 
 _WIDTH = 64
-_SIZES: dict[str, Any] = {"min_size": 96, "max_size": 160}
 # Labels 1 and 2; 0 is the background, or an output that is never trained.
 OUTPUTS = 3
 # Scale and bias of the classes, by which images have from none to some dozen detections.
@@ -45,18 +44,27 @@ def _backbone(first: int, norm: Callable[[int], nn.Module]) -> BackboneWithFPN:
     return BackboneWithFPN(nn.Sequential(body), layers, channels, _WIDTH, extra_blocks=extra)
 
 
-def small_model(name: str, num_classes: int = OUTPUTS, *, frozen: bool = False, **_: Any) -> Any:
+def small_model(
+    name: str,
+    num_classes: int = OUTPUTS,
+    *,
+    frozen: bool = False,
+    min_size: int = 96,
+    max_size: int = 160,
+    **_: Any,
+) -> Any:
     """A detector built as torchvision builds the one of that name, seeded, in evaluation mode."""
+    sizes = {"min_size": min_size, "max_size": max_size}
     torch.manual_seed(0)
     norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
     model: Any
     if name.startswith("fasterrcnn"):
         head, predictor = TwoMLPHead(_WIDTH * 49, 64), FastRCNNPredictor(64, num_classes)
-        model = FasterRCNN(_backbone(1, norm), box_head=head, box_predictor=predictor, **_SIZES)
+        model = FasterRCNN(_backbone(1, norm), box_head=head, box_predictor=predictor, **sizes)
         last = predictor.cls_score
     else:
         kind = RetinaNet if name.startswith("retinanet") else FCOS
-        model = kind(_backbone(2, norm), num_classes, **_SIZES)
+        model = kind(_backbone(2, norm), num_classes, **sizes)
         last = model.head.classification_head.cls_logits
     with torch.no_grad():
         for key, value in model.state_dict().items():

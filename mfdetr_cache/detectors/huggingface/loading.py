@@ -94,7 +94,9 @@ def _loaded(
         save=partial(_save_folder, model, named_weights, processors),
         prompt=prompt,
     )
-    preprocessing = Preprocessing.from_processor(processor.to_dict(), weights)
+    preprocessing = Preprocessing.from_processor(processor.to_dict(), weights).with_size(
+        options.input_size
+    )
     return HuggingFaceDetector(model, family, origin, preprocessing, options)
 
 

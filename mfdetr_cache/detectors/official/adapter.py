@@ -1,6 +1,6 @@
 """An official detector behind the Detector protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.checkpoint import read_checkpoint
+from mfdetr_cache.detectors.labels import output_names
 from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.official.architecture import (
     ARCHITECTURES,
@@ -19,7 +20,13 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
-from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
+from mfdetr_cache.detectors.weights import (
+    TunedPart,
+    freeze,
+    parameters_of_part,
+    require_complete,
+    weights_sha256,
+)
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
@@ -41,11 +48,23 @@ SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
 class OfficialDetector(nn.Module):
     """Deformable DETR, H-DETR or DINO, frozen.
 
+    Args:
+        name: Detector name in the identity of its caches.
+        model: The network with its weights.
+        options: The user's options.
+        class_names: Names stored with the weights; ignored unless there is one for every output.
+
     Raises:
         DetectorError: If an option does not fit the model.
     """
 
-    def __init__(self, name: str, model: OfficialDetr, options: DetectorOptions) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: OfficialDetr,
+        options: DetectorOptions,
+        class_names: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         freeze(model)
@@ -62,6 +81,10 @@ class OfficialDetector(nn.Module):
         model.num_queries = queries
         self.eval()
         self._layer = layer
+        self._preprocessing = OFFICIAL_PREPROCESSING.with_size(options.input_size)
+        # Outputs are numbered by category id, in most trainings; that of their names is not told.
+        outputs = architecture.num_labels
+        known = dict(enumerate(class_names)) if len(class_names) == outputs else {}
         self._maps = _map_specs(architecture, layer)
         self._spec = DetectorSpec(
             name=name,
@@ -70,14 +93,15 @@ class OfficialDetector(nn.Module):
             query_dim=WIDTH,
             num_labels=architecture.num_labels,
             score_function="sigmoid",
-            label_names=tuple(f"LABEL_{i}" for i in range(architecture.num_labels)),
+            label_names=output_names(outputs, known, options.labels, name),
             maps=self._maps,
             encoder_level_embed=tuple(map(tuple, model.transformer.level_embed.tolist())),
-            preprocessing=OFFICIAL_PREPROCESSING.to_dict(),
+            preprocessing=self._preprocessing.to_dict(),
             settings={
                 "scheme": architecture.scheme,
                 "backbone": architecture.backbone.label,
                 "encoder_layer": layer,
+                **({"labels": "given"} if options.labels else {}),
                 "precision": "float32",
                 "batch_size": 1,
             },
@@ -90,11 +114,11 @@ class OfficialDetector(nn.Module):
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """See :meth:`Detector.input_geometry`."""
-        return OFFICIAL_PREPROCESSING.input_geometry(original_hw, shortest_edge)
+        return self._preprocessing.input_geometry(original_hw, shortest_edge)
 
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """See :meth:`Detector.preprocess`."""
-        return OFFICIAL_PREPROCESSING(image, shortest_edge)
+        return self._preprocessing(image, shortest_edge)
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; maps are ``encoder4`` to ``encoder64`` and ``c1``.
@@ -150,14 +174,15 @@ def load_official_detector(
             raise DetectorError(f"--detector {name} needs --weights: a checkpoint file")
         torch.manual_seed(0)
         return OfficialDetector(name, OfficialDetr(ARCHITECTURES[name]), options)
-    tensors = read_checkpoint(Path(weights)).tensors
+    checkpoint = read_checkpoint(Path(weights))
+    tensors = checkpoint.tensors
     architecture = read_architecture(tensors, weights)
     _require_named(name, architecture, weights)
     with torch.device("meta"):
         model = OfficialDetr(architecture)
     model = model.to_empty(device="cpu")
     _load(model, tensors, weights)
-    return OfficialDetector(name, model, options)
+    return OfficialDetector(name, model, options, checkpoint.class_names)
 
 
 def _require_named(name: str, architecture: Architecture, weights: str) -> None:
@@ -179,12 +204,7 @@ def _load(model: OfficialDetr, tensors: Mapping[str, Tensor], weights: str) -> N
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     # Computed, not learned; some files leave it out.
     missing = {k for k in missing if not k.endswith("relative_position_index")}
-    for kind, keys in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise DetectorError(
-                f"{weights}: {kind} keys: {shown}; the result would be partly random"
-            )
+    require_complete(weights, missing, unexpected)
     indices = {k: v for k, v in _window_indices(model.architecture).items() if k in expected}
     merged = {k: v.to(expected[k].dtype) for k, v in tensors.items()} | indices
     wrong = [k for k, v in merged.items() if v.shape != expected[k].shape]

@@ -65,6 +65,8 @@ class TorchvisionDetector(nn.Module):
         self._last_stage = cast(Any, getattr(model, "roi_heads", model))
         if options.num_queries:
             self._last_stage.detections_per_img = options.num_queries
+        if options.score_threshold is not None:
+            self._last_stage.score_thresh = options.score_threshold
         self._kept: dict[str, Any] = {}
         self._stages: dict[str, Tensor] = {}
         self._hook()

@@ -13,7 +13,9 @@ from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
 from mfdetr_cache.detectors.labels import COCO_NAMES, output_names
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.preprocess import sides_to_fit
 from mfdetr_cache.detectors.torchvision.adapter import TorchvisionDetector
+from mfdetr_cache.detectors.weights import require_complete
 from mfdetr_cache.errors import DetectorError
 
 PREFIX = "torchvision:"
@@ -21,6 +23,7 @@ PREFIX = "torchvision:"
 # away again when it loads them; what is tuned from them in that process has none either. No file
 # says it, so the name does.
 _NO_EPSILON = "-eps0"
+_LONGEST = 1333  # torchvision's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,11 @@ def load_torchvision_detector(
     if name != plain and not frozen:
         raise DetectorError(f"{weights} has norms that are not frozen; pass --detector {plain}")
     model = get_model(
-        plain.removeprefix(PREFIX), weights=None, weights_backbone=None, num_classes=outputs
+        plain.removeprefix(PREFIX),
+        weights=None,
+        weights_backbone=None,
+        num_classes=outputs,
+        **_sizes(options),
     )
     settings: dict[str, object] = {}
     if frozen:
@@ -142,6 +149,14 @@ def load_torchvision_detector(
     first = 1 if _CLASS_SCORE in tensors else 0
     names = _names(outputs, first, checkpoint.class_names, options.labels, weights)
     return TorchvisionDetector(name, model, names, settings, options)
+
+
+def _sizes(options: DetectorOptions) -> dict[str, int]:
+    """Arguments of torchvision's builders; empty for their defaults."""
+    if not options.input_size:
+        return {}
+    shortest, longest = sides_to_fit(options.input_size, _LONGEST)
+    return {"min_size": shortest, "max_size": longest}
 
 
 def _is_frozen(tensors: Mapping[str, Tensor]) -> bool:
@@ -181,12 +196,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise DetectorError(f"{where}: {line}") from error
-    for kind, keys in (("missing", result.missing_keys), ("unexpected", result.unexpected_keys)):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise DetectorError(
-                f"{where}: {kind} tensors: {shown}; the result would be partly random"
-            )
+    require_complete(where, result.missing_keys, result.unexpected_keys)
 
 
 def _names(

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mfdetr_cache.detectors.huggingface.families import Family
 from mfdetr_cache.detectors.translated.names import Rules, count
 
-# Computed and not learned, or used in training only.
-_UNUSED = r"num_batches_tracked$|anchors$|valid_mask$|denoising_class_embed"
+# Computed and not learned, used in training only, or left behind by a count of operations (thop).
+_UNUSED = (
+    r"num_batches_tracked$|anchors$|valid_mask$|denoising_class_embed|(^|\.)total_(ops|params)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Blueprint:
         unused: Names that the model ignores.
         input_hw: Height and width of the network input.
         normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
-        label_offset: Output of the first class that the checkpoint names.
+        side_multiple: What the sides of an input must be multiples of.
         choices: Settings that the file lacks and that change the outputs; part of the identity.
     """
 
@@ -37,6 +39,7 @@ class Blueprint:
     tensors: Mapping[str, Tensor]
     input_hw: tuple[int, int]
     normalise: bool
+    side_multiple: int = 32
     unused: str = _UNUSED
     choices: Mapping[str, object] = field(default_factory=dict)
 

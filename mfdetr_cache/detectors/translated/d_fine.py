@@ -1,4 +1,4 @@
-"""D-FINE of Peterande/D-FINE, and DEIM, which has its layout but other activations."""
+"""D-FINE of Peterande/D-FINE; DEIM and RT-DETRv4 have its layout but other activations."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -47,12 +47,23 @@ _RULES: Rules = (
     *DECODER_RULES,
     *HYBRID_RULES,
 )
+# Of RT-DETRv4: what its encoder is compared by with another network, in training.
+_PROJECTOR = "encoder.feature_projector."
 # The same values under a second name.
 SECOND_NAMES = r"^decoder\.decoder\.(up|reg_scale)$"
 
 
 def is_d_fine(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a state dict has D-FINE's layout, which is DEIM's too."""
+    return _has_layout(tensors) and not any(key.startswith(_PROJECTOR) for key in tensors)
+
+
+def is_rt_detr_v4(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is RT-DETRv4's: DEIM's with a projector of its training."""
+    return _has_layout(tensors) and not is_d_fine(tensors)
+
+
+def _has_layout(tensors: Mapping[str, Tensor]) -> bool:
     return (
         "decoder.decoder.layers.0.gateway.gate.weight" in tensors
         and "decoder.decoder.layers.0.linear1.weight" in tensors
@@ -71,7 +82,7 @@ def read_d_fine(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
 
 
 def read_deim(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """Blueprint of a DEIM checkpoint, on D-FINE or on RT-DETRv2."""
+    """Blueprint of a checkpoint of DEIM, on D-FINE or on RT-DETRv2, or of RT-DETRv4."""
     if is_deim_on_rt_detr(checkpoint.tensors):
         return read_rt_detr_v2(checkpoint, options)
     config = _config(checkpoint.tensors, options, "silu")
@@ -150,7 +161,7 @@ def _blueprint(
         tensors=tensors,
         input_hw=input_size(tensors, strides_of(levels)),
         normalise=False,
-        unused=SECOND_NAMES,
+        unused=f"{SECOND_NAMES}|^{_PROJECTOR}",
         choices={"activation": activation},
     )
 

@@ -16,7 +16,13 @@ from mfdetr_cache.detectors.labels import SPARE_OUTPUTS, names_of_checkpoint
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.translated.blueprint import Blueprint
-from mfdetr_cache.detectors.translated.d_fine import is_d_fine, is_deim, read_d_fine, read_deim
+from mfdetr_cache.detectors.translated.d_fine import (
+    is_d_fine,
+    is_deim,
+    is_rt_detr_v4,
+    read_d_fine,
+    read_deim,
+)
 from mfdetr_cache.detectors.translated.deimv2 import is_deimv2, read_deimv2
 from mfdetr_cache.detectors.translated.lw_detr import is_lw_detr, read_lw_detr
 from mfdetr_cache.detectors.translated.names import Translation, carry, carry_back, translate
@@ -27,6 +33,7 @@ from mfdetr_cache.detectors.translated.rt_detr import (
     read_rt_detr,
     read_rt_detr_v2,
 )
+from mfdetr_cache.detectors.weights import require_complete
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import make_folder, whole_file
 
@@ -56,6 +63,7 @@ class AuthorsDetector:
 
 _GOLDENS = "the authors' code: 5e-4 in logits and queries, 2e-5 in boxes"
 _BESIDE = "the authors' code, once, beside it: 1e-4 in logits, 4e-6 in boxes"
+_AS_DEIM = "nothing of its own: DEIM's layers, as the authors' configuration says"
 
 AUTHORS: dict[str, AuthorsDetector] = {
     detector.name: detector
@@ -71,6 +79,7 @@ AUTHORS: dict[str, AuthorsDetector] = {
         ),
         AuthorsDetector("d-fine", "D-FINE", is_d_fine, read_d_fine, _GOLDENS),
         AuthorsDetector("deim", "DEIM", is_deim, read_deim, _GOLDENS),
+        AuthorsDetector("rt-detr-v4", "RT-DETRv4", is_rt_detr_v4, read_deim, _AS_DEIM),
         AuthorsDetector("deimv2", "DEIMv2", is_deimv2, read_deimv2, _GOLDENS),
         AuthorsDetector("rf-detr", "RF-DETR", is_rf_detr, read_rf_detr, _GOLDENS),
         AuthorsDetector("lw-detr", "LW-DETR", is_lw_detr, read_lw_detr, _GOLDENS),
@@ -94,7 +103,6 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
     with quiet():
         model, names = build(blueprint, weights)
     into_own_memory(model)
-    height, width = blueprint.input_hw
     outputs = int(_class_bias(checkpoint.tensors).shape[0])
     origin = Origin(
         name=name,
@@ -104,6 +112,7 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
         save=partial(_save_checkpoint, model, names, checkpoint),
         spare_outputs=SPARE_OUTPUTS if name in ("rf-detr", "lw-detr") else 0,
     )
+    height, width = blueprint.input_hw
     preprocessing = Preprocessing(
         height=height,
         width=width,
@@ -113,8 +122,17 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
         rescale=1 / 255,
         mean=_IMAGENET_MEAN if blueprint.normalise else None,
         std=_IMAGENET_STD if blueprint.normalise else None,
-    )
+    ).with_size(options.input_size)
+    _require_divisible(preprocessing, blueprint.side_multiple)
     return HuggingFaceDetector(model, blueprint.family, origin, preprocessing, options)
+
+
+def _require_divisible(preprocessing: Preprocessing, multiple: int) -> None:
+    height, width = preprocessing.input_geometry((1, 1)).input_hw
+    if height % multiple or width % multiple:
+        raise DetectorError(
+            f"--input-size {height}x{width}: the sides must be multiples of {multiple}"
+        )
 
 
 def read_blueprint(name: str, checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
@@ -145,15 +163,11 @@ def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
     expected = _places(model)
     carried = carry(blueprint.tensors, names)
     places = {target: key for key, targets in names.items() for target in targets}
-    for kind, keys in (
-        ("missing", sorted(expected.keys() - carried.keys())),
-        ("unexpected", sorted(places[k] for k in carried.keys() - expected.keys())),
-    ):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise DetectorError(
-                f"{where}: {kind} tensors: {shown}; the result would be partly random"
-            )
+    require_complete(
+        where,
+        expected.keys() - carried.keys(),
+        {places[name] for name in carried.keys() - expected.keys()},
+    )
     for target, value in carried.items():
         if value.shape != expected[target].shape:
             raise DetectorError(
@@ -196,7 +210,12 @@ def _save_checkpoint(
     make_folder(folder)
     path = folder / "checkpoint.pth"
     state = carry_back(model.state_dict(), names, checkpoint.tensors)
-    document: dict[str, Any] = {"model": state, "class_names": list(checkpoint.class_names)}
+    # What the architecture is read off beside tensors comes back too.
+    document = {
+        "model": state,
+        "class_names": list(checkpoint.class_names),
+        "args": dict(checkpoint.settings),
+    }
     with whole_file(path) as partial_file, partial_file.open("wb") as file:
         torch.save(document, file)
     return str(path)

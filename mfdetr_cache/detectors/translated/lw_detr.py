@@ -17,6 +17,7 @@ from mfdetr_cache.errors import DetectorError
 # Takes out_indices, which its signature does not say.
 VIT_CONFIG: Any = LwDetrViTConfig
 _SIDE = 640
+_WINDOWS_PER_SIDE = 4
 _VIT_HEADS = 12  # of every published size
 # Blocks with windows and blocks whose outputs are read, counted from 0, by the number of blocks.
 _WINDOWS = {6: [0, 2, 4], 10: [0, 1, 3, 6, 7, 9]}
@@ -96,6 +97,7 @@ def read_lw_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
         tensors=tensors,
         input_hw=(_SIDE, _SIDE),
         normalise=True,
+        side_multiple=patch * _WINDOWS_PER_SIDE,
     )
 
 

@@ -85,6 +85,7 @@ def read_rf_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
         tensors=tensors,
         input_hw=(side, side),
         normalise=True,
+        side_multiple=patch * backbone.num_windows,
         unused=r"^segmentation_head\.|^_kp_active_mask$",
         choices={"num_windows": backbone.num_windows, "out_feature_indexes": list(outputs)},
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.options import LabelOptions
+from mfdetr_cache.detectors.options import sides_of
 from mfdetr_cache.options import FILE, FOLDER, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_pipelines.config.shared import OnDevice
@@ -33,6 +34,8 @@ class FitConfig(OnDevice):
         val_split: Split to measure on; by default the one that is called val or valid, else test.
             Without any, every fifth training image is left out of training for it.
         detector: A name that mfdetr detectors lists; by default what the weights say.
+        input_size: Size of the detector's input where its training had another than the weights
+            tell: 640, or HEIGHTxWIDTH; of detectors that keep the shape of an image SHORTERxLONGER.
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
         on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
@@ -49,6 +52,7 @@ class FitConfig(OnDevice):
     train_split: Annotated[str, Option(metavar="NAME")] = "train"
     val_split: Annotated[str | None, Option(metavar="NAME")] = None
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    input_size: Annotated[tuple[int, ...], Option(metavar="SIZE", parse=sides_of)] = ()
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBad = "stop"
     views: Annotated[int, Option(takes_zero=True)] = _VIEWS
@@ -57,8 +61,12 @@ class FitConfig(OnDevice):
     categories: LabelOptions = field(default_factory=LabelOptions)
 
     @property
-    def words_of_labels(self) -> Iterator[str]:
-        """What was chosen about categories and labels, as typed."""
+    def words_of_detector(self) -> Iterator[str]:
+        """What was chosen about the detector, its labels and the categories, as typed."""
+        if self.detector != "auto":
+            yield from ("--detector", self.detector)
+        if self.input_size:
+            yield from ("--input-size", "x".join(map(str, self.input_size)))
         if self.labels is not None:
             yield from ("--labels", str(self.labels))
         for category, label in self.categories.map.items():

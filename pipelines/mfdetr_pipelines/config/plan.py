@@ -50,9 +50,9 @@ class PlanConfig(OnDevice):
     disk_seconds: float = 10.0
     epochs: float | None = None
     recipe: Annotated[Recipe, Built(PlannedRecipe), Only("recipe")] = field(default_factory=fast)
-    options: Annotated[DetectorOptions, Only("num_queries", "encoder_layer", "prompt")] = field(
-        default_factory=DetectorOptions
-    )
+    options: Annotated[
+        DetectorOptions, Only("num_queries", "encoder_layer", "input_size", "prompt")
+    ] = field(default_factory=DetectorOptions)
     maps: Annotated[MapOptions, Only("c1", "roi_size")] = field(default_factory=MapOptions)
     views: Annotated[ViewOptions, Only("count")] = field(default_factory=ViewOptions)
 
