@@ -51,6 +51,7 @@ class RunRecord:
         versions: Versions of the packages that results depend on.
         run: Hash of what decides the weights; every file of weights names it too.
         before: Training settings of the steps before a failure, where some were changed then.
+        initial: Hash of the weights it started from; None for fresh ones.
     """
 
     recipe: str | None = None
@@ -66,6 +67,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     run: str = ""
     before: Sequence[dict[str, Any]] = ()
+    initial: str | None = None
 
     @property
     def held_out(self) -> tuple[int, ...]:
@@ -86,7 +88,7 @@ class RunRecord:
         """The fields as they stand in the file."""
         # A run from a cache says null where it has no validation cache; one without says neither.
         unused = {"joint"} if self.joint is None else {"cache", "annotations", "val_cache"}
-        unused |= set() if self.before else {"before"}
+        unused |= {name for name in ("before", "initial") if not getattr(self, name)}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
 
     @classmethod
@@ -115,6 +117,11 @@ class HeadFolder:
         if self.step is None or self.step >= steps:
             return ""
         return f"{self.path} is of step {self.step} of {steps}: its training was not ended"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        return _hash_of(self.head.state_dict())
 
     @property
     def detector(self) -> Identity:
@@ -240,9 +247,11 @@ def _run_of(document: Mapping[str, Any]) -> str:
     """Hash of what decides the weights; a tuned detector is another one at the end."""
     cache = document.get("cache") or {}
     train = {k: v for k, v in document["train"].items() if k not in FREE_FIELDS}
+    initial = document.get("initial")
     return identity_hash(
         {
             **{k: document.get(k) for k in ("head", "annotations", "joint")},
+            **({} if initial is None else {"initial": initial}),
             "train": train,
             "cache_id": cache.get("cache_id"),
         }

@@ -7,11 +7,15 @@ import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.config import to_dict
+from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.folder import CONFIG_FILE, HeadFolder
 from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
 from mfdetr_cache.head.mask_embedding import MaskCodec
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import differences
 from mfdetr_cache.matching.objects import object_masks
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.rows import trainable_rows
@@ -30,6 +34,30 @@ def new_head(config: HeadConfig, cache: FeatureCache, train: TrainConfig) -> Mas
             return object_masks(truth, size_hw, train.held_out, MASK_SIDE)
 
         fit_codec(head.codec, trainable_rows(cache, train), masks_of)
+    return head
+
+
+def with_weights_of(head: MaskHead, initial: HeadFolder | None) -> MaskHead:
+    """The head with the weights of a trained one, if any.
+
+    HeadError if that has another architecture, or was made for maps of other sizes.
+    """
+    if initial is None:
+        return head
+    found = differences(to_dict(initial.head.config), to_dict(head.config))
+    if found:
+        name, there, here = found[0]
+        raise HeadError(
+            f"--from-head {initial.path}: {name} is {there!r} there and {here!r} here; give its "
+            f"settings, as --config {initial.path / CONFIG_FILE} does"
+        )
+    try:
+        head.load_state_dict(initial.head.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:300]
+        raise HeadError(
+            f"--from-head {initial.path} was trained on maps of other sizes: {reason}"
+        ) from error
     return head
 
 

@@ -22,7 +22,7 @@ from mfdetr_cache.training.checkpoint import (
 )
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.learner import Learner, StepReport
-from mfdetr_cache.training.run_folder import prepare_folder
+from mfdetr_cache.training.run_folder import SAME_FIELDS, prepare_folder
 from mfdetr_cache.training.run_log import RunLog, read_log
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def begin_run(
     track: Sequence[Tracker],
     validation: Validation | None,
     resume: bool,
-    same: Sequence[str] = ("head", "train", "detector", "annotations"),
+    same: Sequence[str] = SAME_FIELDS,
 ) -> Run:
     """Create the folder of a run, or resume the run in it; see :func:`prepare_folder`.
 

@@ -19,6 +19,7 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import (
     CONFIG_FILE,
     FREE_FIELDS,
+    HeadFolder,
     RunRecord,
     read_run_config,
     save_run_config,
@@ -29,10 +30,16 @@ from mfdetr_cache.training.config import RESCUE_FIELDS, TrainConfig
 from mfdetr_cache.training.distributed import Processes
 
 _LOCK_FILE = "writer.lock"
+# Entries of config.json that decide the weights of a run from a cache.
+SAME_FIELDS = ("head", "train", "detector", "annotations", "initial")
 
 
 def record_of_cache(
-    recipe: str, train: TrainConfig, cache: FeatureCache, val_cache: str | None
+    recipe: str,
+    train: TrainConfig,
+    cache: FeatureCache,
+    val_cache: str | None,
+    initial: HeadFolder | None = None,
 ) -> RunRecord:
     """The record of a run that trains from a cache."""
     identity = detector_identity(cache.spec)
@@ -52,6 +59,7 @@ def record_of_cache(
         label_categories=cache.label_categories,
         command=sys.argv,
         versions=versions(),
+        initial=None if initial is None else initial.sha256,
     )
 
 
@@ -108,7 +116,7 @@ def prepare_folder(
     run: RunRecord,
     *,
     resume: bool,
-    same: Sequence[str] = ("head", "train", "detector", "annotations"),
+    same: Sequence[str] = SAME_FIELDS,
 ) -> None:
     """Create a run folder, or with ``resume`` check that it holds the same run.
 
@@ -128,13 +136,13 @@ def prepare_folder(
             earlier = before.get(name)
             if name in kinds and isinstance(earlier, dict):
                 earlier = completed(kinds[name], earlier)
-            found = differences(earlier, now[name])
+            found = differences(earlier, now.get(name))
             if name == "train":
                 found = [d for d in found if d[0] not in free]
             if found:
                 key, theirs, ours = found[0]
                 raise HeadError(
-                    f"cannot resume {out}: {name}.{key} was {theirs!r} and is {ours!r} now; "
+                    f"cannot resume {out}: {'.'.join(filter(None, (name, key)))} was {theirs!r} and is {ours!r} now; "
                     "give the same settings, or another --out"
                 )
         earlier = before["train"]

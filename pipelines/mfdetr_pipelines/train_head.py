@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import TrainingError
+from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.ops.devices import keep_no_kernels
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import training_processes
-from mfdetr_cache.training.initial_head import new_head
+from mfdetr_cache.training.initial_head import new_head, with_weights_of
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
@@ -82,13 +84,19 @@ def run_train_head(
     require_validation(wanted.val_every, "--val-cache, or --set val_split=N", val_cache)
     require_trackers(config.track)
     train = _settled(config, cache)
+    initial = None if config.from_head is None else load_head(config.from_head)
+    if initial is not None:
+        _require_unseen(initial, cache, train, val_cache)
     device = training_device(config.device, train.amp)
     keep_no_kernels()
     with training_processes(device) as processes, owned_run(config.out, processes):
         if not processes.is_first:
             reporter = SilentReporter()
         learner = build_learner(
-            train, lambda: new_head(config.recipe.head, cache, train), device, processes
+            train,
+            lambda: with_weights_of(new_head(config.recipe.head, cache, train), initial),
+            device,
+            processes,
         )
         require_c1(cache, learner.head, train)
         source = CacheSource(cache, [learner], processes)
@@ -100,7 +108,7 @@ def run_train_head(
         run = begin_run(
             learner,
             config.out,
-            record_of_cache(config.recipe.name, train, cache, val_path),
+            record_of_cache(config.recipe.name, train, cache, val_path, initial),
             processes,
             track=config.track,
             validation=validation,
@@ -153,3 +161,16 @@ def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
         train = replace(train, held_out=category_ids(config.hold_out, cache.categories))
     num_rows = 0 if config.length.epochs is None else len(trainable_rows(cache, train))
     return with_length(train, config.length, num_rows)
+
+
+def _require_unseen(
+    initial: HeadFolder, cache: FeatureCache, train: TrainConfig, val_cache: FeatureCache | None
+) -> None:
+    """Refuse to measure on images that the initial head has learned from."""
+    if val_cache is None or initial.run.cache_id != val_cache.cache_id:
+        return
+    if val_cache.cache_id != cache.cache_id or initial.run.val_split != train.val_split:
+        raise TrainingError(
+            f"--from-head {initial.path} has learned from images of {val_cache.path} that would be "
+            "measured on; give another --val-cache, or the val_split that it was trained with"
+        )

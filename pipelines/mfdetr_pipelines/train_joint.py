@@ -18,12 +18,13 @@ from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
-from mfdetr_cache.head.folder import save_run_config
+from mfdetr_cache.head.folder import load_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
 from mfdetr_cache.training.distributed import training_processes
+from mfdetr_cache.training.initial_head import with_weights_of
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.learner import seeded_head
 from mfdetr_cache.training.loop import TrainingLoop
@@ -97,13 +98,18 @@ def run_train_joint(
     train = with_batch_size(config.recipe.train, config.batch_size)
     images = LiveImages(split, config.images, detector, train, _augment(config))
     train = with_length(train, config.length, len(images.rows))
+    initial = None if config.from_head is None else load_head(config.from_head)
     device = training_device(config.device, train.amp)
     with training_processes(device) as processes, owned_run(config.out, processes):
         if not processes.is_first:
             reporter = SilentReporter()
         detector = detector.to(device)
         tuner = DetectorTuner(detector, config.tune, train, config.detector_lr, processes)
-        head = seeded_head(train.seed, lambda: images.new_head(config.recipe.head), device)
+        head = seeded_head(
+            train.seed,
+            lambda: with_weights_of(images.new_head(config.recipe.head), initial),
+            device,
+        )
         learner = JointLearner(head, train, tuner, processes)
         is_tuned = config.tune != "nothing"
         source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
@@ -114,6 +120,7 @@ def run_train_joint(
             "augment": _augment(config),
         }
         record = images.record(config.recipe.name, train, joint)
+        record = replace(record, initial=None if initial is None else initial.sha256)
         run = begin_run(
             learner,
             config.out,
@@ -122,7 +129,7 @@ def run_train_joint(
             track=config.track,
             validation=_validation(config, detector, device),
             resume=config.resume,
-            same=("head", "train", "joint"),
+            same=("head", "train", "joint", "initial"),
         )
         reporter.say(
             f"recipe {config.recipe.name}, {detector.spec.name} {TUNED[config.tune]}: "

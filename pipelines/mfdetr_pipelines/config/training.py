@@ -78,6 +78,7 @@ class TrainingRun(OnDevice):
     Attributes:
         batch_size: Images per step instead of the recipe's; auto keeps the recipe's and computes a
             step in as many micro-batches as the GPU's memory asks for.
+        from_head: Start from the weights of this trained head, which has the same settings.
         track: Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with
             commas, or none.
         resume: Go on with the run in --out.
@@ -86,6 +87,7 @@ class TrainingRun(OnDevice):
     batch_size: Annotated[
         int | Literal["auto"] | None, Option(metavar="N|auto", parse=parse_batch_size)
     ] = None
+    from_head: Annotated[Path | None, Option(metavar="FOLDER")] = None
     track: Annotated[tuple[Tracker, ...], Option(metavar="NAMES", parse=parse_trackers)] = (
         "tensorboard",
     )

@@ -1,0 +1,72 @@
+"""A training that starts from the weights of another head."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.train_head import run_train_head
+
+from mfdetr_cache.errors import HeadError, TrainingError
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.reporter import SilentReporter
+from mfdetr_cache.training.recipes import build_recipe
+
+# A step of Muon is as long as its learning rate, whatever the gradient: this one is no step.
+STILL = {"lr": "1e-9", "weight_decay": "0"}
+
+
+def train(cache: Path, out: Path, from_head: Path | None = None, **changes: Any) -> Path:
+    """Two steps of a small head; returns its folder."""
+    resume = changes.pop("resume", False)
+    settings = {
+        **{"hidden_dim": "16", "roi_size": "8", "fine_size": "0", "steps": "2"},
+        **{"min_match_iou": "0", **{k: str(v) for k, v in changes.items()}},
+    }
+    config = TrainHeadConfig(cache, out, build_recipe("fast", settings))
+    run_train_head(replace(config, from_head=from_head, resume=resume), SilentReporter())
+    return out
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_head(run).head.state_dict()
+
+
+def test_it_starts_there_and_the_run_knows(tmp_path: Path, drawn_cache: Path) -> None:
+    first = train(drawn_cache, tmp_path / "first")
+    fresh = train(drawn_cache, tmp_path / "fresh", seed=1, **STILL)
+    second = train(drawn_cache, tmp_path / "second", first, seed=1, **STILL)
+    before, after, other = (weights_of(run) for run in (first, second, fresh))
+    for name, weight in before.items():
+        assert torch.allclose(weight, after[name], atol=1e-6), name
+    assert not all(torch.allclose(w, other[name], atol=1e-3) for name, w in before.items())
+    run = load_head(second).run
+    assert run.initial == load_head(first).sha256
+    assert run.run != load_head(fresh).run.run
+
+
+def test_a_run_is_resumed_with_the_same_start_only(tmp_path: Path, drawn_cache: Path) -> None:
+    first = train(drawn_cache, tmp_path / "first")
+    second = train(drawn_cache, tmp_path / "second", first)
+    train(drawn_cache, second, first, resume=True)
+    with pytest.raises(HeadError, match=r"cannot resume .*: initial was '[0-9a-f]+' and is None"):
+        train(drawn_cache, second, resume=True)
+
+
+def test_another_architecture_is_refused(tmp_path: Path, drawn_cache: Path) -> None:
+    first = train(drawn_cache, tmp_path / "first")
+    with pytest.raises(HeadError, match="box_layers is 4 there and 1 here; give its settings, as"):
+        train(drawn_cache, tmp_path / "second", first, box_layers=1)
+    assert not (tmp_path / "second").exists()
+
+
+def test_nothing_is_measured_on_images_that_the_start_has_learned_from(
+    tmp_path: Path, drawn_cache: Path
+) -> None:
+    first = train(drawn_cache, tmp_path / "first")
+    with pytest.raises(TrainingError, match=f"--from-head {first} has learned from images of"):
+        train(drawn_cache, tmp_path / "second", first, val_split=3)
+    split = train(drawn_cache, tmp_path / "split", val_split=3)
+    train(drawn_cache, tmp_path / "third", split, val_split=3)
