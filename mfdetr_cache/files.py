@@ -19,6 +19,9 @@ FAILING = (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, err
 # Files with these endings are nobody's: half written, or there to be locked.
 PARTIAL = ".partial"
 LOCK = ".lock"
+# What results say of themselves, and where: only those may be written over.
+WRITTEN_BY = "mfdetr-cache"
+_MARKED = 4096
 
 
 def disk_error(error: BaseException) -> int:
@@ -61,9 +64,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file in the same folder that replaces ``path`` at the end; OutputError."""
+    """Yield a temporary file in the same folder that replaces ``path`` at the end; OutputError.
+
+    So does a device in its place, and another process that is writing the same file.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with writing(path):
+    with writing(path), _owned(partial, path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OutputError(f"{path} is no regular file: it would be replaced by one")
         try:
             yield partial
             with partial.open("rb+") as file:
@@ -74,6 +82,55 @@ def whole_file(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def _owned(partial: Path, path: Path) -> Iterator[None]:
+    """Own a temporary file, which two processes must not fill at once; OutputError if one does."""
+    busy = OutputError(f"{path} is being written by another process")
+    if partial.is_symlink() and (partial.is_file() or not partial.exists()):
+        # Through it somebody else's file would be written.
+        raise OutputError(f"{path} cannot be written: {partial} is a link, remove it")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(partial, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:
+            pass  # a network disk may know no locks
+        # Whoever had it may have finished since it was opened.
+        if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(descriptor)):
+            raise busy
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def require_free(path: Path, option: str, mark: bytes = b"") -> None:
+    """Refuse a place for a result where there is something else.
+
+    Args:
+        path: The place.
+        option: The option that named it, for the message.
+        mark: What every file of this kind has among its first bytes if it is ours, and may be
+            replaced; without one only empty files are.
+
+    Raises:
+        OutputError: If there is a folder, a device, or a file that this tool did not write.
+    """
+    try:
+        found = read_regular(path, _MARKED)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{option} {path} cannot be written: {error.strerror}") from error
+    if found and not (mark and mark in found):
+        raise OutputError(
+            f"{option} {path} is there and was not written by this command; nothing was touched, "
+            "choose another name or remove it"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -114,14 +171,14 @@ def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Ite
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; OSError for a pipe or a device, which may never end."""
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """The first bytes of a regular file; OSError for a pipe or a device, which may never end."""
     # Opening a pipe must not wait for somebody who writes into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        return file.read()
+        return file.read(most)
 
 
 def make_folder(path: Path) -> None:

@@ -14,6 +14,7 @@ from mfdetr_cache.files import (
     disk_error,
     is_taken,
     make_folder,
+    require_free,
     whole_file,
     write_atomically,
     writing,
@@ -132,3 +133,48 @@ def test_what_is_wrong_with_the_input_is_not_blamed_on_the_disk(tmp_path: Path) 
         raise HeadError("unreadable") from OSError(errno.EACCES, "")
     with pytest.raises(ZeroDivisionError), writing(tmp_path):
         _ = 1 / 0
+
+
+def test_two_processes_do_not_fill_one_file_at_once(tmp_path: Path) -> None:
+    """Locks of another descriptor count as those of another process."""
+    path = tmp_path / "a.json"
+    with whole_file(path) as partial:
+        partial.write_bytes(b"first")
+        with pytest.raises(OutputError, match="is being written by another process"):
+            write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    # What a kill left is nobody's.
+    partial.write_bytes(b"half")
+    write_atomically(path, b"third")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_devices_are_not_written_over(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(mine)
+    with pytest.raises(OutputError, match=r"a\.json\.partial is a link, remove it"):
+        write_atomically(tmp_path / "a.json", b"data")
+    assert mine.read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is no regular file: it would be replaced by one"):
+        write_atomically(tmp_path / "pipe", b"data")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_place_with_something_else_in_it_is_not_free(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    for mark in (b"", b"ours"):
+        require_free(path, "--out", mark)
+    path.write_bytes(b"")
+    require_free(path, "--out")
+    path.write_bytes(b"<ours>")
+    require_free(path, "--out", b"ours")
+    (tmp_path / "link").symlink_to(path)
+    for taken, mark in ((path, b""), (path, b"theirs"), (tmp_path / "link", b"")):
+        with pytest.raises(OutputError, match=r"--out .* is there and was not written by this"):
+            require_free(taken, "--out", mark)
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path, tmp_path / "pipe", path / "below"):
+        with pytest.raises(OutputError, match=r"--out .* cannot be written"):
+            require_free(odd, "--out")

@@ -14,12 +14,8 @@ from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.config.ablate import AblateConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cli.console import (
-    print_facts,
-    print_lines,
-    print_table,
-    write_json,
-)
+from mfdetr_cli.console import print_facts, print_lines, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

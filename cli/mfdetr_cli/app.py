@@ -37,6 +37,7 @@ from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
 from mfdetr_cache.signals import StoppedBySignal, ending_on_signals
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
+from mfdetr_cli.json_file import require_json_place, require_written
 from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.text import harmless, put
 
@@ -58,7 +59,9 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
         module, _, function = where.partition(":")
         try:
+            require_json_place(json)
             getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
+            require_written()
         except StoppedBySignal as stopped:
             raise StoppedError(f"stopped by {stopped}; what was finished before is kept") from None
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from mfdetr_pipelines.compare import run_compare
 from mfdetr_pipelines.config.compare import CompareConfig
 
-from mfdetr_cli.console import metric_rows, print_table, write_json
+from mfdetr_cli.console import metric_rows, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -1,13 +1,11 @@
-"""Output on standard output: tables, names with values, lines; and JSON files."""
+"""Output on standard output: tables, names with values, lines."""
 
 import io
-import json
 import os
 import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 from rich.box import ASCII, SIMPLE_HEAD
@@ -16,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mfdetr_cache.errors import MfdetrError
 from mfdetr_cli.text import harmless, put
 
 # Cells up to so many letters are numbers or as good as numbers, and stay on one line.
@@ -126,8 +123,8 @@ def print_next(*commands: Sequence[object]) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines as they are."""
-    put(sys.stdout, "".join(f"{line}\n" for line in lines))
+    """Print lines."""
+    put(sys.stdout, "".join(f"{harmless(line)}\n" for line in lines))
 
 
 def _console() -> Console:
@@ -141,7 +138,9 @@ def _console() -> Console:
 def _print(console: Console, table: Table) -> None:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
-    print_lines(*(line.rstrip() for line in console.file.getvalue().splitlines()), "")
+    # Not harmless: what is printed here has colours of our own.
+    lines = [*(line.rstrip() for line in console.file.getvalue().splitlines()), ""]
+    put(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
 def _encoding() -> str:
@@ -180,14 +179,3 @@ def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | Non
     rows = metric_rows({_METRIC_NAMES[name]: values for name, values in metrics.items()})
     columns = list(next(m for m in metrics.values() if m is not None))
     print_table(title, ["", *columns], rows)
-
-
-def write_json(path: Path | None, document: Mapping[str, object]) -> None:
-    """Write a command's result, unless ``path`` is None; MfdetrError if that fails."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise MfdetrError(f"--json {path} cannot be written: {error.strerror}") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.copy_paste import run_copy_paste
 
-from mfdetr_cli.console import print_facts, write_json
+from mfdetr_cli.console import print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.demo import DetectorsConfig
 
 from mfdetr_cache.detectors.registry import DetectorListing, list_detectors
-from mfdetr_cli.console import print_lines, print_table, write_json
+from mfdetr_cli.console import print_lines, print_table
+from mfdetr_cli.json_file import write_json
 
 
 def detectors(_config: DetectorsConfig, json: Path | None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.export import run_export
 
-from mfdetr_cli.console import human_bytes, print_facts, write_json
+from mfdetr_cli.console import human_bytes, print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

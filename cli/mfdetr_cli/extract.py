@@ -17,8 +17,8 @@ from mfdetr_cli.console import (
     print_lines,
     print_next,
     print_table,
-    write_json,
 )
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 _SHOWN = 12

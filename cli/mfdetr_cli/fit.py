@@ -6,15 +6,9 @@ from pathlib import Path
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.fit import FitSummary, run_fit
 
-from mfdetr_cli.console import (
-    human_bytes,
-    human_time,
-    print_evaluation,
-    print_facts,
-    print_lines,
-    write_json,
-)
+from mfdetr_cli.console import human_bytes, human_time, print_evaluation, print_facts, print_lines
 from mfdetr_cli.extract import print_categories
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -6,14 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.plan import run_plan
 
-from mfdetr_cli.console import (
-    human_bytes,
-    human_time,
-    print_facts,
-    print_next,
-    print_table,
-    write_json,
-)
+from mfdetr_cli.console import human_bytes, human_time, print_facts, print_next, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

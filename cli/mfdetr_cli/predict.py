@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.predict import run_predict
 
-from mfdetr_cli.console import print_table, write_json
+from mfdetr_cli.console import print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 _SHOWN = 20

@@ -9,7 +9,8 @@ from mfdetr_pipelines.config.training import RecipesConfig
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.recipes import RECIPES, build_recipe
-from mfdetr_cli.console import print_lines, print_table, write_json
+from mfdetr_cli.console import print_lines, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.signature import documented
 
 

@@ -17,7 +17,8 @@ def _is_harmless(character: str) -> bool:
     if character == "\n":
         return True
     turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
-    return unicodedata.category(character) not in ("Cc", "Cs") and not turns
+    # Zl and Zp end a line for some terminals.
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and not turns
 
 
 def put(stream: TextIO | None, text: str) -> None:

@@ -13,8 +13,8 @@ from mfdetr_cli.console import (
     print_evaluation,
     print_facts,
     print_next,
-    write_json,
 )
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

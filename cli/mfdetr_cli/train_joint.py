@@ -6,13 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.train_joint import run_train_joint
 
-from mfdetr_cli.console import (
-    human_time,
-    is_first_process,
-    print_evaluation,
-    print_facts,
-    write_json,
-)
+from mfdetr_cli.console import human_time, is_first_process, print_evaluation, print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -42,6 +42,10 @@ class ViewContent:
     ground_truth: list[GroundTruth]
 
 
+# What creation makes at the top of a cache.
+_AT_THE_TOP = {ROOT_KEY, "images", "views", ANNOTATIONS}
+
+
 @dataclass(frozen=True)
 class CacheContent:
     """Everything that is known about a cache before the detector has run.
@@ -126,6 +130,8 @@ def _create_folder(path: Path, content: CacheContent) -> None:
         partial = path.with_name(path.name + ".creating")
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise _not_free(LocalStorage(path))
+        if _is_foreign(partial):
+            raise _not_free(LocalStorage(partial))
         if path.is_dir():
             path.rmdir()
         try:
@@ -137,6 +143,13 @@ def _create_folder(path: Path, content: CacheContent) -> None:
             raise
     finally:
         os.close(parent)
+
+
+def _is_foreign(partial: Path) -> bool:
+    """Whether this is anything but what a killed creation left: it is written over."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        return True
+    return partial.is_dir() and not {f.name for f in partial.iterdir()} <= _AT_THE_TOP
 
 
 def _fill(storage: LocalStorage, content: CacheContent) -> None:

@@ -1,6 +1,7 @@
 """Which category of a dataset each output of a detector stands for."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +248,8 @@ def is_called(category: Category, name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
+    same = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(same.replace("_", " ").replace("-", " ").split())
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:

@@ -3,7 +3,9 @@
 import re
 import unicodedata
 import warnings
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -18,6 +20,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Nor is a tag of the file that Pillow passes over.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 _ORIENTATION = 0x0112
+# Bytes, on Linux together with the folder's.
+_LONGEST_PATH = 3000
 
 
 def check_file_name(name: str, where: str) -> None:
@@ -26,18 +30,24 @@ def check_file_name(name: str, where: str) -> None:
     Raises:
         DatasetError: If it is absolute, has ``..`` in it, or is no name of a file.
     """
+    fault = _fault_of_name(name)
+    if fault:
+        shown = repr(name if len(name) <= 300 else f"{name[:300]}...")
+        raise DatasetError(f"{where} has the file_name {shown}, {fault}")
+
+
+def _fault_of_name(name: str) -> str:
+    """What is wrong with a file name; empty if nothing is."""
     plain = PurePosixPath(name.replace("\\", "/"))
     if plain.is_absolute() or re.match("[A-Za-z]:[/\\\\]", name):
-        raise DatasetError(
-            f"{where} has the absolute file_name {name!r}; write it relative to the image folder"
-        )
+        return "which is absolute; write it relative to the image folder"
     if ".." in plain.parts:
-        raise DatasetError(
-            f"{where} has the file_name {name!r}, which leaves the image folder; write it relative "
-            "to the image folder, without '..'"
-        )
+        return "which leaves the image folder; write it relative to the image folder, without '..'"
     if not plain.parts or "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
-        raise DatasetError(f"{where} has the file_name {name!r}, which is no name of a file")
+        return "which is no name of a file"
+    if len(name.encode()) > _LONGEST_PATH or max(len(p.encode()) for p in plain.parts) > 255:
+        return "which is too long for a file"
+    return ""
 
 
 def find_file(folder: Path, name: str) -> str:
@@ -45,22 +55,27 @@ def find_file(folder: Path, name: str) -> str:
 
     Args:
         folder: Image folder.
-        name: As in an annotation file, perhaps with the separators of Windows, or its letters
-            composed in another way than on disk.
+        name: As in an annotation file, perhaps with the separators of Windows, %20 for a space,
+            the ending in other capitals, or letters composed in another way than on disk.
 
     Returns:
         The name that is there, relative to the folder; ``name`` itself if none is.
     """
-    if (folder / name).is_file():
-        return name
-    separated = (name, name.replace("\\", "/"))
-    for spelled in separated:
-        for form in ("NFC", "NFD"):
-            if (folder / (other := unicodedata.normalize(form, spelled))).is_file():
-                return other
-        if spelled is not name and (folder / spelled).is_file():
-            return spelled
-    return name
+    return next((n for n in _spellings(name) if (folder / n).is_file()), name)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A name and what tools make of it."""
+    for decoded in dict.fromkeys((name, unquote(name))):
+        if _fault_of_name(decoded):
+            continue  # %2e%2e leads out of the folder, too
+        for separated in dict.fromkeys((decoded, decoded.replace("\\", "/"))):
+            stem, dot, ending = separated.rpartition(".")
+            for capital in dict.fromkeys((ending, ending.lower(), ending.upper())):
+                spelled = f"{stem}{dot}{capital}"
+                yield spelled
+                for form in ("NFC", "NFD"):
+                    yield unicodedata.normalize(form, spelled)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mfdetr_cache.coco.faults import Faults, short
@@ -12,7 +12,11 @@ from mfdetr_cache.coco.image_files import check_file_name, find_file, upright_si
 from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.ops.masks import check_size
 
-_SPELLED_OTHERWISE = "file_name is on disk with '/' for backslashes, or accents composed otherwise"
+_SPELLED_OTHERWISE = (
+    "file_name is spelled otherwise on disk ('/' for backslashes, %20, capitals of its ending, or "
+    "accents)"
+)
+_OF_URL = "file_name missing, taken from coco_url"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,9 @@ def read_images(
         own = ids[written]
         where = f"image {written}"
         name = image.get("file_name")
+        if name is None and isinstance(url := image.get("coco_url"), str):  # as LVIS has it
+            name = PurePosixPath(url).name
+            faults.repair(where, _OF_URL)
         if isinstance(name, str):
             where += f" ({name})"
             check_file_name(name, f"annotation file {path}: image {written}")

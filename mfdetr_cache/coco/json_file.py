@@ -11,7 +11,7 @@ from typing import Any
 from mfdetr_cache.errors import DatasetError
 
 # Plain files are as large as they are; a compressed one must not unpack to anything.
-_MOST_UNPACKED_RATIO, _LEAST_UNPACKED_LIMIT = 100, 2**28
+_MOST_UNPACKED_RATIO, _LEAST_UNPACKED_LIMIT = 100, 2**26
 _GZIP_MAGIC = b"\x1f\x8b"
 _BLOCK = 2**20
 

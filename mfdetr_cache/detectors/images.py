@@ -61,10 +61,12 @@ def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) 
             upright = size[::-1] if turned >= 5 else size
             oddities = (EXIF_UNTOLD,) if annotated_hw and turned > 1 and upright == size else ()
             if annotated_hw is not None and annotated_hw not in (size, upright):
+                advice = "are these the right --images and --annotations?"
+                if annotated_hw == size[::-1]:
+                    advice = "its height and width are swapped there"
                 raise ImageError(
                     f"image {path} is {size[0]} x {size[1]} (height x width), its annotation says "
-                    f"{annotated_hw[0]} x {annotated_hw[1]}; are these the right --images and "
-                    "--annotations?"
+                    f"{annotated_hw[0]} x {annotated_hw[1]}; {advice}"
                 )
             if ";16" in stored and _largest(opened) <= _LARGEST_12_BITS:
                 oddities = (*oddities, DARK_16_BITS)

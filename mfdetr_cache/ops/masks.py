@@ -33,7 +33,10 @@ def run_lengths_of_segmentation(
         return run_lengths_of_polygons(segmentation, size_hw)
     size = list(segmentation.get("size", ()))[:3]
     if size != list(size_hw):
-        swapped = "; its size is [width, height], COCO's is [height, width]"
+        swapped = (
+            "; its size is [width, height], COCO's is [height, width], or the sides of the image "
+            "are swapped where it is listed"
+        )
         raise ValueError(
             f"RLE of size {size} in an image of {list(size_hw)} (height, width)"
             f"{swapped if size == list(reversed(size_hw)) else ''}"

@@ -1,5 +1,6 @@
 """The checkpoint of a run, from which it is resumed."""
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mfdetr_cache.files import whole_file
 CHECKPOINT_FILE = "checkpoint.pt"
 # The state of a run that cannot go on; the checkpoint is the one before.
 FAILED_FILE = "failed.pt"
+# The checkpoint from before the loss grew, as long as it has not fallen again.
+BEFORE_FILE = "checkpoint-before.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = CHECKPOINT_FILE) -> None:
@@ -21,11 +24,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = CHECKPOINT_
         torch.save(state, file)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
+def keep_checkpoint(folder: Path) -> None:
+    """Copy the checkpoint, which is going to be replaced, to ``BEFORE_FILE``; OutputError."""
+    with whole_file(folder / BEFORE_FILE) as partial:
+        shutil.copyfile(folder / CHECKPOINT_FILE, partial)
+
+
+def load_checkpoint(folder: Path, name: str = CHECKPOINT_FILE) -> dict[str, Any]:
     """The state that :func:`save_checkpoint` wrote; HeadError if it is missing or damaged."""
-    path = folder / CHECKPOINT_FILE
+    path = folder / name
     if not path.is_file():
-        raise HeadError(f"{folder} has no {CHECKPOINT_FILE}: nothing to resume; leave --resume out")
+        raise HeadError(f"{folder} has no {name}: nothing to resume; leave --resume out")
     try:
         # torch writes checksums and does not look at them.
         with zipfile.ZipFile(path) as packed:

@@ -89,9 +89,9 @@ class Learner:
         """Whether all steps are done."""
         return self.step >= self.train.steps
 
-    def recent_loss(self) -> float:
-        """Mean total loss of the last 50 steps; NaN before the first."""
-        return float(np.mean(self._losses)) if self._losses else float("nan")
+    def recent_loss(self, steps: int = _RECENT) -> float:
+        """Mean total loss of the last steps, at most 50; NaN before the first."""
+        return float(np.mean(self._losses[-steps:])) if self._losses else float("nan")
 
     def result_weights(self) -> dict[str, Tensor]:
         """The averaged weights if averaging is on, else the current ones."""

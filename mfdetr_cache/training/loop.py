@@ -228,7 +228,8 @@ class TrainingLoop:
                 if run.problem is not None:
                     continue
                 try:
-                    run.save()
+                    if warning := run.save():
+                        self._reporter.warn(warning)
                 except OutputError as error:
                     if not going_on:
                         raise

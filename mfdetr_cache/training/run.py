@@ -1,6 +1,7 @@
 """A training with its run folder: learner, checkpoints, log and validation."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from mfdetr_cache.head.folder import RunRecord, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.checkpoint import (
+    BEFORE_FILE,
     CHECKPOINT_FILE,
     FAILED_FILE,
+    keep_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 _LOG_EVERY = 10
 # Parts of the loss, and what they are called beside the bar.
 _LOSSES = {"bce": "bce", "dice": "dice", "scoring": "iou", "box_loss": "boxes"}
+# A loss that is so many times the lowest one has grown; over so few steps, to notice it early.
+_GROWN, _FEW_STEPS = 1.5, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,8 @@ class Run:
         self._log = log
         self._last_ap: float | None = None
         self._saved_step: int | None = None
+        # Of the checkpoints; a mean over 50 steps.
+        self._lowest_loss = math.inf
         self._folder = folder
         self._validation = validation
         if resume:
@@ -106,19 +113,41 @@ class Run:
         """Whether it has steps left, has not failed and can still become better."""
         return self.problem is None and not self.learner.is_done and not self.has_settled
 
-    def save(self) -> None:
+    def save(self) -> str:
         """Write a checkpoint; OutputError if the disk is full, with the old one kept.
 
-        Weights that are not finite end the run instead.
+        Weights that are not finite end the run instead. Returns a warning, or nothing.
         """
+        warning = ""
         if not all(bool(w.isfinite().all()) for w in self.learner.head.state_dict().values()):
             self.fail(TrainingError(f"the weights are not finite after step {self.learner.step}"))
         elif self._folder is not None:
+            warning = self._keep_before_growth(self._folder)
             save_checkpoint(self._folder, self.learner.state())
             if self._midway:
                 self.save_weights()
             self._saved_step = self.learner.step
             (self._folder / FAILED_FILE).unlink(missing_ok=True)
+        return warning
+
+    def _keep_before_growth(self, folder: Path) -> str:
+        """Keep the last checkpoint from before the loss grew, until it has fallen again.
+
+        Such weights are finite and may be lost all the same.
+        """
+        before, now = folder / BEFORE_FILE, self.learner.recent_loss(_FEW_STEPS)
+        if not now > _GROWN * self._lowest_loss:
+            before.unlink(missing_ok=True)
+            self._lowest_loss = min(self._lowest_loss, self.learner.recent_loss())
+        elif self._saved_step is not None and not before.is_file():
+            keep_checkpoint(folder)
+            return (
+                f"the loss was {self._lowest_loss:.3g} and is {now:.3g} at step "
+                f"{self.learner.step}; {before} is the checkpoint of step {self._saved_step}. To "
+                f"go back to it, copy it over {CHECKPOINT_FILE} and --resume, also with another "
+                "lr, clip_norm or amp"
+            )
+        return ""
 
     def save_weights(self) -> None:
         """Write the head as it is at this step; a settled one is at its end."""
@@ -225,10 +254,16 @@ class Run:
             reason = " ".join(str(error).split())[:300]
             raise HeadError(f"{path} does not fit this run ({reason})") from error
         self._saved_step = self.learner.step
+        self._lowest_loss = self.learner.recent_loss()
+        if (self._folder / BEFORE_FILE).is_file():
+            with contextlib.suppress(HeadError, KeyError, TypeError, ArithmeticError):
+                losses = load_checkpoint(self._folder, BEFORE_FILE)["losses"]
+                self._lowest_loss = min(self._lowest_loss, sum(losses) / len(losses))
         for line in read_log(self._folder) if self._validation is not None else []:
             # A measurement later than the checkpoint is made again.
             if "validation" in line and line["step"] <= self.learner.step:
-                self._is_best(float(line["validation"]["mask"]["AP"]), int(line["step"]))
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    self._is_best(float(line["validation"]["mask"]["AP"]), line["step"])
 
 
 def begin_run(

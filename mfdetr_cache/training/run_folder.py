@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -25,7 +26,7 @@ from mfdetr_cache.head.folder import (
     save_run_config,
 )
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
-from mfdetr_cache.training.checkpoint import FAILED_FILE
+from mfdetr_cache.training.checkpoint import BEFORE_FILE, FAILED_FILE
 from mfdetr_cache.training.config import RESCUE_FIELDS, TrainConfig
 from mfdetr_cache.training.distributed import Processes
 
@@ -124,13 +125,11 @@ def prepare_folder(
     with another learning rate. HeadError if the folder is in use, holds no run, or a different one.
     """
     if resume:
-        if not (out / CONFIG_FILE).is_file():
-            raise HeadError(f"{out} holds no run to resume; leave --resume out to begin one")
-        before = read_run_config(out)
+        before = _run_to_resume(out, run)
         now = {"head": to_dict(head), **run.to_dict()}
         kinds = {"head": HeadConfig, "train": TrainConfig}
         free: tuple[str, ...] = FREE_FIELDS
-        if (out / FAILED_FILE).is_file():
+        if any((out / name).is_file() for name in (FAILED_FILE, BEFORE_FILE)):
             free += RESCUE_FIELDS
         for name in same:
             earlier = before.get(name)
@@ -156,3 +155,18 @@ def prepare_folder(
         raise _not_empty(out)
     make_folder(out)
     save_run_config(out, head, run)
+
+
+def _run_to_resume(out: Path, run: RunRecord) -> dict[str, Any]:
+    """A run folder's ``config.json``; HeadError if there is none, or it is of another cache."""
+    if not (out / CONFIG_FILE).is_file():
+        raise HeadError(f"{out} holds no run to resume; leave --resume out to begin one")
+    before = read_run_config(out)
+    earlier = before.get("cache")
+    known = earlier.get("cache_id") if isinstance(earlier, dict) else None
+    if run.cache is not None and known != run.cache_id:
+        raise HeadError(
+            f"cannot resume {out}: it learned from another cache than {run.cache['path']}; give "
+            "that one, or another --out"
+        )
+    return before

@@ -88,9 +88,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log in order, without one that is cut off because of a kill."""
     path = folder / METRICS_FILE
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

@@ -17,7 +17,7 @@ from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure, open_to_measure
 from mfdetr_cache.evaluation.results import json_results
-from mfdetr_cache.files import write_atomically
+from mfdetr_cache.files import require_free, write_atomically
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
@@ -34,6 +34,9 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     """
     assert config.cache is not None  # checked with the settings: it is these, or a results file
     assert config.head is not None
+    if config.save_results is not None:
+        # A list of results has no room for a word of who wrote it.
+        require_free(config.save_results, "--save-results")
     cache, folder = open_to_measure(
         config.local_cache.before(config.cache), config.head, reporter, config.which
     )
@@ -62,7 +65,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
 
 def _results_file(path: Path, masks: Sequence[Result]) -> bytes:
     """A COCO results file; in a zip, under the zip's name, if the path says so."""
-    if path.suffix != ".zip":
+    if path.suffix.lower() != ".zip":
         return json_results(masks)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

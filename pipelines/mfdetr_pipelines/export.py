@@ -17,7 +17,7 @@ from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
-from mfdetr_cache.files import make_folder, whole_file
+from mfdetr_cache.files import WRITTEN_BY, make_folder, require_free, whole_file
 from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.head.mask_head import MaskHead
@@ -113,6 +113,7 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     ConfigError if a package or size is missing or the graph cannot be traced, HeadError if there is
     no trained head, IdentityError if head and detector do not belong together.
     """
+    require_free(config.out, "--out", WRITTEN_BY.encode())
     runtime = _packages()
     folder = load_head(config.head)
     if not folder.head.config.roialign:
@@ -246,6 +247,7 @@ def _describe(path: Path, folder: HeadFolder) -> None:
     """Write metadata into the file: categories, detector, meaning of the outputs."""
     onnx = importlib.import_module("onnx")
     model = onnx.load(str(path))
+    model.producer_name = WRITTEN_BY
     notes = {
         "detector": str(folder.detector["name"]),
         "weights_sha256": str(folder.detector["weights_sha256"]),

@@ -1,6 +1,7 @@
 """Image and video files that predict reads, and those that it writes."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from mfdetr_pipelines.predict_video import WRITTEN_BY, was_written_by_predict
 
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+_LONGEST_STEM = 220
 
 
 def is_video(file: Path) -> bool:
@@ -53,9 +57,11 @@ def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
     paths = []
     for file in files:
         ending = ".mp4" if is_video(file) else ".png"
-        path, number = out / f"{file.stem}{ending}", 2
+        # Room for ending, number and .partial within the 255 bytes of a name.
+        stem = os.fsdecode(os.fsencode(file.stem)[:_LONGEST_STEM])
+        path, number = out / f"{stem}{ending}", 2
         while path.name.casefold() in taken or path.resolve() in inputs or not is_ours(path):
-            path, number = out / f"{file.stem}-{number}{ending}", number + 1
+            path, number = out / f"{stem}-{number}{ending}", number + 1
         taken.add(path.name.casefold())
         paths.append(path)
     return paths

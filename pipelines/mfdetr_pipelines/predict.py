@@ -1,5 +1,6 @@
 """Predict: masks for image and video files, by the frozen detector and a trained head."""
 
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_with_oddities
-from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.errors import DatasetError, ImageError, OutputError
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import make_folder, whole_file, write_atomically, writing
 from mfdetr_cache.model import MaskFrozenDETR
@@ -23,10 +24,7 @@ from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.picture_files import is_video, picture_paths
-from mfdetr_pipelines.predict_video import (
-    WRITTEN_BY,
-    Video,
-)
+from mfdetr_pipelines.predict_video import WRITTEN_BY, Video
 
 RESULTS_FILE = "predictions.json"
 # Threads that draw; pictures that are being drawn while the networks see the next ones.
@@ -97,15 +95,22 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     with ThreadPoolExecutor(_THREADS, "draw") as pool:
         run = _Run(config, model, pool, reporter)
         pairs = zip(files, pictures, strict=True)
-        for are_videos, group in itertools.groupby(pairs, lambda pair: is_video(pair[0])):
-            ours = dict(group)
-            run.videos(ours) if are_videos else run.images(ours)
+        try:
+            for are_videos, group in itertools.groupby(pairs, lambda pair: is_video(pair[0])):
+                ours = dict(group)
+                run.videos(ours) if are_videos else run.images(ours)
+        except BaseException:
+            # Of a full disk or a signal: what was found is kept, but not in place of more.
+            if run.done and not results_path.exists():
+                with contextlib.suppress(OutputError):
+                    _write_results(results_path, run.results)
+            raise
     reporter.finish()
     if not run.done:
         raise DatasetError(f"none of {len(files)} images could be read: {run.unreadable[0]}")
     for what, count in run.oddities.items():
         reporter.warn(f"{count} of {len(files)}: {what}")
-    write_atomically(results_path, json.dumps(run.results).encode())
+    _write_results(results_path, run.results)
     return PredictSummary(tuple(run.done), tuple(run.unreadable), results_path)
 
 
@@ -227,6 +232,10 @@ def _require_ours(path: Path) -> None:
             f"{path} is there and was not written by predict; nothing was touched, choose another "
             "--out"
         )
+
+
+def _write_results(path: Path, results: Sequence[dict[str, object]]) -> None:
+    write_atomically(path, json.dumps(results).encode())
 
 
 def _results(file: Path, found: Segmentation) -> list[dict[str, object]]:

@@ -11,7 +11,13 @@ from mfdetr_cli import app as app_module
 from mfdetr_cli.app import app
 from typer.testing import CliRunner
 
-from mfdetr_cache.errors import CheckFailedError, ConfigError, MfdetrError, StoppedError
+from mfdetr_cache.errors import (
+    CheckFailedError,
+    ConfigError,
+    MfdetrError,
+    OutputError,
+    StoppedError,
+)
 from tests.pipelines.test_train_head import SMALL
 from tests.support import scenes
 
@@ -326,6 +332,36 @@ def test_existing_files_of_the_user_stay(tmp_path: Path, scenes_folder: Path) ->
     mfdetr("train-head", "--cache", tmp_path / "absent", "--out", tmp_path / "o")
     assert (tmp_path / "o/notes.txt").read_text() == "mine"
     assert scenes.load_annotations(scenes_folder) == before
+
+
+def test_no_result_is_written_over_what_is_not_ours(tmp_path: Path, drawn_cache: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"images": []}')
+    (tmp_path / "link.json").symlink_to(mine)
+    for command, option in (
+        (("detectors",), "--json"),
+        (("cache", "view", drawn_cache), "--out"),
+        (("export", "--head", tmp_path), "--out"),
+        (("evaluate", "--cache", drawn_cache, "--head", tmp_path), "--save-results"),
+    ):
+        for path in (mine, tmp_path / "link.json"):
+            with pytest.raises(OutputError, match=f"{option} .* is there and was not written by"):
+                run(*command, option, path)
+    assert mine.read_text() == '{"images": []}'
+    # One's own is replaced, and what is no file gets the document and stays what it is.
+    for _ in range(2):
+        run("detectors", "--json", tmp_path / "own.json")
+    run("cache", "view", drawn_cache, "--out", tmp_path / "own.html", "--count", 1)
+    run("cache", "view", drawn_cache, "--out", tmp_path / "own.html", "--count", 1)
+    said = mfdetr("detectors", "--json", "/dev/stdout").stdout
+    assert json.loads(said[: said.rindex("}") + 1])["written_by"] == "mfdetr-cache"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_result_that_cannot_be_written_is_shown_all_the_same() -> None:
+    done = CliRunner().invoke(app, ["detectors", "--json", "/dev/full"])
+    assert isinstance(done.exception, OutputError)
+    assert "h-detr-r50" in done.output
 
 
 @pytest.mark.parametrize(

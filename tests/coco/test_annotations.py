@@ -97,9 +97,11 @@ FAULTS = [
     (change("images", 1, height=2**40), "image 105 .* is an image of 1099511627776 x"),
     (change("images", 1, file_name="../../.ssh/id"), "which leaves the image folder"),
     (change("images", 1, file_name="a/..\\\\..\\\\b.png"), "which leaves the image folder"),
-    (change("images", 1, file_name="/etc/passwd"), "has the absolute file_name '/etc/passwd'"),
-    (change("images", 1, file_name="C:\\\\photos\\\\a.png"), "has the absolute file_name"),
+    (change("images", 1, file_name="/etc/passwd"), "file_name '/etc/passwd', which is absolute"),
+    (change("images", 1, file_name="C:\\\\photos\\\\a.png"), "which is absolute"),
     (change("images", 1, file_name="a\0.png"), "which is no name of a file"),
+    (change("images", 1, file_name="\u00e9" * 200), "which is too long for a file"),
+    (change("images", 1, file_name="a/" * 5000), r"a/\.\.\.', which is too long for a file"),
     (change("images", 1, file_name="\udc00.png"), "which is no name of a file"),
     (change("categories", 1, id=3), "two categories of id 3: 'ellipse' and 'box'"),
     (change("categories", 1, id=None), "category 1 .* lacks an 'id'"),
@@ -195,9 +197,52 @@ def test_sizes_and_names_come_from_the_files(tmp_path: Path, document: dict[str,
     reporter = SilentReporter()
     split.tell_faults(reporter)
     assert any("3 of 3 images: height and width missing" in m for m in reporter.messages)
-    assert any("of 3 images: file_name is on disk with" in m for m in reporter.messages)
+    assert any("of 3 images: file_name is spelled otherwise" in m for m in reporter.messages)
     with pytest.raises(DatasetError, match="has height -1 and width None in place of its size"):
         load_coco_split(path)
+
+
+@pytest.mark.parametrize(
+    ("written_as", "on_disk"),
+    [
+        ("my%20photo%201.png", "my photo 1.png"),
+        ("100%25.png", "100%25.png"),
+        ("a.png", "a.PNG"),
+        ("a.JPG", "a.jpg"),
+        ("sub\\a%20b.JPG", "sub/a b.jpg"),
+    ],
+)
+def test_names_are_found_as_tools_write_them(
+    tmp_path: Path, document: dict[str, Any], written_as: str, on_disk: str
+) -> None:
+    images = tmp_path / "images"
+    (images / on_disk).parent.mkdir(parents=True)
+    (images / on_disk).write_bytes(b"")
+    document["images"][0]["file_name"] = written_as
+    split = load_coco_split(written(tmp_path, document), images)
+    assert split.images[0].file_name == on_disk
+
+
+def test_no_spelling_of_a_name_leaves_the_folder(tmp_path: Path, document: dict[str, Any]) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    for name in ("%2e%2e/secret.png", "..%2fsecret.png", f"%2f{tmp_path}/secret.png"):
+        document["images"][0]["file_name"] = name
+        split = load_coco_split(written(tmp_path, document), tmp_path / "images")
+        assert split.images[0].file_name == name  # a file that is not there
+
+
+def test_lvis_names_its_images_by_url(tmp_path: Path, document: dict[str, Any]) -> None:
+    names = []
+    for image in document["images"]:
+        names.append(image.pop("file_name"))
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{names[-1]}"
+    split = load_coco_split(written(tmp_path, document))
+    assert [e.file_name for e in split.images] == names
+    for evil in ("http://a/..", "x/%2e%2e%2fpasswd\0", ""):
+        document["images"][0]["coco_url"] = evil
+        with pytest.raises(DatasetError, match=r"image 100 .*file_name"):
+            load_coco_split(written(tmp_path, document))
 
 
 def test_boxes_are_taken_from_masks_and_areas_too(tmp_path: Path, document: dict[str, Any]) -> None:

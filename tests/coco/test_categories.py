@@ -12,6 +12,16 @@ def test_names_decide() -> None:
     assert categories_of_labels(["Bottle", "tooth brush", "sofa"], CATEGORIES, "d") == (44, 90, -1)
 
 
+def test_names_are_compared_as_people_read_them() -> None:
+    """Accents composed or not, letters of full width, a space that does not break."""
+    categories = [
+        Category(1, "cafe\u0301"),
+        Category(2, "\uff23\uff21\uff32"),
+        Category(3, "fire\xa0truck"),
+    ]
+    assert categories_of_labels(["fire truck", "car", "caf\xe9"], categories, "d") == (3, 2, 1)
+
+
 def test_91_outputs_are_category_ids() -> None:
     found = categories_of_labels(PLACEHOLDERS, CATEGORIES, "d")
     assert (found[1], found[44], found[90], found[2]) == (1, 44, 90, -1)

@@ -20,7 +20,7 @@ from mfdetr_cache.errors import DatasetError
         ('["\u00e9"]'.encode("latin-1"), r"is no text in UTF-8 or UTF-16 \(byte 2\); save it as"),
         (gzip.compress(b"[1]")[:-6], "cannot be read"),
         (b"\x1f\x8b nothing of gzip", "cannot be read"),
-        (gzip.compress(b" " * 2**29), "unpacks to more than 268435456 bytes"),
+        (gzip.compress(b" " * 2**29), "unpacks to more than 67108864 bytes"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.config.cache import CertifyConfig
 
-from mfdetr_cli.console import percent, print_facts, write_json
+from mfdetr_cli.console import percent, print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -7,7 +7,8 @@ from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.config.cache import FinishConfig
 
 from mfdetr_cache.errors import CheckFailedError
-from mfdetr_cli.console import metric_rows, print_lines, print_table, write_json
+from mfdetr_cli.console import metric_rows, print_lines, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.config.cache import InfoConfig
 
-from mfdetr_cli.console import human_bytes, percent, print_facts, print_table, write_json
+from mfdetr_cli.console import human_bytes, percent, print_facts, print_table
+from mfdetr_cli.json_file import write_json
 
 
 def info(config: InfoConfig, json: Path | None) -> None:

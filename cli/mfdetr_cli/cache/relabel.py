@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.config.cache import RelabelConfig
 
-from mfdetr_cli.console import counted, human_bytes, print_facts, write_json
+from mfdetr_cli.console import counted, human_bytes, print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

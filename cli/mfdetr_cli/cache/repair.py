@@ -7,7 +7,8 @@ from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.config.cache import RepairConfig
 
 from mfdetr_cache.errors import CheckFailedError
-from mfdetr_cli.console import counted, print_facts, print_lines, write_json
+from mfdetr_cli.console import counted, print_facts, print_lines
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from mfdetr_pipelines.cache.suggest import run_suggest
 from mfdetr_pipelines.config.cache import SuggestConfig
 
-from mfdetr_cli.console import counted, print_facts, print_table, write_json
+from mfdetr_cli.console import counted, print_facts, print_table
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

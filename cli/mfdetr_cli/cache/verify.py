@@ -7,7 +7,8 @@ from mfdetr_pipelines.cache.verify import LiveSource, run_verify
 from mfdetr_pipelines.config.cache import VerifyConfig
 
 from mfdetr_cache.errors import CheckFailedError
-from mfdetr_cli.console import counted, human_bytes, print_facts, print_lines, write_json
+from mfdetr_cli.console import counted, human_bytes, print_facts, print_lines
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

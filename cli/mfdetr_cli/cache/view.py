@@ -5,7 +5,8 @@ from pathlib import Path
 from mfdetr_pipelines.cache.show import run_view
 from mfdetr_pipelines.config.cache import ViewConfig
 
-from mfdetr_cli.console import print_facts, write_json
+from mfdetr_cli.console import print_facts
+from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import ConfigError, HeadError
-from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
 from mfdetr_cache.evaluation.results import json_results
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.head.config import HeadConfig
@@ -61,7 +62,8 @@ class Job:
                 before[name] = completed(kind, before[name])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+            CocoMetrics(**done["mask"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise HeadError(f"{path} is damaged; remove it to train this row again") from error
         # As they come back from JSON, where a tuple is a list.
         now = json.loads(json.dumps(self.identity))
@@ -82,8 +84,13 @@ class Job:
 
     def read_masks(self) -> list[Result]:
         """The stored COCO mask results."""
-        packed = (self.folder / _MASKS_FILE).read_bytes()
-        masks: list[Result] = json.loads(gzip.decompress(packed))
+        path = self.folder / _MASKS_FILE
+        try:
+            masks: list[Result] = json.loads(gzip.decompress(path.read_bytes()))
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise HeadError(
+                f"{path} is damaged; remove it and {_RESULT_FILE} to measure this row again"
+            ) from error
         return masks
 
 

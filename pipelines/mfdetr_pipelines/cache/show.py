@@ -21,7 +21,7 @@ from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.pages.chart import bars, draw
-from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page
+from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 
 _SHOWN_BOXES = 12
 _LEAST_SCORE = 0.3
@@ -46,6 +46,7 @@ def run_view(
     """
     if count < 1:
         raise ConfigError(f"--count {count}: give 1 or more")
+    require_page_place(out, "--out")
     cache = FeatureCache.open(location)
     cache.require_complete()
     rows = [cache.rows[int(i)] for i in np.linspace(0, len(cache) - 1, min(count, len(cache)))]

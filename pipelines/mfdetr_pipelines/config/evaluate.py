@@ -103,6 +103,8 @@ class EvaluateConfig(OnDevice):
         results, annotations = self.file.results, self.file.annotations
         if results is not None and "oracles" in self.extras:
             raise ConfigError("--oracles needs --cache and --head: it runs the head again")
+        if results is not None and self.save_results is not None:
+            raise ConfigError("--save-results needs --cache and --head: it writes their masks")
         if (results is None) != (annotations is None) or (
             results is not None and (self.cache is not None or self.head is not None)
         ):

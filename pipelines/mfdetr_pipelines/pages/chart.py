@@ -29,6 +29,8 @@ _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
     # The same figure is the same file.
     "svg.hashsalt": "mfdetr",
+    # Names are no formulas.
+    "text.parse_math": False,
 }
 _SVG_STYLE = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
 

@@ -4,9 +4,12 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jinja2
 from PIL import Image
+
+from mfdetr_cache.files import WRITTEN_BY, require_free
 
 # Height of a stored image in pixels; shown at 180, and larger when it is clicked.
 _STORED_HEIGHT = 480
@@ -80,4 +83,10 @@ class Section:
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
     """A self-contained HTML page for light and dark mode."""
-    return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
+    template = _TEMPLATES.get_template("page.html.jinja")
+    return template.render(title=title, sections=sections, written_by=WRITTEN_BY)
+
+
+def require_page_place(path: Path, option: str) -> None:
+    """Refuse a place for a page where there is anything but a page of ours; OutputError."""
+    require_free(path, option, f'content="{WRITTEN_BY}"'.encode())
