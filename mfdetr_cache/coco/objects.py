@@ -2,29 +2,21 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.segmentation import read_segmentation
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
 
-CORNERS = "bbox is x0, y0, x1, y1 (COCO's is x, y, width, height) and read so"
-
-Box = tuple[float, float, float, float]
 Masks = Literal["required", "optional"]
 
-# A box this far from its mask's box, in pixels and in parts of its side, is still of that mask.
-_SLACK_PIXELS, _SLACK_SHARE = 2.0, 0.05
-# Boxes are read as corners when so many times more of them fit that way.
-_CLEAR_MAJORITY = 9
-# Without masks: this part of the boxes leaves the image as xywh, and all are corners inside it.
-_LEAVING_SHARE = 0.2
 _FARTHEST = 10
 _NO_MASK = np.zeros(0, dtype=np.uint32)
 
@@ -96,15 +88,14 @@ def read_annotations(
         draft = _draft(number, annotation, images, categories, faults, masks)
         if draft is not None:
             drafts.append(draft)
-    if corners := boxes_are_corners((d.box, d.mask_box, d.entry.size_hw) for d in drafts):
+    seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
+    form = form_of_boxes(seen, faults.file)
+    if form.said:
         for draft in drafts:
             if draft.box is not None:
-                faults.repair(draft.where, CORNERS)
+                faults.repair(draft.where, form.said)
     ids = internal_ids([d.number for d in drafts])
-    found = [
-        _finished(draft, own, faults, corners=corners)
-        for draft, own in zip(drafts, ids, strict=True)
-    ]
+    found = [_finished(draft, own, faults, form) for draft, own in zip(drafts, ids, strict=True)]
     return [a for a in found if a is not None]
 
 
@@ -157,10 +148,8 @@ def _draft(
     )
 
 
-def _finished(draft: _Draft, own: int, faults: Faults, *, corners: bool) -> Annotation | None:
-    box = draft.box
-    if box is not None and corners:
-        box = (box[0], box[1], box[2] - box[0], box[3] - box[1])
+def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotation | None:
+    box = None if draft.box is None else form.to_xywh(draft.box, draft.entry.size_hw)
     if box is None or not _is_usable(box, draft.entry.size_hw):
         if draft.mask_box is not None:
             x0, y0, x1, y1 = draft.mask_box
@@ -243,40 +232,6 @@ def _number(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def boxes_are_corners(
-    boxes: Iterable[tuple[Box | None, tuple[int, int, int, int] | None, tuple[int, int]]],
-) -> bool:
-    """Whether the boxes of a file are x0, y0, x1, y1 instead of x, y, width, height.
-
-    Masks decide where there are any: nearly all boxes must be their mask's one way and not the
-    other. Without masks all must be corners inside the image, and many must leave it otherwise.
-
-    Args:
-        boxes: Each ``bbox`` as written, the corners of its mask, and height and width of the image.
-    """
-    as_corners = as_size = leaving = inside = total = 0
-    for box, mask, (height, width) in boxes:
-        if box is None:
-            continue
-        total += 1
-        x, y, w, h = box
-        leaving += x + w > 1.01 * width + 1 or y + h > 1.01 * height + 1
-        inside += 0 <= x < w <= 1.01 * width + 1 and 0 <= y < h <= 1.01 * height + 1
-        if mask is not None:
-            one, other = _is_close((x, y, w, h), mask), _is_close((x, y, x + w, y + h), mask)
-            as_corners += one and not other
-            as_size += other and not one
-    if as_corners or as_size:
-        return as_corners > _CLEAR_MAJORITY * as_size
-    return bool(total) and inside == total and leaving >= max(1, _LEAVING_SHARE * total)
-
-
-def _is_close(corners: Box, mask: tuple[int, int, int, int]) -> bool:
-    side = max(mask[2] - mask[0], mask[3] - mask[1])
-    apart = max(abs(a - b) for a, b in zip(corners, mask, strict=True))
-    return apart <= _SLACK_PIXELS + _SLACK_SHARE * side
 
 
 def _is_usable(box: Box, size_hw: tuple[int, int]) -> bool:

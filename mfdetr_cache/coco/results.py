@@ -9,11 +9,12 @@ from typing import Any
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
+from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import CORNERS, Box, boxes_are_corners, four_numbers
+from mfdetr_cache.coco.objects import four_numbers
 from mfdetr_cache.coco.segmentation import read_segmentation
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
@@ -80,7 +81,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         for number, result in enumerate(document)
         if (draft := _draft(number, result, images, categories, faults)) is not None
     ]
-    corners = boxes_are_corners(
+    seen = (
         (
             d.box,
             None if d.run_lengths is None else box_of_run_lengths(d.run_lengths, d.entry.size_hw),
@@ -88,7 +89,8 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         )
         for d in drafts
     )
-    results = [r for d in drafts if (r := _finished(d, faults, corners=corners)) is not None]
+    form = form_of_boxes(seen, str(path))
+    results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
     faults.stop_if_unusable(on_bad)
     return ResultsFile(results, faults)
 
@@ -152,17 +154,16 @@ def _draft(
     return _Draft(f"{where} of image {image_id}", entry, category, score, box, runs)
 
 
-def _finished(draft: _Draft, faults: Faults, *, corners: bool) -> dict[str, Any] | None:
+def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:
     result: dict[str, Any] = {
         "image_id": draft.entry.image_id,
         "category_id": draft.category_id,
         "score": draft.score,
     }
     if draft.box is not None:
-        x, y, w, h = draft.box
-        if corners:
-            faults.repair(draft.where, CORNERS)
-            w, h = w - x, h - y
+        x, y, w, h = form.to_xywh(draft.box, draft.entry.size_hw)
+        if form.said:
+            faults.repair(draft.where, form.said)
         if w < 0 or h < 0:
             faults.refuse(draft.where, f"has a bbox of width {w:g} and height {h:g}")
             return None

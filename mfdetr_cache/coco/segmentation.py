@@ -101,6 +101,8 @@ def _of_text(value: str | bytes, size_hw: tuple[int, int]) -> RunLengths | None:
 
 def _of_rle(value: Mapping[str, Any], size_hw: tuple[int, int]) -> RunLengths | None:
     counts = value.get("counts")
+    if value.keys() - {"size", "counts"} and counts is None:
+        raise ValueError(f"{short(value)} is no RLE, which has size and counts")
     if counts is None or (isinstance(counts, (str, bytes, list)) and not counts):
         return None
     rle = {"size": size_hw, "counts": _plain_counts(counts)}

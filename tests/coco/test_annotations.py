@@ -113,6 +113,7 @@ FAULTS = [
     (change("annotations", 2, segmentation=None), "annotation 1002 of image 105 has no mask"),
     (change("annotations", 2, segmentation=...), "annotation 1002 of image 105 has no mask"),
     (change("annotations", 2, segmentation=[[]]), "annotation 1002 of image 105 has no mask"),
+    (change("annotations", 2, segmentation={"points": [[1, 2]]}), "is no RLE, which has size and"),
     (change("annotations", 2, segmentation=5), "a segmentation is a list of polygons or an RLE"),
     (change("annotations", 2, segmentation=[[5, 5, 2e8, 5, 2e8, 2e8]]), "1002 .* reaches x = 2e"),
     (change("annotations", 2, segmentation=[[5, 5, 1e300, 5, 9, 9]]), "reaches x = 1e"),
@@ -299,11 +300,42 @@ def test_boxes_written_as_corners_are_read_as_corners(
     assert "16 of 16 annotations: bbox is x0, y0, x1, y1 (COCO's is" in reporter.messages[0]
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize("kind", ["size", "corners", "centre"])
+def test_boxes_in_other_forms_are_read_as_their_masks_say(
+    tmp_path: Path, document: dict[str, Any], kind: str, in_parts: bool
+) -> None:
+    plain = load_coco_split(written(tmp_path, document))
+    sides = {i["id"]: (i["width"], i["height"]) for i in document["images"]}
+    for annotation in document["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        forms = {
+            "size": (x, y, w, h),
+            "corners": (x, y, x + w, y + h),
+            "centre": (x + w / 2, y + h / 2, w, h),
+        }
+        width, height = sides[annotation["image_id"]] if in_parts else (1, 1)
+        pairs = zip(forms[kind], (width, height, width, height), strict=True)
+        annotation["bbox"] = [value / side for value, side in pairs]
+    split = load_coco_split(written(tmp_path, document))
+    for entry in split.images:
+        ours, theirs = (s.ground_truth(entry, {}).boxes_xyxy for s in (split, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    said = [what for f in split.faults for what in f.repaired]
+    assert bool(said) == (in_parts or kind != "size")
+    assert all(("in parts of the image's sides" in what) == in_parts for what in said)
+    for annotation in document["annotations"]:
+        del annotation["segmentation"]
+    if in_parts:
+        with pytest.raises(DatasetError, match="every bbox lies between 0 and 1"):
+            load_coco_split(written(tmp_path, document), masks="optional")
+
+
 def test_boxes_beside_their_masks_are_worth_a_word(
     tmp_path: Path, document: dict[str, Any]
 ) -> None:
     for annotation in document["annotations"]:
-        annotation["bbox"] = [v / 100 for v in annotation["bbox"]]
+        annotation["bbox"] = [v / 7 for v in annotation["bbox"]]
     reporter = SilentReporter()
     load_coco_split(written(tmp_path, document)).tell_faults(reporter)
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
