@@ -166,9 +166,28 @@ def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Ite
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+            raise busy  # whoever had it has removed it since it was opened
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def owned_results(folder: Path) -> Iterator[None]:
+    """Own a folder of results, which two processes would mix; OutputError if one writes there."""
+    make_folder(folder)
+    lock = folder / f".writer{LOCK}"
+    busy = OutputError(
+        f"{folder} is being written by another process; wait for it, or give another --out"
+    )
+    with contextlib.ExitStack() as held:
+        with writing(folder):
+            held.enter_context(locked_file(lock, busy))
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def read_regular(path: Path, most: int = -1) -> bytes:

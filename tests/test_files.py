@@ -14,6 +14,7 @@ from mfdetr_cache.files import (
     disk_error,
     is_taken,
     make_folder,
+    owned_results,
     require_free,
     whole_file,
     write_atomically,
@@ -178,3 +179,13 @@ def test_a_place_with_something_else_in_it_is_not_free(tmp_path: Path) -> None:
     for odd in (tmp_path, tmp_path / "pipe", path / "below"):
         with pytest.raises(OutputError, match=r"--out .* cannot be written"):
             require_free(odd, "--out")
+
+
+def test_a_folder_of_results_has_one_writer(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for _ in range(2):
+        with owned_results(out):
+            with pytest.raises(OutputError, match="is being written by another process"):
+                owned_results(out).__enter__()
+            assert not is_taken(out)
+        assert not list(out.iterdir())

@@ -27,11 +27,12 @@ def yolo_splits(path: Path) -> dict[str, Path]:
         DatasetError: If it is no YAML.
     """
     document = _read(path)
-    root = path.parent / str(document.get("path") or ".")
+    root = document.get("path")
+    root = path.parent / root if isinstance(root, str) else path.parent
     found = {}
     for split in _SPLITS:
         value = document.get(split)
-        if isinstance(value, str) and "names" in document:
+        if isinstance(value, str) and value and "names" in document:
             # Roboflow writes ../train/images beside the folder that it means.
             folders = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
             if folder := next((f for f in folders if f.is_dir()), None):
@@ -54,11 +55,7 @@ def read_yolo(path: Path, images: Path) -> JsonFile:
         DatasetError: If names or folder are missing.
         ImageError: If an image is none.
     """
-    names = _read(path).get("names")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, Mapping) or not names:
-        raise DatasetError(f"{path} has no list of names; is it the data.yaml of a dataset?")
+    names = _names(path)
     files = sorted(f for f in images.rglob("*") if f.suffix.lower() in _SUFFIXES)
     if not files:
         raise DatasetError(f"{images} has no image")
@@ -90,6 +87,20 @@ def read_yolo(path: Path, images: Path) -> JsonFile:
     return JsonFile(document, split, digest.hexdigest())
 
 
+def _names(path: Path) -> dict[int | str, str]:
+    """The names of a ``data.yaml`` by their number."""
+    names = _read(path).get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping) or not names:
+        raise DatasetError(f"{path} has no list of names; is it the data.yaml of a dataset?")
+    # A name that is a list of lists of aliases would be written out for hours.
+    odd = next((name for name in names.values() if not isinstance(name, str)), None)
+    if odd is not None:
+        raise DatasetError(f"{path}: one of its names is {short(odd)}")
+    return {int(k) if str(k).isdecimal() else str(k): name for k, name in names.items()}
+
+
 def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
     """One line: a category and a polygon, or a box, in parts of the image's sides."""
     category, *words = line.split()
@@ -107,7 +118,8 @@ def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        document = yaml.safe_load(read_regular(path))
+        # Everything as text: a class called "no" is no truth value, and nothing is made of a tag.
+        document = yaml.load(read_regular(path), yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, OSError, ValueError) as error:
         raise DatasetError(f"{path} is no YAML ({short(str(error))})") from error
     return document if isinstance(document, Mapping) else {}

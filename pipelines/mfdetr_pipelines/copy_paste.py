@@ -23,7 +23,7 @@ from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
-from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
+from mfdetr_cache.files import is_taken, make_folder, owned_results, write_atomically, writing
 from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
@@ -49,15 +49,25 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
     ConfigError if the number of copies is invalid or the folder in use, DatasetError if the data
     cannot be used or has no object to paste, OutputError if the folder cannot be written.
     """
-    if is_taken(config.out):
-        raise ConfigError(
-            f"{config.out} is no empty folder; nothing was touched, choose another --out"
-        )
+    _require_empty(config.out)
     files = config.files
     split = load_coco_split(files.annotations, files.images, on_bad=config.on_bad_annotation)
     split.tell_faults(reporter)
     require_images(files.images, split, "check --images")
     maker = _Maker(config, split)
+    with owned_results(config.out):
+        _require_empty(config.out)
+        return _write(config, split, maker, reporter)
+
+
+def _require_empty(out: Path) -> None:
+    if is_taken(out):
+        raise ConfigError(f"{out} is no empty folder; nothing was touched, choose another --out")
+
+
+def _write(
+    config: CopyPasteConfig, split: CocoSplit, maker: "_Maker", reporter: Reporter
+) -> CopyPasteSummary:
     make_folder(config.out / IMAGES)
     # In the end: a folder without annotations is one that was not finished.
     document: dict[str, Any] = {

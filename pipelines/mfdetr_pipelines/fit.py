@@ -223,7 +223,10 @@ def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, 
     made = {}
     make_folder(config.out / "pictures")
     for row in rows:
-        path = config.out / "pictures" / f"{Path(cache.file_name(row)).stem}.png"
+        stem = Path(cache.file_name(row)).stem
+        path = config.out / "pictures" / f"{stem}.png"
+        if path in made:  # of another folder
+            path = path.with_name(f"{stem}-{row}.png")
         panels = prediction_panels(cache, row, head, images, device)
         with writing(path):
             side_by_side(panels).save(path)

@@ -17,7 +17,7 @@ from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.errors import DatasetError, ImageError, OutputError
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
-from mfdetr_cache.files import make_folder, whole_file, write_atomically, writing
+from mfdetr_cache.files import owned_results, whole_file, write_atomically, writing
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
@@ -90,9 +90,8 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     )
     if model.unfinished:
         reporter.warn(model.unfinished)
-    make_folder(config.out)
-    reporter.start("predict", len(files), "files")
-    with ThreadPoolExecutor(_THREADS, "draw") as pool:
+    with owned_results(config.out), ThreadPoolExecutor(_THREADS, "draw") as pool:
+        reporter.start("predict", len(files), "files")
         run = _Run(config, model, pool, reporter)
         pairs = zip(files, pictures, strict=True)
         try:
@@ -105,12 +104,12 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
                 with contextlib.suppress(OutputError):
                     _write_results(results_path, run.results)
             raise
+        if not run.done:
+            raise DatasetError(f"none of {len(files)} images could be read: {run.unreadable[0]}")
+        _write_results(results_path, run.results)
     reporter.finish()
-    if not run.done:
-        raise DatasetError(f"none of {len(files)} images could be read: {run.unreadable[0]}")
     for what, count in run.oddities.items():
         reporter.warn(f"{count} of {len(files)}: {what}")
-    _write_results(results_path, run.results)
     return PredictSummary(tuple(run.done), tuple(run.unreadable), results_path)
 
 

@@ -1,5 +1,6 @@
 """Datasets in the layouts that tools export give what the same COCO file gives."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -149,3 +150,24 @@ def test_no_dataset_is_one_line(tmp_path: Path) -> None:
         load_coco_split(folder / "data.yaml", folder / "train/images")
     with pytest.raises(DatasetError, match="its images are needed too"):
         load_coco_split(folder / "data.yaml")
+
+
+def test_names_of_classes_are_text_and_no_bombs(tmp_path: Path) -> None:
+    """A class called "no" stays one, and aliases of aliases are not written out."""
+    folder = write_yolo(
+        tmp_path,
+        "train:\nval: train/images\nnames: [no, 007, 1.50]\n",
+        {"a": ["0 0.1 0.2 0.5 0.2 0.5 0.8"]},
+    )
+    files = find_split(folder, None)
+    split = load_coco_split(files.annotations, files.images)
+    assert [c.name for c in split.categories] == ["no", "007", "1.50"]
+    letters = "abcdefghijkl"
+    lines = [f"a: &a [{', '.join(['x'] * 9)}]"]
+    for before, name in itertools.pairwise(letters):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    bomb = "\n".join([*lines, "path: *l", "val: train/images", "names: *l"])
+    (folder / "data.yaml").write_text(bomb)
+    files = find_split(folder, None)
+    with pytest.raises(DatasetError, match=r"data\.yaml: one of its names is \[\["):
+        load_coco_split(files.annotations, files.images)
