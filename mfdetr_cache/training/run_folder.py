@@ -140,8 +140,9 @@ def prepare_folder(
                 found = [d for d in found if d[0] not in free]
             if found:
                 key, theirs, ours = found[0]
+                where = f"{name}.{key}" if key else name
                 raise HeadError(
-                    f"cannot resume {out}: {'.'.join(filter(None, (name, key)))} was {theirs!r} and is {ours!r} now; "
+                    f"cannot resume {out}: {where} was {theirs!r} and is {ours!r} now; "
                     "give the same settings, or another --out"
                 )
         earlier = before["train"]

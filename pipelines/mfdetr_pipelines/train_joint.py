@@ -18,10 +18,11 @@ from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
-from mfdetr_cache.head.folder import load_head, save_run_config
+from mfdetr_cache.head.folder import HeadFolder, RunRecord, load_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import with_weights_of
@@ -114,13 +115,7 @@ def run_train_joint(
         is_tuned = config.tune != "nothing"
         source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
 
-        joint = {
-            "tune": config.tune,
-            "detector_lr": config.detector_lr,
-            "augment": _augment(config),
-        }
-        record = images.record(config.recipe.name, train, joint)
-        record = replace(record, initial=None if initial is None else initial.sha256)
+        record = _record(config, images, train, initial)
         run = begin_run(
             learner,
             config.out,
@@ -172,6 +167,18 @@ def run_train_joint(
         best_AP=run.best_ap,
         best_step=run.best_step,
     )
+
+
+def _record(
+    config: TrainJointConfig, images: LiveImages, train: TrainConfig, initial: HeadFolder | None
+) -> RunRecord:
+    joint = {
+        "tune": config.tune,
+        "detector_lr": config.detector_lr,
+        "augment": _augment(config),
+    }
+    record = images.record(config.recipe.name, train, joint)
+    return replace(record, initial=None if initial is None else initial.sha256)
 
 
 def _require_possible(config: TrainJointConfig) -> None:

@@ -22,8 +22,12 @@ def train(cache: Path, out: Path, from_head: Path | None = None, **changes: Any)
     """Two steps of a small head; returns its folder."""
     resume = changes.pop("resume", False)
     settings = {
-        "hidden_dim": "16", "roi_size": "8", "fine_size": "0", "steps": "2",
-        "min_match_iou": "0", **{k: str(v) for k, v in changes.items()},
+        "hidden_dim": "16",
+        "roi_size": "8",
+        "fine_size": "0",
+        "steps": "2",
+        "min_match_iou": "0",
+        **{k: str(v) for k, v in changes.items()},
     }
     config = TrainHeadConfig(cache, out, build_recipe("fast", settings))
     run_train_head(replace(config, from_head=from_head, resume=resume), SilentReporter())
