@@ -171,6 +171,7 @@ _METRIC_NAMES = {
     "floor": "floor: box as mask",
     "ceiling": "ceiling: annotated mask in box",
     "boundary": "mask, boundary AP",
+    "own": "masks of the detector itself",
 }
 
 

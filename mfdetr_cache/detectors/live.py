@@ -1,12 +1,22 @@
-"""A live detector's output for an image, in the form of a cached image."""
+"""A live detector: its output in the form of a cached image, and its own masks."""
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.amp import AmpDetector
+from mfdetr_cache.detectors.class_agnostic import ClassAgnosticDetector
+from mfdetr_cache.detectors.protocol import Detector, MaskingDetector
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.types import CachedImage, GroundTruth
+
+
+def with_own_masks(detector: Detector) -> MaskingDetector | None:
+    """The detector inside of its wrappers, if it gives masks itself."""
+    inner: object = detector
+    while isinstance(inner, (AmpDetector, ClassAgnosticDetector)):
+        inner = inner.detector
+    return inner if isinstance(inner, MaskingDetector) else None
 
 
 def live_image(

@@ -56,6 +56,17 @@ def fixed_input_hw(detector: Detector) -> tuple[int, int] | None:
 
 
 @runtime_checkable
+class MaskingDetector(Detector, Protocol):
+    """A detector that was trained to give masks itself: what a head is measured beside."""
+
+    def own_masks(self, output: DetectorOutput, input_hw: tuple[int, int]) -> Tensor:
+        """Mask logits of every query over the whole input, shape (B, Q, h, w).
+
+        ``output`` is what ``forward`` gave for inputs of size ``input_hw``.
+        """
+
+
+@runtime_checkable
 class TunableDetector(Detector, Protocol):
     """A detector that can be trained on together with a mask network (Table 16).
 

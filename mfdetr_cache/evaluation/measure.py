@@ -73,6 +73,7 @@ class EvaluateSummary:
         floor: Mask AP of the box as mask; None if not requested.
         ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not requested.
         boundary: Boundary AP of the head; None if not requested.
+        own: Mask AP of the detector's own masks; None where it gives none, or was not run.
         details: Recalls and categories of ``mask`` and ``box``; ``confusion`` if requested.
         seconds: Total time.
         latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
@@ -94,6 +95,7 @@ class EvaluateSummary:
     parameters: int
     macs: int
     oracles: dict[Oracle, CocoMetrics]
+    own: CocoMetrics | None = None
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
         """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
@@ -103,6 +105,7 @@ class EvaluateSummary:
             "floor": self.floor,
             "ceiling": self.ceiling,
             "boundary": self.boundary,
+            "own": self.own,
         }
         return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
 

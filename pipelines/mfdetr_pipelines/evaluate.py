@@ -10,16 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.choices import Evaluator
 from mfdetr_cache.detectors.images import load_image
+from mfdetr_cache.detectors.live import with_own_masks
 from mfdetr_cache.detectors.registry import load_same_detector
-from mfdetr_cache.evaluation.coco_metrics import Result
-from mfdetr_cache.evaluation.measure import EvaluateSummary, Latency, measure, open_to_measure
-from mfdetr_cache.evaluation.results import json_results
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, measure_results
+from mfdetr_cache.evaluation.detections import detections_of
+from mfdetr_cache.evaluation.measure import (
+    EvaluateSummary,
+    Latency,
+    ground_truth_of,
+    measure,
+    open_to_measure,
+)
+from mfdetr_cache.evaluation.results import json_results, mask_results
 from mfdetr_cache.files import require_free, write_atomically
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
+from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 
@@ -55,9 +67,10 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         parts = seen_and_unseen(summary.details["mask"]["categories"], folder.run.held_out)
         summary = replace(summary, details={**summary.details, "held_out": parts})
     if config.live.weights is not None and config.live.images is not None:
-        timed = _detector_latency(cache, config.live.weights, config.live.images, device)
-        latency = {**summary.latency, "detector": timed}
-        summary = replace(summary, latency=latency)
+        live = _Live(cache, config.live.weights, config.live.images, device)
+        latency = {**summary.latency, "detector": live.latency()}
+        own = live.own_masks(reporter, config.evaluator)
+        summary = replace(summary, latency=latency, own=own)
     if config.save_results is not None:
         write_atomically(config.save_results, _results_file(config.save_results, masks))
     return summary
@@ -90,23 +103,69 @@ def seen_and_unseen(
     return {"seen_AP": mean(False), "unseen_AP": mean(True)}
 
 
-def _detector_latency(
-    cache: FeatureCache, weights: str, images: Path, device: torch.device
-) -> Latency:
-    """Detector time on the first images, one at a time."""
-    detector = load_same_detector(cache.spec.detector, weights, detector_identity(cache.spec))
-    require_same(
-        detector_identity(detector.spec),
-        f"--weights {weights}",
-        detector_identity(cache.spec),
-        f"cache {cache.path}",
-    )
-    detector.to(device)
-    seconds = []
-    for row in cache.rows[:_TIMED_IMAGES]:
-        picture = load_image(images / cache.file_name(row), cache.geometry(row).original_hw)
-        pixels = detector.preprocess(picture)[None].to(device)
-        begun = time.perf_counter()
-        detector.forward(pixels).class_logits.cpu()
-        seconds.append(time.perf_counter() - begun)
-    return Latency.of(seconds)
+class _Live:
+    """The detector of a cache, run again on its images.
+
+    IdentityError if ``weights`` are those of another one.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, weights: str, images: Path, device: torch.device
+    ) -> None:
+        identity = detector_identity(cache.spec)
+        detector = load_same_detector(cache.spec.detector, weights, identity)
+        found, name = detector_identity(detector.spec), f"--weights {weights}"
+        require_same(found, name, identity, f"cache {cache.path}")
+        self._detector = detector.to(device)
+        self._cache, self._images, self._device = cache, images, device
+
+    def latency(self) -> Latency:
+        """Time of the first images, one at a time."""
+        seconds = []
+        for row in self._cache.rows[:_TIMED_IMAGES]:
+            pixels = self._input(row)
+            begun = time.perf_counter()
+            self._detector.forward(pixels).class_logits.cpu()
+            seconds.append(time.perf_counter() - begun)
+        return Latency.of(seconds)
+
+    def own_masks(self, reporter: Reporter, evaluator: Evaluator) -> CocoMetrics | None:
+        """Metrics of the masks that the detector gives itself, scored by class as its authors do.
+
+        None where it gives none.
+        """
+        masking = with_own_masks(self._detector)
+        if masking is None:
+            return None
+        results: list[Result] = []
+        reporter.start("masks of the detector itself", len(self._cache), "images")
+        for row in self._cache.rows:
+            image = self._cache.read(row, ())
+            detections = detections_of(image, self._cache.spec)
+            pixels = self._input(row)
+            input_hw = (pixels.shape[-2], pixels.shape[-1])
+            logits = masking.own_masks(self._detector.forward(pixels), input_hw)[0].cpu()
+            queries, place = detections.query_index.unique(return_inverse=True)
+            rles = [_whole_mask(logits[q], image.geometry.original_hw) for q in queries.tolist()]
+            results += mask_results(
+                image.image_id,
+                detections,
+                self._cache.label_categories,
+                [rles[i] for i in place.tolist()],
+                detections.class_scores.double().numpy(),
+            )
+            reporter.advance()
+        reporter.finish()
+        truth = ground_truth_of(self._cache)
+        return measure_results(truth, results, "segm", evaluator).metrics
+
+    def _input(self, row: int) -> Tensor:
+        size_hw = self._cache.geometry(row).original_hw
+        picture = load_image(self._images / self._cache.file_name(row), size_hw)
+        return self._detector.preprocess(picture)[None].to(self._device)
+
+
+def _whole_mask(logits: Tensor, size_hw: tuple[int, int]) -> dict[str, Any]:
+    """COCO RLE of the logits (h, w) of a whole image, resized to it: where they are above 0."""
+    resized = functional.interpolate(logits[None, None], size=size_hw, mode="bilinear")
+    return encode_mask((resized[0, 0] > 0).numpy())

@@ -5,19 +5,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mfdetr_pipelines import evaluate
 from mfdetr_pipelines.config.evaluate import EvaluateConfig, TimedDetector
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
+from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scipy.ndimage import binary_erosion
+from pycocotools.mask import decode
+from scipy.ndimage import binary_erosion, map_coordinates
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.protocol import MaskingDetector
+from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError, DatasetError, HeadError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
-from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth, evaluate_results
+from mfdetr_cache.evaluation.coco_metrics import (
+    coco_ground_truth,
+    evaluate_results,
+    measure_results,
+)
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.measure import Latency, ground_truth_of
 from mfdetr_cache.evaluation.oracles import ORACLES
@@ -27,6 +37,8 @@ from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, enc
 from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
+from tests.support.scenes import extract_config
+from tests.support.small_checkpoints import write_small
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +271,50 @@ def test_what_would_be_if_one_thing_were_perfect(drawn_cache: Path, head: Path) 
     assert summary.oracles["masks"] == summary.ceiling
     # This detector has learned nothing: objects that are missed are most of what is lost.
     assert max(0.5, summary.mask.AP) < summary.oracles["found"].AP
+
+
+def test_a_detectors_own_masks_are_measured_too(
+    tmp_path: Path, scenes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RF-DETR's: resampled to the image by SciPy here, and cut at 0."""
+    weights, cache = tmp_path / "seg.pth", tmp_path / "c.zarr"
+    write_small(weights, "rf-detr")
+    run_extract(extract_config(scenes_folder, str(weights), cache, limit=2), SilentReporter())
+    run_train_head(TrainHeadConfig(cache, tmp_path / "head", small_recipe()), SilentReporter())
+    measured: list[Any] = []
+
+    def keep(truth: COCO, results: Any, *others: Any) -> Any:
+        measured.extend(results)
+        return measure_results(truth, results, *others)
+
+    monkeypatch.setattr(evaluate, "measure_results", keep)
+    live = TimedDetector(str(weights), scenes_folder / "images")
+    config = EvaluateConfig(cache, tmp_path / "head", extras=frozenset(), live=live)
+    summary = run_evaluate(config, SilentReporter())
+    assert summary.own is not None
+    assert summary.metrics()["own"] == summary.own.to_dict()
+    opened, detector = FeatureCache.open(cache), load_detector("rf-detr", str(weights))
+    assert isinstance(detector, MaskingDetector)
+    image = opened.read(0, ())
+    detections = detections_of(image, opened.spec)
+    height, width = image.geometry.original_hw
+    picture = Image.open(scenes_folder / "images" / image.file_name).convert("RGB")
+    pixels = detector.preprocess(picture)[None]
+    masks = detector.own_masks(detector.forward(pixels), (192, 192))[0].numpy()
+    places = np.meshgrid(
+        (np.arange(height) + 0.5) * 48 / height - 0.5,
+        (np.arange(width) + 0.5) * 48 / width - 0.5,
+        indexing="ij",
+    )
+    ours = [r for r in measured if r["image_id"] == image.image_id]
+    categories = np.array(opened.label_categories)[detections.labels.numpy()]
+    queries = detections.query_index.numpy()[categories >= 0]
+    assert len(queries) > 10
+    for result, query in zip(ours, queries, strict=True):
+        logits = map_coordinates(masks[query], places, order=1, mode="nearest")
+        found = decode(result["segmentation"]).astype(bool)
+        # Where a logit is 0 but for rounding, either is right.
+        assert (found == (logits > 0))[np.abs(logits) > 1e-4].all()
 
 
 def test_latency_of_head_masks_and_detector(

@@ -299,7 +299,7 @@ def lw_detr(layout: Layout) -> None:
 
 
 def rf_detr(layout: Layout) -> None:
-    """The segmentation form: its mask head is left alone."""
+    """The segmentation form."""
     embeddings = "backbone.0.encoder.encoder.embeddings"
     layout.weight(f"{embeddings}.cls_token", 1, 1, 64)
     layout.weight(f"{embeddings}.mask_token", 1, 64)
@@ -321,7 +321,19 @@ def rf_detr(layout: Layout) -> None:
     _grouped_decoder(layout, channel_norms=True, maps=4)
     block = "backbone.0.projector.stages.0.0.cv1.conv.weight"
     layout.weight(block, _WIDTH, 4 * 64, 1, 1)
-    layout.vector("segmentation_head.bias", 1)
+    branch = "segmentation_head"
+    for i in range(2):
+        layout.weight(f"{branch}.blocks.{i}.dwconv.weight", _WIDTH, 1, 3, 3)
+        layout.vector(f"{branch}.blocks.{i}.dwconv.bias", _WIDTH)
+        layout.norm(f"{branch}.blocks.{i}.norm", _WIDTH)
+        layout.linear(f"{branch}.blocks.{i}.pwconv1", _WIDTH, _WIDTH)
+    layout.weight(f"{branch}.spatial_features_proj.weight", _WIDTH, _WIDTH, 1, 1)
+    layout.vector(f"{branch}.spatial_features_proj.bias", _WIDTH)
+    layout.norm(f"{branch}.query_features_block.norm_in", _WIDTH)
+    layout.linear(f"{branch}.query_features_block.layers.0", 4 * _WIDTH, _WIDTH)
+    layout.linear(f"{branch}.query_features_block.layers.2", _WIDTH, 4 * _WIDTH)
+    layout.linear(f"{branch}.query_features_proj", _WIDTH, _WIDTH)
+    layout.vector(f"{branch}.bias", 1)
 
 
 SMALL: dict[str, Callable[[Layout], None]] = {

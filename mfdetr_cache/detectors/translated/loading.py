@@ -27,6 +27,8 @@ from mfdetr_cache.detectors.translated.deimv2 import is_deimv2, read_deimv2
 from mfdetr_cache.detectors.translated.lw_detr import is_lw_detr, read_lw_detr
 from mfdetr_cache.detectors.translated.names import Translation, carry, carry_back, translate
 from mfdetr_cache.detectors.translated.rf_detr import is_rf_detr, read_rf_detr
+from mfdetr_cache.detectors.translated.rf_detr_masks import PREFIX as MASK_PREFIX
+from mfdetr_cache.detectors.translated.rf_detr_masks import MaskBranch, RfDetrWithMasks
 from mfdetr_cache.detectors.translated.rt_detr import (
     is_rt_detr,
     is_rt_detr_v2,
@@ -124,7 +126,13 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
         std=_IMAGENET_STD if blueprint.normalise else None,
     ).with_size(options.input_size)
     _require_divisible(preprocessing, blueprint.side_multiple)
-    return HuggingFaceDetector(model, blueprint.family, origin, preprocessing, options)
+    made = (model, blueprint.family, origin, preprocessing, options)
+    if not any(key.startswith(MASK_PREFIX) for key in checkpoint.tensors):
+        return HuggingFaceDetector(*made)
+    detector = RfDetrWithMasks(*made)
+    downsample = int(checkpoint.settings.get("mask_downsample_ratio") or 4)
+    detector.branch = MaskBranch(checkpoint.tensors, downsample, weights)
+    return detector
 
 
 def _require_divisible(preprocessing: Preprocessing, multiple: int) -> None:

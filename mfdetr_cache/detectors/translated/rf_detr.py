@@ -52,7 +52,10 @@ def is_rf_detr(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_rf_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """Blueprint of an RF-DETR checkpoint; of a segmentation checkpoint the detector alone."""
+    """Blueprint of an RF-DETR checkpoint; of a segmentation checkpoint the detector alone.
+
+    Its masks are :class:`~mfdetr_cache.detectors.translated.rf_detr_masks.MaskBranch`.
+    """
     tensors, settings = checkpoint.tensors, checkpoint.settings
     patch = tensors[f"{_VIT}embeddings.patch_embeddings.projection.weight"].shape[-1]
     width = tensors[f"{_VIT}embeddings.cls_token"].shape[-1]

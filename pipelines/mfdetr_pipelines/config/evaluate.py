@@ -45,7 +45,7 @@ class ExtraOptions:
 
 
 class TimedDetector(LiveDetector):
-    """The detector, timed beside the head."""
+    """The detector, timed beside the head; its own masks are measured too, where it gives masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class EvaluateConfig(OnDevice):
         per_category: Show the AP of every category.
         extras: What else is measured.
         file: A results file, in place of cache and head.
-        live: The detector, to time it too.
+        live: The detector, to time it too, and to measure its own masks where it gives some.
         local_cache: In front of an object store.
     """
 
