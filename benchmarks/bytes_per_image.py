@@ -11,7 +11,7 @@ from geometry import made_ground_truth, made_output
 
 from mfdetr_cache.cache.schema import C1RoiLayout
 from mfdetr_cache.cache.shards import encode_chunk
-from mfdetr_cache.head.cost import hdetr_r50_spec
+from mfdetr_cache.head.cost import paper_detector
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.quantisation import ENCODINGS, Encoding, encode_map
 from mfdetr_cache.types import ImageGeometry
@@ -28,7 +28,7 @@ def encoded(tokens: np.ndarray, encoding: Encoding) -> list[np.ndarray]:
 
 
 def main() -> None:
-    spec = hdetr_r50_spec()
+    spec = paper_detector()
     output = made_output(spec, INPUT_HW, seed=0)
     truth = made_ground_truth(ORIGINAL_HW, count=7, seed=0)
     geometry = ImageGeometry(ORIGINAL_HW, INPUT_HW, INPUT_HW)

@@ -13,7 +13,7 @@ from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
 from mfdetr_cache.detectors.preprocess import shortest_edge_size
-from mfdetr_cache.head.cost import hdetr_r50_spec
+from mfdetr_cache.head.cost import paper_detector
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
@@ -91,7 +91,7 @@ def made_content(
     sizes: list[tuple[int, int]] | None = None,
 ) -> CacheContent:
     """What a cache of made-up images is of."""
-    spec = spec or hdetr_r50_spec()
+    spec = spec or paper_detector()
     sizes = sizes or [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
     return CacheContent(
         identity={

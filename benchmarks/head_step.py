@@ -20,7 +20,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.blocks import deformable
 from mfdetr_cache.head.build import build_head
-from mfdetr_cache.head.cost import hdetr_r50_spec
+from mfdetr_cache.head.cost import paper_detector
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.ops.packed_levels import SizesHw
@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    device, spec = torch.device(options.device), hdetr_r50_spec()
+    device, spec = torch.device(options.device), paper_detector()
     input_hw = (options.height, options.width)
     maps = {
         m.name: torch.randn(

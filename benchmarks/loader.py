@@ -37,7 +37,7 @@ def main() -> None:
         regions = RegionSettings.of(recipe.train, recipe.head)
         order = np.random.default_rng(0).permutation(options.images) % len(cache)
         rows = [cache.rows[int(i)] for i in order]
-        ranges = {row: cache.base.byte_ranges(row) for row in set(rows)}
+        runs = {r: [(c.shard, c.entries) for c in cache.base.chunk_runs(r)] for r in set(rows)}
 
         def load(row: int, step: int) -> TrainSample:
             image = cache.read(row)
@@ -49,11 +49,10 @@ def main() -> None:
 
         def floor(row: int, _step: int) -> list[bytes]:
             held = []
-            for found in ranges[row]:
-                data = memoryview(
-                    found.storage.read_ranges(found.key, [(found.offset, found.size)])[0]
-                )
-                held += [decompress(data[start : start + size]) for start, size in found.chunks]
+            for shard, entries in runs[row]:
+                first, end = entries[0][0], sum(entries[-1])
+                data = memoryview(shard.storage.read_ranges(shard.key, [(first, end - first)])[0])
+                held += [decompress(data[at - first :][:size]) for at, size in entries]
             return held
 
         ways = {"floor": floor, "read": read, "load": load}

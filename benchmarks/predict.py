@@ -20,8 +20,7 @@ from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.predict import run_predict
 
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.live import live_image
-from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.evaluation.inference import predict_live
 from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.model import MaskFrozenDETR
@@ -37,12 +36,14 @@ def one_after_the_other(
     spec = model.detector.spec
     for file in files:
         image = load_image(file)
-        live = live_image(model.detector, image, "", model.device)
-        found = predict_masks(
-            model.head, live, spec, model.device, threshold=threshold if drop else 0.0
+        output = model.detector.forward(model.detector.preprocess(image)[None].to(model.device))
+        size_hw = (image.height, image.width)
+        geometry = model.detector.input_geometry(size_hw)
+        found = predict_live(
+            model.head, output, geometry, spec, threshold=threshold if drop else 0.0
         )
         labels = range(spec.num_labels)
-        shown = shown_objects(found, labels, {}, live.geometry.original_hw, threshold)
+        shown = shown_objects(found, labels, {}, size_hw, threshold)
         drawn = draw_overlay(image, [o.to_item() for o in reversed(shown)])
         drawn.save(out / f"{file.stem}.png")
         count += len(shown)

@@ -68,20 +68,27 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     So does a device in its place, and another process that is writing the same file.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    with writing(path), _owned(partial, path):
+    with writing(path), _owned(path.with_name(path.name + PARTIAL), path):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OutputError(f"{path} is no regular file: it would be replaced by one")
-        try:
+        with replacing(path) as partial:
             yield partial
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            # It would keep the room that somebody makes.
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file in the same folder that replaces ``path``; OSError as it comes."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        # On a full disk it would keep the room that somebody makes.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,13 +1,12 @@
 """Dataclasses that cross a folder boundary; shapes are checked, nothing is computed."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.ops.quantisation import StoredMap
 
 if TYPE_CHECKING:
@@ -96,14 +95,6 @@ class DetectorSpec:
         family = self.name.partition(":")[0]
         return self.name if family == "torchvision" else family
 
-    def map_named(self, name: str) -> MapSpec:
-        """The specification of one map; DetectorError if there is none of that name."""
-        for spec in self.maps:
-            if spec.name == name:
-                return spec
-        known = ", ".join(spec.name for spec in self.maps)
-        raise DetectorError(f"{self.name} gives no map named {name!r}; it gives {known}")
-
 
 @dataclass(frozen=True, slots=True)
 class DetectorOutput:
@@ -181,15 +172,7 @@ class GroundTruth:
     run_lengths: tuple[NDArray[np.uint32], ...]
 
     def __post_init__(self) -> None:
-        lengths = {
-            len(self.annotation_ids),
-            len(self.category_ids),
-            len(self.labels),
-            len(self.boxes_xyxy),
-            len(self.areas),
-            len(self.is_crowd),
-            len(self.run_lengths),
-        }
+        lengths = {len(getattr(self, column.name)) for column in fields(self)}
         if len(lengths) != 1:
             raise ValueError(f"ground truth columns differ in length: {sorted(lengths)}")
 

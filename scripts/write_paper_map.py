@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
 
-from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, hdetr_r50_spec, head_cost
+from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, head_cost, paper_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED = (1, 2, 3, 4, 5, 6, 9, 12)
@@ -95,7 +95,7 @@ def paper_map() -> str:
         "| table | row | M params | paper | G MACs | paper | off | executed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    spec = hdetr_r50_spec()
+    spec = paper_detector()
     for number in COUNTED:
         for row in PAPER_TABLES[number].rows:
             cost = head_cost(row.recipe.head, spec)

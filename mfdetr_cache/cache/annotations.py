@@ -49,23 +49,18 @@ _OBJECT_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class AnnotationContent:
-    """A version of the annotations, before it is written.
+class AnnotationHeader:
+    """What a version of the annotations is, but for the objects, which follow from the source.
 
     Attributes:
         source: Name and SHA-256 of the annotation file, and how its categories were mapped.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.
-        objects: The objects of each row, in pixels of the view's image, by view.
-        crops: Crops of C1 for the rows where the features have not all that are needed, by view
-            and row.
     """
 
     source: Identity
     categories: list[dict[str, Any]]
     label_categories: tuple[int, ...]
-    objects: dict[str, list[GroundTruth]]
-    crops: dict[str, dict[int, C1Crops]] = field(default_factory=dict)
 
     @property
     def annotations_id(self) -> str:
@@ -74,44 +69,48 @@ class AnnotationContent:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Everything but the objects, which follow from the source."""
+        """As it is written."""
         return {
             "source": self.source,
             "categories": self.categories,
             "label_categories": list(self.label_categories),
         }
 
+    def is_of(self, other: "AnnotationHeader") -> bool:
+        """Whether these are the same labels, whatever their files were called."""
+        ours, theirs = (
+            {**header.header, "source": {**header.source, "name": None}} for header in (self, other)
+        )
+        return ours == theirs
+
 
 @dataclass(frozen=True)
-class AnnotationRecord:
+class AnnotationContent(AnnotationHeader):
+    """A version of the annotations, before it is written.
+
+    Attributes:
+        objects: The objects of each row, in pixels of the view's image, by view.
+        crops: Crops of C1 for the rows where the features have not all that are needed, by view
+            and row.
+    """
+
+    objects: dict[str, list[GroundTruth]]
+    crops: dict[str, dict[int, C1Crops]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnnotationRecord(AnnotationHeader):
     """What the sealed document of a version says.
 
     Attributes:
         number: Which version, from 0.
-        annotations_id: Hash of source, categories and their mapping.
-        source: Name and SHA-256 of the annotation file, and how its categories were mapped.
-        categories: ``{"id", "name"}`` of the dataset's categories.
-        label_categories: Category id of each detector label, -1 for none.
         lengths: Length of every column, by its path.
         files: Its files by key.
     """
 
     number: int
-    annotations_id: str
-    source: Identity
-    categories: list[dict[str, Any]]
-    label_categories: tuple[int, ...]
     lengths: dict[str, int]
     files: dict[str, FileRecord]
-
-    def is_of(self, content: AnnotationContent) -> bool:
-        """Whether these are the labels of ``content``, whatever its file was called."""
-        other = content.header
-        return (
-            {**self.source, "name": None} == {**content.source, "name": None}
-            and self.categories == other["categories"]
-            and list(self.label_categories) == other["label_categories"]
-        )
 
 
 def seal_key(number: int) -> str:
@@ -221,8 +220,8 @@ def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRec
     require_names(fields, root, where)
     if fields["number"] != number:
         raise CacheError(f"{where} is of version {fields['number']!r}; {MEND}")
-    content = _content(fields, root)
-    if fields["annotations_id"] != content.annotations_id:
+    header = _header(fields, root)
+    if fields["annotations_id"] != header.annotations_id:
         raise CacheError(f"{where} has an annotations_id that is not that of its content; {MEND}")
     columns = fields.fields("columns")
     lengths = {path: columns.integer(path, 0, 2**40) for path in columns.values}
@@ -230,18 +229,10 @@ def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRec
     files = {k: FileRecord.from_fields(f) for k, f in fields.fields("files").items()}
     chunks = [k for path, n in lengths.items() for k in chunk_keys(path, root.column(path), n)]
     require_files(files, [*metadata_keys(lengths, folder_of(number)), *chunks], where)
-    return AnnotationRecord(
-        number,
-        content.annotations_id,
-        content.source,
-        content.categories,
-        content.label_categories,
-        lengths,
-        files,
-    )
+    return AnnotationRecord(**vars(header), number=number, lengths=lengths, files=files)
 
 
-def header_of(storage: Storage, root: Root, number: int) -> AnnotationContent | None:
+def header_of(storage: Storage, root: Root, number: int) -> AnnotationHeader | None:
     """What a version is of, although it may be damaged.
 
     Returns:
@@ -249,14 +240,14 @@ def header_of(storage: Storage, root: Root, number: int) -> AnnotationContent | 
         be read.
     """
     with contextlib.suppress(CacheError, FileNotFoundError):
-        return _content(read_sealed(storage, seal_key(number)), root)
+        return _header(read_sealed(storage, seal_key(number)), root)
     with contextlib.suppress(CacheError, FileNotFoundError):
         group = read_document(storage, f"{folder_of(number)}/{ROOT_KEY}")
-        return _content(group.fields("attributes"), root)
+        return _header(group.fields("attributes"), root)
     return None
 
 
-def _content(fields: Fields, root: Root) -> AnnotationContent:
+def _header(fields: Fields, root: Root) -> AnnotationHeader:
     source = fields.fields("source")
     source.text("name")
     source.text("sha256")
@@ -268,7 +259,7 @@ def _content(fields: Fields, root: Root) -> AnnotationContent:
     labels = fields.integers("label_categories", -(2**63), 2**63 - 1)
     if len(labels) != root.spec.num_labels or not known.issuperset(labels):
         raise CacheError(f"{fields.where}: label_categories do not fit detector and categories")
-    return AnnotationContent(dict(source.values), categories, labels, {})
+    return AnnotationHeader(dict(source.values), categories, labels)
 
 
 def _require_lengths(lengths: Mapping[str, int], root: Root, number: int, where: str) -> None:

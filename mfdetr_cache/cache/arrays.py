@@ -1,6 +1,7 @@
 """Every array of a cache: its path, type, shape, and how it is cut into chunks and shards."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mfdetr_cache.cache.schema import C1_ROI, CacheLayout, c1_channels, stored_maps
@@ -83,11 +84,6 @@ def image_columns(layout: CacheLayout) -> dict[str, int | None]:
     return found
 
 
-def column_name(path: str) -> str:
-    """The end of a column's path, which says what it holds."""
-    return path.rpartition("/")[2]
-
-
 def chunk_keys(path: str, spec: ColumnSpec, length: int) -> list[str]:
     """Keys of a column's chunks.
 
@@ -131,6 +127,8 @@ class ArraySpec:
 
 
 _MOMENTS = "mean of c c^T over the cells of C1, then in the last row the mean of c"
+# Along the first axis: the whole array, a chunk, a shard.
+_Lengths = tuple[int, int, int | None]
 
 
 def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
@@ -139,86 +137,46 @@ def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, 
     Returns:
         Array specifications in the order they are written.
     """
-    rows, per_part = layout.num_rows, layout.images_per_part
-    arrays: dict[str, ArraySpec] = {}
+    below_view = _row_arrays(spec, layout)
+    return {a.path: replace(a, path=f"views/{view}/{a.path}") for a in below_view}
 
-    def add(
-        name: str, dtype: str, tail: tuple[int, ...], dims: tuple[str, ...], about: str
-    ) -> None:
-        # Padded up to whole parts, as Zarr pads its last chunk.
-        arrays[name] = ArraySpec(
-            f"views/{view}/{name}",
-            dtype,
-            (rows, *tail),
-            (per_part, *tail),
-            None,
-            ("row", *dims),
-            {"description": about},
-        )
 
-    add("status", "uint8", (), (), "0 not written, 1 stored, 2 skipped")
-    add("resized_hw", "int32", (2,), ("hw",), "image in the network input, without padding; pixels")
-    add("input_hw", "int32", (2,), ("hw",), "network input; pixels")
+def _row_arrays(spec: DetectorSpec, layout: CacheLayout) -> Iterator[ArraySpec]:
+    # Padded up to whole parts, as Zarr pads its last chunk.
+    by_part: _Lengths = (layout.num_rows, layout.images_per_part, None)
+    by_row: _Lengths = (layout.num_rows, 1, layout.images_per_part)
+    yield _array("status", "uint8", by_part, (), ("row",), "0 not written, 1 stored, 2 skipped")
+    for name, about in (
+        ("resized_hw", "image in the network input, without padding; pixels"),
+        ("input_hw", "network input; pixels"),
+    ):
+        yield _array(name, "int32", by_part, (2,), ("row", "hw"), about)
     for name, dtype, width, axis, about in (
         ("class_logits", "float32", spec.num_labels, "label", "before the score function"),
         ("boxes_cxcywh_norm", "float32", 4, "cxcywh", "relative to the resized image"),
         ("queries", "float16", spec.query_dim, "channel", "last decoder output"),
     ):
-        shape = (rows, spec.num_queries, width)
-        arrays[name] = ArraySpec(
-            f"views/{view}/{name}",
-            dtype,
-            shape,
-            (1, *shape[1:]),
-            (per_part, *shape[1:]),
-            ("row", "query", axis),
-            {"description": about},
-        )
+        tail = (spec.num_queries, width)
+        yield _array(name, dtype, by_row, tail, ("row", "query", axis), about)
     for spec_map in stored_maps(spec, layout):
-        _add_map(arrays, spec_map, layout, view)
+        yield from _map_arrays(spec_map, layout)
     if layout.c1_roi is not None:
-        add(f"{C1_ROI}/c1_hw", "int32", (2,), ("hw",), "height and width of C1, in cells")
         width, most = c1_channels(spec), max(layout.c1_roi.max_crops, 1)
-        for name, dtype, tail, dims, about in (
-            ("query_index", "int32", (most,), ("crop",), "query of each crop; -1: no crop"),
-            ("moments", "float32", (width + 1, width), ("moment", "channel"), _MOMENTS),
-        ):
-            arrays[f"{C1_ROI}/{name}"] = ArraySpec(
-                f"views/{view}/{C1_ROI}/{name}",
-                dtype,
-                (rows, *tail),
-                (1, *tail),
-                (per_part, *tail),
-                ("row", *dims),
-                {"description": about},
-            )
-    return arrays
+        about = "height and width of C1, in cells"
+        yield _array(f"{C1_ROI}/c1_hw", "int32", by_part, (2,), ("row", "hw"), about)
+        about = "query of each crop; -1: no crop"
+        yield _array(f"{C1_ROI}/query_index", "int32", by_row, (most,), ("row", "crop"), about)
+        tail, axes = (width + 1, width), ("row", "moment", "channel")
+        yield _array(f"{C1_ROI}/moments", "float32", by_row, tail, axes, _MOMENTS)
 
 
-def _add_map(
-    arrays: dict[str, ArraySpec], spec_map: MapSpec, layout: CacheLayout, view: str
-) -> None:
-    rows, per_part = layout.num_rows, layout.images_per_part
-    place = layout.maps[spec_map.name]
-    base = f"maps/{spec_map.name}"
-    arrays[f"{base}/hw"] = ArraySpec(
-        f"views/{view}/{base}/hw",
-        "int32",
-        (rows, 2),
-        (per_part, 2),
-        None,
-        ("row", "hw"),
-        {"description": "height and width of the map of each row, in cells"},
-    )
-    arrays[f"{base}/offset"] = ArraySpec(
-        f"views/{view}/{base}/offset",
-        "int64",
-        (rows,),
-        (per_part,),
-        None,
-        ("row",),
-        {"description": "first token of each row; its cells follow row-major"},
-    )
+def _map_arrays(spec_map: MapSpec, layout: CacheLayout) -> Iterator[ArraySpec]:
+    base, place = f"maps/{spec_map.name}", layout.maps[spec_map.name]
+    by_part: _Lengths = (layout.num_rows, layout.images_per_part, None)
+    about = "height and width of the map of each row, in cells"
+    yield _array(f"{base}/hw", "int32", by_part, (2,), ("row", "hw"), about)
+    about = "first token of each row; its cells follow row-major"
+    yield _array(f"{base}/offset", "int64", by_part, (), ("row",), about)
     encoding = ENCODINGS[layout.preset]
     attributes = {
         "role": spec_map.role,
@@ -229,31 +187,35 @@ def _add_map(
         "bits": encoding.bits,
         "block_tokens": encoding.block_tokens,
     }
-    columns = encoding.columns(spec_map.channels)
-    arrays[f"{base}/values"] = ArraySpec(
-        f"views/{view}/{base}/values",
-        "uint8" if encoding.is_affine else "float16",
-        (layout.parts_per_view * place.part_tokens, columns),
-        (place.chunk_tokens, columns),
-        (place.part_tokens, columns),
-        ("token", "channel" if encoding.bits != 4 else "channel_pair"),
-        attributes,
-    )
+    dtype = "uint8" if encoding.is_affine else "float16"
+    tokens = (layout.parts_per_view * place.part_tokens, place.chunk_tokens, place.part_tokens)
+    tail = (encoding.columns(spec_map.channels),)
+    axes = ("token", "channel" if encoding.bits != 4 else "channel_pair")
+    yield _array(f"{base}/values", dtype, tokens, tail, axes, attributes)
     if not encoding.is_affine:
         return
-    tail = (2, spec_map.channels)
-    if encoding.block_tokens:
-        size, axis = encoding.block_tokens, "block"
-        whole = layout.parts_per_view * place.part_tokens // size
-        chunk, shard = place.chunk_tokens // size, place.part_tokens // size
-    else:
-        whole, axis, chunk, shard = rows, "row", 1, per_part
-    arrays[f"{base}/affine"] = ArraySpec(
-        f"views/{view}/{base}/affine",
-        "float16",
-        (whole, *tail),
+    lengths, axis = (layout.num_rows, 1, layout.images_per_part), "row"
+    if size := encoding.block_tokens:
+        lengths, axis = (tokens[0] // size, tokens[1] // size, tokens[2] // size), "block"
+    axes, about = (axis, "low_step", "channel"), "value = low + step * code"
+    yield _array(f"{base}/affine", "float16", lengths, (2, spec_map.channels), axes, about)
+
+
+def _array(
+    path: str,
+    dtype: str,
+    lengths: _Lengths,
+    tail: tuple[int, ...],
+    dimension_names: tuple[str, ...],
+    about: str | dict[str, Any],
+) -> ArraySpec:
+    length, chunk, shard = lengths
+    return ArraySpec(
+        path,
+        dtype,
+        (length, *tail),
         (chunk, *tail),
-        (shard, *tail),
-        (axis, "low_step", "channel"),
-        {"description": "value = low + step * code"},
+        None if shard is None else (shard, *tail),
+        dimension_names,
+        {"description": about} if isinstance(about, str) else about,
     )

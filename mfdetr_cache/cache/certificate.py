@@ -1,7 +1,7 @@
 """What a preset costs in mask AP, as it was measured and is kept in the cache."""
 
+import dataclasses
 import json
-from dataclasses import asdict, dataclass
 
 from mfdetr_cache.cache.document import read_document
 from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
@@ -10,7 +10,7 @@ from mfdetr_cache.cache.storage.protocol import Storage, explained
 from mfdetr_cache.errors import CacheError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Certificate:
     """Mask AP of one head on unrounded or float16 features and on a cache's own.
 
@@ -52,20 +52,9 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
             continue
         try:
             fields = read_document(storage, key)
-            found.append(
-                Certificate(
-                    preset=fields.text("preset"),
-                    reference=fields.text("reference"),
-                    head=fields.text("head"),
-                    images=fields.integer("images"),
-                    AP_reference=fields.number("AP_reference"),
-                    AP=fields.number("AP"),
-                    difference=fields.number("difference"),
-                    low=fields.number("low"),
-                    high=fields.number("high"),
-                    samples=fields.integer("samples"),
-                )
-            )
+            read = {str: fields.text, int: fields.integer, float: fields.number}
+            values = {f.name: read[f.type](f.name) for f in dataclasses.fields(Certificate)}  # type: ignore[index]
+            found.append(Certificate(**values))  # type: ignore[arg-type]
         except CacheError as error:
             where = f"{storage.name}/{key}"
             raise CacheError(f"{where} is damaged; remove it and certify again") from error
@@ -80,4 +69,4 @@ def write_certificate(storage: Storage, certificate: Certificate) -> None:
     """
     with explained(storage):
         key = f"{CERTIFICATES_KEY}/{certificate.head}-{certificate.reference}.json"
-        storage.write(key, [json.dumps(asdict(certificate), indent=1).encode()])
+        storage.write(key, [json.dumps(dataclasses.asdict(certificate), indent=1).encode()])

@@ -56,6 +56,11 @@ class ChunkRun:
         return self.length * self.dtype.itemsize
 
     @property
+    def entries(self) -> list[tuple[int, int]]:
+        """Offset and size of each chunk in its file; they follow one another."""
+        return self.shard.entries(self.first, self.count)
+
+    @property
     def checksums(self) -> NDArray[np.uint32]:
         """CRC-32C of each chunk."""
         return self.shard.checksums[self.first : self.first + self.count]
@@ -124,7 +129,7 @@ def _stretches(runs: Sequence[ChunkRun], most: int) -> list[list[ChunkRun]]:
 
 def _filled(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> bool:
     """Fill the array with the chunks' bytes; False where one is not what it must be."""
-    entries = [run.shard.entries(run.first, run.count) for run in runs]
+    entries = [run.entries for run in runs]
     bodies = np.array([size - CRC_BYTES for e in entries for _, size in e], np.int64)
     wanted = np.repeat([run.chunk_bytes for run in runs], [run.count for run in runs])
     # zstd makes what it cannot compress longer by a 256th at most.

@@ -3,13 +3,12 @@
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from mfdetr_cache.cache.annotations import Annotations, newest_version, read_annotations
 from mfdetr_cache.cache.foundation import Foundation, Opened, read_opened
 from mfdetr_cache.cache.manifest import Manifest, manifest_key, read_manifest
-from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
+from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
@@ -20,23 +19,6 @@ from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
 # Missing parts that are looked at to say why they are missing: a store may take a while for each.
 _LOOKED_AT = 100
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySummary:
-    """One large array of a cache, for people.
-
-    Attributes:
-        name: Its path below the view.
-        shape: What one image has of it.
-        dtype: Stored type.
-        source: Where in the detector it comes from.
-    """
-
-    name: str
-    shape: str
-    dtype: str
-    source: str
 
 
 class FeatureCache(Foundation):
@@ -197,25 +179,6 @@ class FeatureCache(Foundation):
             for name, spec in self.views[part.view].arrays.items():
                 totals[name] += manifest.files[spec.key_of_part(part.number)].num_bytes
         return totals
-
-    def array_summaries(self) -> tuple[ArraySummary, ...]:
-        """The large arrays: detections, queries and maps."""
-        spec, arrays = self.spec, self.base.arrays
-        found = [
-            ArraySummary(name, f"{spec.num_queries} x {width}", arrays[name].dtype, "decoder")
-            for name, width in (
-                ("class_logits", spec.num_labels),
-                ("boxes_cxcywh_norm", 4),
-                ("queries", spec.query_dim),
-            )
-        ]
-        for m in stored_maps(spec, self.layout):
-            for kind in ("values", "affine"):
-                name = f"maps/{m.name}/{kind}"
-                if name in arrays:
-                    shape = f"{m.channels} at 1/{m.stride}" if kind == "values" else "low, step"
-                    found.append(ArraySummary(name, shape, arrays[name].dtype, m.source))
-        return tuple(found)
 
     def __len__(self) -> int:
         return len(self.rows)

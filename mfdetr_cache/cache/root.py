@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mfdetr_cache.cache.arrays import ArraySpec, ColumnSpec, column_name, columns_of, row_arrays
+from mfdetr_cache.cache.arrays import ArraySpec, ColumnSpec, columns_of, row_arrays
 from mfdetr_cache.cache.schema import (
     BASE_VIEW,
     FORMAT_NAME,
@@ -101,7 +101,7 @@ class Root:
             CacheError: If a cache has no such column.
         """
         try:
-            return self._columns[column_name(path)]
+            return self._columns[path.rpartition("/")[2]]
         except KeyError:
             raise CacheError(f"a cache has no column {path[:200]!r}") from None
 

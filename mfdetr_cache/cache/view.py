@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,34 +13,12 @@ from mfdetr_cache.cache.columns import read_checked
 from mfdetr_cache.cache.foundation import Foundation
 from mfdetr_cache.cache.schema import C1_ROI, ROW_OK, ROW_SKIPPED, Part, stored_maps
 from mfdetr_cache.cache.shards import ShardReader, decode_chunk
-from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap
 from mfdetr_cache.types import C1Crops, CachedImage, GroundTruth, ImageGeometry
 
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Neighbouring chunks of one shard file that are read together.
-
-    Attributes:
-        storage: Where the shard is.
-        key: Its key there.
-        offset: First byte.
-        size: Bytes.
-        chunks: Start and size of each chunk inside the range.
-        dtype: Type of the decoded values.
-        chunk_values: Values of a decoded chunk.
-    """
-
-    storage: Storage
-    key: str
-    offset: int
-    size: int
-    chunks: tuple[tuple[int, int], ...]
-    dtype: np.dtype[Any]
-    chunk_values: int
+_ROW_ARRAYS = ("class_logits", "boxes_cxcywh_norm", "queries")
 
 
 class CacheView:
@@ -138,9 +115,7 @@ class CacheView:
         with_crops = cache.layout.c1_roi is not None and bool({c1, C1_ROI} & set(map_names))
         names = [n for n in map_names if not with_crops or n not in (c1, C1_ROI)]
         newer = self._annotations.crops(self.name, row) if with_crops else None
-        rows = ["class_logits", "boxes_cxcywh_norm", "queries"]
-        if with_crops:
-            rows.append(f"{C1_ROI}/moments")
+        rows = [*_ROW_ARRAYS, f"{C1_ROI}/moments"] if with_crops else _ROW_ARRAYS
         # Apart from the maps: whoever keeps a few numbers of an image must not keep its maps.
         held = self._read_arrays({name: self._run_of_row(name, row) for name in rows})
         runs: dict[str, ChunkRun] = {}
@@ -217,33 +192,12 @@ class CacheView:
         count, dtype = self._chunk_types[name]
         return count * dtype.itemsize
 
-    def byte_ranges(self, row: int) -> tuple[ByteRange, ...]:
-        """What :meth:`read` reads from disk for a row, for measuring."""
-        part, index = divmod(row, self._cache.layout.images_per_part)
-        wanted = [(n, index, 1) for n in ("class_logits", "boxes_cxcywh_norm", "queries")]
+    def chunk_runs(self, row: int) -> tuple[ChunkRun, ...]:
+        """What :meth:`read` reads for a row with all its maps, for measuring."""
+        runs = {name: self._run_of_row(name, row) for name in _ROW_ARRAYS}
         for m in stored_maps(self._cache.spec, self._cache.layout):
-            first, count = self._chunks_of_map(m.name, row)
-            wanted.append((f"maps/{m.name}/values", first, count))
-            if self._encoding.block_tokens:
-                wanted.append((f"maps/{m.name}/affine", first, count))
-            elif self._encoding.is_affine:
-                wanted.append((f"maps/{m.name}/affine", index, 1))
-        return tuple(self._byte_range(name, part, first, count) for name, first, count in wanted)
-
-    def _byte_range(self, name: str, part: int, first: int, count: int) -> ByteRange:
-        spec, shard = self.arrays[name], self._shard(name, part)
-        entries = [(int(o), int(n)) for o, n in shard.index[first : first + count]]
-        start = min(o for o, _ in entries)
-        size = max(o + n for o, n in entries) - start
-        return ByteRange(
-            shard.storage,
-            shard.key,
-            start,
-            size,
-            tuple((o - start, n) for o, n in entries),
-            np.dtype(spec.dtype),
-            math.prod(spec.chunk),
-        )
+            runs |= self._runs_of_map(m.name, row)
+        return tuple(runs.values())
 
     def _table(self, name: str) -> NDArray[Any]:
         """A column over all rows, read chunk by chunk; rows of missing parts are zero."""

@@ -1,7 +1,7 @@
 """COCO results of one image: boxes and masks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,7 @@ def box_results(
     ``label_categories`` are the category ids of each label, -1 for none.
     """
     results = []
-    for index in range(len(detections)):
-        category_id = label_categories[int(detections.labels[index])]
-        if category_id < 0:
-            continue
+    for index, category_id in _with_category(detections, label_categories):
         x0, y0, x1, y1 = (float(v) for v in detections.boxes_xyxy[index])
         results.append(
             {
@@ -56,13 +53,19 @@ def mask_results(
 
     ``label_categories`` are the category ids of each label, -1 for none.
     """
-    results = []
-    for index in range(len(detections)):
-        category_id = label_categories[int(detections.labels[index])]
-        if category_id < 0:
-            continue
-        results.append(mask_result(image_id, category_id, rles[index], float(confidences[index])))
-    return results
+    return [
+        mask_result(image_id, category_id, rles[index], float(confidences[index]))
+        for index, category_id in _with_category(detections, label_categories)
+    ]
+
+
+def _with_category(
+    detections: Detections, label_categories: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Index and category id of the detections whose label has a category."""
+    for index, label in enumerate(detections.labels.tolist()):
+        if label_categories[label] >= 0:
+            yield index, label_categories[label]
 
 
 def json_results(results: Sequence[Result]) -> bytes:

@@ -25,6 +25,7 @@ from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding
 from mfdetr_cache.head.query_encoder import QueryEncoder
 from mfdetr_cache.head.sampled_cells import SampledCellsHead
+from mfdetr_cache.head.whole_image import WholeImageHead
 from mfdetr_cache.ops.roi_align import RoIAlign
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
@@ -65,7 +66,8 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
     if config.mask_scoring:
         scoring = MaskScoring(config.hidden_dim, config.roi_size, spec.num_labels)
     fine_mask = _fine_mask(config) if config.fine_size else None
-    return SampledCellsHead(
+    kind = SampledCellsHead if config.roialign else WholeImageHead
+    return kind(
         config,
         levels,
         c1,

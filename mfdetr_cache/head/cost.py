@@ -29,6 +29,7 @@ from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.query_encoder import BoxToObject
+from mfdetr_cache.head.whole_image import WholeImageHead
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
 BOXES = 100
@@ -70,12 +71,7 @@ _PAPER_DETECTORS = {
 }
 
 
-def hdetr_r50_spec() -> DetectorSpec:
-    """H-DETR with ResNet-50, the detector of the paper's ablations."""
-    return paper_detector("h-detr-r50")
-
-
-def paper_detector(name: str) -> DetectorSpec:
+def paper_detector(name: str = "h-detr-r50") -> DetectorSpec:
     """A detector of the paper, without weights: maps, widths and outputs."""
     num_queries, c1_channels, strides = _PAPER_DETECTORS[name]
     levels = [MapSpec(f"encoder{s}", "encoder", s, 256, "encoder layer 4") for s in strides]
@@ -121,11 +117,11 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
     counter = FlopCounterMode(display=False, custom_mapping=_SAMPLING)
     with counter, _element_wise(head, extra):
         fused = head.fuse(group)
-        if head.config.roialign:
+        if isinstance(head, WholeImageHead):
+            head.decode_image(fused, queries)
+        else:
             regions = head.align(fused, torch.empty(BOXES, 5))
             head.decode(regions, queries, torch.zeros(BOXES, dtype=torch.long))
-        else:
-            head.decode_image(fused, queries)
     # The counter speaks of flops, two for a multiply-add.
     return counter.get_total_flops() // 2 + extra[0]
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, HeadOutput, MapGroup, QueryContext, RegionsByGroup
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fine_mask import FineMask
@@ -91,16 +90,9 @@ class MaskHead(nn.Module):
 
         Returns:
             Mask logits and predicted IoUs, in the order of the batch.
-
-        Raises:
-            HeadError: If a head without RoIAlign gets more than one image.
         """
         if not len(batch.queries):
-            return self._no_masks(batch.queries)
-        if not self.config.roialign:
-            if len(batch.groups) != 1 or len(batch.groups[0].members) != 1:
-                raise HeadError("a head without RoIAlign takes one image at a time")
-            return self.decode_image(self.fuse(batch.groups[0]), batch.queries, batch.context)
+            return self.no_masks(batch.queries)
         # Maps of different sizes cannot be stacked: up to RoIAlign, one group after the other.
         grouped = batch.by_group()
         regions = grouped.to_batch(self.region_features(grouped))
@@ -151,24 +143,7 @@ class MaskHead(nn.Module):
             return HeadOutput(self.fine(logits, cut), iou, codes, logits)
         return HeadOutput(self.fine(logits, queries, regions, cut), iou, codes, logits)
 
-    def decode_image(
-        self, fused: Tensor, queries: Tensor, context: QueryContext | None = None
-    ) -> HeadOutput:
-        """The dot product of each query with every cell of one image (Table 1, no RoIAlign).
-
-        Args:
-            fused: The fused map, shape (1, d, h, w).
-            queries: Shape (R, query_dim).
-            context: The detected queries of the image; None where these are all.
-
-        Returns:
-            Mask logits over the whole image, shape (R, h, w).
-        """
-        image = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-        queries = self.map_query(self.query_encoder(queries, queries[:, None], image, context))
-        return HeadOutput(torch.einsum("rd,dhw->rhw", queries, fused[0]), None)
-
-    def _no_masks(self, queries: Tensor) -> HeadOutput:
+    def no_masks(self, queries: Tensor) -> HeadOutput:
         """The output for no region: the layers below take at least one."""
         size = self.config.grid_size
         iou = queries.new_zeros(0, self.scoring.num_labels) if self.scoring is not None else None

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mfdetr_cache.ops.devices import is_plain
+from mfdetr_cache.ops.devices import kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +39,11 @@ def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> 
         One row per cell, dtype of the centres, shape (S, width).
     """
     half = width // 2
-    if is_plain(centres):
-        frequencies = _kept_frequencies(half, temperature, centres.device, centres.dtype)
-    else:
-        frequencies = _frequencies(half, temperature, centres.device, centres.dtype)
-    frequency, phase = frequencies
+    frequency, phase = _frequencies(half, temperature, centres.device, centres.dtype)
     return torch.addcmul(phase, centres.flip(-1)[..., None], frequency).sin().flatten(-2)
 
 
+@kept(64)
 def _frequencies(
     half: int, temperature: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -56,12 +52,3 @@ def _frequencies(
     exponent = torch.div(channel, 2, rounding_mode="floor").double() * 2 / half
     frequency = 2 * math.pi * temperature**-exponent
     return frequency.to(dtype), (channel % 2 * (math.pi / 2)).to(dtype)
-
-
-@lru_cache(maxsize=64)
-def _kept_frequencies(
-    half: int, temperature: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    # An inference tensor could not be used by a later training.
-    with torch.inference_mode(mode=False):
-        return _frequencies(half, temperature, device, dtype)

@@ -55,7 +55,7 @@ class SampledCellsHead(MaskHead):
         if self.c1 is None or batch.c1_crops is not None or not len(batch.queries):
             return batch
         grouped = batch.by_group()
-        if not self.config.roialign or not self._has_few_regions(grouped):
+        if not self._has_few_regions(grouped):
             return batch
         cropped = self._crop_c1(grouped)
         assert cropped.c1_crops is not None

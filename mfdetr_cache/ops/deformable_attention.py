@@ -8,7 +8,7 @@ DINO go through it.
 import math
 import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mfdetr_cache.ops.devices import is_plain
+from mfdetr_cache.ops.devices import is_plain, kept
 from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
 # From about here on torch's own softmax over the last axis is the faster one (16: three times).
@@ -67,17 +67,12 @@ def cell_steps(offsets: Tensor, sizes_hw: SizesHw) -> Tensor:
 
     Device and dtype are those of ``offsets``.
     """
-    if is_plain(offsets):
-        return _kept_cell_steps(sizes_hw, offsets.device, offsets.dtype)
-    return offsets.new_tensor([[1 / w, 1 / h] for h, w in sizes_hw])
+    return _cell_steps(sizes_hw, offsets.device, offsets.dtype)
 
 
-# Kept on the device: a copy in every call would wait for the GPU.
-@lru_cache(maxsize=1024)
-def _kept_cell_steps(sizes_hw: SizesHw, device: torch.device, dtype: torch.dtype) -> Tensor:
-    steps = [[1 / w, 1 / h] for h, w in sizes_hw]
-    with torch.inference_mode(mode=False):  # a training may be the next to use it
-        return torch.tensor(steps, dtype=dtype, device=device)
+@kept(1024)
+def _cell_steps(sizes_hw: SizesHw, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([[1 / w, 1 / h] for h, w in sizes_hw], dtype=dtype, device=device)
 
 
 def deformable_attention(
@@ -100,7 +95,7 @@ def deformable_attention(
     if (attention := _kernels_for(value)) is None:
         return sampled_attention(value, sizes_hw, locations, weights)
     batch, queries = locations.shape[:2]
-    levels = _kept_levels(sizes_hw, batch, queries, value.device)
+    levels = _levels_of(sizes_hw, batch, queries, value.device)
     found = attention(value.flatten(0, 1), locations.flatten(0, 1), weights.flatten(0, 1), levels)
     mixed: Tensor = found.unflatten(0, (batch, queries)).flatten(2)
     return mixed
@@ -163,19 +158,17 @@ def _kernels_for(value: Tensor) -> _Attention | None:
     return None
 
 
-# Kept on the device: a copy in every call would wait for the GPU.
-@lru_cache(maxsize=64)
-def _kept_levels(sizes_hw: SizesHw, batch: int, queries: int, device: torch.device) -> PackedLevels:
+@kept(64)
+def _levels_of(sizes_hw: SizesHw, batch: int, queries: int, device: torch.device) -> PackedLevels:
     """Images of one size, so many queries in each."""
-    with torch.inference_mode(mode=False):  # a training may be the next to use it
-        one = PackedLevels.of([sizes_hw], device)
-        number = torch.arange(batch, device=device)
-        tokens = sum(h * w for h, w in sizes_hw)
-        return PackedLevels(
-            one.sizes.expand(batch, -1, -1).contiguous(),
-            one.starts + tokens * number[:, None],
-            torch.arange(batch * queries, dtype=torch.int32, device=device) // max(queries, 1),
-        )
+    one = PackedLevels.of([sizes_hw], device)
+    number = torch.arange(batch, device=device)
+    tokens = sum(h * w for h, w in sizes_hw)
+    return PackedLevels(
+        one.sizes.expand(batch, -1, -1).contiguous(),
+        one.starts + tokens * number[:, None],
+        torch.arange(batch * queries, dtype=torch.int32, device=device) // max(queries, 1),
+    )
 
 
 @cache
@@ -205,7 +198,7 @@ def _fault_of(attention: Callable[..., Tensor], device: torch.device) -> str:
     sizes_hw = ((3, 5), (2, 2))
     # No random numbers: a training that goes on must draw the same ones.
     shapes = ((1, 19, 2, 16), (1, 20, 2, 2, 3, 2), (1, 20, 2, 2, 3))
-    levels = _kept_levels(sizes_hw, 1, 20, device)
+    levels = _levels_of(sizes_hw, 1, 20, device)
     with (
         torch.inference_mode(mode=False),
         torch.enable_grad(),

@@ -153,7 +153,7 @@ class KernelAttention(torch.autograd.Function):
         run_kernel(
             _forward,
             -(-len(locations) // _BLOCK),
-            *_arrays(value, packed.images, packed.sizes, packed.starts, locations, weights, out),
+            *(value, packed.images, packed.sizes, packed.starts, locations, weights, out),
         )
         return out
 
@@ -169,12 +169,7 @@ class KernelAttention(torch.autograd.Function):
         run_kernel(
             _backward,
             count * value.shape[1],
-            *_arrays(value),
-            bounds,
-            *_arrays(packed.sizes, packed.starts, locations, weights, grad.contiguous(), *grads),
+            *(value, bounds, packed.sizes, packed.starts, locations, weights),
+            *(grad.contiguous(), *grads),
         )
         return (*grads, None)
-
-
-def _arrays(*tensors: Tensor) -> list[Any]:
-    return [t.detach().numpy() for t in tensors]

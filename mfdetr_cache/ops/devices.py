@@ -1,9 +1,11 @@
 """Devices by name, and transfers that do not block."""
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.errors import ConfigError
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 
 
 def torch_device(name: str) -> torch.device:
@@ -106,6 +111,29 @@ def is_plain(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.onnx.is_in_onnx_export()
     )
+
+
+def kept(maxsize: int) -> Callable[[Callable[P, ResultT]], Callable[P, ResultT]]:
+    """Decorator: what a function returned for its last ``maxsize`` arguments is returned again.
+
+    For constants on a device: a copy in every call would wait for the GPU. Where :func:`is_plain`
+    does not hold they are made anew.
+    """
+
+    def decorate(make: Callable[P, ResultT]) -> Callable[P, ResultT]:
+        @functools.lru_cache(maxsize)
+        def keep(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+            # An inference tensor could not be used by a later training.
+            with torch.inference_mode(mode=False):
+                return make(*args, **kwargs)
+
+        @functools.wraps(make)
+        def found(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+            return (keep if is_plain(torch.empty(0)) else make)(*args, **kwargs)
+
+        return found
+
+    return decorate
 
 
 def keep_no_kernels() -> None:

@@ -241,26 +241,6 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return rle
 
 
-def sample_run_lengths(
-    run_lengths: RunLengths,
-    size_hw: tuple[int, int],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-) -> NDArray[np.bool_]:
-    """Whether points lie inside the object, looked up in the run lengths without a bitmap.
-
-    ``x`` and ``y`` are in original image pixels, of any common shape; False outside the image.
-    """
-    height, width = size_hw
-    column = np.floor(x).astype(np.int64)
-    row = np.floor(y).astype(np.int64)
-    in_image = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    index = np.where(in_image, column * height + row, 0)
-    run = np.searchsorted(np.cumsum(run_lengths, dtype=np.int64), index, side="right")
-    inside: NDArray[np.bool_] = in_image & (run % 2 == 1)
-    return inside
-
-
 def rasterise_in_boxes(
     run_lengths: Sequence[RunLengths],
     size_hw: tuple[int, int],

@@ -156,7 +156,7 @@ class KernelRoIAlign(torch.autograd.Function):
         ctx.save_for_backward(rois)
         ctx.shape, ctx.numbers = cells.shape, (scale, ratio)
         out = cells.new_empty(len(rois), size, size, cells.shape[3])
-        run_kernel(_forward, len(rois), *_arrays(cells, rois), scale, ratio, *_arrays(out))
+        run_kernel(_forward, len(rois), cells, rois, scale, ratio, out)
         return out
 
     @staticmethod
@@ -165,10 +165,5 @@ class KernelRoIAlign(torch.autograd.Function):
         (rois,) = ctx.saved_tensors
         below = grad.new_zeros(ctx.shape)
         tasks = ctx.shape[0] * -(-ctx.shape[3] // _BLOCK)
-        arrays = (*_arrays(grad.contiguous(), rois), *ctx.numbers, *_arrays(below))
-        run_kernel(_backward, tasks, *arrays)
+        run_kernel(_backward, tasks, grad.contiguous(), rois, *ctx.numbers, below)
         return below.permute(0, 3, 1, 2), None, None, None, None
-
-
-def _arrays(*tensors: Tensor) -> list[Any]:
-    return [t.detach().numpy() for t in tensors]

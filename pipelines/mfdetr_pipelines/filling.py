@@ -158,9 +158,7 @@ def _announce(
         reporter.say(f"{line}, into {storage.name}")
         return
     folder = storage.folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     ours = sum(storage.sizes("").values())
     reporter.say(f"{line}, {free / 1e9:.1f} GB free")
     if needed > free + ours and not config.force:

@@ -119,9 +119,8 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
     reporter.say(f"measuring on {config.sample} images")
     outputs, detector_seconds = _sample(config, split, detector, device, reporter)
     head_seconds = _head_seconds(config.recipe, detector.spec, outputs, device)
-    folder = (config.disk or Path.cwd()).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    wanted = (config.disk or Path.cwd()).absolute()
+    folder = next(p for p in (wanted, *wanted.parents) if p.exists())
     reporter.say(f"writing to {folder} for {config.disk_seconds:g} s")
     write_speed, read_speed = disk_speed(folder, config.disk_seconds)
     free = shutil.disk_usage(folder).free

@@ -13,7 +13,7 @@ from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, PaperRow
 
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.cost import hdetr_r50_spec, head_cost
+from mfdetr_cache.head.cost import head_cost, paper_detector
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.query_encoder import BoxToObject
 from tests.support.images import make_batch, make_spec
@@ -31,7 +31,7 @@ def test_parameters_and_macs_are_the_papers(row: PaperRow) -> None:
     The input stands for the images the authors counted on. The largest deviations are rows whose
     figure is printed with three digits (Table 1) and the RoIAlign sizes whose sampling adapts.
     """
-    cost = head_cost(row.recipe.head, hdetr_r50_spec())
+    cost = head_cost(row.recipe.head, paper_detector())
     assert row.params_m is not None
     assert row.macs_g is not None
     assert round(cost.parameters / 1e6, 2) == row.params_m
@@ -70,7 +70,7 @@ def test_the_tables_are_the_papers(shared: Path) -> None:
 
 def test_a_finer_grid_is_counted() -> None:
     """What it adds, written out: 32 x 32 cells where 16 x 16 were, 100 boxes."""
-    spec, d, w = hdetr_r50_spec(), 64, 32
+    spec, d, w = paper_detector(), 64, 32
     plain = HeadConfig(hidden_dim=d, roi_size=16)
     finer = dataclasses.replace(plain, fine_size=32, fine_dim=w, fine_layers=1)
     cells, coarse = 32 * 32, 16 * 16
@@ -85,7 +85,7 @@ def test_a_finer_grid_is_counted() -> None:
 
 def test_points_are_counted() -> None:
     """PointRend's, written out: subdivisions to 32 x 32 and 64 x 64, 100 boxes."""
-    spec, d, w = hdetr_r50_spec(), 64, 48
+    spec, d, w = paper_detector(), 64, 48
     plain = HeadConfig(hidden_dim=d, roi_size=16, mask_scoring=False)
     finer = dataclasses.replace(plain, fine_size=64, fine_block="points", fine_dim=w, fine_layers=2)
     points = 784 + 784
@@ -99,7 +99,7 @@ def test_points_are_counted() -> None:
 
 def test_counting_follows_the_size() -> None:
     """Twice the area costs twice the image part and the same box part."""
-    spec, config = hdetr_r50_spec(), HeadConfig()
+    spec, config = paper_detector(), HeadConfig()
     small, large = (head_cost(config, spec, (512, w)).macs for w in (512, 1024))
     largest = head_cost(config, spec, (512, 1536)).macs
     # Sizes that every stride divides: the cost is exactly linear in the area.

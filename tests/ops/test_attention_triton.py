@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfdetr_cache.ops.deformable_attention import _kept_levels, _triton_serves, sampled_attention
+from mfdetr_cache.ops.deformable_attention import _levels_of, _triton_serves, sampled_attention
 
 pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def inputs(channels: int, queries: int, dtype: torch.dtype = torch.float64) -> I
 
 def by_kernels(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     batch, queries = locations.shape[:2]
-    levels = _kept_levels(SIZES, batch, queries, value.device)
+    levels = _levels_of(SIZES, batch, queries, value.device)
     found = TritonAttention.apply(*(t.flatten(0, 1) for t in (value, locations, weights)), levels)
     return found.unflatten(0, (batch, queries))
 

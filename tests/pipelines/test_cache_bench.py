@@ -24,14 +24,14 @@ def test_the_floor_reads_the_bytes_the_reader_reads(drawn_cache: Path) -> None:
     """The ranges of an image decode to what the cache gives: the comparison is fair."""
     cache = FeatureCache.open(drawn_cache)
     image = cache.read(3)
-    ranges = cache.base.byte_ranges(3)
-    assert len(ranges) == 3 + len(cache.spec.maps)
+    runs = cache.base.chunk_runs(3)
+    assert len(runs) == 3 + len(cache.spec.maps)
     values = []
-    for found in ranges:
-        data = found.storage.read(found.key)[found.offset :][: found.size]
+    for run in runs:
+        data = run.shard.storage.read(run.shard.key)
         parts = [
-            decode_chunk(data[start : start + size], found.dtype, found.chunk_values, "test")
-            for start, size in found.chunks
+            decode_chunk(data[start : start + size], run.dtype, run.length, "test")
+            for start, size in run.entries
         ]
         values.append(np.concatenate(parts))
     assert (values[0] == image.class_logits.ravel()).all()

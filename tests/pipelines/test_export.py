@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.export import run_export
@@ -18,10 +17,9 @@ from PIL import Image
 from mfdetr_cache.coco.synthetic import draw_scene
 from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import ConfigError, HeadError
-from mfdetr_cache.evaluation.inference import predict_masks
+from mfdetr_cache.evaluation.inference import predict_live
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_train_head import small_recipe
@@ -72,10 +70,9 @@ def test_detector_and_head_give_the_masks_of_predict(
     pixels = detector.preprocess(picture)[None].numpy()
     session = onnxruntime.InferenceSession(str(summary.out), providers=["CPUExecutionProvider"])
     scores, boxes, logits, iou = session.run(None, {"pixel_values": pixels})
-    live = live_image(detector, picture, "", torch.device("cpu"))
-    wanted = predict_masks(
-        load_head(head).head, live, detector.spec, torch.device("cpu"), scoring="class"
-    )
+    geometry = detector.input_geometry((picture.height, picture.width))
+    output = detector.forward(detector.preprocess(picture)[None])
+    wanted = predict_live(load_head(head).head, output, geometry, detector.spec, scoring="class")
     best = wanted.detections.class_scores.max()
     place = np.unravel_index(scores.argmax(), scores.shape)
     assert scores[place] == pytest.approx(float(best), abs=1e-5)

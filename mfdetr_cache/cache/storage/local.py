@@ -11,7 +11,7 @@ from mfdetr_cache.cache.storage.protocol import (
     files_below,
 )
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.files import PARTIAL
+from mfdetr_cache.files import replacing
 
 # The disk is asked beforehand for stretches that are longer.
 _AT_ONCE = 512 * 1024
@@ -105,19 +105,8 @@ class LocalStorage(Storage):
         """Write a file and make it survive a power cut; see :class:`Storage`."""
         path = self._folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + PARTIAL)
-        try:
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            # On a full disk it would keep the room that somebody makes.
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial, partial.open("wb") as file:
+            file.writelines(pieces)
         parent = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(parent)

@@ -6,7 +6,6 @@ sequence without the leading axis: (N, D).
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from mfdetr_cache.ops.deformable_attention import (
     packed_attention,
     softmax_over_points,
 )
-from mfdetr_cache.ops.devices import is_plain
+from mfdetr_cache.ops.devices import kept
 from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
 
@@ -27,24 +26,12 @@ def num_heads_for(width: int, wanted: int = 8) -> int:
     return max(h for h in range(1, wanted + 1) if width % h == 0)
 
 
+@kept(256)
 def cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float = 0.0) -> Tensor:
     """Normalised x and y in (0, 1) of all cells, level by level and row-major, shape (S, 2).
 
     ``shift`` is added along both axes, in cells.
     """
-    if is_plain(torch.empty(0, device=device)):
-        return _kept_centres(sizes_hw, device, shift)
-    return _cell_centres(sizes_hw, device, shift)
-
-
-@lru_cache(maxsize=256)
-def _kept_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tensor:
-    # An inference tensor could not be used by a later training.
-    with torch.inference_mode(mode=False):
-        return _cell_centres(sizes_hw, device, shift)
-
-
-def _cell_centres(sizes_hw: SizesHw, device: torch.device, shift: float) -> Tensor:
     centres = []
     for height, width in sizes_hw:
         y = (torch.arange(height, device=device) + (0.5 + shift)) / height

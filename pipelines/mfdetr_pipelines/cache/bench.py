@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from mfdetr_cache.cache.chunks import ChunkRun
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
 from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.cache.view import ByteRange
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
@@ -60,13 +61,21 @@ class BenchSummary:
     num_threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One image: its row and its byte ranges."""
+class _Range(NamedTuple):
+    """Neighbouring chunks of a file: where they lie, and each one's start and size therein."""
+
+    file: Path
+    offset: int
+    size: int
+    chunks: list[tuple[int, int]]
+
+
+class _Job(NamedTuple):
+    """One image: its row, and what is read for it."""
 
     view: str
     row: int
-    ranges: tuple[ByteRange, ...]
+    ranges: list[_Range]
 
 
 def run_bench(
@@ -80,12 +89,13 @@ def run_bench(
     keep_freed_memory()  # as a training does
     cache = FeatureCache.open(path)
     cache.require_complete()
-    if cache.storage.folder is None:
+    folder = cache.storage.folder
+    if folder is None:
         raise CacheError(f"{cache.path}: bench compares with plain reads of a local disk")
     pairs = [(v, r) for v, opened in cache.views.items() for r in opened.rows]
     random = np.random.default_rng(seed)
     chosen = [pairs[int(i)] for i in random.permutation(len(pairs))[:images]]
-    jobs = [_Job(v, r, cache.views[v].byte_ranges(r)) for v, r in chosen]
+    jobs = [_Job(v, r, _ranges(cache.views[v].chunk_runs(r), folder)) for v, r in chosen]
     total = sum(b.size for job in jobs for b in job.ranges)
     ways = _ways(cache)
     counts = sorted({1, 2, min(4, os.cpu_count() or 1), os.cpu_count() or 1})
@@ -115,6 +125,15 @@ def run_bench(
     )
 
 
+def _ranges(runs: Sequence[ChunkRun], folder: Path) -> list[_Range]:
+    found = []
+    for run in runs:
+        start = run.entries[0][0]
+        chunks = [(offset - start, size) for offset, size in run.entries]
+        found.append(_Range(folder / run.shard.key, start, sum(chunks[-1]), chunks))
+    return found
+
+
 def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
     raw = cache.layout.compression == "raw"
 
@@ -141,7 +160,7 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
 def _measure(
     way: Callable[[_Job], None], jobs: Sequence[_Job], threads: int, *, cold: bool
 ) -> float:
-    files = {_file(found) for job in jobs for found in job.ranges}
+    files = {found.file for job in jobs for found in job.ranges}
     if cold:
         for file in files:
             _forget(file)
@@ -152,15 +171,9 @@ def _measure(
     return time.perf_counter() - started
 
 
-def _pread(found: ByteRange) -> bytes:
-    with _file(found).open("rb", buffering=0) as file:
+def _pread(found: _Range) -> bytes:
+    with found.file.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), found.size, found.offset)
-
-
-def _file(found: ByteRange) -> Path:
-    folder = found.storage.folder
-    assert folder is not None
-    return folder / found.key
 
 
 def _forget(file: Path) -> None:

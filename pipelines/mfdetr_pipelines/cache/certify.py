@@ -1,20 +1,23 @@
 """Cache certify: the mask AP that a preset costs, measured with one head and kept in the cache."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from mfdetr_cache.cache.certificate import Certificate, write_certificate
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.live import live_image
 from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import Result
-from mfdetr_cache.evaluation.inference import masks_in_image, predict_masks
+from mfdetr_cache.evaluation.inference import (
+    MaskPrediction,
+    masks_in_image,
+    predict_live,
+    predict_masks,
+)
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.evaluation.results import mask_results
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
@@ -22,7 +25,6 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.config.cache import CertifyConfig
 
 
@@ -37,16 +39,14 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
     folder = load_head(config.head)
     identity = detector_identity(cache.spec)
     require_same(folder.detector, f"head {config.head}", identity, f"cache {cache.path}")
-    name, reference_of = _reference(config, cache)
     device = torch_device(config.device)
     keep_freed_memory()
     head = folder.head.to(device)
-    first = _results(cache, head, device, reference_of, reporter, f"head on {name} features")
+    name, predict = _reference(config, cache, head, device)
+    first = _results(cache, predict, reporter, f"head on {name} features")
     second = _results(
         cache,
-        head,
-        device,
-        lambda row: cache.read(row, head.map_names),
+        lambda row: predict_masks(head, cache.read(row, head.map_names), cache.spec, device),
         reporter,
         f"head on {cache.layout.preset} features",
     )
@@ -72,9 +72,9 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
 
 
 def _reference(
-    config: CertifyConfig, cache: FeatureCache
-) -> tuple[str, Callable[[int], CachedImage]]:
-    """The reference features, by row of the certified cache."""
+    config: CertifyConfig, cache: FeatureCache, head: MaskHead, device: torch.device
+) -> tuple[str, Callable[[int], MaskPrediction]]:
+    """Name of the reference features; the head's masks on them, by row of the certified cache."""
     identity = detector_identity(cache.spec)
     if config.reference is not None:
         other = FeatureCache.open(config.reference)
@@ -86,45 +86,40 @@ def _reference(
         missing = [cache.image_id(r) for r in cache.rows if cache.image_id(r) not in row_of]
         if missing:
             raise CacheError(f"{other.path} lacks image {missing[0]} and {len(missing) - 1} others")
-        return other.layout.preset, lambda row: other.read(row_of[cache.image_id(row)])
+
+        def finer(row: int) -> MaskPrediction:
+            image = other.read(row_of[cache.image_id(row)], head.map_names)
+            return predict_masks(head, image, cache.spec, device)
+
+        return other.layout.preset, finer
     weights, images = config.detector.weights, config.detector.images
     if weights is None or images is None:
         raise CacheError("certify compares: give --reference CACHE, or --weights and --images")
     detector = load_same_detector(cache.spec.detector, weights, identity)
     require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
-    device = torch_device(config.device)
     detector = detector.to(device)
 
-    def live(row: int) -> CachedImage:
-        name = cache.file_name(row)
-        return live_image(detector, load_image(images / name, cache.original_hw(row)), name, device)
+    def live(row: int) -> MaskPrediction:
+        size_hw = cache.original_hw(row)
+        image = load_image(images / cache.file_name(row), size_hw)
+        output = detector.forward(detector.preprocess(image)[None].to(device))
+        return predict_live(head, output, detector.input_geometry(size_hw), cache.spec)
 
     return "live", live
 
 
 def _results(
-    cache: FeatureCache,
-    head: MaskHead,
-    device: torch.device,
-    image_of: Callable[[int], CachedImage],
-    reporter: Reporter,
-    task: str,
+    cache: FeatureCache, predict: Callable[[int], MaskPrediction], reporter: Reporter, task: str
 ) -> list[Result]:
-    def collected() -> Iterator[dict[str, Any]]:
-        for row in cache.rows:
-            image = image_of(row)
-            prediction = predict_masks(head, image, cache.spec, device)
-            rles = masks_in_image(prediction, image.geometry.original_hw)
-            yield from mask_results(
-                cache.image_id(row),
-                prediction.detections,
-                cache.label_categories,
-                rles,
-                prediction.confidences,
-            )
-            reporter.advance()
-
     reporter.start(task, len(cache), "images")
-    results = list(collected())
+    results: list[Result] = []
+    for row in cache.rows:
+        found = predict(row)
+        rles = masks_in_image(found, cache.original_hw(row))
+        labels = cache.label_categories
+        results += mask_results(
+            cache.image_id(row), found.detections, labels, rles, found.confidences
+        )
+        reporter.advance()
     reporter.finish()
     return results

@@ -1,12 +1,13 @@
 """Cache info: a description of a cache from its metadata and manifests alone."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mfdetr_cache.cache.annotations import version_numbers
 from mfdetr_cache.cache.certificate import Certificate, read_certificates
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.schema import FORMAT_VERSION
+from mfdetr_cache.cache.schema import FORMAT_VERSION, stored_maps
 from mfdetr_cache.cache.storage.open import Location
 
 
@@ -90,8 +91,9 @@ def describe_cache(path: Location) -> CacheInfo:
     stored = cache.stored_bytes
     sizes = cache.stored_bytes_of_arrays()
     arrays = tuple(
-        ArrayInfo(a.name, a.shape, a.dtype, sizes[a.name], sizes[a.name] / max(stored, 1), a.source)
-        for a in cache.array_summaries()
+        ArrayInfo(name, shape, spec.dtype, sizes[name], sizes[name] / max(stored, 1), source)
+        for name, shape, source in _shown_arrays(cache)
+        if (spec := cache.base.arrays.get(name))
     )
     return CacheInfo(
         cache_id=cache.cache_id,
@@ -120,3 +122,17 @@ def describe_cache(path: Location) -> CacheInfo:
         identity=cache.identity,
         certificates=read_certificates(cache.storage),
     )
+
+
+def _shown_arrays(cache: FeatureCache) -> Iterator[tuple[str, str, str]]:
+    """Name, values of one image and source of what an image is made of."""
+    spec = cache.spec
+    for name, width in (
+        ("class_logits", spec.num_labels),
+        ("boxes_cxcywh_norm", 4),
+        ("queries", spec.query_dim),
+    ):
+        yield name, f"{spec.num_queries} x {width}", "decoder"
+    for m in stored_maps(spec, cache.layout):
+        yield f"maps/{m.name}/values", f"{m.channels} at 1/{m.stride}", m.source
+        yield f"maps/{m.name}/affine", "low, step", m.source

@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mfdetr_cache.cache.annotations import AnnotationContent, header_of, write_annotations
+from mfdetr_cache.cache.annotations import AnnotationHeader, header_of, write_annotations
 from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY, Opened, read_opened
 from mfdetr_cache.cache.locks import locked
@@ -111,7 +111,7 @@ def run_repair(
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 
-def _labels_of_file(storage: Storage, root: Root, sha256: str) -> AnnotationContent | None:
+def _labels_of_file(storage: Storage, root: Root, sha256: str) -> AnnotationHeader | None:
     """The newest labels that a cache has from a file, without their objects."""
     for number in reversed(annotation_versions(storage)):
         header = header_of(storage, root, number)
