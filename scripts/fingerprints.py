@@ -99,28 +99,13 @@ def main() -> None:
 
 
 def read_lines(path: Path) -> dict[str, str]:
-    """Names and fingerprints that another run wrote.
-
-    Args:
-        path: What ``--out`` wrote.
-
-    Returns:
-        Name to fingerprint.
-    """
+    """Names and fingerprints that another run wrote."""
     pairs = (line.rsplit(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
     return {name.strip(): digest for name, digest in pairs}
 
 
 def report_differences(before: dict[str, str], now: dict[str, str]) -> int:
-    """Say which lines differ, are gone, or were not there before.
-
-    Args:
-        before: Name to fingerprint, then.
-        now: The same of this run.
-
-    Returns:
-        1 if a line differs or is gone, else 0; a new line is no difference.
-    """
+    """Say which lines differ, are gone or are new; 1 if there is one of the first two, else 0."""
     differ = [name for name in before if name in now and now[name] != before[name]]
     gone = [name for name in before if name not in now]
     for what, names in (("differs", differ), ("gone", gone), ("new", [*now.keys() - before])):
@@ -132,14 +117,7 @@ def report_differences(before: dict[str, str], now: dict[str, str]) -> int:
 
 
 def fingerprints(folder: Path) -> Lines:
-    """Run everything.
-
-    Args:
-        folder: Where it goes; must be new or empty.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """Run everything."""
     from mfdetr_cache.coco.synthetic import write_synthetic_split
 
     write_synthetic_split(folder, "train", 0, TRAIN_SCENES)
@@ -154,14 +132,7 @@ def fingerprints(folder: Path) -> Lines:
 
 
 def cache_lines(folder: Path) -> Lines:
-    """Caches of every preset, with views, and with crops of C1.
-
-    Args:
-        folder: Where the scenes are.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """Caches of every preset, with views, and with crops of C1."""
     few = ("--limit", "4")
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {
         "fp16": ("train", ("--dtype", "fp16")),
@@ -185,14 +156,7 @@ def cache_lines(folder: Path) -> Lines:
 
 
 def long_trainings(folder: Path) -> Lines:
-    """A hundred steps of the two main recipes, and what evaluate measures.
-
-    Args:
-        folder: Where the caches are.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """A hundred steps of the two main recipes, and what evaluate measures."""
     for recipe, cache, settings in (("fast", "int8", ()), ("paper", "fp16", ("hidden_dim=32",))):
         out = train_head(folder, recipe, cache, LONG_STEPS, settings)
         yield f"head {recipe}, {LONG_STEPS} steps", hash_weights(out)
@@ -201,16 +165,7 @@ def long_trainings(folder: Path) -> Lines:
 
 
 def evaluation(folder: Path, head: Path, name: str) -> Lines:
-    """What evaluate and predict say about a head.
-
-    Args:
-        folder: Where the caches are.
-        head: Its run folder.
-        name: Of the lines.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """What evaluate and predict say about a head."""
     report, results = folder / f"{name}.json", folder / f"{name}-results.json"
     common = ("evaluate", "--cache", str(cache_of(folder, "val")), "--head", str(head))
     mfdetr(*common, "--oracles", "--json", str(report), "--save-results", str(results))
@@ -233,14 +188,7 @@ def evaluation(folder: Path, head: Path, name: str) -> Lines:
 
 
 def short_trainings(folder: Path) -> Lines:
-    """A few steps of each kind of head and of each way to train.
-
-    Args:
-        folder: Where the caches are.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """A few steps of each kind of head and of each way to train."""
     for name, (recipe, changes) in SHORT.items():
         out = train_head(folder, recipe, "int8", SHORT_STEPS, (*SMALL, *changes), name)
         yield f"head {name}", hash_weights(out)
@@ -258,14 +206,7 @@ def short_trainings(folder: Path) -> Lines:
 
 
 def joint_training(folder: Path) -> Lines:
-    """A few steps of head and detector together.
-
-    Args:
-        folder: Where the scenes are.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """A few steps of head and detector together."""
     for tune, augment in (
         ("nothing", "none"),
         ("encoder-decoder", "deformable-detr"),
@@ -283,14 +224,7 @@ def joint_training(folder: Path) -> Lines:
 
 
 def other_commands(folder: Path) -> Lines:
-    """Heads trained side by side, counted costs, and a pasted dataset.
-
-    Args:
-        folder: Where scenes and caches are.
-
-    Yields:
-        Name and SHA-256.
-    """
+    """Heads trained side by side, counted costs, and a pasted dataset."""
     out = folder / "ablation"
     caches = (
         "--cache",
@@ -327,15 +261,7 @@ def detector() -> Path:
 
 
 def cache_of(folder: Path, name: str) -> Path:
-    """Where a cache is.
-
-    Args:
-        folder: Where everything is.
-        name: Of the cache.
-
-    Returns:
-        Its folder.
-    """
+    """Where a cache is."""
     return folder / f"{name}.zarr"
 
 
@@ -348,20 +274,7 @@ def train_head(
     name: str = "",
     options: Sequence[str] = (),
 ) -> Path:
-    """Train a head on the CPU.
-
-    Args:
-        folder: Where the caches are.
-        recipe: Recipe it begins with.
-        cache: Name of the cache.
-        steps: Optimiser steps.
-        settings: ``key=value`` changes, later ones win.
-        name: Of the run folder; the recipe's if empty.
-        options: Further options.
-
-    Returns:
-        Its run folder.
-    """
+    """Train a head on the CPU."""
     out = folder / "heads" / (name or recipe).replace(" ", "-")
     where = ("--cache", str(cache_of(folder, cache)), "--out", str(out))
     how = ("--recipe", recipe, "--max-steps", str(steps), "--track", "none", "--device", "cpu")
@@ -370,26 +283,12 @@ def train_head(
 
 
 def sets(settings: Sequence[str]) -> list[str]:
-    """Settings as options.
-
-    Args:
-        settings: ``key=value`` texts.
-
-    Returns:
-        ``--set key=value`` for each.
-    """
+    """Settings as options."""
     return [part for setting in settings for part in ("--set", setting)]
 
 
 def mfdetr(*arguments: str) -> None:
-    """Run the command line in this process, which has loaded torch already.
-
-    Args:
-        *arguments: As typed.
-
-    Raises:
-        SystemExit: If it fails, after printing what it said.
-    """
+    """Run the command line in this process, which has loaded torch; SystemExit if it fails."""
     said = io.StringIO()
     typed, sys.argv = sys.argv, ["mfdetr", *arguments]
     started = time.perf_counter()
@@ -408,14 +307,7 @@ def mfdetr(*arguments: str) -> None:
 
 
 def kept_of_config(run: Path) -> dict[str, Any]:
-    """What a run's configuration says without paths, versions and the command.
-
-    Args:
-        run: Run folder.
-
-    Returns:
-        Plain values.
-    """
+    """What a run's configuration says without paths, versions and the command."""
     document = json.loads((run / "config.json").read_text())
     return {k: v for k, v in document.items() if k not in NOT_KEPT} | {
         "cache": {k: v for k, v in document["cache"].items() if k != "path"}
@@ -425,12 +317,7 @@ def kept_of_config(run: Path) -> dict[str, Any]:
 def hash_weights(folder: Path, pattern: str = "*.safetensors") -> str:
     """Fingerprint of all tensors of a file: names, types, shapes and bytes, sorted by name.
 
-    Args:
-        folder: Where the file is.
-        pattern: Of its name; it is the only one but for the weights of the best validation.
-
-    Returns:
-        SHA-256, which does not depend on the file's header.
+    The file is the only one of its pattern but for the weights of the best validation.
     """
     from safetensors.torch import load_file
 
@@ -445,14 +332,7 @@ def hash_weights(folder: Path, pattern: str = "*.safetensors") -> str:
 
 
 def hash_files(*places: Path) -> str:
-    """Fingerprint of files, with their paths inside the folders that are given.
-
-    Args:
-        *places: Files and folders; locks in them do not count.
-
-    Returns:
-        SHA-256.
-    """
+    """Fingerprint of files, but locks, with their paths inside the folders that are given."""
     total = hashlib.sha256()
     for place in places:
         files = [p for p in place.rglob("*") if p.is_file()] if place.is_dir() else [place]
@@ -467,14 +347,7 @@ def hash_files(*places: Path) -> str:
 
 
 def hash_json(document: object) -> str:
-    """Fingerprint of plain values, whatever the order of the keys.
-
-    Args:
-        document: Plain JSON values.
-
-    Returns:
-        SHA-256.
-    """
+    """Fingerprint of plain values, whatever the order of the keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

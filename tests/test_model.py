@@ -20,8 +20,8 @@ from mfdetr_cache.errors import HeadError, IdentityError, ImageError
 from mfdetr_cache.evaluation.segmentation import TimedSegmentation
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_train_head import small_recipe
 from tests.support import detectors
+from tests.support.training import small_recipe
 
 
 @pytest.fixture(scope="module")

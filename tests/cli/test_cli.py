@@ -18,8 +18,8 @@ from mfdetr_cache.errors import (
     OutputError,
     StoppedError,
 )
-from tests.pipelines.test_train_head import SMALL
 from tests.support import scenes
+from tests.support.training import SMALL
 
 COMMANDS = [
     ["extract"],

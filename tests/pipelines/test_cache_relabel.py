@@ -26,8 +26,8 @@ from mfdetr_cache.errors import CacheError, DatasetError, HeadError, TrainingErr
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
-from tests.pipelines.test_train_head import small_recipe, weights_of
 from tests.support import scenes
+from tests.support.training import small_recipe, weights_of
 
 
 def found_objects(cache: FeatureCache, document: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
-from tests.pipelines.test_train_head import small_recipe
+from tests.support.training import small_recipe
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,10 @@ from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
 from tests.support.scenes import extract_config
 from tests.support.small_checkpoints import write_small
+from tests.support.training import small_recipe
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import predict_live
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_train_head import small_recipe
+from tests.support.training import small_recipe
 
 # float32 has 24 bits; a graph of some hundred operations, each rounding once, stays within some
 # hundred times 2^-24 of the largest value, and an operation done in another way shows at 1e-3.

@@ -31,9 +31,9 @@ from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.types import ABSENT_LOGIT
-from tests.pipelines.test_train_head import small_recipe
 from tests.support import detectors, scenes, small_torchvision
 from tests.support.small_checkpoints import write_small
+from tests.support.training import small_recipe
 
 EXTRAS: frozenset[Extra] = frozenset(("baselines", "oracles"))
 

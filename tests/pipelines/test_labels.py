@@ -20,8 +20,8 @@ from mfdetr_cache.errors import CacheError, ConfigError, DatasetError
 from mfdetr_cache.evaluation.cached_boxes import cached_box_metrics
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_train_head import small_recipe
 from tests.support import scenes
+from tests.support.training import small_recipe
 
 
 def extracted(

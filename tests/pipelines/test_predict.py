@@ -18,8 +18,8 @@ from pycocotools import mask as coco_mask
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_train_head import small_recipe
 from tests.support import detectors
+from tests.support.training import small_recipe
 
 
 @pytest.fixture(scope="module")

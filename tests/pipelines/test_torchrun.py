@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfdetr_cache.head.folder import load_head
-from tests.pipelines.test_train_head import SMALL
+from tests.support.training import SMALL
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 

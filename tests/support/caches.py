@@ -14,6 +14,7 @@ from mfdetr_cache.cache.creation import CacheContent, ViewContent
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import CacheLayout, MapLayout, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.augmentation import ViewTransform, identity_transform
@@ -208,3 +209,9 @@ def with_value(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     else:
         place[path[-1]] = value
     return changed
+
+
+def contents(location: str | Path) -> dict[str, bytes]:
+    """Every file of a cache by its key, but locks."""
+    storage = open_storage(location)
+    return {k: storage.read(k) for k in storage.sizes("") if not k.endswith(".lock")}
