@@ -63,18 +63,18 @@ class Fields:
 
     def names(self, name: str) -> tuple[str, ...]:
         """A list of different texts that may be parts of a path."""
-        found = self._list(name)
-        texts = tuple(self._matching(name, v, _NAME, "a list of plain names") for v in found)
+        values = self._list(name)
+        texts = tuple(self._matching(name, v, _NAME, "a list of plain names") for v in values)
         if len(set(texts)) != len(texts):
-            self._refuse(name, found, "a list without repetition")
+            self._refuse(name, values, "a list without repetition")
         return texts
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts."""
-        found = self._list(name)
-        if not all(isinstance(v, str) for v in found):
-            self._refuse(name, found, "a list of texts")
-        return tuple(found)
+        values = self._list(name)
+        if not all(isinstance(v, str) for v in values):
+            self._refuse(name, values, "a list of texts")
+        return tuple(values)
 
     def integers(self, name: str, low: int, high: int) -> tuple[int, ...]:
         """A list of whole numbers."""
@@ -84,11 +84,11 @@ class Fields:
         """A list of lists of numbers, or null."""
         if self[name] is None:
             return None
-        found = self._list(name)
-        numbers = [v for row in found for v in (row if isinstance(row, list) else [None])]
+        rows = self._list(name)
+        numbers = [v for row in rows for v in (row if isinstance(row, list) else [None])]
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-            self._refuse(name, found, "lists of numbers")
-        return tuple(tuple(float(v) for v in row) for row in found)
+            self._refuse(name, rows, "lists of numbers")
+        return tuple(tuple(float(v) for v in row) for row in rows)
 
     def fields(self, name: str) -> "Fields":
         """An object inside this one."""

@@ -75,21 +75,21 @@ def differences(first: object, second: object, path: str = "") -> list[tuple[str
     [('a.b', 1, 2)]
     """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        found: list[tuple[str, object, object]] = []
+        changed: list[tuple[str, object, object]] = []
         for key in dict.fromkeys([*first, *second]):
             inner = f"{path}.{key}" if path else str(key)
-            found += differences(first.get(key), second.get(key), inner)
-        return found
+            changed += differences(first.get(key), second.get(key), inner)
+        return changed
     return [] if first == second else [(path, first, second)]
 
 
 def require_same(first: Identity, first_name: str, second: Identity, second_name: str) -> None:
     """Raise IdentityError, naming the field and both values, if two detector identities differ."""
-    found = differences(first, second)
-    if not found:
+    changed = differences(first, second)
+    if not changed:
         return
-    field, ours, theirs = found[0]
-    more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
+    field, ours, theirs = changed[0]
+    more = f" (and {len(changed) - 1} more fields)" if len(changed) > 1 else ""
     raise IdentityError(
         f"{first_name} and {second_name} come from different detectors: {field} is "
         f"{_short(ours)} in the one and {_short(theirs)} in the other{more}; "

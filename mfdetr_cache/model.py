@@ -181,10 +181,10 @@ class MaskFrozenDETR:
         """
         images = image if isinstance(image, (list, tuple)) else [image]
         results = []
-        for _, found in self.stream(images, _as_picture, threshold, top_k, scoring):
-            if isinstance(found, ImageError):
-                raise found
-            results.append(found.result)
+        for _, result in self.stream(images, _as_picture, threshold, top_k, scoring):
+            if isinstance(result, ImageError):
+                raise result
+            results.append(result.result)
         return results if images is image else results[0]
 
     def stream(
@@ -253,7 +253,7 @@ class MaskFrozenDETR:
             boxes_cxcywh_norm=output.boxes_cxcywh_norm.cpu(),
         )
         each = (time.perf_counter() - started) / len(batch)
-        found = []
+        predictions = []
         for index, prepared in enumerate(batch):
             assert prepared.geometry is not None
             between = time.perf_counter()
@@ -265,8 +265,8 @@ class MaskFrozenDETR:
                 scoring,
                 threshold,
             )
-            found.append((prediction, each, time.perf_counter() - between))
-        return found
+            predictions.append((prediction, each, time.perf_counter() - between))
+        return predictions
 
     def _finish(
         self,
@@ -281,16 +281,16 @@ class MaskFrozenDETR:
             picture = prepared.picture
             assert isinstance(picture, Image.Image)
             size_hw = (picture.height, picture.width)
-            found = shown_objects(
+            objects = shown_objects(
                 prediction, self._label_categories, self._names, size_hw, threshold, top_k
             )
             result = Segmentation(
                 size_hw=size_hw,
-                run_lengths=tuple(o.run_lengths for o in found),
-                boxes_xyxy=np.array([o.box_xyxy for o in found], np.float32).reshape(-1, 4),
-                scores=np.array([o.confidence for o in found], np.float32),
-                category_ids=np.array([o.category_id for o in found], np.int64),
-                names=tuple(o.name for o in found),
+                run_lengths=tuple(o.run_lengths for o in objects),
+                boxes_xyxy=np.array([o.box_xyxy for o in objects], np.float32).reshape(-1, 4),
+                scores=np.array([o.confidence for o in objects], np.float32),
+                category_ids=np.array([o.category_id for o in objects], np.int64),
+                names=tuple(o.name for o in objects),
             )
             finished.append((prepared.item, TimedSegmentation(picture, result, *seconds)))
         return finished

@@ -24,5 +24,5 @@ def seal(document: Mapping[str, Any]) -> bytes:
 def seal_of(data: bytes) -> str:
     """The hash that a sealed document carries; empty where it is not that of its bytes."""
     begins = data.startswith(_HEAD) and data[_BODY - len(_END_OF_HEAD) : _BODY] == _END_OF_HEAD
-    found = hashlib.sha256(data[_BODY:]).hexdigest()
-    return found if begins and data[_HASH_AT] == found.encode() else ""
+    digest = hashlib.sha256(data[_BODY:]).hexdigest()
+    return digest if begins and data[_HASH_AT] == digest.encode() else ""

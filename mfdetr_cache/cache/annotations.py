@@ -129,8 +129,8 @@ def version_numbers(storage: Storage) -> tuple[int, ...]:
     Returns:
         Their numbers, rising.
     """
-    found = (_SEAL.fullmatch(key) for key in storage.sizes(SEALS))
-    return tuple(sorted(int(m[1]) for m in found if m))
+    matches = (_SEAL.fullmatch(key) for key in storage.sizes(SEALS))
+    return tuple(sorted(int(m[1]) for m in matches if m))
 
 
 def newest_version(storage: Storage) -> int:
@@ -319,13 +319,13 @@ class Annotations:
             cuts = columns[offsets][first + 1 : last] - start
             held = columns.slice(flat, start, stop).astype(np.uint32)
             runs = tuple(np.split(held, cuts.tolist()))
-        found = {
+        values = {
             attribute: columns[f"{base}/{name}"][first:last]
             for name, attribute in _OBJECT_COLUMNS.items()
         }
-        found["is_crowd"] = found["is_crowd"].astype(np.bool_)
-        self._require_possible(found["labels"], runs, f"row {row} of view {view}", size_hw)
-        return GroundTruth(run_lengths=runs, **found)
+        values["is_crowd"] = values["is_crowd"].astype(np.bool_)
+        self._require_possible(values["labels"], runs, f"row {row} of view {view}", size_hw)
+        return GroundTruth(run_lengths=runs, **values)
 
     def crops(self, view: str, row: int) -> tuple[NDArray[np.int64], StoredMap] | None:
         """Crops of C1 that came with these annotations, all that the row needs.

@@ -72,7 +72,7 @@ def image_columns(layout: CacheLayout) -> dict[str, int | None]:
         Length by path; None where it depends on the names of the images.
     """
     rows = layout.num_rows
-    found: dict[str, int | None] = {
+    lengths: dict[str, int | None] = {
         "images/image_id": rows,
         "images/original_hw": rows,
         "images/file_name_utf8": None,
@@ -80,8 +80,8 @@ def image_columns(layout: CacheLayout) -> dict[str, int | None]:
     }
     for view in layout.views:
         for name in ("crop_xyxy", "flip", "shortest_edge"):
-            found[f"views/{view}/transform/{name}"] = rows
-    return found
+            lengths[f"views/{view}/transform/{name}"] = rows
+    return lengths
 
 
 def chunk_keys(path: str, spec: ColumnSpec, length: int) -> list[str]:

@@ -45,7 +45,7 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
     Raises:
         CacheError: If one is damaged.
     """
-    found = []
+    certificates = []
     storage = open_storage(location)
     for key in storage.sizes(CERTIFICATES_KEY):
         if not key.endswith(".json"):
@@ -54,11 +54,11 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
             fields = read_document(storage, key)
             read = {str: fields.text, int: fields.integer, float: fields.number}
             values = {f.name: read[f.type](f.name) for f in dataclasses.fields(Certificate)}  # type: ignore[index]
-            found.append(Certificate(**values))  # type: ignore[arg-type]
+            certificates.append(Certificate(**values))  # type: ignore[arg-type]
         except CacheError as error:
             where = f"{storage.name}/{key}"
             raise CacheError(f"{where} is damaged; remove it and certify again") from error
-    return tuple(found)
+    return tuple(certificates)
 
 
 def write_certificate(storage: Storage, certificate: Certificate) -> None:

@@ -20,13 +20,13 @@ _ONE = np.uint32(1 << 31)
 @compiled()
 def _times(a: Any, b: Any) -> Any:  # noqa: ANN401
     """Product of two polynomials over GF(2), modulo that of the checksum; bit 31 is the one."""
-    found = np.uint32(0)
+    product = np.uint32(0)
     for _ in range(32):
         if a & _ONE:
-            found ^= b
+            product ^= b
         a = np.uint32(a << np.uint32(1))
         b = np.uint32((b >> np.uint32(1)) ^ (_POLYNOMIAL if b & np.uint32(1) else np.uint32(0)))
-    return found
+    return product
 
 
 @compiled()
@@ -37,7 +37,7 @@ def checksum_of_joined(checksums: NDArray[np.uint32], sizes: NDArray[np.int64]) 
         checksums: CRC-32C of each, shape (n,).
         sizes: Bytes of each, shape (n,).
     """
-    found = np.uint32(0)
+    checksum = np.uint32(0)
     for i in range(len(checksums)):
         # x to the power of 8 times the size, by squaring.
         carry, square, left = _ONE, np.uint32(1 << 23), sizes[i]
@@ -46,5 +46,5 @@ def checksum_of_joined(checksums: NDArray[np.uint32], sizes: NDArray[np.int64]) 
                 carry = _times(carry, square)
             square = _times(square, square)
             left >>= 1
-        found = np.uint32(_times(found, carry) ^ checksums[i])
-    return int(found)
+        checksum = np.uint32(_times(checksum, carry) ^ checksums[i])
+    return int(checksum)

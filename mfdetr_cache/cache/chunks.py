@@ -102,12 +102,12 @@ def read_chunks(
             _forget_copies(stretch) and _filled(out[first:end], stretch, raw=raw)
         ):
             _fill_one_by_one(out[first:end], stretch, raw=raw)
-    found: list[NDArray[Any]] = [out] * len(runs)
+    arrays: list[NDArray[Any]] = [out] * len(runs)
     end = 0
     for i in order:
         first, end = end, end + runs[i].num_bytes
-        found[i] = out[first:end].view(runs[i].dtype.newbyteorder("<"))
-    return found
+        arrays[i] = out[first:end].view(runs[i].dtype.newbyteorder("<"))
+    return arrays
 
 
 def _stretches(runs: Sequence[ChunkRun], most: int) -> list[list[ChunkRun]]:

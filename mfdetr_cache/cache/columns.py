@@ -88,16 +88,16 @@ class Columns:
             CacheError: If the offsets do not divide the values up.
         """
         is_read = offsets in self._whole
-        found = self[offsets]
+        starts = self[offsets]
         if not is_read and (
-            not len(found)
-            or found[0] != 0
-            or found[-1] != self._length(values)
-            or (np.diff(found) < 0).any()
+            not len(starts)
+            or starts[0] != 0
+            or starts[-1] != self._length(values)
+            or (np.diff(starts) < 0).any()
         ):
             del self._whole[offsets]
             raise CacheError(f"{self._storage.name}: {offsets} does not divide up {values}; {MEND}")
-        return int(found[index]), int(found[index + 1])
+        return int(starts[index]), int(starts[index + 1])
 
     def _length(self, path: str) -> int:
         if path not in self._lengths:

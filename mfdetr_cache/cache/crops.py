@@ -29,14 +29,16 @@ def crop_columns(root: Root, crops: Mapping[int, C1Crops]) -> dict[str, NDArray[
     """
     encoding = ENCODINGS[root.layout.preset]
     values, affine = [], []
-    for found in crops.values():
-        side = found.crops.hw[1]
-        tokens = np.asarray(found.crops.to_array(), np.float32).reshape(-1, found.crops.channels)
+    for image_crops in crops.values():
+        side = image_crops.crops.hw[1]
+        tokens = np.asarray(image_crops.crops.to_array(), np.float32).reshape(
+            -1, image_crops.crops.channels
+        )
         stored, scales = encode_map(tokens, encoding)
-        assert len(stored) == len(found.query_index) * side**2
+        assert len(stored) == len(image_crops.query_index) * side**2
         values.append(stored)
         affine += [] if scales is None else [scales]
-    counts = [len(found.query_index) for found in crops.values()]
+    counts = [len(image_crops.query_index) for image_crops in crops.values()]
     columns: dict[str, NDArray[np.generic]] = {
         "crop_row": np.array(list(crops), np.int64),
         "crop_offset": np.cumsum([0, *counts], dtype=np.int64),

@@ -52,7 +52,7 @@ def _parsed(data: bytes, where: str) -> Fields:
         raise ValueError(constant)
 
     try:
-        found = json.loads(data, parse_constant=refuse)
+        document = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError):
         raise CacheError(f"{where} is damaged: it is no JSON; {MEND}") from None
-    return Fields(found, where, CacheError)
+    return Fields(document, where, CacheError)

@@ -150,8 +150,8 @@ def _read_foundation(storage: Storage) -> tuple[Root, FoundationRecord]:
     where = f"{storage.name}/{FOUNDATION_KEY}"
     root = Root.from_fields(fields.fields("root"))
     require_names(fields, root, where)
-    found = fields.fields("columns")
-    lengths = {path: found.integer(path, 0, 2**40) for path in found.values}
+    columns = fields.fields("columns")
+    lengths = {path: columns.integer(path, 0, 2**40) for path in columns.values}
     expected = image_columns(root.layout)
     if set(lengths) != set(expected):
         raise CacheError(f"{where} does not name the columns of its layout; {MEND}")
@@ -176,12 +176,12 @@ def metadata_keys(arrays: Iterable[str], top: str) -> list[str]:
         arrays: Their paths.
         top: The group they are all in, itself included; empty for the root.
     """
-    found = {top}
+    groups = {top}
     for path in arrays:
         while path != top:
-            found.add(path)
+            groups.add(path)
             path = path.rpartition("/")[0]
-    return [f"{path}/{ROOT_KEY}" if path else ROOT_KEY for path in sorted(found)]
+    return [f"{path}/{ROOT_KEY}" if path else ROOT_KEY for path in sorted(groups)]
 
 
 class Foundation:

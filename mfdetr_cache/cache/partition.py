@@ -65,12 +65,12 @@ def partition_of_environment() -> Partition:
     Returns:
         The whole cache where there are no others.
     """
-    found = os.environ.get
-    if int(found("WORLD_SIZE", "1")) > 1:
-        return Partition(int(found("RANK", "0")) + 1, int(found("WORLD_SIZE", "1")))
+    variable = os.environ.get
+    if int(variable("WORLD_SIZE", "1")) > 1:
+        return Partition(int(variable("RANK", "0")) + 1, int(variable("WORLD_SIZE", "1")))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        first = int(found("SLURM_ARRAY_TASK_MIN", "0"))
-        step = int(found("SLURM_ARRAY_TASK_STEP", "1"))
-        number = (int(found("SLURM_ARRAY_TASK_ID", "0")) - first) // step + 1
-        return Partition(number, int(found("SLURM_ARRAY_TASK_COUNT", "1")))
+        first = int(variable("SLURM_ARRAY_TASK_MIN", "0"))
+        step = int(variable("SLURM_ARRAY_TASK_STEP", "1"))
+        number = (int(variable("SLURM_ARRAY_TASK_ID", "0")) - first) // step + 1
+        return Partition(number, int(variable("SLURM_ARRAY_TASK_COUNT", "1")))
     return WHOLE

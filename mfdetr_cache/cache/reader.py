@@ -150,8 +150,8 @@ class FeatureCache(Foundation):
 
     @functools.cached_property
     def _manifests(self) -> dict[Part, Manifest]:
-        found = {p: read_manifest(self.storage, self.root, p) for p in self.layout.parts}
-        return {p: m for p, m in found.items() if m is not None}
+        manifests = {p: read_manifest(self.storage, self.root, p) for p in self.layout.parts}
+        return {p: m for p, m in manifests.items() if m is not None}
 
     @property
     def skipped(self) -> tuple[dict[str, Any], ...]:
@@ -169,8 +169,10 @@ class FeatureCache(Foundation):
     def raw_bytes(self) -> int:
         """Bytes of maps and queries as float16 and detections as float32, over all views."""
         spec = self.spec
-        found = spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
-        return sum(view.map_bytes(r) + found for view in self.views.values() for r in view.rows)
+        decoder_bytes = spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
+        return sum(
+            view.map_bytes(r) + decoder_bytes for view in self.views.values() for r in view.rows
+        )
 
     def stored_bytes_of_arrays(self) -> dict[str, int]:
         """Bytes of all sealed parts of every array, over all views, by its name below the view."""

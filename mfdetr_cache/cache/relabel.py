@@ -80,20 +80,20 @@ def _entries_of_rows(cache: FeatureCache, split: CocoSplit) -> Mapping[int, Imag
     """Images of the file by row: by their names, or by their ids where no name is in both."""
     by_name = {entry.file_name: entry for entry in split.images}
     rows = range(cache.layout.num_rows)
-    found = {row: e for row in rows if (e := by_name.get(cache.file_name(row)))}
-    if not found:
+    entry_of_row = {row: e for row in rows if (e := by_name.get(cache.file_name(row)))}
+    if not entry_of_row:
         by_id = {entry.image_id: entry for entry in split.images}
-        found = {row: e for row in rows if (e := by_id.get(cache.image_id(row)))}
-    if not found:
+        entry_of_row = {row: e for row in rows if (e := by_id.get(cache.image_id(row)))}
+    if not entry_of_row:
         raise DatasetError(
             f"{split.name} lists no image of {cache.path} by name or id; its first is "
             f"{split.images[0].file_name}, that of the cache {cache.file_name(0)}"
         )
-    for row, entry in found.items():
+    for row, entry in entry_of_row.items():
         if entry.size_hw != cache.original_hw(row):
             raise DatasetError(
                 f"{split.name}: {entry.file_name} is {entry.size_hw[1]} x {entry.size_hw[0]} and "
                 f"{cache.original_hw(row)[1]} x {cache.original_hw(row)[0]} in {cache.path}: "
                 "another image; extract it again"
             )
-    return found
+    return entry_of_row

@@ -217,10 +217,10 @@ class ShardReader:
         Raises:
             CacheError: If a chunk was never written.
         """
-        found: list[tuple[int, int]] = self.index[first : first + count].tolist()
-        if any(offset == _EMPTY for offset, _ in found):
+        entries: list[tuple[int, int]] = self.index[first : first + count].tolist()
+        if any(offset == _EMPTY for offset, _ in entries):
             raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
-        return found
+        return entries
 
     def read(self, first: int, count: int) -> list[bytes]:
         """The encoded bytes of neighbouring chunks.

@@ -75,10 +75,10 @@ def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartC
 def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[str, ...]:
     """Check what was written when the cache was created, its annotations left out."""
     files = opened.foundation.files if opened.foundation else {}
-    found = _file_faults(storage, files, full=full)
+    faults = _file_faults(storage, files, full=full)
     # The root may be whole as a document and still have other bytes; it is named once.
     named = " ".join(opened.faults)
-    return (*opened.faults, *(f for f in found if f.split(" ")[0] not in named))
+    return (*opened.faults, *(f for f in faults if f.split(" ")[0] not in named))
 
 
 def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) -> tuple[str, ...]:

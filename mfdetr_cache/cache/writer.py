@@ -282,9 +282,9 @@ def require_same_features(storage: Storage, root: Root, content: CacheContent) -
     Raises:
         CacheError: Naming the field that differs.
     """
-    found = differences(json.loads(json.dumps(content.identity)), root.identity)
-    if found:
-        field_name, ours, theirs = found[0]
+    changed = differences(json.loads(json.dumps(content.identity)), root.identity)
+    if changed:
+        field_name, ours, theirs = changed[0]
         raise CacheError(
             f"{storage.name} already holds another cache: {field_name} is {theirs!r} there and "
             f"{ours!r} now; nothing was changed, choose another --cache"

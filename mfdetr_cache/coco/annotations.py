@@ -59,7 +59,11 @@ class CocoSplit:
 
     def tell_missing_masks(self, reporter: Reporter) -> None:
         """Warn of what nothing can be learned from."""
-        masks = [bool(len(a.run_lengths)) for found in self.annotations.values() for a in found]
+        masks = [
+            bool(len(a.run_lengths))
+            for annotations in self.annotations.values()
+            for a in annotations
+        ]
         if not all(masks):
             reporter.warn(
                 f"{masks.count(False)} of {len(masks)} annotations of {self.name} have a box only: "
@@ -70,7 +74,9 @@ class CocoSplit:
 
     def objects_per_category(self) -> Counter[int]:
         """Category id to its annotated objects, crowds among them."""
-        return Counter(a.category_id for found in self.annotations.values() for a in found)
+        return Counter(
+            a.category_id for annotations in self.annotations.values() for a in annotations
+        )
 
     def ground_truth(self, entry: ImageEntry, label_of_category: Mapping[int, int]) -> GroundTruth:
         """The objects of one image, masks as run lengths.
@@ -83,19 +89,19 @@ class CocoSplit:
         Returns:
             The objects in the order of the file; run lengths of length 0 stand for no mask.
         """
-        found = self.annotations[entry.image_id]
-        boxes = np.array([a.box_xywh for a in found], dtype=np.float64).reshape(-1, 4)
+        annotations = self.annotations[entry.image_id]
+        boxes = np.array([a.box_xywh for a in annotations], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return GroundTruth(
-            annotation_ids=np.array([a.annotation_id for a in found], dtype=np.int64),
-            category_ids=np.array([a.category_id for a in found], dtype=np.int64),
+            annotation_ids=np.array([a.annotation_id for a in annotations], dtype=np.int64),
+            category_ids=np.array([a.category_id for a in annotations], dtype=np.int64),
             labels=np.array(
-                [label_of_category.get(a.category_id, -1) for a in found], dtype=np.int64
+                [label_of_category.get(a.category_id, -1) for a in annotations], dtype=np.int64
             ),
             boxes_xyxy=boxes.astype(np.float32),
-            areas=np.array([a.area for a in found], dtype=np.float64),
-            is_crowd=np.array([a.is_crowd for a in found], dtype=np.bool_),
-            run_lengths=tuple(a.run_lengths for a in found),
+            areas=np.array([a.area for a in annotations], dtype=np.float64),
+            is_crowd=np.array([a.is_crowd for a in annotations], dtype=np.bool_),
+            run_lengths=tuple(a.run_lengths for a in annotations),
         )
 
 
@@ -172,10 +178,10 @@ def load_coco_split(
     left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
     of_annotations = Faults(str(path), "annotation")
     objects = [] if is_unannotated else document["annotations"]
-    found = read_annotations(objects, listed, left_out, categories, of_annotations, masks)
+    annotations = read_annotations(objects, listed, left_out, categories, of_annotations, masks)
     of_annotations.stop_if_unusable(on_bad)
     grouped: dict[int, list[Annotation]] = {e.image_id: [] for e in listed.values()}
-    for annotation in found:
+    for annotation in annotations:
         grouped[annotation.image_id].append(annotation)
     return CocoSplit(
         name,

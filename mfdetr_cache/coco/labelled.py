@@ -64,9 +64,9 @@ def label_split(
         merged = {
             image_id: [
                 replace(a, category_id=match.same_as.get(a.category_id, a.category_id))
-                for a in found
+                for a in objects
             ]
-            for image_id, found in split.annotations.items()
+            for image_id, objects in split.annotations.items()
         }
         kept = tuple(c for c in split.categories if c.category_id not in match.same_as)
         split = replace(split, annotations=merged, categories=kept)
@@ -75,8 +75,8 @@ def label_split(
 
 def _one_category(split: CocoSplit) -> CocoSplit:
     annotations = {
-        image_id: [replace(a, category_id=_ANY.category_id) for a in found]
-        for image_id, found in split.annotations.items()
+        image_id: [replace(a, category_id=_ANY.category_id) for a in objects]
+        for image_id, objects in split.annotations.items()
     }
     return replace(split, categories=(_ANY,), annotations=annotations)
 
@@ -100,7 +100,7 @@ def _only(split: CocoSplit, names: Sequence[str]) -> CocoSplit:
         )
     ids = {c.category_id for c in kept}
     annotations = {
-        image_id: [a for a in found if a.category_id in ids]
-        for image_id, found in split.annotations.items()
+        image_id: [a for a in objects if a.category_id in ids]
+        for image_id, objects in split.annotations.items()
     }
     return replace(split, categories=kept, annotations=annotations)

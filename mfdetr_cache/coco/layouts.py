@@ -52,22 +52,22 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
     Raises:
         DatasetError: Naming the splits there are, if it is none of them.
     """
-    found = dict(_splits(folder))
-    if not found:
+    splits = dict(_splits(folder))
+    if not splits:
         raise DatasetError(
             f"--dataset {folder} has no split in a layout that is known: COCO "
             f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml); "
             "use --images and --annotations"
         )
-    if split is None and len(found) == 1:
-        return next(iter(found.values()))
-    names = [name for name in found if split is not None and _is_meant(name, split)]
-    if split in found:
-        return found[split]
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    names = [name for name in splits if split is not None and _is_meant(name, split)]
+    if split in splits:
+        return splits[split]
     if len(names) != 1:
         lacking = "give --split" if split is None else f"has no split {split!r}"
-        raise DatasetError(f"--dataset {folder} {lacking}; it has {', '.join(sorted(found))}")
-    return found[names[0]]
+        raise DatasetError(f"--dataset {folder} {lacking}; it has {', '.join(sorted(splits))}")
+    return splits[names[0]]
 
 
 def split_to_measure(folder: Path) -> str | None:

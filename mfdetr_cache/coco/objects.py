@@ -95,8 +95,10 @@ def read_annotations(
             if draft.box is not None:
                 faults.repair(draft.where, form.said)
     ids = internal_ids([d.number for d in drafts])
-    found = [_finished(draft, own, faults, form) for draft, own in zip(drafts, ids, strict=True)]
-    return [a for a in found if a is not None]
+    annotations = [
+        _finished(draft, own, faults, form) for draft, own in zip(drafts, ids, strict=True)
+    ]
+    return [a for a in annotations if a is not None]
 
 
 def _draft(

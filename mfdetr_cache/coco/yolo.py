@@ -29,15 +29,15 @@ def yolo_splits(path: Path) -> dict[str, Path]:
     document = _read(path)
     root = document.get("path")
     root = path.parent / root if isinstance(root, str) else path.parent
-    found = {}
+    images_of = {}
     for split in _SPLITS:
         value = document.get(split)
         if isinstance(value, str) and value and "names" in document:
             # Roboflow writes ../train/images beside the folder that it means.
             folders = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
             if folder := next((f for f in folders if f.is_dir()), None):
-                found[split] = folder
-    return found
+                images_of[split] = folder
+    return images_of
 
 
 def read_yolo(path: Path, images: Path) -> JsonFile:

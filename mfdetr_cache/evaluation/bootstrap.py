@@ -62,14 +62,14 @@ class WeightedAP:
 def _category(images: list[dict[str, NDArray[np.float64]] | None]) -> _CategoryMatches | None:
     scores, index, hits, counted = [], [], [], []
     objects = np.zeros(len(images), dtype=np.int64)
-    for number, found in enumerate(images):
-        if found is None:
+    for number, matches in enumerate(images):
+        if matches is None:
             continue
-        objects[number] = int((np.asarray(found["gtIgnore"]) == 0).sum())
-        scores.append(np.asarray(found["dtScores"]))
-        index.append(np.full(len(found["dtScores"]), number))
-        ignored = np.asarray(found["dtIgnore"]).astype(bool)
-        hits.append(np.asarray(found["dtMatches"]) > 0)
+        objects[number] = int((np.asarray(matches["gtIgnore"]) == 0).sum())
+        scores.append(np.asarray(matches["dtScores"]))
+        index.append(np.full(len(matches["dtScores"]), number))
+        ignored = np.asarray(matches["dtIgnore"]).astype(bool)
+        hits.append(np.asarray(matches["dtMatches"]) > 0)
         counted.append(~ignored)
     if not objects.any():
         return None
@@ -159,13 +159,13 @@ def differences_to_first(
         picked = random.integers(0, len(ids), len(ids))
         drawn.append(np.bincount(picked, minlength=len(ids)).astype(np.float64))
     first, *others = np.array([[np.mean([ap(d) for ap in row]) for d in drawn] for row in rows])
-    found = []
+    differences = []
     for values in others:
         moved = values - first
         low, high = np.percentile(moved[1:], (2.5, 97.5))
-        found.append(
+        differences.append(
             PairedDifference(
                 float(first[0]), float(values[0]), float(moved[0]), float(low), float(high), samples
             )
         )
-    return found
+    return differences

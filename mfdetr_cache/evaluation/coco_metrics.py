@@ -160,7 +160,7 @@ def _annotation(
     *,
     is_crowd: bool,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    annotation: dict[str, Any] = {
         "image_id": image_id,
         "category_id": category_id,
         "bbox": box_xywh,
@@ -168,8 +168,8 @@ def _annotation(
         "iscrowd": int(is_crowd),
     }
     if len(run_lengths):
-        found["segmentation"] = compress_run_lengths(run_lengths, size_hw)
-    return found
+        annotation["segmentation"] = compress_run_lengths(run_lengths, size_hw)
+    return annotation
 
 
 def _indexed(

@@ -41,14 +41,14 @@ def prediction_panels(
     prediction = predict_masks(head, cached, cache.spec, device, threshold=threshold)
     names = category_names(cache.categories)
     # The most confident is drawn last, on top.
-    found = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]
-    boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in found]
-    masks = [OverlayItem("", None, o.run_lengths) for o in found]
+    objects = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]
+    boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in objects]
+    masks = [OverlayItem("", None, o.run_lengths) for o in objects]
     return [
         ("image", image),
         (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
         ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
-        ("annotation", draw_overlay(image, annotated_objects(cache, cached, found), PANEL_SIDE)),
+        ("annotation", draw_overlay(image, annotated_objects(cache, cached, objects), PANEL_SIDE)),
     ]
 
 
@@ -68,19 +68,19 @@ def same_objects(iou: NDArray[np.floating]) -> dict[int, int]:
 
 
 def annotated_objects(
-    cache: FeatureCache, cached: CachedImage, found: Sequence[ShownObject] = ()
+    cache: FeatureCache, cached: CachedImage, detected: Sequence[ShownObject] = ()
 ) -> list[OverlayItem]:
     """The annotated masks of an image by falling area, named, without boxes and crowds.
 
-    An object that is among the ``found`` has the colour of its place there.
+    An object that is among the ``detected`` has the colour of its place there.
     """
     names = category_names(cache.categories)
     truth = cached.ground_truth
     order = [i for i in np.argsort(-truth.areas) if not truth.is_crowd[i] and truth.has_mask[i]]
-    colours = dict(zip(order, range(len(found), len(found) + len(order)), strict=True))
-    if found:
+    colours = dict(zip(order, range(len(detected), len(detected) + len(order)), strict=True))
+    if detected:
         iou = box_iou(
-            torch.from_numpy(truth.boxes_xyxy[order]), torch.tensor([o.box_xyxy for o in found])
+            torch.from_numpy(truth.boxes_xyxy[order]), torch.tensor([o.box_xyxy for o in detected])
         ).numpy()
         colours |= {order[i]: j for i, j in same_objects(iou).items()}
     return [

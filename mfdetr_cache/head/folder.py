@@ -236,11 +236,11 @@ def _read_weights(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Te
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over name, type, shape and values of all tensors."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _run_of(document: Mapping[str, Any]) -> str:

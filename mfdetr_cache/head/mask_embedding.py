@@ -105,5 +105,5 @@ class EmbeddingPredictor(nn.Module):
         mixed = functional.relu(self.norms[0](mixed))
         mixed = functional.relu(self.norms[1](mixed @ second.unflatten(-1, (self.inner, -1))))
         joined = functional.relu(self.norms[2](self.join(mixed.flatten(1))))
-        found: Tensor = self.code(joined)
-        return found
+        codes: Tensor = self.code(joined)
+        return codes

@@ -59,8 +59,8 @@ def match_hungarian(
     if len(present) < len(class_logits):
         held = None if preferred is None else np.flatnonzero(np.isin(present, preferred))
         of_present = class_logits[present], boxes_cxcywh_norm[present]
-        found = match_hungarian(*of_present, object_labels, object_cxcywh_norm, held)
-        return Matches(present[found.query_index], found.object_index, found.iou)
+        matches = match_hungarian(*of_present, object_labels, object_cxcywh_norm, held)
+        return Matches(present[matches.query_index], matches.object_index, matches.iou)
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.matching.pair_costs_numba import pair_costs
 
@@ -79,8 +79,8 @@ def match_hungarian(
         extra = cost[preferred][rows, columns].sum() - cost[query_index, object_index].sum()
         if len(columns) == len(object_index) and extra <= TIE * len(columns):
             query_index, object_index = preferred[rows], columns
-    found = iou[query_index, object_index].astype(np.float32)
-    return Matches(query_index, object_index, found)
+    matches = iou[query_index, object_index].astype(np.float32)
+    return Matches(query_index, object_index, matches)
 
 
 def match_by_iou(

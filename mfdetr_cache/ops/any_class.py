@@ -32,5 +32,5 @@ def any_class_of_array(
     class_logits: NDArray[np.float32], score_function: ScoreFunction
 ) -> NDArray[np.float32]:
     """:func:`any_class` of an array."""
-    found: NDArray[np.float32] = any_class(torch.from_numpy(class_logits), score_function).numpy()
-    return found
+    logits: NDArray[np.float32] = any_class(torch.from_numpy(class_logits), score_function).numpy()
+    return logits

@@ -96,8 +96,10 @@ def deformable_attention(
         return sampled_attention(value, sizes_hw, locations, weights)
     batch, queries = locations.shape[:2]
     levels = _levels_of(sizes_hw, batch, queries, value.device)
-    found = attention(value.flatten(0, 1), locations.flatten(0, 1), weights.flatten(0, 1), levels)
-    mixed: Tensor = found.unflatten(0, (batch, queries)).flatten(2)
+    attended = attention(
+        value.flatten(0, 1), locations.flatten(0, 1), weights.flatten(0, 1), levels
+    )
+    mixed: Tensor = attended.unflatten(0, (batch, queries)).flatten(2)
     return mixed
 
 
@@ -142,8 +144,8 @@ def _kernels_for(value: Tensor) -> _Attention | None:
 
         def on_cpu(value: Tensor, *places: Any) -> Tensor:  # noqa: ANN401
             inputs = [t.to(precise) for t in (value, *places[:2])]
-            found: Tensor = KernelAttention.apply(*inputs, places[2])
-            return found.to(value.dtype)
+            attended: Tensor = KernelAttention.apply(*inputs, places[2])
+            return attended.to(value.dtype)
 
         return on_cpu
     if value.device.type == "cuda" and _triton_serves(value.device):
@@ -151,8 +153,8 @@ def _kernels_for(value: Tensor) -> _Attention | None:
 
         def on_gpu(value: Tensor, *places: Any) -> Tensor:  # noqa: ANN401
             precise_places = [t.to(precise) for t in places[:2]]
-            found: Tensor = TritonAttention.apply(value, *precise_places, places[2])
-            return found
+            attended: Tensor = TritonAttention.apply(value, *precise_places, places[2])
+            return attended
 
         return on_gpu
     return None
@@ -241,12 +243,12 @@ def sampled_attention(
         maps = part.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, size_hw)
         # Coordinates do not survive 8 bits of mantissa: sampling is done in float32 at least.
         precise = torch.promote_types(maps.dtype, torch.float32)
-        found: Tensor = _SampleAndWeigh.apply(
+        of_level: Tensor = _SampleAndWeigh.apply(
             maps.to(precise),
             grids[level].to(precise).contiguous(),
             shares[level].to(precise).contiguous(),
         )
-        mixed = found if mixed is None else mixed + found
+        mixed = of_level if mixed is None else mixed + of_level
     assert mixed is not None
     joined: Tensor = mixed.unflatten(0, (-1, heads)).flatten(1, 2)
     return joined.transpose(1, 2).to(value.dtype)

@@ -67,8 +67,8 @@ def start_copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
 
     def wait() -> list[float]:
         event.synchronize()
-        found: list[float] = here.tolist()
-        return found
+        values: list[float] = here.tolist()
+        return values
 
     return wait
 
@@ -96,10 +96,10 @@ def concatenate_on(arrays: Sequence[NDArray[np.generic]], device: torch.device |
         # Whoever read one of them so read all of them so; any memory would do, only more slowly.
         if parts[0].is_pinned():
             counts = [len(part) for part in parts]
-            found = parts[0].new_empty(sum(counts), *parts[0].shape[1:], device=device)
-            for place, part in zip(found.split(counts), parts, strict=True):
+            joined = parts[0].new_empty(sum(counts), *parts[0].shape[1:], device=device)
+            for place, part in zip(joined.split(counts), parts, strict=True):
                 place.copy_(part, non_blocking=True)
-            return found
+            return joined
     return to_device(torch.from_numpy(np.concatenate(arrays)), device)
 
 
@@ -128,10 +128,10 @@ def kept(maxsize: int) -> Callable[[Callable[P, ResultT]], Callable[P, ResultT]]
                 return make(*args, **kwargs)
 
         @functools.wraps(make)
-        def found(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+        def remembered(*args: P.args, **kwargs: P.kwargs) -> ResultT:
             return (keep if is_plain(torch.empty(0)) else make)(*args, **kwargs)
 
-        return found
+        return remembered
 
     return decorate
 

@@ -70,8 +70,8 @@ def _edges(
     edges[:, :-1] = inside.T
     edges[:, 1:] -= inside.T.astype(np.int8)
     column, row = np.nonzero(edges)
-    found: NDArray[np.int64] = (column + first_column) * height + row + first_row
-    return found
+    positions: NDArray[np.int64] = (column + first_column) * height + row + first_row
+    return positions
 
 
 def _paste(

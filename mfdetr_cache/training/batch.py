@@ -65,12 +65,12 @@ def collate(
     holds C1 as crops and none for a region.
     """
     queries, boxes, owner = [], [], []
-    for index, (image, found) in enumerate(zip(images, regions, strict=True)):
+    for index, (image, targets) in enumerate(zip(images, regions, strict=True)):
         height, width = image.geometry.resized_hw
         scale = np.array([width, height, width, height], dtype=np.float32)
-        queries.append(image.queries[found.query_index].astype(np.float32))
-        boxes.append(found.boxes_xyxy_norm * scale)
-        owner.append(np.full(len(found), index, dtype=np.int64))
+        queries.append(image.queries[targets.query_index].astype(np.float32))
+        boxes.append(targets.boxes_xyxy_norm * scale)
+        owner.append(np.full(len(targets), index, dtype=np.int64))
 
     def concatenated(parts: Sequence[NDArray[np.generic]]) -> Tensor:
         return to_device(torch.from_numpy(np.concatenate(parts)), device)
@@ -82,14 +82,14 @@ def collate(
         boxes_xyxy=torch.from_numpy(np.concatenate(boxes)),
         image_index=concatenated(owner),
         c1_crops=_crops_of(images, regions, device),
-        counts=tuple(len(found) for found in regions),
+        counts=tuple(len(targets) for targets in regions),
         context=None if detected is None else _context_of(images, regions, detected, device),
     )
     return TrainBatch(
         inputs=inputs,
-        masks=concatenated([found.masks for found in regions]),
-        labels=concatenated([found.labels for found in regions]),
-        outside=concatenated([found.outside for found in regions]),
+        masks=concatenated([targets.masks for targets in regions]),
+        labels=concatenated([targets.labels for targets in regions]),
+        outside=concatenated([targets.outside for targets in regions]),
         image_ids=tuple(image.image_id for image in images),
     )
 

@@ -46,9 +46,9 @@ class Processes:
         if self.world == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=device)
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        distributed.all_gather(found, mine)
-        return [[int(v) for v in one] for one in found]
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        distributed.all_gather(gathered, mine)
+        return [[int(v) for v in one] for one in gathered]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], extra: Tensor) -> Tensor:
         """Replace gradients by their sum over all processes; returns the sum of ``extra``, (N,)."""

@@ -95,13 +95,13 @@ def orthogonal(
     linear, cubic, quintic = coefficients
     # The product with the transpose is smaller from the shorter side.
     upright = matrices.shape[1] > matrices.shape[2]
-    found = matrices.mT if upright else matrices
-    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=least_norm)
+    iterate = matrices.mT if upright else matrices
+    iterate = iterate / iterate.norm(dim=(1, 2), keepdim=True).clamp(min=least_norm)
     for _ in range(rounds):
-        gram = found @ found.mT
+        gram = iterate @ iterate.mT
         change = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
-        found = torch.baddbmm(found, change, found, beta=linear)
-    return found.mT if upright else found
+        iterate = torch.baddbmm(iterate, change, iterate, beta=linear)
+    return iterate.mT if upright else iterate
 
 
 def _split(head: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -180,12 +180,12 @@ def _annotations(
     image_id: int, scene: Scene, written_category: Mapping[int, SourceId]
 ) -> list[dict[str, Any]]:
     """The objects of a scene as COCO annotations, without ids."""
-    found = []
+    annotations = []
     rows = zip(scene.masks, scene.category_ids, scene.is_crowd, scene.num_pixels, strict=True)
     for mask, category_id, is_crowd, area in rows:
         down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         x, y = int(across[0]), int(down[0])
-        found.append(
+        annotations.append(
             {
                 "image_id": image_id,
                 "category_id": written_category[int(category_id)],
@@ -195,4 +195,4 @@ def _annotations(
                 "segmentation": _as_text(encode_mask(mask)),
             }
         )
-    return found
+    return annotations

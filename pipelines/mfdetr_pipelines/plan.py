@@ -242,7 +242,9 @@ def _mean_bytes(
     if maps.c1 == "roi":
         # One crop for every object that Hungarian matching gives a query, and the moments.
         channels = c1_channels(spec)
-        objects = sum(not a.is_crowd for found in split.annotations.values() for a in found)
+        objects = sum(
+            not a.is_crowd for annotations in split.annotations.values() for a in annotations
+        )
         crops = min(objects / len(split.images), spec.num_queries)
         mean += crops * _map_bytes(maps.roi_size**2, channels, encoding)
         mean += 4 * (channels + 1) * channels

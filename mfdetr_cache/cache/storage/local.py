@@ -88,17 +88,17 @@ class LocalStorage(Storage):
         """Bytes of a file; see :class:`Storage`."""
         path = self._folder / key
         try:
-            found = path.stat()
+            status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Files below a prefix; see :class:`Storage`."""
-        found = files_below(self._folder / prefix)
-        sizes = {Path(f).relative_to(self._folder).as_posix(): s.st_size for f, s in found}
+        files = files_below(self._folder / prefix)
+        sizes = {Path(f).relative_to(self._folder).as_posix(): s.st_size for f, s in files}
         return dict(sorted(sizes.items()))
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:

@@ -143,7 +143,7 @@ class MirroredStorage(Storage):
             self._added += len(piece)
 
     def _count(self) -> int:
-        return sum(found.st_size for _, found in files_below(self._root))
+        return sum(status.st_size for _, status in files_below(self._root))
 
 
 def _write_copy(path: Path, piece: bytes) -> None:

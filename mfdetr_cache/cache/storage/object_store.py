@@ -71,10 +71,10 @@ class ObjectStorage(Storage):
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some parts of an object; see :class:`Storage`."""
         starts, lengths = [r[0] for r in ranges], [r[1] for r in ranges]
-        found = self._answer(
+        pieces = self._answer(
             lambda: obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
         )
-        return [bytes(piece) for piece in found]
+        return [bytes(piece) for piece in pieces]
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; see :class:`Storage`."""

@@ -93,11 +93,11 @@ class MultiScaleDeformableAttention(nn.Module):
         reference = centres[:, None, None, None]
         if isinstance(levels, PackedLevels):
             locations = reference + offsets * levels.cell_steps(offsets)[:, None, :, None]
-            found = packed_attention(value, levels, locations, weights)
+            sampled = packed_attention(value, levels, locations, weights)
         else:
             locations = reference + offsets * cell_steps(offsets, levels)[:, None]
-            found = deformable_attention(value, levels, locations, weights)
-        mixed: Tensor = self.output_proj(found)
+            sampled = deformable_attention(value, levels, locations, weights)
+        mixed: Tensor = self.output_proj(sampled)
         return mixed
 
 

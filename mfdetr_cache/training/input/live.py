@@ -257,7 +257,7 @@ class _LiveStep:
         for image, output in zip(self._images, outputs, strict=True):
             random = np.random.default_rng((source.learner.train.seed, self._number, image.row))
             self._regions.append(build_regions(_without_maps(image, output), settings, random))
-        self.counts = {settings: sum(len(found) for found in self._regions)}
+        self.counts = {settings: sum(len(targets) for targets in self._regions)}
         self._outputs = [] if twice else outputs
         self.micro_batches = micro_batches
         self._is_prepared = True
@@ -294,8 +294,8 @@ class _LiveStep:
             detected = [detected_queries(image, self._source.spec) for image in cached]
         batch = collate(cached, regions, names, learner.device, groups, detected)
         queries = [
-            output.queries[0][torch.from_numpy(found.query_index).to(learner.device)]
-            for output, found in zip(outputs, regions, strict=True)
+            output.queries[0][torch.from_numpy(targets.query_index).to(learner.device)]
+            for output, targets in zip(outputs, regions, strict=True)
         ]
         return LiveBatch(
             inputs=replace(batch.inputs, queries=torch.cat(queries)),

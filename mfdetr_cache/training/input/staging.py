@@ -41,8 +41,8 @@ def staged(
     with ThreadPoolExecutor(1, "stager") as pool:
         coming = pool.submit(prepared, micro_batches)
         try:
-            while (found := coming.result()) is not None:
-                step, event = found
+            while (prepared_step := coming.result()) is not None:
+                step, event = prepared_step
                 coming = pool.submit(prepared, micro_batches)
                 if event is not None:
                     current = torch.cuda.current_stream(device)
@@ -68,14 +68,14 @@ def _on(side: "torch.cuda.Stream | None") -> Iterator[None]:
         yield
 
 
-def _gpu_tensors(found: object) -> Iterable[Tensor]:
+def _gpu_tensors(tree: object) -> Iterable[Tensor]:
     """All CUDA tensors in nested dataclasses and containers."""
-    if isinstance(found, Tensor):
-        if found.is_cuda:
-            yield found
-    elif is_dataclass(found):
-        for field in fields(found):
-            yield from _gpu_tensors(getattr(found, field.name))
-    elif isinstance(found, dict | list | tuple):
-        for value in found.values() if isinstance(found, dict) else found:
+    if isinstance(tree, Tensor):
+        if tree.is_cuda:
+            yield tree
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from _gpu_tensors(getattr(tree, field.name))
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
             yield from _gpu_tensors(value)

@@ -126,12 +126,12 @@ def run_bench(
 
 
 def _ranges(runs: Sequence[ChunkRun], folder: Path) -> list[_Range]:
-    found = []
+    ranges = []
     for run in runs:
         start = run.entries[0][0]
         chunks = [(offset - start, size) for offset, size in run.entries]
-        found.append(_Range(folder / run.shard.key, start, sum(chunks[-1]), chunks))
-    return found
+        ranges.append(_Range(folder / run.shard.key, start, sum(chunks[-1]), chunks))
+    return ranges
 
 
 def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
@@ -141,16 +141,16 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
         cache.read(job.row, view=job.view)
 
     def plain(job: _Job) -> None:
-        for found in job.ranges:
-            _pread(found)
+        for part in job.ranges:
+            _pread(part)
 
     def decoded(job: _Job) -> None:
         # Written by hand and as lean as it can be: no checksum, no shape, no message. What is
         # decoded is held until the image is whole, as whoever uses it must.
         held = []
-        for found in job.ranges:
-            data = memoryview(_pread(found))
-            for start, size in found.chunks:
+        for part in job.ranges:
+            data = memoryview(_pread(part))
+            for start, size in part.chunks:
                 piece = data[start : start + size]
                 held.append(piece if raw else decompress(piece))
 
@@ -160,7 +160,7 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
 def _measure(
     way: Callable[[_Job], None], jobs: Sequence[_Job], threads: int, *, cold: bool
 ) -> float:
-    files = {found.file for job in jobs for found in job.ranges}
+    files = {part.file for job in jobs for part in job.ranges}
     if cold:
         for file in files:
             _forget(file)
@@ -171,9 +171,9 @@ def _measure(
     return time.perf_counter() - started
 
 
-def _pread(found: _Range) -> bytes:
-    with found.file.open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), found.size, found.offset)
+def _pread(part: _Range) -> bytes:
+    with part.file.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), part.size, part.offset)
 
 
 def _forget(file: Path) -> None:

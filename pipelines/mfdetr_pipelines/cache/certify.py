@@ -53,19 +53,19 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
     truth = ground_truth_of(cache)
     reporter.say(f"paired bootstrap over {len(cache)} images, {config.samples} samples")
     aps = [[WeightedAP(truth, results, "segm")] for results in (first, second)]
-    (found,) = differences_to_first(aps, config.samples)
+    (measured,) = differences_to_first(aps, config.samples)
     weights = hashlib.sha256((config.head / HEAD_FILE).read_bytes()).hexdigest()[:16]
     certificate = Certificate(
         preset=cache.layout.preset,
         reference=name,
         head=weights,
         images=len(cache),
-        AP_reference=found.first,
-        AP=found.second,
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
-        samples=found.samples,
+        AP_reference=measured.first,
+        AP=measured.second,
+        difference=measured.difference,
+        low=measured.low,
+        high=measured.high,
+        samples=measured.samples,
     )
     write_certificate(cache.storage, certificate)
     return certificate
@@ -114,11 +114,11 @@ def _results(
     reporter.start(task, len(cache), "images")
     results: list[Result] = []
     for row in cache.rows:
-        found = predict(row)
-        rles = masks_in_image(found, cache.original_hw(row))
+        prediction = predict(row)
+        rles = masks_in_image(prediction, cache.original_hw(row))
         labels = cache.label_categories
         results += mask_results(
-            cache.image_id(row), found.detections, labels, rles, found.confidences
+            cache.image_id(row), prediction.detections, labels, rles, prediction.confidences
         )
         reporter.advance()
     reporter.finish()

@@ -36,7 +36,7 @@ def run_finish(location: Location, reporter: Reporter) -> FinishSummary:
     numbers: dict[str, list[int]] = defaultdict(list)
     for part in cache.missing_parts:
         numbers[part.view].append(part.number)
-    missing = tuple(f"view {view}: parts {_ranges(found)}" for view, found in numbers.items())
+    missing = tuple(f"view {view}: parts {_ranges(parts)}" for view, parts in numbers.items())
     box = None if missing else judged_box_metrics(cache, reporter)
     return FinishSummary(len(cache.layout.parts), len(cache.missing_parts), missing, box)
 

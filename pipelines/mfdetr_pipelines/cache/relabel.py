@@ -93,8 +93,8 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
             f"{cache.path} holds C1 as crops around the queries of other labels: extract it again "
             "to change --class-agnostic"
         )
-    found = relabelling(cache, labelled)
-    content = found.content
+    relabelled = relabelling(cache, labelled)
+    content = relabelled.content
     with locked(cache.storage):
         newest = version_numbers(cache.storage)[-1]
         record = read_annotations(cache.storage, cache.root, newest)
@@ -105,19 +105,19 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
             content = replace(content, crops=_extracted(cache, content, missing, config, reporter))
             write_annotations(cache.storage, cache.root, newest, content)
             record = read_annotations(cache.storage, cache.root, newest)
-    if found.unlisted:
+    if relabelled.unlisted:
         reporter.warn(
-            f"{found.unlisted} of {cache.layout.num_rows} images of the cache are not in "
+            f"{relabelled.unlisted} of {cache.layout.num_rows} images of the cache are not in "
             f"{config.annotations}: they have no objects in this version"
         )
     return RelabelSummary(
         version=newest,
         annotations_id=record.annotations_id,
         is_new=is_new,
-        images=cache.layout.num_rows - found.unlisted,
+        images=cache.layout.num_rows - relabelled.unlisted,
         objects=sum(map(len, content.objects[cache.base.name])),
-        unlisted=found.unlisted,
-        unused=found.unused,
+        unlisted=relabelled.unlisted,
+        unused=relabelled.unused,
         images_extracted=len({row for rows in content.crops.values() for row in rows}),
         num_bytes=sum(f.num_bytes for f in record.files.values()) if is_new else 0,
         seconds=time.perf_counter() - started,
@@ -168,13 +168,13 @@ def _extracted(
     detector = detector.to(device)
     reporter.start("extract crops", count, "images")
     assert cache.layout.c1_roi is not None
-    found: dict[str, dict[int, C1Crops]] = {}
+    crops_of: dict[str, dict[int, C1Crops]] = {}
     for view, rows in missing.items():
         for row, output in extract_again(cache, detector, view, rows, images, device):
             geometry = cache.views[view].geometry(row)
             truth = content.objects[view][row]
             crops = c1_crops(output, truth, geometry, cache.layout.c1_roi)
-            found.setdefault(view, {})[row] = crops
+            crops_of.setdefault(view, {})[row] = crops
             reporter.advance()
     reporter.finish()
-    return found
+    return crops_of

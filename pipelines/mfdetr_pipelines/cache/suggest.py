@@ -87,22 +87,22 @@ def run_suggest(config: SuggestConfig, reporter: Reporter) -> SuggestSummary:
         reporter.warn(
             f"every image of {cache.path} has its masks: all are ranked, as if to draw them again"
         )
-    found: list[_Objects] = []
+    uncertain: list[_Objects] = []
     reporter.start("look at masks", len(rows), "images")
     for image in images_of(cache, rows, head.map_names):
         prediction = predict_masks(head, image, cache.spec, device, "class")
         objects = _confident(prediction, image.row, cache.label_categories, config.threshold)
         if len(objects.categories):
-            found.append(objects)
+            uncertain.append(objects)
         reporter.advance()
     reporter.finish()
-    if not found:
+    if not uncertain:
         raise DatasetError(
             f"none of the {len(rows)} images that lack masks has an object of a class score from "
             f"{config.threshold:g} on; lower --threshold"
         )
     names = category_names(cache.categories)
-    chosen = [found[i] for i in most_worthwhile(found, masks, config.count)]
+    chosen = [uncertain[i] for i in most_worthwhile(uncertain, masks, config.count)]
     return SuggestSummary(
         images=tuple(
             SuggestedImage(
@@ -114,7 +114,7 @@ def run_suggest(config: SuggestConfig, reporter: Reporter) -> SuggestSummary:
             for o in chosen
         ),
         looked_at=len(rows),
-        without_objects=len(rows) - len(found),
+        without_objects=len(rows) - len(uncertain),
         drawn=len(cache) - len(rows),
     )
 
@@ -144,23 +144,23 @@ def _confident(
     return _Objects(row, uncertainty, categories[usable][first])
 
 
-def most_worthwhile(found: Sequence[_Objects], masks: Counter[int], count: int) -> list[int]:
+def most_worthwhile(candidates: Sequence[_Objects], masks: Counter[int], count: int) -> list[int]:
     """Indices of the images to draw, one after the other.
 
     Each time the image with the largest mean over its objects of (1 - expected IoU) / sqrt(1 + n)
     is taken, n being the masks of the object's category that are there or in images taken before:
     a category counts the less the more of it there is, as in the sampling of LVIS.
     """
-    images = np.repeat(np.arange(len(found)), [len(o.categories) for o in found])
+    images = np.repeat(np.arange(len(candidates)), [len(o.categories) for o in candidates])
     names, categories = np.unique(
-        np.concatenate([o.categories for o in found]), return_inverse=True
+        np.concatenate([o.categories for o in candidates]), return_inverse=True
     )
-    shares = np.concatenate([o.uncertainty / len(o.uncertainty) for o in found])
+    shares = np.concatenate([o.uncertainty / len(o.uncertainty) for o in candidates])
     there = np.array([masks[int(c)] for c in names], dtype=np.float64)
-    left = np.ones(len(found), dtype=bool)
+    left = np.ones(len(candidates), dtype=bool)
     chosen: list[int] = []
-    while len(chosen) < min(count, len(found)):
-        worth = np.bincount(images, shares / np.sqrt(1 + there[categories]), len(found))
+    while len(chosen) < min(count, len(candidates)):
+        worth = np.bincount(images, shares / np.sqrt(1 + there[categories]), len(candidates))
         best = int(np.where(left, worth, -1).argmax())
         chosen.append(best)
         left[best] = False
