@@ -12,12 +12,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Fields:
-    """The fields of a JSON object.
+    """The fields of a JSON object, each refused by ``error`` where it is not what it must be.
 
-    Args:
-        values: The parsed object.
-        where: File and field, for messages.
-        error: What is raised where a value is not what it must be.
+    ``where`` is file and field, for messages.
     """
 
     def __init__(self, values: object, where: str, error: type[MfdetrError]) -> None:

@@ -11,16 +11,10 @@ ResultT = TypeVar("ResultT")
 def read_ahead(
     begin: Callable[[ItemT], Callable[[], ResultT]], items: Iterable[ItemT], depth: int
 ) -> Generator[ResultT, None, None]:
-    """The result of each item, in order.
+    """The result of each item, in order, ``depth`` items at a time.
 
-    Args:
-        begin: Begins to work on an item, in a thread or a process; returns what waits for the
-            result, such as ``Future.result``.
-        items: The items.
-        depth: How many are being worked on when a result is asked for; one fewer while it is used.
-
-    Yields:
-        The results.
+    ``begin`` begins to work on an item, in a thread or a process, and returns what waits for
+    the result, such as ``Future.result``. One item fewer is worked on while a result is used.
     """
     begun: deque[Callable[[], ResultT]] = deque()
     for item in items:

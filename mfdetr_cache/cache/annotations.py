@@ -86,12 +86,10 @@ class AnnotationHeader:
 
 @dataclass(frozen=True)
 class AnnotationContent(AnnotationHeader):
-    """A version of the annotations, before it is written.
+    """A version of the annotations, before it is written: objects of each row, by view.
 
-    Attributes:
-        objects: The objects of each row, in pixels of the view's image, by view.
-        crops: Crops of C1 for the rows where the features have not all that are needed, by view
-            and row.
+    Objects are in pixels of the view's image. ``crops`` of C1, by view and row, are those that
+    the features lack.
     """
 
     objects: dict[str, list[GroundTruth]]
@@ -100,13 +98,7 @@ class AnnotationContent(AnnotationHeader):
 
 @dataclass(frozen=True)
 class AnnotationRecord(AnnotationHeader):
-    """What the sealed document of a version says.
-
-    Attributes:
-        number: Which version, from 0.
-        lengths: Length of every column, by its path.
-        files: Its files by key.
-    """
+    """What the sealed document of a version says: column lengths by path, files by key."""
 
     number: int
     lengths: dict[str, int]
@@ -150,11 +142,7 @@ def write_annotations(
 ) -> None:
     """Write a version; it counts once its sealed document is there.
 
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        number: Which version; what a killed writing left of it is replaced.
-        content: The annotations.
+    What a killed writing left of it is replaced.
     """
     folder = folder_of(number)
     with tempfile.TemporaryDirectory() as temporary, explained(storage):
@@ -233,11 +221,9 @@ def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRec
 
 
 def header_of(storage: Storage, root: Root, number: int) -> AnnotationHeader | None:
-    """What a version is of, although it may be damaged.
+    """What a version is of, although it may be damaged; None if that cannot be read.
 
-    Returns:
-        Source and categories, from the sealed document or from the group; None where neither can
-        be read.
+    It stands in the sealed document and in the group.
     """
     with contextlib.suppress(CacheError, FileNotFoundError):
         return _header(read_sealed(storage, seal_key(number)), root)
@@ -281,11 +267,7 @@ def _require_lengths(lengths: Mapping[str, int], root: Root, number: int, where:
 
 
 class Annotations:
-    """A version of the annotations of a cache, by view and row.
-
-    Attributes:
-        record: What its sealed document says.
-    """
+    """A version of the annotations of a cache, by view and row."""
 
     def __init__(self, storage: Storage, root: Root, record: AnnotationRecord) -> None:
         self.record = record
@@ -294,18 +276,9 @@ class Annotations:
         self._columns = Columns(storage, root, record.lengths, record.files)
 
     def objects(self, view: str, row: int, size_hw: tuple[int, int]) -> GroundTruth:
-        """The annotated objects of a row.
+        """The annotated objects of a row, in pixels of the view's image of that size.
 
-        Args:
-            view: Name of the view.
-            row: Row in the cache.
-            size_hw: Height and width of its image in this view, in pixels.
-
-        Returns:
-            The objects in pixels of the view's image, masks as run lengths.
-
-        Raises:
-            CacheError: If a column is damaged, or holds what no object can have.
+        CacheError if a column is damaged, or holds what no object can have.
         """
         base = f"{folder_of(self.record.number)}/views/{view}"
         columns = self._columns

@@ -10,14 +10,7 @@ from mfdetr_cache.types import DetectorSpec, MapSpec
 
 
 class ColumnSpec(NamedTuple):
-    """An array that is written at once, chunked along its first axis.
-
-    Attributes:
-        dtype: Zarr data type.
-        tail: Shape of one of its rows.
-        dimension_names: Names of the axes.
-        chunk: Most rows of a chunk.
-    """
+    """An array that is written at once: rows of shape ``tail``, at most ``chunk`` in a chunk."""
 
     dtype: str
     tail: tuple[int, ...]
@@ -98,14 +91,7 @@ def chunk_keys(path: str, spec: ColumnSpec, length: int) -> list[str]:
 class ArraySpec:
     """One array that is written part by part.
 
-    Attributes:
-        path: Its path inside the store.
-        dtype: Zarr data type of its values.
-        shape: Full shape.
-        chunk: Shape of a chunk, the unit of reading.
-        shard: Shape of a shard, the unit of writing; None when a part is a single chunk.
-        dimension_names: Names of the axes.
-        attributes: Attributes of the array.
+    A chunk is the unit of reading, a shard that of writing; None when a part is a single chunk.
     """
 
     path: str

@@ -31,12 +31,7 @@ def _times(a: Any, b: Any) -> Any:  # noqa: ANN401
 
 @compiled()
 def checksum_of_joined(checksums: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
-    """CRC-32C of some stretches of bytes one behind the other.
-
-    Args:
-        checksums: CRC-32C of each, shape (n,).
-        sizes: Bytes of each, shape (n,).
-    """
+    """CRC-32C of stretches of bytes one behind the other, from those of each and their sizes."""
     checksum = np.uint32(0)
     for i in range(len(checksums)):
         # x to the power of 8 times the size, by squaring.

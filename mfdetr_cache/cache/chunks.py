@@ -29,15 +29,7 @@ _KEPT = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
-    """Neighbouring chunks of one shard.
-
-    Attributes:
-        shard: The shard.
-        first: Index of the first chunk.
-        count: How many chunks.
-        length: Values of a chunk.
-        dtype: Their type.
-    """
+    """Neighbouring chunks of one shard, each of ``length`` values."""
 
     shard: ShardReader
     first: int
@@ -69,18 +61,10 @@ class ChunkRun:
 def read_chunks(
     runs: Sequence[ChunkRun], *, raw: bool = False, pinned: bool = False
 ) -> list[NDArray[Any]]:
-    """The values of some runs of chunks.
+    """The values of each run, flat; views of one array.
 
-    Args:
-        runs: What to read.
-        raw: They were written without zstd.
-        pinned: Decode into memory that a GPU copies from by itself.
-
-    Returns:
-        For each run its values, flat; views of one array.
-
-    Raises:
-        CacheError: If a chunk is missing or damaged, naming the file and the chunk.
+    ``raw`` chunks were written without zstd; ``pinned`` decodes into memory that a GPU copies
+    from by itself. CacheError, naming file and chunk, if one is missing or damaged.
     """
     if not runs:
         return []

@@ -27,14 +27,7 @@ _KEPT_CHUNKS = 64
 
 
 class Columns:
-    """Arrays that are chunked along their first axis only, by path inside the cache.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        lengths: Length of each, by path.
-        files: Their files as they were written, by key.
-    """
+    """Arrays that are chunked along their first axis only, by path inside the cache."""
 
     def __init__(
         self,
@@ -74,18 +67,9 @@ class Columns:
         return np.array(rows[start - first * size : stop - first * size])
 
     def bounds(self, offsets: str, values: str, index: int) -> tuple[int, int]:
-        """Where the values of one item begin and end.
+        """Where the values of an item begin and end, from the column of their offsets.
 
-        Args:
-            offsets: Path of the array of offsets, one more than there are items.
-            values: Path of the array they point into.
-            index: The item.
-
-        Returns:
-            First value, and the one after the last.
-
-        Raises:
-            CacheError: If the offsets do not divide the values up.
+        CacheError if the offsets do not divide the values up.
         """
         is_read = offsets in self._whole
         starts = self[offsets]

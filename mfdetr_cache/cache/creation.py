@@ -31,12 +31,7 @@ from mfdetr_cache.types import DetectorSpec, GroundTruth
 
 @dataclass(frozen=True)
 class ViewContent:
-    """What is known about a view before the detector has run.
-
-    Attributes:
-        transforms: How the picture of each row is made.
-        ground_truth: The objects of each row, in pixels of that picture.
-    """
+    """The transform and the objects, in pixels of the picture, of each row of a view."""
 
     transforms: list[ViewTransform]
     ground_truth: list[GroundTruth]

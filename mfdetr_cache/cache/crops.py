@@ -18,15 +18,7 @@ from mfdetr_cache.types import C1Crops
 
 
 def crop_columns(root: Root, crops: Mapping[int, C1Crops]) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a view, by name.
-
-    Args:
-        root: What the cache is; it holds C1 as crops.
-        crops: By row, rising.
-
-    Returns:
-        Columns of rows, crops, tokens and blocks.
-    """
+    """Columns of rows, crops, tokens and blocks, by name, from the crops of rising rows."""
     encoding = ENCODINGS[root.layout.preset]
     values, affine = [], []
     for image_crops in crops.values():
@@ -69,13 +61,9 @@ def crop_lengths(root: Root, base: str, rows: int, crops: int) -> dict[str, int]
 def read_crops(
     columns: Columns, root: Root, base: str, row: int
 ) -> tuple[NDArray[np.int64], StoredMap] | None:
-    """The crops of a row.
+    """Query of each crop of a row, rising, and the crops; None if the version has none for it.
 
-    Returns:
-        Query of each crop, rising, and the crops; None where the version has none for the row.
-
-    Raises:
-        CacheError: If a column is damaged.
+    CacheError if a column is damaged.
     """
     rows = columns[f"{base}/crop_row"]
     index = int(np.searchsorted(rows, row))

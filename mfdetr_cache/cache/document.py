@@ -13,23 +13,13 @@ _MOST_BYTES = 64 * 2**20
 
 
 def read_document(storage: Storage, key: str) -> Fields:
-    """A JSON object.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        CacheError: If it is no JSON object.
-    """
+    """A JSON object; FileNotFoundError if there is none, CacheError if it is anything else."""
     where = f"{storage.name}/{key}"
     return _parsed(_read(storage, key), where)
 
 
 def read_sealed(storage: Storage, key: str) -> Fields:
-    """A sealed document.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        CacheError: If one of its bytes is not what was written.
-    """
+    """A sealed document; FileNotFoundError if there is none, CacheError if a byte was changed."""
     where = f"{storage.name}/{key}"
     data = _read(storage, key)
     whole = seal_of(data)

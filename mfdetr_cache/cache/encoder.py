@@ -16,12 +16,7 @@ from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image as it will stand in the shards.
-
-    Attributes:
-        tables: What goes into the small arrays, by array.
-        chunks: Encoded chunks by array, in order.
-    """
+    """One image as it will stand in the shards: values of the small arrays, encoded chunks."""
 
     tables: dict[str, Any]
     chunks: dict[str, list[bytes]]
@@ -49,17 +44,11 @@ class ImageEncoder:
         output: DetectorOutput,
         crops: C1Crops | None = None,
     ) -> EncodedImage:
-        """Quantise and compress one image.
+        """Quantise and compress the output for one image, a batch of one on the CPU.
 
-        Args:
-            row: Its row, for messages.
-            geometry: How the image became the input.
-            output: The detector's output for a batch of this one image, on the CPU.
-            crops: Crops of C1, where the layout keeps these in place of the map.
-
-        Raises:
-            ValueError: If an array has another shape than declared.
-            CacheError: If a value is not finite, in the detector or after rounding to float16.
+        With ``crops`` of C1 where the layout keeps these in place of the map. ValueError if
+        an array has another shape than declared, CacheError if a value is not finite, in
+        the detector or after rounding to float16.
         """
         image = EncodedImage({}, {})
         image.tables["status"] = ROW_OK

@@ -29,11 +29,9 @@ FIRST_ANNOTATIONS_KEY = f"{status_key()}/annotations/000000.json"
 
 @dataclass(frozen=True)
 class FoundationRecord:
-    """What the foundation's document says.
+    """What the foundation's document says: column lengths by path, file records by key.
 
-    Attributes:
-        lengths: Length of every column, by its path.
-        files: Every file written at creation but those of annotations, by key.
+    Files are those written at creation, but annotations.
     """
 
     lengths: dict[str, int]
@@ -58,14 +56,7 @@ class Opened:
 def seal_foundation(
     storage: Storage, root: Root, lengths: Mapping[str, int], files: Mapping[str, FileRecord]
 ) -> None:
-    """Write the foundation's document.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        lengths: Length of every column, by its path.
-        files: Every file written at creation but those of annotations.
-    """
+    """Write the foundation's document: column lengths by path, file records by key."""
     document = {
         **root.names,
         "root": root.attributes,
@@ -78,11 +69,8 @@ def seal_foundation(
 def read_opened(storage: Storage) -> Opened:
     """Root and foundation, each compared with the other.
 
-    Returns:
-        What is known; the root is the foundation's copy where its own is damaged.
-
-    Raises:
-        CacheError: If there is no cache, this version does not read it, or both are damaged.
+    The root is the foundation's copy where its own is damaged. CacheError if there is no cache,
+    this version does not read it, or both are damaged.
     """
     if storage.folder is not None and not storage.folder.exists():
         raise CacheError(f"cache {storage.name} does not exist; make it with: mfdetr extract")
@@ -111,12 +99,7 @@ def read_opened(storage: Storage) -> Opened:
 
 
 def read_root(storage: Storage) -> Root:
-    """What a cache is.
-
-    Raises:
-        CacheError: If there is no cache, this version does not read it, or its root or foundation
-            is damaged.
-    """
+    """What a cache is; CacheError as :func:`read_opened`, or if either of the two is damaged."""
     opened = read_opened(storage)
     if opened.faults:
         raise CacheError(opened.faults[0])
@@ -170,12 +153,7 @@ def _foundation_keys(root: Root, lengths: Mapping[str, int]) -> list[str]:
 
 
 def metadata_keys(arrays: Iterable[str], top: str) -> list[str]:
-    """Metadata files of some arrays and of the groups they are in.
-
-    Args:
-        arrays: Their paths.
-        top: The group they are all in, itself included; empty for the root.
-    """
+    """Metadata files of arrays, by their paths, and of the groups they are in, up to ``top``."""
     groups = {top}
     for path in arrays:
         while path != top:

@@ -15,13 +15,8 @@ from mfdetr_cache.files import locked_file
 def locked(storage: Storage, partition: Partition = WHOLE) -> Iterator[None]:
     """Own the parts of a partition; all parts, when it is the only one.
 
-    In an object store there are no locks.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        CacheError: If another process owns one of them, or the place may not be written to.
+    In an object store there are no locks. CacheError if another process owns one of them, or
+    the place may not be written to.
     """
     shared = partition.count > 1
     # Partitions share the cache's lock among each other and not with a writer of everything.

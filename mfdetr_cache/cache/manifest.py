@@ -37,13 +37,7 @@ def manifest_key(part: Part) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a sealed part is.
-
-    Attributes:
-        part: The part.
-        skipped: Row, image id and reason of every image of it that was left out.
-        files: Its files by key.
-    """
+    """What a sealed part is: its files by key; row, image id and reason of skipped images."""
 
     part: Part
     skipped: tuple[dict[str, Any], ...]
@@ -65,13 +59,9 @@ def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
 
 
 def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
-    """The manifest of a part.
+    """The manifest of a part; None if the part was never sealed.
 
-    Returns:
-        Its content, or None if the part was never sealed.
-
-    Raises:
-        CacheError: If it is damaged, or that of another part or cache.
+    CacheError if it is damaged, or that of another part or cache.
     """
     key = manifest_key(part)
     try:

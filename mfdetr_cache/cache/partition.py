@@ -41,13 +41,7 @@ WHOLE = Partition()
 
 
 def parse_partition(text: str) -> Partition:
-    """A partition as typed.
-
-    Args:
-        text: ``K/N``.
-
-    Raises:
-        ValueError: If it cannot be understood.
+    """A partition as typed; ValueError if it cannot be understood.
 
     Examples:
         >>> parse_partition("3/16")

@@ -99,14 +99,7 @@ class FeatureCache(Foundation):
         raise CacheError(f"{self.path} is not finished: {missing}; {advice}")
 
     def require_c1_map(self, purpose: str) -> None:
-        """Refuse a cache that holds C1 only around matched queries.
-
-        Args:
-            purpose: What the whole map is needed for.
-
-        Raises:
-            CacheError: Naming the mode.
-        """
+        """Refuse a cache that has C1 only around matched queries; the CacheError says for what."""
         if self.layout.c1 == "roi":
             raise CacheError(
                 f"{self.path} was extracted with --c1 roi: it holds C1 around matched queries only "
@@ -126,16 +119,9 @@ class FeatureCache(Foundation):
         return tuple(row for row in self.base.rows if row in self._chosen)
 
     def split(self, every: int) -> tuple["FeatureCache", "FeatureCache"]:
-        """Two caches over the same files: most of the images, and every so many of them.
+        """Two caches over the same files: all rows but every N-th, to learn from, and these.
 
-        Args:
-            every: How many images there are for each one that is kept for the second.
-
-        Returns:
-            The first to learn from, the second to measure on; together they have all rows.
-
-        Raises:
-            CacheError: If there are too few images for one in each.
+        CacheError if there are too few images for one in each.
         """
         if not 2 <= every <= len(self.rows):
             raise CacheError(

@@ -29,10 +29,8 @@ _NOTHING = GroundTruth(
 class Relabelling:
     """Annotations for a cache.
 
-    Attributes:
-        content: What a version of the annotations holds.
-        unlisted: Images of the cache that the annotation file does not list; they have no objects.
-        unused: Images of the annotation file that are not in the cache.
+    ``unlisted`` images of the cache are not in the file and have no objects; ``unused`` images
+    of the file are not in the cache.
     """
 
     content: AnnotationContent
@@ -43,15 +41,8 @@ class Relabelling:
 def relabelling(cache: FeatureCache, labelled: LabelledSplit) -> Relabelling:
     """Bring the objects of an annotation file to the rows and views of a cache.
 
-    Args:
-        cache: The cache.
-        labelled: The annotation file, its categories matched with the labels of the detector.
-
-    Returns:
-        What a version of the annotations holds; a new extraction would hold the same.
-
-    Raises:
-        DatasetError: If none of its images is in the cache, or one has another size there.
+    A new extraction would hold the same. DatasetError if none of its images is in the cache, or
+    one has another size there.
     """
     split = labelled.split
     entries = _entries_of_rows(cache, split)

@@ -49,12 +49,8 @@ class Root:
     def from_fields(cls, fields: Fields) -> "Root":
         """From the attributes of a cache.
 
-        Args:
-            fields: What ``attributes`` gave.
-
-        Raises:
-            CacheError: If this version does not read such a cache, or a field is not what it can
-                be: one that the identity's hash does not cover, or does not fit.
+        CacheError if this version does not read such a cache, or a field is not what it can
+        be: one that the identity's hash does not cover, or does not fit.
         """
         where = fields.where
         _require_version(fields)
@@ -92,14 +88,7 @@ class Root:
         return columns_of(self.spec, self.layout)
 
     def column(self, path: str) -> ColumnSpec:
-        """What the column at a path holds.
-
-        Args:
-            path: Path of the array inside the cache.
-
-        Raises:
-            CacheError: If a cache has no such column.
-        """
+        """What the column at a path holds; CacheError if a cache has no such column."""
         try:
             return self._columns[path.rpartition("/")[2]]
         except KeyError:

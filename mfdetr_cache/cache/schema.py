@@ -175,9 +175,8 @@ def _map_layout(fields: Fields) -> MapLayout:
 def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
     """The most cells a map can have for an input of the given size.
 
-    Returns:
-        Number of cells. Strided convolutions give floor or ceil of the quotient; a stem with
-        padding may give one more.
+    Strided convolutions give floor or ceil of the quotient; a stem with padding may give one
+    more.
     """
     height, width = (-(-side // spec.stride) + 1 for side in input_hw)
     return height * width
@@ -193,20 +192,9 @@ def plan_layout(
     c1: C1Mode = "full",
     c1_roi: C1RoiLayout | None = None,
 ) -> CacheLayout:
-    """Decide chunks and parts for a detector and the input sizes of a dataset.
+    """Decide chunks and parts; the same arguments always give the same layout.
 
-    Args:
-        spec: The detector.
-        input_sizes_hw: Every network input size that occurs, over all views.
-        num_rows: Images in the split.
-        preset: How the maps are stored.
-        compression: How chunks are compressed.
-        views: Names of the views.
-        c1: How much of C1 is stored.
-        c1_roi: How crops of C1 are stored, for ``roi``.
-
-    Returns:
-        The layout; the same arguments always give the same one.
+    ``input_sizes_hw`` are those of all views, ``num_rows`` the images of the split.
     """
     encoding = ENCODINGS[preset]
     chosen = _kept_maps(spec, c1)
@@ -234,14 +222,7 @@ def plan_layout(
 
 
 def c1_channels(spec: DetectorSpec) -> int:
-    """Channels of a detector's C1.
-
-    Returns:
-        Channels.
-
-    Raises:
-        CacheError: If it gives no C1.
-    """
+    """Channels of a detector's C1; CacheError if it gives none."""
     for m in spec.maps:
         if m.role == "c1":
             return m.channels

@@ -52,15 +52,8 @@ def decode_chunk(
 ) -> NDArray[np.generic]:
     """The values of one chunk; the inverse of :func:`encode_chunk`.
 
-    Args:
-        data: The chunk's bytes, checksum included.
-        dtype: Type of the values.
-        count: How many values there must be.
-        where: File and chunk, for the message.
-        raw: The chunk was written without zstd.
-
-    Raises:
-        CacheError: If the checksum is wrong or the length is not what it must be.
+    ``where`` is file and chunk, for the message. CacheError if the checksum is wrong or there
+    are not ``count`` values.
     """
     if len(data) <= CRC_BYTES:
         raise CacheError(f"{where} is cut off; {MEND}")
@@ -114,11 +107,7 @@ def decompress(data: memoryview) -> bytes:
 
 
 class ShardBuilder:
-    """Collects the encoded chunks of one shard in memory.
-
-    Args:
-        num_chunks: How many chunks the shard has room for; those never added stay empty.
-    """
+    """Collects the encoded chunks of one shard in memory; those never added stay empty."""
 
     def __init__(self, num_chunks: int) -> None:
         self._chunks: list[bytes] = []
@@ -128,12 +117,7 @@ class ShardBuilder:
         self._size = 0
 
     def add(self, chunk_index: int, encoded: bytes) -> None:
-        """Put one chunk at the end of the shard.
-
-        Args:
-            chunk_index: Its place in the shard, row-major.
-            encoded: Its bytes, from :func:`encode_chunk`.
-        """
+        """Put a chunk, from :func:`encode_chunk`, at the end; its index is row-major."""
         self._index[chunk_index] = (self._size, len(encoded))
         self._checksums[chunk_index] = struct.unpack("<I", encoded[-CRC_BYTES:])[0]
         self._chunks.append(encoded)
@@ -173,16 +157,9 @@ class ShardReader:
 
     @classmethod
     def open(cls, storage: Storage, key: str, num_chunks: int, sha256: bytes) -> "ShardReader":
-        """Read and check a shard's index.
+        """Read a shard's index; ``sha256``, from the manifest, is that of index and checksums.
 
-        Args:
-            storage: Where it is.
-            key: Its key there.
-            num_chunks: How many chunks the array has in a shard.
-            sha256: Hash of the index and the checksums, from the manifest.
-
-        Raises:
-            CacheError: If the file is missing, too short, or its index is not what was written.
+        CacheError if the file is missing, too short, or its index is not what was written.
         """
         where = f"{storage.name}/{key}"
         length = num_chunks * _TAIL_BYTES + CRC_BYTES

@@ -20,13 +20,7 @@ _BLOCK = 2**24
 
 @dataclass(frozen=True, slots=True)
 class PartCheck:
-    """What was found in one part.
-
-    Attributes:
-        part: The part.
-        num_bytes: Bytes of its files.
-        faults: One line per fault; empty when it is whole.
-    """
+    """What was found in one part, of ``num_bytes``: one line per fault, none when it is whole."""
 
     part: Part
     num_bytes: int
@@ -34,16 +28,10 @@ class PartCheck:
 
 
 def check_parts(storage: Storage, root: Root, *, full: bool) -> Iterator[PartCheck]:
-    """Check every part of a cache.
+    """Check every part, one result each.
 
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        full: Read every byte and compare its hash with the manifest's; else only sizes and shard
-            indexes are looked at.
-
-    Yields:
-        One result per part.
+    ``full`` reads every byte and compares its hash with the manifest's; else only sizes and
+    shard indexes are looked at.
     """
     for part in root.layout.parts:
         yield check_part(storage, root, part, full=full)

@@ -22,12 +22,7 @@ _ROW_ARRAYS = ("class_logits", "boxes_cxcywh_norm", "queries")
 
 
 class CacheView:
-    """One pass of the detector, by row.
-
-    Attributes:
-        name: Its name.
-        arrays: Every array that was written part by part, by its name below the view.
-    """
+    """One pass of the detector, by row; ``arrays`` by their name below the view."""
 
     def __init__(self, cache: Foundation, name: str, annotations: Annotations) -> None:
         self.name = name
@@ -94,15 +89,10 @@ class CacheView:
     def read(
         self, row: int, map_names: tuple[str, ...] | None = None, *, pinned: bool = False
     ) -> CachedImage:
-        """Everything stored for one row.
+        """Everything stored for a row, with all maps or those named.
 
-        Args:
-            row: Row in the cache.
-            map_names: Which maps to read; None reads all.
-            pinned: Decompress the maps into memory that a GPU copies from by itself.
-
-        Raises:
-            CacheError: If the row has no content, or its bytes are damaged.
+        ``pinned`` decompresses maps into memory that a GPU copies from by itself.
+        CacheError if the row has no content, or its bytes are damaged.
         """
         cache = self._cache
         if self._table("status")[row] != ROW_OK:
@@ -145,14 +135,7 @@ class CacheView:
         )
 
     def crop_queries(self, row: int) -> NDArray[np.int64]:
-        """Queries whose crops of C1 the features hold.
-
-        Returns:
-            Indices, rising.
-
-        Raises:
-            CacheError: If there are none that can be.
-        """
+        """Queries, rising, whose crops of C1 the features hold; CacheError if that cannot be."""
         name = f"{C1_ROI}/query_index"
         queries = self._read_arrays({name: self._run_of_row(name, row)})[name][0]
         if (queries >= self._cache.spec.num_queries).any():

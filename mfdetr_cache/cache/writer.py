@@ -50,9 +50,7 @@ class _OpenPart:
 class CacheWriter:
     """Fills a cache. Use :meth:`open_or_create`; holds its locks until :meth:`close`.
 
-    Attributes:
-        storage: Where the cache is.
-        encoder: Makes what :meth:`add` takes, in any thread.
+    Its ``encoder`` makes what :meth:`add` takes, in any thread.
     """
 
     def __init__(
@@ -154,31 +152,16 @@ class CacheWriter:
         output: DetectorOutput,
         crops: C1Crops | None = None,
     ) -> int:
-        """Encode one image and add it to the open part.
+        """Encode one image, add it to the open part and return the bytes added.
 
-        Args:
-            row: Its row, in the open part.
-            geometry: How the image became the input.
-            output: The detector's output for a batch of this one image, on the CPU.
-            crops: Crops of C1, where the layout keeps these in place of the map.
-
-        Returns:
-            Compressed bytes added.
-
-        Raises:
-            ValueError: If an array has another shape than declared.
-            CacheError: If a value is not finite, in the detector or after rounding to float16.
+        It raises what :meth:`ImageEncoder.encode` and :meth:`add` raise.
         """
         return self.add(row, self.encoder.encode(row, geometry, output, crops))
 
     def add(self, row: int, image: EncodedImage) -> int:
-        """Add one image to the open part. Nothing is visible to readers before it is sealed.
+        """Add one image to the open part, which no reader sees yet, and return the bytes added.
 
-        Returns:
-            Compressed bytes added.
-
-        Raises:
-            ValueError: If its maps are larger than planned.
+        ValueError if its maps are larger than planned.
         """
         part = self._require_open()
         index = row - part.rows.start
@@ -208,13 +191,9 @@ class CacheWriter:
         part.skipped.append({"row": row, "image_id": image_id, "reason": reason})
 
     def seal_part(self) -> int:
-        """Publish the open part: its files, then its manifest.
+        """Publish the open part: its files, then its manifest; returns the bytes written.
 
-        Returns:
-            Bytes written.
-
-        Raises:
-            CacheError: If the disk is full or cannot be written; what was sealed before stays.
+        CacheError if the disk is full or cannot be written; what was sealed before stays.
         """
         part = self._require_open()
         files: dict[str, FileRecord] = {}
@@ -246,13 +225,7 @@ class CacheWriter:
 def require_same_content(storage: Storage, root: Root, content: CacheContent) -> None:
     """Refuse to write into a cache of something else.
 
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        content: What would be written.
-
-    Raises:
-        CacheError: Naming the field that differs, or whose annotations the cache has.
+    The CacheError names the field that differs, or whose annotations the cache has.
     """
     require_same_features(storage, root, content)
     # Crops of C1 were chosen by the first annotations; nothing else of the features hangs on them.
@@ -272,16 +245,7 @@ def other_annotations(storage: Storage, names: Sequence[str]) -> CacheError:
 
 
 def require_same_features(storage: Storage, root: Root, content: CacheContent) -> None:
-    """Refuse to write features of something else into a cache.
-
-    Args:
-        storage: Where the cache is.
-        root: What the cache is.
-        content: What would be written.
-
-    Raises:
-        CacheError: Naming the field that differs.
-    """
+    """The same but for annotations."""
     changed = differences(json.loads(json.dumps(content.identity)), root.identity)
     if changed:
         field_name, ours, theirs = changed[0]

@@ -79,15 +79,9 @@ class CocoSplit:
         )
 
     def ground_truth(self, entry: ImageEntry, label_of_category: Mapping[int, int]) -> GroundTruth:
-        """The objects of one image, masks as run lengths.
+        """The objects of one image in the order of the file; no run lengths stand for no mask.
 
-        Args:
-            entry: One of ``images``.
-            label_of_category: The detector's label of each category id; a category without one
-                gets label -1.
-
-        Returns:
-            The objects in the order of the file; run lengths of length 0 stand for no mask.
+        A category without a label of the detector gets label -1.
         """
         annotations = self.annotations[entry.image_id]
         boxes = np.array([a.box_xywh for a in annotations], dtype=np.float64).reshape(-1, 4)

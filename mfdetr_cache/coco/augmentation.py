@@ -144,14 +144,9 @@ def transform_ground_truth(
 ) -> GroundTruth:
     """The objects of a view, pixel by pixel those of its picture.
 
-    Args:
-        truth: Objects of the original.
-        size_hw: Height and width of the original in pixels.
-        transform: What was done to the image.
-
-    Returns:
-        Objects with at least one pixel in the view; boxes clipped to it, areas reduced by the
-        share of pixels that was cut off. Of an object that has a box only, pixels are the box's.
+    An object without a pixel in the view is left out; boxes are clipped to it, areas reduced by
+    the share of pixels that was cut off. Of an object that has a box only, pixels are the
+    box's.
     """
     if transform == identity_transform(size_hw):
         return truth

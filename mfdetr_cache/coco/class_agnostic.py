@@ -13,11 +13,9 @@ _WORDS = (CLASS_AGNOSTIC, "prompt", "token_ids")
 
 
 def class_agnostic_spec(spec: DetectorSpec) -> DetectorSpec:
-    """What a detector is when its classes are one.
+    """What a detector is when its classes are one label, before "no object" where it has that.
 
-    Returns:
-        The same with one label, before "no object" where it has that; its settings keep the names
-        of the classes.
+    Its settings keep the names of the classes.
     """
     nothing = spec.label_names[-1:] if spec.score_function == "softmax" else ()
     return replace(

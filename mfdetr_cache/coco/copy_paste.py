@@ -72,15 +72,7 @@ class Scene:
 
 
 def can_be_pasted(num_pixels: NDArray[np.int64], is_crowd: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which objects can be pasted elsewhere.
-
-    Args:
-        num_pixels: Pixels of each object, shape (N,).
-        is_crowd: Whether it is a crowd, shape (N,).
-
-    Returns:
-        False for crowds and tiny objects, shape (N,).
-    """
+    """Which of N objects can be pasted elsewhere, shape (N,): no crowds, no tiny ones."""
     return (num_pixels >= LEAST_PIXELS_TO_PASTE) & ~is_crowd
 
 

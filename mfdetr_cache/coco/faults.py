@@ -19,14 +19,7 @@ _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 40
 
 
 def short(value: object) -> str:
-    """A value from a file, for a message.
-
-    Args:
-        value: Anything that JSON holds, of any size and depth.
-
-    Returns:
-        What ``repr`` says, cut.
-    """
+    """A value from a file, of any size and depth, for a message."""
     return _shortener.repr(value)
 
 
@@ -59,12 +52,7 @@ class Faults:
             self._named.append(f"{where} {what}")
 
     def repair(self, where: str, what: str) -> None:
-        """An entry is used, though not as it stands.
-
-        Args:
-            where: Which.
-            what: What is done about it; the same text for all of a kind.
-        """
+        """An entry is used, though not as it stands; ``what`` is one text for all of a kind."""
         self.repaired[what] += 1
         self._keep(where, what)
 

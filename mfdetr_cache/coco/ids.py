@@ -12,8 +12,7 @@ _LARGEST = 2**53
 def source_id(value: object) -> SourceId | None:
     """The one form of an id, however it is written: ``'1'``, ``1.0`` and ``1`` are one id.
 
-    Returns:
-        A whole number where it is one, else text; None for what is no id (null, true, a list).
+    A whole number where it is one, else text; None for what is no id (null, true, a list).
 
     Examples:
         >>> [source_id(v) for v in (7, 7.0, "7", " 7.0 ", "007", "a7", None, True, [7])]
@@ -39,11 +38,7 @@ def source_id(value: object) -> SourceId | None:
 def internal_ids(ids: Sequence[SourceId | None]) -> list[int]:
     """Our own id for each: the user's where all are usable, else numbers from 1.
 
-    Args:
-        ids: One form of each, in the order of the file; None for those that have none.
-
-    Returns:
-        The ids as they are if all are different whole numbers from 0 to 2^53, else ``1, 2, ...``.
+    Usable are different whole numbers from 0 to 2^53.
 
     Examples:
         >>> internal_ids([4, 0]), internal_ids([4, -1]), internal_ids([4, 4]), internal_ids(["a"])
@@ -56,10 +51,7 @@ def internal_ids(ids: Sequence[SourceId | None]) -> list[int]:
 
 
 def named(ids: Iterable[SourceId | None]) -> str:
-    """Ids for a message.
-
-    Returns:
-        The first ten, and how many more there are.
+    """Ids for a message: the first ten, and how many more there are.
 
     Examples:
         >>> named(range(12))

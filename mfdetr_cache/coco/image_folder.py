@@ -9,9 +9,7 @@ from mfdetr_cache.errors import DatasetError, ImageError
 def require_images(images: Path, split: CocoSplit, advice: str) -> None:
     """Refuse at once what would otherwise be noticed after hours.
 
-    Raises:
-        DatasetError: If there is no such folder.
-        ImageError: If an image is missing.
+    DatasetError if there is no such folder, ImageError if an image is missing.
     """
     if not images.is_dir():
         raise DatasetError(f"image folder {images} does not exist; {advice}")

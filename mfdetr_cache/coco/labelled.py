@@ -17,12 +17,9 @@ _ANY = Category(1, OBJECT)
 
 @dataclass(frozen=True, slots=True)
 class LabelledSplit:
-    """A split and the labels of its categories.
+    """A split with the categories that were chosen; those that share a label are one.
 
-    Attributes:
-        split: With the categories that were chosen; those that share a label are one.
-        match: Which label each category has.
-        chosen: What of this the user chose, as plain values: part of what annotations are.
+    ``chosen`` is what the user chose of this, as plain values: part of what annotations are.
     """
 
     split: CocoSplit
@@ -43,15 +40,9 @@ class LabelledSplit:
 def label_split(
     split: CocoSplit, spec: DetectorSpec, options: LabelOptions | None = None
 ) -> LabelledSplit:
-    """Match the categories of a split with the labels of a detector.
+    """Match the categories of a split with the labels of a detector; by their names if no options.
 
-    Args:
-        split: The split.
-        spec: The detector.
-        options: Which categories to keep, and which label is meant by which; None takes names.
-
-    Raises:
-        DatasetError: If a category or label that was named is unknown, or no label has a category.
+    DatasetError if a category or label that was named is unknown, or no label has a category.
     """
     options = options or LabelOptions()
     if options.only:

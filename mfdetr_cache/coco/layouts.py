@@ -13,12 +13,7 @@ _SAME = ({"val", "valid", "validation"}, {"train", "training"}, {"test", "testin
 
 @dataclass(frozen=True, slots=True)
 class DatasetFiles:
-    """One split of a dataset on disk.
-
-    Attributes:
-        images: Image folder.
-        annotations: COCO instances JSON, or ``data.yaml`` of a dataset in YOLO's layout.
-    """
+    """Image folder of a split, and its COCO instances JSON or ``data.yaml`` in YOLO's layout."""
 
     images: Path
     annotations: Path
@@ -29,9 +24,8 @@ def dataset_files(
 ) -> DatasetFiles:
     """The files that a user named, or that are found in a dataset's folder.
 
-    Raises:
-        ConfigError: If neither both files nor a folder are named.
-        DatasetError: If the folder has no such split.
+    ConfigError if neither both files nor a folder are named, DatasetError if it has no such
+    split.
     """
     if dataset is not None and images is None and annotations is None:
         return find_split(dataset, split)
@@ -43,14 +37,9 @@ def dataset_files(
 
 
 def find_split(folder: Path, split: str | None) -> DatasetFiles:
-    """A split of a dataset in COCO's, Roboflow's or YOLO's layout.
+    """A split of a dataset in COCO's, Roboflow's or YOLO's layout; None takes the only one.
 
-    Args:
-        folder: The dataset's folder.
-        split: Name of the split, such as ``train`` or ``val2017``; None if there is only one.
-
-    Raises:
-        DatasetError: Naming the splits there are, if it is none of them.
+    DatasetError, naming the splits there are, if it is none of them.
     """
     splits = dict(_splits(folder))
     if not splits:

@@ -204,14 +204,7 @@ def is_crowd(value: object) -> bool:
 
 
 def four_numbers(value: object) -> Box | None:
-    """A ``bbox`` field as four finite numbers.
-
-    Args:
-        value: As in a JSON file; a list, also as text.
-
-    Returns:
-        The numbers; None if it is anything else.
-    """
+    """A ``bbox`` field, a list or one as text, as four finite numbers; None for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

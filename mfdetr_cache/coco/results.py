@@ -34,14 +34,7 @@ class ResultsFile:
     faults: Faults
 
     def with_field(self, name: str) -> list[dict[str, Any]]:
-        """The results that have a field.
-
-        Args:
-            name: ``bbox`` or ``segmentation``.
-
-        Returns:
-            These, in the order of the file.
-        """
+        """The results that have ``bbox`` or ``segmentation``, in the order of the file."""
         return [r for r in self.results if name in r]
 
 

@@ -55,11 +55,7 @@ def draw_scene(seed: int) -> tuple[Image.Image, list[dict[str, Any]]]:
 def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) -> Path:
     """A split in COCO's layout: ``folder/name/*.png`` and ``folder/instances_name.json``.
 
-    Args:
-        folder: Where the dataset goes.
-        name: Name of the split.
-        first_seed: Seed of its first scene; scenes of other splits must use other seeds.
-        count: How many scenes.
+    Splits must use other seeds than one another.
     """
     make_folder(folder / name)
     images: list[dict[str, Any]] = []

@@ -18,13 +18,9 @@ _SPLITS = ("train", "val", "valid", "test")
 
 
 def yolo_splits(path: Path) -> dict[str, Path]:
-    """The splits of a ``data.yaml`` and their image folders.
+    """The splits of a ``data.yaml`` and their image folders, where these are there.
 
-    Returns:
-        Those whose folder is there; none for a YAML file of something else.
-
-    Raises:
-        DatasetError: If it is no YAML.
+    None for a YAML file of something else; DatasetError if it is no YAML.
     """
     document = _read(path)
     root = document.get("path")

@@ -56,15 +56,7 @@ _AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 
 @dataclass(frozen=True, slots=True)
 class CategoryMetrics:
-    """AP of one category.
-
-    Attributes:
-        category_id: COCO id.
-        name: Its name.
-        objects: Annotated objects without crowds.
-        AP: In [0, 1]; -1 without objects.
-        AP50: At IoU 0.50.
-    """
+    """AP of one category in [0, 1], -1 without objects; crowds do not count as objects."""
 
     category_id: int
     name: str
@@ -95,15 +87,7 @@ class CocoReport:
 def coco_ground_truth(
     images: Iterable[tuple[int, tuple[int, int], GroundTruth]], categories: Sequence[dict[str, Any]]
 ) -> COCO:
-    """The ground truth of some images as pycocotools takes it.
-
-    Args:
-        images: Image id, height and width, objects.
-        categories: ``{"id", "name"}`` of every category.
-
-    Returns:
-        An indexed ``COCO``.
-    """
+    """The ground truth of images, by id, height and width, and objects, as an indexed ``COCO``."""
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, size_hw, objects in images:

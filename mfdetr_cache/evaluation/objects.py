@@ -13,15 +13,7 @@ from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 
 @dataclass(frozen=True, slots=True)
 class ShownObject:
-    """A detected object to show.
-
-    Attributes:
-        category_id: Its category.
-        name: Name of the category.
-        confidence: Final score s_i.
-        box_xyxy: In original image pixels.
-        run_lengths: Its mask, at the original size.
-    """
+    """A detected object to show, box and mask in original image pixels."""
 
     category_id: int
     name: str

@@ -24,15 +24,10 @@ def extract_again(
     images: Path,
     device: torch.device,
 ) -> Iterator[tuple[int, DetectorOutput]]:
-    """Run the detector on some rows in the batches that extraction made of their parts.
+    """Run the detector on rows in the batches that extraction made of their parts.
 
-    On one kind of device the numbers are those of the extraction, to the bit.
-
-    Yields:
-        Each row with its output, a batch of one.
-
-    Raises:
-        ImageError: If the image of a row cannot be read.
+    On one kind of device the numbers are those of the extraction, to the bit. Yields each row
+    with its output, a batch of one; ImageError if the image of a row cannot be read.
     """
     layout = cache.layout
     for number in sorted({row // layout.images_per_part for row in rows}):

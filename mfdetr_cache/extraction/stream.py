@@ -45,13 +45,7 @@ _MOST_ENCODERS = 8
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """The images of an extraction.
-
-    Attributes:
-        split: The dataset.
-        folder: Image folder.
-        skip_bad: Skip an image that cannot be read, instead of stopping.
-    """
+    """The images of an extraction; ``skip_bad`` goes on where one cannot be read."""
 
     split: CocoSplit
     folder: Path

@@ -50,10 +50,8 @@ class FeatureFusion(nn.Module):
     def forward(self, c1: Tensor | None, refined: Tensor, input_hw: tuple[int, int]) -> Tensor:
         """Fuse the maps of equal-sized images, at the resolution of C1 where there is one.
 
-        Args:
-            c1: Backbone stage-1 map, shape (B, C1, H/4, W/4); None without C1.
-            refined: Refined encoder level E', shape (B, D, h, w).
-            input_hw: Network input size in pixels.
+        C1 is the stride-4 map, (B, C1, H/4, W/4), ``refined`` the encoder level E', (B, D,
+        h, w), both of a network input of ``input_hw`` pixels.
         """
         if c1 is not None:
             size_hw = (int(c1.shape[-2]), int(c1.shape[-1]))

@@ -34,15 +34,9 @@ def detection_loss(
 ) -> Tensor:
     """The summed loss of one image: classes, L1 and GIoU, matched one to one.
 
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh_norm: Shape (Q, 4).
-        labels: Labels of the G annotated objects, shape (G,).
-        object_cxcywh_norm: Their boxes, shape (G, 4).
-        score_function: With ``softmax`` the last label is "no object".
-
-    Returns:
-        A scalar, not yet divided by the number of objects.
+    Of the logits (Q, K) and boxes (Q, 4) of the queries, and the labels (G,) and boxes (G, 4)
+    of the annotated objects; a scalar that is not yet divided by their number. With ``softmax``
+    the last label is "no object".
     """
     device = class_logits.device
     matches = match_hungarian(

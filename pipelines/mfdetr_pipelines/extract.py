@@ -46,13 +46,8 @@ class ExtractSummary:
 def run_extract(config: ExtractConfig, reporter: Reporter) -> ExtractSummary:
     """Fill a cache, or finish one that was begun.
 
-    Returns:
-        What was done, and the box AP of the cached detections.
-
-    Raises:
-        DatasetError: If images or annotations cannot be used.
-        DetectorError: If the detector cannot be loaded.
-        CacheError: If the cache cannot be written or is of something else.
+    DatasetError if images or annotations cannot be used, DetectorError if the detector cannot
+    be loaded, CacheError if the cache cannot be written or is of something else.
     """
     reporter.say(f"reading {config.files.annotations}")
     split = load_to_extract(config.files, config.on_bad_annotation, config.limit)

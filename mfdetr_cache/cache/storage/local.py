@@ -24,11 +24,7 @@ _READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class LocalStorage(Storage):
-    """Files below a local folder.
-
-    Args:
-        folder: The folder; it need not be there yet.
-    """
+    """Files below a local folder, which need not be there yet."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -19,12 +19,8 @@ Location = str | Path | Storage
 def open_storage(location: Location) -> Storage:
     """The place a path or a URL speaks of; nothing is touched yet.
 
-    Args:
-        location: A folder, a URL such as ``s3://bucket/train.zarr``, or a storage; ``@N`` behind a
-            cache that is there chooses a version of its annotations.
-
-    Raises:
-        CacheError: If the URL cannot be used.
+    ``@N`` behind a cache that is there chooses a version of its annotations. CacheError if the
+    URL cannot be used.
     """
     if not isinstance(location, (str, Path)):
         return location

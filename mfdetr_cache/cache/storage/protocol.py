@@ -36,14 +36,9 @@ class Storage(Protocol):
         """
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Some parts of a file; shorter than asked for where the file ends early.
+        """Parts of a file by offset and length; shorter than asked for where the file ends early.
 
-        Args:
-            key: Its key.
-            ranges: Offset and length of each part, in bytes, neighbours in order.
-
-        Raises:
-            FileNotFoundError: If there is none.
+        FileNotFoundError if there is none.
         """
 
     def read_into(
@@ -54,16 +49,8 @@ class Storage(Protocol):
     ) -> bool:
         """The same into memory that is there, with as few calls as possible: threads share one GIL.
 
-        Args:
-            key: Its key.
-            ranges: Offset and length of each part, in bytes, neighbours in order.
-            places: Where each part goes, piece by piece; as long as the part.
-
-        Returns:
-            Whether all of it was read; not where the file ends early.
-
-        Raises:
-            FileNotFoundError: If there is none.
+        Neighbours are in order; ``places`` are the pieces of memory of each part, as long
+        as the part. False where the file ends early, FileNotFoundError if there is none.
         """
         # For whoever has no better way.
         return _scattered(self.read_ranges(key, ranges), places)
@@ -87,12 +74,7 @@ class Storage(Protocol):
         """
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
-        """Write a file so that it is either absent or whole.
-
-        Args:
-            key: Its key.
-            pieces: Its bytes, in order.
-        """
+        """Write pieces one behind the other as a file that is either absent or whole."""
 
     def delete(self, key: str) -> None:
         """Remove a file; nothing happens where there is none."""
@@ -100,17 +82,7 @@ class Storage(Protocol):
 
 @contextlib.contextmanager
 def explained(storage: Storage) -> Iterator[None]:
-    """Turn what an operating system says about a disk into a line a person can act on.
-
-    Args:
-        storage: Where the cache is, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        CacheError: If the disk is full or may not be written.
-    """
+    """Turn a disk that is full or may not be written into a CacheError that names the storage."""
     try:
         yield
     except OSError as error:

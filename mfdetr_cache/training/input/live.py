@@ -50,15 +50,9 @@ from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGe
 
 @dataclass(frozen=True, slots=True)
 class LiveImage:
-    """An augmented image of one epoch.
+    """An augmented image of one epoch, by its row in the split; ``pixel_values`` are (3, H, W).
 
-    Attributes:
-        image_id: COCO image id.
-        file_name: Relative to the image folder.
-        row: Index in the split.
-        pixel_values: Network input, float32, shape (3, H, W).
-        geometry: Sizes of the augmented image and of the input.
-        truth: In pixels of the augmented image.
+    Geometry and objects are those of the augmented image.
     """
 
     image_id: int
@@ -71,12 +65,9 @@ class LiveImage:
 
 @dataclass(frozen=True, slots=True)
 class LiveBatch(TrainBatch):
-    """A micro-batch with the detector's outputs.
+    """A micro-batch with the detector's output for each image, with gradients where it is tuned.
 
-    Attributes:
-        outputs: One per image; with gradients where the detector is tuned.
-        images: The images.
-        num_objects: Trainable objects of the whole step, over all processes.
+    ``num_objects`` are the trainable ones of the whole step, over all processes.
     """
 
     outputs: tuple[DetectorOutput, ...]

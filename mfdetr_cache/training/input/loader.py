@@ -29,15 +29,8 @@ from mfdetr_cache.training.rows import trainable_rows
 class Loader:
     """Reads a row and builds its regions; picklable, so that reader processes can use it.
 
-    Attributes:
-        cache: The cache.
-        map_names: Maps that any head reads.
-        views: Views to alternate between by epoch.
-        steps_per_epoch: Steps after which the next view is shown.
-        seed: Of the training.
-        regions: Distinct region settings of the heads.
-        detected: Whether any head attends to all detected queries.
-        pinned: Read into pinned memory, for copies to a GPU.
+    Maps and region settings are those of any head; ``detected`` if one attends to all detected
+    queries; ``pinned`` reads into memory for copies to a GPU.
     """
 
     cache: FeatureCache

@@ -22,15 +22,7 @@ from mfdetr_cache.reporter import Reporter
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One measurement.
-
-    Attributes:
-        what: ``cache``, ``plain read and decode`` or ``plain read``.
-        threads: Reader threads.
-        cold: Whether files were read from the disk, not from the page cache.
-        images_per_second: Images read per second.
-        megabytes_per_second: Stored bytes read per second, in 10^6.
-    """
+    """One way of reading, ``cold`` from the disk and not from the page cache; MB are 10^6 bytes."""
 
     what: str
     threads: int

@@ -12,13 +12,9 @@ from mfdetr_cache.reporter import Reporter
 
 @dataclass(frozen=True, slots=True)
 class FinishSummary:
-    """State of a cache.
+    """Parts of the complete cache, and those that lack, one line per view.
 
-    Attributes:
-        parts: Parts of the complete cache.
-        parts_missing: Parts still missing.
-        missing: Their numbers, one line per view.
-        box: Box AP of the cached detections, if the cache is complete.
+    ``box`` is the box AP of the cached detections if none does.
     """
 
     parts: int

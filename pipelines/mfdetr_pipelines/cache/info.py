@@ -13,16 +13,7 @@ from mfdetr_cache.cache.storage.open import Location
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """One array of a cache.
-
-    Attributes:
-        name: Path below the view.
-        shape: Of one image.
-        dtype: Stored type.
-        stored_bytes: Bytes in all sealed parts.
-        share: Of the bytes of the cache.
-        source: Module or output of the detector.
-    """
+    """One array of a cache: shape of one image, bytes in all sealed parts and their share."""
 
     name: str
     shape: str

@@ -32,19 +32,11 @@ from mfdetr_pipelines.config.cache import RelabelConfig
 
 @dataclass(frozen=True, slots=True)
 class RelabelSummary:
-    """What was put beside the features.
+    """What was put beside the features; ``CACHE@version`` chooses it.
 
-    Attributes:
-        version: Number of the version; ``CACHE@N`` chooses it.
-        annotations_id: What names these labels, in heads too.
-        is_new: Whether it was written now; False where the newest version is the same.
-        images: Images of the cache that the annotation file lists.
-        objects: Objects of these.
-        unlisted: Images of the cache that it does not list; they have no objects.
-        unused: Images it lists that are not in the cache.
-        images_extracted: Images that went through the detector, for crops of C1.
-        num_bytes: Bytes written.
-        seconds: Time it took.
+    ``is_new`` is false where the newest version is the same. ``unlisted`` images of the cache
+    are not in the file and have no objects; ``unused`` images of the file are not in the cache;
+    ``images_extracted`` went through the detector, for crops of C1.
     """
 
     version: int
@@ -62,16 +54,8 @@ class RelabelSummary:
 def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
     """Put a new version of the annotations beside the features; earlier versions stay.
 
-    Args:
-        config: A whole cache, and annotations of its images.
-        reporter: Who is told about progress.
-
-    Returns:
-        What was written.
-
-    Raises:
-        CacheError: If the cache is not whole, another process writes it, or crops are missing.
-        DatasetError: If the annotations are not of its images.
+    CacheError if the cache is not whole, another process writes it, or crops are missing;
+    DatasetError if the annotations are not of its images.
     """
     started = time.perf_counter()
     cache = FeatureCache.open(config.cache)

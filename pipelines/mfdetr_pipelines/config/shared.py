@@ -99,13 +99,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes as people write it.
-
-    Args:
-        text: Such as ``200GB`` or ``1.5 TB``.
-
-    Raises:
-        ConfigError: If it is no size.
+    """A number of bytes as people write it; ConfigError if it is no size.
 
     Examples:
         >>> parse_size("1.5 GB")
