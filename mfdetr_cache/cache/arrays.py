@@ -176,7 +176,7 @@ def _map_arrays(spec_map: MapSpec, layout: CacheLayout) -> Iterator[ArraySpec]:
     dtype = "uint8" if encoding.is_affine else "float16"
     tokens = (layout.parts_per_view * place.part_tokens, place.chunk_tokens, place.part_tokens)
     tail = (encoding.columns(spec_map.channels),)
-    axes = ("token", "channel" if encoding.bits != 4 else "channel_pair")
+    axes: tuple[str, ...] = ("token", "channel" if encoding.bits != 4 else "channel_pair")
     yield _array(f"{base}/values", dtype, tokens, tail, axes, attributes)
     if not encoding.is_affine:
         return

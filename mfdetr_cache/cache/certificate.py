@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
+from typing import Any
 
 from mfdetr_cache.cache.document import read_document
 from mfdetr_cache.cache.manifest import CERTIFICATES_KEY
@@ -52,9 +54,10 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
             continue
         try:
             fields = read_document(storage, key)
+            read: dict[Any, Callable[[str], Any]]
             read = {str: fields.text, int: fields.integer, float: fields.number}
-            values = {f.name: read[f.type](f.name) for f in dataclasses.fields(Certificate)}  # type: ignore[index]
-            certificates.append(Certificate(**values))  # type: ignore[arg-type]
+            values = {f.name: read[f.type](f.name) for f in dataclasses.fields(Certificate)}
+            certificates.append(Certificate(**values))
         except CacheError as error:
             where = f"{storage.name}/{key}"
             raise CacheError(f"{where} is damaged; remove it and certify again") from error

@@ -165,7 +165,7 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
         faults.notice(draft.where, "bbox does not fit the mask (IoU below 0.5), kept as it is")
     if len(draft.run_lengths) and draft.mask_box is None:
         faults.notice(draft.where, "no pixel in the mask, nothing to learn from")
-    area = _number(draft.raw.get("area"))
+    area = finite_number(draft.raw.get("area"))
     pixels = int(draft.run_lengths[1::2].sum(dtype=np.int64))
     if area is None or area < 0 or (area == 0 and pixels):
         source = "mask" if len(draft.run_lengths) else "box"
@@ -212,14 +212,15 @@ def four_numbers(value: object) -> Box | None:
             return None
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
-    numbers = [_number(v) for v in value]
+    numbers = [finite_number(v) for v in value]
     if any(n is None for n in numbers):
         return None
     x, y, w, h = (float(n or 0) for n in numbers)
     return x, y, w, h
 
 
-def _number(value: object) -> float | None:
+def finite_number(value: object) -> float | None:
+    """A number, also one as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

@@ -1,6 +1,5 @@
 """COCO results files of any tool, checked against the annotation file they speak of."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import four_numbers
+from mfdetr_cache.coco.objects import finite_number, four_numbers
 from mfdetr_cache.coco.segmentation import read_segmentation
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
@@ -115,7 +114,7 @@ def _draft(
         faults.refuse(where, f"is {short(result)}")
         return None
     image_id, category_id = (source_id(result.get(k)) for k in ("image_id", "category_id"))
-    score = _score(result.get("score"))
+    score = finite_number(result.get("score"))
     for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
         if value is None:
             kind = "number" if key == "score" else "id"
@@ -164,13 +163,3 @@ def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | 
     if draft.run_lengths is not None:
         result["segmentation"] = compress_run_lengths(draft.run_lengths, draft.entry.size_hw)
     return result
-
-
-def _score(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        score = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return score if math.isfinite(score) else None

@@ -129,7 +129,7 @@ def kept(maxsize: int) -> Callable[[Callable[P, ResultT]], Callable[P, ResultT]]
 
         @functools.wraps(make)
         def remembered(*args: P.args, **kwargs: P.kwargs) -> ResultT:
-            return (keep if is_plain(torch.empty(0)) else make)(*args, **kwargs)
+            return (keep if is_plain(torch.empty(0)) else make)(*args, **kwargs)  # type: ignore[arg-type]
 
         return remembered
 
