@@ -1,8 +1,6 @@
 """Extraction pipeline: decoding, the detector, encoding and writing run concurrently."""
 
 import itertools
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,10 +20,7 @@ from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.errors import (
-    ImageError,
-    StoppedError,
-)
+from mfdetr_cache.errors import ImageError, StoppedError
 from mfdetr_cache.extraction.batches import batches_of_part
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.any_class import any_class
@@ -117,10 +112,9 @@ class Extraction:
         self._detector = detector.to(self._device)
         self._writer = writer
         self._reporter = reporter
-        self._work: queue.Queue[_Item | None]
-        self._work = queue.Queue(maxsize=_PREFETCH)
         self._encoders = ThreadPoolExecutor(num_encoders(self._device), "encode")
-        self._failure: BaseException | None = None
+        self._part: Part | None = None
+        self._has_failed = False
         self.num_extracted = 0
         self.num_bytes = 0
         self.detector_seconds = 0.0
@@ -132,44 +126,33 @@ class Extraction:
         total = self._writer.num_rows
         todo = sum(len(self._writer.rows_of_part(part)) for part in pending)
         self._reporter.start("extract", total, "images", done=total - todo)
-        writing = threading.Thread(target=self._write, name="cache-writer", daemon=True)
-        writing.start()
+        writing = ThreadPoolExecutor(1, "cache-writer")
+        written = read_ahead(
+            lambda item: writing.submit(self._write, item).result,
+            self._in_order(pending),
+            _PREFETCH,
+        )
         try:
-            for item in self._in_order(pending):
-                self._put(item)
-            self._put(None)
+            for _ in written:
+                pass
+            writing.submit(self._seal).result()
         except KeyboardInterrupt:
+            writing.shutdown(cancel_futures=True)
             kept = total - todo + self._num_sealed
-            self._failure = StoppedError(
+            raise StoppedError(
                 f"stopped: {kept} of {total} images are kept in sealed parts, the same command "
                 "goes on from there"
-            )
-            raise self._failure from None
-        except BaseException:
-            # What is queued belongs to a part that cannot be finished; let the thread go.
-            self._failure = self._failure or RuntimeError("extraction stopped")
-            raise
+            ) from None
         finally:
-            writing.join()
+            # What is queued belongs to a part that cannot be finished.
+            writing.shutdown(cancel_futures=True)
             self._encoders.shutdown(cancel_futures=True)
             self._reporter.finish()
-        if self._failure is not None:
-            raise self._failure
 
     def tell_oddities(self) -> None:
         """Warn of image files that can be read and perhaps are not what they seem."""
         for what, count in self._oddities.items():
             self._reporter.warn(f"{count} {what}")
-
-    def _put(self, item: _Item | None) -> None:
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            try:
-                self._work.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return
 
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._source.split.images[row]
@@ -272,29 +255,28 @@ class Extraction:
         self.detector_seconds += time.perf_counter() - started
         return crops
 
-    def _write(self) -> None:
-        """The writer thread: one part after the other, sealed when its last row is in."""
-        open_part: Part | None = None
+    def _write(self, item: _Item) -> None:
+        """In the writer's thread: one part after the other, sealed when its last row is in."""
+        if self._has_failed:
+            return
         try:
-            while self._failure is None:
-                try:
-                    item = self._work.get(timeout=0.2)
-                except queue.Empty:
-                    continue
-                if item is None or item.part != open_part:
-                    if open_part is not None:
-                        self._writer.seal_part()
-                        self._num_sealed += len(self._writer.rows_of_part(open_part))
-                    if item is None:
-                        return
-                    open_part = item.part
-                    self._writer.begin_part(open_part)
-                if item.encoded is None:
-                    self._writer.skip(item.row, item.problem)
-                    self._reporter.advance()
-                else:
-                    added = self._writer.add(item.row, item.encoded.result())
-                    self.num_bytes += added
-                    self._reporter.advance(num_bytes=added)
-        except BaseException as error:
-            self._failure = error
+            if item.part != self._part:
+                self._seal()
+                self._part = item.part
+                self._writer.begin_part(item.part)
+            added = 0
+            if item.encoded is None:
+                self._writer.skip(item.row, item.problem)
+            else:
+                added = self._writer.add(item.row, item.encoded.result())
+            self.num_bytes += added
+            self._reporter.advance(num_bytes=added)
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def _seal(self) -> None:
+        if self._part is not None:
+            self._writer.seal_part()
+            self._num_sealed += len(self._writer.rows_of_part(self._part))
+            self._part = None
