@@ -33,7 +33,8 @@ def evaluate(config: EvaluateConfig, json: Path | None) -> None:
     metrics = summary.metrics()
     paths = {"cache": str(config.cache), "head": str(config.head)}
     write_json(json, {**asdict(summary), **metrics, **paths})
-    _show(f"{config.cache}, in percent", metrics, summary.details, config)
+    what = f"{config.head} ({config.which} weights, score: {summary.scoring}) on {config.cache}"
+    _show(f"{what}, in percent", metrics, summary.details, config)
     if summary.oracles:
         rows = {f"+ {ORACLES[name]}": m.to_dict() for name, m in summary.oracles.items()}
         rows = {"as it is": summary.mask.to_dict(), **rows}

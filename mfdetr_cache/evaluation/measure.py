@@ -78,6 +78,7 @@ class EvaluateSummary:
         seconds: Total time.
         latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
             ``detector`` where it was timed.
+        scoring: The rule of the final scores; never ``auto``.
         parameters: Of the head.
         macs: Multiply-adds of the head for 100 boxes of an image of COCO's mean size, 800 x 1124.
         oracles: Mask AP of the head with one thing perfect, by oracle; empty if not requested.
@@ -92,6 +93,7 @@ class EvaluateSummary:
     details: dict[str, Any]
     seconds: float
     latency: dict[str, Latency]
+    scoring: Scoring
     parameters: int
     macs: int
     oracles: dict[Oracle, CocoMetrics]
@@ -174,6 +176,9 @@ def measure(
     details: dict[str, Any] = {"mask": mask.details(), "box": box.details()}
     if "confusion" in extras:
         details["confusion"] = [asdict(c) for c in confusions(truth, masks)]
+    used = scoring
+    if scoring == "auto":
+        used = "iou" if head.config.mask_scoring else "mean"
     cost = head_cost(head.config, cache.spec)
     summary = EvaluateSummary(
         num_images=len(cache),
@@ -188,6 +193,7 @@ def measure(
             "head": Latency.of(head_seconds),
             "post_processing": Latency.of([s.seconds for s in scored]),
         },
+        scoring=used,
         parameters=cost.parameters,
         macs=cost.macs,
         oracles={

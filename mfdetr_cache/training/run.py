@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -274,7 +274,7 @@ def begin_run(
     *,
     track: Sequence[Tracker],
     validation: Validation | None,
-    resume: bool,
+    resume: bool | Literal["longer"],
     same: Sequence[str] = SAME_FIELDS,
 ) -> Run:
     """Create the folder of a run, or resume the run in it; see :func:`prepare_folder`.
@@ -287,4 +287,4 @@ def begin_run(
     log = RunLog(folder, track if processes.is_first else (), record.train)
     # Until the end a detector that is tuned is in the checkpoint alone, and its head fits no other.
     midway = record.joint is None or record.joint["tune"] == "nothing"
-    return Run(learner, folder, log, validation, resume=resume, midway=midway)
+    return Run(learner, folder, log, validation, resume=bool(resume), midway=midway)

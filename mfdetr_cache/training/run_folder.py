@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -116,19 +116,22 @@ def prepare_folder(
     head: HeadConfig,
     run: RunRecord,
     *,
-    resume: bool,
+    resume: bool | Literal["longer"],
     same: Sequence[str] = SAME_FIELDS,
 ) -> None:
     """Create a run folder, or with ``resume`` check that it holds the same run.
 
     ``same`` are the entries of ``config.json`` that must be unchanged; a run that failed may go on
-    with another learning rate. HeadError if the folder is in use, holds no run, or a different one.
+    with another learning rate, and with ``longer`` one with more steps. HeadError if the folder is
+    in use, holds no run, or a different one.
     """
     if resume:
         before = _run_to_resume(out, run)
         now = {"head": to_dict(head), **run.to_dict()}
         kinds = {"head": HeadConfig, "train": TrainConfig}
-        free: tuple[str, ...] = FREE_FIELDS
+        earlier_train = before["train"]
+        is_longer = resume == "longer" and run.train["steps"] > earlier_train["steps"]
+        free = (*FREE_FIELDS, *(("steps",) if is_longer else ()))
         if any((out / name).is_file() for name in (FAILED_FILE, BEFORE_FILE)):
             free += RESCUE_FIELDS
         for name in same:
@@ -145,10 +148,10 @@ def prepare_folder(
                     f"cannot resume {out}: {where} was {theirs!r} and is {ours!r} now; "
                     "give the same settings, or another --out"
                 )
-        earlier = before["train"]
-        if {k: earlier.get(k) for k in RESCUE_FIELDS} != {k: run.train[k] for k in RESCUE_FIELDS}:
+        noted = (*RESCUE_FIELDS, "steps")
+        if {k: earlier_train.get(k) for k in noted} != {k: run.train[k] for k in noted}:
             changed = replace(
-                run, run=before.get("run", ""), before=[*before.get("before", ()), earlier]
+                run, run=before.get("run", ""), before=[*before.get("before", ()), earlier_train]
             )
             save_run_config(out, head, changed)
         return

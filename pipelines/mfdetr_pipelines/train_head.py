@@ -9,7 +9,7 @@ from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.ops.devices import keep_no_kernels
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.config import Length, TrainConfig
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import new_head, with_weights_of
 from mfdetr_cache.training.input.loader import CacheSource
@@ -112,7 +112,7 @@ def run_train_head(
             processes,
             track=config.track,
             validation=validation,
-            resume=config.resume,
+            resume="longer" if config.resume and config.length != Length() else config.resume,
         )
         parameters = sum(p.numel() for p in learner.head.parameters())
         order = source.order

@@ -22,7 +22,7 @@ from mfdetr_cache.head.folder import HeadFolder, RunRecord, load_head, save_run_
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.config import TrainConfig
+from mfdetr_cache.training.config import Length, TrainConfig
 from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import with_weights_of
@@ -123,7 +123,7 @@ def run_train_joint(
             processes,
             track=config.track,
             validation=_validation(config, detector, device),
-            resume=config.resume,
+            resume="longer" if config.resume and config.length != Length() else config.resume,
             same=("head", "train", "joint", "initial"),
         )
         reporter.say(

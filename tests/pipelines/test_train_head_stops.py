@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,22 @@ def test_a_run_folder_has_one_writer(tmp_path: Path, drawn_cache: Path) -> None:
     with pytest.raises(HeadError, match="is not empty; nothing was touched"):
         train(drawn_cache, photos)
     assert [p.name for p in photos.iterdir()] == ["cat.jpg"]
+
+
+def test_a_run_becomes_longer(tmp_path: Path, drawn_cache: Path) -> None:
+    out, recipe = tmp_path / "run", small_recipe(schedule="step", drops="0.99")
+    train(drawn_cache, out, recipe, max_steps=3)
+    # Only if that was asked for: a recipe's own length must not lengthen a run.
+    for steps in ({}, {"max_steps": 2}):
+        with pytest.raises(HeadError, match=r"cannot resume .*: train\.steps was 3 and is"):
+            train(drawn_cache, out, recipe, resume=True, **steps)
+    assert train(drawn_cache, out, recipe, resume=True, max_steps=5).steps == 5
+    assert json.loads((out / "config.json").read_text())["before"][0]["steps"] == 3
+    # Where the rate does not hang on the length, it is the run that was longer from its beginning.
+    train(drawn_cache, tmp_path / "whole", recipe, max_steps=5)
+    whole = weights_of(tmp_path / "whole")
+    assert all(torch.equal(w, whole[k]) for k, w in weights_of(out).items())
+    assert load_head(out).unfinished == ""
 
 
 def test_folders_in_use_are_not_touched(tmp_path: Path, drawn_cache: Path) -> None:

@@ -81,7 +81,8 @@ class TrainingRun(OnDevice):
         from_head: Start from the weights of this trained head, which has the same settings.
         track: Where numbers go beside metrics.jsonl: tensorboard, wandb, mlflow, several with
             commas, or none.
-        resume: Go on with the run in --out.
+        resume: Go on with the run in --out; it becomes longer with a larger --max-steps or
+            --epochs.
     """
 
     batch_size: Annotated[
