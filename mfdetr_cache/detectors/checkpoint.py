@@ -6,6 +6,8 @@ import contextlib
 import json
 import pickle
 import re
+import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ _SETTING_KEYS = ("args", "model_config", "hyper_parameters", "train_config", "co
 _UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
 _FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
 _HUB_FILE = "model.safetensors"
+_BLOCK = 2**20
 _NAME_KEYS = ("class_names", "classes", "names", "categories")
 # Nothing of these modules is configuration: a file that names them wants to do something.
 _REFUSED_MODULES = {
@@ -141,6 +144,8 @@ def is_authors_folder(path: Path) -> bool:
 def _load_pickle(path: Path) -> object:
     try:
         zipped = _is_zip(path)
+        if zipped:
+            _require_whole(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if zipped else []
         inert = {name: _inert(path, name) for name in names}
         while True:
@@ -160,6 +165,23 @@ def _load_pickle(path: Path) -> object:
                     raise DetectorError(f"{path} cannot be read as a checkpoint") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as error:
         raise DetectorError(f"{path} is damaged or no PyTorch checkpoint") from error
+
+
+def _require_whole(path: Path) -> None:
+    """Compare what is in a zip with its checksums, which torch writes and does not look at."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            for entry in packed.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise DetectorError(
+                        f"{path} was packed again with compression; load it with torch and save it"
+                    )
+                # torch can be told to write none.
+                with packed.open(entry) as file:
+                    while entry.CRC and file.read(_BLOCK):
+                        pass
+    except (zipfile.BadZipFile, struct.error, UnicodeError, OverflowError) as error:
+        raise DetectorError(f"{path} is damaged: its content is not what was saved") from error
 
 
 def _met(pattern: str, error: pickle.UnpicklingError) -> str:

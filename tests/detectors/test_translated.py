@@ -3,6 +3,7 @@
 import argparse
 import json
 import textwrap
+import zipfile
 from collections import defaultdict, deque
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mfdetr_cache.detectors.checkpoint import Checkpoint
+from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
 from mfdetr_cache.detectors.conformance import DetectorConformance
 from mfdetr_cache.detectors.huggingface.loading import quiet
 from mfdetr_cache.detectors.labels import COCO_NAMES, names_of_checkpoint
@@ -135,6 +136,28 @@ def test_settings_in_files_of_old_torch(tmp_path: Path) -> None:
 
 def _spoilt(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.zeros_like(v) for k, v in weights.items()}
+
+
+def test_a_damaged_download_is_noticed(tmp_path: Path) -> None:
+    """One bit of a weight; without checksums, as torch can be told, a file is read as it is."""
+    path = tmp_path / "weights.pth"
+    weights = {"a": torch.arange(1000.0), "b": torch.ones(3)}
+    torch.save(weights, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(weights["a"].numpy().tobytes()) + 2001] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DetectorError, match=r"weights\.pth is damaged: its content is not what"):
+        read_checkpoint(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("weights/data.pkl", b"")
+    with pytest.raises(DetectorError, match="was packed again with compression"):
+        read_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(path).tensors["a"], weights["a"])
 
 
 def test_safetensors_and_half_precision(tmp_path: Path) -> None:
