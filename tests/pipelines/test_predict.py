@@ -1,10 +1,12 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from mfdetr_pipelines import predict
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
@@ -16,7 +18,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError
+from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError, OutputError
+from mfdetr_cache.evaluation.segmentation import TimedSegmentation
+from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors
 from tests.support.training import small_recipe
@@ -77,6 +81,38 @@ def test_an_unreadable_image_does_not_stop_the_others(
         run_predict(only_bad, reporter)
 
 
+def test_what_was_found_before_the_disk_was_full_is_kept(
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    head: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = sorted((scenes_folder / "images").glob("*.png"))[:3]
+    before = predict._draw_into
+
+    def draw(picture: Path, file: Path, found: TimedSegmentation) -> Any:
+        if file == files[1]:
+            raise OutputError("the disk is full")
+        return before(picture, file, found)
+
+    monkeypatch.setattr(predict, "_draw_into", draw)
+    config = PredictConfig(tuple(map(str, files)), str(rtdetr_folder), head, tmp_path / "out")
+    with pytest.raises(OutputError, match="the disk is full"):
+        run_predict(config, SilentReporter())
+    results = tmp_path / "out" / "predictions.json"
+    assert {r["file_name"] for r in json.loads(results.read_text())} == {str(files[0])}
+    assert not list((tmp_path / "out").glob(".*"))
+    # A later stop does not put less in its place.
+    monkeypatch.setattr(predict, "_draw_into", before)
+    run_predict(config, SilentReporter())
+    whole = results.read_bytes()
+    monkeypatch.setattr(predict, "_draw_into", draw)
+    with pytest.raises(OutputError):
+        run_predict(config, SilentReporter())
+    assert results.read_bytes() == whole
+
+
 def test_files_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.png", "b/notes.txt", "a.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -88,6 +124,9 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
         find_images([str(tmp_path / "*.gif")], tmp_path)
     files = [Path("x/1.png"), Path("y/1.jpg"), Path("2.png")]
     assert [p.name for p in picture_paths(files, tmp_path)] == ["1.png", "1-2.png", "2.png"]
+    long = [Path(folder, "\u00e9" * 125 + ".jpg") for folder in "xy"]
+    for path in picture_paths(long, tmp_path):
+        write_atomically(path, b"")  # by way of a longer name
 
 
 def test_pictures_beside_their_photos_are_no_photos(
