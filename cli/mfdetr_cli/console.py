@@ -167,7 +167,7 @@ def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[st
 
 _METRIC_NAMES = {
     "mask": "mask",
-    "box": "box (detector)",
+    "box": "box",
     "floor": "floor: box as mask",
     "ceiling": "ceiling: annotated mask in box",
     "boundary": "mask, boundary AP",

@@ -1,6 +1,6 @@
 """Masks for the detections of an image, from its cached maps and a trained head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,9 @@ def _predict(
     detected = detections.query_index.unique().to(device)
     # In double precision, as the final scores are compared.
     kept = detections.subset(detections.class_scores.double() >= threshold)
-    regions, position = kept.query_index.unique(return_inverse=True)
+    # Through stages of refinement queries look at one another: all take part.
+    asked = detections if head.config.mask_predictor == "refined" else kept
+    regions = asked.query_index.unique()
     corners = cxcywh_to_xyxy(boxes_cxcywh_norm)[regions]
     context = None
     if len(regions) < len(detected):
@@ -113,6 +115,15 @@ def _predict(
     )
     output = head(batch)
     probs = output.mask_logits.float().sigmoid().cpu()
+    of_kept, position = kept.query_index.unique(return_inverse=True)
+    if output.stages:
+        # These boxes are the head's own.
+        height, width = geometry.resized_hw
+        shown = torch.searchsorted(regions, of_kept)
+        refined = output.stages[-1].boxes_xyxy.float().cpu()[shown]
+        corners = refined / refined.new_tensor([width, height, width, height])
+        in_image = scale_boxes(corners, geometry.original_hw)[position]
+        kept, probs = replace(kept, boxes_xyxy=in_image), probs[shown]
     if scoring == "auto":
         scoring = "mean" if output.mask_iou is None else "iou"
     confidences = kept.class_scores

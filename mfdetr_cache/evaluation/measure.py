@@ -69,7 +69,7 @@ class EvaluateSummary:
     Attributes:
         num_images: Images measured on.
         mask: Mask AP of the head.
-        box: Box AP of the detector.
+        box: Box AP of the detector, or of the boxes that the head has moved.
         floor: Mask AP of the box as mask; None if not requested.
         ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not requested.
         boundary: Boundary AP of the head; None if not requested.

@@ -11,7 +11,8 @@
 | 12 | mask scoring | `mask_scoring.py` |
 | 13 | final score | `evaluation/scoring.py` |
 
-`config.py` is what can be chosen, `build.py` what follows from it. `whole_image.py` is
-the form without RoIAlign. `sampled_cells.py` computes the
-same in training with less work, from packed tokens (`packing.py`) and crops (`c1_crops.py`).
+`config.py` is what can be chosen, `build.py` what follows from it. `whole_image.py` is the form
+without RoIAlign, `refining_head.py` the one that moves boxes, in the stages of `refinement.py`.
+`sampled_cells.py` computes the same in training with less work, from packed tokens (`packing.py`)
+and crops (`c1_crops.py`).
 """

@@ -152,6 +152,19 @@ class RegionsByGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class RefinedRegions:
+    """Regions after a stage of refinement.
+
+    Attributes:
+        boxes_xyxy: In network input pixels, shape (R, 4).
+        codes: Mask codes, shape (R, K).
+    """
+
+    boxes_xyxy: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class HeadOutput:
     """Predictions for R regions.
 
@@ -162,6 +175,8 @@ class HeadOutput:
             mask scoring.
         codes: Mask codes the logits were decoded from, shape (R, K'); None for other predictors.
         coarse_logits: Before they were refined on a finer grid, shape (R, r, r); None without one.
+        stages: Boxes and codes after each stage of refinement, the last of which ``mask_logits``
+            lie over; empty for heads that leave the boxes where they are.
         refine: Logits (R, N) at points (R, N, 2), x and y in [0, 1] over each box, where they are
             predicted one by one. In training only; ``mask_logits`` are then the coarse mask's.
     """
@@ -170,6 +185,7 @@ class HeadOutput:
     mask_iou: Tensor | None
     codes: Tensor | None = None
     coarse_logits: Tensor | None = None
+    stages: tuple["RefinedRegions", ...] = ()
     refine: Callable[[Tensor], Tensor] | None = None
 
 

@@ -12,7 +12,7 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.fine_mask import FineMask
 from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections, Projection
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder, SingleLevelImageEncoder
-from mfdetr_cache.head.mask_embedding import EmbeddingPredictor
+from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, build_codec
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.mask_predictor import (
     DotProductPredictor,
@@ -24,6 +24,8 @@ from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.position import DINO_SINE, SineEncoding
 from mfdetr_cache.head.query_encoder import QueryEncoder
+from mfdetr_cache.head.refinement import Refinement
+from mfdetr_cache.head.refining_head import RefiningHead
 from mfdetr_cache.head.sampled_cells import SampledCellsHead
 from mfdetr_cache.head.whole_image import WholeImageHead
 from mfdetr_cache.ops.roi_align import RoIAlign
@@ -66,8 +68,7 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
     if config.mask_scoring:
         scoring = MaskScoring(config.hidden_dim, config.roi_size, spec.num_labels)
     fine_mask = _fine_mask(config) if config.fine_size else None
-    kind = SampledCellsHead if config.roialign else WholeImageHead
-    return kind(
+    return _head_class(config)(
         config,
         levels,
         c1,
@@ -83,6 +84,12 @@ def build_head(config: HeadConfig, spec: DetectorSpec) -> MaskHead:
         scoring=scoring,
         fine=fine_mask,
     )
+
+
+def _head_class(config: HeadConfig) -> type[MaskHead]:
+    if not config.roialign:
+        return WholeImageHead
+    return RefiningHead if config.mask_predictor == "refined" else SampledCellsHead
 
 
 def _choose_levels(config: HeadConfig, spec: DetectorSpec) -> tuple[MapSpec, ...]:
@@ -173,8 +180,13 @@ def _blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:
 def _predictor(config: HeadConfig) -> nn.Module:
     if config.mask_predictor == "segmenter":
         return SegmenterPredictor(config.hidden_dim)
+    if config.mask_predictor == "refined":
+        codec = build_codec(config.mask_codec, config.mask_embedding_dim)
+        width = config.mask_embedding_dim
+        return Refinement(config.hidden_dim, width, config.refinement_stages, codec)
     if config.mask_predictor == "embedding":
-        return EmbeddingPredictor(config.hidden_dim, config.mask_embedding_dim)
+        codec = build_codec(config.mask_codec, config.mask_embedding_dim)
+        return EmbeddingPredictor(config.hidden_dim, config.mask_embedding_dim, codec)
     if config.mask_predictor == "fcn":
         return FcnPredictor(config.hidden_dim)
     if config.mask_predictor == "dynamic":

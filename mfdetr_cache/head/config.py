@@ -35,8 +35,12 @@ class HeadConfig:
         mask_predictor: Dot product (Eq. 4), the segmenter head (Table 12), or a baseline: ``fcn``,
             Mask R-CNN's convolutions, which do not see the query; ``dynamic``, the same after two
             convolutions whose weights the query makes, as in QueryInst; or ``embedding``, a short
-            code of the mask as in ISTR, decoded with a basis learned from the annotated masks.
+            code of the mask as in ISTR, decoded with a basis learned from the annotated masks; or
+            ``refined``, ISTR's stages, which refine the box too.
         mask_embedding_dim: Length of that code.
+        mask_codec: What encodes masks: principal components of the annotated ones, a cosine
+            transform, or a small autoencoder that has learned from them.
+        refinement_stages: Stages T of ``refined``.
         mask_scoring: Predict each mask's IoU (Eq. 12-13, Table 6).
         fine_size: Cells of a finer grid on which the mask is corrected, a multiple of ``roi_size``;
             0 for none. RoIAlign then cuts this grid, and its means are the cells of ``roi_size``.
@@ -63,8 +67,10 @@ class HeadConfig:
     query_ffn: bool = True
     query_o2o: bool = False
     query_b2o: bool = True
-    mask_predictor: Literal["dot", "segmenter", "fcn", "dynamic", "embedding"] = "dot"
+    mask_predictor: Literal["dot", "segmenter", "fcn", "dynamic", "embedding", "refined"] = "dot"
     mask_embedding_dim: int = 64
+    mask_codec: Literal["pca", "dct", "learned"] = "pca"
+    refinement_stages: int = 6
     mask_scoring: bool = True
     fine_size: int = 0
     fine_block: Literal["convolution", "points"] = "convolution"
@@ -93,6 +99,14 @@ class HeadConfig:
             raise ValueError("mask_embedding_dim must be 1 to 784, the cells of a 28 x 28 mask")
         if not self.roialign and self.mask_predictor != "dot":
             raise ValueError("roialign=false compares with mask_predictor=dot only")
+        own = (self.box_layers, self.query_ffn, self.query_o2o, self.query_b2o, self.mask_scoring)
+        if self.mask_predictor == "refined" and any(own):
+            raise ValueError(
+                "mask_predictor=refined has no place for box_layers, query_ffn, query_o2o, "
+                "query_b2o or mask_scoring; switch them off"
+            )
+        if not 1 <= self.refinement_stages <= 12:
+            raise ValueError("refinement_stages must be 1 to 12")
         if self.roi_sampling_ratio < 0:
             raise ValueError("roi_sampling_ratio must be 0 (adaptive) or more")
         self._check_fine_grid()
@@ -105,5 +119,7 @@ class HeadConfig:
             )
         if min(self.fine_dim, self.fine_points) < 1 or not 0 <= self.fine_layers <= 8:
             raise ValueError("fine_dim and fine_points must be 1 or more, fine_layers 0 to 8")
-        if self.fine_size and (not self.roialign or self.mask_predictor == "embedding"):
-            raise ValueError("fine_size needs roialign and another mask_predictor than embedding")
+        if self.fine_size and (
+            not self.roialign or self.mask_predictor in ("embedding", "refined")
+        ):
+            raise ValueError("fine_size needs roialign, and a mask_predictor that is no code")

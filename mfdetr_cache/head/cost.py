@@ -29,6 +29,7 @@ from mfdetr_cache.head.image_encoder import DeformableImageEncoder
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.head.point_mask import PointMask
 from mfdetr_cache.head.query_encoder import BoxToObject
+from mfdetr_cache.head.refinement import Refinement
 from mfdetr_cache.head.whole_image import WholeImageHead
 from mfdetr_cache.types import DetectorSpec, MapSpec
 
@@ -94,7 +95,7 @@ def head_cost(
     """Count the cost of a head on meta tensors, without computing anything."""
     with torch.device("meta"):
         head = build_head(config, spec).eval()
-        parameters = sum(p.numel() for p in head.parameters())
+        parameters = sum(p.numel() for p in head.parameters() if p.requires_grad)
         executed = _count(head, spec, input_hw)
         for module in head.modules():
             if isinstance(module, DeformableImageEncoder):
@@ -119,11 +120,21 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
         fused = head.fuse(group)
         if isinstance(head, WholeImageHead):
             head.decode_image(fused, queries)
+        elif isinstance(head.predictor, Refinement):
+            _refine(head, head.predictor, fused, queries)
         else:
             regions = head.align(fused, torch.empty(BOXES, 5))
             head.decode(regions, queries, torch.zeros(BOXES, dtype=torch.long))
     # The counter speaks of flops, two for a multiply-add.
     return counter.get_total_flops() // 2 + extra[0]
+
+
+def _refine(head: MaskHead, refinement: Refinement, fused: Tensor, queries: Tensor) -> None:
+    """The stages of ISTR, without their boxes, which are not known without weights."""
+    queries, image = head.map_query(queries), torch.zeros(BOXES, dtype=torch.long)
+    for stage in refinement:
+        queries, _, codes = stage(queries, head.align(fused, torch.empty(BOXES, 5)), image)
+    refinement.codec.decode(codes)
 
 
 def _upsampling(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:  # noqa: ANN401

@@ -4,6 +4,8 @@ A basis of 28 x 28 masks is learned once from the ground truth; a mask is its me
 sum of the basis, and the code is the weights.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,8 @@ SIDE = 28
 _POOLED = 8
 # A decoded mask lies around [0, 1]; this makes logits of +-6, near the sigmoid's limits.
 _LOGIT_SCALE = 12.0
+# Of the autoencoder.
+_LEARNING_STEPS, _LEARNING_BATCH = 1000, 128
 
 
 def _cosines(width: int) -> Tensor:
@@ -25,8 +29,8 @@ def _cosines(width: int) -> Tensor:
     return torch.einsum("uy,vx->uvyx", waves, waves).flatten(2).flatten(0, 1)[order].float()
 
 
-class MaskCodec(nn.Module):
-    """Principal components of masks, as buffers: they are part of a head's state dict.
+class LinearCodec(nn.Module):
+    """Principal components of masks, as buffers.
 
     Until it is fitted, the basis holds the lowest frequencies of a cosine transform.
     """
@@ -70,16 +74,98 @@ class MaskCodec(nn.Module):
         return (_LOGIT_SCALE * (masks - 0.5)).view(-1, SIDE, SIDE)
 
 
-class EmbeddingPredictor(nn.Module):
-    """A mask code from the query and its region, by a dynamic convolution as in Sparse R-CNN."""
+class CosineCodec(LinearCodec):
+    """The lowest frequencies of a cosine transform, whatever the masks are."""
 
-    def __init__(self, width: int, code_width: int) -> None:
+    def fit(self, masks: Tensor) -> float:
+        """The share that the basis keeps; there is nothing to learn."""
+        flat = masks.flatten(1)
+        decoded = self.mean + self.encode(masks) @ self.basis
+        total = (flat - flat.mean(0)).square().sum().clamp(min=1e-12)
+        return float(1 - (decoded - flat).square().sum() / total)
+
+
+class LearnedCodec(nn.Module):
+    """A small autoencoder, which the head's own training leaves as it is."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.codec = MaskCodec(code_width)
+        cells = SIDE * SIDE
+        self.encoder = nn.Sequential(nn.Linear(cells, 256), nn.ELU(), nn.Linear(256, width))
+        self.decoder = nn.Sequential(nn.Linear(width, 256), nn.ELU(), nn.Linear(256, cells))
+        self.requires_grad_(requires_grad=False)
+
+    @torch.enable_grad()
+    def fit(self, masks: Tensor) -> float:
+        """Learn to restore masks by cross entropy, in the terms of :class:`LinearCodec`."""
+        self.requires_grad_()
+        optimiser = torch.optim.Adam(self.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(_LEARNING_STEPS):
+            some = masks[torch.randint(len(masks), (_LEARNING_BATCH,), generator=generator)]
+            logits = self.decode(self.encode(some))
+            optimiser.zero_grad()
+            functional.binary_cross_entropy_with_logits(logits, some).backward()
+            optimiser.step()
+        self.requires_grad_(requires_grad=False)
+        self.zero_grad(set_to_none=True)
+        left = (self.decode(self.encode(masks)).sigmoid() - masks).square().sum()
+        return float(1 - left / (masks - masks.mean(0)).square().sum().clamp(min=1e-12))
+
+    def encode(self, masks: Tensor) -> Tensor:
+        """Codes (R, K) of masks (R, t, t)."""
+        small = functional.adaptive_avg_pool2d(masks[:, None], SIDE).flatten(1)
+        codes: Tensor = self.encoder(small - 0.5)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Mask logits (R, 28, 28) of codes (R, K)."""
+        logits: Tensor = self.decoder(codes)
+        return logits.view(-1, SIDE, SIDE)
+
+
+MaskCodec = LinearCodec | LearnedCodec
+CodecKind = Literal["pca", "dct", "learned"]
+
+
+def build_codec(kind: CodecKind, width: int) -> MaskCodec:
+    """A codec with codes of a length."""
+    kinds: dict[CodecKind, type[MaskCodec]] = {
+        "pca": LinearCodec,
+        "dct": CosineCodec,
+        "learned": LearnedCodec,
+    }
+    return kinds[kind](width)
+
+
+class RegionToQuery(nn.Module):
+    """What a query reads out of its region, by a dynamic convolution as in Sparse R-CNN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
         self.inner = max(width // 4, 8)
         self.kernels = nn.Linear(width, 2 * width * self.inner)
         self.norms = nn.ModuleList(nn.LayerNorm(n) for n in (self.inner, width, width))
         self.join = nn.Linear(_POOLED**2 * width, width)
+
+    def joined(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Shape (R, d), of queries (R, d) and regions (R, r, r, d)."""
+        # Cells pooled to 8 x 8, then two layers whose weights come from the query.
+        step = regions.shape[1] // _POOLED
+        cells = functional.avg_pool2d(regions.permute(0, 3, 1, 2), step).flatten(2).transpose(1, 2)
+        first, second = self.kernels(queries).chunk(2, -1)
+        mixed = cells @ first.unflatten(-1, (-1, self.inner))
+        mixed = functional.relu(self.norms[0](mixed))
+        mixed = functional.relu(self.norms[1](mixed @ second.unflatten(-1, (self.inner, -1))))
+        return functional.relu(self.norms[2](self.join(mixed.flatten(1))))
+
+
+class EmbeddingPredictor(RegionToQuery):
+    """A mask code from the query and its region."""
+
+    def __init__(self, width: int, code_width: int, codec: MaskCodec | None = None) -> None:
+        super().__init__(width)
+        self.codec = codec or LinearCodec(code_width)
         self.code = nn.Sequential(
             nn.Linear(width, 256),
             nn.ReLU(),
@@ -97,13 +183,5 @@ class EmbeddingPredictor(nn.Module):
 
     def codes(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Mask codes (R, K) of queries (R, d) and regions (R, r, r, d)."""
-        # Cells pooled to 8 x 8, then two layers whose weights come from the query.
-        step = regions.shape[1] // _POOLED
-        cells = functional.avg_pool2d(regions.permute(0, 3, 1, 2), step).flatten(2).transpose(1, 2)
-        first, second = self.kernels(queries).chunk(2, -1)
-        mixed = cells @ first.unflatten(-1, (-1, self.inner))
-        mixed = functional.relu(self.norms[0](mixed))
-        mixed = functional.relu(self.norms[1](mixed @ second.unflatten(-1, (self.inner, -1))))
-        joined = functional.relu(self.norms[2](self.join(mixed.flatten(1))))
-        codes: Tensor = self.code(joined)
+        codes: Tensor = self.code(self.joined(queries, regions))
         return codes

@@ -13,6 +13,7 @@ from mfdetr_cache.head.fusion import FeatureFusion, LevelProjections
 from mfdetr_cache.head.mask_embedding import EmbeddingPredictor, MaskCodec
 from mfdetr_cache.head.mask_scoring import MaskScoring
 from mfdetr_cache.head.point_mask import PointMask
+from mfdetr_cache.head.refinement import Refinement
 from mfdetr_cache.ops.roi_align import RoIAlign
 from mfdetr_cache.types import MapSpec
 
@@ -83,7 +84,8 @@ class MaskHead(nn.Module):
     @property
     def codec(self) -> MaskCodec | None:
         """The basis of a mask embedding, to be fitted before training; None without one."""
-        return self.predictor.codec if isinstance(self.predictor, EmbeddingPredictor) else None
+        predictor = self.predictor
+        return predictor.codec if isinstance(predictor, EmbeddingPredictor | Refinement) else None
 
     def forward(self, batch: HeadBatch) -> HeadOutput:
         """Masks of all regions of a batch.

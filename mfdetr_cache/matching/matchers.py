@@ -83,6 +83,16 @@ def match_hungarian(
     return Matches(query_index, object_index, matches)
 
 
+def focal_cost(class_logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Class cost of Deformable DETR's matcher, unweighted, for logits of the objects' labels."""
+    with np.errstate(over="ignore"):
+        probability = 1 / (1 + np.exp(-class_logits.astype(np.float64)))
+    wrong = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -np.log(1 - probability + 1e-8)
+    right = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -np.log(probability + 1e-8)
+    cost: NDArray[np.float32] = (right - wrong).astype(np.float32)
+    return cost
+
+
 def match_by_iou(
     class_logits: Tensor,
     boxes_xyxy_norm: Tensor,

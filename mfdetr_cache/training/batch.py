@@ -12,7 +12,7 @@ from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext, map_groups
 from mfdetr_cache.ops.dequantisation import decode_maps
 from mfdetr_cache.ops.devices import to_device
-from mfdetr_cache.training.regions import RegionSettings, RegionTargets
+from mfdetr_cache.training.regions import RegionSettings, RegionTargets, SetTargets
 from mfdetr_cache.types import CachedImage
 
 
@@ -41,6 +41,8 @@ class TrainBatch:
         labels: Of the objects, shape (R,).
         outside: Area of each object outside its box, over the box's area, shape (R,).
         image_ids: COCO ids, for error messages.
+        objects: With ``match="set"``, those of each image that has some; labels and masks are then
+            of the objects, as in RegionTargets.
     """
 
     inputs: HeadBatch
@@ -48,6 +50,7 @@ class TrainBatch:
     labels: Tensor
     outside: Tensor
     image_ids: tuple[int, ...]
+    objects: tuple[SetTargets, ...] = ()
 
 
 def collate(
@@ -91,6 +94,7 @@ def collate(
         labels=concatenated([targets.labels for targets in regions]),
         outside=concatenated([targets.outside for targets in regions]),
         image_ids=tuple(image.image_id for image in images),
+        objects=tuple(found.objects for found in regions if found.objects is not None),
     )
 
 

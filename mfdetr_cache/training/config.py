@@ -55,6 +55,8 @@ class TrainConfig:
         views: Walk through all views of the cache, or train on ``base`` alone.
         match: ``hungarian`` as the detectors train (one query per object), or ``iou``: every query
             among the best ``iou_candidates`` whose box overlaps an object enough, its best one.
+            ``set`` for heads that move boxes: the best ``iou_candidates`` are all trained, and the
+            loss matches what each stage makes of them, one to one, with a cost of mask codes.
         min_match_iou: Matches whose predicted box overlaps the object less are not trained on.
         iou_candidates: How many queries, by class score, ``iou`` matching looks at.
         max_regions: At most so many regions per image, drawn at random; 0 for no limit.
@@ -70,8 +72,9 @@ class TrainConfig:
         coarse_weight: Weight of these two losses of the coarse mask too, where the head has a finer
             grid.
         scoring_weight: Weight of the mask-IoU regression.
-        embedding_weight: Weight of the cosine distance between predicted and annotated mask codes,
-            where the head predicts codes.
+        embedding_weight: Weight of the distance between predicted and annotated mask codes, where
+            the head predicts codes.
+        embedding_loss: That distance: one minus the cosine, or the mean squared difference.
         amp: Compute the network in bfloat16 or float16 where that is safe; losses, norms and
             sampling positions stay in float32. ``fp16`` needs a GPU.
         accumulate: Compute each step in so many pieces, for less memory; the gradient stays that of
@@ -106,7 +109,7 @@ class TrainConfig:
     clip_norm: float = 0.1
     ema_decay: float = 0.0
     views: Literal["all", "base"] = "all"
-    match: Literal["hungarian", "iou"] = "hungarian"
+    match: Literal["hungarian", "iou", "set"] = "hungarian"
     min_match_iou: float = 0.0
     iou_candidates: int = 100
     max_regions: int = 0
@@ -122,6 +125,7 @@ class TrainConfig:
     coarse_weight: float = 0.0
     scoring_weight: float = 1.0
     embedding_weight: float = 2.0
+    embedding_loss: Literal["cosine", "l2"] = "cosine"
     amp: Literal["off", "bf16", "fp16"] = "off"
     accumulate: int = 1
     compile: bool = False

@@ -19,6 +19,7 @@ from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.losses import LossParts, head_losses
 from mfdetr_cache.training.optimisers import build_optimisers, learning_rate
 from mfdetr_cache.training.regions import RegionSettings
+from mfdetr_cache.training.set_loss import set_losses
 
 # Steps that the reported loss is a mean of.
 _RECENT = 50
@@ -65,6 +66,11 @@ class Learner:
             raise TrainingError(
                 "roialign=false compares queries with one image at a time; pass --set accumulate="
                 f"{train.batch_size}, a micro-batch for each image of a step"
+            )
+        if (head.config.mask_predictor == "refined") != (train.match == "set"):
+            raise TrainingError(
+                "mask_predictor=refined and match=set go together: objects are matched to what its "
+                "stages make of the boxes; pass both or neither"
             )
         self.head = head
         self.train = train
@@ -139,7 +145,7 @@ class Learner:
         image_ids: list[int] = []
         for batch in batches:
             image_ids += batch.image_ids
-            count = len(batch.labels)
+            count = len(batch.inputs.queries)
             if not count:
                 continue
             losses = loss_of_batch(
@@ -241,6 +247,14 @@ def loss_of_batch(
     with autocast(train.amp, batch.masks.device):
         # A compiled module has no truth value of its own.
         output = (head if forward is None else forward)(batch.inputs)
+    if output.stages:
+        assert batch.inputs.counts is not None
+        assert head.codec is not None
+        of_step = None if share is None else share[1]
+        counts = batch.inputs.counts
+        return set_losses(
+            output.stages, counts, batch.objects, batch.masks, head.codec, train, of_step
+        )
     return head_losses(
         output, batch.masks, batch.labels, batch.outside, train, generator, share, head.codec
     )

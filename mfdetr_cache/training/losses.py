@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ def dice_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
     """One minus the dice coefficient, smoothed by 1, of two tensors in [0, 1]: (R, N) to (R,)."""
     overlap = 2 * (probabilities * targets).sum(-1)
     return 1 - (overlap + 1) / (probabilities.sum(-1) + targets.sum(-1) + 1)
+
+
+def code_distance(codes: Tensor, wanted: Tensor, kind: Literal["cosine", "l2"]) -> Tensor:
+    """Distance (R,) of mask codes (R, K): one minus the cosine, or the mean squared difference."""
+    if kind == "l2":
+        return (codes - wanted).square().mean(-1)
+    return 1 - functional.cosine_similarity(codes, wanted, dim=-1)
 
 
 def mask_iou_targets(mask_logits: Tensor, masks: Tensor, outside: Tensor) -> Tensor:
@@ -104,8 +112,8 @@ def head_losses(
         scoring = ((guess - target) ** 2 * scored).sum() / count
     total = total + config.scoring_weight * scoring
     if output.codes is not None and codec is not None:
-        likeness = functional.cosine_similarity(output.codes.float(), codec.encode(masks), dim=-1)
-        total = total + config.embedding_weight * (1 - likeness).sum() / count
+        apart = code_distance(output.codes.float(), codec.encode(masks), config.embedding_loss)
+        total = total + config.embedding_weight * apart.sum() / count
     return LossParts(total, bce.detach(), dice.detach(), scoring.detach())
 
 

@@ -122,6 +122,23 @@ def istr() -> Recipe:
     return Recipe("istr", replace(recipe.head, mask_predictor="embedding"), recipe.train)
 
 
+def istr_stages() -> Recipe:
+    """ISTR whole: six stages that refine box, query and a 60-number code; matched by codes too.
+
+    Weights of the losses are ISTR's. Its classes are the detector's, which are frozen.
+    """
+    recipe = fcn()
+    head = replace(recipe.head, roi_size=8, mask_predictor="refined", mask_embedding_dim=60)
+    train = replace(
+        recipe.train,
+        match="set",
+        dice_weight=2.0,
+        embedding_weight=2.0,
+        embedding_loss="l2",
+    )
+    return Recipe("istr_stages", head, train)
+
+
 def queryinst() -> Recipe:
     """A baseline: QueryInst's dynamic mask head on the same regions, trained as ``fast``."""
     recipe = fcn()
@@ -150,7 +167,19 @@ def demo() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
-    for f in (paper, fast, fcn, pointrend, pointrend_fast, ffn, queryinst, istr, mask2former, demo)
+    for f in (
+        paper,
+        fast,
+        fcn,
+        pointrend,
+        pointrend_fast,
+        ffn,
+        queryinst,
+        istr,
+        istr_stages,
+        mask2former,
+        demo,
+    )
 }
 
 

@@ -8,12 +8,19 @@ import torch
 from numpy.typing import NDArray
 
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.matching.matchers import Matches, match_by_iou, match_one_to_one, with_least_side
-from mfdetr_cache.matching.objects import trainable_objects
+from mfdetr_cache.head.mask_embedding import SIDE as CODED_SIDE
+from mfdetr_cache.matching.matchers import (
+    Matches,
+    focal_cost,
+    match_by_iou,
+    match_one_to_one,
+    with_least_side,
+)
+from mfdetr_cache.matching.objects import object_masks, trainable_objects
 from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
 from mfdetr_cache.ops.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.types import CachedImage
+from mfdetr_cache.types import ABSENT_LOGIT, CachedImage
 
 _WHOLE_IMAGE = np.array([0, 0, 1, 1], dtype=np.float32)
 
@@ -26,7 +33,7 @@ class RegionSettings:
     equal settings share regions and crops.
     """
 
-    match: Literal["hungarian", "iou"]
+    match: Literal["hungarian", "iou", "set"]
     min_match_iou: float
     iou_candidates: int
     max_regions: int
@@ -47,6 +54,21 @@ class RegionSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SetTargets:
+    """The G objects of one image, for R regions that are matched in the loss.
+
+    Attributes:
+        boxes_xyxy_norm: Relative to the resized image, shape (G, 4).
+        class_cost: Focal cost of each region's class scores for each object, shape (R, G).
+        resized_hw: Size of the resized image in network input pixels.
+    """
+
+    boxes_xyxy_norm: NDArray[np.float32]
+    class_cost: NDArray[np.float32]
+    resized_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RegionTargets:
     """The R regions of one image that are trained on.
 
@@ -57,6 +79,8 @@ class RegionTargets:
         masks: Coverage of the object over the box, in [0, 1], shape (R, t, t); without RoIAlign
             over the whole image, in cells of four input pixels, shape (R, h, w).
         outside: Area of the object outside the box, over the box's area, shape (R,).
+        objects: With ``match="set"``, what the loss matches regions to; labels, masks and outside
+            are then of the G objects, and the masks over their own boxes, (G, 28, 28).
     """
 
     query_index: NDArray[np.int64]
@@ -64,6 +88,7 @@ class RegionTargets:
     labels: NDArray[np.int64]
     masks: NDArray[np.float32]
     outside: NDArray[np.float32]
+    objects: SetTargets | None = None
 
     def __len__(self) -> int:
         return len(self.query_index)
@@ -82,12 +107,16 @@ def build_regions(
     # Masks over the whole image have the cells of the finest map that queries are compared with.
     input_height, input_width = image.geometry.input_hw
     grid_hw = (side, side) if config.roialign else (-(-input_height // 4), -(-input_width // 4))
+    if config.match == "set":
+        grid_hw = (CODED_SIDE, CODED_SIDE)
     if not len(objects):
         return _no_regions(grid_hw)
     height, width = image.geometry.original_hw
     scale = np.array([width, height, width, height], dtype=np.float32)
     truth_xyxy = image.ground_truth.boxes_xyxy[objects] / scale
     labels = image.ground_truth.labels[objects]
+    if config.match == "set":
+        return _set_regions(image, truth_xyxy.astype(np.float32), labels, config)
     if config.match == "iou":
         logits = torch.from_numpy(image.class_logits)
         predicted = cxcywh_to_xyxy(torch.from_numpy(image.boxes_cxcywh_norm))
@@ -110,6 +139,35 @@ def build_regions(
     in_pixels = (seen * scale).astype(np.float64)
     masks, outside = rasterise_in_boxes(runs, (height, width), in_pixels, grid_hw)
     return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)
+
+
+def _set_regions(
+    image: CachedImage,
+    truth_xyxy_norm: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    config: RegionSettings,
+) -> RegionTargets:
+    """The best queries of an image and its objects, unmatched."""
+    best = image.class_logits.max(axis=1)
+    chosen = np.argsort(-best, kind="stable")[: config.iou_candidates]
+    chosen = np.sort(chosen[best[chosen] > ABSENT_LOGIT])
+    if not len(chosen):
+        return _no_regions((CODED_SIDE, CODED_SIDE))
+    masks = object_masks(
+        image.ground_truth, image.geometry.original_hw, config.held_out, CODED_SIDE
+    )
+    return RegionTargets(
+        chosen,
+        with_least_side(_corners(image.boxes_cxcywh_norm[chosen])),
+        labels,
+        masks,
+        np.zeros(len(labels), dtype=np.float32),
+        SetTargets(
+            truth_xyxy_norm,
+            focal_cost(image.class_logits[chosen][:, labels]),
+            image.geometry.resized_hw,
+        ),
+    )
 
 
 def _corners(boxes_cxcywh: NDArray[np.float32]) -> NDArray[np.float32]:

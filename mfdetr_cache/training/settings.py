@@ -112,6 +112,8 @@ def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
     layout = cache.layout
     if head.c1 is None or layout.c1 == "full":
         return
+    if head.config.mask_predictor == "refined":
+        cache.require_c1_map("a head that moves boxes")
     if layout.c1 == "none":
         raise ConfigError(f"{cache.path} was extracted with --c1 none: pass --set use_c1=false")
     assert layout.c1_roi is not None

@@ -116,8 +116,8 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     require_free(config.out, "--out", WRITTEN_BY.encode())
     runtime = _packages()
     folder = load_head(config.head)
-    if not folder.head.config.roialign:
-        raise ConfigError("export needs a head with RoIAlign")
+    if not folder.head.config.roialign or folder.head.config.mask_predictor == "refined":
+        raise ConfigError("export needs a head with RoIAlign that leaves the boxes as they are")
     if config.weights is None:
         graph, inputs, names = _head_graph(config, folder)
         outputs = ["mask_logits", "mask_iou"]

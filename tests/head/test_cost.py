@@ -97,6 +97,26 @@ def test_points_are_counted() -> None:
     assert added == 100 * (aligned + resized + sampled + layers)
 
 
+def test_a_stage_of_refinement_is_counted() -> None:
+    """ISTR's, written out: 100 boxes of 8 x 8 cells, d channels, codes of K numbers."""
+    spec, d, k = paper_detector(), 64, 30
+    one = dataclasses.replace(
+        HeadConfig(hidden_dim=d, roi_size=8, box_layers=0, mask_scoring=False, query_ffn=False),
+        query_b2o=False,
+        mask_predictor="refined",
+        mask_embedding_dim=k,
+        refinement_stages=1,
+    )
+    two = dataclasses.replace(one, refinement_stages=2)
+    cells, inner, others = 8 * 8, d // 4, 100
+    aligned = 17 * d * cells
+    attention = 3 * d * d + 2 * others * d
+    region = d * 2 * d * inner + cells * 2 * d * inner + cells * d * d
+    towers = 2 * 3 * d * d + d * 4 + d * k
+    added = head_cost(two, spec).macs - head_cost(one, spec).macs
+    assert added == 100 * (aligned + attention + region + 2 * 8 * d * d + towers)
+
+
 def test_counting_follows_the_size() -> None:
     """Twice the area costs twice the image part and the same box part."""
     spec, config = paper_detector(), HeadConfig()

@@ -97,6 +97,18 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fuse-16": ({"fuse_stride": 16}, {}),
     "fixed-samples": ({"roi_sampling_ratio": 1, **NO_IMAGE}, {}),
     "fine": ({"fine_size": 16, "fine_dim": 8, "fine_layers": 1, **NO_IMAGE}, {}),
+    "refined": (
+        {
+            "mask_predictor": "refined",
+            "mask_embedding_dim": 4,
+            "refinement_stages": 2,
+            "box_layers": 0,
+            "query_ffn": False,
+            "query_b2o": False,
+        }
+        | NO_IMAGE,
+        {},
+    ),
     "points": (
         {"fine_size": 16, "fine_block": "points", "fine_dim": 8, "fine_layers": 1, **NO_IMAGE},
         {},
@@ -164,6 +176,7 @@ def named(output: HeadOutput, suffix: str) -> dict[str, Tensor]:
         "mask_iou": output.mask_iou,
         "codes": output.codes,
         "coarse_logits": output.coarse_logits,
+        "boxes_xyxy": output.stages[-1].boxes_xyxy if output.stages else None,
     }
     return {name + suffix: t for name, t in found.items() if t is not None}
 

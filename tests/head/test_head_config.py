@@ -34,7 +34,7 @@ def test_text_becomes_the_fields_type() -> None:
         ({"hiden_dim": "64"}, "unknown setting 'hiden_dim'; did you mean 'hidden_dim'"),
         ({"hidden_dim": "12"}, "hidden_dim must be a multiple of 8 from 8 to 8192, not 12"),
         ({"hidden_dim": "many"}, "hidden_dim must be of type int, not 'many'"),
-        ({"match": "best"}, "match must be one of hungarian, iou, not 'best'"),
+        ({"match": "best"}, "match must be one of hungarian, iou, set, not 'best'"),
         ({"neck": "maybe"}, "neck must be true or false, not 'maybe'"),
         ({"roi_size": "20"}, "roi_size must be a multiple of 8 from 8 to 512, not 20"),
         ({"lr": "0"}, "lr must be above 0"),

@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy import fft
 from torch.nn import functional
 
-from mfdetr_cache.head.mask_embedding import SIDE, EmbeddingPredictor, MaskCodec
+from mfdetr_cache.head.mask_embedding import (
+    SIDE,
+    EmbeddingPredictor,
+    LinearCodec,
+    build_codec,
+)
 
 
 def blobs(count: int) -> torch.Tensor:
@@ -16,7 +22,7 @@ def blobs(count: int) -> torch.Tensor:
 def test_the_basis_keeps_as_much_as_any_basis_of_its_size_can(width: int) -> None:
     """The error of the best approximation is what numpy's singular values leave (Eckart-Young)."""
     masks = blobs(300)
-    codec = MaskCodec(width)
+    codec = LinearCodec(width)
     kept = codec.fit(masks)
     decoded = codec.decode(codec.encode(masks)) / 12.0 + 0.5
     flat = masks.flatten(1).double().numpy()
@@ -30,7 +36,7 @@ def test_the_basis_keeps_as_much_as_any_basis_of_its_size_can(width: int) -> Non
 
 def test_a_code_as_long_as_the_mask_loses_nothing() -> None:
     masks = blobs(2000)
-    codec = MaskCodec(SIDE * SIDE)
+    codec = LinearCodec(SIDE * SIDE)
     codec.fit(masks)
     restored = codec.decode(codec.encode(masks[:50]))
     torch.testing.assert_close(restored / 12.0 + 0.5, masks[:50], atol=1e-4, rtol=0)
@@ -40,7 +46,7 @@ def test_a_code_as_long_as_the_mask_loses_nothing() -> None:
 
 
 def test_fitting_twice_gives_the_same_basis() -> None:
-    first, second = MaskCodec(30), MaskCodec(30)
+    first, second = LinearCodec(30), LinearCodec(30)
     first.fit(blobs(100))
     second.fit(blobs(100).flip(0))
     torch.testing.assert_close(first.basis, second.basis, atol=1e-5, rtol=0)
@@ -65,3 +71,31 @@ def test_the_predictor_learns_masks_from_queries() -> None:
     agree = ((logits > 0) == (wanted > 0.5)).float().mean()
     assert logits.shape == (12, 16, 16)
     assert agree > 0.9
+
+
+def test_a_cosine_transform_keeps_what_its_frequencies_hold() -> None:
+    """Against scipy's transform: the lowest diagonals of it, the rest set to zero."""
+    masks = blobs(20)
+    codec = build_codec("dct", 15)
+    kept = codec.fit(masks)
+    coefficients = fft.dctn(masks.numpy() - 0.5, axes=(1, 2), norm="ortho")
+    y, x = np.indices((SIDE, SIDE))
+    coefficients[:, y + x > 4] = 0  # 1 + 2 + 3 + 4 + 5 frequencies
+    wanted = fft.idctn(coefficients, axes=(1, 2), norm="ortho") + 0.5
+    decoded = codec.decode(codec.encode(masks)) / 12.0 + 0.5
+    np.testing.assert_allclose(decoded.numpy(), wanted, atol=1e-4)
+    error = ((wanted - masks.numpy()) ** 2).sum() / float((masks - masks.mean(0)).square().sum())
+    assert kept == pytest.approx(1 - error, abs=1e-4)
+
+
+def test_an_autoencoder_learns_masks_and_then_stays() -> None:
+    """As much as principal components of that size keep, or nearly: it has learned to encode."""
+    masks = blobs(300)
+    torch.manual_seed(0)
+    learned, linear = build_codec("learned", 20), build_codec("pca", 20)
+    assert learned.fit(masks) > linear.fit(masks) - 0.1
+    assert not any(p.requires_grad for p in learned.parameters())
+    codes = learned.encode(masks[:2]).requires_grad_()
+    learned.decode(codes).sum().backward()
+    assert codes.grad is not None
+    assert codes.grad.abs().sum() > 0

@@ -307,7 +307,7 @@ def test_heads_that_cannot_be_built_say_why() -> None:
         ({"fine_size": 8}, r"fine_size must be 0, or 2 or more times roi_size \(8\), not 8"),
         ({"fine_size": 20}, "not 20"),
         ({"fine_size": 16, "fine_layers": 9}, "fine_layers 0 to 8"),
-        ({"fine_size": 16, "mask_predictor": "embedding"}, "another mask_predictor than embedding"),
+        ({"fine_size": 16, "mask_predictor": "embedding"}, "a mask_predictor that is no code"),
     ],
 )
 def test_a_finer_grid_that_cannot_be_says_why(changes: dict[str, Any], message: str) -> None:

@@ -164,6 +164,16 @@ def test_settings_that_crops_fix_are_named(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_head_that_moves_boxes_needs_the_whole_map(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = build_recipe("istr_stages", {"hidden_dim": "16", "refinement_stages": "1"})
+    config = TrainHeadConfig(caches["roi"], tmp_path / "run", chosen, length=Length(1))
+    with pytest.raises(CacheError, match="cannot serve a head that moves boxes"):
+        run_train_head(config, SilentReporter())
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_c1_a_head_must_do_without(caches: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--c1 none: pass --set use_c1=false"):
         run_train_head(

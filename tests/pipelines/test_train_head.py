@@ -44,7 +44,17 @@ def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["fcn", "pointrend", "pointrend_fast", "ffn", "queryinst", "istr", "mask2former"]
+    "name",
+    [
+        "fcn",
+        "pointrend",
+        "pointrend_fast",
+        "ffn",
+        "queryinst",
+        "istr",
+        "istr_stages",
+        "mask2former",
+    ],
 )
 def test_other_papers_mask_branches_learn_from_the_same_cache(
     tmp_path: Path, drawn_cache: Path, name: str

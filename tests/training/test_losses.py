@@ -201,6 +201,33 @@ def test_regions_carry_the_mask_inside_the_predicted_box() -> None:
         assert regions.masks[region].mean() == pytest.approx(mask[y0:y1, x0:x1].mean(), abs=0.05)
 
 
+def test_a_set_has_the_best_queries_and_all_objects_unmatched() -> None:
+    image = make_image(make_spec())
+    regions = regions_of(image, match="set", iou_candidates=3)
+    assert regions.objects is not None
+    best = np.argsort(-image.class_logits.max(1), kind="stable")[:3]
+    assert sorted(best) == regions.query_index.tolist()
+    objects = trainable_objects(image.ground_truth)
+    assert regions.objects.class_cost.shape == (3, len(objects))
+    height, width = image.geometry.original_hw
+    scale = [width, height, width, height]
+    boxes = image.ground_truth.boxes_xyxy[objects]
+    np.testing.assert_allclose(regions.objects.boxes_xyxy_norm * scale, boxes, rtol=1e-5)
+    for found, index in zip(regions.masks, objects, strict=True):
+        mask = decode_run_lengths(image.ground_truth.run_lengths[index], (height, width))
+        x0, y0, x1, y1 = image.ground_truth.boxes_xyxy[index].astype(int)
+        assert found.shape == (28, 28)
+        assert found.mean() == pytest.approx(mask[y0:y1, x0:x1].mean(), abs=0.05)
+    # Images without an object have the shapes of the others.
+    assert regions_of(without_objects(image), match="set").masks.shape == (0, 28, 28)
+
+
+def without_objects(image: CachedImage) -> CachedImage:
+    truth = image.ground_truth
+    truth = dataclasses.replace(truth, is_crowd=np.ones_like(truth.is_crowd))
+    return dataclasses.replace(image, ground_truth=truth)
+
+
 def test_jitter_moves_boxes_and_their_targets_together() -> None:
     image = make_image(make_spec())
     still = regions_of(image)

@@ -63,7 +63,7 @@ class LiveImage:
     truth: GroundTruth
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LiveBatch(TrainBatch):
     """A micro-batch with the detector's output for each image, with gradients where it is tuned.
 
@@ -294,6 +294,7 @@ class _LiveStep:
             labels=batch.labels,
             outside=batch.outside,
             image_ids=batch.image_ids,
+            objects=batch.objects,
             outputs=tuple(outputs),
             images=tuple(images),
             num_objects=self._num_objects,
