@@ -46,7 +46,7 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
         raise DatasetError(
             f"--dataset {folder} has no split in a layout that is known: COCO "
             f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml); "
-            "use --images and --annotations"
+            f"use --images and --annotations{_faults(folder)}"
         )
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
@@ -55,8 +55,18 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
         return splits[split]
     if len(names) != 1:
         lacking = "give --split" if split is None else f"has no split {split!r}"
-        raise DatasetError(f"--dataset {folder} {lacking}; it has {', '.join(sorted(splits))}")
+        raise DatasetError(
+            f"--dataset {folder} {lacking}; it has {', '.join(sorted(splits))}{_faults(folder)}"
+        )
     return splits[names[0]]
+
+
+def _faults(folder: Path) -> str:
+    """What is wrong with the YAML files of a folder, behind a message."""
+    from mfdetr_cache.coco.yolo import yolo_fault
+
+    faults = [fault for path in sorted(folder.glob("*.y*ml")) if (fault := yolo_fault(path))]
+    return f"; {faults[0]}" if faults else ""
 
 
 def split_to_measure(folder: Path) -> str | None:

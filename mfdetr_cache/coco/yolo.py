@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -23,17 +23,38 @@ def yolo_splits(path: Path) -> dict[str, Path]:
     None for a YAML file of something else; DatasetError if it is no YAML.
     """
     document = _read(path)
+    if "names" not in document:
+        return {}
     root = document.get("path")
-    root = path.parent / root if isinstance(root, str) else path.parent
-    images_of = {}
-    for split in _SPLITS:
-        value = document.get(split)
-        if isinstance(value, str) and value and "names" in document:
-            # Roboflow writes ../train/images beside the folder that it means.
-            folders = (root / value, path.parent / value, path.parent / value.removeprefix("../"))
-            if folder := next((f for f in folders if f.is_dir()), None):
-                images_of[split] = folder
-    return images_of
+    places = (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
+    images_of = {split: _folder(places, document.get(split)) for split in _SPLITS}
+    return {split: folder for split, folder in images_of.items() if folder is not None}
+
+
+def yolo_fault(path: Path) -> str:
+    """What of the splits of a ``data.yaml`` cannot be read; empty for another YAML file too."""
+    document = _read(path)
+    named = [split for split in _SPLITS if document.get(split)]
+    if "names" not in document:
+        return f"{path} has no names of its classes" if named else ""
+    lacking = [split for split in named if split not in yolo_splits(path)]
+    if lacking:
+        return f"{path}: {lacking[0]} is {short(document[lacking[0]])}, no folder that is there"
+    return "" if named else f"{path} names no folder as train, val or test"
+
+
+def _folder(places: tuple[Path, ...], value: object) -> Path | None:
+    """The folder that a split names, below one of some places."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, str) or not value:
+        return None
+    # Roboflow writes ../train/images beside the folder that it means; others where they had it,
+    # such as /content/my/train/images. One part alone, as images, could be of all splits.
+    parts = [part for part in PurePosixPath(value.replace("\\", "/")).parts if part not in "/.."]
+    ends = ("/".join(parts[i:]) for i in range(len(parts) - 1))
+    names = (value, value.removeprefix("../"), *ends)
+    return next((f for place in places for name in names if (f := place / name).is_dir()), None)
 
 
 def read_yolo(path: Path, images: Path) -> JsonFile:

@@ -152,6 +152,33 @@ def test_no_dataset_is_one_line(tmp_path: Path) -> None:
         load_coco_split(folder / "data.yaml")
 
 
+@pytest.mark.parametrize(
+    "value", ["[train/images]", "/content/ds/train/images", "C:\\Users\\me\\ds\\train\\images"]
+)
+def test_a_yolo_split_is_found_where_it_is(tmp_path: Path, value: str) -> None:
+    folder = write_yolo(tmp_path, f"path: /content\ntrain: {value}\nnames: [dog]\n", {"a": []})
+    assert find_split(folder, "train").images == folder / "train/images"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("train: [a, b]\nnames: [dog]\n", r"data\.yaml: train is \['a', 'b'\], no folder that is"),
+        ("train: train.txt\nnames: [dog]\n", r"data\.yaml: train is 'train.txt', no folder"),
+        ("train: /x/images\nnames: [dog]\n", r"train is '/x/images', no folder that is there"),
+        ("train: train/images\nnc: 3\n", r"data\.yaml has no names of its classes"),
+        ("names: [dog]\n", r"data\.yaml names no folder as train, val or test"),
+        ("other: 1\n", r"use --images and --annotations$"),
+        ("val: train/images\ntrain: no\nnames: [dog]\n", "it has val; .* train is 'no', no folder"),
+    ],
+)
+def test_what_is_wrong_with_a_data_yaml_is_said(tmp_path: Path, yaml: str, said: str) -> None:
+    folder = write_yolo(tmp_path, yaml, {"a": []})
+    (folder / "images").mkdir()
+    with pytest.raises(DatasetError, match=said):
+        find_split(folder, "train")
+
+
 def test_names_of_classes_are_text_and_no_bombs(tmp_path: Path) -> None:
     """A class called "no" stays one, and aliases of aliases are not written out."""
     folder = write_yolo(
