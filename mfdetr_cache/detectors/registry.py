@@ -11,7 +11,7 @@ from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.amp import AmpDetector
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
 from mfdetr_cache.detectors.class_agnostic import ClassAgnosticDetector
-from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES
+from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES, EncoderMaps
 from mfdetr_cache.detectors.huggingface.loading import load_huggingface_detector
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
 from mfdetr_cache.detectors.official.architecture import (
@@ -58,6 +58,11 @@ _PAPER = {
     "dino-focalnet-l": "7, 8, 15, 16",
 }
 _FROM_WEIGHTS = "of the model"
+_ENCODERS: dict[str, EncoderMaps] = {
+    "lw-detr": "projector",
+    "rf-detr": "projector",
+    "grounding-dino": "layers",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +124,9 @@ def list_detectors() -> tuple[DetectorListing, ...]:
             levels=_FROM_WEIGHTS,
             width=_FROM_WEIGHTS,
             queries=_FROM_WEIGHTS,
-            c1="none: a plain ViT" if detector.name in ("lw-detr", "rf-detr") else "backbone",
+            c1="none: a plain ViT" if _ENCODERS.get(detector.name) == "projector" else "backbone",
             paper="",
-            encoder_maps="projector" if detector.name in ("lw-detr", "rf-detr") else "final maps",
+            encoder_maps=ENCODER_MAPS[_ENCODERS.get(detector.name, "outputs")],
             checked=detector.checked,
         )
         for detector in AUTHORS.values()
@@ -219,12 +224,13 @@ def _load(
     if name == "hf":
         folder = _given(weights, name, "a folder or a hub id")
         return load_huggingface_detector(folder, options, categories)
+    if name in AUTHORS:
+        file = _given(weights, name, "a checkpoint file")
+        return load_authors_detector(name, file, options, categories)
     if options.prompt:
         raise DetectorError(f"--prompt: {name} has its own classes; leave it out")
     if name in ARCHITECTURES or name in SCHEMES:
         return load_official_detector(name, None if weights is None else str(weights), options)
-    if name in AUTHORS:
-        return load_authors_detector(name, _given(weights, name, "a checkpoint file"), options)
     if name.startswith(PREFIX):
         return load_torchvision_detector(name, _given(weights, name, "a state dict"), options)
     plugin = _plugins().get(name)

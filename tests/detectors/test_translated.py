@@ -218,6 +218,13 @@ def test_files_that_are_no_detector(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "more.pth")
     with pytest.raises(DetectorError, match=r"unexpected tensors: decoder.more"):
         load_detector("deimv2", str(tmp_path / "more.pth"))
+    other = weights | {"decoder.dec_bbox_head.1.layers.2.bias": torch.ones(132)}
+    del other["decoder.more"]
+    torch.save(other, tmp_path / "apart.pth")
+    with pytest.raises(
+        DetectorError, match="bbox_head.0.layers.2.bias are shared in this detector"
+    ):
+        load_detector("deimv2", str(tmp_path / "apart.pth"))
     del weights["encoder.bi_fusion.cv.conv.weight"], weights["decoder.more"]
     torch.save(weights, tmp_path / "key.pth")
     with pytest.raises(DetectorError, match="as its authors write it: it has no encoder"):
@@ -240,6 +247,13 @@ def test_tuned_weights_come_back_in_the_authors_layout(tmp_path: Path, name: str
     saved = torch.load(path, weights_only=True)["model"]
     assert saved.keys() == document["model"].keys()
     assert all(saved[k].shape == v.shape for k, v in document["model"].items())
+    if name == "deimv2":
+        # One head of all layers, under each of its names.
+        heads = [saved[f"decoder.dec_bbox_head.{i}.layers.2.weight"] for i in range(2)]
+        assert torch.equal(*heads)
+        assert not torch.equal(
+            heads[0], document["model"]["decoder.dec_bbox_head.0.layers.2.weight"]
+        )
     again = load_detector(name, path)
     pixels = detector.preprocess(Image.effect_noise((130, 90), 60).convert("RGB"))[None]
     before, after = detector.forward(pixels), again.forward(pixels)
@@ -352,3 +366,21 @@ def test_every_published_key_has_its_place(shared: Path, family: str) -> None:
         assert model.config.num_queries == extra.get("num_queries", 300), table.stem
         if "resolution" in extra:
             assert blueprint.input_hw == (extra["resolution"],) * 2, table.stem
+
+
+def test_every_key_of_grounding_dino_has_its_place(shared: Path) -> None:
+    """Its numbers take half a minute: tests/real/test_grounding_goldens.py, with -m large."""
+    table = shared / "goldens-2/groundingdino_swint/state_dict_keys.json"
+    if not table.is_file():
+        pytest.skip("../shared/goldens-2 is not there")
+    with torch.device("meta"):
+        weights = {
+            key: torch.empty(about["shape"], dtype=getattr(torch, about["dtype"]))
+            for key, about in json.loads(table.read_text()).items()
+        }
+        assert recognised(weights) == ["grounding-dino"]
+        found = read_blueprint("grounding-dino", Checkpoint(table, weights), DetectorOptions())
+        with quiet():
+            model, _ = build(found, table.stem)
+    assert all(p.is_meta for p in model.parameters())
+    assert found.input_hw is None

@@ -1,15 +1,31 @@
 """DEIMv2-femto, trained on COCO, from its authors' names and from transformers' folder."""
 
 import re
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.export import ExportConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.evaluate import run_evaluate
+from mfdetr_pipelines.export import run_export
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.predict import run_predict
+from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.reporter import SilentReporter
+from tests.pipelines.test_train_head import small_recipe
 
 # transformers' names back to the authors', written down here and not taken from the reader.
 _BACK = [
@@ -76,3 +92,44 @@ def test_both_layouts_are_the_same_detector(shared: Path, tmp_path: Path) -> Non
         assert torch.equal(one.class_logits, two.class_logits)
         assert torch.equal(one.boxes_cxcywh_norm, two.boxes_cxcywh_norm)
         assert all(torch.equal(one.maps[m.name], two.maps[m.name]) for m in authors.spec.maps)
+
+
+@pytest.mark.large
+def test_a_trained_file_of_the_authors_goes_the_whole_way(shared: Path, tmp_path: Path) -> None:
+    """In the container of their trainings: averaged weights, an optimiser, settings, last ones."""
+    folder = shared / "detectors/deimv2-femto-coco"
+    weights = authors_names(load_file(folder / "model.safetensors"))
+    document = {
+        "date": "2026-11-26",
+        "last_epoch": 131,
+        "model": {f"module.{k}": torch.zeros_like(v) for k, v in weights.items()},
+        "ema": {"module": weights, "updates": 9000},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "args": Namespace(output_dir=Path("out"), best=np.float64(0.3)),
+    }
+    path, cache, head = str(tmp_path / "best_stg2.pth"), tmp_path / "c.zarr", tmp_path / "head"
+    torch.save(document, path)
+    config = ExtractConfig(
+        path,
+        str(cache),
+        images=shared / "coco-mini/val2017",
+        annotations=shared / "coco-mini/annotations/instances_val2017.json",
+        limit=12,
+        device="cpu",
+    )
+    found = run_extract(config, SilentReporter())
+    same = replace(config, weights=str(folder), cache=str(tmp_path / "hf.zarr"))
+    wanted = run_extract(same, SilentReporter())
+    assert found.box == wanted.box
+    assert found.box is not None
+    assert found.box.AP > 0.2  # published: 31.0 on all of val2017
+    run_train_head(TrainHeadConfig(str(cache), head, small_recipe(steps=3)), SilentReporter())
+    assert run_evaluate(EvaluateConfig(str(cache), head), SilentReporter()).box == found.box
+    photo = str(min((shared / "coco-mini/val2017").iterdir()))
+    seen = run_predict(PredictConfig((photo,), path, head, tmp_path / "masks"), SilentReporter())
+    assert seen.images[0].num_objects > 0
+    run_export(ExportConfig(head, tmp_path / "model.onnx", weights=path), SilentReporter())
+    graph = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    assert graph.get_inputs()[0].shape == [1, 3, 416, 416]

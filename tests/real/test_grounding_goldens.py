@@ -1,117 +1,64 @@
-"""Grounding DINO of transformers beside numbers of its authors' code (../shared/goldens-2)."""
+"""Grounding DINO from its authors' file beside numbers of their code (../shared/goldens-2)."""
 
 import json
-import re
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Origin
-from mfdetr_cache.detectors.huggingface.families import FAMILIES
-from mfdetr_cache.detectors.huggingface.prompt import Prompt
-from mfdetr_cache.detectors.official.adapter import OFFICIAL_PREPROCESSING
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.detectors.translated import loading
 from tests.support.authors import golden_weights, load_rule2
 
 pytestmark = pytest.mark.large
 
-# The authors' names and transformers', in the order they are applied.
-RENAMES = (
-    (r"^backbone\.0\.norm(\d)", lambda m: f"B.hidden_states_norms.stage{int(m[1]) + 1}"),
-    (r"^backbone\.0\.patch_embed\.proj", "B.swin.embeddings.patch_embeddings.projection"),
-    (r"^backbone\.0\.patch_embed\.norm", "B.swin.embeddings.norm"),
-    (r"^backbone\.0\.layers", "B.swin.encoder.layers"),
-    (r"(blocks\.\d+)\.norm1", r"\1.layernorm_before"),
-    (r"(blocks\.\d+)\.norm2", r"\1.layernorm_after"),
-    (r"\.attn\.relative_position_bias_table", ".attention.relative_position_bias\\g<0>"),
-    (r"relative_position_bias\.attn", "relative_position_bias"),
-    (r"(blocks\.\d+)\.attn\.proj", r"\1.attention.o_proj"),
-    (r"(blocks\.\d+)\.attn\.", r"\1.attention."),
-    (r"^B\.", "model.backbone.conv_encoder.model."),
-    (r"^bert\.", "model.text_backbone."),
-    (r"^feat_map", "model.text_projection"),
-    (r"^input_proj", "model.input_proj_vision"),
-    (r"^transformer\.tgt_embed", "model.query_position_embeddings"),
-    (r"^transformer\.enc_out_bbox_embed", "model.encoder_output_bbox_embed"),
-    (r"^transformer\.encoder\.text_layers\.(\d)", r"T.encoder.layers.\1.text_enhancer_layer"),
-    (r"^transformer\.encoder\.fusion_layers\.(\d)", r"T.encoder.layers.\1.fusion_layer"),
-    (r"^transformer\.encoder\.layers\.(\d)", r"T.encoder.layers.\1.deformable_layer"),
-    (r"(deformable_layer\.)norm1", r"\1self_attn_layer_norm"),
-    (r"(deformable_layer\.)norm2", r"\1final_layer_norm"),
-    (r"(text_enhancer_layer\.)norm1", r"\1layer_norm_before"),
-    (r"(text_enhancer_layer\.)norm2", r"\1layer_norm_after"),
-    (r"gamma_v", "vision_param"),
-    (r"gamma_l", "text_param"),
-    (r"layer_norm_v", "layer_norm_vision"),
-    (r"layer_norm_l\b", "layer_norm_text"),
-    (r"(fusion_layer\.attn\.(values_|out_)?)v_proj", r"\1vision_proj"),
-    (r"(fusion_layer\.attn\.(values_|out_)?)l_proj", r"\1text_proj"),
-    (r"^transformer\.decoder\.norm", "T.decoder.layer_norm"),
-    (r"^transformer\.decoder\.ref_point_head", "T.decoder.reference_points_head"),
-    (r"^transformer\.", "T."),
-    (r"(decoder\.layers\.\d\.)cross_attn", r"\1encoder_attn"),
-    (r"(decoder\.layers\.\d\.)norm1", r"\1encoder_attn_layer_norm"),
-    (r"(decoder\.layers\.\d\.)norm2", r"\1self_attn_layer_norm"),
-    (r"(decoder\.layers\.\d\.)norm3", r"\1final_layer_norm"),
-    (r"(decoder\.layers\.\d\.)ca_text", r"\1encoder_attn_text"),
-    (r"(decoder\.layers\.\d\.)catext_norm", r"\1encoder_attn_text_layer_norm"),
-    (r"(layers\.\d\..*)linear([12])", r"\1fc\2"),
-    (r"^T\.", "model."),
-)
 
+class _Tokenizer:
+    """Splits the phrases of the numbers as BERT's does."""
 
-def of_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        if key.startswith("bert.pooler"):
-            continue
-        name = key
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name.endswith(("in_proj_weight", "in_proj_bias")):
-            module, kind = name.rsplit(".in_proj_", 1)
-            parts = [f"{module}.{part}.{kind}" for part in ("query", "key", "value")]
-        elif ".attention.qkv." in name:
-            parts = [name.replace("qkv", f"{part}_proj") for part in "qkv"]
-        else:
-            parts = [name]
-        found.update(zip(parts, value.chunk(len(parts)), strict=True))
-    return found
+    cls_token_id, sep_token_id = 101, 102
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = {"a cat": ids[1:3], "remote control": ids[4:6], "dog": ids[7:8]}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        assert token == "."
+        return 1012
+
+    def __call__(self, words: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": self._ids[words]}
 
 
 @pytest.fixture(scope="module")
-def detector(shared: Path) -> HuggingFaceDetector:
-    """With the caption of the numbers, and the maps of the encoder's end."""
+def detector(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    """From a file as the authors write it, with the caption of the numbers and the last maps."""
     folder = shared / "goldens-2/groundingdino_swint"
     if not folder.is_dir():
         pytest.skip("../shared/goldens-2 is not there")
     made = golden_weights(folder.parent, folder.name, without="relative_position_index")
-    model = GroundingDinoForObjectDetection(GroundingDinoConfig(num_queries=100)).eval()
-    result = model.load_state_dict(of_transformers(made), strict=False)
-    assert not result.unexpected_keys
-    # A norm behind the whole Swin, whose output nobody reads.
-    assert all("swin.layernorm" in k for k in result.missing_keys)
-    ids = tuple(np.load(folder / "single.npz")["input_ids"][0].tolist())
-    stops = [i for i, token in enumerate(ids) if token in (101, 1012)]
-    spans = tuple((a + 1, b) for a, b in pairwise(stops))
-    prompt = Prompt(("a cat", "remote control", "dog"), ids, spans)
-    return HuggingFaceDetector(
-        model,
-        FAMILIES["grounding-dino"],
-        Origin("hf:grounding-dino", "", {}, {}, str, prompt=prompt),
-        replace(OFFICIAL_PREPROCESSING, shortest_edge=256),
-        DetectorOptions(encoder_layer=6),
-    )
+    # What the published files have besides.
+    made["label_enc.weight"] = torch.zeros(2001, 256)
+    made["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    path = tmp_path_factory.mktemp("authors") / "groundingdino_swint_ogc.pth"
+    torch.save({"model": {f"module.{k}": v for k, v in made.items()}}, path)
+    ids = np.load(folder / "single.npz")["input_ids"][0].tolist()
+    phrases = ("a cat", "remote control", "dog")
+    options = DetectorOptions(encoder_layer=6, input_size=(256, 1333), prompt=phrases)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loading, "text_splitter", lambda _: _Tokenizer(ids))
+        found = load_detector("auto", str(path), options)
+    path.unlink()
+    assert found.spec.name == "grounding-dino"
+    assert found.spec.label_names == phrases
+    return found
 
 
 @pytest.mark.parametrize("case", ["single", "padded_image"])
-def test_the_numbers_of_the_authors(shared: Path, detector: HuggingFaceDetector, case: str) -> None:
+def test_the_numbers_of_the_authors(shared: Path, detector: Detector, case: str) -> None:
     """Pictures of one caption: of several, the authors' heads take each other's masks."""
     folder = shared / "goldens-2/groundingdino_swint"
     expected = np.load(folder / f"{case}.npz")

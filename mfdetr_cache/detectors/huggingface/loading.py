@@ -69,7 +69,7 @@ def _loaded(
             tokenizer = transformers.AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
             processors.append(tokenizer)
             most = int(config.get("max_text_len", 256))
-            prompt = read_prompt(_asked_for(options, categories, weights), tokenizer, most)
+            prompt = read_prompt(asked_for(options, categories, weights), tokenizer, most)
         elif options.prompt:
             raise DetectorError(f"--prompt: {family.label} has its own classes; leave it out")
         model, info = kind.from_pretrained(
@@ -132,7 +132,7 @@ def _save_folder(
     return str(folder)
 
 
-def _asked_for(options: DetectorOptions, categories: Sequence[str], weights: str) -> Sequence[str]:
+def asked_for(options: DetectorOptions, categories: Sequence[str], weights: str) -> Sequence[str]:
     """The classes that an open-vocabulary detector is to find."""
     if options.labels:
         raise DetectorError("--labels: the classes of this detector are those of --prompt")

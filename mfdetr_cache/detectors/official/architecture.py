@@ -84,7 +84,7 @@ def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture
         rows = 0 if table is None else table.shape[0]
         return Architecture(
             scheme=scheme,
-            backbone=_read_backbone(weights),
+            backbone=read_backbone(weights),
             num_levels=num_levels,
             num_points=samples // (8 * num_levels),
             num_labels=weights["class_embed.0.bias"].shape[0],
@@ -114,7 +114,8 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def _read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
+def read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
+    """Infer the backbone from a state dict; KeyError if it is none of those known."""
     body = "backbone.0.body." if any(k.startswith("backbone.0.body.") for k in weights) else ""
     body = body or "backbone.0."
     plain = re.escape(body)

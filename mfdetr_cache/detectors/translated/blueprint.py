@@ -27,7 +27,7 @@ class Blueprint:
         rules: Names of the checkpoint to names of the model.
         tensors: Tensors to load into the model.
         unused: Names that the model ignores.
-        input_hw: Height and width of the network input.
+        input_hw: Height and width of the network input; None where it keeps the image's shape.
         normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
         side_multiple: What the sides of an input must be multiples of.
         choices: Settings that the file lacks and that change the outputs; part of the identity.
@@ -37,7 +37,7 @@ class Blueprint:
     build: Callable[[], Any]
     rules: Rules
     tensors: Mapping[str, Tensor]
-    input_hw: tuple[int, int]
+    input_hw: tuple[int, int] | None
     normalise: bool
     side_multiple: int = 32
     unused: str = _UNUSED

@@ -58,7 +58,11 @@ _RULES: Rules = (
 # The hybrid encoder reads projections that transformers keeps beside the backbone; the light one
 # has its own.
 _PROJECTIONS: Rules = ((r"^encoder\.input_proj\.", "model.conv_encoder.encoder_input_proj."),)
-_LIGHT_PROJECTIONS: Rules = ((r"^encoder\.input_proj\.", "model.encoder.input_proj."),)
+_LIGHT_PLACES: Rules = (
+    (r"^encoder\.input_proj\.", "model.encoder.input_proj."),
+    # All layers have one box head, which the file lists again for each of them.
+    (r"^decoder\.dec_bbox_head\.\d+\.", "decoder.dec_bbox_head.0."),
+)
 _DINO_RULES: Rules = (
     (r"^backbone\.dinov3\.(_model\.)?", "vit."),
     (r"^vit\.cls_token$", "vit.embeddings.cls_token"),
@@ -112,14 +116,13 @@ def read_deimv2(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
         rules=(
             *(_DINO_RULES if dino else backbone_rules(tensors, "model.conv_encoder.model")),
             *_RULES,
-            *(_LIGHT_PROJECTIONS if light else _PROJECTIONS),
+            *(_LIGHT_PLACES if light else _PROJECTIONS),
             *HYBRID_RULES,
         ),
         tensors=_with_masked_biases(tensors),
         input_hw=input_size(tensors, strides_of(levels), _SIDES.get(width, 640) if light else 640),
         normalise=dino,
-        unused=rf"{SECOND_NAMES}|mask_token$|rope_embed\.periods$|\.bias_mask$"
-        + (r"|^decoder\.dec_bbox_head\.[1-9]" if light else ""),
+        unused=rf"{SECOND_NAMES}|mask_token$|rope_embed\.periods$|\.bias_mask$",
     )
 
 

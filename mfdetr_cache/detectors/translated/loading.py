@@ -1,6 +1,6 @@
 """Detectors from checkpoints of the authors' own code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Origin
-from mfdetr_cache.detectors.huggingface.loading import into_own_memory, quiet
+from mfdetr_cache.detectors.huggingface.loading import asked_for, into_own_memory, quiet
+from mfdetr_cache.detectors.huggingface.prompt import read_prompt
 from mfdetr_cache.detectors.labels import SPARE_OUTPUTS, names_of_checkpoint
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
@@ -24,6 +25,11 @@ from mfdetr_cache.detectors.translated.d_fine import (
     read_deim,
 )
 from mfdetr_cache.detectors.translated.deimv2 import is_deimv2, read_deimv2
+from mfdetr_cache.detectors.translated.grounding_dino import (
+    is_grounding_dino,
+    read_grounding_dino,
+    text_splitter,
+)
 from mfdetr_cache.detectors.translated.lw_detr import is_lw_detr, read_lw_detr
 from mfdetr_cache.detectors.translated.names import Translation, carry, carry_back, translate
 from mfdetr_cache.detectors.translated.rf_detr import is_rf_detr, read_rf_detr
@@ -40,6 +46,9 @@ from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import make_folder, whole_file
 
 Read = Callable[[Checkpoint, DetectorOptions], Blueprint]
+# Of detectors that keep the shape of an image.
+_SHORTEST, _LONGEST = 800, 1333
+_MOST_TOKENS = 256
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -85,6 +94,9 @@ AUTHORS: dict[str, AuthorsDetector] = {
         AuthorsDetector("deimv2", "DEIMv2", is_deimv2, read_deimv2, _GOLDENS),
         AuthorsDetector("rf-detr", "RF-DETR", is_rf_detr, read_rf_detr, _GOLDENS),
         AuthorsDetector("lw-detr", "LW-DETR", is_lw_detr, read_lw_detr, _GOLDENS),
+        AuthorsDetector(
+            "grounding-dino", "Grounding DINO", is_grounding_dino, read_grounding_dino, _GOLDENS
+        ),
     )
 }
 
@@ -94,32 +106,41 @@ def recognised(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, detector in AUTHORS.items() if detector.recognises(tensors)]
 
 
-def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> HuggingFaceDetector:
+def load_authors_detector(
+    name: str, weights: str, options: DetectorOptions, categories: Sequence[str] = ()
+) -> HuggingFaceDetector:
     """A detector from its authors' checkpoint, frozen, on the CPU.
 
-    ``name`` is one of :data:`AUTHORS`. DetectorError if the checkpoint is of another detector, or
+    ``name`` is one of :data:`AUTHORS`; ``categories`` are what an open-vocabulary detector looks
+    for where the options have no prompt. DetectorError if the checkpoint is of another detector, or
     its tensors do not fit.
     """
     checkpoint = read_checkpoint(Path(weights))
     blueprint = read_blueprint(name, checkpoint, options)
+    prompt = None
+    if blueprint.family.takes_prompt:
+        phrases = asked_for(options, categories, weights)
+        prompt = read_prompt(phrases, text_splitter(checkpoint.path), _MOST_TOKENS)
+    elif options.prompt:
+        raise DetectorError(f"--prompt: {name} has its own classes; leave it out")
     with quiet():
         model, names = build(blueprint, weights)
     into_own_memory(model)
-    outputs = int(_class_bias(checkpoint.tensors).shape[0])
     origin = Origin(
         name=name,
         where=weights,
-        known_names=names_of_checkpoint(outputs, checkpoint.class_names),
+        known_names=dict(enumerate(prompt.phrases)) if prompt else _known_names(checkpoint),
         settings={"layout": "authors", **blueprint.choices},
         save=partial(_save_checkpoint, model, names, checkpoint),
         spare_outputs=SPARE_OUTPUTS if name in ("rf-detr", "lw-detr") else 0,
+        prompt=prompt,
     )
-    height, width = blueprint.input_hw
+    height, width = blueprint.input_hw or (None, None)
     preprocessing = Preprocessing(
         height=height,
         width=width,
-        shortest_edge=None,
-        longest_edge=None,
+        shortest_edge=None if height else _SHORTEST,
+        longest_edge=None if height else _LONGEST,
         resample=2,
         rescale=1 / 255,
         mean=_IMAGENET_MEAN if blueprint.normalise else None,
@@ -136,8 +157,8 @@ def load_authors_detector(name: str, weights: str, options: DetectorOptions) -> 
 
 
 def _require_divisible(preprocessing: Preprocessing, multiple: int) -> None:
-    height, width = preprocessing.input_geometry((1, 1)).input_hw
-    if height % multiple or width % multiple:
+    height, width = preprocessing.height, preprocessing.width
+    if height and width and (height % multiple or width % multiple):
         raise DetectorError(
             f"--input-size {height}x{width}: the sides must be multiples of {multiple}"
         )
@@ -170,7 +191,14 @@ def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
     names = translate(blueprint.keys(), blueprint.rules)
     expected = _places(model)
     carried = carry(blueprint.tensors, names)
-    places = {target: key for key, targets in names.items() for target in targets}
+    places: dict[str, str] = {}
+    for key, targets in names.items():
+        first = places.setdefault(targets[0], key)
+        if first != key and not _is_same(blueprint.tensors[first], blueprint.tensors[key]):
+            raise DetectorError(
+                f"{where}: {key} and {first} are shared in this detector, but differ here"
+            )
+        places |= dict.fromkeys(targets[1:], key)
     require_complete(
         where,
         expected.keys() - carried.keys(),
@@ -187,6 +215,10 @@ def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
     model.load_state_dict(floats, strict=False, assign=True)
     _count_no_batches(model)
     return model, names
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or torch.equal(one, other)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
@@ -206,9 +238,10 @@ def _count_no_batches(model: nn.Module) -> None:
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
 
 
-def _class_bias(tensors: Mapping[str, Tensor]) -> Tensor:
-    bias = tensors.get("class_embed.bias")
-    return tensors["decoder.enc_score_head.bias"] if bias is None else bias
+def _known_names(checkpoint: Checkpoint) -> dict[int, str]:
+    bias = checkpoint.tensors.get("class_embed.bias")
+    bias = checkpoint.tensors["decoder.enc_score_head.bias"] if bias is None else bias
+    return names_of_checkpoint(len(bias), checkpoint.class_names)
 
 
 def _save_checkpoint(
