@@ -47,6 +47,7 @@ from mfdetr_cache.training.input.loader import stream_key
 from mfdetr_cache.training.recipes import RECIPES, build_recipe
 from mfdetr_cache.training.rows import trainable_rows
 from tests.support.browser import require_readable
+from tests.support.sams import save_sam
 
 SMALL = {
     "hidden_dim": "8",
@@ -502,41 +503,10 @@ def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path) -> None:
     assert "result.json is damaged" in results[0].problem
 
 
-def save_sam(folder: Path) -> None:
-    """A SAM with random weights, small enough to run in a test."""
-    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
-
-    torch.manual_seed(0)
-    config = SamConfig(
-        vision_config={
-            "hidden_size": 16,
-            "output_channels": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-            "mlp_dim": 16,
-            "global_attn_indexes": [0],
-            "num_pos_feats": 8,
-        },
-        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16},
-        mask_decoder_config={
-            "hidden_size": 16,
-            "mlp_dim": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 16,
-        },
-    )
-    SamModel(config).save_pretrained(folder)
-    sizes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
-    SamProcessor(SamImageProcessor(**sizes)).save_pretrained(folder)
-
-
 def test_baselines_are_rows_on_the_same_detections(
     drawn_cache: Path, scenes_folder: Path, tmp_path: Path
 ) -> None:
-    save_sam(tmp_path / "sam")
+    save_sam("sam", tmp_path / "sam")
     chosen = baseline_rows(("box", "ellipse", "oracle", "sam"))
     sam = {"sam_weights": str(tmp_path / "sam"), "images": scenes_folder / "images"}
     results = run_ablate(
