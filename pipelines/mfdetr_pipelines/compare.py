@@ -1,6 +1,6 @@
 """Compare: heads and results files on the same images, with intervals of their differences."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,12 @@ from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.coco.results import load_results
+from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import CacheError, DatasetError
 from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, differences_to_first
+from mfdetr_cache.evaluation.close_ups import CloseUp, close_ups, selections
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
     Result,
@@ -19,9 +22,11 @@ from mfdetr_cache.evaluation.coco_metrics import (
     ground_truth_of_split,
 )
 from mfdetr_cache.evaluation.measure import ground_truth_of, measure, open_to_measure
+from mfdetr_cache.files import write_atomically
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.compare import CompareConfig
+from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
     Raises CacheError, HeadError or IdentityError as evaluate does, DatasetError for files that
     cannot be used, and CacheError if the subjects are not of the same images.
     """
+    if config.pictures.page is not None:
+        require_page_place(config.pictures.page, "--page")
     split = None
     if config.annotations is not None:
         split = load_coco_split(config.annotations, on_bad=config.on_bad_annotation)
@@ -71,6 +78,9 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
         masks[file] = _masks_of_file(file, split, truth, config, reporter)
     ordered = [masks[subject] for subject in config.subjects]
     reporter.say(f"paired bootstrap over {len(truth.imgs)} images, {config.samples} samples")
+    _write_page(
+        config, truth, ordered, _file_names([c for c, _ in found.values()], split), reporter
+    )
     aps = [[WeightedAP(truth, results, "segm")] for results in ordered]
     differences = [None, *differences_to_first(aps, config.samples)]
     return CompareSummary(
@@ -137,3 +147,38 @@ def _masks_of_file(
     if found.results and not masks:
         raise DatasetError(f"{path} has no masks of these images")
     return masks
+
+
+def _file_names(caches: Sequence[FeatureCache], split: CocoSplit | None) -> dict[int, str]:
+    if caches:
+        first = caches[0]
+        return {first.image_id(row): first.file_name(row) for row in first.rows}
+    assert split is not None  # checked with the settings
+    return {entry.image_id: entry.file_name for entry in split.images}
+
+
+def _write_page(
+    config: CompareConfig,
+    truth: COCO,
+    masks: Sequence[Sequence[Result]],
+    file_names: Mapping[int, str],
+    reporter: Reporter,
+) -> None:
+    page, images = config.pictures.page, config.pictures.images
+    if page is None or images is None:
+        return
+    names = [subject.name for subject in config.subjects]
+    if len(set(names)) < len(names):
+        names = [str(subject) for subject in config.subjects]
+    categories = category_names(truth.dataset["categories"])
+
+    def row(shown: CloseUp) -> PanelRow:
+        file_name = file_names[shown.image_id]
+        photo = load_image(images / file_name, shown.size_hw)
+        panels = tuple(Panel(*panel) for panel in shown.panels(photo, names))
+        return PanelRow(f"{categories[shown.category_id]}, {file_name}", panels)
+
+    chosen = selections(close_ups(truth, masks), config.pictures.objects)
+    sections = [Section(name, rows=tuple(map(row, found))) for name, found in chosen.items()]
+    write_atomically(page, html_page(" and ".join(names), sections).encode())
+    reporter.say(f"close-ups: {page}")

@@ -1,16 +1,17 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 from mfdetr_pipelines.compare import run_compare
-from mfdetr_pipelines.config.compare import CompareConfig
+from mfdetr_pipelines.config.compare import CompareConfig, Pictures
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import CacheError, ConfigError
+from mfdetr_cache.errors import CacheError, ConfigError, OutputError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
@@ -32,20 +33,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, drawn_cache: Path) -> tuple[P
 def test_runs_and_files_have_the_numbers_of_evaluate(
     tmp_path: Path, drawn_cache: Path, scenes_folder: Path, runs: tuple[Path, Path]
 ) -> None:
-    saved = tmp_path / "second.json"
+    files = tmp_path / "first.json", tmp_path / "second.json"
     wanted = [
         run_evaluate(
-            EvaluateConfig(drawn_cache, run, save_results=saved, extras=frozenset({"boundary"})),
+            EvaluateConfig(drawn_cache, run, save_results=file, extras=frozenset({"boundary"})),
             SilentReporter(),
         )
-        for run in runs
+        for run, file in zip(runs, files, strict=True)
     ]
+    page = tmp_path / "page.html"
     found = run_compare(
         CompareConfig(
-            (*runs, saved),
+            (*runs, files[1]),
             cache=(str(drawn_cache),),
             annotations=scenes_folder / "instances.json",
             samples=20,
+            pictures=Pictures(page, scenes_folder / "images", objects=2),
         ),
         SilentReporter(),
     )
@@ -53,6 +56,11 @@ def test_runs_and_files_have_the_numbers_of_evaluate(
     assert found.num_images == 8
     for subject, summary in ((first, wanted[0]), (second, wanted[1]), (file, wanted[1])):
         assert (subject.mask, subject.boundary) == (summary.mask, summary.boundary)
+    shown = re.findall(r'alt="([^"]+)"', page.read_text())
+    assert shown[:2] == ["image", "annotation"]
+    assert [re.sub(r"\d+$", "N", title) for title in shown[2:5]] == [
+        *("3, IoU N", "8, IoU N", "second.json, IoU N"),
+    ]
     assert first.against_first is None
     assert second.against_first == file.against_first
     assert second.against_first is not None
@@ -95,6 +103,13 @@ def test_what_cannot_be_compared_is_refused(
         CompareConfig((runs[0], tmp_path / "none"), cache=cache)
     with pytest.raises(ConfigError, match="--cache is given 0 times for 2 run folders"):
         CompareConfig(runs)
+    with pytest.raises(ConfigError, match="--page and --images go together"):
+        Pictures(tmp_path / "page.html")
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine</p>")
+    config = CompareConfig(runs, cache=cache, pictures=Pictures(mine, scenes_folder))
+    with pytest.raises(OutputError, match="--page"):
+        run_compare(config, SilentReporter())
     with pytest.raises(ConfigError, match="results files need --annotations"):
         CompareConfig((runs[0], results), cache=cache)
     other = tmp_path / "instances.json"

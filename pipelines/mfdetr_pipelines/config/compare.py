@@ -6,8 +6,30 @@ from typing import Annotated
 
 from mfdetr_cache.choices import OnBad, Scoring, Which
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, Option
+from mfdetr_cache.options import FILE, FOLDER, Option
 from mfdetr_pipelines.config.shared import LocalCache, OnDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Pictures.
+
+    Attributes:
+        page: Write a page of close-ups here: where the subjects differ most, the worst, and some
+            between, each beside photo and annotation.
+        images: Folder with the images, for --page.
+        objects: Close-ups under each heading of the page.
+    """
+
+    page: Annotated[Path | None, Option(metavar="FILE")] = None
+    images: Annotated[Path | None, FOLDER] = None
+    objects: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.page is None) != (self.images is None):
+            raise ConfigError("--page and --images go together: the page shows the photos")
+        if self.objects < 1:
+            raise ConfigError(f"--objects {self.objects}: give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +53,7 @@ class CompareConfig(OnDevice):
         which: Weights of the end of the training (last), or of its best validation.
         scoring: As evaluate has it.
         samples: Draws of the bootstrap.
+        pictures: To look at.
         local_cache: In front of an object store.
     """
 
@@ -41,6 +64,7 @@ class CompareConfig(OnDevice):
     which: Which = "last"
     scoring: Annotated[Scoring, Option("--score", metavar="RULE")] = "auto"
     samples: int = 1000
+    pictures: Pictures = field(default_factory=Pictures)
     local_cache: LocalCache = field(default_factory=LocalCache)
 
     @property
