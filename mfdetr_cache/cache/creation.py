@@ -122,8 +122,10 @@ def _create_folder(path: Path, content: CacheContent) -> None:
             fcntl.flock(parent, fcntl.LOCK_EX)
         if (path / ROOT_KEY).is_file():
             return
+        if path.name in ("", ".."):
+            raise CacheError(f"{path} is no new folder, which a cache becomes; name one: --cache")
         partial = path.with_name(path.name + ".creating")
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        if (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir())):
             raise _not_free(LocalStorage(path))
         if _is_foreign(partial):
             raise _not_free(LocalStorage(partial))

@@ -212,13 +212,21 @@ class Extraction:
                 yield _Item(batch.part, row, None, image.problem)
                 continue
             if batch.part.view == BASE_VIEW:
-                self._oddities.update(image.oddities)
+                self._note(row, image.oddities)
             crops = self._crops_of(batch.part.view, row, image.geometry, output, index)
             encoded = self._encoders.submit(
                 self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
             )
             self.num_extracted += 1
             yield _Item(batch.part, row, encoded)
+
+    def _note(self, row: int, oddities: tuple[str, ...]) -> None:
+        """Count what is odd about a file; the first of a kind is told at once, not after hours."""
+        for what in oddities:
+            if not self._oddities[what]:
+                name = self._source.split.images[row].file_name
+                self._reporter.warn(f"{name} is the first of {what}")
+        self._oddities.update(oddities)
 
     def _outputs_of(self, images: list[_Decoded]) -> tuple[DetectorOutput, DetectorOutput]:
         """What the detector gives for a batch, and what of it is stored, on the CPU.

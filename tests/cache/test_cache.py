@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,19 @@ def test_a_users_folder_is_not_touched(tmp_path: Path, content: CacheContent) ->
     with pytest.raises(CacheError, match="exists and is no cache; nothing was touched"):
         CacheWriter.open_or_create(path, content)
     assert files_of(path) == {"holiday.jpg": b"x"}
+
+
+def test_a_cache_needs_a_place_of_its_own(
+    tmp_path: Path, content: CacheContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), Path(".."), Path("/")):
+        with pytest.raises(CacheError, match="is no new folder, which a cache becomes; name one"):
+            CacheWriter.open_or_create(path, content)
+    os.mkfifo("pipe")
+    with pytest.raises(CacheError, match="pipe exists and is no cache; nothing was touched"):
+        CacheWriter.open_or_create(Path("pipe"), content)
+    assert [f.name for f in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_folder_beside_the_cache_is_not_written_over(

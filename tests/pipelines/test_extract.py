@@ -72,6 +72,24 @@ def test_implausible_detectors_are_reported(
     assert any("implausibly low for a trained detector" in m for m in messages)
 
 
+def test_what_is_odd_about_files_is_told_with_the_first_one(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes_folder, folder)
+    names = [i["file_name"] for i in scenes.load_annotations(folder)["images"]]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name in names[:2]:
+        Image.open(folder / "images" / name).save(folder / "images" / name, exif=exif)
+    _, messages = run(folder, rtdetr_folder, tmp_path / "c.zarr", limit=3)
+    told = [m for m in messages if "images whose size cannot tell whether" in m]
+    assert [m.split(" images")[0] for m in told] == [
+        f"warning: {names[0]} is the first of",
+        "warning: 2",
+    ]
+
+
 def test_killed_at_any_moment_and_run_again(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
