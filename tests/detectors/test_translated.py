@@ -24,6 +24,7 @@ from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector, load_same_detector
 from mfdetr_cache.detectors.translated.loading import build, read_blueprint, recognised
+from mfdetr_cache.detectors.translated.rf_detr_masks import PREFIX
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import detector_identity
 from tests.support.small_checkpoints import LABELS, SMALL, state_dict, write_small
@@ -136,6 +137,15 @@ def test_settings_in_files_of_old_torch(tmp_path: Path) -> None:
 
 def _spoilt(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.zeros_like(v) for k, v in weights.items()}
+
+
+def test_a_mask_branch_of_another_shape_is_named(tmp_path: Path) -> None:
+    weights = state_dict("rf-detr")
+    branch = [name for name in weights if name.startswith(PREFIX)]
+    for name in (branch[0], branch[-1], f"{PREFIX}query_features_proj.bias"):
+        torch.save({**weights, name: torch.zeros(0)}, tmp_path / "w.pth")
+        with pytest.raises(DetectorError, match=rf"w\.pth: {PREFIX}.* is \(.*\), expected \("):
+            load_detector("rf-detr", str(tmp_path / "w.pth"))
 
 
 def test_a_damaged_download_is_noticed(tmp_path: Path) -> None:

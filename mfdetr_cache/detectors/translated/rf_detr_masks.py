@@ -9,6 +9,7 @@ from torch.nn import functional
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector
 from mfdetr_cache.detectors.translated.names import count
 from mfdetr_cache.detectors.weights import freeze, require_complete
+from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import DetectorOutput
 
 PREFIX = "segmentation_head."
@@ -52,14 +53,14 @@ class MaskBranch(nn.Module):
         where: The checkpoint, for messages.
 
     Raises:
-        DetectorError: If tensors of the branch are missing or have no place.
+        DetectorError: If tensors of the branch are missing, have no place or another shape.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], downsample: int, where: str) -> None:
         super().__init__()
         own = {k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}
         width = tensors["class_embed.weight"].shape[1]
-        inner = own.get("query_features_proj.bias", tensors["class_embed.weight"][0]).shape[0]
+        inner = own.get("query_features_proj.bias", tensors["class_embed.weight"][0]).numel()
         blocks = count(own, r"blocks\.(\d+)\.")
         self.downsample = downsample
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
@@ -69,6 +70,10 @@ class MaskBranch(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         there = self.state_dict()
         require_complete(where, there.keys() - own.keys(), own.keys() - there.keys())
+        for name, value in there.items():
+            if own[name].shape != value.shape:
+                shapes = f"{tuple(own[name].shape)}, expected {tuple(value.shape)}"
+                raise DetectorError(f"{where}: {PREFIX}{name} is {shapes}")
         self.load_state_dict(own)
         freeze(self)
 
