@@ -58,6 +58,11 @@ _PAPER = {
     "dino-focalnet-l": "7, 8, 15, 16",
 }
 _FROM_WEIGHTS = "of the model"
+# A tensor of DETRs that others trained with code of their own, and whose.
+_OTHER_TOOLS = {
+    "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
+    "encoder.layers.0.self_attn.sampling_offsets.weight": "mmdetection",
+}
 _ENCODERS: dict[str, EncoderMaps] = {
     "lw-detr": "projector",
     "rf-detr": "projector",
@@ -259,8 +264,10 @@ def _detector_of(weights: str | None) -> str:
     with contextlib.suppress(DetectorError):
         found.append(read_architecture(tensors, weights).scheme)
     if not found:
+        other = next((tool for key, tool in _OTHER_TOOLS.items() if key in tensors), None)
+        named = f": it has the names of {other}, which are not read" if other else ""
         raise DetectorError(
-            f"{weights} is no checkpoint of a known detector; 'mfdetr detectors' lists them"
+            f"{weights} is no checkpoint of a known detector{named}; 'mfdetr detectors' lists them"
         )
     if len(found) > 1:
         raise DetectorError(

@@ -219,6 +219,10 @@ def test_files_that_are_no_detector(tmp_path: Path) -> None:
     torch.save({"model": {"a.weight": torch.ones(2)}}, tmp_path / "other.pth")
     with pytest.raises(DetectorError, match="no checkpoint of a known detector"):
         load_detector("auto", str(tmp_path / "other.pth"))
+    theirs = {"transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": torch.ones(2)}
+    torch.save({"model": theirs}, tmp_path / "detrex.pth")
+    with pytest.raises(DetectorError, match="it has the names of detrex, which are not read"):
+        load_detector("auto", str(tmp_path / "detrex.pth"))
     weights = state_dict("deimv2")
     del weights["decoder.pre_bbox_head.layers.1.bias"]
     torch.save(weights, tmp_path / "cut.pth")
@@ -304,6 +308,8 @@ def test_another_input_size(tmp_path: Path) -> None:
     assert again.spec == wide.spec
     with pytest.raises(DetectorError, match="--input-size 100x100: the sides must be multiples of"):
         load_detector("rt-detr", path, DetectorOptions(input_size=(100,)))
+    with pytest.raises(DetectorError, match="does not run at 64 x 64: .* or fewer --num-queries"):
+        load_detector("rt-detr", path, DetectorOptions(input_size=(64,)))
     with pytest.raises(DetectorError, match="--score-threshold: all queries of rt-detr are kept"):
         load_detector("rt-detr", path, DetectorOptions(score_threshold=0.1))
 

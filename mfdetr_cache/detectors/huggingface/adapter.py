@@ -205,8 +205,14 @@ class HuggingFaceDetector(nn.Module):
         """Run once on a blank image: channels and strides are read off the real maps."""
         height, width = self.input_geometry((480, 640)).input_hw
         blank = torch.zeros(1, 3, height, width)
-        with torch.no_grad():
-            outputs, encoder_maps = self._run(blank, None)
+        try:
+            with torch.no_grad():
+                outputs, encoder_maps = self._run(blank, None)
+        except RuntimeError as error:  # more queries than cells, for one
+            raise DetectorError(
+                f"{self._origin.where} does not run at {height} x {width}: {error}; give another "
+                "--input-size, or fewer --num-queries"
+            ) from error
         self._map_keys = self._choose_maps(encoder_maps, height)
         num_queries = int(outputs.logits.shape[1])
         kept = self._options.num_queries or num_queries
