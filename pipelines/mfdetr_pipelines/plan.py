@@ -21,6 +21,7 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.extraction.batches import batches_of_part
 from mfdetr_cache.extraction.options import MapOptions
 from mfdetr_cache.extraction.stream import num_encoders
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
@@ -73,7 +74,7 @@ class Plan:
         images: Images of the dataset.
         views: Passes per image.
         sample: Images measured on.
-        detector_seconds: Mean detector time per image.
+        detector_seconds: Mean detector time per image, in the batches of an extraction.
         head_seconds: Mean time of a training step of the head per image.
         disk: Folder of the cache.
         free_bytes: Free space there.
@@ -164,25 +165,37 @@ def _sample(
     device: torch.device,
     reporter: Reporter,
 ) -> tuple[list[DetectorOutput], float]:
-    """Detector outputs for images spread over the dataset, and the mean time per image."""
-    chosen = np.linspace(0, len(split.images) - 1, min(config.sample, len(split.images)))
-    outputs, seconds = [], []
-    reporter.start("detector", len(chosen), "images")
-    for position in chosen:
-        entry = split.images[int(position)]
+    """Detector outputs for images spread over the dataset, and the mean time per image.
+
+    Those of one input size go through the detector together, as extraction does it.
+    """
+    positions = np.linspace(
+        0, len(split.images) - 1, min(config.sample, len(split.images)), dtype=int
+    )
+    entries = [split.images[position] for position in positions]
+    sizes = [detector.input_geometry(entry.size_hw).input_hw for entry in entries]
+    batches = batches_of_part(range(len(entries)), sizes, device)
+    outputs: list[DetectorOutput] = []
+    seconds = 0.0
+    reporter.start("detector", len(entries), "images")
+    for batch in batches:
         if config.images is not None:
-            image = load_image(config.images / entry.file_name, entry.size_hw)
-            pixels = detector.preprocess(image)[None].to(device)
+            folder = config.images
+            images = [load_image(folder / entries[i].file_name, entries[i].size_hw) for i in batch]
+            pixels = torch.stack([detector.preprocess(image) for image in images])
         else:
-            size = detector.input_geometry(entry.size_hw).input_hw
-            pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+            generator = torch.Generator().manual_seed(0)
+            pixels = torch.randn(len(batch), 3, *sizes[batch[0]], generator=generator)
+        pixels = pixels.to(device)
+        if not outputs:  # the first call warms up
+            detector.forward(pixels).cpu()
         started = time.perf_counter()
-        outputs.append(detector.forward(pixels).cpu())
-        seconds.append(time.perf_counter() - started)
-        reporter.advance()
+        output = detector.forward(pixels).cpu()
+        seconds += time.perf_counter() - started
+        outputs += [output.of_image(i) for i in range(len(batch))]
+        reporter.advance(len(batch))
     reporter.finish()
-    # The first call warms up.
-    return outputs, float(np.mean(seconds[1:] or seconds))
+    return outputs, seconds / len(outputs)
 
 
 def _head_seconds(
