@@ -22,30 +22,23 @@ _BLOCK = 2**24
 class PartCheck:
     """What was found in one part, of ``num_bytes``: one line per fault, none when it is whole."""
 
-    part: Part
     num_bytes: int
     faults: tuple[str, ...]
 
 
-def check_parts(storage: Storage, root: Root, *, full: bool) -> Iterator[PartCheck]:
-    """Check every part, one result each.
-
-    ``full`` reads every byte and compares its hash with the manifest's; else only sizes and
-    shard indexes are looked at.
-    """
-    for part in root.layout.parts:
-        yield check_part(storage, root, part, full=full)
-
-
 def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartCheck:
-    """Check one part; see :func:`check_parts`."""
+    """Check one part.
+
+    ``full`` reads every byte and compares its hash with the manifest's; else only sizes and shard
+    indexes are looked at.
+    """
     try:
         manifest = read_manifest(storage, root, part)
     except CacheError as error:
-        return PartCheck(part, 0, (str(error),))
+        return PartCheck(0, (str(error),))
     if manifest is None:
         where = manifest_key(part)
-        return PartCheck(part, 0, (f"{part} was never sealed ({where} is missing)",))
+        return PartCheck(0, (f"{part} was never sealed ({where} is missing)",))
     faults = [f"{part}: {fault}" for fault in _file_faults(storage, manifest.files, full=full)]
     if not full and not faults:
         for spec in root.arrays[part.view].values():
@@ -57,7 +50,7 @@ def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartC
                 ShardReader.open(storage, key, spec.chunks_per_part, sha256)
             except CacheError:
                 faults.append(f"{part}: {key} has a damaged index or is another file")
-    return PartCheck(part, sum(f.num_bytes for f in manifest.files.values()), tuple(faults))
+    return PartCheck(sum(f.num_bytes for f in manifest.files.values()), tuple(faults))
 
 
 def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from mfdetr_cache.cache.verify import (
     annotation_versions,
     check_annotations,
     check_foundation,
-    check_parts,
+    check_part,
     unknown_files,
 )
 from mfdetr_cache.detectors.registry import load_same_detector
@@ -88,11 +88,12 @@ def run_verify(
         faults += check_annotations(storage, root, number, full=full)
     broken: list[Part] = []
     total = 0
-    for check in check_parts(storage, root, full=full):
+    for part in root.layout.parts:
+        check = check_part(storage, root, part, full=full)
         total += check.num_bytes
         faults += check.faults
         if check.faults:
-            broken.append(check.part)
+            broken.append(part)
         reporter.advance(num_bytes=check.num_bytes)
     reporter.finish()
     compared, difference = 0, 0.0
