@@ -77,64 +77,40 @@ class DetectorListing:
     Attributes:
         name: Value for ``--detector``.
         model: Display name of the family.
-        backbone: Its backbone.
         weights: Value for ``--weights``.
+        encoder_maps: Description of its encoder maps.
+        checked: Reference its outputs were verified against.
+        backbone: Its backbone.
         levels: Strides of the encoder maps.
         width: Channels of queries and encoder maps.
         queries: Queries at test time.
         c1: Source of the stride-4 map, or its channels.
         paper: Numbers of the paper's tables with this detector; empty for none.
-        encoder_maps: Description of its encoder maps.
-        checked: Reference its outputs were verified against.
     """
 
     name: str
     model: str
-    backbone: str
     weights: str
-    levels: str
-    width: str
-    queries: str
-    c1: str
-    paper: str
     encoder_maps: str
     checked: str
+    backbone: str = _FROM_WEIGHTS
+    levels: str = _FROM_WEIGHTS
+    width: str = _FROM_WEIGHTS
+    queries: str = _FROM_WEIGHTS
+    c1: str = "backbone"
+    paper: str = ""
 
 
 def list_detectors() -> tuple[DetectorListing, ...]:
     """One entry per official detector, transformers family and plugin."""
     transformers = [
-        DetectorListing(
-            name="hf",
-            model=family.label,
-            backbone=_FROM_WEIGHTS,
-            weights="folder or hub id",
-            levels=_FROM_WEIGHTS,
-            width=_FROM_WEIGHTS,
-            queries=_FROM_WEIGHTS,
-            c1="none: a plain ViT" if family.encoder_maps == "projector" else "backbone",
-            paper="",
-            encoder_maps=ENCODER_MAPS[family.encoder_maps],
-            checked=family.checked,
-        )
-        for family in FAMILIES.values()
+        _of_weights("hf", f.label, "folder or hub id", f.encoder_maps, f.checked)
+        for f in FAMILIES.values()
     ]
     official = [_official(name, a) for name, a in ARCHITECTURES.items()]
     authors = [
-        DetectorListing(
-            name=detector.name,
-            model=detector.label,
-            backbone=_FROM_WEIGHTS,
-            weights="authors' checkpoint",
-            levels=_FROM_WEIGHTS,
-            width=_FROM_WEIGHTS,
-            queries=_FROM_WEIGHTS,
-            c1="none: a plain ViT" if _ENCODERS.get(detector.name) == "projector" else "backbone",
-            paper="",
-            encoder_maps=ENCODER_MAPS[_ENCODERS.get(detector.name, "outputs")],
-            checked=detector.checked,
-        )
-        for detector in AUTHORS.values()
+        _of_weights(name, d.label, "authors' checkpoint", _ENCODERS.get(name, "outputs"), d.checked)
+        for name, d in AUTHORS.items()
     ]
     torchvision = [
         DetectorListing(
@@ -146,29 +122,23 @@ def list_detectors() -> tuple[DetectorListing, ...]:
             width="256" if model.width == 256 else f"{model.width}, maps 256",
             queries=str(model.queries),
             c1=str(model.c1),
-            paper="",
             encoder_maps="feature pyramid",
             checked="torchvision's own detections: equal",
         )
         for name, model in MODELS.items()
     ]
     plugins = [
-        DetectorListing(
-            name,
-            f"plugin {p.value}",
-            "",
-            "see the plugin",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "by its authors",
-        )
+        DetectorListing(name, f"plugin {p.value}", "see the plugin", "", "by its authors")
         for name, p in _plugins().items()
     ]
     return (*official, *authors, *transformers, *torchvision, *plugins)
+
+
+def _of_weights(
+    name: str, model: str, weights: str, encoder_maps: EncoderMaps, checked: str
+) -> DetectorListing:
+    c1 = "none: a plain ViT" if encoder_maps == "projector" else "backbone"
+    return DetectorListing(name, model, weights, ENCODER_MAPS[encoder_maps], checked, c1=c1)
 
 
 def _official(name: str, architecture: Architecture) -> DetectorListing:
