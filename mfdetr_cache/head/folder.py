@@ -140,8 +140,7 @@ def save_head(
     They name their own hash and, beside a ``config.json``, its run, and the step they are of.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    is_run = (folder / CONFIG_FILE).is_file()
-    of_run = str(read_run_config(folder).get("run", "")) if is_run else ""
+    of_run = run_of_folder(folder)
     # Several entries would come in any order, and the same weights are to be the same bytes.
     known = (_hash_of(tensors), of_run, *([] if step is None else [str(step)]))
     about = {_SEAL: " ".join(known)}
@@ -153,6 +152,12 @@ def save_run_config(folder: Path, config: HeadConfig, run: RunRecord) -> None:
     """Write a run's ``config.json``, sealed; OutputError if the disk is full."""
     full = {"head": to_dict(config), **run.to_dict()}
     write_atomically(folder / CONFIG_FILE, seal({**full, "run": run.run or _run_of(full)}))
+
+
+def run_of_folder(folder: Path) -> str:
+    """The hash of the run in a folder; empty where there is none, or none that has one."""
+    is_run = (folder / CONFIG_FILE).is_file()
+    return str(read_run_config(folder).get("run", "")) if is_run else ""
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

@@ -5,14 +5,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import HeadError, OutputError, TrainingError
-from mfdetr_cache.head.folder import RunRecord, save_head
+from mfdetr_cache.head.folder import RunRecord, run_of_folder, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.checkpoint import (
@@ -104,6 +104,7 @@ class Run:
         # Of the checkpoints; a mean over 50 steps.
         self._lowest_loss = math.inf
         self._folder = folder
+        self._name = "" if folder is None else run_of_folder(folder)
         self._validation = validation
         if resume:
             self._restore()
@@ -123,12 +124,16 @@ class Run:
             self.fail(TrainingError(f"the weights are not finite after step {self.learner.step}"))
         elif self._folder is not None:
             warning = self._keep_before_growth(self._folder)
-            save_checkpoint(self._folder, self.learner.state())
+            save_checkpoint(self._folder, self._state())
             if self._midway:
                 self.save_weights()
             self._saved_step = self.learner.step
             (self._folder / FAILED_FILE).unlink(missing_ok=True)
         return warning
+
+    def _state(self) -> dict[str, Any]:
+        """The learner's, and which run it is of."""
+        return {**self.learner.state(), "run": self._name}
 
     def _keep_before_growth(self, folder: Path) -> str:
         """Keep the last checkpoint from before the loss grew, until it has fallen again.
@@ -165,7 +170,7 @@ class Run:
                 f"{error}; {kept}: --resume goes on from it, also with another lr, clip_norm or amp"
             )
             with contextlib.suppress(OutputError):
-                save_checkpoint(self._folder, self.learner.state(), FAILED_FILE)
+                save_checkpoint(self._folder, self._state(), FAILED_FILE)
         self.problem = error
 
     def add_to_log(self, report: StepReport) -> None:
@@ -249,7 +254,10 @@ class Run:
         if self._folder is None or not (path := self._folder / CHECKPOINT_FILE).is_file():
             return
         try:
-            self.learner.restore(load_checkpoint(self._folder))
+            state = load_checkpoint(self._folder)
+            if state.get("run", self._name) != self._name:
+                raise HeadError(f"{path} is of another run than its config.json; restore one")
+            self.learner.restore(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise HeadError(f"{path} does not fit this run ({reason})") from error

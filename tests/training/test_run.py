@@ -1,5 +1,6 @@
 """Runs that are gone on with: with another cache, and after a loss that grew."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,18 @@ def test_a_run_goes_on_with_its_own_cache_alone(tmp_path: Path) -> None:
     prepare_folder(tmp_path, HEAD, record("one"), resume=True)
     with pytest.raises(HeadError, match=r"learned from another cache than two\.zarr"):
         prepare_folder(tmp_path, HEAD, record("two"), resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Of the same head and settings but for the seed, so that every tensor would fit."""
+    detector = detector_identity(make_spec())
+    for seed in (0, 1):
+        record = RunRecord(detector=detector, train=to_dict(TrainConfig(seed=seed)))
+        prepare_folder(tmp_path / str(seed), HEAD, record, resume=False)
+        learner = make_learner()
+        learn(learner, 2.0)
+        Run(learner, tmp_path / str(seed)).save()
+    Run(make_learner(), tmp_path / "1", resume=True)
+    shutil.copy(tmp_path / "0/checkpoint.pt", tmp_path / "1/checkpoint.pt")
+    with pytest.raises(HeadError, match=r"checkpoint\.pt is of another run than its config\.json"):
+        Run(make_learner(), tmp_path / "1", resume=True)
