@@ -52,7 +52,8 @@ class TrainConfig:
         clip_norm: Largest gradient norm; 0 for no clipping.
         ema_decay: Decay of an exponential moving average of the weights, used as the result; 0 for
             none.
-        views: Walk through all views of the cache, or train on ``base`` alone.
+        views: ``all`` views of the cache are walked through, ``base`` alone, or the first so many,
+            of which ``base`` is one.
         match: ``hungarian`` as the detectors train (one query per object), or ``iou``: every query
             among the best ``iou_candidates`` whose box overlaps an object enough, its best one.
             ``set`` for heads that move boxes: the best ``iou_candidates`` are all trained, and the
@@ -108,7 +109,7 @@ class TrainConfig:
     beta2: float = 0.999
     clip_norm: float = 0.1
     ema_decay: float = 0.0
-    views: Literal["all", "base"] = "all"
+    views: str = "all"
     match: Literal["hungarian", "iou", "set"] = "hungarian"
     min_match_iou: float = 0.0
     iou_candidates: int = 100
@@ -171,6 +172,8 @@ class TrainConfig:
             raise ValueError("num_processes must be -1 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
+        if self.views not in ("all", "base") and not (self.views.isdecimal() and int(self.views)):
+            raise ValueError(f"views must be all, base or a number from 1 on, not {self.views!r}")
         self._require_shares()
 
     def _require_shares(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mfdetr_cache.errors import ConfigError
+
 # Parts of the cache whose rows are mixed with one another when a training goes part by part.
 PARTS_MIXED = 8
 
@@ -68,6 +70,18 @@ def view_of_epoch(views: Sequence[str], seed: int, row: int, epoch: int) -> str:
     cycle, position = divmod(epoch, len(views))
     order = np.random.default_rng((seed, row, cycle)).permutation(len(views))
     return views[int(order[position])]
+
+
+def chosen_views(views: Sequence[str], wanted: str) -> tuple[str, ...]:
+    """The views of a cache that a training walks through; ConfigError if it has fewer."""
+    if wanted == "all":
+        return tuple(views)
+    count = 1 if wanted == "base" else int(wanted)
+    if count > len(views):
+        raise ConfigError(
+            f"views={wanted}: the cache has {len(views)}; extract one with --views {count - 1}"
+        )
+    return tuple(views[:count])
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:

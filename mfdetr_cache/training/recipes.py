@@ -228,26 +228,30 @@ def _of_file(path: Path, name: str) -> Recipe:
     return Recipe(recipe, head, train)
 
 
-def split_settings(assignments: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(
+    assignments: Mapping[str, str], where: str = "--set"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of HeadConfig and of TrainConfig, converted, from settings as typed with ``--set``.
 
-    ConfigError if a setting is unknown or a value cannot be used.
+    ConfigError, which names ``where``, if a setting is unknown or a value cannot be used.
     """
-    head, train = _split(assignments)
-    full_head = override(HeadConfig(), head, "--set")
-    full_train = override(TrainConfig(), train, "--set")
+    head, train = _split(assignments, where)
+    full_head = override(HeadConfig(), head, where)
+    full_train = override(TrainConfig(), train, where)
     return (
         {name: getattr(full_head, name) for name in head},
         {name: getattr(full_train, name) for name in train},
     )
 
 
-def _split(assignments: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def _split(
+    assignments: Mapping[str, str], where: str = "--set"
+) -> tuple[dict[str, str], dict[str, str]]:
     of_head = {f.name for f in fields(HeadConfig)}
     of_train = {f.name for f in fields(TrainConfig)}
     for key in assignments:
         if key not in of_head | of_train:
             hint = nearest(key, sorted(of_head | of_train))
-            raise ConfigError(f"--set: unknown setting {key!r}{hint}")
+            raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
     head = {k: v for k, v in assignments.items() if k in of_head}
     return head, {k: v for k, v in assignments.items() if k in of_train}

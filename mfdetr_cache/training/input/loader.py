@@ -20,7 +20,7 @@ from mfdetr_cache.training.input.source import Step
 from mfdetr_cache.training.input.staging import staged
 from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.order import Order, view_of_epoch
+from mfdetr_cache.training.order import Order, chosen_views, view_of_epoch
 from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.training.rows import trainable_rows
 
@@ -71,7 +71,7 @@ def _opened_loader(storage: Storage, annotations: int, *rest: Any) -> Loader:  #
 class CacheSource:
     """Steps from a complete cache, read once for all heads; TrainingError if no image has objects.
 
-    All learners must have the same :func:`stream_key`. ``stage`` prepares the next step while this
+    ConfigError if it has fewer views than the learners want. All learners must have the same :func:`stream_key`. ``stage`` prepares the next step while this
     one is computed; it is on by default beside a GPU, since a CPU would only share its cores.
     ``regions`` are the distinct region settings of the heads, ``order`` gives the rows of each
     step.
@@ -89,6 +89,7 @@ class CacheSource:
         self._train = learners[0].train
         self._device = learners[0].device
         self._cache = cache
+        self._views = chosen_views(cache.layout.views, self._train.views)
         self._processes = processes or Processes()
         self._map_names = tuple(dict.fromkeys(n for one in learners for n in one.head.map_names))
         self._stage = self._device.type == "cuda" if stage is None else stage
@@ -107,11 +108,10 @@ class CacheSource:
 
     def _read(self, numbers: range) -> Generator[Step, None, None]:
         train, on_gpu = self._train, self._device.type == "cuda"
-        views = self._cache.layout.views
         load = Loader(
             self._cache,
             self._map_names,
-            tuple(views if train.views == "all" else views[:1]),
+            self._views,
             self.order.steps_per_epoch,
             train.seed,
             self.regions,

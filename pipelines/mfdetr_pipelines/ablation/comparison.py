@@ -13,6 +13,7 @@ from mfdetr_pipelines.ablation.rows import (
     rows_of_file,
     rows_of_table,
     smaller_rows,
+    varied_rows,
     with_settings,
 )
 from mfdetr_pipelines.config.ablate import RowOptions
@@ -47,6 +48,7 @@ def comparison_of(options: RowOptions) -> Comparison:
     head, train = split_settings(options.set)
     base = _chosen_rows(options)
     rows = with_settings((*base.rows, *baseline_rows(options.baseline)), head, train)
+    rows = varied_rows(rows, options.vary)
     if options.smaller:
         rows = smaller_rows(rows)
     if options.label_fraction:

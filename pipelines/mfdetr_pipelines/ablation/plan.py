@@ -16,7 +16,7 @@ from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.order import steps_per_epoch
+from mfdetr_cache.training.order import chosen_views, steps_per_epoch
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Run
 from mfdetr_cache.training.settings import training_device
@@ -94,12 +94,13 @@ def plan_rows(
                 detector = "h-detr-r50" if row.paper is None else row.paper.detector
                 spec, fitted = paper_detector(detector), row
             else:
+                chosen_views(cache.layout.views, row.recipe.train.views)
                 spec, fitted = cache.spec, fit_row(row, cache.spec)
             # Many rows differ in their training alone.
             key = (spec.name, fitted.recipe.head)
             if key not in costs:
                 costs[key] = head_cost(fitted.recipe.head, spec)
-        except HeadError as error:
+        except (ConfigError, HeadError) as error:
             plans.append(RowPlan(row, None, problem=str(error)))
             continue
         train = fitted.recipe.train

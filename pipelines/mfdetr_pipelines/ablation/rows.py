@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mfdetr_cache.choices import Baseline
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.files import read_regular
-from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.recipes import Recipe, build_recipe, split_settings
 from mfdetr_pipelines.ablation.paper_tables import PaperRow, PaperTable
 
 BASELINES: dict[Baseline, str] = {
@@ -145,6 +145,24 @@ def label_fraction_rows(
             recipe = replace(row.recipe, train=train)
             made.append(replace(row, name=name, recipe=recipe, curve=row.name))
     return tuple(made)
+
+
+def varied_rows(
+    rows: Sequence[AblationRow], settings: Mapping[str, str]
+) -> tuple[AblationRow, ...]:
+    """Every row with every combination of the values, between commas, of the settings.
+
+    ConfigError if a setting is unknown or a value cannot be used.
+    """
+    for key, values in settings.items():
+        made: list[AblationRow] = []
+        for row in rows:
+            for value in [""] if row.baseline else values.split(","):
+                head, train = split_settings({key: value} if value else {}, "--vary")
+                named = replace(row, name=f"{row.name}, {key}={value}" if value else row.name)
+                made += with_settings([named], head, train)
+        rows = made
+    return tuple(rows)
 
 
 def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:

@@ -32,6 +32,8 @@ class RowOptions:
         label_fraction: Train every row on the masks of this part of the images. Repeatable.
         smaller: Add to every row hidden widths of 32, 16 and 8, and RoI 8 x 8.
         set: Replace a setting in every row.
+        vary: Every row with each of these values, such as views=1,2,4,8; of several settings, with
+            every combination.
     """
 
     file: Annotated[Path | None, Option("FILE", metavar="FILE", parse=existing_file)] = None
@@ -45,6 +47,9 @@ class RowOptions:
     label_fraction: Annotated[tuple[float, ...], Option(metavar="SHARE")] = ()
     smaller: bool = False
     set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
+    vary: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         chosen = (self.file is not None, self.table is not None, self.branches, bool(self.recipe))
