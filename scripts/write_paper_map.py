@@ -37,25 +37,76 @@ TABLES = [
     (
         "7, 8",
         "systems",
-        "`ablate --table 7`: this detector's row beside what others published, AP against hours; "
-        "test-dev by `evaluate --save-results NAME.zip`",
+        "this detector's row beside what others published, AP against hours; test-dev by "
+        "`evaluate --save-results NAME.zip`",
     ),
     ("9", "RoIAlign output size", "`roi_size`"),
     ("10", "training epochs", "`steps`, or `train-head --epochs`"),
-    ("11", "large-scale jittering", "`extract --views N --view-policy large-scale-jitter`"),
+    ("11", "large-scale jittering", "`extract --view-policy`, a cache for each row"),
     ("12", "mask head", "`mask_predictor`"),
     ("13", "batch size", "`batch_size`"),
-    ("14", "encoder layer", "`extract --encoder-layer N`"),
+    ("14", "encoder layer", "`extract --encoder-layer`, two caches for each row"),
+    ("16", "fine-tuning the detector", "`train-joint --tune`, the detector in every step"),
+]
+# What the reviews ask for, with what stands beside --cache, --val-cache and --out.
+REVIEWS = [
     (
-        "16",
-        "fine-tuning the detector",
-        "`mfdetr train-joint --tune nothing`, `encoder-decoder` or `all` "
-        "(`pipelines/mfdetr_pipelines/train_joint.py`)",
+        "How many masks does it need?",
+        "`mfdetr ablate --recipe fast --label-fraction 0.01 --label-fraction 0.05 "
+        "--label-fraction 0.1 --label-fraction 0.3 --label-fraction 1 --seeds 3`",
+        "a table and a curve, [measured](ablations.md#how-many-masks-does-it-need)",
     ),
     (
-        "reviews",
-        "other papers' mask branches on the same frozen features",
-        "`ablate --branches`: [what each row is](branches.md)",
+        "How many views are worth extracting?",
+        "`mfdetr ablate --recipe fast --vary views=1,2,4,8 --seeds 3`",
+        "rows of the first so many views of one cache, [measured](choosing-a-cache.md#views)",
+    ),
+    (
+        "How small may the head be?",
+        "`mfdetr ablate --recipe paper --smaller`",
+        "widths of 32, 16 and 8, and RoIAlign of 8 x 8, after every row",
+    ),
+    (
+        "Does an FFN do, where no cell sees another (Tables 2 and 3)?",
+        "`mfdetr ablate rows.toml`",
+        'rows with `image_block = "ffn"` or `box_block = "ffn"`, '
+        "[written out](ablations.md#is-an-ffn-enough)",
+    ),
+    (
+        "What do other papers' mask branches reach on the same features?",
+        "`mfdetr ablate --branches --seeds 3`",
+        "Mask R-CNN, PointRend, QueryInst, ISTR, Mask2Former, [what each row is](branches.md)",
+    ),
+    (
+        "Is that more than a box, an ellipse, SAM?",
+        "`mfdetr ablate --recipe fast --baseline box --baseline ellipse --baseline oracle "
+        "--baseline sam --sam-weights NAME --images FOLDER`",
+        "on the very same detections",
+    ),
+    (
+        "Does it mask what it was never shown?",
+        "`mfdetr train-head --hold-out person --hold-out dog`",
+        "`evaluate` then shows AP of seen and unseen categories",
+    ),
+    (
+        "What does it cost with the detector?",
+        "`mfdetr ablate --recipe paper --detector-hours 40`",
+        "its training and the extraction, added to every row's own hours",
+    ),
+    (
+        "Was it chosen on the validation split?",
+        "`mfdetr ablate --recipe fast --val-split 5`",
+        "in place of `--val-cache`: every fifth image is left out of training and measured on",
+    ),
+    (
+        "Does freezing cost anything?",
+        "`mfdetr ablate --table 16 --extract`",
+        "the detector frozen, partly tuned and tuned, each measured through itself",
+    ),
+    (
+        "Is the difference real?",
+        "`mfdetr compare runs/a runs/b`",
+        "a paired bootstrap over the images, also in every ablation's `vs first`",
     ),
 ]
 
@@ -76,8 +127,17 @@ def paper_map() -> str:
         "|---|---|---|",
         *(f"| {t} | {what} | {setting} |" for t, what, setting in TABLES),
         "",
-        "Tables are configurations in [paper_tables.toml](../pipelines/mfdetr_pipelines/ablation/"
-        "paper_tables.toml); `mfdetr ablate --table N --dry-run` shows one.",
+        "`mfdetr ablate --table N --cache TRAIN --val-cache VAL --out FOLDER` trains and compares "
+        "the rows of one, with `--extract` those of",
+        "[11, 14 and 16](paper-tables.md#tables-with-caches-of-their-own); `--table N --dry-run` "
+        "shows it. They are configurations in",
+        "[paper_tables.toml](../pipelines/mfdetr_pipelines/ablation/paper_tables.toml).",
+        "",
+        "## What reviewers ask",
+        "",
+        "| question | command, beside `--cache`, `--val-cache` and `--out` | |",
+        "|---|---|---|",
+        *(f"| {question} | {command} | {about} |" for question, command, about in REVIEWS),
         "",
         "## Parameters and multiply-adds",
         "",

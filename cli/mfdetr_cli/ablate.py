@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mfdetr_pipelines.ablation.caches import open_caches
+from mfdetr_pipelines.ablation.caches import MissingCache, find_caches
+from mfdetr_pipelines.ablation.extraction import wanted_caches
 from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import COLUMNS, report_cells, write_report
@@ -24,10 +25,15 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
     chosen = config.comparison
     about = {"table": chosen.table, "title": chosen.title}
     if config.dry_run:
-        plans = _plan(config)
-        write_json(json, {**about, "needs": chosen.needs, "rows": plans})
+        plans, missing = _plan(config)
+        wanted = [
+            {"cache": str(c.path), "settings": c.settings, "bytes": c.num_bytes} for c in missing
+        ]
+        write_json(json, {**about, "needs": chosen.needs, "rows": plans, "extract": wanted})
         _print_plan(chosen.title, plans)
         _print_published(chosen.published)
+        for cache in missing:
+            print_lines(f"Would be extracted with --extract: {cache.text}")
         if chosen.needs:
             print_lines(f"It needs {chosen.needs}")
         return
@@ -35,8 +41,8 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
     write_json(json, {**about, "rows": [r.to_dict() for r in results]})
     samples = []
     if config.images is not None:
-        validation = open_caches(*config.caches, config.rows).validation
-        samples = sample_masks(validation, results, config.out, config.images)
+        caches = find_caches(config).by_row
+        samples = sample_masks(caches, results, config.out, config.images)
     files = write_report(config.out, chosen.title, results, samples, chosen.published)
     _print_results(chosen.title, results)
     _print_published(chosen.published)
@@ -71,20 +77,26 @@ def _print_published(published: Sequence[PublishedSystem]) -> None:
         print_table("Published, not measured here", PUBLISHED_COLUMNS, rows)
 
 
-def _plan(config: AblateConfig) -> list[dict[str, Any]]:
-    """What the rows cost; with a cache, a step of each is timed."""
-    opened = None
-    if config.cache is not None:
-        opened = FeatureCache.open(config.caches[0])
+def _plan(config: AblateConfig) -> tuple[list[dict[str, Any]], list[MissingCache]]:
+    """What the rows cost, with a cache a step of each timed; and what is to be extracted."""
+    missing: list[MissingCache] = []
+    seconds: dict[str, float] = {}
+    if not config.cache:
+        plans = plan_rows(config.rows, None, config.max_steps)
+    else:
+        opened = FeatureCache.open(config.local_cache.before(config.cache[0]))
         opened.require_complete()
-    plans = plan_rows(config.rows, opened, config.max_steps)
-    seconds = {} if opened is None else seconds_per_step(plans, opened, config.device)
+        # The others are like it: a step takes as long.
+        plans = plan_rows(config.rows, opened, config.max_steps)
+        seconds = seconds_per_step(plans, opened, config.device)
+        if any(row.extract or row.cache for row in config.rows):
+            missing = list(wanted_caches(find_caches(config)).values())
     shown = []
     for plan in plans:
         each = seconds.get(plan.row.name)
         total = None if each is None else each * plan.row.recipe.train.steps * config.seeds
         shown.append({**plan.to_dict(), "seconds": total})
-    return shown
+    return shown, missing
 
 
 def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
@@ -123,3 +135,9 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     print_table("Training", columns, training)
     for line in shared_notes([(p["name"], p["note"]) for p in plans]):
         print_lines(line)
+    for plan in plans:
+        own = [f"--{key.replace('_', '-')} {value}" for key, value in plan["extract"].items()]
+        if own:
+            print_lines(f"{plan['name']}: from a cache extracted with {' '.join(own)}")
+        if plan["tune"]:
+            print_lines(f"{plan['name']}: as train-joint --tune {plan['tune']} trains it")

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.choices import Evaluator, Extra, Scoring, Which
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     CocoMetrics,
@@ -244,6 +245,20 @@ def ground_truth_of(cache: FeatureCache) -> COCO:
         for r in cache.rows
     )
     return coco_ground_truth(images, cache.categories)
+
+
+def require_same_truth(first: FeatureCache, other: FeatureCache) -> None:
+    """Refuse caches that are not of the same objects on the same images; CacheError."""
+    for what, ours, theirs in (
+        ("annotations", first.annotations.source["sha256"], other.annotations.source["sha256"]),
+        ("classes", first.is_class_agnostic, other.is_class_agnostic),
+        ("images", *([c.image_id(r) for r in c.rows] for c in (first, other))),
+    ):
+        if ours != theirs:
+            raise CacheError(
+                f"{first.path} and {other.path} are of other {what}: what is measured on them "
+                "cannot be compared"
+            )
 
 
 def images_of(

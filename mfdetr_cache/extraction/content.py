@@ -1,6 +1,7 @@
 """Content of a cache that is known before the detector runs."""
 
 from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
 from mfdetr_cache.coco.augmentation import (
     identity_transform,
@@ -79,3 +80,15 @@ def plan_cache(
         annotations=labelled.source,
         views=contents,
     )
+
+
+def choices_of(root: Root) -> tuple[MapOptions, ViewOptions]:
+    """What was chosen when a cache was made."""
+    layout, extra = root.layout, root.layout.views[1:]
+    roi = layout.c1_roi
+    crops = () if roi is None else (roi.roi_size, roi.sampling_ratio)
+    maps = MapOptions(layout.preset, layout.compression, layout.c1, *crops)
+    if not extra:
+        return maps, ViewOptions()
+    policy = extra[0].rsplit("-", 1)[0]
+    return maps, ViewOptions(len(extra), policy, root.identity["view_seed"])  # type: ignore[arg-type]

@@ -21,7 +21,12 @@ from mfdetr_cache.evaluation.coco_metrics import (
     evaluate_results,
     ground_truth_of_split,
 )
-from mfdetr_cache.evaluation.measure import ground_truth_of, measure, open_to_measure
+from mfdetr_cache.evaluation.measure import (
+    ground_truth_of,
+    measure,
+    open_to_measure,
+    require_same_truth,
+)
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
@@ -124,16 +129,7 @@ def _common_ground_truth(caches: Sequence[FeatureCache], split: CocoSplit | None
         return ground_truth_of_split(split)
     first, *others = caches
     for other in others:
-        for what, ours, theirs in (
-            ("annotations", first.annotations.source["sha256"], other.annotations.source["sha256"]),
-            ("classes", first.is_class_agnostic, other.is_class_agnostic),
-            ("images", *([c.image_id(r) for r in c.rows] for c in (first, other))),
-        ):
-            if ours != theirs:
-                raise CacheError(
-                    f"{first.path} and {other.path} are of other {what}: what is measured on them "
-                    "cannot be compared"
-                )
+        require_same_truth(first, other)
     return ground_truth_of(first)
 
 

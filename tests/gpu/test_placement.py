@@ -140,7 +140,11 @@ def test_rows_learn_side_by_side(tmp_path: Path, drawn_cache: Path) -> None:
     )
     with pretend_gpu():
         config = AblateConfig(
-            Comparison("rows", rows), drawn_cache, drawn_cache, out=tmp_path, device="cuda"
+            Comparison("rows", rows),
+            cache=(str(drawn_cache),),
+            val_cache=(str(drawn_cache),),
+            out=tmp_path,
+            device="cuda",
         )
         results = run_ablate(config, SilentReporter())
     assert [r.problem for r in results] == ["", ""]

@@ -49,15 +49,16 @@ def test_the_tables_are_the_papers(shared: Path) -> None:
     document = json.loads((shared / "design/paper_tables.json").read_text())["tables"]
     for number, table in PAPER_TABLES.items():
         theirs = document[f"table{number}"]["rows"]
-        if number in (7, 8):  # of systems
+        if table.published:
             ours = [p for p in table.published if p.source == "arXiv 2308.03747"]
             for system, wanted in zip(ours, theirs, strict=True):
-                names = ("AP", "AP50", "AP75", "APS", "APM", "APL", "epochs", "backbone")
+                names = ("AP", "AP50", "AP75", "APS", "APM", "APL", "epochs")
+                assert system.backbone in wanted.get("backbone", wanted.get("detector"))
                 pairs = {name: name for name in names} | {"box_AP": "AP_box", "hours": "gpu_hours"}
-                assert system.system.partition(",")[0] == wanted["method"]
+                assert wanted.get("method") in (None, system.system.partition(",")[0])
                 for our, their in pairs.items():
                     assert getattr(system, our) == wanted.get(their), (system.system, our)
-        if number == 7:
+        if number in (7, 16):
             continue
         if number == 8:  # only the paper's own is ours to train
             theirs = [r for r in theirs if r["method"].startswith("Mask Frozen")]

@@ -139,7 +139,10 @@ def test_an_ablation_does_not_train_what_it_cannot_measure(
     rows = (AblationRow("one", recipe()),)
     for name in ("full", "roi"):
         settings = AblateConfig(
-            Comparison("rows", rows), caches[name], caches["roi"], out=tmp_path / name
+            Comparison("rows", rows),
+            cache=(str(caches[name]),),
+            val_cache=(str(caches["roi"]),),
+            out=tmp_path / name,
         )
         (found,) = run_ablate(settings, SilentReporter())
         assert "extracted with --c1 roi" in found.problem

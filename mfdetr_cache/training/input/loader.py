@@ -69,12 +69,12 @@ def _opened_loader(storage: Storage, annotations: int, *rest: Any) -> Loader:  #
 
 
 class CacheSource:
-    """Steps from a complete cache, read once for all heads; TrainingError if no image has objects.
+    """Steps from a complete cache, read once for all heads.
 
-    ConfigError if it has fewer views than the learners want. All learners must have the same :func:`stream_key`. ``stage`` prepares the next step while this
+    All learners must have the same :func:`stream_key`. ``stage`` prepares the next step while this
     one is computed; it is on by default beside a GPU, since a CPU would only share its cores.
     ``regions`` are the distinct region settings of the heads, ``order`` gives the rows of each
-    step.
+    step. TrainingError if no image has objects, ConfigError if there are fewer views than wanted.
     """
 
     def __init__(

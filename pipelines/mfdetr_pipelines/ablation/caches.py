@@ -1,13 +1,26 @@
-"""The training and validation caches of an ablation."""
+"""The caches that the rows of an ablation learn from and are measured on."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.detectors.options import DetectorOptions, options_of
+from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError
+from mfdetr_cache.evaluation.measure import require_same_truth
+from mfdetr_cache.extraction.content import choices_of
+from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.config.ablate import AblateConfig
+
+# Augmented views where --cache has none: with the plain one, as many as the paper has epochs.
+_VIEWS = 5
+# What a row may say of its caches: options of extract.
+_OF_DETECTOR = ("encoder_layer", "num_queries")
+_OF_VIEWS = ("views", "view_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +38,226 @@ class Caches:
     validation_id: str
 
 
-def open_caches(cache: Location, val_cache: Location | None, rows: Sequence[AblationRow]) -> Caches:
-    """Open both caches; without ``val_cache``, measure on the images that ``val_split`` leaves out.
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How a cache was extracted, or is to be."""
 
-    Raises CacheError (missing, unfinished, damaged, or too small to be split), IdentityError
-    (different detectors) or ConfigError (nothing to measure on, or rows with different
-    ``val_split``).
+    options: DetectorOptions
+    maps: MapOptions
+    views: ViewOptions
+
+    @classmethod
+    def of(cls, cache: FeatureCache) -> "Choices":
+        """Those of a cache."""
+        return cls(options_of(cache.identity["detector"]), *choices_of(cache.root))
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether all of a row's settings are so."""
+        found = {name: getattr(self.options, name) for name in _OF_DETECTOR}
+        found |= {"views": self.views.count}
+        found |= {"view_policy": self.views.policy if self.views.count else None}
+        return all(found[name] == value for name, value in settings.items())
+
+    def changed(self, settings: Mapping[str, Any]) -> "Choices":
+        """The same with a row's settings."""
+        views = self.views
+        if "view_policy" in settings:
+            views = replace(views, count=views.count or _VIEWS, policy=settings["view_policy"])
+        if "views" in settings:
+            views = replace(views, count=settings["views"])
+        options = {k: v for k, v in settings.items() if k in _OF_DETECTOR}
+        return Choices(replace(self.options, **options), self.maps, views)
+
+
+@dataclass(frozen=True, slots=True)
+class MissingCache:
+    """A cache that a row asks for, and that was not given.
+
+    Attributes:
+        path: Where it is to be.
+        like: The given cache that it is to be like, but for the settings.
+        settings: What is to differ.
+        is_training: Whether it is learned from, not measured on.
     """
-    training = FeatureCache.open(cache)
-    if val_cache is None:
-        splits = {row.recipe.train.val_split for row in rows}
-        if len(splits) != 1 or 0 in splits:
+
+    path: Path
+    like: FeatureCache
+    settings: Mapping[str, Any]
+    is_training: bool
+
+    @property
+    def choices(self) -> Choices:
+        """How it is to be extracted."""
+        return Choices.of(self.like).changed(self.settings)
+
+    @property
+    def num_bytes(self) -> int:
+        """About: views are taken for equally large."""
+        before = 1 + Choices.of(self.like).views.count
+        return self.like.stored_bytes * (1 + self.choices.views.count) // before
+
+    @property
+    def text(self) -> str:
+        """Where, what and how large."""
+        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in self.settings.items())
+        size = f"about {self.num_bytes / 1e9:.2f} GB"
+        return f"{self.path}: as {self.like.path}, with {options}; {size}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowCaches:
+    """Which caches the rows have.
+
+    Attributes:
+        by_row: Of each row that has both, by its name.
+        missing: What rows are without, by their names.
+        problems: Why rows cannot have theirs.
+    """
+
+    by_row: dict[str, Caches] = field(default_factory=dict)
+    missing: dict[str, list[MissingCache]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def find_caches(config: AblateConfig) -> RowCaches:
+    """The caches of every row: its own, or the first given or extracted one that is as it asks.
+
+    Without ``--val-cache``, rows are measured on the images that ``val_split`` leaves out. Raises
+    CacheError (missing, unfinished, damaged, or too small to be split), IdentityError (different
+    detectors) or ConfigError (nothing to measure on, rows with different ``val_split``, settings
+    that are unknown, or a cache that no row asks for).
+    """
+    if not config.cache:
+        raise ConfigError("give --cache to train from, or --dry-run")
+    splits = {row.recipe.train.val_split for row in config.rows}
+    if not config.val_cache and (len(splits) != 1 or 0 in splits):
+        raise ConfigError(
+            "give --val-cache, or --val-split N to keep every N-th image of --cache for measuring"
+        )
+    places = _Places(config)
+    found = RowCaches()
+    for row in config.rows:
+        known = (*_OF_DETECTOR, *_OF_VIEWS)
+        if unknown := [name for name in row.extract if name not in known]:
             raise ConfigError(
-                "give --val-cache, or --val-split N to keep every N-th image of --cache for "
-                "measuring"
+                f"row {row.name!r}: extract has the unknown setting {unknown[0]!r}; use "
+                + ", ".join(known)
             )
-        training.require_complete()
-        return Caches(training, training.split(splits.pop())[1], "split")
-    validation = FeatureCache.open(val_cache)
+        try:
+            places.find(row, found)
+        except (CacheError, IdentityError) as error:
+            if not (row.cache or row.val_cache or row.extract):
+                raise
+            found.problems[row.name] = str(error)
+    _require_one_truth(found)
+    for option, opened in (("--cache", places.trainings), ("--val-cache", places.validations)):
+        if unused := [c.path for c in opened[1:] if (option, c.path) not in places.used]:
+            raise ConfigError(f"{option} {unused[0]}: no row asks for it; leave it out")
+    return found
+
+
+class _Places:
+    """The given caches, opened, and those of rows."""
+
+    def __init__(self, config: AblateConfig) -> None:
+        self.config = config
+        self.trainings = [self._open(location) for location in config.cache]
+        self.validations = [self._open(location) for location in config.val_cache]
+        self.used: set[tuple[str, str]] = set()
+        self._pairs: dict[tuple[str, str], Caches] = {}
+
+    def _open(self, location: Location) -> FeatureCache:
+        return FeatureCache.open(self.config.local_cache.before(location))
+
+    def find(self, row: AblationRow, found: RowCaches) -> None:
+        """Enter a row."""
+        training = self._of(row, row.cache, self.trainings, row.extract, is_training=True)
+        validation: FeatureCache | MissingCache | None = None
+        if self.validations or row.val_cache:
+            settings = {k: v for k, v in row.extract.items() if k in _OF_DETECTOR}
+            validation = self._of(row, row.val_cache, self.validations, settings, is_training=False)
+        missing = [c for c in (training, validation) if isinstance(c, MissingCache)]
+        if missing:
+            found.missing[row.name] = missing
+            return
+        assert isinstance(training, FeatureCache)
+        assert not isinstance(validation, MissingCache)
+        self.used.add(("--cache", training.path))
+        if validation is not None:
+            self.used.add(("--val-cache", validation.path))
+        found.by_row[row.name] = self._paired(row, training, validation)
+
+    def _of(
+        self,
+        row: AblationRow,
+        own: str,
+        given: Sequence[FeatureCache],
+        settings: Mapping[str, Any],
+        *,
+        is_training: bool,
+    ) -> FeatureCache | MissingCache:
+        if own:
+            return self._open(own)
+        if not given:
+            raise CacheError(f"row {row.name!r} has no val_cache, and there is no --val-cache")
+        first, *_ = given
+        for cache in given:
+            if _alike(cache, first) and Choices.of(cache).has(settings):
+                return cache
+        name = ",".join(f"{key}={value}" for key, value in settings.items())
+        folder = "train" if is_training else "val"
+        wanted = MissingCache(
+            self.config.out / "caches" / f"{folder},{name}.zarr", first, settings, is_training
+        )
+        if wanted.path.exists():
+            cache = FeatureCache.open(wanted.path)
+            if cache.is_complete:
+                if not _alike(cache, first):
+                    raise CacheError(f"{cache.path} is not of {first.path}'s detector and images")
+                return cache
+        return wanted
+
+    def _paired(
+        self, row: AblationRow, training: FeatureCache, validation: FeatureCache | None
+    ) -> Caches:
+        split = row.recipe.train.val_split
+        key = (training.path, f"split {split}" if validation is None else validation.path)
+        if key not in self._pairs:
+            self._pairs[key] = _pair(training, validation, split)
+        return self._pairs[key]
+
+
+def _alike(cache: FeatureCache, first: FeatureCache) -> bool:
+    """Whether two caches are of one detector, with whatever settings, and the same images."""
+    return (
+        cache.spec.weights_sha256 == first.spec.weights_sha256
+        and cache.identity["images"] == first.identity["images"]
+    )
+
+
+def _pair(training: FeatureCache, validation: FeatureCache | None, val_split: int) -> Caches:
+    training.require_complete()
+    if validation is None:
+        return Caches(training, training.split(val_split)[1], "split")
     require_same(
         detector_identity(training.spec),
         f"--cache {training.path}",
         detector_identity(validation.spec),
         f"--val-cache {validation.path}",
     )
-    training.require_complete()
     validation.require_complete()
     return Caches(training, validation, validation.cache_id)
+
+
+def _require_one_truth(found: RowCaches) -> None:
+    """A row that is measured on other objects than the first is no row to compare with it."""
+    if not found.by_row:
+        return
+    first = next(iter(found.by_row.values())).validation
+    for name, caches in list(found.by_row.items()):
+        try:
+            if caches.validation is not first:
+                require_same_truth(first, caches.validation)
+        except MfdetrError as error:
+            found.problems[name] = str(error)
+            del found.by_row[name]

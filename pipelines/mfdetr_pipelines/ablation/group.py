@@ -1,8 +1,7 @@
 """Train a group of jobs over one read of the cache, and measure each."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -123,7 +122,7 @@ def _measure_head(
     measured, masks = measure(caches.validation, head.to(device), device, reporter, extras)
     head_ms = 1000 * measured.latency["head"].median
     metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
-    job.write_result(_result(metrics, seconds, speed, head_ms), masks)
+    job.write_result(metrics, masks, seconds, speed, head_ms)
 
 
 def _measure_baseline(
@@ -134,18 +133,4 @@ def _measure_baseline(
     measured, masks = measure_baseline(
         caches.validation, baseline, reporter, sam=sam, device=device
     )
-    job.write_result(_result({name: m.to_dict() for name, m in measured.items()}), masks)
-
-
-def _result(
-    metrics: Mapping[str, dict[str, float] | None],
-    seconds: float = 0.0,
-    speed: float = 0.0,
-    head_ms: float = 0.0,
-) -> dict[str, Any]:
-    return {
-        "train_seconds": seconds,
-        "images_per_second": speed,
-        "head_ms": head_ms,
-        **metrics,
-    }
+    job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,28 @@ class Job:
                 )
         return done
 
-    def write_result(self, result: dict[str, Any], masks: Sequence[Result]) -> None:
-        """Store the result, which marks the job as done."""
+    def write_result(
+        self,
+        metrics: Mapping[str, dict[str, float] | None],
+        masks: Sequence[Result],
+        seconds: float = 0.0,
+        speed: float = 0.0,
+        head_ms: float = 0.0,
+    ) -> None:
+        """Store what was measured, which marks the job as done.
+
+        ``metrics`` are by kind (mask, boundary, box); ``seconds`` and ``speed`` in images per
+        second of the training, ``head_ms`` of the head for an image.
+        """
         packed = gzip.compress(json_results(masks), 1, mtime=0)
         write_atomically(self.folder / _MASKS_FILE, packed)
-        document = {**result, "identity": self.identity}
+        document = {
+            "train_seconds": seconds,
+            "images_per_second": speed,
+            "head_ms": head_ms,
+            **metrics,
+            "identity": self.identity,
+        }
         write_atomically(self.folder / _RESULT_FILE, json.dumps(document, indent=2).encode())
 
     def read_masks(self) -> list[Result]:
@@ -94,13 +111,15 @@ class Job:
         return masks
 
 
-def plan_jobs(plans: Sequence[RowPlan], num_seeds: int, out: Path, caches: Caches) -> list[Job]:
+def plan_jobs(
+    plans: Sequence[RowPlan], num_seeds: int, out: Path, caches: Mapping[str, Caches]
+) -> list[Job]:
     """One job per row that can be trained and seed in 0 to N - 1, seed by seed.
 
     A row without trained weights has one job: its result depends on no seed.
     """
     return [
-        _job(plan, seed, out, caches)
+        _job(plan, seed, out, caches[plan.row.name])
         for seed in range(num_seeds)
         for plan in plans
         if not plan.problem and (plan.is_trained or seed == 0)
@@ -117,6 +136,8 @@ def _job(plan: RowPlan, seed: int, out: Path, caches: Caches) -> Job:
         "val_cache": caches.validation_id,
         "baseline": plan.row.baseline,
     }
+    if plan.row.tune:
+        identity["tune"] = plan.row.tune
     return Job(plan, recipe, row_folder(out, plan.row) / f"seed-{seed}", identity)
 
 
@@ -139,8 +160,9 @@ def require_own_folders(rows: Sequence[AblationRow], out: Path) -> None:
 
 
 def by_stream(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Groups of jobs that can train on the same batches."""
+    """Groups of jobs that can train on the same batches of the same cache."""
     groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        groups.setdefault(stream_key(job.recipe.train), []).append(job)
+        caches = (job.identity["cache"], job.identity["val_cache"], job.plan.row.tune)
+        groups.setdefault((*caches, *stream_key(job.recipe.train)), []).append(job)
     yield from groups.values()

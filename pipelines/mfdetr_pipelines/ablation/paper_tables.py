@@ -2,10 +2,11 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
+from mfdetr_cache.choices import Tune
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.head.config import HeadConfig
@@ -26,6 +27,8 @@ class PaperRow:
         epochs: Length of the training; None for the recipe's steps.
         own_width: Whether the hidden width is the detector's own.
         detector: The detector whose geometry the paper counted.
+        extract: How its cache is extracted, by option.
+        tune: What of the detector is trained too; empty for nothing, from a cache.
     """
 
     name: str
@@ -36,6 +39,8 @@ class PaperRow:
     epochs: float | None = None
     own_width: bool = False
     detector: str = "h-detr-r50"
+    extract: Mapping[str, int | str] = field(default_factory=dict)
+    tune: Tune | Literal[""] = ""
 
     @property
     def AP(self) -> float | None:
@@ -131,6 +136,8 @@ def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> PaperRow:
         both.get("epochs"),
         both.get("own_width", False),
         both.get("detector", "h-detr-r50"),
+        both.get("extract", {}),
+        both.get("tune", ""),
     )
 
 

@@ -20,6 +20,7 @@ from mfdetr_cache.training.order import chosen_views, steps_per_epoch
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Run
 from mfdetr_cache.training.settings import training_device
+from mfdetr_pipelines.ablation.caches import RowCaches
 from mfdetr_pipelines.ablation.fit import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow
 
@@ -67,6 +68,8 @@ class RowPlan:
             "paper_params_m": None if paper is None else paper.params_m,
             "paper_macs_g": None if paper is None else paper.macs_g,
             "paper_AP": None if paper is None else paper.AP,
+            "extract": dict(self.row.extract),
+            "tune": self.row.tune,
             "note": self.problem or self.row.note,
         }
 
@@ -107,6 +110,21 @@ def plan_rows(
         epochs = train.steps / steps_per_epoch(count(train), train.batch_size)
         plans.append(RowPlan(fitted, costs[key], epochs if costs[key].parameters else None))
     return tuple(plans)
+
+
+def plan_with_caches(
+    rows: Sequence[AblationRow], found: RowCaches, max_steps: int | None
+) -> tuple[RowPlan, ...]:
+    """Costs of rows, each fitted to its own cache; one that has none has a problem."""
+    plans: dict[str, RowPlan] = {}
+    for cache in {id(c.training): c.training for c in found.by_row.values()}.values():
+        ours = [
+            r for r in rows if r.name in found.by_row and found.by_row[r.name].training is cache
+        ]
+        plans |= {p.row.name: p for p in plan_rows(ours, cache, max_steps)}
+    return tuple(
+        plans.get(r.name) or RowPlan(r, None, problem=found.problems.get(r.name, "")) for r in rows
+    )
 
 
 def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
@@ -161,11 +179,11 @@ def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
 def seconds_per_step(
     plans: Sequence[RowPlan], cache: FeatureCache, device_name: str
 ) -> dict[str, float]:
-    """Measured seconds per training step by row, on the first images of a complete cache."""
+    """Measured seconds per training step from a complete cache, by row, on its first images."""
     found = {}
     for plan in plans:
         recipe = plan.row.recipe
-        if not plan.is_trained:
+        if not plan.is_trained or plan.row.tune:
             continue
         device = training_device(device_name, recipe.train.amp)
         steps = 1 + _TIMED_STEPS

@@ -2,11 +2,11 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mfdetr_cache.choices import Baseline
+from mfdetr_cache.choices import Baseline, Tune
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.files import read_regular
 from mfdetr_cache.training.recipes import Recipe, build_recipe, split_settings
@@ -21,6 +21,8 @@ BASELINES: dict[Baseline, str] = {
 # What reviewers ask for: how small the head may be.
 _SMALL_WIDTHS = (32, 16, 8)
 _SMALL_ROI = 8
+# What a row of a file may say.
+_KEYS = {"name", "recipe", "set", "cache", "val_cache", "extract"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,10 @@ class AblationRow:
         curve: Name without the label fraction, for rows that are points of a curve.
         epochs: Length of the training; None for the recipe's steps.
         own_width: Whether the hidden width is the detector's own, whatever the recipe says.
+        cache: Where it learns from; empty for a ``--cache`` that was extracted as it asks.
+        val_cache: Where it is measured; empty for the ``--val-cache`` that fits the other.
+        extract: How its caches are extracted, where that is not as it comes, by option.
+        tune: What of the detector is trained too, from its images; empty for a head on a cache.
         problem: Why the settings are invalid; empty if they are valid.
     """
 
@@ -47,13 +53,26 @@ class AblationRow:
     curve: str = ""
     epochs: float | None = None
     own_width: bool = False
+    cache: str = ""
+    val_cache: str = ""
+    extract: Mapping[str, int | str] = field(default_factory=dict)
+    tune: Tune | Literal[""] = ""
     problem: str = ""
 
 
 def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
     """The rows of a table of the paper."""
     return tuple(
-        AblationRow(r.name, r.recipe, r, epochs=r.epochs, own_width=r.own_width) for r in table.rows
+        AblationRow(
+            r.name,
+            r.recipe,
+            r,
+            epochs=r.epochs,
+            own_width=r.own_width,
+            extract=r.extract,
+            tune=r.tune,
+        )
+        for r in table.rows
     )
 
 
@@ -93,7 +112,7 @@ def baseline_rows(names: Sequence[str]) -> tuple[AblationRow, ...]:
 
 
 def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
-    """Rows of a TOML file: ``[[row]]`` tables with ``name``, ``recipe`` and ``set``.
+    """Rows of a TOML file: ``[[row]]`` tables with ``name``, ``recipe``, ``set`` and caches.
 
     ConfigError if the file or a row cannot be used.
     """
@@ -108,16 +127,22 @@ def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
         raise ConfigError(f"{path} has no [[row]]")
     rows = []
     for number, entry in enumerate(entries, 1):
-        unknown = sorted(set(entry) - {"name", "recipe", "set"})
+        unknown = sorted(set(entry) - _KEYS)
         if unknown or not isinstance(entry.get("name"), str):
             what = f"has the unknown key {unknown[0]!r}" if unknown else "has no name"
-            raise ConfigError(f"{path}: row {number} {what}; use name, recipe and set")
+            raise ConfigError(f"{path}: row {number} {what}; use {', '.join(sorted(_KEYS))}")
         settings = {k: _as_typed(v) for k, v in entry.get("set", {}).items()}
         try:
             recipe = build_recipe(str(entry.get("recipe", "fast")), settings)
         except ConfigError as error:
             raise ConfigError(f"{path}: row {entry['name']!r}: {error}") from error
-        rows.append(AblationRow(entry["name"], recipe))
+        cache, val_cache = (str(entry.get(key, "")) for key in ("cache", "val_cache"))
+        extract = entry.get("extract", {})
+        if not isinstance(extract, dict):
+            raise ConfigError(f"{path}: row {entry['name']!r}: extract is no table of options")
+        rows.append(
+            AblationRow(entry["name"], recipe, cache=cache, val_cache=val_cache, extract=extract)
+        )
     names = [r.name for r in rows]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

@@ -1,7 +1,7 @@
 """Ablate: train and measure many heads, rows times seeds, over one read of a cache."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.measure import ground_truth_of
@@ -9,10 +9,12 @@ from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.run_folder import owned_folder
 from mfdetr_pipelines.ablation.baselines import SamSource
-from mfdetr_pipelines.ablation.caches import Caches, open_caches
+from mfdetr_pipelines.ablation.caches import Caches, find_caches
+from mfdetr_pipelines.ablation.extraction import open_caches
 from mfdetr_pipelines.ablation.group import train_group
 from mfdetr_pipelines.ablation.job import Job, by_stream, plan_jobs, require_own_folders
-from mfdetr_pipelines.ablation.plan import plan_rows
+from mfdetr_pipelines.ablation.joint import train_jointly
+from mfdetr_pipelines.ablation.plan import plan_with_caches
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.ray_engine import on_cluster
@@ -21,8 +23,9 @@ from mfdetr_pipelines.ray_engine import on_cluster
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
     """Train and measure every row; finished jobs are not repeated, and a failed row has a problem.
 
-    Rows with the same order of images share one stream of batches. Raises CacheError, IdentityError
-    (caches of different detectors) or StoppedError (stopped by a signal; the same command resumes).
+    Rows with the same cache and order of images share one stream of batches; rows that tune the
+    detector train alone. Raises CacheError, IdentityError (caches of different detectors) or
+    StoppedError (stopped by a signal; the same command resumes).
     """
     if config.comparison.needs:
         raise ConfigError(f"--table {config.comparison.table} needs {config.comparison.needs}")
@@ -32,8 +35,9 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
 
 
 def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
-    caches = open_caches(*config.caches, config.rows)
-    plans = plan_rows(config.rows, caches.training, config.max_steps)
+    found = open_caches(config, reporter)
+    caches = found.by_row
+    plans = plan_with_caches(config.rows, found, config.max_steps)
     jobs = plan_jobs(plans, config.seeds, config.out, caches)
     waiting, problems = _waiting(jobs)
     problems |= {p.row.name: p.problem for p in plans if p.problem}
@@ -53,7 +57,10 @@ def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
         )
         for plan in plans
     ]
-    return compared_with_first(results, jobs, ground_truth_of(caches.validation))
+    if not caches:
+        return tuple(results)
+    first = next(iter(caches.values())).validation
+    return compared_with_first(results, jobs, ground_truth_of(first))
 
 
 def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
@@ -69,14 +76,20 @@ def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
 
 
 def _train_here(
-    config: AblateConfig, groups: Sequence[Sequence[Job]], caches: Caches, reporter: Reporter
+    config: AblateConfig,
+    groups: Sequence[Sequence[Job]],
+    caches: Mapping[str, Caches],
+    reporter: Reporter,
 ) -> dict[str, str]:
     """Train groups in turn; returns problems by row."""
     problems: dict[str, str] = {}
     for group in groups:
         names, seed = ", ".join(j.name for j in group), group[0].recipe.train.seed
-        reporter.say(f"seed {seed}, {len(group)} heads over one read: {names}")
-        problems |= train_group(group, caches, config.device, _sam(config), reporter)
+        what = (
+            "with the detector" if group[0].plan.row.tune else f"{len(group)} heads over one read"
+        )
+        reporter.say(f"seed {seed}, {what}: {names}")
+        problems |= _train(config, group, caches[group[0].name], reporter)
     return problems
 
 
@@ -101,8 +114,17 @@ def _train_on_cluster(
 
 def _train_there(config: AblateConfig, group: Sequence[Job]) -> dict[str, str]:
     """Train a group on a worker, which opens the caches itself and reports no progress."""
-    caches = open_caches(*config.caches, config.rows)
-    return train_group(group, caches, config.device, _sam(config), SilentReporter())
+    caches = find_caches(config).by_row[group[0].name]
+    return _train(config, group, caches, SilentReporter())
+
+
+def _train(
+    config: AblateConfig, group: Sequence[Job], caches: Caches, reporter: Reporter
+) -> dict[str, str]:
+    """Train a group from its cache, or its jobs with the detector; problems by row."""
+    if group[0].plan.row.tune:
+        return train_jointly(group, caches, config, reporter)
+    return train_group(group, caches, config.device, _sam(config), reporter)
 
 
 def _sam(config: AblateConfig) -> SamSource | None:

@@ -1,6 +1,7 @@
 """Masks of every row on the same sample images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_pipelines.ablation.caches import Caches
 from mfdetr_pipelines.ablation.job import row_folder
+from mfdetr_pipelines.ablation.joint import validation_of
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.page import Panel, PanelRow
 
@@ -25,7 +28,7 @@ _THRESHOLD = 0.25
 
 
 def sample_masks(
-    validation: FeatureCache,
+    caches: Mapping[str, Caches],
     results: Sequence[RowResult],
     out: Path,
     images: Path,
@@ -35,24 +38,38 @@ def sample_masks(
 
     One row of panels per image; ``out`` is the folder of the ablation, ``images`` the image folder.
     """
-    shown = [r for r in results if r.seeds and not r.plan.row.baseline]
-    heads = [(r.plan.row.name, _head(out, r, validation)) for r in shown]
+    shown = [_shown(out, r, caches[r.plan.row.name]) for r in results if r.seeds]
+    heads = [one for one in shown if one is not None]
+    if not heads:
+        return []
+    validation = heads[0].cache
     # Images spread over the split, so that not all come from one folder or one hour.
     rows = trainable_rows(validation, TrainConfig())
     chosen = rows[:: max(1, len(rows) // count)][:count]
     return [_panel_row(validation, row, heads, images) for row in chosen]
 
 
-def _head(out: Path, result: RowResult, cache: FeatureCache) -> MaskHead:
-    folder = row_folder(out, result.plan.row) / "seed-0"
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A row's name, its head and the cache that it is measured on."""
+
+    name: str
+    head: MaskHead
+    cache: FeatureCache
+
+
+def _shown(out: Path, result: RowResult, caches: Caches) -> _Shown | None:
+    row = result.plan.row
+    if row.baseline:
+        return None
+    folder = row_folder(out, row) / "seed-0"
+    cache = validation_of(folder, caches)
     if (folder / HEAD_FILE).is_file():
-        return load_head(folder).head
-    return build_head(result.plan.row.recipe.head, cache.spec).eval()
+        return _Shown(row.name, load_head(folder).head, cache)
+    return _Shown(row.name, build_head(row.recipe.head, cache.spec).eval(), cache)
 
 
-def _panel_row(
-    cache: FeatureCache, row: int, heads: Sequence[tuple[str, MaskHead]], images: Path
-) -> PanelRow:
+def _panel_row(cache: FeatureCache, row: int, heads: Sequence[_Shown], images: Path) -> PanelRow:
     names = category_names(cache.categories)
     truth = cache.read(row, ())
     size_hw = truth.geometry.original_hw
@@ -60,12 +77,14 @@ def _panel_row(
     panels = [Panel("annotation", draw_overlay(image, annotated_objects(cache, truth)))]
     # All rows mask the same boxes; a box keeps its colour from row to row.
     colours: dict[object, int] = {}
-    for name, head in heads:
-        cached = cache.read(row, head.map_names)
-        found = predict_masks(head, cached, cache.spec, torch.device("cpu"), threshold=_THRESHOLD)
+    for one in heads:
+        cached = one.cache.read(row, one.head.map_names)
+        found = predict_masks(
+            one.head, cached, one.cache.spec, torch.device("cpu"), threshold=_THRESHOLD
+        )
         shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
         for found_object in shown:
             colours.setdefault(found_object.box_xyxy, len(colours))
         items = [OverlayItem("", None, o.run_lengths, colours[o.box_xyxy]) for o in reversed(shown)]
-        panels.append(Panel(name, draw_overlay(image, items)))
+        panels.append(Panel(one.name, draw_overlay(image, items)))
     return PanelRow(truth.file_name, tuple(panels))

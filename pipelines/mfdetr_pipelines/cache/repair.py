@@ -28,8 +28,7 @@ from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.options import MapOptions, ViewOptions
+from mfdetr_cache.extraction.content import choices_of, plan_cache
 from mfdetr_cache.extraction.stream import Extraction, ImageSource
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.devices import torch_device
@@ -92,7 +91,7 @@ def run_repair(
             split = replace(split, name=str(known.source["name"]))
         chosen = None if known is None else LabelOptions.of(known.source)
         labelled = label_split(split, detector.spec, chosen)
-        content = replace(plan_cache(labelled, detector, *_choices(root)), layout=root.layout)
+        content = replace(plan_cache(labelled, detector, *choices_of(root)), layout=root.layout)
         # Before anything is touched: another detector or dataset could only make it worse.
         require_same_features(storage, root, content)
         versions = _broken_versions(storage, root, content)
@@ -118,18 +117,6 @@ def _labels_of_file(storage: Storage, root: Root, sha256: str) -> AnnotationHead
         if header is not None and header.source["sha256"] == sha256:
             return header
     return None
-
-
-def _choices(root: Root) -> tuple[MapOptions, ViewOptions]:
-    """What was chosen when a cache was made."""
-    layout, extra = root.layout, root.layout.views[1:]
-    roi = layout.c1_roi
-    crops = () if roi is None else (roi.roi_size, roi.sampling_ratio)
-    maps = MapOptions(layout.preset, layout.compression, layout.c1, *crops)
-    if not extra:
-        return maps, ViewOptions()
-    policy = extra[0].rsplit("-", 1)[0]
-    return maps, ViewOptions(len(extra), policy, root.identity["view_seed"])  # type: ignore[arg-type]
 
 
 def _has_skipped(storage: Storage, root: Root) -> bool:

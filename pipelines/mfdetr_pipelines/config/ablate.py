@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import CACHE, FOLDER, Built, Only, Option, existing_file
+from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option, existing_file
 from mfdetr_cache.training.recipes import RECIPES
 from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions
 from mfdetr_pipelines.config.training import parse_assignments
 
 if TYPE_CHECKING:
-    from mfdetr_cache.cache.storage.open import Location
     from mfdetr_pipelines.ablation.comparison import Comparison
     from mfdetr_pipelines.ablation.rows import AblationRow
 
@@ -23,8 +22,9 @@ class RowOptions:
     """Rows.
 
     Attributes:
-        file: Rows in TOML: [[row]] tables with name, recipe and set.
-        table: A table of the paper: 1-6, 9, 10, 12, 13, 15; others as a dry run.
+        file: Rows in TOML: [[row]] tables with name, recipe and set; cache, val_cache or extract
+            where they have caches of their own.
+        table: A table of the paper, 1 to 16; 8 as a dry run.
         branches: The mask branches of other papers on the same frozen features, and what the papers
             publish.
         recipe: A recipe.
@@ -67,6 +67,26 @@ class RowOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RowExtraction:
+    """Caches that rows ask for (Tables 11, 14, 16).
+
+    Attributes:
+        extract: Extract what rows ask for and no given cache has into --out, and let rows that
+            tune the detector run it.
+        weights: The detector of --cache.
+        train_images: Folder of the images of --cache.
+        train_annotations: Their COCO instances JSON.
+        val_annotations: COCO instances JSON of --val-cache, whose images are in --images.
+    """
+
+    extract: bool = False
+    weights: Annotated[str | None, Option(metavar="NAME")] = None
+    train_images: Annotated[Path | None, FOLDER] = None
+    train_annotations: Annotated[Path | None, FILE] = None
+    val_annotations: Annotated[Path | None, FILE] = None
+
+
+@dataclass(frozen=True, slots=True)
 class AblateConfig(OnDevice):
     """Train and compare many heads from one cache: a table of the paper, or recipes.
 
@@ -74,14 +94,18 @@ class AblateConfig(OnDevice):
     before is kept: the same command goes on where it stopped. Without --cache, a dry run counts for
     the paper's H-DETR R50; with it, a step of every row is timed.
 
+    Rows of Tables 11 and 14 have a cache each: give --cache and --val-cache once for each, in any
+    order, or one of each with --extract, which extracts the others like it. Rows of Table 16 train
+    with the detector in every step.
+
     Example:
         mfdetr ablate --table 3 --cache train2017.zarr --val-cache val2017.zarr
         --max-steps 2000 --seeds 3 --out ablations/table3
 
     Attributes:
         comparison: The rows and their title.
-        cache: Cache of the training split.
-        val_cache: Cache of the split to measure on.
+        cache: Cache of the training split. Repeatable, for rows that ask for different ones.
+        val_cache: Cache of the split to measure on. Repeatable, for different detector settings.
         val_split: Without --val-cache: leave every N-th image of --cache out of training and
             measure on these, to choose settings.
         out: Where runs and tables go.
@@ -91,13 +115,14 @@ class AblateConfig(OnDevice):
         images: Folder of the validation images, for sample masks and --baseline sam.
         detector_hours: Hours of the detector's training and the extraction, for a total.
         dry_run: Show rows, parameters and MACs; train nothing.
+        extraction: What rows ask for beside the given caches.
         work: Where groups of heads are trained; on a cluster its nodes share the folders.
         local_cache: In front of an object store.
     """
 
     comparison: Annotated["Comparison", Built(RowOptions)]
-    cache: Annotated["Location | None", CACHE] = None
-    val_cache: Annotated["Location | None", CACHE] = None
+    cache: Annotated[tuple[str, ...], Option(metavar="CACHE")] = ()
+    val_cache: Annotated[tuple[str, ...], Option(metavar="CACHE")] = ()
     val_split: int | None = None
     out: Annotated[Path, Option(metavar="FOLDER")] = Path("ablation")
     max_steps: int | None = None
@@ -106,6 +131,7 @@ class AblateConfig(OnDevice):
     images: Annotated[Path | None, FOLDER] = None
     detector_hours: Annotated[float | None, Option(takes_zero=True)] = None
     dry_run: bool = False
+    extraction: RowExtraction = field(default_factory=RowExtraction)
     work: Annotated[WorkOptions, Only("engine", "address", "workers")] = field(
         default_factory=WorkOptions
     )
@@ -116,7 +142,7 @@ class AblateConfig(OnDevice):
             raise ConfigError(f"--seeds {self.seeds}: give 1 or more")
         if self.detector_hours is not None and not 0 <= self.detector_hours < math.inf:
             raise ConfigError(f"--detector-hours {self.detector_hours}: give 0 or more hours")
-        if self.val_cache is not None and self.val_split is not None:
+        if self.val_cache and self.val_split is not None:
             raise ConfigError("give --val-cache or --val-split, not both")
 
     @property
@@ -126,11 +152,3 @@ class AblateConfig(OnDevice):
 
         train = {} if self.val_split is None else {"val_split": self.val_split}
         return with_settings(self.comparison.rows, {}, train)
-
-    @property
-    def caches(self) -> "tuple[Location, Location | None]":
-        """Where to train from, and where to measure, if that is another cache."""
-        if self.cache is None:
-            raise ConfigError("give --cache to train from, or --dry-run")
-        before = self.local_cache.before
-        return before(self.cache), None if self.val_cache is None else before(self.val_cache)
