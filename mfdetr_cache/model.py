@@ -291,6 +291,7 @@ class MaskFrozenDETR:
                 scores=np.array([o.confidence for o in objects], np.float32),
                 category_ids=np.array([o.category_id for o in objects], np.int64),
                 names=tuple(o.name for o in objects),
+                mask_probs=tuple(o.mask_probs for o in objects),
             )
             finished.append((prepared.item, TimedSegmentation(picture, result, *seconds)))
         return finished

@@ -47,6 +47,16 @@ TABLES = [
     ("13", "batch size", "`batch_size`"),
     ("14", "encoder layer", "`extract --encoder-layer`, two caches for each row"),
     ("16", "fine-tuning the detector", "`train-joint --tune`, the detector in every step"),
+    (
+        "Fig. 1",
+        "AP against hours",
+        "the chart that `ablate --table 7` writes",
+    ),
+    (
+        "Fig. 4, 8",
+        "probability maps",
+        "`mfdetr predict --probabilities`; as a heat map among the pictures of `mfdetr fit`",
+    ),
 ]
 # What the reviews ask for, with what stands beside --cache, --val-cache and --out.
 REVIEWS = [

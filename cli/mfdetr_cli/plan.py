@@ -1,10 +1,11 @@
 """``mfdetr plan``."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 from mfdetr_pipelines.config.plan import PlanConfig
-from mfdetr_pipelines.plan import run_plan
+from mfdetr_pipelines.plan import Plan, run_plan
 
 from mfdetr_cli.console import human_bytes, human_time, print_facts, print_next, print_table
 from mfdetr_cli.json_file import write_json
@@ -26,6 +27,7 @@ def plan(config: PlanConfig, json: Path | None) -> None:
             f"{human_bytes(found.read_bytes_per_second)}/s",
             "live": f"{human_time(3600 * found.live_hours)} for {found.epochs:.3g} epochs with the "
             "detector in the loop",
+            "augmentation": _augmentation(found),
         },
     )
     rows = [
@@ -46,3 +48,9 @@ def plan(config: PlanConfig, json: Path | None) -> None:
         ("extract", "--weights", config.weights, "--images", images, "--annotations",
          config.annotations, "--cache", "train.zarr"),
     )  # fmt: skip
+
+
+def _augmentation(found: Plan) -> str:
+    more = math.ceil(found.epochs) - found.views
+    own = f"; --views {math.ceil(found.epochs) - 1} gives every epoch its own" if more > 0 else ""
+    return f"{found.views} views of an image from the cache, a new one in every epoch live{own}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mfdetr_cache.evaluation.inference import MaskPrediction
 from mfdetr_cache.evaluation.overlay import OverlayItem
@@ -13,13 +14,17 @@ from mfdetr_cache.ops.masks_pasting import run_lengths_in_box
 
 @dataclass(frozen=True, slots=True)
 class ShownObject:
-    """A detected object to show, box and mask in original image pixels."""
+    """A detected object to show, box and mask in original image pixels.
+
+    ``mask_probs`` over its box, float32 of shape (r, r), gave the mask.
+    """
 
     category_id: int
     name: str
     confidence: float
     box_xyxy: tuple[float, float, float, float]
     run_lengths: RunLengths
+    mask_probs: NDArray[np.float32]
 
     def to_item(self) -> OverlayItem:
         """The object as an overlay: its mask, its box, and its name with the confidence."""
@@ -50,8 +55,9 @@ def shown_objects(
             continue
         seen.add(mask_index)
         box = prediction.boxes_xyxy[mask_index].double().numpy()
-        runs = run_lengths_in_box(prediction.mask_probs[mask_index].numpy(), box, size_hw)
+        probs = prediction.mask_probs[mask_index].numpy()
+        runs = run_lengths_in_box(probs, box, size_hw)
         x0, y0, x1, y1 = (float(v) for v in box)
         name = names.get(category_id, str(category_id))
-        shown.append(ShownObject(category_id, name, confidence, (x0, y0, x1, y1), runs))
+        shown.append(ShownObject(category_id, name, confidence, (x0, y0, x1, y1), runs, probs))
     return shown

@@ -32,6 +32,9 @@ PALETTE = (
     (255, 140, 140),
 )
 _FILL = 0.45
+# From improbable to certain: matplotlib's inferno at five places. The image lies dimmed under it.
+_HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+_DIMMED = 0.7
 # About the longer side of a panel beside others, in pixels; labels of 13 pixels leave room on it.
 PANEL_SIDE = 400
 
@@ -86,6 +89,24 @@ def draw_overlay(
             box = tuple(scale * v for v in item.box_xyxy)
             _draw_box(draw, box, item.text, _colour(item, index), font, image.size)
     return drawn
+
+
+def draw_probabilities(image: Image.Image, probabilities: NDArray[np.uint8]) -> Image.Image:
+    """A gray copy of an image under a heat map, from clear over violet and orange to yellow.
+
+    Args:
+        image: Of any mode.
+        probabilities: 255 for certain, shape (height, width).
+
+    Returns:
+        RGB, of the size of the image.
+    """
+    gray = np.array(image.convert("L"), dtype=np.float32)[..., None] * _DIMMED
+    steps = np.linspace(0, 255, len(_HEAT))
+    heat = np.array([np.interp(np.arange(256), steps, c) for c in np.transpose(_HEAT)])
+    shown = np.sqrt(probabilities[..., None] / np.float32(255))
+    mixed = gray * (1 - shown) + heat.T.astype(np.float32)[probabilities] * shown
+    return Image.fromarray(mixed.astype(np.uint8))
 
 
 def _colour(item: OverlayItem, index: int) -> tuple[int, int, int]:

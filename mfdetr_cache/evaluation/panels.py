@@ -13,9 +13,15 @@ from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
 from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
-from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay
+from mfdetr_cache.evaluation.overlay import (
+    PANEL_SIDE,
+    OverlayItem,
+    draw_overlay,
+    draw_probabilities,
+)
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.boxes import box_iou
+from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image
 from mfdetr_cache.types import CachedImage
 
 # IoU of boxes above which a detection and an annotation are shown in one colour.
@@ -30,9 +36,10 @@ def prediction_panels(
     device: torch.device,
     threshold: float = 0.25,
 ) -> list[tuple[str, Image.Image]]:
-    """An image, the detector's boxes, the head's masks and the annotated masks, each with a title.
+    """An image, the detector's boxes, the head's masks, how probable they are, and the annotation.
 
-    An object has one colour in all of them. The head is on the device, in evaluation mode;
+    Each has a title. An object has one colour wherever objects have colours; of several on a pixel
+    the most probable is shown (Fig. 4 and 8). The head is on the device, in evaluation mode;
     ``images`` is the image folder, ``threshold`` the lowest confidence shown.
     """
     cached = cache.read(row, head.map_names)
@@ -44,10 +51,17 @@ def prediction_panels(
     objects = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]
     boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in objects]
     masks = [OverlayItem("", None, o.run_lengths) for o in objects]
+    probable = np.zeros(size_hw, np.uint8)
+    for one in objects:
+        box = np.array(one.box_xyxy)
+        np.maximum(
+            probable, paste_probabilities_in_image(one.mask_probs, box, size_hw), out=probable
+        )
     return [
         ("image", image),
         (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
         ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
+        ("probability of each pixel", draw_probabilities(image, probable)),
         ("annotation", draw_overlay(image, annotated_objects(cache, cached, objects), PANEL_SIDE)),
     ]
 

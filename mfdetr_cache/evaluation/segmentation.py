@@ -12,6 +12,7 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.objects import ShownObject
 from mfdetr_cache.evaluation.overlay import draw_overlay
 from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
+from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Segmentation:
         scores: Final scores s_i in [0, 1], float32, shape (N,).
         category_ids: Of the dataset the head was trained on, int64, shape (N,).
         names: Category names, length N.
+        mask_probs: Probability of each object's mask over its box, float32, length N of (r, r).
     """
 
     size_hw: tuple[int, int]
@@ -33,6 +35,7 @@ class Segmentation:
     scores: NDArray[np.float32]
     category_ids: NDArray[np.int64]
     names: tuple[str, ...]
+    mask_probs: tuple[NDArray[np.float32], ...]
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -57,6 +60,14 @@ class Segmentation:
         for mask, runs in zip(masks, self.run_lengths, strict=True):
             mask[:] = decode_run_lengths(runs, self.size_hw)
         return masks
+
+    def probabilities(self, index: int) -> NDArray[np.uint8]:
+        """How probable an object's mask is, 255 for certain, at the image's size, shape (H, W).
+
+        The mask is where it is 128 or more; outside the object's box it is 0.
+        """
+        box = self.boxes_xyxy[index].astype(np.float64)
+        return paste_probabilities_in_image(self.mask_probs[index], box, self.size_hw)
 
     def draw(self, image: Image.Image) -> Image.Image:
         """A copy of the image with masks, outlines, boxes and labels."""
@@ -107,10 +118,11 @@ class Segmentation:
 
     def _objects(self) -> list[ShownObject]:
         found = []
-        for index, (name, runs) in enumerate(zip(self.names, self.run_lengths, strict=True)):
+        each = zip(self.names, self.run_lengths, self.mask_probs, strict=True)
+        for index, (name, runs, probs) in enumerate(each):
             x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
             category_id, score = int(self.category_ids[index]), float(self.scores[index])
-            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs))
+            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs, probs))
         return found
 
 

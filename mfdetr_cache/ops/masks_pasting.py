@@ -36,9 +36,22 @@ def paste_mask_in_image(
         The mask, shape (height, width); empty when no pixel centre is in the box.
     """
     mask = np.zeros(size_hw, dtype=np.bool_)
-    for rows, columns, inside in _paste(mask_probs, box_xyxy, size_hw, threshold):
-        mask[rows, columns] = inside
+    for rows, columns, probs in _paste(mask_probs, box_xyxy, size_hw):
+        mask[rows, columns] = probs >= threshold
     return mask
+
+
+def paste_probabilities_in_image(
+    mask_probs: NDArray[np.float32], box_xyxy: NDArray[np.float64], size_hw: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """What :func:`paste_mask_in_image` thresholds, in 255 steps; 0 outside the box.
+
+    Rounded, and so that 128 and more is where a probability is 0.5 or more.
+    """
+    image = np.zeros(size_hw, dtype=np.uint8)
+    for rows, columns, probs in _paste(mask_probs, box_xyxy, size_hw):
+        image[rows, columns] = np.minimum(255, probs * 255 + 0.5)
+    return image
 
 
 def run_lengths_in_box(
@@ -50,8 +63,8 @@ def run_lengths_in_box(
     """Run lengths of :func:`paste_mask_in_image`, at the cost of the box, not of the image."""
     height, width = size_hw
     places = [
-        _edges(inside, rows.start, columns.start, height)
-        for rows, columns, inside in _paste(mask_probs, box_xyxy, size_hw, threshold)
+        _edges(probs >= threshold, rows.start, columns.start, height)
+        for rows, columns, probs in _paste(mask_probs, box_xyxy, size_hw)
     ]
     edges = np.concatenate([np.zeros(0, np.int64), *places])
     # A run that reaches the bottom and one that begins at the top of the next column are one.
@@ -78,9 +91,8 @@ def _paste(
     mask_probs: NDArray[np.float32],
     box_xyxy: NDArray[np.float64],
     size_hw: tuple[int, int],
-    threshold: float,
-) -> Iterator[tuple[slice, slice, NDArray[np.bool_]]]:
-    """Rows and columns of the image that a box covers, and which pixels are inside, in strips."""
+) -> Iterator[tuple[slice, slice, NDArray[np.floating]]]:
+    """Rows and columns of the image that a box covers, and their probabilities, in strips."""
     height, width = size_hw
     x0, y0, x1, y1 = (float(v) for v in box_xyxy)
     rows, row_low, row_high, row_weight = _interpolation(y0, y1, height, mask_probs.shape[0])
@@ -95,7 +107,7 @@ def _paste(
         strip = slice(first, first + step)
         full = down[:, low[strip]] * (1 - weight[strip]) + down[:, high[strip]] * weight[strip]
         start = columns.start + first
-        yield rows, slice(start, start + full.shape[1]), full >= threshold
+        yield rows, slice(start, start + full.shape[1]), full
 
 
 def _interpolation(

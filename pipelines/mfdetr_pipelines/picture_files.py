@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mfdetr_cache.coco.image_files import open_image
 from mfdetr_cache.errors import DatasetError, ImageError
+from mfdetr_cache.files import PARTIAL
 from mfdetr_pipelines.predict_video import WRITTEN_BY, was_written_by_predict
 
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -39,7 +40,7 @@ def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
             files = [path]
         else:
             files = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207
-        files = [f for f in files if f == path or f.parent.resolve() != ours or not is_ours(f)]
+        files = [f for f in files if f == path or ours not in f.resolve().parents or not is_ours(f)]
         if not files:
             raise DatasetError(f"{pattern}: no image there; give files, folders or patterns")
         found.update(dict.fromkeys(files))
@@ -65,6 +66,16 @@ def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
         taken.add(path.name.casefold())
         paths.append(path)
     return paths
+
+
+def require_ours(folder: Path) -> None:
+    """Refuse a folder with files that this command did not write; DatasetError."""
+    for file in sorted(folder.rglob("*")):
+        written = file.suffix == PARTIAL or (file.suffix == ".png" and is_ours(file))
+        if not file.is_dir() and not written:
+            raise DatasetError(
+                f"{file} was not written by predict; nothing was touched, choose another --out"
+            )
 
 
 def is_ours(path: Path) -> bool:

@@ -17,16 +17,17 @@ from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.errors import DatasetError, ImageError, OutputError
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
-from mfdetr_cache.files import owned_results, whole_file, write_atomically, writing
+from mfdetr_cache.files import make_folder, owned_results, whole_file, write_atomically, writing
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.picture_files import is_video, picture_paths
+from mfdetr_pipelines.picture_files import is_video, picture_paths, require_ours
 from mfdetr_pipelines.predict_video import WRITTEN_BY, Video
 
 RESULTS_FILE = "predictions.json"
+PROBABILITIES = "probabilities"
 # Threads that draw; pictures that are being drawn while the networks see the next ones.
 _THREADS, _BEHIND = 2, 4
 
@@ -80,6 +81,10 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
     results_path = config.out / RESULTS_FILE
     _require_ours(results_path)
     pictures = picture_paths(files, config.out)
+    if config.probabilities:
+        require_ours(config.out / PROBABILITIES)
+        if any(map(is_video, files)):
+            reporter.warn("--probabilities: images get them, videos do not")
     keep_freed_memory()
     model = MaskFrozenDETR.from_pretrained(
         config.weights,
@@ -139,16 +144,30 @@ class _Run:
             file, found = pair
             if isinstance(found, ImageError):
                 return lambda: pair
-            return self.pool.submit(_draw_into, pictures[file], file, found).result
+            return self.pool.submit(self._draw, pictures[file], file, found).result
 
         for file, found in read_ahead(draw, self._segmented(pictures, load), _BEHIND):
             if isinstance(found, ImageError):
                 self._is_unreadable(found)
             else:
-                self.results += _results(file, found.result)
+                entries = _results(file, found.result)
+                if self.config.probabilities:
+                    for entry, path in zip(
+                        entries, _probability_files(pictures[file], len(entries)), strict=True
+                    ):
+                        entry["probabilities"] = str(path.relative_to(self.config.out))
+                self.results += entries
                 self.done.append(_entry(file, pictures[file], [found]))
                 self.oddities.update(oddities.pop(file))
             self.reporter.advance()
+
+    def _draw(
+        self, picture: Path, file: Path, found: TimedSegmentation
+    ) -> tuple[Path, TimedSegmentation]:
+        _save(found.result.draw(found.picture), picture)
+        if self.config.probabilities:
+            _write_probabilities(picture, found.result)
+        return file, found
 
     def videos(self, copies: dict[Path, Path]) -> None:
         """Segment videos, each into an annotated copy."""
@@ -190,12 +209,25 @@ class _Run:
         self.reporter.warn(str(error))
 
 
-def _draw_into(
-    picture: Path, file: Path, found: TimedSegmentation
-) -> tuple[Path, TimedSegmentation]:
-    with whole_file(picture) as partial:
-        found.result.draw(found.picture).save(partial, "PNG", pnginfo=_mark())
-    return file, found
+def _save(image: Image.Image, path: Path) -> None:
+    with whole_file(path) as partial:
+        image.save(partial, "PNG", pnginfo=_mark())
+
+
+def _probability_files(picture: Path, count: int) -> list[Path]:
+    """The files of a picture's objects, by falling score."""
+    folder = picture.parent / PROBABILITIES / picture.stem
+    return [folder / f"{number:03d}.png" for number in range(1, count + 1)]
+
+
+def _write_probabilities(picture: Path, found: Segmentation) -> None:
+    folder = picture.parent / PROBABILITIES / picture.stem
+    make_folder(folder)
+    # An earlier run may have found more objects.
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for index, path in enumerate(_probability_files(picture, len(found))):
+        _save(Image.fromarray(found.probabilities(index)), path)
 
 
 def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> PredictedImage:

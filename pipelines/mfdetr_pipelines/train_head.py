@@ -15,6 +15,7 @@ from mfdetr_cache.training.initial_head import new_head, with_weights_of
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.order import chosen_views
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import owned_run, record_of_cache
@@ -119,7 +120,7 @@ def run_train_head(
         reporter.say(
             f"recipe {config.recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} "
             f"steps of {train.batch_size} images ({train.steps / order.steps_per_epoch:.1f} epochs "
-            f"of {len(order.rows)} images with objects)"
+            f"of {len(order.rows)} images with objects), {_augmentation(cache, train)}"
         )
         loop = TrainingLoop(
             source,
@@ -152,6 +153,13 @@ def run_train_head(
         best_AP=run.best_ap,
         best_step=run.best_step,
     )
+
+
+def _augmentation(cache: FeatureCache, train: TrainConfig) -> str:
+    views = chosen_views(cache.layout.views, train.views)
+    if len(views) > 1:
+        return f"in {len(views)} views"
+    return "not augmented: it sees one view of each (extract --views N makes more)"
 
 
 def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:

@@ -91,7 +91,7 @@ def test_the_printed_commands_are_what_was_run(
     assert [parsed(line) for line in found.commands] == run
     assert found.evaluation.num_images == 4
     assert found.evaluation.box.AP > 0.3
-    assert found.page.read_text().count("<img ") == 4 * len(found.pictures) == 16
+    assert found.page.read_text().count("<img ") == 5 * len(found.pictures) == 20
     run.clear()
     config = FitConfig(
         data, "w", tmp_path / "o", labels=names, categories=labels, on_bad_annotation="skip"

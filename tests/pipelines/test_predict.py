@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,47 @@ def test_masks_are_those_of_the_evaluation(
         assert ours[0]["score"] == pytest.approx(best, rel=0.02)
         with Image.open(tmp_path / "out" / f"{Path(image.file_name).stem}.png") as picture:
             assert (picture.height, picture.width) == size
+
+
+def test_a_probable_pixel_is_one_of_the_mask(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    files = sorted((scenes_folder / "images").glob("*.png"))[:2]
+    config = PredictConfig(
+        tuple(map(str, files)),
+        str(rtdetr_folder),
+        head,
+        tmp_path / "out",
+        threshold=0.0,
+        top_k=3,
+        probabilities=True,
+    )
+    results = json.loads(run_predict(config, SilentReporter()).results.read_text())
+    assert len({r["probabilities"] for r in results}) == 6
+    between = 0
+    for result in results:
+        with Image.open(tmp_path / "out" / result["probabilities"]) as picture:
+            assert picture.mode == "L"
+            found = np.array(picture)
+        mask = coco_mask.decode(result["segmentation"]).astype(bool)
+        assert ((found >= 128) == mask).all()
+        between += int(((found > 0) & (found < 255)).sum())
+        x, y, w, h = result["bbox"]
+        inside = np.zeros_like(mask)
+        inside[max(0, round(y)) : round(y + h), max(0, round(x)) : round(x + w)] = True
+        assert not found[~inside].any()
+    assert between > 0
+    # Fewer objects leave no file of an earlier run, and none of them is an input.
+    run_predict(replace(config, top_k=1), SilentReporter())
+    written = sorted((tmp_path / "out/probabilities").rglob("*.png"))
+    assert [p.parent.name for p in written] == [f.stem for f in files]
+    (tmp_path / "mine.png").write_bytes(files[0].read_bytes())
+    assert find_images((str(tmp_path),), tmp_path / "out") == [tmp_path / "mine.png"]
+    own = written[0].parent / "002.png"
+    own.write_bytes(files[0].read_bytes())
+    with pytest.raises(DatasetError, match="002.png was not written by predict; nothing was"):
+        run_predict(config, SilentReporter())
+    assert own.read_bytes() == files[0].read_bytes()
 
 
 def test_an_unreadable_image_does_not_stop_the_others(

@@ -25,6 +25,8 @@ class PredictConfig(OnDevice):
         detector: A name that mfdetr detectors lists; by default what the weights say.
         threshold: Least confidence of what is kept.
         top_k: At most N objects per image.
+        probabilities: Write how probable each pixel of each object's mask is too: a gray PNG for an
+            object below probabilities/, 255 for certain; the mask is where it is 128 or more.
         prompt: Other classes than the head learned from, as in "elephant. tiger.", for an
             open-vocabulary detector with a class-agnostic head; category ids are 1, 2 and so on.
     """
@@ -36,6 +38,7 @@ class PredictConfig(OnDevice):
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     threshold: Annotated[float, Option(takes_zero=True)] = 0.25
     top_k: int = 100
+    probabilities: bool = False
     prompt: Annotated[tuple[str, ...], Option(metavar="TEXT", parse=phrases_of)] = ()
 
     def __post_init__(self) -> None:
