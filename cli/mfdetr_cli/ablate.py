@@ -15,7 +15,7 @@ from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.config.ablate import AblateConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cli.console import print_facts, print_lines, print_table
+from mfdetr_cli.console import human_bytes, print_facts, print_lines, print_table
 from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
@@ -32,8 +32,10 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
         write_json(json, {**about, "needs": chosen.needs, "rows": plans, "extract": wanted})
         _print_plan(chosen.title, plans)
         _print_published(chosen.published)
-        for cache in missing:
-            print_lines(f"Would be extracted with --extract: {cache.text}")
+        if missing:
+            size = human_bytes(sum(cache.num_bytes for cache in missing))
+            print_lines(f"--extract would make {len(missing)} caches, about {size} together:")
+            print_lines(*(cache.text for cache in missing))
         if chosen.needs:
             print_lines(f"It needs {chosen.needs}")
         return
@@ -65,7 +67,8 @@ def _print_results(title: str, results: Sequence[RowResult]) -> None:
     ):
         names = [n for n in wanted if any(c[n] != "-" for c in cells)]
         lines = [[c["row"], *(c[n] for n in names)] for c in cells]
-        print_table(title_, ["row", *names], lines)
+        if names:
+            print_table(title_, ["row", *names], lines)
     for result in results:
         if result.problem:
             print_lines(f"{result.plan.row.name}: {result.problem}")
