@@ -69,7 +69,7 @@ REVIEWS = [
     (
         "How many views are worth extracting?",
         "`mfdetr ablate --recipe fast --vary views=1,2,4,8 --seeds 3`",
-        "rows of the first so many views of one cache, [measured](choosing-a-cache.md#views)",
+        "rows of the first so many [views](choosing-a-cache.md#views) of one cache, in equal steps",
     ),
     (
         "How small may the head be?",
