@@ -164,10 +164,10 @@ class _Run:
     def _draw(
         self, picture: Path, file: Path, found: TimedSegmentation
     ) -> tuple[Path, TimedSegmentation]:
-        _save(found.result.draw(found.picture), picture)
+        drawn = _draw_into(picture, file, found)
         if self.config.probabilities:
             _write_probabilities(picture, found.result)
-        return file, found
+        return drawn
 
     def videos(self, copies: dict[Path, Path]) -> None:
         """Segment videos, each into an annotated copy."""
@@ -207,6 +207,13 @@ class _Run:
     def _is_unreadable(self, error: ImageError) -> None:
         self.unreadable.append(str(error))
         self.reporter.warn(str(error))
+
+
+def _draw_into(
+    picture: Path, file: Path, found: TimedSegmentation
+) -> tuple[Path, TimedSegmentation]:
+    _save(found.result.draw(found.picture), picture)
+    return file, found
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import (
@@ -302,3 +304,13 @@ def test_time_spent_validating_is_not_time_spent_training(
     started = time.perf_counter()
     summary = train(drawn_cache, tmp_path / "run", val_cache=drawn_cache, val_every=1)
     assert summary.seconds < time.perf_counter() - started - 4 * 0.5
+
+
+def test_what_is_not_augmented_is_said(drawn_cache: Path, tmp_path: Path) -> None:
+    reporter = SilentReporter()
+    settings = TrainHeadConfig(drawn_cache, tmp_path / "run", small_recipe(steps=1))
+    run_train_head(settings, reporter)
+    assert any("not augmented: it sees one view of each" in m for m in reporter.messages)
+    with pytest.raises(ConfigError, match="views=2: the cache has 1; extract one with --views 1"):
+        train(drawn_cache, tmp_path / "b", small_recipe(views="2"))
+    assert not (tmp_path / "b" / "config.json").exists()
