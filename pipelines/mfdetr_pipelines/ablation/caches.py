@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.choices import Policy
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError
 from mfdetr_cache.evaluation.measure import require_same_truth
@@ -137,12 +138,7 @@ def find_caches(config: AblateConfig) -> RowCaches:
     places = _Places(config)
     found = RowCaches()
     for row in config.rows:
-        known = (*_OF_DETECTOR, *_OF_VIEWS)
-        if unknown := [name for name in row.extract if name not in known]:
-            raise ConfigError(
-                f"row {row.name!r}: extract has the unknown setting {unknown[0]!r}; use "
-                + ", ".join(known)
-            )
+        _require_known(row)
         try:
             places.find(row, found)
         except (CacheError, IdentityError) as error:
@@ -154,6 +150,22 @@ def find_caches(config: AblateConfig) -> RowCaches:
         if unused := [c.path for c in opened[1:] if (option, c.path) not in places.used]:
             raise ConfigError(f"{option} {unused[0]}: no row asks for it; leave it out")
     return found
+
+
+def _require_known(row: AblationRow) -> None:
+    """Refuse what ``extract`` of a row cannot be; the ConfigError names it."""
+    for name, value in row.extract.items():
+        known = (*_OF_DETECTOR, *_OF_VIEWS)
+        if name not in known:
+            raise ConfigError(
+                f"row {row.name!r}: extract has the unknown setting {name!r}; use "
+                + ", ".join(known)
+            )
+        is_wrong, wanted = type(value) is not int or value < 1, "a number from 1 on"
+        if name == "view_policy":
+            is_wrong, wanted = value not in get_args(Policy), " or ".join(get_args(Policy))
+        if is_wrong:
+            raise ConfigError(f"row {row.name!r}: extract: {name} must be {wanted}, not {value!r}")
 
 
 class _Places:
