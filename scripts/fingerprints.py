@@ -65,8 +65,8 @@ SHORT: dict[str, tuple[str, tuple[str, ...]]] = {
     "held out": ("fast", ("held_out=1,2",)),
 }
 
-# What a run's configuration says about the machine and the place.
-NOT_KEPT = ("command", "versions", "val_cache")
+# What a run's configuration says about the machine and the place, and the hash over all of it.
+NOT_KEPT = ("command", "versions", "val_cache", "sha256")
 
 Lines = Iterator[tuple[str, str]]
 
