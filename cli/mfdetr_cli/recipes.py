@@ -23,7 +23,10 @@ def recipes(config: RecipesConfig, json: Path | None) -> None:
         print_table("Recipes", ["", "what it is"], rows, justify="left")
         return
     recipe = build_recipe(config.recipe, {})
-    write_json(json, asdict(recipe))
+    # As train-head --config takes it.
+    write_json(
+        json, {"recipe": recipe.name, "head": asdict(recipe.head), "train": asdict(recipe.train)}
+    )
     print_lines(texts[recipe.name], "")
     for title, own, paper in (
         ("Mask network: --set NAME=VALUE", recipe.head, HeadConfig()),

@@ -220,7 +220,7 @@ def _of_file(path: Path, name: str) -> Recipe:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} holds no settings ({error})") from error
     is_run = "detector" in document
-    unknown = sorted(set(document) - {"recipe", *parts})
+    unknown = sorted(set(document) - {"recipe", "written_by", *parts})
     if unknown and not is_run:
         raise ConfigError(
             f"--config {path}: unknown key {unknown[0]!r}; use recipe, head and train"

@@ -27,7 +27,7 @@ from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
 from mfdetr_pipelines.pages.curves import curves
-from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page
+from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 from mfdetr_pipelines.train_head import run_train_head
 
 ResultT = TypeVar("ResultT")
@@ -92,6 +92,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     """
     if is_taken(config.out) and not (config.out / _TRAIN_CACHE).exists():
         raise MfdetrError(f"{config.out} is not empty; nothing was touched, choose another --out")
+    require_page_place(config.out / _PAGE, "--out")
     make_folder(config.out)
     steps, head = _Steps(reporter), config.out / _HEAD
     val_split = config.val_split or split_to_measure(config.dataset)

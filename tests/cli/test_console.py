@@ -16,7 +16,7 @@ from mfdetr_cli.recipes import recipes
 from mfdetr_pipelines.config.training import RecipesConfig
 
 from mfdetr_cache.config import to_dict
-from mfdetr_cache.training.recipes import RECIPES
+from mfdetr_cache.training.recipes import RECIPES, build_recipe
 
 METRICS = {"AP": 0.123, "AP50": 0.234, "AP75": 0.345, "APS": 0.456, "APM": 1.0, "APL": -1.0}
 NUMBERS = ("12.3", "23.4", "34.5", "45.6", "100.0")
@@ -46,9 +46,10 @@ def test_numbers_are_whole_at_any_width(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_setting_of_a_recipe_is_listed_with_its_meaning(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    recipes(RecipesConfig(name), None)
+    recipes(RecipesConfig(name), tmp_path / "recipe.json")
+    assert build_recipe("fast", {}, tmp_path / "recipe.json") == RECIPES[name]()
     printed = capsys.readouterr().out.splitlines()
     recipe = RECIPES[name]()
     for field, value in (to_dict(recipe.head) | to_dict(recipe.train)).items():

@@ -144,3 +144,7 @@ def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path) ->
     with pytest.raises(MfdetrError, match="is not empty; nothing was touched"):
         fit(data, out)
     assert [p.name for p in out.iterdir()] == ["chapter1.tex"]
+    (out / "train.zarr").mkdir()
+    (out / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(MfdetrError, match=r"report\.html is there and was not written"):
+        fit(data, out)
