@@ -28,7 +28,7 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import ViewOptions
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_ablate import ONE_CACHE
+from tests.pipelines.test_ablation_rows import ONE_CACHE
 from tests.support.detectors import save_deformable_detr
 from tests.support.scenes import extract_config, write_scenes
 
@@ -79,7 +79,7 @@ def table(number: int) -> tuple[AblationRow, ...]:
 
 
 def test_every_table_is_walked() -> None:
-    """Here, in test_ablate.py, or, for COCO's server, in test_evaluate.py."""
+    """Here, in test_ablation_rows.py, or, for COCO's server, in test_evaluate.py."""
     assert {*ONE_CACHE, 8, 11, 14, 16} == set(range(1, 17)) == set(PAPER_TABLES)
 
 

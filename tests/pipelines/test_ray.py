@@ -16,9 +16,9 @@ from mfdetr_pipelines.ray_engine import on_cluster
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, ImageError
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_ablate import config as ablation
 from tests.pipelines.test_partition import files_of
 from tests.support import scenes
+from tests.support.ablations import config as ablation
 
 # Workers are nice by 15 otherwise, and wait for whatever tests run beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray reads it
