@@ -152,7 +152,7 @@ class Histories(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("load_coco_split", "load_detector", "label_split"):
                 patch.setattr(repair, name, lambda *_, **__: _Anything())
-            for name in ("options_of", "_choices"):
+            for name in ("options_of", "choices_of"):
                 patch.setattr(repair, name, lambda *_: ())
             patch.setattr(repair, "_labels_of_file", lambda *_: None)
             patch.setattr(repair, "plan_cache", lambda *_: content)

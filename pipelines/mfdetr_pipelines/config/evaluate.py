@@ -45,7 +45,7 @@ class ExtraOptions:
 
 
 class TimedDetector(LiveDetector):
-    """The detector, timed beside the head; its own masks are measured too, where it gives masks."""
+    """The detector, timed beside the head, and its own masks where it gives any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,9 @@ def curves(folder: Path) -> Chart:
             right.set_ylabel("mask AP, percent")
             right.plot(*zip(*measured, strict=True), "o-", color=INK, markersize=3)
             axes.plot([], [], "o-", color=INK, markersize=3, label="mask AP")
-        axes.figure.legend(frameon=False, ncols=5, loc="outside upper center")
+        # Too short a run has logged nothing.
+        if axes.lines:
+            axes.figure.legend(frameon=False, ncols=5, loc="outside upper center")
 
     return draw(plot, 6, 2.4)
 
