@@ -15,6 +15,7 @@ from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.config.ablate import AblateConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import MfdetrError
 from mfdetr_cli.console import human_bytes, print_facts, print_lines, print_table
 from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
@@ -49,6 +50,8 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
     _print_results(chosen.title, results)
     _print_published(chosen.published)
     print_facts("Written", {p.suffix[1:]: str(p) for p in files})
+    if all(result.problem for result in results):
+        raise MfdetrError("no row could be trained and measured; each says why above")
 
 
 def _print_results(title: str, results: Sequence[RowResult]) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.plan import Plan, run_plan
 
-from mfdetr_cli.console import human_bytes, human_time, print_facts, print_next, print_table
+from mfdetr_cli.console import (
+    counted,
+    human_bytes,
+    human_time,
+    print_facts,
+    print_next,
+    print_table,
+)
 from mfdetr_cli.json_file import write_json
 from mfdetr_cli.progress import ConsoleReporter
 
@@ -53,4 +60,5 @@ def plan(config: PlanConfig, json: Path | None) -> None:
 def _augmentation(found: Plan) -> str:
     more = math.ceil(found.epochs) - found.views
     own = f"; --views {math.ceil(found.epochs) - 1} gives every epoch its own" if more > 0 else ""
-    return f"{found.views} views of an image from the cache, a new one in every epoch live{own}"
+    views = counted(found.views, "view")
+    return f"{views} of an image from the cache, a new one in every epoch live{own}"

@@ -93,10 +93,13 @@ def close_ups(ground_truth: COCO, subjects: Sequence[Sequence[Result]]) -> list[
             x, y, width, height = annotation["bbox"]
             found.append(
                 CloseUp(
-                    *(place[0], size_hw, place[1], (x, y, width, height)),
-                    run_lengths_of_counts(annotation["segmentation"]["counts"], size_hw),
-                    tuple(mask for _, mask in best),
-                    ious,
+                    image_id=place[0],
+                    size_hw=size_hw,
+                    category_id=place[1],
+                    box_xywh=(x, y, width, height),
+                    annotation=run_lengths_of_counts(annotation["segmentation"]["counts"], size_hw),
+                    masks=tuple(mask for _, mask in best),
+                    ious=ious,
                 )
             )
     return found

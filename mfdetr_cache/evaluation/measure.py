@@ -227,13 +227,14 @@ def open_to_measure(
 
 
 def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:
-    """The ``val_split`` images of the head's training cache; any other cache unchanged."""
-    if run.cache_id != cache.cache_id:
+    """The ``val_split`` images of a cache that the head learned from; any other one unchanged."""
+    val_split = run.learned_from.get(cache.cache_id)
+    if val_split is None:
         return cache
-    if not run.val_split:
+    if not val_split:
         reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
         return cache
-    _, unseen = cache.split(run.val_split)
+    _, unseen = cache.split(val_split)
     reporter.say(f"measuring on the {len(unseen)} images that the training left out")
     return unseen
 

@@ -51,7 +51,8 @@ class RunRecord:
         versions: Versions of the packages that results depend on.
         run: Hash of what decides the weights; every file of weights names it too.
         before: Training settings of the steps before a failure, where some were changed then.
-        initial: Hash of the weights it started from; None for fresh ones.
+        initial: Hash of the weights it started from, and what these had ``learned_from``; None for
+            fresh ones.
     """
 
     recipe: str | None = None
@@ -67,7 +68,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     run: str = ""
     before: Sequence[dict[str, Any]] = ()
-    initial: str | None = None
+    initial: dict[str, Any] | None = None
 
     @property
     def held_out(self) -> tuple[int, ...]:
@@ -83,6 +84,12 @@ class RunRecord:
     def cache_id(self) -> str | None:
         """Of the cache it was trained from."""
         return None if self.cache is None else self.cache["cache_id"]
+
+    @property
+    def learned_from(self) -> dict[str, int]:
+        """``val_split`` by the id of each cache that it, or its start, was trained on."""
+        earlier = {} if self.initial is None else self.initial["learned_from"]
+        return earlier if self.cache_id is None else {**earlier, self.cache_id: self.val_split}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in the file."""
@@ -119,9 +126,12 @@ class HeadFolder:
         return f"{self.path} is of step {self.step} of {steps}: its training was not ended"
 
     @property
-    def sha256(self) -> str:
-        """Hash of the weights."""
-        return _hash_of(self.head.state_dict())
+    def as_initial(self) -> dict[str, Any]:
+        """The entry ``initial`` of a run that starts from it."""
+        return {
+            "sha256": _hash_of(self.head.state_dict()),
+            "learned_from": self.run.learned_from,
+        }
 
     @property
     def detector(self) -> Identity:

@@ -60,7 +60,7 @@ def record_of_cache(
         label_categories=cache.label_categories,
         command=sys.argv,
         versions=versions(),
-        initial=None if initial is None else initial.sha256,
+        initial=None if initial is None else initial.as_initial,
     )
 
 

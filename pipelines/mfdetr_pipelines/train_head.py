@@ -175,9 +175,10 @@ def _require_unseen(
     initial: HeadFolder, cache: FeatureCache, train: TrainConfig, val_cache: FeatureCache | None
 ) -> None:
     """Refuse to measure on images that the initial head has learned from."""
-    if val_cache is None or initial.run.cache_id != val_cache.cache_id:
+    if val_cache is None or val_cache.cache_id not in initial.run.learned_from:
         return
-    if val_cache.cache_id != cache.cache_id or initial.run.val_split != train.val_split:
+    left_out = initial.run.learned_from[val_cache.cache_id]
+    if val_cache.cache_id != cache.cache_id or left_out != train.val_split:
         raise TrainingError(
             f"--from-head {initial.path} has learned from images of {val_cache.path} that would be "
             "measured on; give another --val-cache, or the val_split that it was trained with"

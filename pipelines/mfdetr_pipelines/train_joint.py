@@ -178,7 +178,7 @@ def _record(
         "augment": _augment(config),
     }
     record = images.record(config.recipe.name, train, joint)
-    return replace(record, initial=None if initial is None else initial.sha256)
+    return replace(record, initial=None if initial is None else initial.as_initial)
 
 
 def _require_possible(config: TrainJointConfig) -> None:
