@@ -152,6 +152,18 @@ def test_repair_mends_what_verify_finds(
     assert "nothing was broken" in run(*arguments).output
 
 
+def test_an_ablation_without_a_row_that_can_be_is_wrong_input(
+    tmp_path: Path, drawn_cache: Path
+) -> None:
+    finished = mfdetr(
+        *("ablate", "--table", 14, "--cache", drawn_cache, "--val-cache", drawn_cache),
+        *("--out", tmp_path / "out", "--json", tmp_path / "t.json"),
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.endswith("no row could be trained and measured; each says why above\n")
+    assert all(row["problem"] for row in json.loads((tmp_path / "t.json").read_text())["rows"])
+
+
 def test_a_dry_run_shows_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     output = run("ablate", "--table", 4, "--dry-run", "--json", tmp_path / "t.json").output
     assert "66.61 / 66.60" in output
