@@ -8,9 +8,7 @@ from pathlib import Path
 
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.config import nearest
-from mfdetr_cache.detectors.amp import AmpDetector
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
-from mfdetr_cache.detectors.class_agnostic import ClassAgnosticDetector
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES, EncoderMaps
 from mfdetr_cache.detectors.huggingface.loading import load_huggingface_detector
 from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
@@ -30,6 +28,7 @@ from mfdetr_cache.detectors.torchvision.loading import (
     recognised_torchvision,
 )
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
+from mfdetr_cache.detectors.wrapped import AmpDetector, ClassAgnosticDetector
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import Identity, spec_from_identity
 from mfdetr_cache.ops.devices import exact_float32

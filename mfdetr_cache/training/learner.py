@@ -95,6 +95,11 @@ class Learner:
         """Whether all steps are done."""
         return self.step >= self.train.steps
 
+    @property
+    def images_per_second(self) -> float:
+        """Mean over the training."""
+        return self.images / max(self.seconds, 1e-9)
+
     def recent_loss(self, steps: int = _RECENT) -> float:
         """Mean total loss of the last steps, at most 50; NaN before the first."""
         return float(np.mean(self._losses[-steps:])) if self._losses else float("nan")

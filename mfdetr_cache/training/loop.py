@@ -234,3 +234,24 @@ class TrainingLoop:
                     if not going_on:
                         raise
                     self._reporter.warn(f"{error}; training goes on")
+
+
+def train_alone(
+    source: Source,
+    run: Run,
+    reporter: Reporter,
+    processes: Processes,
+    *,
+    split_when_full: bool,
+    on_step: Callable[[int], None] | None,
+) -> None:
+    """Train one head to its end and write its weights; raises the error that ended it early."""
+    TrainingLoop(
+        source, [run], reporter, processes, split_when_full=split_when_full, on_step=on_step
+    ).run()
+    if run.problem is not None:
+        raise run.problem
+    if run.has_settled:
+        reporter.say(f"stopped at step {run.learner.step}: mask AP was best at {run.best_step}")
+    if processes.is_first:
+        run.save_weights()

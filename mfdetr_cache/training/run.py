@@ -199,9 +199,9 @@ class Run:
         if report is not None:
             losses = {name: getattr(report, field) for field, name in _LOSSES.items()}
             parts += [f"{name} {value:.3f}" for name, value in losses.items() if value]
-            seconds = max(learner.seconds, 1e-9)
-            parts.append(f"{learner.images / seconds:.1f} images/s")
-            parts.append(f"{100 * learner.waiting_seconds / seconds:.0f} % waiting")
+            parts.append(f"{learner.images_per_second:.1f} images/s")
+            waiting = learner.waiting_seconds / max(learner.seconds, 1e-9)
+            parts.append(f"{100 * waiting:.0f} % waiting")
         return ", ".join(parts)
 
     @property

@@ -39,7 +39,7 @@ def record_of_cache(
     recipe: str,
     train: TrainConfig,
     cache: FeatureCache,
-    val_cache: str | None,
+    val_cache: FeatureCache | None = None,
     initial: HeadFolder | None = None,
 ) -> RunRecord:
     """The record of a run that trains from a cache."""
@@ -55,7 +55,7 @@ def record_of_cache(
             "images": cache.identity["images"],
         },
         annotations={"id": cache.annotations.annotations_id, **cache.annotations.source},
-        val_cache=val_cache,
+        val_cache=None if val_cache is None else val_cache.path,
         categories=cache.categories,
         label_categories=cache.label_categories,
         command=sys.argv,

@@ -16,8 +16,8 @@ from torch.nn import functional
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Evaluator
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.live import with_own_masks
 from mfdetr_cache.detectors.registry import load_same_detector
+from mfdetr_cache.detectors.wrapped import with_own_masks
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, measure_results
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.measure import (

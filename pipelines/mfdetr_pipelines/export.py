@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfdetr_cache.detectors.amp import AMP
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.detectors.registry import load_same_detector
+from mfdetr_cache.detectors.wrapped import AMP
 from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.evaluation.detections import class_probabilities
 from mfdetr_cache.files import WRITTEN_BY, make_folder, require_free, whole_file

@@ -187,30 +187,12 @@ def _next_commands(config: FitConfig, measured_on: Path) -> tuple[str, ...]:
     head, cache = str(config.out / _HEAD), str(config.out / _TRAIN_CACHE)
     longer = str(config.out / "head-longer")
     detector = ["--detector", config.detector] if config.detector != "auto" else []
+    predict = ["predict", "PHOTOS", "--weights", config.weights, *detector]
+    train = ["train-head", "--cache", cache, "--out", longer, "--recipe", config.recipe]
     commands = (
-        (
-            "predict",
-            "PHOTOS",
-            "--weights",
-            config.weights,
-            *detector,
-            "--head",
-            head,
-            "--out",
-            "MASKS",
-        ),
-        (
-            "train-head",
-            "--cache",
-            cache,
-            "--out",
-            longer,
-            "--recipe",
-            config.recipe,
-            "--max-steps",
-            "N",
-        ),
-        ("evaluate", "--cache", str(measured_on), "--head", head, "--oracles", "--per-category"),
+        [*predict, "--head", head, "--out", "MASKS"],
+        [*train, "--max-steps", "N"],
+        ["evaluate", "--cache", str(measured_on), "--head", head, "--oracles", "--per-category"],
     )
     return tuple(shlex.join(("mfdetr", *words)) for words in commands)
 
@@ -274,10 +256,7 @@ def _page(
                     if m["objects"]
                 ],
             ),
-            Section(
-                "What they look like",
-                rows=tuple(pictures),
-            ),
+            Section("What they look like", rows=tuple(pictures)),
             Section("What was run", notes=summary.commands),
             Section("How to go on", notes=summary.next_commands),
         ],

@@ -14,7 +14,7 @@ from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import new_head, with_weights_of
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
-from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.loop import train_alone
 from mfdetr_cache.training.order import chosen_views
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
@@ -102,14 +102,13 @@ def run_train_head(
         require_c1(cache, learner.head, train)
         source = CacheSource(cache, [learner], processes)
 
-        validation, val_path = None, None
+        validation = None
         if val_cache is not None:
             validation = Validation.on_cache(val_cache, device, wanted.val_every, wanted.early_stop)
-            val_path = val_cache.path
         run = begin_run(
             learner,
             config.out,
-            record_of_cache(config.recipe.name, train, cache, val_path, initial),
+            record_of_cache(config.recipe.name, train, cache, val_cache, initial),
             processes,
             track=config.track,
             validation=validation,
@@ -122,21 +121,8 @@ def run_train_head(
             f"steps of {train.batch_size} images ({train.steps / order.steps_per_epoch:.1f} epochs "
             f"of {len(order.rows)} images with objects), {_augmentation(cache, train)}"
         )
-        loop = TrainingLoop(
-            source,
-            [run],
-            reporter,
-            processes,
-            split_when_full=config.batch_size == "auto",
-            on_step=on_step,
-        )
-        loop.run()
-        if run.problem is not None:
-            raise run.problem
-        if run.has_settled:
-            reporter.say(f"stopped at step {learner.step}: mask AP was best at {run.best_step}")
-        if processes.is_first:
-            run.save_weights()
+        is_auto = config.batch_size == "auto"
+        train_alone(source, run, reporter, processes, split_when_full=is_auto, on_step=on_step)
         measured = run.end(reporter, processes)
         if processes.is_first:
             write_curves(config.out)
@@ -147,7 +133,7 @@ def run_train_head(
         epochs=learner.step / order.steps_per_epoch,
         seconds=learner.seconds,
         waiting_seconds=learner.waiting_seconds,
-        images_per_second=learner.images / max(learner.seconds, 1e-9),
+        images_per_second=learner.images_per_second,
         loss=learner.recent_loss(),
         validation=measured,
         best_AP=run.best_ap,

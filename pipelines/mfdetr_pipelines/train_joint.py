@@ -28,7 +28,7 @@ from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import with_weights_of
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.learner import seeded_head
-from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.loop import train_alone
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import owned_run
 from mfdetr_cache.training.run_log import require_trackers
@@ -131,20 +131,10 @@ def run_train_joint(
             f"{tuner.num_parameters / 1e6:.1f} M of its parameters are trained; {train.steps} "
             f"steps of {train.batch_size} images ({len(images.rows)} with objects)"
         )
-        loop = TrainingLoop(
-            source,
-            [run],
-            reporter,
-            processes,
-            split_when_full=config.batch_size == "auto",
-            on_step=on_step,
-        )
-        loop.run()
-        if run.problem is not None:
-            raise run.problem
+        is_auto = config.batch_size == "auto"
+        train_alone(source, run, reporter, processes, split_when_full=is_auto, on_step=on_step)
         weights = config.weights
         if processes.is_first:
-            run.save_weights()
             weights = _saved_weights(config, detector)
             if is_tuned:
                 # The head belongs to the detector as it is now.
@@ -160,7 +150,7 @@ def run_train_joint(
         tuned_parameters=tuner.num_parameters,
         steps=learner.step,
         seconds=learner.seconds,
-        images_per_second=learner.images / max(learner.seconds, 1e-9),
+        images_per_second=learner.images_per_second,
         mask_loss=learner.recent_loss(),
         box_loss=tuner.recent_loss(),
         validation=measured,

@@ -223,6 +223,12 @@ def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "rows/with-scoring/seed-0/result.json").write_text("{")
     results = run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
     assert "result.json is damaged" in results[0].problem
+    (path,) = (p for p in tmp_path.rglob("result.json") if "with-scoring" not in p.parts)
+    document = json.loads(path.read_text())
+    del document["mask"]["AP"]
+    path.write_text(json.dumps(document))
+    results = run_ablate(config(drawn_cache, tmp_path, seeds=1), SilentReporter())
+    assert "result.json is damaged" in results[1].problem
 
 
 def test_baselines_are_rows_on_the_same_detections(

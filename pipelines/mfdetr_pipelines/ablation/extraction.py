@@ -53,10 +53,8 @@ def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict
     for path, extraction in zip(wanted, extractions, strict=True):
         try:
             run_extract(extraction, reporter)
-        except StoppedError as error:
-            raise StoppedError(
-                "stopped by a signal; the same command goes on from there"
-            ) from error
+        except StoppedError:
+            raise
         except MfdetrError as error:
             failed[path] = str(error)
     return {
@@ -74,24 +72,22 @@ def like(
     *,
     is_training: bool,
     settings: Mapping[str, Any] | None = None,
-    weights: str | None = None,
 ) -> ExtractConfig:
-    """The extraction of a cache once more, to ``path``, with a row's settings or other weights.
+    """The extraction of a cache once more, to ``path``, with a row's settings.
 
     ConfigError if the detector's weights, the images or the annotations are not given.
     """
     chosen, given = Choices.of(cache).changed(settings or {}), config.extraction
     images = given.train_images if is_training else config.images
     annotations = given.train_annotations if is_training else given.val_annotations
-    weights = weights or given.weights
-    if weights is None or images is None or annotations is None:
+    if given.weights is None or images is None or annotations is None:
         names = "--train-images and --train-annotations"
         if not is_training:
             names = "--images and --val-annotations"
         raise ConfigError(f"{path} takes --weights, {names}: those of {cache.path}")
     # What cannot be used was left out when the other was made.
     return ExtractConfig(
-        weights=weights,
+        weights=given.weights,
         cache=path,
         images=images,
         annotations=annotations,

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from mfdetr_cache.choices import Extra
-from mfdetr_cache.errors import HeadError, MfdetrError, StoppedError, TrainingError
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import HeadError, MfdetrError, TrainingError
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.files import is_taken, make_folder
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.distributed import Processes
@@ -35,42 +36,28 @@ def train_group(
 ) -> dict[str, str]:
     """Train jobs side by side and measure each; returns the problems of failed rows by name.
 
-    The jobs must share their batches. StoppedError if a signal ended it; the same command resumes.
+    The jobs must share their batches. StoppedError if a signal ended it.
     """
-    with contextlib.ExitStack() as owned:
-        return _train_group(jobs, caches, device_name, sam, reporter, owned)
-
-
-def _train_group(
-    jobs: Sequence[Job],
-    caches: Caches,
-    device_name: str,
-    sam: SamSource | None,
-    reporter: Reporter,
-    owned: contextlib.ExitStack,
-) -> dict[str, str]:
     device = torch_device(device_name)
     problems: dict[str, str] = {}
     runs: dict[str, Run] = {}
-    for job in jobs:
-        try:
-            if job.plan.is_trained:
-                owned.enter_context(owned_folder(job.folder))
-                runs[job.name] = _begin(job, caches, device_name)
-        except MfdetrError as error:
-            problems[job.name] = str(error)
-    if runs:
-        problems |= _train(caches, runs, reporter)
-    for job in jobs:
-        if job.name in problems:
-            continue
-        try:
-            if job.plan.row.baseline:
-                _measure_baseline(job, caches, sam, device, reporter)
-            else:
-                _measure_head(job, runs.get(job.name), caches, device, reporter)
-        except MfdetrError as error:
-            problems[job.name] = str(error)
+    with contextlib.ExitStack() as owned:
+        for job in jobs:
+            try:
+                if job.plan.is_trained:
+                    owned.enter_context(owned_folder(job.folder))
+                    runs[job.name] = _begin(job, caches, device_name)
+            except MfdetrError as error:
+                problems[job.name] = str(error)
+        if runs:
+            problems |= _train(caches, runs, reporter)
+        for job in jobs:
+            if job.name in problems:
+                continue
+            try:
+                _measure(job, runs.get(job.name), caches, device, sam, reporter)
+            except MfdetrError as error:
+                problems[job.name] = str(error)
     return problems
 
 
@@ -85,7 +72,7 @@ def _begin(job: Job, caches: Caches, device_name: str) -> Run:
         # Not after it was trained.
         caches.validation.require_c1_map("evaluation")
     begun = is_taken(job.folder)
-    record = record_of_cache(job.recipe.name, train, cache, None)
+    record = record_of_cache(job.recipe.name, train, cache)
     return begin_run(
         learner, job.folder, record, Processes(), track=(), validation=None, resume=begun
     )
@@ -97,40 +84,46 @@ def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str
         source = CacheSource(caches.training, [run.learner for run in runs.values()])
         loop = TrainingLoop(source, list(runs.values()), reporter, split_when_full=True)
         loop.run()
-    except StoppedError as error:
-        # The loop's own message names --resume, which an ablation does not need.
-        raise StoppedError("stopped by a signal; the same command goes on from there") from error
     except (HeadError, TrainingError) as error:
         return dict.fromkeys(runs, str(error))
     return {name: str(run.problem) for name, run in runs.items() if run.problem is not None}
 
 
-def _measure_head(
-    job: Job, run: Run | None, caches: Caches, device: torch.device, reporter: Reporter
+def _measure(
+    job: Job,
+    run: Run | None,
+    caches: Caches,
+    device: torch.device,
+    sam: SamSource | None,
+    reporter: Reporter,
 ) -> None:
-    """Measure a trained head, or one without weights to train."""
-    make_folder(job.folder)
-    seconds = speed = 0.0
-    if run is None:
-        head = build_head(job.recipe.head, caches.training.spec)
+    """Measure a baseline, a trained head, or one without weights to train."""
+    cache, baseline = caches.validation, job.plan.row.baseline
+    if baseline:
+        measured, masks = measure_baseline(cache, baseline, reporter, sam=sam, device=device)
+        job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
+    elif run is None:
+        make_folder(job.folder)
+        head = build_head(job.recipe.head, caches.training.spec).to(device)
+        measure_head(job, cache, head, device, reporter)
     else:
         run.save_weights()
-        head = load_head(job.folder).head
-        seconds = run.learner.seconds
-        speed = run.learner.images / max(seconds, 1e-9)
-    extras: tuple[Extra, ...] = ("boundary",)
-    measured, masks = measure(caches.validation, head.to(device), device, reporter, extras)
-    head_ms = 1000 * measured.latency["head"].median
-    metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
-    job.write_result(metrics, masks, seconds, speed, head_ms)
+        head = load_head(job.folder).head.to(device)
+        learner = run.learner
+        speed = learner.images_per_second
+        measure_head(job, cache, head, device, reporter, learner.seconds, speed)
 
 
-def _measure_baseline(
-    job: Job, caches: Caches, sam: SamSource | None, device: torch.device, reporter: Reporter
+def measure_head(
+    job: Job,
+    cache: FeatureCache,
+    head: MaskHead,
+    device: torch.device,
+    reporter: Reporter,
+    seconds: float = 0.0,
+    speed: float = 0.0,
 ) -> None:
-    baseline = job.plan.row.baseline
-    assert baseline
-    measured, masks = measure_baseline(
-        caches.validation, baseline, reporter, sam=sam, device=device
-    )
-    job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
+    """Measure a head and write the job's result; ``seconds`` and ``speed`` are of its training."""
+    measured, masks = measure(cache, head, device, reporter, ["boundary"])
+    metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
+    job.write_result(metrics, masks, seconds, speed, 1000 * measured.latency["head"].median)

@@ -60,9 +60,9 @@ class Job:
             before = done["identity"]
             for name, kind in (("head", HeadConfig), ("train", TrainConfig)):
                 before[name] = completed(kind, before[name])
+            CocoMetrics(**done["mask"])
         except FileNotFoundError:
             return None
-            CocoMetrics(**done["mask"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise HeadError(f"{path} is damaged; remove it to train this row again") from error
         # As they come back from JSON, where a tuple is a list.

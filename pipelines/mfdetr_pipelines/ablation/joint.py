@@ -1,12 +1,12 @@
 """Rows of an ablation that train the detector too (Table 16)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.errors import ConfigError, MfdetrError, StoppedError
-from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.extraction.content import choices_of
 from mfdetr_cache.files import is_taken
 from mfdetr_cache.head.folder import load_head
@@ -15,6 +15,7 @@ from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.ablation.caches import Caches
 from mfdetr_pipelines.ablation.extraction import like
+from mfdetr_pipelines.ablation.group import measure_head
 from mfdetr_pipelines.ablation.job import Job
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
@@ -27,16 +28,14 @@ def train_jointly(
 ) -> dict[str, str]:
     """Train jobs one after the other and measure each; the problems of failed rows by name.
 
-    StoppedError if a signal ended it; the same command resumes.
+    StoppedError if a signal ended it.
     """
     problems: dict[str, str] = {}
     for job in jobs:
         try:
             _train(job, caches, config, reporter)
-        except StoppedError as error:
-            raise StoppedError(
-                "stopped by a signal; the same command goes on from there"
-            ) from error
+        except StoppedError:
+            raise
         except MfdetrError as error:
             problems[job.name] = str(error)
     return problems
@@ -84,24 +83,8 @@ def _train(job: Job, caches: Caches, config: AblateConfig, reporter: Reporter) -
         reporter,
     )
     if tune != "nothing":
-        run_extract(
-            like(
-                config,
-                caches.validation,
-                job.folder / VAL_CACHE,
-                is_training=False,
-                weights=summary.weights,
-            ),
-            reporter,
-        )
+        run_extract(replace(measured_on, weights=summary.weights), reporter)
     device = torch_device(config.device)
     head = load_head(job.folder).head.to(device)
     own = validation_of(job.folder, caches)
-    measured, masks = measure(own, head, device, reporter, ["boundary"])
-    job.write_result(
-        {name: measured.metrics()[name] for name in ("mask", "boundary", "box")},
-        masks,
-        seconds=summary.seconds,
-        speed=summary.images_per_second,
-        head_ms=1000 * measured.latency["head"].median,
-    )
+    measure_head(job, own, head, device, reporter, summary.seconds, summary.images_per_second)
