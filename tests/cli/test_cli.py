@@ -19,6 +19,7 @@ from mfdetr_cache.errors import (
     StoppedError,
 )
 from tests.support import scenes
+from tests.support.command import mfdetr
 from tests.support.training import SMALL
 
 COMMANDS = [
@@ -48,17 +49,6 @@ def run(*arguments: object) -> Any:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
-
-
-def mfdetr(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, as a user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "mfdetr_cli", *(str(a) for a in arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -299,8 +289,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: 
         assert "Traceback" not in finished.stderr
 
 
-def test_unknown_options_are_exit_code_2() -> None:
-    assert mfdetr("extract", "--weight", "x").returncode == 2
+def test_unknown_options_are_exit_code_2_of_the_process() -> None:
+    command = [sys.executable, "-m", "mfdetr_cli", "extract", "--weight", "x"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "No such option: --weight" in finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -365,7 +358,8 @@ def test_no_result_is_written_over_what_is_not_ours(tmp_path: Path, drawn_cache:
         run("detectors", "--json", tmp_path / "own.json")
     run("cache", "view", drawn_cache, "--out", tmp_path / "own.html", "--count", 1)
     run("cache", "view", drawn_cache, "--out", tmp_path / "own.html", "--count", 1)
-    said = mfdetr("detectors", "--json", "/dev/stdout").stdout
+    command = [sys.executable, "-m", "mfdetr_cli", "detectors", "--json", "/dev/stdout"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(said[: said.rindex("}") + 1])["written_by"] == "mfdetr-cache"
 
 

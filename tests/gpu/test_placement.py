@@ -104,11 +104,11 @@ def test_a_cache_is_made_and_learned_from(
         out = tmp_path / device
         with pretend_gpu() if device == "cuda" else contextlib.nullcontext():
             live = LiveSource(weights, images, device)
-            extraction = scenes.extract_config(scenes_folder, weights, out / "c.zarr")
+            extraction = scenes.extract_config(scenes_folder, weights, out / "c.zarr", limit=3)
             run_extract(dataclasses.replace(extraction, device=device), SilentReporter())
             verified = run_verify(out / "c.zarr", SilentReporter(), full=False, live=2, source=live)
-            training = TrainHeadConfig(drawn_cache, out / "run", recipe(), device=device)
-            with stopped_after(2), pytest.raises(StoppedError):
+            training = TrainHeadConfig(drawn_cache, out / "run", recipe(steps=2), device=device)
+            with stopped_after(1), pytest.raises(StoppedError):
                 run_train_head(training, SilentReporter())
             run_train_head(dataclasses.replace(training, resume=True), SilentReporter())
             evaluation = EvaluateConfig(drawn_cache, out / "run", device=device)

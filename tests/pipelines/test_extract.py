@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
@@ -112,7 +113,11 @@ run_extract(ExtractConfig(str(weights), cache, **files), SilentReporter())
         arguments = [sys.executable, "-c", code, str(scenes_folder), str(rtdetr_folder), str(cache)]
         return subprocess.Popen(arguments, env=environment)
 
-    assert start(tmp_path / "whole.zarr").wait() == 0
+    monkeypatch.setattr(schema, "PART_IMAGES", 2)
+    files = {"images": scenes_folder / "images", "annotations": scenes_folder / "instances.json"}
+    run_extract(
+        ExtractConfig(str(rtdetr_folder), tmp_path / "whole.zarr", **files), SilentReporter()
+    )
     whole = files_of(tmp_path / "whole.zarr")
     assert sum("manifest/0" in name for name in whole) == 4
     path = tmp_path / "killed.zarr"

@@ -1,6 +1,5 @@
 """Several processes that fill one cache: shares, locks, what is missing."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from mfdetr_cli.signature import built
 from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.config.shared import WorkOptions
-from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.extract import ExtractSummary, run_extract
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.cache.partition import Partition, partition_of_environment
@@ -19,6 +18,7 @@ from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
+from tests.support.command import mfdetr
 
 
 def files_of(path: Path) -> dict[str, bytes]:
@@ -74,27 +74,40 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "PART_BYTES", 1)
 
 
-def test_shares_in_any_order_make_the_cache_of_one_process(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, small_parts: None
-) -> None:
-    def extract(name: str, **changes: Any) -> Any:
-        config = scenes.extract_config(
-            scenes_folder, str(rtdetr_folder), tmp_path / name, **{"views": 1, **changes}
-        )
-        return run_extract(config, SilentReporter())
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, scenes_folder: Path, rtdetr_folder: Path
+) -> tuple[ExtractSummary, dict[str, bytes]]:
+    """What one process makes of all images in two views, and its files."""
+    path = tmp_path_factory.mktemp("whole") / "c.zarr"
+    config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path, views=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "PART_BYTES", 1)
+        summary = run_extract(config, SilentReporter())
+    return summary, files_of(path)
 
-    whole = extract("whole.zarr")
-    assert whole.box is not None
+
+def test_shares_in_any_order_make_the_cache_of_one_process(
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    small_parts: None,
+    whole: tuple[ExtractSummary, dict[str, bytes]],
+) -> None:
+    path = tmp_path / "shared.zarr"
+    assert whole[0].box is not None
     total = 0
     for number in (3, 1, 2):
-        summary = extract("shared.zarr", work=WorkOptions(Partition(number, 3)))
+        work = WorkOptions(Partition(number, 3))
+        config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path, views=1, work=work)
+        summary = run_extract(config, SilentReporter())
         total += summary.num_extracted
-        missing = run_finish(tmp_path / "shared.zarr", SilentReporter())
+        missing = run_finish(path, SilentReporter())
         assert missing.parts_missing == summary.parts_missing
         assert (summary.box is None) == (number != 2)
     assert total == 16
-    assert summary.box == whole.box == missing.box
-    assert files_of(tmp_path / "shared.zarr") == files_of(tmp_path / "whole.zarr")
+    assert summary.box == whole[0].box == missing.box
+    assert files_of(path) == whole[1]
 
 
 def test_parts_that_are_being_written_are_refused(
@@ -119,8 +132,11 @@ def test_parts_that_are_being_written_are_refused(
     CacheWriter.open_or_create(path, content).close()
 
 
-def test_four_processes_at_once_make_the_cache_of_one(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+def test_three_processes_at_once_make_the_cache_of_one(
+    tmp_path: Path,
+    scenes_folder: Path,
+    rtdetr_folder: Path,
+    whole: tuple[ExtractSummary, dict[str, bytes]],
 ) -> None:
     """Started together on nothing: one creates the cache, the others find it."""
     code = (
@@ -128,29 +144,19 @@ def test_four_processes_at_once_make_the_cache_of_one(
         "from mfdetr_cli.app import main; main()"
     )
 
-    def command(cache: str, *extra: str) -> list[str]:
-        arguments = [
-            *("--weights", str(rtdetr_folder), "--images", str(scenes_folder / "images")),
-            *("--annotations", str(scenes_folder / "instances.json")),
-            *("--cache", str(tmp_path / cache), "--device", "cpu"),
-        ]
-        return [sys.executable, "-c", code, "extract", *arguments, *extra]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(command("shared.zarr", "--part", f"{k}/4"), env=environment)
-        for k in range(1, 5)
+    path = tmp_path / "shared.zarr"
+    command = [
+        *(sys.executable, "-c", code, "extract", "--weights", str(rtdetr_folder)),
+        *("--images", str(scenes_folder / "images"), "--dtype", "fp16", "--views", "1"),
+        *("--annotations", str(scenes_folder / "instances.json")),
+        *("--cache", str(path), "--device", "cpu"),
     ]
-    assert [p.wait(timeout=300) for p in running] == [0, 0, 0, 0]
-    subprocess.run(command("whole.zarr"), env=environment, check=True, timeout=300)
-    assert files_of(tmp_path / "shared.zarr") == files_of(tmp_path / "whole.zarr")
-    finish = [sys.executable, "-m", "mfdetr_cli", "cache", "finish"]
-    assert subprocess.run([*finish, str(tmp_path / "shared.zarr")], check=False).returncode == 0
-    manifest = tmp_path / "shared.zarr/views/base/status/manifest/000001.json"
-    manifest.unlink()
-    found = subprocess.run(
-        [*finish, str(tmp_path / "shared.zarr")], check=False, capture_output=True, text=True
-    )
+    running = [subprocess.Popen([*command, "--part", f"{k}/3"]) for k in range(1, 4)]
+    assert [p.wait(timeout=300) for p in running] == [0, 0, 0]
+    assert files_of(path) == whole[1]
+    assert mfdetr("cache", "finish", path).returncode == 0
+    (path / "views/base/status/manifest/000001.json").unlink()
+    found = mfdetr("cache", "finish", path)
     assert found.returncode == 1
     assert "view base: parts 1" in found.stdout
-    assert "1 of 8 parts are missing" in found.stderr
+    assert "1 of 16 parts are missing" in found.stderr

@@ -5,30 +5,37 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mfdetr_cache.head.folder import load_head
+from tests.support.command import mfdetr
 from tests.support.training import SMALL
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def run_cli(command: list[str], verb: str, options: dict[str, object], steps: int) -> None:
+def train(verb: str, options: dict[str, object], steps: int, processes: int = 1) -> None:
+    """By the command line: here, or in several processes."""
     settings = {**SMALL, "batch_size": "4", "steps": str(steps), "box_jitter": "0.1"}
     # Two samples a bin, and the points of a coarse grid: smooth enough for the tolerance below.
     settings |= {"roi_sampling_ratio": "2", "num_points": "256"}
-    arguments = [w for k, v in settings.items() for w in ("--set", f"{k}={v}")]
+    arguments = [verb, "--device", "cpu"]
+    arguments += [w for k, v in settings.items() for w in ("--set", f"{k}={v}")]
     arguments += [w for k, v in options.items() for w in (f"--{k}", str(v))]
-    done = subprocess.run(
-        [*command, "-m", "mfdetr_cli", verb, "--device", "cpu", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    if processes == 1:
+        done: Any = mfdetr(*arguments)
+    else:
+        done = subprocess.run(
+            [*TORCHRUN, f"--nproc-per-node={processes}", "-m", "mfdetr_cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     assert done.returncode == 0, done.stderr
 
 
@@ -48,15 +55,11 @@ def last_line(out: Path) -> dict[str, float]:
     return line
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_train_what_one_trains(
-    tmp_path: Path, drawn_cache: Path, count: int
-) -> None:
-    """Eight images in batches of four; with three processes the shares differ in size."""
+def test_several_processes_train_what_one_trains(tmp_path: Path, drawn_cache: Path) -> None:
+    """Eight images in batches of four: the shares of three processes differ in size."""
     one, many = tmp_path / "one", tmp_path / "many"
-    run_cli([sys.executable], "train-head", {"cache": drawn_cache, "out": one}, 5)
-    command = [*TORCHRUN, f"--nproc-per-node={count}"]
-    run_cli(command, "train-head", {"cache": drawn_cache, "out": many}, 5)
+    train("train-head", {"cache": drawn_cache, "out": one}, 5)
+    train("train-head", {"cache": drawn_cache, "out": many}, 5, processes=3)
     assert_close(
         load_head(one).head.state_dict(), load_head(many).head.state_dict(), steps=5, lr=1e-3
     )
@@ -78,8 +81,8 @@ def test_several_processes_tune_what_one_tunes(
         "tune": "all",
     }
     one, many = tmp_path / "one", tmp_path / "many"
-    run_cli([sys.executable], "train-joint", {**data, "out": one}, 3)
-    run_cli([*TORCHRUN, "--nproc-per-node=2"], "train-joint", {**data, "out": many}, 3)
+    train("train-joint", {**data, "out": one}, 3)
+    train("train-joint", {**data, "out": many}, 3, processes=2)
     heads = [load_head(out).head.state_dict() for out in (one, many)]
     assert_close(*heads, steps=3, lr=1e-3)
     detectors = [load_file(out / "detector/model.safetensors") for out in (one, many)]
