@@ -66,7 +66,7 @@ def test_other_papers_mask_branches_learn_from_the_same_cache(
     lines = read_log(tmp_path / "run")
     assert np.isfinite(lines[-1]["bce"])
     measured = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "run"), SilentReporter())
-    assert 0 <= measured.mask.AP <= 1
+    assert measured.num_images == 8
 
 
 def test_training_from_a_cache_loads_no_detector(tmp_path: Path, drawn_cache: Path) -> None:

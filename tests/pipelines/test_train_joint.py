@@ -82,7 +82,7 @@ def test_a_frozen_detector_gives_the_losses_of_a_cache(
     first, second = load_head(tmp_path / "live"), load_head(tmp_path / "cached")
     assert first.detector == second.detector
     found = run_evaluate(EvaluateConfig(drawn_cache, tmp_path / "live"), SilentReporter())
-    assert 0 <= found.mask.AP <= 1
+    assert found.num_images == 8
 
 
 @pytest.mark.parametrize("tune", ["encoder-decoder", "all"])
