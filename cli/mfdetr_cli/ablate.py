@@ -139,8 +139,7 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     ]
     columns = ["row", "steps", "images per step", "epochs", *(["minutes"] if timed else [])]
     print_table("Training", columns, training)
-    for line in shared_notes([(p["name"], p["note"]) for p in plans]):
-        print_lines(line)
+    print_lines(*shared_notes([(p["name"], p["note"]) for p in plans]))
     for plan in plans:
         own = [f"--{key.replace('_', '-')} {value}" for key, value in plan["extract"].items()]
         if own:

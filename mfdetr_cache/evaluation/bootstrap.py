@@ -4,14 +4,13 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mfdetr_cache.evaluation.coco_metrics import Result, with_masks
+from mfdetr_cache.evaluation.coco_metrics import Result, plain_results, with_masks
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
 
@@ -27,20 +26,14 @@ class _CategoryMatches:
 
 
 class WeightedAP:
-    """AP of COCO results as a function of the multiplicity of each image."""
+    """Mask AP of COCO results as a function of the multiplicity of each image."""
 
-    def __init__(
-        self, ground_truth: COCO, results: Sequence[Result], kind: Literal["bbox", "segm"]
-    ) -> None:
-        if kind == "segm":
-            ground_truth = with_masks(ground_truth)
-        wanted = "bbox" if kind == "bbox" else "segmentation"
-        fields = ("image_id", "category_id", "score", wanted)
-        plain = [{key: r[key] for key in fields} for r in results]
+    def __init__(self, ground_truth: COCO, results: Sequence[Result]) -> None:
+        ground_truth, plain = with_masks(ground_truth), plain_results(results, "segm")
         with contextlib.redirect_stdout(io.StringIO()):
             # loadRes fails on an empty list; a COCO without annotations is what it would give.
             found = ground_truth.loadRes(plain) if plain else COCO()
-            evaluation = COCOeval(ground_truth, found, kind)
+            evaluation = COCOeval(ground_truth, found, "segm")
             evaluation.params.areaRng = evaluation.params.areaRng[:1]
             evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
             evaluation.evaluate()
@@ -133,7 +126,7 @@ class PairedDifference:
 
 
 def differences_to_first(
-    rows: Sequence[Sequence[WeightedAP]], samples: int, seed: int = 0
+    rows: Sequence[Sequence[WeightedAP]], samples: int
 ) -> list[PairedDifference]:
     """AP of each row minus the first row's, with 95 % percentile intervals from paired draws.
 
@@ -142,7 +135,6 @@ def differences_to_first(
     Args:
         rows: The results of each row, one per seed, all of the same images.
         samples: Number of bootstrap samples of the images, with replacement.
-        seed: Of the draws.
 
     Returns:
         One difference for every row but the first.
@@ -153,7 +145,7 @@ def differences_to_first(
     ids = rows[0][0].image_ids
     if any(ap.image_ids != ids for row in rows for ap in row):
         raise ValueError("a paired bootstrap needs results of the same images")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     drawn = [np.ones(len(ids))]
     for _ in range(samples):
         picked = random.integers(0, len(ids), len(ids))

@@ -109,11 +109,7 @@ def coco_ground_truth(
 
 
 def ground_truth_of_split(split: CocoSplit) -> COCO:
-    """The ground truth of an annotation file as pycocotools takes it.
-
-    Returns:
-        An indexed ``COCO``, boxes in double precision as they are written.
-    """
+    """The ground truth of an annotation file as an indexed ``COCO``, boxes in double precision."""
     listed = [
         {"id": e.image_id, "height": e.size_hw[0], "width": e.size_hw[1]} for e in split.images
     ]
@@ -203,11 +199,7 @@ def measure_results(
     names = category_names(ground_truth.dataset["categories"])
     if not results:
         return _report_of_nothing([float(a["area"]) for a in objects], counts, names)
-    # loadRes adds fields to what it is given, and takes a box for a polygon when both are there.
-    wanted = "bbox" if kind == "bbox" else "segmentation"
-    fields = ("image_id", "category_id", "score", wanted)
-    plain = [{key: result[key] for key in fields} for result in results]
-    evaluation = _evaluation(ground_truth, plain, kind, evaluator)
+    evaluation = _evaluation(ground_truth, plain_results(results, kind), kind, evaluator)
     stats = [float(v) for v in evaluation.stats[:12]]
     precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # (T, R, K): all areas, 100
     categories = tuple(
@@ -223,6 +215,15 @@ def measure_results(
     return CocoReport(
         CocoMetrics(*stats[:6]), dict(zip(_RECALLS, stats[6:], strict=True)), categories
     )
+
+
+def plain_results(results: Sequence[Result], kind: Kind) -> list[Result]:
+    """Copies with what pycocotools' ``loadRes`` needs alone.
+
+    It adds fields to what it is given, and takes a box for a polygon when both are there.
+    """
+    fields = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
+    return [{key: result[key] for key in fields} for result in results]
 
 
 def with_masks(ground_truth: COCO) -> COCO:

@@ -26,29 +26,27 @@ from mfdetr_cache.types import CachedImage
 
 # IoU of boxes above which a detection and an annotation are shown in one colour.
 _SAME_OBJECT = 0.3
+_LEAST_CONFIDENCE = 0.25
 
 
 def prediction_panels(
-    cache: FeatureCache,
-    row: int,
-    head: MaskHead,
-    images: Path,
-    device: torch.device,
-    threshold: float = 0.25,
+    cache: FeatureCache, row: int, head: MaskHead, images: Path, device: torch.device
 ) -> list[tuple[str, Image.Image]]:
     """An image, the detector's boxes, the head's masks, how probable they are, and the annotation.
 
     Each has a title. An object has one colour wherever objects have colours; of several on a pixel
     the most probable is shown (Fig. 4 and 8). The head is on the device, in evaluation mode;
-    ``images`` is the image folder, ``threshold`` the lowest confidence shown.
+    ``images`` is the image folder.
     """
     cached = cache.read(row, head.map_names)
     size_hw = cached.geometry.original_hw
     image = load_image(images / cached.file_name, size_hw)
-    prediction = predict_masks(head, cached, cache.spec, device, threshold=threshold)
+    prediction = predict_masks(head, cached, cache.spec, device, threshold=_LEAST_CONFIDENCE)
     names = category_names(cache.categories)
     # The most confident is drawn last, on top.
-    objects = shown_objects(prediction, cache.label_categories, names, size_hw, threshold)[::-1]
+    objects = shown_objects(prediction, cache.label_categories, names, size_hw, _LEAST_CONFIDENCE)[
+        ::-1
+    ]
     boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in objects]
     masks = [OverlayItem("", None, o.run_lengths) for o in objects]
     probable = np.zeros(size_hw, np.uint8)

@@ -14,37 +14,10 @@ from mfdetr_cache.ops.masks import RunLengths
 _STRIP_PIXELS = 2**20
 
 
-def paste_mask_in_image(
-    mask_probs: NDArray[np.float32],
-    box_xyxy: NDArray[np.float64],
-    size_hw: tuple[int, int],
-    threshold: float = 0.5,
-) -> NDArray[np.bool_]:
-    """A square mask interpolated to its box in the image and thresholded (Eq. 4).
-
-    Cell centres lie at ``(i + 0.5) / r`` of the box; between them values are bilinear, and between
-    the outermost centres and the border of the box they are constant. Pixels whose centre is
-    outside the box are outside the mask.
-
-    Args:
-        mask_probs: Probabilities, shape (r, r).
-        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
-        size_hw: Height and width of the image in pixels.
-        threshold: Probability from which on a pixel is inside.
-
-    Returns:
-        The mask, shape (height, width); empty when no pixel centre is in the box.
-    """
-    mask = np.zeros(size_hw, dtype=np.bool_)
-    for rows, columns, probs in _paste(mask_probs, box_xyxy, size_hw):
-        mask[rows, columns] = probs >= threshold
-    return mask
-
-
 def paste_probabilities_in_image(
     mask_probs: NDArray[np.float32], box_xyxy: NDArray[np.float64], size_hw: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """What :func:`paste_mask_in_image` thresholds, in 255 steps; 0 outside the box.
+    """What :func:`run_lengths_in_box` thresholds, in 255 steps; 0 outside the box.
 
     Rounded, and so that 128 and more is where a probability is 0.5 or more.
     """
@@ -55,15 +28,22 @@ def paste_probabilities_in_image(
 
 
 def run_lengths_in_box(
-    mask_probs: NDArray[np.float32],
-    box_xyxy: NDArray[np.float64],
-    size_hw: tuple[int, int],
-    threshold: float = 0.5,
+    mask_probs: NDArray[np.float32], box_xyxy: NDArray[np.float64], size_hw: tuple[int, int]
 ) -> RunLengths:
-    """Run lengths of :func:`paste_mask_in_image`, at the cost of the box, not of the image."""
+    """A square mask interpolated to its box in the image: where it is 0.5 or more (Eq. 4).
+
+    Cell centres lie at ``(i + 0.5) / r`` of the box; between them values are bilinear, and between
+    the outermost centres and the border of the box they are constant. Pixels whose centre is
+    outside the box are outside the mask. Costs what the box does, not the image.
+
+    Args:
+        mask_probs: Probabilities, shape (r, r).
+        box_xyxy: The box in original image pixels, shape (4,); it may leave the image.
+        size_hw: Height and width of the image in pixels.
+    """
     height, width = size_hw
     places = [
-        _edges(probs >= threshold, rows.start, columns.start, height)
+        _edges(probs >= 0.5, rows.start, columns.start, height)
         for rows, columns, probs in _paste(mask_probs, box_xyxy, size_hw)
     ]
     edges = np.concatenate([np.zeros(0, np.int64), *places])

@@ -86,7 +86,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
     _write_page(
         config, truth, ordered, _file_names([c for c, _ in found.values()], split), reporter
     )
-    aps = [[WeightedAP(truth, results, "segm")] for results in ordered]
+    aps = [[WeightedAP(truth, results)] for results in ordered]
     differences = [None, *differences_to_first(aps, config.samples)]
     return CompareSummary(
         len(truth.imgs),

@@ -169,11 +169,7 @@ def _announce(
 
 
 def estimated_bytes(content: CacheContent) -> int:
-    """An upper bound of the bytes of a cache, before compression.
-
-    Returns:
-        Bytes of all parts, every image as large as the largest.
-    """
+    """An upper bound of the bytes of a cache before compression: all images like the largest."""
     arrays = content.root.arrays[BASE_VIEW].values()
     each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
     return each * len(content.views)

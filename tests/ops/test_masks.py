@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.ops.masks import (
@@ -11,7 +14,7 @@ from mfdetr_cache.ops.masks import (
     rasterise_in_boxes,
     run_lengths_of_segmentation,
 )
-from mfdetr_cache.ops.masks_pasting import paste_mask_in_image, run_lengths_in_box
+from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image, run_lengths_in_box
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -116,10 +119,12 @@ def test_rasterising_beyond_the_border_is_background() -> None:
     assert (cells[:, 2:] == 1).all()
 
 
+def pasted_mask(probs: NDArray[np.float32], box: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    return decode_run_lengths(run_lengths_in_box(probs, np.array(box), size), size)
+
+
 def test_pasting_a_full_mask_fills_the_pixels_of_its_box() -> None:
-    pasted = paste_mask_in_image(
-        np.ones((8, 8), dtype=np.float32), np.array([2.2, 3.0, 7.6, 9.4]), (12, 12)
-    )
+    pasted = pasted_mask(np.ones((8, 8), np.float32), (2.2, 3.0, 7.6, 9.4), (12, 12))
     wanted = np.zeros((12, 12), dtype=bool)
     # Centres at 2.5 ... 7.5 and at 3.5 ... 8.5 (9.5 is outside 9.4).
     wanted[3:9, 2:8] = True
@@ -132,7 +137,7 @@ def test_pasting_equals_bilinear_interpolation_pixel_by_pixel(seed: int) -> None
     probs = random.random((6, 6)).astype(np.float32)
     x0, y0 = random.uniform(-6, 15, 2)
     box = np.array([x0, y0, x0 + random.uniform(0.5, 20), y0 + random.uniform(0.5, 20)])
-    pasted = paste_mask_in_image(probs, box, (18, 22))
+    pasted = pasted_mask(probs, box, (18, 22))
     for row in range(18):
         for column in range(22):
             x, y = column + 0.5, row + 0.5
@@ -155,8 +160,7 @@ def test_pasting_equals_bilinear_interpolation_pixel_by_pixel(seed: int) -> None
     "box", [(50.0, 50.0, 60.0, 60.0), (3.0, 3.0, 3.0, 9.0), (-9.0, -9.0, -1.0, -1.0)]
 )
 def test_boxes_without_a_pixel_give_an_empty_mask(box: tuple[float, ...]) -> None:
-    pasted = paste_mask_in_image(np.ones((4, 4), dtype=np.float32), np.array(box), (20, 20))
-    assert not pasted.any()
+    assert not pasted_mask(np.ones((4, 4), np.float32), box, (20, 20)).any()
 
 
 @given(
@@ -173,5 +177,5 @@ def test_run_lengths_in_a_box_are_those_of_the_pasted_bitmap(
     y0, y1 = sorted(corners[2:])
     box = np.array([x0, y0, x1, y1])
     probs = (np.random.default_rng(seed).random((8, 8)) ** share).astype(np.float32)
-    wanted = encode_mask(paste_mask_in_image(probs, box, size))
+    wanted = encode_mask(paste_probabilities_in_image(probs, box, size) >= 128)
     assert compress_run_lengths(run_lengths_in_box(probs, box, size), size) == wanted

@@ -62,7 +62,7 @@ def test_every_image_once_is_cocos_ap() -> None:
     truth, results = split(list(range(8)), quality=3.0)
     wanted = evaluate_results(truth, results, "segm").AP
     assert 0.05 < wanted < 0.95
-    assert WeightedAP(truth, results, "segm")(np.ones(8)) == pytest.approx(wanted, abs=1e-12)
+    assert WeightedAP(truth, results)(np.ones(8)) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_multiplicity_is_the_image_so_many_times() -> None:
@@ -70,14 +70,14 @@ def test_a_multiplicity_is_the_image_so_many_times() -> None:
     times = [0, 2, 1, 3, 0, 1]
     truth, results = split(list(range(6)), quality=3.0)
     repeated, its_results = split([n for n in range(6) for _ in range(times[n])], quality=3.0)
-    found = WeightedAP(truth, results, "segm")(np.array(times, dtype=np.float64))
+    found = WeightedAP(truth, results)(np.array(times, dtype=np.float64))
     assert found == pytest.approx(evaluate_results(repeated, its_results, "segm").AP, abs=1e-12)
 
 
 def test_a_paired_interval_is_narrow_around_a_paired_difference() -> None:
     truth, good = split(list(range(12)), quality=1.5)
     _, bad = split(list(range(12)), quality=6.0)
-    better, worse = WeightedAP(truth, good, "segm"), WeightedAP(truth, bad, "segm")
+    better, worse = WeightedAP(truth, good), WeightedAP(truth, bad)
     (found,) = differences_to_first([[worse], [better]], samples=200)
     assert 0 < found.low < found.difference < found.high
     assert [found] == differences_to_first([[worse], [better]], samples=200)

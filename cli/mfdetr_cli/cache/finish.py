@@ -17,8 +17,7 @@ def finish(config: FinishConfig, json: Path | None) -> None:
     found = run_finish(config.cache, ConsoleReporter())
     write_json(json, {"cache": str(config.cache), **asdict(found)})
     if found.missing:
-        for line in found.missing[:20]:
-            print_lines(line)
+        print_lines(*found.missing[:20])
         raise CheckFailedError(
             f"{config.cache}: {found.parts_missing} of {found.parts} parts are missing; run the "
             "processes that fill them again"

@@ -23,8 +23,7 @@ def repair(config: RepairConfig, json: Path | None) -> None:
         device=config.device,
     )
     write_json(json, {"cache": str(config.cache), **asdict(summary)})
-    for fault in summary.faults[:20]:
-        print_lines(fault)
+    print_lines(*summary.faults[:20])
     if not summary.whole:
         raise CheckFailedError(
             f"{config.cache} still has faults; see: mfdetr cache verify --full {config.cache}"

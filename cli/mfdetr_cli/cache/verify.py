@@ -21,8 +21,7 @@ def verify(config: VerifyConfig, json: Path | None) -> None:
         config.cache, ConsoleReporter(), full=config.full, live=config.live, source=source
     )
     write_json(json, {"cache": str(config.cache), **asdict(summary)})
-    for fault in summary.faults[:20]:
-        print_lines(fault)
+    print_lines(*summary.faults[:20])
     if summary.faults:
         raise CheckFailedError(
             f"{config.cache}: {counted(len(summary.faults), 'fault')}, "

@@ -21,9 +21,9 @@ from mfdetr_cache.ops.devices import kept
 from mfdetr_cache.ops.packed_levels import PackedLevels, SizesHw
 
 
-def num_heads_for(width: int, wanted: int = 8) -> int:
-    """The largest number of heads up to ``wanted``, the paper's, that divides a width."""
-    return max(h for h in range(1, wanted + 1) if width % h == 0)
+def num_heads_for(width: int) -> int:
+    """The largest number of heads up to 8, the paper's, that divides a width."""
+    return max(h for h in range(1, 9) if width % h == 0)
 
 
 @kept(256)

@@ -49,9 +49,9 @@ class RowResult:
         values = [getattr(m, name) for m in self.seeds]
         return statistics.mean(values) if values else None
 
-    def spread(self, name: str = "AP") -> float | None:
-        """Standard deviation over the seeds, in [0, 1]; None for fewer than two."""
-        values = [getattr(m, name) for m in self.seeds]
+    def spread(self) -> float | None:
+        """Standard deviation of AP over the seeds, in [0, 1]; None for fewer than two."""
+        values = [m.AP for m in self.seeds]
         return statistics.stdev(values) if len(values) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,8 +114,7 @@ def compared_with_first(
     if len(names) < 2:
         return tuple(results)
     aps = [
-        [WeightedAP(ground_truth, j.read_masks(), "segm") for j in jobs if j.name == name]
-        for name in names
+        [WeightedAP(ground_truth, j.read_masks()) for j in jobs if j.name == name] for name in names
     ]
     found = dict(zip(names[1:], differences_to_first(aps, _BOOTSTRAP_SAMPLES), strict=True))
     return tuple(replace(r, against_first=found.get(r.plan.row.name)) for r in results)

@@ -52,7 +52,7 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
     )
     truth = ground_truth_of(cache)
     reporter.say(f"paired bootstrap over {len(cache)} images, {config.samples} samples")
-    aps = [[WeightedAP(truth, results, "segm")] for results in (first, second)]
+    aps = [[WeightedAP(truth, results)] for results in (first, second)]
     (measured,) = differences_to_first(aps, config.samples)
     weights = hashlib.sha256((config.head / HEAD_FILE).read_bytes()).hexdigest()[:16]
     certificate = Certificate(
