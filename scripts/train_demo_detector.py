@@ -15,16 +15,15 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from demo_scenes import SIDE, Batch, Scenes
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -38,111 +37,25 @@ from transformers import (
 )
 from transformers.models.deformable_detr import modeling_deformable_detr
 
-from mfdetr_cache.coco.synthetic import SHAPES, draw_scene, write_synthetic_split
-from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
+from mfdetr_cache.coco.synthetic import SHAPES, write_synthetic_split
+from mfdetr_cache.matching.matchers import (
+    CLASS_COST,
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    GIOU_COST,
+    L1_COST,
+)
+from mfdetr_cache.matching.pair_costs_numba import pair_costs
+from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy
 from mfdetr_cache.ops.deformable_attention import deformable_attention
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 
-SIDE, STRIDES, WIDTH = 160, (8, 16, 32), 96
+STRIDES, WIDTH = (8, 16, 32), 96
 NUM_QUERIES, NUM_MANY, REPEATS, AROUND = 40, 64, 5, 1
 # Seeds below this belong to the demo's own splits and are never trained on.
 FIRST_TRAIN_SEED = 100_000
 HELD_OUT_SEED, HELD_OUT = 50_000, 300
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Scenes as the network takes them, and what is in them.
-
-    Attributes:
-        pixels: Shape (B, 3, SIDE, SIDE), in [0, 1].
-        covers: Shape over each pixel, counted from 1; 0 is background; shape (B, SIDE, SIDE).
-        labels: One tensor of labels per scene.
-        boxes: One tensor per scene, shape (G, 4), cxcywh in [0, 1].
-    """
-
-    pixels: Tensor
-    covers: Tensor
-    labels: list[Tensor]
-    boxes: list[Tensor]
-
-
-class Scenes:
-    """Drawn scenes in memory, each shown in another way every time.
-
-    Args:
-        first_seed: Seed of the first.
-        count: How many.
-    """
-
-    def __init__(self, first_seed: int, count: int) -> None:
-        self.pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        self.covers = np.empty((count, SIDE, SIDE), np.uint8)
-        self.objects: list[np.ndarray] = []
-        with ProcessPoolExecutor(2) as pool:
-            drawn = pool.map(_draw, range(first_seed, first_seed + count), chunksize=50)
-            for index, (pixels, covers, objects) in enumerate(drawn):
-                self.pixels[index], self.covers[index] = pixels, covers
-                self.objects.append(objects)
-
-    def batches(self, size: int, seed: int = 0) -> Iterator[Batch]:
-        """Batches without end; every scene once before any comes again.
-
-        Args:
-            size: Scenes of a batch.
-            seed: Seed of order and looks.
-
-        Yields:
-            Batches.
-        """
-        random = np.random.default_rng(seed)
-        while True:
-            order = random.permutation(len(self.pixels))
-            for first in range(0, len(order) - size + 1, size):
-                yield self._batch(order[first : first + size], random)
-
-    def _batch(self, rows: np.ndarray, random: np.random.Generator) -> Batch:
-        """Turned, mirrored, colours exchanged and inverted: no shape is another one after that."""
-        pixels, covers, labels, boxes = [], [], [], []
-        for row in rows:
-            turns, mirrored = int(random.integers(4)), bool(random.integers(2))
-            image = self.pixels[row][..., random.permutation(3)]
-            if random.random() < 0.5:
-                image = 255 - image
-            cover, objects = self.covers[row], self.objects[row]
-            x, y, w, h = objects[:, 1:].T
-            if mirrored:
-                image, cover, x = image[:, ::-1], cover[:, ::-1], 1 - x
-            for _ in range(turns):
-                # np.rot90 turns counterclockwise: (x, y) goes to (y, 1 - x).
-                x, y, w, h = y, 1 - x, h, w
-            pixels.append(np.rot90(image, turns).transpose(2, 0, 1))
-            covers.append(np.rot90(cover, turns))
-            labels.append(torch.from_numpy(objects[:, 0].astype(np.int64)))
-            boxes.append(torch.from_numpy(np.stack([x, y, w, h], 1)))
-        return Batch(
-            torch.from_numpy(np.stack(pixels)).float() / 255,
-            torch.from_numpy(np.stack(covers)).long(),
-            labels,
-            boxes,
-        )
-
-
-def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, covering shapes, and (G, 5) label and cxcywh in [0, 1]."""
-    image, objects = draw_scene(seed)
-    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-    covers = np.zeros((image.height, image.width), np.uint8)
-    for found in objects:
-        covers[found["mask"]] = found["label"] + 1
-    size = np.array([image.width, image.height] * 2, np.float32)
-    rows = np.zeros((len(objects), 5), np.float32)
-    for row, found in zip(rows, objects, strict=True):
-        box = np.array(found["box_xywh"], np.float32) / size
-        row[0], row[1:3], row[3:] = found["label"], box[:2] + box[2:] / 2, box[2:]
-    small = Image.fromarray(covers).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    return pixels, np.asarray(small), rows
 
 
 def build_model() -> DeformableDetrForObjectDetection:
@@ -328,8 +241,12 @@ def _pass_loss(
     for logits, predicted in zip(found.logits, found.boxes, strict=True):
         searched = logits.shape[1] - known * longest
         scenes, queries, objects = [], [], []
-        costs = _costs(logits.detach(), predicted.detach(), labels, boxes)
-        for scene, cost in enumerate(costs):
+        found_here = zip(logits.detach(), predicted.detach(), labels, boxes, strict=True)
+        for scene, of_scene in enumerate(found_here):
+            arrays = [values.numpy() for values in of_scene]
+            cost, _ = pair_costs(
+                *arrays, (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
+            )
             rows, columns = linear_sum_assignment(np.repeat(cost[:searched], repeats, axis=1))
             number = cost.shape[1]
             given = [(searched + k * longest + i, i) for k in range(known) for i in range(number)]
@@ -346,7 +263,7 @@ def _pass_loss(
         giou = generalized_box_iou_loss(
             cxcywh_to_xyxy(chosen), cxcywh_to_xyxy(target), reduction="sum"
         )
-        overlap, _ = _iou(cxcywh_to_xyxy(chosen.detach()), cxcywh_to_xyxy(target))
+        overlap = box_iou(cxcywh_to_xyxy(chosen.detach()), cxcywh_to_xyxy(target)).diagonal()
         goal = torch.zeros_like(logits)
         goal[scene_index, query_index, torch.cat(labels)[wanted]] = overlap.clamp(0.01)
         score = logits.detach().sigmoid()
@@ -356,38 +273,6 @@ def _pass_loss(
         share = 1 / (1 + 0.25 * (repeats + known - 1))
         total = total + share * (classes + 5 * l1 + 2 * giou)
     return total
-
-
-def _costs(
-    logits: Tensor, predicted: Tensor, labels: list[Tensor], boxes: list[Tensor]
-) -> list[np.ndarray]:
-    """Costs of Deformable DETR's matcher, one (Q, G) per scene."""
-    score = logits.sigmoid()
-    negative = 0.75 * score**2 * -(1 - score + 1e-8).log()
-    positive = 0.25 * (1 - score) ** 2 * -(score + 1e-8).log()
-    wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True)[:, None]
-    classes = (positive - negative).gather(2, wanted.expand(-1, logits.shape[1], -1))
-    target = nn.utils.rnn.pad_sequence(boxes, batch_first=True)[:, None]
-    l1 = (predicted[:, :, None] - target).abs().sum(-1)
-    giou = _giou(cxcywh_to_xyxy(predicted)[:, :, None], cxcywh_to_xyxy(target))
-    costs = (2 * classes + 5 * l1 - 2 * giou).numpy()
-    return [cost[:, : len(b)] for cost, b in zip(costs, boxes, strict=True)]
-
-
-def _giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of boxes (xyxy) that broadcast."""
-    iou, union = _iou(first, second)
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    hull = (high[..., 2:] - low[..., :2]).prod(-1)
-    return iou - (hull - union) / hull
-
-
-def _iou(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union of boxes (xyxy) that broadcast."""
-    low, high = torch.maximum(first, second), torch.minimum(first, second)
-    shared = (high[..., 2:] - low[..., :2]).clamp(0).prod(-1)
-    union = sum((b[..., 2:] - b[..., :2]).prod(-1) for b in (first, second)) - shared
-    return shared / union, union
 
 
 def _attend(

@@ -85,12 +85,7 @@ class HuggingFaceDetector(nn.Module):
         self._encoder_layer = self._hook_encoder()
         self._hook_backbone()
         self._map_keys: list[tuple[MapSpec, str, int]] = []
-        self._spec = self._probe()
-
-    @property
-    def spec(self) -> DetectorSpec:
-        """What this detector is and gives."""
-        return self._spec
+        self.spec = self._probe()
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """See :meth:`Detector.input_geometry`."""
@@ -109,8 +104,8 @@ class HuggingFaceDetector(nn.Module):
         }
         logits, boxes = self._class_logits(outputs), outputs.pred_boxes
         queries = outputs.last_hidden_state
-        if self._spec.num_queries < logits.shape[1]:
-            best = logits.max(-1).values.topk(self._spec.num_queries, dim=1).indices
+        if self.spec.num_queries < logits.shape[1]:
+            best = logits.max(-1).values.topk(self.spec.num_queries, dim=1).indices
             # The original order is kept, so that a cache of all queries and one of the best
             # differ in what is missing and in nothing else.
             best = best.sort(dim=1).values

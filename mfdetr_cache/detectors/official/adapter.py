@@ -86,7 +86,7 @@ class OfficialDetector(nn.Module):
         outputs = architecture.num_labels
         known = dict(enumerate(class_names)) if len(class_names) == outputs else {}
         self._maps = _map_specs(architecture, layer)
-        self._spec = DetectorSpec(
+        self.spec = DetectorSpec(
             name=name,
             weights_sha256=weights_sha256(model),
             num_queries=queries,
@@ -106,11 +106,6 @@ class OfficialDetector(nn.Module):
                 "batch_size": 1,
             },
         )
-
-    @property
-    def spec(self) -> DetectorSpec:
-        """What this detector is and gives."""
-        return self._spec
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """See :meth:`Detector.input_geometry`."""

@@ -72,12 +72,7 @@ class TorchvisionDetector(nn.Module):
         self._hook()
         self._maps: dict[str, tuple[MapSpec, str]] = {}
         self._pool: Any = None
-        self._spec = self._probe(name, label_names, settings, options)
-
-    @property
-    def spec(self) -> DetectorSpec:
-        """What this detector is and gives."""
-        return self._spec
+        self.spec = self._probe(name, label_names, settings, options)
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """See :meth:`Detector.input_geometry`; sizes are truncated, as torch does it."""
@@ -100,7 +95,7 @@ class TorchvisionDetector(nn.Module):
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; ValueError for padding, which these models do not mask."""
         if padding_mask is not None and bool(padding_mask.any()):
-            raise ValueError(f"{self._spec.name} cannot respect padding; give equal sizes")
+            raise ValueError(f"{self.spec.name} cannot respect padding; give equal sizes")
         size_hw = (pixel_values.shape[-2], pixel_values.shape[-1])
         found, features = self._run(pixel_values)
         vectors = self._vectors(found, features, size_hw)
@@ -167,12 +162,12 @@ class TorchvisionDetector(nn.Module):
         """Logits (Q, K), boxes (Q, 4) and queries (Q, d) of one image, absent ones at the end."""
         labels = found["labels"] - (1 if self._two_stage else 0)
         sure = torch.logit(found["scores"].double(), eps=_SURE).float()
-        columns = torch.arange(self._spec.num_labels, device=labels.device)
+        columns = torch.arange(self.spec.num_labels, device=labels.device)
         logits = torch.where(columns == labels[:, None], sure[:, None], ABSENT_LOGIT)
 
         # Without a size that a trace to ONNX would keep: other images have other detections.
         def filled(rows: Tensor, value: float = 0.0) -> Tensor:
-            count = self._spec.num_queries
+            count = self.spec.num_queries
             return torch.cat((rows, rows.new_full((count, rows.shape[1]), value)))[:count]
 
         boxes = xyxy_to_cxcywh(found["boxes"] / size)
