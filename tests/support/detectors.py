@@ -59,6 +59,10 @@ _SMALL = {
 }
 
 
+# Of detectors that keep the shape of an image.
+_FITTED = {"shortest_edge": 96, "longest_edge": 160}
+
+
 def _fixed_processor(side: int) -> RTDetrImageProcessor:
     return RTDetrImageProcessor(size={"height": side, "width": side}, do_normalize=False)
 
@@ -84,46 +88,45 @@ def _enliven(model: torch.nn.Module) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def save_rtdetr(folder: Path, seed: int = 0) -> None:
+# Four stages of one narrow block each.
+_STAGES = {
+    "embedding_size": 16,
+    "hidden_sizes": [16, 24, 32, 40],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+_FROM_STRIDE_8 = ["stage2", "stage3", "stage4"]
+
+
+def _save(model: Any, folder: Path, processor: Any) -> None:
+    _enliven(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _save_hybrid(
+    folder: Path, config_class: Any, model_class: Any, backbone: Any, seed: int = 0, **more: Any
+) -> None:
+    """RT-DETR and its descendants: three levels from stride 8."""
     torch.manual_seed(seed)
-    backbone = RTDetrResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 40],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = RTDetrConfig(
+    config = config_class(
         backbone_config=backbone,
         encoder_in_channels=[24, 32, 40],
         decoder_in_channels=[32, 32, 32],
+        **more,
         **_SMALL,
     )
-    model = RTDetrForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(96).save_pretrained(folder)
+    _save(model_class(config), folder, _fixed_processor(96))
+
+
+def save_rtdetr(folder: Path, seed: int = 0) -> None:
+    backbone = RTDetrResNetConfig(**_STAGES, out_features=_FROM_STRIDE_8)
+    _save_hybrid(folder, RTDetrConfig, RTDetrForObjectDetection, backbone, seed)
 
 
 def save_rtdetr_v2(folder: Path) -> None:
-    torch.manual_seed(0)
-    backbone = RTDetrResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 40],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = RTDetrV2Config(
-        backbone_config=backbone,
-        encoder_in_channels=[24, 32, 40],
-        decoder_in_channels=[32, 32, 32],
-        **_SMALL,
-    )
-    model = RTDetrV2ForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(96).save_pretrained(folder)
+    backbone = RTDetrResNetConfig(**_STAGES, out_features=_FROM_STRIDE_8)
+    _save_hybrid(folder, RTDetrV2Config, RTDetrV2ForObjectDetection, backbone)
 
 
 def _hgnet() -> HGNetV2Config:
@@ -145,43 +148,11 @@ def _hgnet() -> HGNetV2Config:
 
 
 def save_dfine(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = DFineConfig(
-        backbone_config=_hgnet(),
-        encoder_in_channels=[24, 32, 40],
-        decoder_in_channels=[32, 32, 32],
-        feat_strides=[8, 16, 32],
-        **_SMALL,
-    )
-    model = DFineForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(96).save_pretrained(folder)
+    _save_hybrid(folder, DFineConfig, DFineForObjectDetection, _hgnet(), feat_strides=[8, 16, 32])
 
 
 def save_deimv2(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = Deimv2Config(
-        backbone_config=_hgnet(),
-        encoder_in_channels=[24, 32, 40],
-        decoder_in_channels=[32, 32, 32],
-        feat_strides=[8, 16, 32],
-        **_SMALL,
-    )
-    model = Deimv2ForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(96).save_pretrained(folder)
-
-
-def _plain_resnet() -> ResNetConfig:
-    return ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 40],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    _save_hybrid(folder, Deimv2Config, Deimv2ForObjectDetection, _hgnet(), feat_strides=[8, 16, 32])
 
 
 def _save_single_level(folder: Path, config_class: Any, model_class: Any) -> None:
@@ -192,7 +163,7 @@ def _save_single_level(folder: Path, config_class: Any, model_class: Any) -> Non
         use_timm_backbone=False,
         use_pretrained_backbone=False,
         backbone=None,
-        backbone_config=_plain_resnet(),
+        backbone_config=ResNetConfig(**_STAGES, out_features=["stage1", *_FROM_STRIDE_8]),
         encoder_layers=5,
         decoder_layers=2,
         encoder_ffn_dim=32,
@@ -204,11 +175,7 @@ def _save_single_level(folder: Path, config_class: Any, model_class: Any) -> Non
         label2id={v: k for k, v in LABELS.items()},
         **{width: 32},
     )
-    model = model_class(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    size = {"shortest_edge": 96, "longest_edge": 160}
-    DetrImageProcessor(size=size).save_pretrained(folder)
+    _save(model_class(config), folder, DetrImageProcessor(size=_FITTED))
 
 
 def save_detr(folder: Path) -> None:
@@ -267,23 +234,13 @@ def _save_plain_vit(
         id2label=LABELS,
         label2id={v: k for k, v in LABELS.items()},
     )
-    model = model_class(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    _fixed_processor(side).save_pretrained(folder)
+    _save(model_class(config), folder, _fixed_processor(side))
 
 
 def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
     torch.manual_seed(0)
-    backbone = ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 40],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
     config = DeformableDetrConfig(
-        backbone_config=backbone,
+        backbone_config=ResNetConfig(**_STAGES, out_features=_FROM_STRIDE_8),
         use_timm_backbone=False,
         d_model=32,
         encoder_layers=5,
@@ -299,11 +256,8 @@ def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
         id2label=LABELS,
         label2id={v: k for k, v in LABELS.items()},
     )
-    model = DeformableDetrForObjectDetection(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    size = {"shortest_edge": 96, "longest_edge": 160}
-    DeformableDetrImageProcessor(size=size).save_pretrained(folder)
+    processor = DeformableDetrImageProcessor(size=_FITTED)
+    _save(DeformableDetrForObjectDetection(config), folder, processor)
 
 
 # BERT's tokens that Grounding DINO knows by their numbers, among words of these tests.
@@ -343,9 +297,5 @@ def save_grounding_dino(folder: Path, *, mm: bool = False) -> None:
     }
     config = (MMGroundingDinoConfig if mm else GroundingDinoConfig)(**settings)
     kind = MMGroundingDinoForObjectDetection if mm else GroundingDinoForObjectDetection
-    model = kind(config)
-    _enliven(model)
-    model.save_pretrained(folder)
-    size = {"shortest_edge": 96, "longest_edge": 160}
-    GroundingDinoImageProcessor(size=size).save_pretrained(folder)
+    _save(kind(config), folder, GroundingDinoImageProcessor(size=_FITTED))
     BertTokenizer(vocab=vocabulary).save_pretrained(folder)
