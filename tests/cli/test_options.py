@@ -1,5 +1,6 @@
 """Options are a contract: what exists stays, with its default; and help needs no torch."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,25 +56,35 @@ def test_every_option_is_known_with_its_default() -> None:
     assert found - known == set(), "a new option: add it to options.txt"
 
 
-def modules_after(*arguments: str) -> tuple[int, set[str]]:
-    """Exit code of the command line, and the packages that it imported."""
-    code = (
-        "import sys\nfrom mfdetr_cli.app import main\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
-        "print('\\nMODULES', code, *{m.partition('.')[0] for m in sys.modules})"
-    )
+_RUN = """
+import json, sys
+from mfdetr_cli.app import main
+codes = []
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["mfdetr", *line]
+    try:
+        main()
+    except SystemExit as stop:
+        codes.append(stop.code)
+packages = {name.partition(".")[0] for name in sys.modules}
+print(f"\\n{json.dumps([codes, sorted(packages)])}")
+"""
+
+
+def run_in_a_new_process(lines: list[list[str]]) -> tuple[list[int], set[str]]:
+    """Exit codes of command lines, one after the other, and the packages that they imported."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _RUN, json.dumps(lines)], capture_output=True, text=True, check=True
     )
-    _, exit_code, *names = done.stdout.splitlines()[-1].split()
-    return int(exit_code), set(names)
+    codes, packages = json.loads(done.stdout.splitlines()[-1])
+    return codes, set(packages)
 
 
-@pytest.mark.parametrize("command", [*{names[0]: None for names in COMMANDS}, "cache info"])
-def test_help_needs_no_torch(command: str) -> None:
-    code, modules = modules_after(*command.split(), "--help")
-    assert code == 0
-    assert modules.isdisjoint(HEAVY)
+def test_help_needs_no_torch() -> None:
+    lines = [[*names, "--help"] for names in COMMANDS]
+    codes, packages = run_in_a_new_process(lines)
+    assert codes == [0] * len(lines)
+    assert packages.isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +120,8 @@ def test_zero_is_a_number_where_it_means_something() -> None:
             built(kind, {option: 0})
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_wrong_arguments_need_no_torch() -> None:
+    lines = [
         "--help",
         "--version",
         "extract --weight x",
@@ -120,33 +130,22 @@ def test_zero_is_a_number_where_it_means_something() -> None:
         "extract --weights a --images absent --annotations b --cache c",
         "train-head --cache . --out a --set lrr=1",
         "cache info absent.zarr",
-    ],
-)
-def test_wrong_arguments_need_no_torch(arguments: str) -> None:
-    code, modules = modules_after(*arguments.split())
-    assert code == (2 if " " in arguments else 0)
-    assert modules.isdisjoint(HEAVY)
+    ]
+    codes, packages = run_in_a_new_process([line.split() for line in lines])
+    assert codes == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert packages.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "exit_code"),
-    [
-        (("extract", "--weights", "a", "--images", "{data}", "--cache", "c"), 2),
-        (("predict", "absent.jpg", "--weights", "a", "--head", ".", "--out", "b"), 2),
-        (("ablate", "--table", "99", "--dry-run"), 2),
-        (("ablate", "--table", "3", "--set", "lrr=1", "--dry-run"), 2),
-        (("cache", "info", "{cache}"), 0),
-    ],
-)
-def test_what_needs_no_network_needs_no_torch(
-    arguments: tuple[str, ...], exit_code: int, drawn_cache: Path, tmp_path: Path
-) -> None:
+def test_what_needs_no_network_needs_no_torch(drawn_cache: Path, tmp_path: Path) -> None:
     """A mistake in a dataset, and what a cache is, are told without the seconds torch takes."""
     (tmp_path / "bad.json").write_text("{}")
-    places = {"data": tmp_path, "cache": drawn_cache}
-    given = [a.format(**places) for a in arguments]
-    if given[0] == "extract":
-        given += ["--annotations", str(tmp_path / "bad.json")]
-    code, modules = modules_after(*given)
-    assert code == exit_code
-    assert modules.isdisjoint({"torch", "torchvision", "transformers"})
+    lines = [
+        f"extract --weights a --images {tmp_path} --annotations {tmp_path}/bad.json --cache c",
+        "predict absent.jpg --weights a --head . --out b",
+        "ablate --table 99 --dry-run",
+        "ablate --table 3 --set lrr=1 --dry-run",
+        f"cache info {drawn_cache}",
+    ]
+    codes, packages = run_in_a_new_process([line.split() for line in lines])
+    assert codes == [2, 2, 2, 2, 0]
+    assert packages.isdisjoint({"torch", "torchvision", "transformers"})
