@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,16 +119,6 @@ def test_the_format_page_lists_every_array(drawn_cache: Path) -> None:
     for name, member in group.members(max_depth=None):
         if isinstance(member, zarr.Array):
             assert name.rsplit("/", 1)[-1] in text, name
-
-
-def test_recipes_of_the_help_exist() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-m", "mfdetr_cli", "train-head", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "fast" in finished.stdout
 
 
 def strings_of_the_code() -> str:

@@ -15,7 +15,7 @@ from mfdetr_cache.training.config import Length
 
 def test_the_detector_that_comes_along_sees_the_scenes(tmp_path: Path) -> None:
     """On scenes that neither its training nor the demo uses."""
-    annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 60)
+    annotations = write_synthetic_split(tmp_path, "heldout", 60_000, 20)
     config = ExtractConfig(
         str(demo_detector()),
         tmp_path / "c.zarr",
