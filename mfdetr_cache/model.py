@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mfdetr_cache.choices import Scoring
 from mfdetr_cache.coco.categories import category_names
-from mfdetr_cache.coco.class_agnostic import as_prompted
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.detectors.images import as_rgb, load_image
 from mfdetr_cache.detectors.protocol import Detector
@@ -27,7 +26,6 @@ from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
-from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import to_device, torch_device
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.types import ImageGeometry
@@ -133,11 +131,7 @@ class MaskFrozenDETR:
                 f"--prompt: head {head} learned masks of its classes; one that was trained with "
                 "--class-agnostic takes any word"
             )
-        loaded = load_same_detector(kind, str(detector), folder.detector, prompt)
-        identity = detector_identity(loaded.spec)
-        if prompt:
-            identity = as_prompted(loaded.spec, folder.detector)
-        require_same(folder.detector, f"head {head}", identity, f"detector {detector}")
+        loaded = load_same_detector(kind, str(detector), folder.detector, f"head {head}", prompt)
         return cls(loaded, folder, torch_device(device), prompt)
 
     @overload

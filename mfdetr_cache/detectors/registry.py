@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from mfdetr_cache.coco.class_agnostic import as_prompted
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
@@ -30,7 +31,12 @@ from mfdetr_cache.detectors.torchvision.loading import (
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.detectors.wrapped import AmpDetector, ClassAgnosticDetector
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.identity import Identity, spec_from_identity
+from mfdetr_cache.identity import (
+    Identity,
+    detector_identity,
+    require_same,
+    spec_from_identity,
+)
 from mfdetr_cache.ops.devices import exact_float32
 
 # The weights say which detector they are.
@@ -247,14 +253,15 @@ def _detector_of(weights: str | None) -> str:
 
 
 def load_same_detector(
-    name: str, weights: str, identity: Identity, prompt: Sequence[str] = ()
+    name: str, weights: str, identity: Identity, owner: str, prompt: Sequence[str] = ()
 ) -> Detector:
-    """The detector that a cache or a head was made with, if the weights are those.
+    """The detector that a cache or a head was made with.
 
     Args:
         name: Its name, as for :func:`load_detector`; ``auto`` is that of the identity.
         weights: Checkpoint file, folder or hub id.
         identity: The detector identity kept with the cache or head.
+        owner: That cache or head, for the message.
         prompt: Another prompt than there; the detector's classes are these words then.
 
     Returns:
@@ -262,7 +269,18 @@ def load_same_detector(
 
     Raises:
         DetectorError: If the weights are missing or do not fit.
+        IdentityError: If they are those of another detector.
     """
+    detector = load_with_options_of(identity, weights, name, prompt)
+    found = as_prompted(detector.spec, identity) if prompt else detector_identity(detector.spec)
+    require_same(identity, owner, found, f"detector {weights}")
+    return detector
+
+
+def load_with_options_of(
+    identity: Identity, weights: str, name: str = AUTO, prompt: Sequence[str] = ()
+) -> Detector:
+    """As :func:`load_same_detector`, whatever the weights are of."""
     options = options_of(identity)
     if name == AUTO:
         name = spec_from_identity(identity).detector

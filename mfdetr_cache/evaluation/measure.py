@@ -215,15 +215,23 @@ def open_to_measure(
     CacheError (missing, unfinished or damaged), HeadError (no trained head) or IdentityError
     (different detectors).
     """
-    cache = FeatureCache.open(location)
-    folder = load_head(head, which)
+    cache, folder = open_with_head(location, head, which)
     if folder.unfinished:
         reporter.warn(folder.unfinished)
+    return _unseen(cache, folder.run, reporter), folder
+
+
+def open_with_head(
+    location: Location, head: Path, which: Which = "last"
+) -> tuple[FeatureCache, HeadFolder]:
+    """As :func:`open_to_measure`, with all images of the cache."""
+    cache = FeatureCache.open(location)
+    folder = load_head(head, which)
     require_same(
         folder.detector, f"head {head}", detector_identity(cache.spec), f"cache {cache.path}"
     )
     cache.require_complete()
-    return _unseen(cache, folder.run, reporter), folder
+    return cache, folder
 
 
 def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureCache:

@@ -1,4 +1,4 @@
-"""Rows of a cache through the detector again, as they were extracted."""
+"""Rows of a cache through its detector again, as they were extracted."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import BASE_VIEW
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector
+from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import ImageError
 from mfdetr_cache.extraction.batches import batches_of_part
+from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.devices import to_device
 from mfdetr_cache.types import DetectorOutput
+
+
+def detector_of_cache(cache: FeatureCache, weights: str, device: torch.device) -> Detector:
+    """The detector that a cache was made with; IdentityError if ``weights`` are of another one."""
+    identity = detector_identity(cache.spec)
+    detector = load_same_detector(cache.spec.detector, weights, identity, f"cache {cache.path}")
+    return detector.to(device)
 
 
 def extract_again(
@@ -43,7 +53,7 @@ def extract_again(
             pixels = []
             for row in batch:
                 try:
-                    pixels.append(_pixels(cache, detector, view, row, images))
+                    pixels.append(input_of_row(cache, detector, row, images, view))
                 except ImageError:
                     if row in wanted:
                         raise
@@ -54,7 +64,10 @@ def extract_again(
                 yield row, output.of_image(batch.index(row))
 
 
-def _pixels(cache: FeatureCache, detector: Detector, view: str, row: int, images: Path) -> Tensor:
+def input_of_row(
+    cache: FeatureCache, detector: Detector, row: int, images: Path, view: str = BASE_VIEW
+) -> Tensor:
+    """The detector's input for a row, shape (3, H, W); ImageError if its image cannot be read."""
     image = load_image(images / cache.file_name(row), cache.original_hw(row))
     transform = cache.views[view].transform(row)
     return detector.preprocess(transform_image(image, transform), transform.shortest_edge)

@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Evaluator
-from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.detectors.wrapped import with_own_masks
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, measure_results
 from mfdetr_cache.evaluation.detections import detections_of
@@ -28,8 +26,8 @@ from mfdetr_cache.evaluation.measure import (
     open_to_measure,
 )
 from mfdetr_cache.evaluation.results import json_results, mask_results
+from mfdetr_cache.extraction.again import detector_of_cache, input_of_row
 from mfdetr_cache.files import require_free, write_atomically
-from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import Reporter
@@ -112,11 +110,7 @@ class _Live:
     def __init__(
         self, cache: FeatureCache, weights: str, images: Path, device: torch.device
     ) -> None:
-        identity = detector_identity(cache.spec)
-        detector = load_same_detector(cache.spec.detector, weights, identity)
-        found, name = detector_identity(detector.spec), f"--weights {weights}"
-        require_same(found, name, identity, f"cache {cache.path}")
-        self._detector = detector.to(device)
+        self._detector = detector_of_cache(cache, weights, device)
         self._cache, self._images, self._device = cache, images, device
 
     def latency(self) -> Latency:
@@ -160,9 +154,8 @@ class _Live:
         return measure_results(truth, results, "segm", evaluator).metrics
 
     def _input(self, row: int) -> Tensor:
-        size_hw = self._cache.geometry(row).original_hw
-        picture = load_image(self._images / self._cache.file_name(row), size_hw)
-        return self._detector.preprocess(picture)[None].to(self._device)
+        pixels = input_of_row(self._cache, self._detector, row, self._images)
+        return pixels[None].to(self._device)
 
 
 def _whole_mask(logits: Tensor, size_hw: tuple[int, int]) -> dict[str, Any]:

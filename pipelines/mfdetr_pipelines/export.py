@@ -21,7 +21,7 @@ from mfdetr_cache.files import WRITTEN_BY, make_folder, require_free, whole_file
 from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.head.mask_head import MaskHead
-from mfdetr_cache.identity import detector_identity, require_same, spec_from_identity
+from mfdetr_cache.identity import spec_from_identity
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import DetectorSpec
@@ -194,12 +194,8 @@ def _full_graph(
     config: ExportConfig, folder: HeadFolder
 ) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
     assert config.weights is not None
-    detector = load_same_detector(config.detector, config.weights, folder.detector)
-    require_same(
-        folder.detector,
-        f"head {config.head}",
-        detector_identity(detector.spec),
-        f"detector {config.weights}",
+    detector = load_same_detector(
+        config.detector, config.weights, folder.detector, f"head {config.head}"
     )
     if AMP in detector.spec.settings:
         raise ConfigError(

@@ -47,7 +47,7 @@ def test_it_is_part_of_the_identity(
     run_extract(config, SilentReporter())
     cache = FeatureCache.open(path)
     assert cache.cache_id != FeatureCache.open(drawn_cache).cache_id
-    again = load_same_detector("hf", str(rtdetr_folder), detector_identity(cache.spec))
+    again = load_same_detector("hf", str(rtdetr_folder), detector_identity(cache.spec), "cache")
     assert again.spec == cache.spec
     source = LiveSource(str(rtdetr_folder), scenes_folder / "images", "cpu")
     found = run_verify(path, SilentReporter(), full=False, live=2, source=source)

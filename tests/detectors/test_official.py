@@ -19,7 +19,7 @@ from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.detectors.official.detr import OfficialDetr
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_same_detector
+from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_with_options_of
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import detector_identity
 from tests.support import detectors
@@ -109,7 +109,7 @@ def test_names_and_input_size_of_a_tuned_checkpoint(tmp_path: Path) -> None:
     assert named.spec.label_names == labels
     assert named.input_geometry((100, 120)).input_hw == (320, 384)
     assert named.input_geometry((100, 300)).input_hw == (160, 480)
-    assert load_same_detector("auto", path, detector_identity(named.spec)).spec == named.spec
+    assert load_with_options_of(detector_identity(named.spec), path).spec == named.spec
     with pytest.raises(DetectorError, match="--labels has 2 names and dino has"):
         load_detector("dino", path, DetectorOptions(labels=labels[:2]))
     with pytest.raises(DetectorError, match="--input-size 800x600: .* SHORTERxLONGER"):

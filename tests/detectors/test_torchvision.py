@@ -19,7 +19,7 @@ from mfdetr_cache.detectors.conformance import DetectorConformance
 from mfdetr_cache.detectors.labels import COCO_NAMES
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector
-from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_same_detector
+from mfdetr_cache.detectors.registry import list_detectors, load_detector, load_with_options_of
 from mfdetr_cache.detectors.torchvision import loading
 from mfdetr_cache.detectors.torchvision.loading import MODELS, recognised_torchvision
 from mfdetr_cache.errors import DetectorError
@@ -285,7 +285,7 @@ def test_sizes_and_threshold_of_another_training(
     there = found[found > ABSENT_LOGIT]
     assert len(there) == len(wanted["scores"]) > 0
     assert torch.allclose(there.sigmoid(), wanted["scores"], rtol=0, atol=2**-22)
-    again = load_same_detector("auto", path, detector_identity(detector.spec))
+    again = load_with_options_of(detector_identity(detector.spec), path)
     assert again.spec == detector.spec != load_detector(FCOS, path).spec
 
 

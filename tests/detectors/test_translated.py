@@ -22,7 +22,7 @@ from mfdetr_cache.detectors.huggingface.loading import quiet
 from mfdetr_cache.detectors.labels import COCO_NAMES, names_of_checkpoint
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
-from mfdetr_cache.detectors.registry import load_detector, load_same_detector
+from mfdetr_cache.detectors.registry import load_detector, load_with_options_of
 from mfdetr_cache.detectors.translated.loading import build, read_blueprint, recognised
 from mfdetr_cache.detectors.translated.rf_detr_masks import PREFIX
 from mfdetr_cache.errors import DetectorError
@@ -304,7 +304,7 @@ def test_another_input_size(tmp_path: Path) -> None:
     path = str(tmp_path / "best.pth")
     wide = load_detector("rt-detr", path, DetectorOptions(input_size=(96, 160)))
     assert wide.input_geometry((50, 70)).input_hw == (96, 160)
-    again = load_same_detector("auto", path, detector_identity(wide.spec))
+    again = load_with_options_of(detector_identity(wide.spec), path)
     assert again.spec == wide.spec
     with pytest.raises(DetectorError, match="--input-size 100x100: the sides must be multiples of"):
         load_detector("rt-detr", path, DetectorOptions(input_size=(100,)))

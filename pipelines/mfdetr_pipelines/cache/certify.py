@@ -7,8 +7,6 @@ import torch
 
 from mfdetr_cache.cache.certificate import Certificate, write_certificate
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.bootstrap import WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import Result
@@ -18,9 +16,10 @@ from mfdetr_cache.evaluation.inference import (
     predict_live,
     predict_masks,
 )
-from mfdetr_cache.evaluation.measure import ground_truth_of
+from mfdetr_cache.evaluation.measure import ground_truth_of, open_with_head
 from mfdetr_cache.evaluation.results import mask_results
-from mfdetr_cache.head.folder import HEAD_FILE, load_head
+from mfdetr_cache.extraction.again import detector_of_cache, input_of_row
+from mfdetr_cache.head.folder import HEAD_FILE
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
@@ -34,11 +33,7 @@ def run_certify(config: CertifyConfig, reporter: Reporter) -> Certificate:
     CacheError if the caches hold different images or there is no reference; IdentityError if head,
     cache and reference come from different detectors.
     """
-    cache = FeatureCache.open(config.cache)
-    cache.require_complete()
-    folder = load_head(config.head)
-    identity = detector_identity(cache.spec)
-    require_same(folder.detector, f"head {config.head}", identity, f"cache {cache.path}")
+    cache, folder = open_with_head(config.cache, config.head)
     device = torch_device(config.device)
     keep_freed_memory()
     head = folder.head.to(device)
@@ -75,11 +70,13 @@ def _reference(
     config: CertifyConfig, cache: FeatureCache, head: MaskHead, device: torch.device
 ) -> tuple[str, Callable[[int], MaskPrediction]]:
     """Name of the reference features; the head's masks on them, by row of the certified cache."""
-    identity = detector_identity(cache.spec)
     if config.reference is not None:
         other = FeatureCache.open(config.reference)
         require_same(
-            identity, f"cache {cache.path}", detector_identity(other.spec), f"cache {other.path}"
+            detector_identity(cache.spec),
+            f"cache {cache.path}",
+            detector_identity(other.spec),
+            f"cache {other.path}",
         )
         other.require_complete()
         row_of = {other.image_id(r): r for r in other.rows}
@@ -95,15 +92,11 @@ def _reference(
     weights, images = config.detector.weights, config.detector.images
     if weights is None or images is None:
         raise CacheError("certify compares: give --reference CACHE, or --weights and --images")
-    detector = load_same_detector(cache.spec.detector, weights, identity)
-    require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
-    detector = detector.to(device)
+    detector = detector_of_cache(cache, weights, device)
 
     def live(row: int) -> MaskPrediction:
-        size_hw = cache.original_hw(row)
-        image = load_image(images / cache.file_name(row), size_hw)
-        output = detector.forward(detector.preprocess(image)[None].to(device))
-        return predict_live(head, output, detector.input_geometry(size_hw), cache.spec)
+        output = detector.forward(input_of_row(cache, detector, row, images)[None].to(device))
+        return predict_live(head, output, cache.geometry(row), cache.spec)
 
     return "live", live
 

@@ -18,10 +18,8 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.relabel import relabelling
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.labelled import label_split
-from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.extraction.again import extract_again
-from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.extraction.again import detector_of_cache, extract_again
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.matching.matchers import hungarian_queries
 from mfdetr_cache.ops.devices import torch_device
@@ -145,11 +143,8 @@ def _extracted(
             "a query that the new annotations match; give --weights and --images, and the detector "
             "runs on these alone"
         )
-    identity = detector_identity(cache.spec)
-    detector = load_same_detector(cache.spec.detector, weights, identity)
-    require_same(identity, f"cache {cache.path}", detector_identity(detector.spec), weights)
     device = torch_device(config.device)
-    detector = detector.to(device)
+    detector = detector_of_cache(cache, weights, device)
     reporter.start("extract crops", count, "images")
     assert cache.layout.c1_roi is not None
     crops_of: dict[str, dict[int, C1Crops]] = {}

@@ -12,10 +12,8 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.inference import MaskPrediction, predict_masks
-from mfdetr_cache.evaluation.measure import images_of
+from mfdetr_cache.evaluation.measure import images_of, open_with_head
 from mfdetr_cache.evaluation.scoring import expected_iou
-from mfdetr_cache.head.folder import load_head
-from mfdetr_cache.identity import detector_identity, require_same
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.cache import SuggestConfig
@@ -70,12 +68,7 @@ def run_suggest(config: SuggestConfig, reporter: Reporter) -> SuggestSummary:
     CacheError (missing, unfinished, damaged, or C1 as crops), HeadError, IdentityError (head and
     cache come from different detectors) or DatasetError (nothing to suggest).
     """
-    cache = FeatureCache.open(config.cache)
-    folder = load_head(config.head)
-    require_same(
-        folder.detector, f"head {config.head}", detector_identity(cache.spec), f"cache {cache.path}"
-    )
-    cache.require_complete()
+    cache, folder = open_with_head(config.cache, config.head)
     if folder.head.c1 is not None:
         cache.require_c1_map("a head that looks at whole images")
     device = torch_device(config.device)

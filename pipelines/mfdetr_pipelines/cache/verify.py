@@ -16,7 +16,7 @@ from mfdetr_cache.cache.verify import (
     check_part,
     unknown_files,
 )
-from mfdetr_cache.detectors.registry import load_same_detector
+from mfdetr_cache.detectors.registry import load_with_options_of
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.extraction.again import extract_again
 from mfdetr_cache.identity import detector_identity, differences
@@ -125,7 +125,7 @@ def compare_live(
     deviation.
     """
     identity = detector_identity(cache.spec)
-    detector = load_same_detector(cache.spec.detector, source.weights, identity)
+    detector = load_with_options_of(identity, source.weights)
     other = differences(identity, detector_identity(detector.spec))
     if other:
         field, stored, now = other[0]
