@@ -109,25 +109,6 @@ def match_labels(
     return LabelMatch(tuple(label_categories), same_as, table, _warnings(table, detector))
 
 
-def categories_of_labels(
-    label_names: Sequence[str], categories: Sequence[Category], detector: str
-) -> tuple[int, ...]:
-    """The category id of every label of a detector; see :func:`match_labels`.
-
-    Args:
-        label_names: The detector's names, in the order of its outputs.
-        categories: The dataset's categories.
-        detector: The detector's name, for the message.
-
-    Returns:
-        One category id per label, -1 where the dataset has none.
-
-    Raises:
-        DatasetError: If no rule gives a single category.
-    """
-    return match_labels(label_names, categories, detector).label_categories
-
-
 def _by_map(
     label_names: Sequence[str],
     categories: Sequence[Category],

@@ -1,6 +1,6 @@
 import pytest
 
-from mfdetr_cache.coco.categories import categories_of_labels, match_labels
+from mfdetr_cache.coco.categories import match_labels
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
@@ -9,7 +9,8 @@ PLACEHOLDERS = [f"LABEL_{i}" for i in range(91)]
 
 
 def test_names_decide() -> None:
-    assert categories_of_labels(["Bottle", "tooth brush", "sofa"], CATEGORIES, "d") == (44, 90, -1)
+    found = match_labels(["Bottle", "tooth brush", "sofa"], CATEGORIES, "d")
+    assert found.label_categories == (44, 90, -1)
 
 
 def test_names_are_compared_as_people_read_them() -> None:
@@ -19,17 +20,18 @@ def test_names_are_compared_as_people_read_them() -> None:
         Category(2, "\uff23\uff21\uff32"),
         Category(3, "fire\xa0truck"),
     ]
-    assert categories_of_labels(["fire truck", "car", "caf\xe9"], categories, "d") == (3, 2, 1)
+    found = match_labels(["fire truck", "car", "caf\xe9"], categories, "d")
+    assert found.label_categories == (3, 2, 1)
 
 
 def test_91_outputs_are_category_ids() -> None:
-    found = categories_of_labels(PLACEHOLDERS, CATEGORIES, "d")
+    found = match_labels(PLACEHOLDERS, CATEGORIES, "d").label_categories
     assert (found[1], found[44], found[90], found[2]) == (1, 44, 90, -1)
 
 
 def test_equal_counts_follow_ascending_ids() -> None:
     turned = list(reversed(CATEGORIES))
-    assert categories_of_labels(PLACEHOLDERS[:3], turned, "d") == (1, 44, 90)
+    assert match_labels(PLACEHOLDERS[:3], turned, "d").label_categories == (1, 44, 90)
     matched = match_labels(PLACEHOLDERS[:3], turned, "d", {1: 5})
     assert "matched by the order of their ids: tooth-brush = LABEL_2, " in matched.warnings[-1]
 
@@ -51,7 +53,7 @@ def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None
 )
 def test_no_rule_is_an_error(labels: list[str], advice: str) -> None:
     with pytest.raises(DatasetError, match=f"no name is in both, .*{advice}"):
-        categories_of_labels(labels, CATEGORIES, "some detector")
+        match_labels(labels, CATEGORIES, "some detector")
 
 
 def test_of_two_categories_of_one_name_the_annotated_one_is_meant() -> None:

@@ -20,7 +20,7 @@ from mfdetr_cache.coco.augmentation import (
     transform_ground_truth,
     transform_image,
 )
-from mfdetr_cache.coco.categories import categories_of_labels
+from mfdetr_cache.coco.categories import match_labels
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
@@ -92,7 +92,8 @@ class LiveImages:
         augment: Policy | None,
     ) -> None:
         spec = detector.spec
-        self.label_categories = categories_of_labels(spec.label_names, split.categories, spec.name)
+        found = match_labels(spec.label_names, split.categories, spec.name)
+        self.label_categories = found.label_categories
         label_of = {c: label for label, c in enumerate(self.label_categories) if c >= 0}
         self._truth = [split.ground_truth(e, label_of) for e in split.images]
         self._split = split
