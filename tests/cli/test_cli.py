@@ -223,6 +223,7 @@ def test_a_dataset_with_pasted_objects_is_made(tmp_path: Path, scenes_folder: Pa
     assert made["num_images"] == 16
     assert Path(made["annotations"]).is_file()
     assert len(list(Path(made["images"]).iterdir())) == 16
+    assert "mfdetr extract" in done.output
 
 
 def test_a_results_file_is_measured(tmp_path: Path, scenes_folder: Path) -> None:
