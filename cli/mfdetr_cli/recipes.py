@@ -3,12 +3,13 @@
 import inspect
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mfdetr_pipelines.config.training import RecipesConfig
 
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.recipes import RECIPES, build_recipe
+from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
 from mfdetr_cli.console import print_lines, print_table
 from mfdetr_cli.json_file import write_json
 from mfdetr_cli.signature import documented
@@ -18,15 +19,14 @@ def recipes(config: RecipesConfig, json: Path | None) -> None:
     """List recipes, or all settings of one."""
     texts = {name: (inspect.getdoc(r) or "").replace("``", "") for name, r in RECIPES.items()}
     if config.recipe is None:
-        write_json(json, {"recipes": [asdict(build_recipe(name, {})) for name in RECIPES]})
+        every = [{"name": name, **_settings(build_recipe(name, {}))} for name in RECIPES]
+        write_json(json, {"recipes": every})
         rows = [[name, text.partition("\n")[0]] for name, text in texts.items()]
         print_table("Recipes", ["", "what it is"], rows, justify="left")
         return
     recipe = build_recipe(config.recipe, {})
     # As train-head --config takes it.
-    write_json(
-        json, {"recipe": recipe.name, "head": asdict(recipe.head), "train": asdict(recipe.train)}
-    )
+    write_json(json, {"recipe": recipe.name, **_settings(recipe)})
     print_lines(texts[recipe.name], "")
     for title, own, paper in (
         ("Mask network: --set NAME=VALUE", recipe.head, HeadConfig()),
@@ -38,6 +38,10 @@ def recipes(config: RecipesConfig, json: Path | None) -> None:
             for name, text in documented(type(own))[1].items()
         ]
         print_table(title, ["", "value", "paper", "meaning"], rows, justify="left")
+
+
+def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    return {"head": asdict(recipe.head), "train": asdict(recipe.train)}
 
 
 def _shown(value: object) -> str:

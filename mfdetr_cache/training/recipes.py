@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from mfdetr_cache.training.config import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A head and its training settings, as named by ``--recipe``."""
+    """A head and its training settings, as named by ``--recipe``.
+
+    Attributes:
+        given: What was typed with ``--set``.
+    """
 
     name: str
     head: HeadConfig
     train: TrainConfig
+    given: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def paper() -> Recipe:
@@ -187,6 +192,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+# Chosen when the cache is seen.
+AUTO = "auto"
+
+
 def build_recipe(name: str, assignments: Mapping[str, str], file: Path | None = None) -> Recipe:
     """A recipe with settings replaced by those of a file, then as typed with ``--set``.
 
@@ -195,7 +204,20 @@ def build_recipe(name: str, assignments: Mapping[str, str], file: Path | None = 
     recipe = _named(name) if file is None else _of_file(file, name)
     head_changes, train_changes = _split(assignments)
     head = override(recipe.head, head_changes, "--set")
-    return Recipe(recipe.name, head, override(recipe.train, train_changes, "--set"))
+    train = override(recipe.train, train_changes, "--set")
+    return Recipe(recipe.name, head, train, assignments)
+
+
+def asked_recipe(name: str, assignments: Mapping[str, str], file: Path | None = None) -> Recipe:
+    """:func:`build_recipe`, or ``AUTO`` with what was given: a cache says what becomes of it.
+
+    ConfigError as there.
+    """
+    if name != AUTO:
+        return build_recipe(name, assignments, file)
+    if file is not None:
+        raise ConfigError(f"--recipe auto: --config {file} has all settings; leave one of them out")
+    return replace(build_recipe("fast", assignments), name=AUTO)
 
 
 def _named(name: str) -> Recipe:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.schema import C1RoiLayout
 from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.config import nearest
+from mfdetr_cache.config import nearest, to_dict
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.mask_head import MaskHead
@@ -107,6 +108,21 @@ def require_live(train: TrainConfig, *, is_tuned: bool) -> None:
             )
 
 
+def settings_of_crops(crops: C1RoiLayout, head: HeadConfig) -> dict[str, Any]:
+    """Settings of head and training that crops of C1 leave no choice of."""
+    # Crops of another size may still serve the same coarse grid, or be the only one.
+    size, coarse = crops.roi_size, head.roi_size
+    is_finer = bool(head.fine_size) and size > coarse and size % coarse == 0
+    return {
+        "match": "hungarian",
+        "gt_box_share": 0.0,
+        "box_jitter": 0.0,
+        "roi_size": coarse if is_finer else size,
+        "fine_size": size if is_finer else 0,
+        "roi_sampling_ratio": crops.sampling_ratio,
+    }
+
+
 def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
     """Refuse settings that need more of C1 than the cache holds."""
     layout = cache.layout
@@ -117,18 +133,9 @@ def require_c1(cache: FeatureCache, head: MaskHead, train: TrainConfig) -> None:
     if layout.c1 == "none":
         raise ConfigError(f"{cache.path} was extracted with --c1 none: pass --set use_c1=false")
     assert layout.c1_roi is not None
-    # Crops of another size may still serve the same coarse grid, or be the only one.
-    size, coarse = layout.c1_roi.roi_size, head.config.roi_size
-    is_finer = bool(head.config.fine_size) and size > coarse and size % coarse == 0
-    fixed = {
-        "match": (train.match, "hungarian"),
-        "gt_box_share": (train.gt_box_share, 0.0),
-        "box_jitter": (train.box_jitter, 0.0),
-        "roi_size": (coarse, coarse if is_finer else size),
-        "fine_size": (head.config.fine_size, size if is_finer else 0),
-        "roi_sampling_ratio": (head.config.roi_sampling_ratio, layout.c1_roi.sampling_ratio),
-    }
-    wrong = [f"{name}={held}" for name, (asked, held) in fixed.items() if asked != held]
+    asked = {**to_dict(train), **to_dict(head.config)}
+    fixed = settings_of_crops(layout.c1_roi, head.config)
+    wrong = [f"{name}={held}" for name, held in fixed.items() if asked[name] != held]
     if wrong:
         raise ConfigError(
             f"{cache.path} holds C1 as crops (--c1 roi), which fix some settings: pass "

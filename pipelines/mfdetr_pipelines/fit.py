@@ -19,7 +19,7 @@ from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
 from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.recipes import asked_recipe
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
@@ -165,7 +165,7 @@ def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bo
     train = TrainHeadConfig(
         str(cache),
         out,
-        build_recipe(config.recipe, settings),
+        asked_recipe(config.recipe, settings),
         length=length,
         resume=resume,
         device=config.device,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.head.folder import HeadFolder, load_head
-from mfdetr_cache.ops.devices import keep_no_kernels
+from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
+from mfdetr_cache.training.auto_recipe import fitted_recipe
 from mfdetr_cache.training.config import Length, TrainConfig
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import new_head, with_weights_of
@@ -16,6 +17,7 @@ from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import train_alone
 from mfdetr_cache.training.order import chosen_views
+from mfdetr_cache.training.recipes import AUTO, Recipe
 from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import owned_run, record_of_cache
@@ -79,12 +81,13 @@ def run_train_head(
     before, wanted = config.local_cache.before, config.validation
     cache = FeatureCache.open(before(config.cache))
     cache.require_complete()
+    recipe, why = _fitted(config, cache)
     location = None if wanted.val_cache is None else before(wanted.val_cache)
-    val_split = config.recipe.train.val_split
-    val_cache = open_validation(cache, location, val_split, config.recipe.head)
+    val_split = recipe.train.val_split
+    val_cache = open_validation(cache, location, val_split, recipe.head)
     require_validation(wanted.val_every, "--val-cache, or --set val_split=N", val_cache)
     require_trackers(config.track)
-    train = _settled(config, cache)
+    train = _settled(config, recipe, cache)
     initial = None if config.from_head is None else load_head(config.from_head)
     if initial is not None:
         _require_unseen(initial, cache, train, val_cache)
@@ -95,7 +98,7 @@ def run_train_head(
             reporter = SilentReporter()
         learner = build_learner(
             train,
-            lambda: with_weights_of(new_head(config.recipe.head, cache, train), initial),
+            lambda: with_weights_of(new_head(recipe.head, cache, train), initial),
             device,
             processes,
         )
@@ -108,16 +111,18 @@ def run_train_head(
         run = begin_run(
             learner,
             config.out,
-            record_of_cache(config.recipe.name, train, cache, val_cache, initial),
+            record_of_cache(recipe.name, train, cache, val_cache, initial),
             processes,
             track=config.track,
             validation=validation,
             resume="longer" if config.resume and config.length != Length() else config.resume,
         )
+        if why:
+            reporter.say("recipe auto: " + "; ".join(why))
         parameters = sum(p.numel() for p in learner.head.parameters())
         order = source.order
         reporter.say(
-            f"recipe {config.recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} "
+            f"recipe {recipe.name}: {parameters / 1e6:.2f} M parameters, {train.steps} "
             f"steps of {train.batch_size} images ({train.steps / order.steps_per_epoch:.1f} epochs "
             f"of {len(order.rows)} images with objects), {_augmentation(cache, train)}"
         )
@@ -148,9 +153,21 @@ def _augmentation(cache: FeatureCache, train: TrainConfig) -> str:
     return "not augmented: it sees one view of each (extract --views N makes more)"
 
 
-def _settled(config: TrainHeadConfig, cache: FeatureCache) -> TrainConfig:
+def _fitted(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe, and what ``auto`` chose."""
+    asked = config.recipe
+    if asked.name != AUTO:
+        return asked, ()
+    given = dict(asked.given)
+    if isinstance(config.batch_size, int):
+        given["batch_size"] = str(config.batch_size)
+    device, has_length = torch_device(config.device), config.length != Length()
+    return fitted_recipe(cache, given, device, has_length=has_length)
+
+
+def _settled(config: TrainHeadConfig, recipe: Recipe, cache: FeatureCache) -> TrainConfig:
     """The recipe's training settings with the user's options applied."""
-    train = with_batch_size(config.recipe.train, config.batch_size)
+    train = with_batch_size(recipe.train, config.batch_size)
     if config.hold_out:
         train = replace(train, held_out=category_ids(config.hold_out, cache.categories))
     num_rows = 0 if config.length.epochs is None else len(trainable_rows(cache, train))

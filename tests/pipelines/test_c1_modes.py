@@ -26,7 +26,7 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.learner import loss_of_batch
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.recipes import Recipe, asked_recipe, build_recipe
 from tests.support.batches import batch_of
 from tests.support.scenes import extract_config
 
@@ -203,3 +203,12 @@ def test_verify_and_resume_know_crops(
     run_extract(config, SilentReporter())
     for file in (f for f in caches["roi"].rglob("*") if f.is_file()):
         assert (copy / file.relative_to(caches["roi"])).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["full", "roi", "roi-16", "none"])
+def test_auto_trains_on_what_there_is_of_c1(
+    caches: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    asked = asked_recipe("auto", {"hidden_dim": "8", "image_layers": "1", "box_layers": "1"})
+    config = TrainHeadConfig(str(caches[mode]), tmp_path / "run", asked, length=Length(2))
+    assert run_train_head(config, SilentReporter()).steps == 2

@@ -10,8 +10,9 @@ from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import sides_of
 from mfdetr_cache.options import FILE, FOLDER, Option
 from mfdetr_cache.training.config import Length
+from mfdetr_cache.training.recipes import AUTO
 from mfdetr_pipelines.config.shared import OnDevice
-from mfdetr_pipelines.config.training import RECIPE
+from mfdetr_pipelines.config.training import RECIPE_OR_AUTO
 
 _VIEWS = 4
 
@@ -56,7 +57,7 @@ class FitConfig(OnDevice):
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBad = "stop"
     views: Annotated[int, Option(takes_zero=True)] = _VIEWS
-    recipe: Annotated[str, RECIPE] = "fast"
+    recipe: Annotated[str, RECIPE_OR_AUTO] = AUTO
     length: Length = field(default_factory=Length)
     categories: LabelOptions = field(default_factory=LabelOptions)
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import CACHE, Built, Option
 from mfdetr_cache.training.config import Length
-from mfdetr_cache.training.recipes import Recipe, build_recipe
+from mfdetr_cache.training.recipes import Recipe, asked_recipe
 from mfdetr_pipelines.config.shared import LocalCache
-from mfdetr_pipelines.config.training import RecipeOptions, TrainingRun
+from mfdetr_pipelines.config.training import RECIPE_OR_AUTO, RecipeOptions, TrainingRun
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
@@ -20,10 +20,12 @@ class TrainingRecipe(RecipeOptions):
     """Recipe.
 
     Attributes:
+        recipe: Name of a recipe, or auto: fitted to the cache and the device, with the reasons.
         amp: Half precision; the recipe's own by default, which is off.
         compile: Compile the network; the first steps take minutes.
     """
 
+    recipe: Annotated[str, RECIPE_OR_AUTO] = "fast"
     amp: Literal["off", "bf16", "fp16"] | None = None
     compile: bool = False
 
@@ -32,7 +34,7 @@ class TrainingRecipe(RecipeOptions):
         changes: dict[str, str] = {} if self.amp is None else {"amp": self.amp}
         if self.compile:
             changes["compile"] = "true"
-        return build_recipe(self.recipe, {**self.set, **changes}, self.config)
+        return asked_recipe(self.recipe, {**self.set, **changes}, self.config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.options import FILE, Option
-from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
+from mfdetr_cache.training.recipes import AUTO, RECIPES, Recipe, build_recipe
 from mfdetr_pipelines.config.shared import OnDevice
 
 
@@ -20,6 +20,10 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
 
 
 RECIPE = Option(metavar="NAME", help=f"One of: {', '.join(RECIPES)}.")
+RECIPE_OR_AUTO = Option(
+    metavar="NAME",
+    help=f"{AUTO}, which fits one to the cache and the device, or: {', '.join(RECIPES)}.",
+)
 
 
 @dataclass(frozen=True, slots=True)
