@@ -1,11 +1,12 @@
 """Fit: a dataset and a detector in, a trained head with figures and pictures out."""
 
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
@@ -20,10 +21,12 @@ from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.recipes import asked_recipe
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
 from mfdetr_pipelines.pages.curves import curves
@@ -90,16 +93,28 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     Raises what ``extract``, ``train-head`` and ``evaluate`` raise, and MfdetrError if ``out`` is
     not empty and holds no such run.
     """
-    if is_taken(config.out) and not (config.out / _TRAIN_CACHE).exists():
+    is_own = any((config.out / name).exists() for name in (_TRAIN_CACHE, _VAL_CACHE))
+    if is_taken(config.out) and not is_own:
         raise MfdetrError(f"{config.out} is not empty; nothing was touched, choose another --out")
     require_page_place(config.out / _PAGE, "--out")
     make_folder(config.out)
     steps, head = _Steps(reporter), config.out / _HEAD
     val_split = config.val_split or split_to_measure(config.dataset)
-    learned = _extract(config, steps, reporter, config.train_split, _TRAIN_CACHE, config.views)
-    caches = {config.train_split: learned}
+    if config.copies and val_split is None:
+        raise MfdetrError(
+            f"--copies {config.copies}: {config.dataset} has no split to measure on, and objects of "
+            "held-out training images would be pasted; make one, or leave out --copies"
+        )
+    caches: dict[str, ExtractSummary] = {}
     if val_split is not None:
-        caches[val_split] = _extract(config, steps, reporter, val_split, _VAL_CACHE, 0)
+        # First, as it is the shorter one: a wrong detector shows early.
+        files: dict[str, Any] = {"dataset": config.dataset, "split": val_split}
+        caches[val_split] = _extract(config, steps, reporter, files, _VAL_CACHE)
+    files = {"dataset": config.dataset, "split": config.train_split}
+    if config.copies:
+        files = _copy_paste(config, steps, reporter)
+    learned = _extract(config, steps, reporter, files, _TRAIN_CACHE, config.num_views)
+    caches[config.train_split] = learned
     _train(config, steps, reporter, held_out=val_split is None)
     measured_on = config.out / (_TRAIN_CACHE if val_split is None else _VAL_CACHE)
     words = ["evaluate", "--cache", str(measured_on), "--head", str(head), *_device(config)]
@@ -130,8 +145,39 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     return summary
 
 
+def _copy_paste(config: FitConfig, steps: _Steps, reporter: Reporter) -> dict[str, Any]:
+    """Images and annotations with pasted objects."""
+    # A folder for each number: another one is another dataset.
+    out = config.out / f"pasted-{config.copies}"
+    files = {"images": out / IMAGES, "annotations": out / ANNOTATIONS}
+    dataset, split = config.dataset, config.train_split
+    words = ["copy-paste", "--dataset", str(dataset), "--split", split, "--out", str(out)]
+    words += ["--copies", str(config.copies), *_skip(config)]
+    paste = CopyPasteConfig(
+        out,
+        dataset=dataset,
+        split=split,
+        on_bad_annotation=config.on_bad_annotation,
+        copies=config.copies,
+    )
+
+    def run() -> None:
+        if not files["annotations"].exists():
+            # Made by a call that was stopped.
+            shutil.rmtree(out, ignore_errors=True)
+            run_copy_paste(paste, reporter)
+
+    steps.run("paste objects", words, run)
+    return files
+
+
 def _extract(
-    config: FitConfig, steps: _Steps, reporter: Reporter, split: str, cache: str, views: int
+    config: FitConfig,
+    steps: _Steps,
+    reporter: Reporter,
+    files: Mapping[str, Any],
+    cache: str,
+    views: int = 0,
 ) -> ExtractSummary:
     options = DetectorOptions(
         input_size=config.input_size,
@@ -140,8 +186,7 @@ def _extract(
     extract = ExtractConfig(
         config.weights,
         str(config.out / cache),
-        dataset=config.dataset,
-        split=split,
+        **files,
         on_bad_annotation=config.on_bad_annotation,
         detector=config.detector,
         options=options,
@@ -150,11 +195,13 @@ def _extract(
         device=config.device,
     )
     words = ["extract", "--weights", config.weights, "--cache", str(extract.cache)]
-    words += ["--dataset", str(config.dataset), "--split", split]
-    words += ["--on-bad-annotation", "skip"] if config.on_bad_annotation == "skip" else []
+    words += [word for name, value in files.items() for word in (f"--{name}", str(value))]
+    words += _skip(config)
     words += [*config.words_of_detector, *(["--views", str(views)] if views else [])]
     return steps.run(
-        f"extract {split}", [*words, *_device(config)], lambda: run_extract(extract, reporter)
+        f"extract {files.get('split', config.train_split)}",
+        [*words, *_device(config)],
+        lambda: run_extract(extract, reporter),
     )
 
 
@@ -176,6 +223,10 @@ def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bo
     words += ["--epochs", f"{length.epochs:g}"] if length.epochs else []
     words += [*(["--resume"] if resume else []), *_device(config)]
     steps.run("train the head", words, lambda: run_train_head(train, reporter))
+
+
+def _skip(config: FitConfig) -> list[str]:
+    return ["--on-bad-annotation", "skip"] if config.on_bad_annotation == "skip" else []
 
 
 def _device(config: FitConfig) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import typer
 from mfdetr_cli.app import app
 from mfdetr_cli.signature import built
+from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
@@ -22,6 +23,7 @@ from mfdetr_cache.training.config import Length
 from tests.support.browser import require_readable
 
 KINDS: dict[str, Any] = {
+    "copy-paste": CopyPasteConfig,
     "extract": ExtractConfig,
     "train-head": TrainHeadConfig,
     "evaluate": EvaluateConfig,
@@ -129,6 +131,25 @@ def test_without_another_split_training_images_are_left_out(data: Path, tmp_path
     found = fit(alone, tmp_path / "out")
     assert found.evaluation.num_images == 1
     assert "--set val_split=5" in found.commands[1]
+
+
+def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        fit(data, out, Commands("copy-paste"), copies=1)
+    (out / "pasted-1/images").mkdir(parents=True)  # as one that was killed while pasting
+    found = fit(data, out, copies=1, views=None)
+    assert [shlex.split(line)[1] for line in found.commands] == [
+        *("extract", "copy-paste", "extract", "train-head", "evaluate")
+    ]
+    extract = parsed(found.commands[2])
+    assert extract.images == out / "pasted-1/images"
+    assert extract.views.count == 1
+    assert len(list(extract.images.iterdir())) == 20
+    assert found.evaluation.num_images == 4
+    shutil.copytree(data, tmp_path / "alone", ignore=shutil.ignore_patterns("*valid*"))
+    with pytest.raises(MfdetrError, match="no split to measure on"):
+        fit(tmp_path / "alone", tmp_path / "again", copies=1)
 
 
 def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mfdetr_cache.training.recipes import AUTO
 from mfdetr_pipelines.config.shared import OnDevice
 from mfdetr_pipelines.config.training import RECIPE_OR_AUTO
 
-_VIEWS = 4
+_VIEWS, _VIEWS_OF_COPIES = 4, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,10 @@ class FitConfig(OnDevice):
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
         on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
-        views: Augmented passes per training image. Each adds to the cache what the plain pass
-            takes.
+        copies: Copies of every training image with objects of others pasted onto it, which help
+            with some hundred images (mfdetr copy-paste); 6 are usual.
+        views: Augmented passes per training image, 4 by default and 1 beside --copies. Each adds to
+            the cache what the plain pass takes.
         recipe: How the head is made and trained.
         length: In place of the recipe's.
         categories: Which category stands for which label.
@@ -56,10 +58,18 @@ class FitConfig(OnDevice):
     input_size: Annotated[tuple[int, ...], Option(metavar="SIZE", parse=sides_of)] = ()
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBad = "stop"
-    views: Annotated[int, Option(takes_zero=True)] = _VIEWS
+    copies: Annotated[int, Option(takes_zero=True)] = 0
+    views: Annotated[int | None, Option(takes_zero=True)] = None
     recipe: Annotated[str, RECIPE_OR_AUTO] = AUTO
     length: Length = field(default_factory=Length)
     categories: LabelOptions = field(default_factory=LabelOptions)
+
+    @property
+    def num_views(self) -> int:
+        """The augmented passes."""
+        if self.views is not None:
+            return self.views
+        return _VIEWS_OF_COPIES if self.copies else _VIEWS
 
     @property
     def words_of_detector(self) -> Iterator[str]:
