@@ -102,8 +102,8 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     val_split = config.val_split or split_to_measure(config.dataset)
     if config.copies and val_split is None:
         raise MfdetrError(
-            f"--copies {config.copies}: {config.dataset} has no split to measure on, and objects of "
-            "held-out training images would be pasted; make one, or leave out --copies"
+            f"--copies {config.copies}: {config.dataset} has no split to measure on, and objects "
+            "of held-out training images would be pasted; make one, or leave out --copies"
         )
     caches: dict[str, ExtractSummary] = {}
     if val_split is not None:
