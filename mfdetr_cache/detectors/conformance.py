@@ -38,21 +38,22 @@ class DetectorConformance:
         height, width = pixels.shape[-2:]
         return pixels if max(height, width) <= 256 else pixels[:, :192, :256].contiguous()
 
-    def test_it_keeps_the_protocol(self) -> None:
-        """All members of the protocol are there."""
-        assert isinstance(self.make_detector(), Detector)
-
-    def test_it_is_frozen(self) -> None:
-        """Evaluation mode, no gradient."""
-        detector = self.make_detector()
+    def test_it_keeps_the_protocol_and_is_frozen(self) -> None:
+        """All members of the protocol are there; evaluation mode, no gradient."""
+        detector: object = self.make_detector()
+        assert isinstance(detector, Detector), "a member of the protocol is missing"
         assert isinstance(detector, torch.nn.Module), "a detector is a module"
         assert not any(m.training for m in detector.modules()), "not in evaluation mode"
         assert not any(p.requires_grad for p in detector.parameters()), "parameters ask gradients"
 
-    def test_outputs_have_the_declared_shapes(self) -> None:
-        """What ``spec`` says is what ``forward`` gives."""
+    def test_outputs_are_as_declared(self) -> None:
+        """What ``spec`` says is what ``forward`` gives, and nothing that a cache would refuse.
+
+        Sizes of maps are the input's over the stride, to one cell.
+        """
         detector = self.make_detector()
-        spec, output = detector.spec, self._run(detector)
+        pixels = self._small(detector.preprocess(self._image()))
+        spec, output = detector.spec, detector.forward(pixels[None])
         assert output.class_logits.shape == (1, spec.num_queries, spec.num_labels)
         assert output.boxes_cxcywh_norm.shape == (1, spec.num_queries, 4)
         assert output.queries.shape == (1, spec.num_queries, spec.query_dim)
@@ -60,23 +61,12 @@ class DetectorConformance:
         assert set(output.maps) >= {m.name for m in spec.maps}
         for m in spec.maps:
             assert output.maps[m.name].shape[:2] == (1, m.channels), m.name
-
-    def test_maps_have_the_declared_strides(self) -> None:
-        """Sizes are the input's over the stride, to one cell."""
-        detector = self.make_detector()
-        pixels = self._small(detector.preprocess(self._image()))
-        output = detector.forward(pixels[None])
-        for m in detector.spec.maps:
             for axis in (-2, -1):
                 cells, wanted = output.maps[m.name].shape[axis], pixels.shape[axis] / m.stride
                 assert abs(cells - wanted) <= 1, f"{m.name}: {cells} cells for stride {m.stride}"
-        assert sum(m.role == "c1" for m in detector.spec.maps) <= 1
-        names = [m.name for m in detector.spec.maps]
+        assert sum(m.role == "c1" for m in spec.maps) <= 1
+        names = [m.name for m in spec.maps]
         assert len(set(names)) == len(names)
-
-    def test_values_are_finite_and_boxes_normalised(self) -> None:
-        """Nothing a cache would refuse."""
-        output = self._run(self.make_detector())
         for values in (output.class_logits, output.queries, *output.maps.values()):
             assert torch.isfinite(values).all()
         boxes = output.boxes_cxcywh_norm

@@ -26,20 +26,29 @@ from tests.support import detectors
 from tests.support.official import SMALL, write_checkpoint
 
 
-@pytest.mark.usefixtures("_weights")
 class TestOfficialConformance(DetectorConformance):
-    @pytest.fixture(autouse=True, params=list(SMALL))
-    def _weights(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-        self.name, self.path = request.param, tmp_path / "checkpoint.pth"
-        write_checkpoint(self.path, SMALL[self.name])
+    name: str
+    path: Path
+
+    @pytest.fixture(autouse=True, scope="class", params=list(SMALL))
+    @classmethod
+    def _weights(
+        cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        path = tmp_path_factory.mktemp("official") / "checkpoint.pth"
+        cls.name, cls.path = request.param, path
+        write_checkpoint(path, SMALL[request.param])
 
     def make_detector(self) -> Detector:
         return load_detector(self.name, str(self.path))
 
 
 class TestHuggingFaceConformance(DetectorConformance):
+    folder: Path
+
     @pytest.fixture(
         autouse=True,
+        scope="class",
         params=[
             "rtdetr",
             "rtdetr_v2",
@@ -53,9 +62,12 @@ class TestHuggingFaceConformance(DetectorConformance):
             "rf_detr",
         ],
     )
-    def _folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-        self.folder = tmp_path
-        getattr(detectors, f"save_{request.param}")(tmp_path)
+    @classmethod
+    def _folder(
+        cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        cls.folder = tmp_path_factory.mktemp(request.param)
+        getattr(detectors, f"save_{request.param}")(cls.folder)
 
     def make_detector(self) -> Detector:
         return load_detector("hf", str(self.folder))

@@ -33,11 +33,17 @@ from tests.support.small_checkpoints import LABELS, SMALL, state_dict, write_sma
 class TestConformance(DetectorConformance):
     """Every family from a small checkpoint in its authors' layout."""
 
-    @pytest.fixture(autouse=True, params=list(SMALL))
-    def _one_family(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-        self.name: str = request.param
-        self.path = tmp_path / "best.pth"
-        write_small(self.path, self.name)
+    name: str
+    path: Path
+
+    @pytest.fixture(autouse=True, scope="class", params=list(SMALL))
+    @classmethod
+    def _one_family(
+        cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        path = tmp_path_factory.mktemp("authors") / "best.pth"
+        cls.name, cls.path = request.param, path
+        write_small(path, request.param)
 
     def make_detector(self) -> Detector:
         # Conformance crops the image: 240 tokens of strides 16 and 32 are fewer than 300 queries.
