@@ -27,6 +27,7 @@ from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
+from tests.support.caches import files_of
 from tests.support.images import make_ground_truth, make_spec
 
 VIEWS = ("base", "moved")
@@ -199,10 +200,6 @@ def test_every_preset_comes_back_bit_exact(
                 assert stored.affine is None if affine is None else (stored.affine == affine).all()
             wanted = content.views[view].ground_truth[row]
             assert (image.ground_truth.boxes_xyxy == wanted.boxes_xyxy).all()
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])

@@ -28,6 +28,7 @@ from mfdetr_cache.training.learner import loss_of_batch
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import Recipe, asked_recipe, build_recipe
 from tests.support.batches import batch_of
+from tests.support.caches import files_of
 from tests.support.scenes import extract_config
 
 
@@ -201,8 +202,7 @@ def test_verify_and_resume_know_crops(
     next((copy / "views/base/status/manifest").glob("0*.json")).unlink()
     config = extract_config(scenes_folder, str(rtdetr_folder), copy, c1="roi", roi_size=8, views=1)
     run_extract(config, SilentReporter())
-    for file in (f for f in caches["roi"].rglob("*") if f.is_file()):
-        assert (copy / file.relative_to(caches["roi"])).read_bytes() == file.read_bytes()
+    assert files_of(copy) == files_of(caches["roi"])
 
 
 @pytest.mark.parametrize("mode", ["full", "roi", "roi-16", "none"])

@@ -27,6 +27,7 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support import scenes
+from tests.support.caches import files_of
 from tests.support.training import small_recipe, weights_of
 
 
@@ -81,8 +82,7 @@ def relabelled(
 
 
 def columns_of(path: Path, number: int) -> dict[str, bytes]:
-    folder = path / versions.folder_of(number)
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return files_of(path / versions.folder_of(number))
 
 
 def test_relabelled_equals_extracted_anew(
@@ -93,11 +93,11 @@ def test_relabelled_equals_extracted_anew(
     new = extracted(
         scenes_folder, rtdetr_folder, tmp_path / "new.zarr", views=1, annotations=better
     )
-    features = {f: f.read_bytes() for f in old.rglob("*") if f.is_file()}
+    features = files_of(old)
     summary = relabelled(old, better)
     assert (summary.version, summary.images, summary.objects) == (1, 8, 32)
     assert summary.is_new
-    assert all(f.read_bytes() == data for f, data in features.items())
+    assert features.items() <= files_of(old).items()
     assert columns_of(old, 1) == columns_of(new, 0)
     a, b = FeatureCache.open(old), FeatureCache.open(new)
     assert a.cache_id == b.cache_id
@@ -167,13 +167,13 @@ def test_annotations_under_another_name_are_the_same(
 ) -> None:
     path = Path(shutil.copytree(drawn_cache, tmp_path / "c.zarr"))
     renamed = Path(shutil.copy(scenes_folder / "instances.json", tmp_path / "renamed.json"))
-    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    before = files_of(path)
     config = scenes.extract_config(scenes_folder, str(rtdetr_folder), path, annotations=renamed)
     assert run_extract(config, SilentReporter()).num_extracted == 0
     again = relabelled(path, renamed)
     assert (again.is_new, again.version) == (False, 0)
     assert again.annotations_id == FeatureCache.open(path).annotations.annotations_id
-    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before
+    assert files_of(path) == before
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8-small", "fp16"])
@@ -185,10 +185,10 @@ def test_crops_are_extracted_only_where_one_is_missing(
     new = extracted(
         scenes_folder, rtdetr_folder, tmp_path / "n.zarr", annotations=better, **settings
     )
-    before = {f: f.read_bytes() for f in old.rglob("*") if f.is_file()}
+    before = files_of(old)
     with pytest.raises(CacheError, match=r"lack a query .*give --weights and --images"):
         relabelled(old, better)
-    assert {f: f.read_bytes() for f in old.rglob("*") if f.is_file()} == before
+    assert files_of(old) == before
     source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
     summary = relabelled(old, better, source)
     assert 1 <= summary.images_extracted <= 8
@@ -278,7 +278,7 @@ def test_repair_mends_the_version_that_its_annotation_file_is_of(
 ) -> None:
     path = Path(shutil.copytree(drawn_cache, tmp_path / "c.zarr"))
     relabelled(path, better)
-    whole = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    whole = files_of(path)
     for number in (0, 1):
         (path / versions.folder_of(number) / "views/base/run_length/c/0").write_bytes(b"x")
     arguments = (str(rtdetr_folder), scenes_folder / "images")
@@ -288,7 +288,7 @@ def test_repair_mends_the_version_that_its_annotation_file_is_of(
     # The file may be called otherwise by now.
     renamed = Path(shutil.copy(scenes_folder / "instances.json", tmp_path / "renamed.json"))
     assert run_repair(path, *arguments, renamed, SilentReporter()).whole
-    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == whole
+    assert files_of(path) == whole
 
 
 def test_label_a_few_train_and_label_more(

@@ -20,6 +20,7 @@ from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.reporter import SilentReporter
+from tests.support.caches import files_of
 from tests.support.detectors import save_rtdetr
 from tests.support.scenes import extract_config
 
@@ -41,10 +42,6 @@ def whole(
 @pytest.fixture
 def copy(tmp_path: Path, whole: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy.zarr"))
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 def flip(file: Path, position: int = 60) -> None:

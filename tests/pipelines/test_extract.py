@@ -29,6 +29,7 @@ from mfdetr_cache.errors import (
 from mfdetr_cache.extraction import stream as extraction
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors, scenes
+from tests.support.caches import files_of
 
 
 def run(folder: Path, weights: Path, cache: Path, **changes: Any) -> tuple[Any, list[str]]:
@@ -36,10 +37,6 @@ def run(folder: Path, weights: Path, cache: Path, **changes: Any) -> tuple[Any, 
     return run_extract(scenes.extract_config(folder, str(weights), cache, **changes), reporter), (
         reporter.messages
     )
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 def test_cached_values_are_the_detectors(

@@ -18,12 +18,8 @@ from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError, ConfigError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
+from tests.support.caches import contents
 from tests.support.command import mfdetr
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    files = (f for f in path.rglob("*") if f.is_file() and f.suffix != ".lock")
-    return {str(f.relative_to(path)): f.read_bytes() for f in files}
 
 
 def test_partitions_are_disjoint_and_whole() -> None:
@@ -84,7 +80,7 @@ def whole(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "PART_BYTES", 1)
         summary = run_extract(config, SilentReporter())
-    return summary, files_of(path)
+    return summary, contents(path)
 
 
 def test_shares_in_any_order_make_the_cache_of_one_process(
@@ -107,7 +103,7 @@ def test_shares_in_any_order_make_the_cache_of_one_process(
         assert (summary.box is None) == (number != 2)
     assert total == 16
     assert summary.box == whole[0].box == missing.box
-    assert files_of(path) == whole[1]
+    assert contents(path) == whole[1]
 
 
 def test_parts_that_are_being_written_are_refused(
@@ -153,7 +149,7 @@ def test_three_processes_at_once_make_the_cache_of_one(
     ]
     running = [subprocess.Popen([*command, "--part", f"{k}/3"]) for k in range(1, 4)]
     assert [p.wait(timeout=300) for p in running] == [0, 0, 0]
-    assert files_of(path) == whole[1]
+    assert contents(path) == whole[1]
     assert mfdetr("cache", "finish", path).returncode == 0
     (path / "views/base/status/manifest/000001.json").unlink()
     found = mfdetr("cache", "finish", path)

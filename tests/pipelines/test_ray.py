@@ -16,9 +16,9 @@ from mfdetr_pipelines.ray_engine import on_cluster
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, ImageError
 from mfdetr_cache.reporter import SilentReporter
-from tests.pipelines.test_partition import files_of
 from tests.support import scenes
 from tests.support.ablations import config as ablation
+from tests.support.caches import contents
 
 # Workers are nice by 15 otherwise, and wait for whatever tests run beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray reads it
@@ -77,7 +77,7 @@ def test_a_killed_node_leaves_a_whole_and_identical_cache(
     assert len(cluster.workers) == 1
     assert reporter.done == summary.num_extracted == 16
     assert summary.box == whole.box
-    assert files_of(tmp_path / "ray.zarr") == files_of(tmp_path / "local.zarr")
+    assert contents(tmp_path / "ray.zarr") == contents(tmp_path / "local.zarr")
     # The same command finds everything done.
     assert run_extract(config("ray.zarr", **on_ray), SilentReporter()).num_extracted == 0
 

@@ -215,3 +215,8 @@ def contents(location: str | Path) -> dict[str, bytes]:
     """Every file of a cache by its key, but locks."""
     storage = open_storage(location)
     return {k: storage.read(k) for k in storage.sizes("") if not k.endswith(".lock")}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path, locks among them."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
