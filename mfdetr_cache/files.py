@@ -79,6 +79,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file in the same folder that replaces ``path``; OSError as it comes."""
     partial = path.with_name(path.name + PARTIAL)
+    if _is_shared(partial):
+        partial.unlink()  # the name alone: what it leads to is somebody else's
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -91,12 +93,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _is_shared(partial: Path) -> bool:
+    """Whether somebody else's file would be written through a temporary one: it is a link."""
+    if partial.is_symlink():
+        return partial.is_file() or not partial.exists()
+    return partial.is_file() and partial.stat().st_nlink > 1
+
+
 @contextlib.contextmanager
 def _owned(partial: Path, path: Path) -> Iterator[None]:
     """Own a temporary file, which two processes must not fill at once; OutputError if one does."""
     busy = OutputError(f"{path} is being written by another process")
-    if partial.is_symlink() and (partial.is_file() or not partial.exists()):
-        # Through it somebody else's file would be written.
+    if _is_shared(partial):
         raise OutputError(f"{path} cannot be written: {partial} is a link, remove it")
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(partial, flags, 0o666)

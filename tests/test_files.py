@@ -1,6 +1,8 @@
 import errno
 import os
 import resource
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,21 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_half_written_file_that_is_a_link(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    link(mine, tmp_path / "a.json.partial")
+    with pytest.raises(OutputError, match=r"a\.json\.partial is a link, remove it"):
+        write_atomically(tmp_path / "a.json", b"other")
+    # What a cache leaves half written is nobody's: the link goes, and nothing else.
+    LocalStorage(tmp_path).write("a.json", [b"other"])
+    assert mine.read_bytes() == b"mine"
+    assert (tmp_path / "a.json").read_bytes() == b"other"
+
+
 def test_what_is_half_written_or_a_lock_takes_no_folder(tmp_path: Path) -> None:
     assert not is_taken(tmp_path / "absent")
     for name in ("config.json.partial", "writer.lock"):
@@ -117,6 +134,19 @@ def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["weights"][10] != 10
     with pytest.raises(HeadError, match=r"checkpoint\.pt is damaged; remove it to begin"):
         load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, {"weights": torch.zeros(1000)})
+    with zipfile.ZipFile(tmp_path / "checkpoint.pt", "a", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("archive/data/9", bytes(2**24))
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(HeadError, match=r"checkpoint\.pt is damaged") as caught:
+        load_checkpoint(tmp_path)
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -150,13 +180,7 @@ def test_two_processes_do_not_fill_one_file_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_links_and_devices_are_not_written_over(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.txt"
-    mine.write_text("mine")
-    (tmp_path / "a.json.partial").symlink_to(mine)
-    with pytest.raises(OutputError, match=r"a\.json\.partial is a link, remove it"):
-        write_atomically(tmp_path / "a.json", b"data")
-    assert mine.read_text() == "mine"
+def test_devices_are_not_written_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match="is no regular file: it would be replaced by one"):
         write_atomically(tmp_path / "pipe", b"data")

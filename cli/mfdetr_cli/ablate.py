@@ -8,7 +8,12 @@ from mfdetr_pipelines.ablation.caches import MissingCache, find_caches
 from mfdetr_pipelines.ablation.extraction import wanted_caches
 from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, plan_rows, seconds_per_step, shared_notes
-from mfdetr_pipelines.ablation.report import COLUMNS, report_cells, write_report
+from mfdetr_pipelines.ablation.report import (
+    COLUMNS,
+    report_cells,
+    require_report_place,
+    write_report,
+)
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
@@ -40,6 +45,7 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
         if chosen.needs:
             print_lines(f"It needs {chosen.needs}")
         return
+    require_report_place(config.out)
     results = run_ablate(config, ConsoleReporter())
     write_json(json, {**about, "rows": [r.to_dict() for r in results]})
     samples = []

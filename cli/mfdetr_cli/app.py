@@ -62,11 +62,20 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
             require_json_place(json)
             getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
             require_written()
-        except StoppedBySignal as stopped:
+        except BaseException as error:
+            if (stopped := _signal_behind(error)) is None:
+                raise
             raise StoppedError(f"stopped by {stopped}; what was finished before is kept") from None
 
     summary, about = help_of(kind)
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
+
+
+def _signal_behind(error: BaseException | None) -> StoppedBySignal | None:
+    """The signal that ended a command, also where what it interrupted fails on the way out."""
+    while error is not None and not isinstance(error, StoppedBySignal):
+        error = error.__context__
+    return error
 
 
 _register(app, "fit", FitConfig, "fit:fit")

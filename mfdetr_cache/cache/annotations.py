@@ -145,7 +145,7 @@ def write_annotations(
     What a killed writing left of it is replaced.
     """
     folder = folder_of(number)
-    with tempfile.TemporaryDirectory() as temporary, explained(storage):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, explained(storage):
         local = LocalStorage(Path(temporary))
         group = zarr.create_group(store=temporary)
         group.create_group(folder, attributes=content.header)

@@ -94,7 +94,7 @@ def create_cache(storage: Storage, content: CacheContent) -> None:
     if storage.folder is not None:
         _create_folder(storage.folder, content)
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         local = LocalStorage(Path(temporary) / "cache")
         _fill(local, content)
         keys = [k for k in local.sizes("") if k != ROOT_KEY]

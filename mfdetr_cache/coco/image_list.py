@@ -140,9 +140,9 @@ def read_images(
         else:
             faults.refuse(where, f"lacks a 'file_name' (it is {short(name)})")
             continue
-        if name and name in names:
+        if name and str(PurePosixPath(name)) in names:
             faults.notice(where, "file_name is that of another image too, so it counts twice")
-        names.add(name)
+        names.add(str(PurePosixPath(name)))
         size = _size(image, where, name, folder, faults)
         if size is not None:
             found[written] = ImageEntry(own, name, size, None if own == written else written)

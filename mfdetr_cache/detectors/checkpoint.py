@@ -171,8 +171,9 @@ def _require_whole(path: Path) -> None:
     """Compare what is in a zip with its checksums, which torch writes and does not look at."""
     try:
         with zipfile.ZipFile(path) as packed:
+            unpacked = sum(entry.file_size for entry in packed.infolist())
             for entry in packed.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
+                if entry.compress_type != zipfile.ZIP_STORED or unpacked > path.stat().st_size:
                     raise DetectorError(
                         f"{path} was packed again with compression; load it with torch and save it"
                     )

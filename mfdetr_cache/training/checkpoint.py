@@ -38,7 +38,9 @@ def load_checkpoint(folder: Path, name: str = CHECKPOINT_FILE) -> dict[str, Any]
     try:
         # torch writes checksums and does not look at them.
         with zipfile.ZipFile(path) as packed:
-            if packed.testzip() is not None:
+            # Nor does it compress: what unpacks to more than the file may be without end.
+            unpacked = sum(entry.file_size for entry in packed.infolist())
+            if unpacked > path.stat().st_size or packed.testzip() is not None:
                 raise ValueError("a wrong checksum")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):

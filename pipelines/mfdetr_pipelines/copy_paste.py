@@ -62,7 +62,10 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
 
 def _require_empty(out: Path) -> None:
     if is_taken(out):
-        raise ConfigError(f"{out} is no empty folder; nothing was touched, choose another --out")
+        unfinished = (out / IMAGES).is_dir() and not (out / ANNOTATIONS).exists()
+        what = "holds images without annotations, as a copy-paste that was stopped leaves them"
+        what = what if unfinished else "is no empty folder"
+        raise ConfigError(f"{out} {what}; nothing was touched, choose another --out")
 
 
 def _write(
@@ -101,7 +104,7 @@ class _Maker:
         self._config = config
         self._files = config.files
         self._split = split
-        self._taken = {e.file_name for e in split.images}
+        self._taken = {_as_one_file(e.file_name) for e in split.images}
         self._written_category = {c.category_id: c.written_id for c in split.categories}
         written = [i for e in split.images for i in (e.image_id, e.written_id)]
         self._next_id = max(i for i in written if isinstance(i, int)) + 1
@@ -150,9 +153,9 @@ class _Maker:
     def _free_name(self, original: Path, copy: int) -> str:
         """A file name that no other image has."""
         name = original.with_name(f"{original.stem}-pasted{copy}.jpg")
-        while str(name) in self._taken:
+        while _as_one_file(str(name)) in self._taken:
             name = name.with_name(f"_{name.name}")
-        self._taken.add(str(name))
+        self._taken.add(_as_one_file(str(name)))
         return str(name)
 
     def _gives(self, entry: ImageEntry) -> bool:
@@ -166,6 +169,11 @@ class _Maker:
         masks = [decode_run_lengths(runs, entry.size_hw) for runs in truth.run_lengths]
         stacked = np.stack(masks) if masks else np.zeros((0, *entry.size_hw), np.bool_)
         return Scene(np.asarray(image), stacked, truth.category_ids, truth.is_crowd)
+
+
+def _as_one_file(name: str) -> str:
+    """The same for all names that may be one file: ``./a.JPG`` and, on some disks, ``a.jpg``."""
+    return str(Path(name)).casefold()
 
 
 def _listed(image_id: SourceId, file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from mfdetr_pipelines.config.export import ExportConfig
 
 # Has grid_sample with border handling as torch has it, and RoIAlign with half-pixel offsets.
 _OPSET = 17
+# The producer's name as protobuf has it: one of plain text is no file of ours.
+_MARK = bytes([0x12, len(WRITTEN_BY)]) + WRITTEN_BY.encode()
 # float32 graphs of this depth agree to 1e-5; queries of nearly equal score may change places.
 _NOTEWORTHY = 0.01
 # The first run of a check uses the sizes the graph was traced with, the others do not.
@@ -113,7 +115,7 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     ConfigError if a package or size is missing or the graph cannot be traced, HeadError if there is
     no trained head, IdentityError if head and detector do not belong together.
     """
-    require_free(config.out, "--out", WRITTEN_BY.encode())
+    require_free(config.out, "--out", _MARK)
     runtime = _packages()
     folder = load_head(config.head)
     if not folder.head.config.roialign or folder.head.config.mask_predictor == "refined":

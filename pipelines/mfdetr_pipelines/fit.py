@@ -16,7 +16,7 @@ from mfdetr_cache.evaluation.measure import EvaluateSummary, open_to_measure
 from mfdetr_cache.evaluation.overlay import side_by_side
 from mfdetr_cache.evaluation.panels import prediction_panels
 from mfdetr_cache.extraction.options import ViewOptions
-from mfdetr_cache.files import is_taken, make_folder, write_atomically, writing
+from mfdetr_cache.files import is_taken, make_folder, write_atomically
 from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -31,6 +31,7 @@ from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
 from mfdetr_pipelines.pages.curves import curves
 from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
+from mfdetr_pipelines.picture_files import require_ours, save_picture
 from mfdetr_pipelines.train_head import run_train_head
 
 ResultT = TypeVar("ResultT")
@@ -39,6 +40,7 @@ _NUM_PICTURES = 10
 # Every so many-th training image is measured on where the dataset has no other split.
 _HELD_OUT = 5
 _TRAIN_CACHE, _VAL_CACHE, _HEAD, _PAGE = "train.zarr", "val.zarr", "head", "report.html"
+_PICTURES = "pictures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     if is_taken(config.out) and not is_own:
         raise MfdetrError(f"{config.out} is not empty; nothing was touched, choose another --out")
     require_page_place(config.out / _PAGE, "--out")
+    require_ours(config.out / _PICTURES)
     make_folder(config.out)
     steps, head = _Steps(reporter), config.out / _HEAD
     val_split = config.val_split or split_to_measure(config.dataset)
@@ -255,15 +258,14 @@ def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, 
     head = folder.head.to(device)
     rows = cache.rows[:: max(1, len(cache.rows) // _NUM_PICTURES)][:_NUM_PICTURES]
     made = {}
-    make_folder(config.out / "pictures")
+    make_folder(config.out / _PICTURES)
     for row in rows:
         stem = Path(cache.file_name(row)).stem
-        path = config.out / "pictures" / f"{stem}.png"
+        path = config.out / _PICTURES / f"{stem}.png"
         if path in made:  # of another folder
             path = path.with_name(f"{stem}-{row}.png")
         panels = prediction_panels(cache, row, head, images, device)
-        with writing(path):
-            side_by_side(panels).save(path)
+        save_picture(side_by_side(panels), path)
         made[path] = PanelRow(cache.file_name(row), tuple(Panel(*panel) for panel in panels))
     return made
 

@@ -5,9 +5,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from mfdetr_cache.coco.image_files import open_image
-from mfdetr_cache.errors import DatasetError, ImageError
-from mfdetr_cache.files import PARTIAL
+from mfdetr_cache.errors import DatasetError, ImageError, OutputError
+from mfdetr_cache.files import PARTIAL, whole_file
 from mfdetr_pipelines.predict_video import WRITTEN_BY, was_written_by_predict
 
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -69,13 +72,28 @@ def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
 
 
 def require_ours(folder: Path) -> None:
-    """Refuse a folder with files that this command did not write; DatasetError."""
-    for file in sorted(folder.rglob("*")):
-        written = file.suffix == PARTIAL or (file.suffix == ".png" and is_ours(file))
-        if not file.is_dir() and not written:
-            raise DatasetError(
-                f"{file} was not written by predict; nothing was touched, choose another --out"
+    """Refuse a folder that is a link or holds what :func:`save_picture` did not write; OutputError.
+
+    So does a link to a folder in it.
+    """
+    there = folder.exists() or folder.is_symlink()
+    for file in (folder, *sorted(folder.rglob("*"))) if there else ():
+        if file.is_dir():
+            written = not file.is_symlink()
+        else:
+            written = file.suffix == PARTIAL or (file.suffix == ".png" and is_ours(file))
+        if not written:
+            raise OutputError(
+                f"{file} was not written by this command; nothing was touched, choose another --out"
             )
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG that says who wrote it, so that a later run may replace it; OutputError."""
+    mark = PngInfo()
+    mark.add_text("Software", WRITTEN_BY)
+    with whole_file(path) as partial:
+        image.save(partial, "PNG", pnginfo=mark)
 
 
 def is_ours(path: Path) -> bool:

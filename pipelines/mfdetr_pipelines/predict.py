@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.errors import DatasetError, ImageError, OutputError
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
-from mfdetr_cache.files import make_folder, owned_results, whole_file, write_atomically, writing
+from mfdetr_cache.files import make_folder, owned_results, whole_file, write_atomically
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.picture_files import is_video, picture_paths, require_ours
-from mfdetr_pipelines.predict_video import WRITTEN_BY, Video
+from mfdetr_pipelines.picture_files import is_video, picture_paths, require_ours, save_picture
+from mfdetr_pipelines.predict_video import Video
 
 RESULTS_FILE = "predictions.json"
 PROBABILITIES = "probabilities"
@@ -173,13 +172,14 @@ class _Run:
         """Segment videos, each into an annotated copy."""
         for file, copy in copies.items():
             try:
-                with writing(copy):
-                    self.done.append(self._video(file, copy))
+                with whole_file(copy) as partial:
+                    found = self._video(file, partial)
+                self.done.append(_entry(file, copy, found))
             except ImageError as error:
                 self._is_unreadable(error)
             self.reporter.advance()
 
-    def _video(self, file: Path, copy: Path) -> PredictedImage:
+    def _video(self, file: Path, copy: Path) -> list[TimedSegmentation]:
         def draw(pair: _Pair[Image.Image]) -> Callable[[], tuple[Image.Image, TimedSegmentation]]:
             frame, found = pair
             assert isinstance(found, TimedSegmentation)  # frames are decoded when they come
@@ -197,7 +197,7 @@ class _Run:
                 timed.append(found)
         if not timed:
             raise ImageError(f"video {file} holds no picture")
-        return _entry(file, copy, timed)
+        return timed
 
     def _segmented(
         self, items: Iterable[ItemT], load: Callable[[ItemT], Image.Image]
@@ -212,13 +212,8 @@ class _Run:
 def _draw_into(
     picture: Path, file: Path, found: TimedSegmentation
 ) -> tuple[Path, TimedSegmentation]:
-    _save(found.result.draw(found.picture), picture)
+    save_picture(found.result.draw(found.picture), picture)
     return file, found
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with whole_file(path) as partial:
-        image.save(partial, "PNG", pnginfo=_mark())
 
 
 def _probability_files(picture: Path, count: int) -> list[Path]:
@@ -234,7 +229,7 @@ def _write_probabilities(picture: Path, found: Segmentation) -> None:
     for old in folder.glob("*.png"):
         old.unlink()
     for index, path in enumerate(_probability_files(picture, len(found))):
-        _save(Image.fromarray(found.probabilities(index)), path)
+        save_picture(Image.fromarray(found.probabilities(index)), path)
 
 
 def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> PredictedImage:
@@ -246,13 +241,6 @@ def _entry(file: Path, picture: Path, found: Sequence[TimedSegmentation]) -> Pre
         1000 * sum(f.head_seconds for f in found) / len(found),
         len(found),
     )
-
-
-def _mark() -> PngInfo:
-    """PNG metadata that marks an image as written by this command."""
-    mark = PngInfo()
-    mark.add_text("Software", WRITTEN_BY)
-    return mark
 
 
 def _require_ours(path: Path) -> None:

@@ -17,8 +17,8 @@ WRITTEN_BY = "mfdetr predict"
 class Video:
     """A video file, opened for reading and for an annotated copy of the same size and frame rate.
 
-    The copy has no sound. ConfigError if PyAV is not installed, ImageError if the file cannot be
-    read.
+    The copy is an MP4 whatever its name says, and has no sound. ConfigError if PyAV is not
+    installed, ImageError if the file cannot be read.
     """
 
     def __init__(self, path: Path, copy: Path) -> None:
@@ -30,7 +30,7 @@ class Video:
         except (OSError, IndexError, self._av.FFmpegError) as error:
             raise ImageError(f"video {path} cannot be decoded: {error}") from error
         self.frames = int(self._stream.frames or 0)
-        self._copy: Any = self._av.open(str(copy), "w")
+        self._copy: Any = self._av.open(str(copy), "w", format="mp4")
         self._copy.metadata["comment"] = WRITTEN_BY
         codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
         self._out = self._copy.add_stream(codec, rate=self._stream.average_rate or 25)

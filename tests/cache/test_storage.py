@@ -115,6 +115,26 @@ def test_pipes_devices_and_loops_are_not_opened(tmp_path: Path) -> None:
         storage.read("loop")
 
 
+def test_nothing_is_changed_behind_a_link_that_leaves_the_cache(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a").write_bytes(b"mine")
+    storage = LocalStorage(tmp_path / "cache")
+    (tmp_path / "cache/within").mkdir(parents=True)
+    (tmp_path / "cache/out").symlink_to("../mine")
+    (tmp_path / "cache/back").symlink_to("within")
+    for change in (lambda: storage.write("out/a", [b"other"]), lambda: storage.delete("out/a")):
+        with pytest.raises(CacheError, match="out/a is behind a link that leaves the cache"):
+            change()
+    assert (mine / "a").read_bytes() == b"mine"
+    storage.write("back/a", [b"own"])
+    assert storage.read("within/a") == b"own"
+    # A cache may itself be a link.
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    LocalStorage(tmp_path / "link").delete("within/a")
+    assert storage.size("within/a") is None
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -354,6 +354,12 @@ def test_no_result_is_written_over_what_is_not_ours(tmp_path: Path, drawn_cache:
             with pytest.raises(OutputError, match=f"{option} .* is there and was not written by"):
                 run(*command, option, path)
     assert mine.read_text() == '{"images": []}'
+    (tmp_path / "ablation.csv").write_text("mine, of mfdetr-cache")
+    ablate = ("ablate", "--cache", drawn_cache, "--val-split", 4, "--recipe", "demo")
+    with pytest.raises(OutputError, match=r"ablation\.csv is there and was not written"):
+        run(*ablate, "--out", tmp_path)
+    with pytest.raises(OutputError, match=r"ablation\.csv is there and was not written"):
+        run("export", "--head", tmp_path, "--out", tmp_path / "ablation.csv")
     # One's own is replaced, and what is no file gets the document and stays what it is.
     for _ in range(2):
         run("detectors", "--json", tmp_path / "own.json")

@@ -1,5 +1,6 @@
 """Signals end every command with a line and exit code 130, and only once they are asked to."""
 
+import errno
 import os
 import signal
 import sys
@@ -47,6 +48,22 @@ def test_a_signal_ends_any_command(
     assert (shown.out, shown.err) == ("", expected)
     assert [signal.getsignal(s) for s in ASKING] == before
     assert not is_stopping()
+
+
+def test_what_fails_on_the_way_out_does_not_hide_the_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a folder that a thread goes on filling cannot be removed."""
+
+    def command(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    assert main_with(monkeypatch, command) == 130
+    assert capsys.readouterr().err.startswith("error: stopped by SIGTERM;")
 
 
 def test_a_terminal_that_closes_ends_nothing_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:

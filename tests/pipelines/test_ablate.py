@@ -1,4 +1,5 @@
 import base64
+import gzip
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import CacheError, ConfigError, StoppedError
+from mfdetr_cache.errors import CacheError, ConfigError, HeadError, StoppedError
 from mfdetr_cache.evaluation.baselines import ellipse_masks
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.reporter import SilentReporter
@@ -219,11 +220,28 @@ def test_results_from_before_a_setting_existed_are_its_default(
     before = run_ablate(settings, SilentReporter())
     for path in tmp_path.rglob("result.json"):
         document = json.loads(path.read_text())
-        del document["identity"]["train"]["val_split"]
+        del document["identity"]["train"]["val_split"], document["sha256"]
         path.write_text(json.dumps(document))
     after = run_ablate(settings, SilentReporter())
     assert [r.problem for r in after] == ["", ""]
     assert [r.seeds for r in after] == [r.seeds for r in before]
+
+
+def test_a_stored_result_that_was_changed_is_no_result(
+    drawn_cache: Path, tmp_path: Path, done: Path
+) -> None:
+    settings = config(drawn_cache, tmp_path, seeds=1)
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    first, second = sorted(tmp_path.rglob("seed-0/result.json"))
+    second.with_name("masks.json.gz").write_bytes(gzip.compress(b"[" * 200_000))
+    with pytest.raises(HeadError, match=r"masks\.json\.gz is damaged"):
+        run_ablate(settings, SilentReporter())
+    changed = first.read_bytes().replace(b'"AP": 0.', b'"AP": 9.', 1)
+    assert changed != first.read_bytes()
+    first.write_bytes(changed)
+    one, other = run_ablate(settings, SilentReporter())
+    assert "result.json is damaged" in one.problem
+    assert not other.problem
 
 
 def test_wrong_input_is_named(drawn_cache: Path, tmp_path: Path, done: Path) -> None:

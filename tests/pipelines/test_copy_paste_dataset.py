@@ -76,19 +76,20 @@ def test_the_seed_alone_decides(tmp_path: Path, scenes_folder: Path) -> None:
     assert made[0] != made[2]
 
 
-def test_names_that_are_taken_are_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelled", ["{}-pasted1.jpg", "./{}-pasted1.jpg", "{}-PASTED1.JPG"])
+def test_names_that_are_taken_are_not_used(tmp_path: Path, spelled: str) -> None:
     folder = tmp_path / "few"
     scenes.write_scenes(folder, count=2, seed=0)
     document = json.loads((folder / "instances.json").read_text())
     first, second = (i["file_name"] for i in document["images"])
-    taken = f"{Path(first).stem}-pasted1.jpg"
+    taken = spelled.format(Path(first).stem)
     Image.open(folder / "images" / second).save(folder / "images" / taken)
     document["images"][1]["file_name"] = taken
     (folder / "instances.json").write_text(json.dumps(document))
     found = run_copy_paste(config(folder, tmp_path / "out", copies=1), SilentReporter())
     names = [e.file_name for e in load_coco_split(found.annotations).images]
-    assert len(set(names)) == 4
-    assert sorted(p.name for p in found.images.iterdir()) == sorted(names)
+    assert len({str(Path(name)).casefold() for name in names}) == 4
+    assert sorted(p.name for p in found.images.iterdir()) == sorted(Path(n).name for n in names)
     np.testing.assert_array_equal(
         np.asarray(Image.open(found.images / taken)),
         np.asarray(Image.open(folder / "images" / taken)),
@@ -104,6 +105,9 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path: Path, scenes_folder
     with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
         run_copy_paste(config(scenes_folder, used), SilentReporter())
     assert [p.name for p in used.iterdir()] == ["mine.txt"]
+    (used / "images").mkdir()
+    with pytest.raises(ConfigError, match="images without annotations, as a copy-paste that was"):
+        run_copy_paste(config(scenes_folder, used), SilentReporter())
     document = json.loads((scenes_folder / "instances.json").read_text())
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1

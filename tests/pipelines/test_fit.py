@@ -160,6 +160,11 @@ def test_a_folder_of_something_else_is_left_alone(data: Path, tmp_path: Path) ->
         fit(data, out)
     assert [p.name for p in out.iterdir()] == ["chapter1.tex"]
     (out / "train.zarr").mkdir()
+    (out / "pictures").mkdir()
+    (out / "pictures/0.png").write_bytes(b"mine")
+    with pytest.raises(MfdetrError, match=r"0\.png was not written by this command"):
+        fit(data, out)
+    (out / "pictures/0.png").unlink()
     (out / "report.html").write_text("<p>mine</p>")
     with pytest.raises(MfdetrError, match=r"report\.html is there and was not written"):
         fit(data, out)

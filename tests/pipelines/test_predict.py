@@ -19,8 +19,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.errors import ConfigError, DatasetError, HeadError, IdentityError, OutputError
-from mfdetr_cache.evaluation.segmentation import TimedSegmentation
+from mfdetr_cache.errors import (
+    ConfigError,
+    DatasetError,
+    HeadError,
+    IdentityError,
+    OutputError,
+    StoppedError,
+)
+from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors
@@ -102,9 +109,16 @@ def test_a_probable_pixel_is_one_of_the_mask(
     assert find_images((str(tmp_path),), tmp_path / "out") == [tmp_path / "mine.png"]
     own = written[0].parent / "002.png"
     own.write_bytes(files[0].read_bytes())
-    with pytest.raises(DatasetError, match="002.png was not written by predict; nothing was"):
+    with pytest.raises(OutputError, match="002.png was not written by this command; nothing"):
         run_predict(config, SilentReporter())
     assert own.read_bytes() == files[0].read_bytes()
+    # Nor through a link to a folder, where they would lie among one's own.
+    own.unlink()
+    own.parent.rename(tmp_path / "mine")
+    own.parent.symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="was not written by this command"):
+        run_predict(config, SilentReporter())
+    assert len(list((tmp_path / "mine").iterdir())) == 1
 
 
 def test_an_unreadable_image_does_not_stop_the_others(
@@ -221,6 +235,10 @@ def test_wrong_input_is_one_clear_line(
     assert np.array_equal(sorted(p.name for p in tmp_path.iterdir()), ["other"])
 
 
+def _stop(*_: object) -> Image.Image:
+    raise StoppedError("stopped")
+
+
 def test_a_video_becomes_a_video(
     tmp_path: Path,
     scenes_folder: Path,
@@ -248,6 +266,17 @@ def test_a_video_becomes_a_video(
     with av.open(only.picture) as drawn:
         pictures = [f.to_image() for f in drawn.decode(video=0)]
     assert [p.size for p in pictures] == [(160, 120)] * 3
+    # What was written is replaced as a whole, or not at all.
+    before = Path(only.picture).read_bytes()
+    (tmp_path / "kept.mp4").hardlink_to(only.picture)
+    with monkeypatch.context() as patched:
+        patched.setattr(Segmentation, "draw", _stop)
+        with pytest.raises(StoppedError):
+            run_predict(config, SilentReporter())
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"clip.mp4", "predictions.json"}
+    assert Path(only.picture).read_bytes() == before
+    run_predict(config, SilentReporter())
+    assert (tmp_path / "kept.mp4").read_bytes() == before
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     broken = PredictConfig((str(tmp_path / "bad.mp4"),), str(rtdetr_folder), head, tmp_path / "out")
     with pytest.raises(DatasetError, match="bad.mp4 cannot be decoded"):

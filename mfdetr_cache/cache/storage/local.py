@@ -99,7 +99,7 @@ class LocalStorage(Storage):
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Write a file and make it survive a power cut; see :class:`Storage`."""
-        path = self._folder / key
+        path = self._own(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
             file.writelines(pieces)
@@ -111,7 +111,20 @@ class LocalStorage(Storage):
 
     def delete(self, key: str) -> None:
         """Remove a file; see :class:`Storage`."""
-        (self._folder / key).unlink(missing_ok=True)
+        self._own(key).unlink(missing_ok=True)
+
+    def _own(self, key: str) -> Path:
+        """The path of a file that may be changed; CacheError where a link leads to other folders.
+
+        In a cache from a stranger it may lead to the folders of whoever repairs or relabels it.
+        """
+        path = self._folder / key
+        if not path.parent.resolve().is_relative_to(self._folder.resolve()):
+            raise CacheError(
+                f"{path} is behind a link that leaves the cache; nothing was changed there: put "
+                "the folder itself in the place of the link"
+            )
+        return path
 
 
 def _ask_for(descriptor: int, start: int, stop: int) -> None:

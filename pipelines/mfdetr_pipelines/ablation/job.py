@@ -3,20 +3,21 @@
 import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.config import completed, to_dict
-from mfdetr_cache.errors import ConfigError, HeadError
+from mfdetr_cache.errors import ConfigError, DatasetError, HeadError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result
 from mfdetr_cache.evaluation.results import json_results
-from mfdetr_cache.files import write_atomically
+from mfdetr_cache.files import read_regular, write_atomically
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import FREE_FIELDS
 from mfdetr_cache.identity import differences
+from mfdetr_cache.sealed import seal, seal_of
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import stream_key
 from mfdetr_cache.training.recipes import Recipe
@@ -56,14 +57,18 @@ class Job:
         """
         path = self.folder / _RESULT_FILE
         try:
-            done: dict[str, Any] = json.loads(path.read_bytes())
+            data = read_regular(path)
+            done: dict[str, Any] = json.loads(data)
+            # Results of earlier versions carry no hash.
+            if "sha256" in done and not seal_of(data):
+                raise ValueError("its bytes are not those that were written")
             before = done["identity"]
             for name, kind in (("head", HeadConfig), ("train", TrainConfig)):
                 before[name] = completed(kind, before[name])
             CocoMetrics(**done["mask"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise HeadError(f"{path} is damaged; remove it to train this row again") from error
         # As they come back from JSON, where a tuple is a list.
         now = json.loads(json.dumps(self.identity))
@@ -97,14 +102,14 @@ class Job:
             **metrics,
             "identity": self.identity,
         }
-        write_atomically(self.folder / _RESULT_FILE, json.dumps(document, indent=2).encode())
+        write_atomically(self.folder / _RESULT_FILE, seal(document))
 
     def read_masks(self) -> list[Result]:
         """The stored COCO mask results."""
         path = self.folder / _MASKS_FILE
         try:
-            masks: list[Result] = json.loads(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError, zlib.error, ValueError) as error:
+            masks: list[Result] = read_json(path, "results file", "").document
+        except DatasetError as error:
             raise HeadError(
                 f"{path} is damaged; remove it and {_RESULT_FILE} to measure this row again"
             ) from error

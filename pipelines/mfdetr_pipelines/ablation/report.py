@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mfdetr_cache.files import write_atomically
+from mfdetr_cache.files import require_free, write_atomically
 from mfdetr_pipelines.ablation.charts import ap_bars, hours_chart, label_curves
 from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
 from mfdetr_pipelines.ablation.result import RowResult
-from mfdetr_pipelines.pages.page import PanelRow, Section, html_page
+from mfdetr_pipelines.pages.page import PanelRow, Section, html_page, require_page_place
 
+_PAGE = "ablation.html"
+_BESIDE = (
+    *("ablation.md", "ablation.csv", "ablation.json", "ablation.pdf"),
+    *("labels.svg", "labels.pdf", "hours.pdf"),
+)
 COLUMNS = (
     "row",
     "AP",
@@ -70,6 +75,15 @@ def report_cells(result: RowResult) -> list[str]:
     ]
 
 
+def require_report_place(folder: Path) -> None:
+    """Refuse a folder where a report would be written over files of somebody else; OutputError."""
+    require_page_place(folder / _PAGE, "--out")
+    # The page says whose it is, the others cannot.
+    if not (folder / _PAGE).exists():
+        for name in _BESIDE:
+            require_free(folder / name, "--out")
+
+
 def write_report(
     folder: Path,
     title: str,
@@ -101,10 +115,11 @@ def write_report(
         files["ablation.md"] += _markdown_table(PUBLISHED_COLUMNS, _published(published)).encode()
         document["published"] = [asdict(p) for p in published]
         files["ablation.json"] = json.dumps(document, indent=2).encode()
-    files["ablation.html"] = _page(title, results, charts, samples, published).encode()
+    # First: the others are taken for ours where it is there.
+    write_atomically(folder / _PAGE, _page(title, results, charts, samples, published).encode())
     for name, content in files.items():
         write_atomically(folder / name, content)
-    return [folder / name for name in files]
+    return [folder / name for name in (*files, _PAGE)]
 
 
 def _problems(results: Sequence[RowResult]) -> list[str]:

@@ -151,7 +151,7 @@ def _mend_foundation(storage: Storage, opened: Opened, content: CacheContent) ->
     if not check_foundation(storage, opened, full=True):
         return 0
     mended = 0
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         fresh = LocalStorage(Path(temporary) / "cache")
         create_cache(fresh, content)
         record = read_opened(fresh).foundation
