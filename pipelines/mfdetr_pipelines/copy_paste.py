@@ -23,12 +23,20 @@ from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
-from mfdetr_cache.files import is_taken, make_folder, owned_results, write_atomically, writing
+from mfdetr_cache.files import (
+    PARTIAL,
+    is_taken,
+    make_folder,
+    owned_results,
+    write_atomically,
+    writing,
+)
 from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 
 IMAGES, ANNOTATIONS = "images", "instances.json"
+_PENDING = IMAGES + PARTIAL
 # JPEG's own losses stay below those of COCO's images.
 _QUALITY = 95
 
@@ -62,17 +70,20 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
 
 def _require_empty(out: Path) -> None:
     if is_taken(out):
-        unfinished = (out / IMAGES).is_dir() and not (out / ANNOTATIONS).exists()
-        what = "holds images without annotations, as a copy-paste that was stopped leaves them"
-        what = what if unfinished else "is no empty folder"
-        raise ConfigError(f"{out} {what}; nothing was touched, choose another --out")
+        raise ConfigError(f"{out} is no empty folder; nothing was touched, choose another --out")
 
 
 def _write(
     config: CopyPasteConfig, split: CocoSplit, maker: "_Maker", reporter: Reporter
 ) -> CopyPasteSummary:
-    make_folder(config.out / IMAGES)
-    # In the end: a folder without annotations is one that was not finished.
+    pending = config.out / _PENDING
+    with writing(pending):
+        # What a call that was stopped left: other options may have made it.
+        if pending.is_dir() and not pending.is_symlink():
+            shutil.rmtree(pending)
+        else:
+            pending.unlink(missing_ok=True)
+    make_folder(pending)
     document: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -88,6 +99,8 @@ def _write(
     reporter.finish()
     for number, annotation in enumerate(document["annotations"], 1):
         annotation["id"] = number
+    with writing(config.out / IMAGES):
+        pending.rename(config.out / IMAGES)
     write_atomically(config.out / ANNOTATIONS, json.dumps(document).encode())
     return CopyPasteSummary(
         config.out / IMAGES,
@@ -117,7 +130,7 @@ class _Maker:
 
     def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """An image unchanged."""
-        target = self._config.out / IMAGES / entry.file_name
+        target = self._config.out / _PENDING / entry.file_name
         make_folder(target.parent)
         with writing(target):
             shutil.copyfile(self._files.images / entry.file_name, target)
@@ -142,7 +155,7 @@ class _Maker:
         donors = [self._scene(self._donors[row]) for row in rows]
         made = copy_paste(self._scene(entry), donors, random)
         file_name = self._free_name(Path(entry.file_name), copy)
-        target = self._config.out / IMAGES / file_name
+        target = self._config.out / _PENDING / file_name
         with writing(target):
             Image.fromarray(made.pixels).save(target, quality=_QUALITY)
         image_id = self._next_id

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.annotations import load_coco_split
-from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
+from mfdetr_cache.errors import ConfigError, DatasetError, ImageError, StoppedError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
 
@@ -64,6 +64,29 @@ def test_it_is_extracted_like_any_other(
     assert len(FeatureCache.open(tmp_path / "c.zarr")) == summary.num_images
 
 
+def test_the_same_command_begins_again_where_one_was_stopped(
+    tmp_path: Path, scenes_folder: Path
+) -> None:
+    class Stopping(SilentReporter):
+        def advance(self, count: int = 1, *, num_bytes: int = 0, note: str = "") -> None:
+            raise StoppedError("stopped")
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "a", tmp_path / "linked"):
+        with pytest.raises(StoppedError):
+            run_copy_paste(config(scenes_folder, out, copies=2), Stopping())
+        assert [p.name for p in out.iterdir()] == ["images.partial"]
+        if out.name == "linked":
+            (out / "images.partial").rename(tmp_path / "elsewhere")
+            (out / "images.partial").symlink_to(mine)
+        found = run_copy_paste(config(scenes_folder, out, copies=1), SilentReporter())
+        listed = {e.file_name for e in load_coco_split(found.annotations).images}
+        assert {p.name for p in found.images.iterdir()} == listed
+        assert {p.name for p in out.iterdir()} == {"images", "instances.json"}
+    assert list(mine.iterdir()) == []
+
+
 def test_the_seed_alone_decides(tmp_path: Path, scenes_folder: Path) -> None:
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -105,9 +128,6 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path: Path, scenes_folder
     with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
         run_copy_paste(config(scenes_folder, used), SilentReporter())
     assert [p.name for p in used.iterdir()] == ["mine.txt"]
-    (used / "images").mkdir()
-    with pytest.raises(ConfigError, match="images without annotations, as a copy-paste that was"):
-        run_copy_paste(config(scenes_folder, used), SilentReporter())
     document = json.loads((scenes_folder / "instances.json").read_text())
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1
