@@ -13,7 +13,7 @@ from mfdetr_cache.errors import MfdetrError, OutputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
-NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # Too large for ``ulimit -f`` or FAT, too many files, a disk that breaks or went away.
 FAILING = (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENXIO)
 # Files with these endings are nobody's: half written, or there to be locked.
@@ -207,12 +207,18 @@ def owned_results(folder: Path) -> Iterator[None]:
 
 def read_regular(path: Path, most: int = -1) -> bytes:
     """The first bytes of a regular file; OSError for a pipe or a device, which may never end."""
-    # Opening a pipe must not wait for somebody who writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+    with open(path, "rb", opener=opened_regular) as file:
         return file.read(most)
+
+
+def opened_regular(path: str, flags: int) -> int:
+    """An opener for ``open`` that refuses pipes and devices with an OSError."""
+    # Opening a pipe must not wait for somebody at its other end.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "is no regular file", str(path))
+    return descriptor
 
 
 def make_folder(path: Path) -> None:

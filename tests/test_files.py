@@ -23,6 +23,7 @@ from mfdetr_cache.files import (
     writing,
 )
 from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
+from mfdetr_cache.training.run_log import RunLog
 
 # Every write to this device fails as on a full disk, by the kernel's own hand.
 FULL = Path("/dev/full")
@@ -149,6 +150,12 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_not_unpacked(
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_a_checkpoint_of_tensors_that_claim_more_than_they_hold_is_damaged(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"losses": [{"a": torch.zeros(1).expand(10**9)}]})
+    with pytest.raises(HeadError, match=r"checkpoint\.pt is damaged"):
+        load_checkpoint(tmp_path)
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="the folder .*deeper cannot be made: Not a directory"):
@@ -185,6 +192,15 @@ def test_devices_are_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is no regular file: it would be replaced by one"):
         write_atomically(tmp_path / "pipe", b"data")
     assert (tmp_path / "pipe").is_fifo()
+    # Nor waited for: nobody reads them.
+    (tmp_path / "metrics.jsonl").symlink_to("pipe")
+    log = RunLog(tmp_path)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written.*; training goes on"):
+        log.add({"step": 1})
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("metrics.jsonl")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written: Too many levels"):
+        log.close()
 
 
 def test_a_place_with_something_else_in_it_is_not_free(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import read_regular
+from mfdetr_cache.ops.plain_tensors import is_plain
 
 # Where the weights are, the first that is there. Averaged weights come before the last ones where
 # the authors' own loaders prefer them (RT-DETR, D-FINE, DEIM), and after them where these read
@@ -230,6 +231,12 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     wrong = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if wrong:
         raise DetectorError(f"{path}: {wrong[0]} is no tensor; this is no state dict of a detector")
+    odd = [k for k, v in found.items() if not is_plain(v)]
+    if odd:
+        raise DetectorError(
+            f"{path}: {odd[0]} is quantised, complex, sparse or without its numbers; save the "
+            "state dict of the float model, with contiguous tensors"
+        )
     tensors = {str(k): v.detach() for k, v in found.items()}
     if isinstance(document, Mapping) and "hyper_parameters" in document:
         # Lightning keeps losses and metrics beside the model.

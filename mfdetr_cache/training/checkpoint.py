@@ -2,6 +2,7 @@
 
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.files import whole_file
+from mfdetr_cache.ops.plain_tensors import is_plain
 
 CHECKPOINT_FILE = "checkpoint.pt"
 # The state of a run that cannot go on; the checkpoint is the one before.
@@ -42,11 +44,19 @@ def load_checkpoint(folder: Path, name: str = CHECKPOINT_FILE) -> dict[str, Any]
             unpacked = sum(entry.file_size for entry in packed.infolist())
             if unpacked > path.stat().st_size or packed.testzip() is not None:
                 raise ValueError("a wrong checksum")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError("no dictionary")
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(map(is_plain, _tensors(state))):
+            raise TypeError("no dictionary of plain tensors")
     except Exception as error:  # torch raises whatever its unpickler meets in damaged bytes
         raise HeadError(
             f"{path} is damaged; remove it to begin this run again with --resume"
         ) from error
     return state
+
+
+def _tensors(state: object) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list)):
+        for inner in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(inner)

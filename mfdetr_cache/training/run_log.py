@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError, OutputError
-from mfdetr_cache.files import writing
+from mfdetr_cache.files import opened_regular, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -72,7 +72,7 @@ class RunLog:
                 sink.close()
 
     def _write_pending(self) -> None:
-        with writing(self._path), self._path.open("a") as file:
+        with writing(self._path), open(self._path, "a", opener=opened_regular) as file:
             before = file.tell()
             try:
                 file.write("".join(self._pending))

@@ -176,6 +176,25 @@ def test_a_damaged_download_is_noticed(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(path).tensors["a"], weights["a"])
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(1).expand(10**9, 10**3),
+        torch.empty(3, device="meta"),
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3, dtype=torch.complex64),
+    ],
+    ids=["expanded", "meta", "sparse", "complex"],
+)
+def test_tensors_that_are_not_what_they_say_are_no_weights(
+    tmp_path: Path, odd: torch.Tensor
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {"a": torch.ones(4)[1:], "b": odd}}, path)
+    with pytest.raises(DetectorError, match=r"weights\.pth: b is quantised, complex, sparse or"):
+        read_checkpoint(path)
+
+
 def test_safetensors_and_half_precision(tmp_path: Path) -> None:
     weights = {f"module.{k}": v for k, v in state_dict("rt-detr").items()}
     save_file(weights, tmp_path / "best.safetensors")
