@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mfdetr_cache.choices import OnBad
-from mfdetr_cache.coco.faults import Faults
+from mfdetr_cache.coco.faults import Faults, keys_of
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
@@ -148,17 +149,7 @@ def load_coco_split(
         file = read_yolo(path, images)
     else:
         file = read_json(path, "annotation file", "pass a COCO instances JSON")
-    document = file.document
-    if not isinstance(document, dict):
-        raise DatasetError(f"annotation file {path} holds no COCO document (no images)")
-    required = ["images", "annotations", "categories"]
-    if is_unannotated := unannotated and not document.get("annotations"):
-        required.remove("annotations")
-    for key in required:
-        if not isinstance(document.get(key), list):
-            raise DatasetError(f"annotation file {path} has no list {key!r}; is it COCO instances?")
-        if not document[key]:
-            raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")
+    document, is_unannotated = _checked(file.document, path, unannotated=unannotated)
     # Roboflow's files all have one name; their folder has that of the split.
     name = path.parent.name if file.name.startswith("_annotations") else file.name
     faults = Faults(str(path), "image")
@@ -185,3 +176,28 @@ def load_coco_split(
         grouped,
         (faults, of_annotations),
     )
+
+
+def _checked(document: object, path: Path, *, unannotated: bool) -> tuple[dict[str, Any], bool]:
+    """A document as COCO instances, and whether it has no annotation, which may be."""
+    if not isinstance(document, dict):
+        what = "a list, as results are" if isinstance(document, list) else "no object"
+        raise DatasetError(
+            f"annotation file {path} holds {what}; COCO instances are an object with the lists "
+            "images, annotations and categories"
+        )
+    required = ["images", "annotations", "categories"]
+    if is_unannotated := unannotated and not document.get("annotations"):
+        required.remove("annotations")
+    for key in required:
+        if not isinstance(document.get(key), list):
+            raise DatasetError(
+                f"annotation file {path} has no list {key!r}, but {keys_of(document)}; is it COCO "
+                "instances?"
+            )
+        if not document[key]:
+            raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")
+    first = None if is_unannotated else document["annotations"][0]
+    if isinstance(first, dict) and "segments_info" in first:
+        raise DatasetError(f"annotation file {path} is a panoptic one; pass COCO instances")
+    return document, is_unannotated

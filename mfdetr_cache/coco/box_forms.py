@@ -9,6 +9,7 @@ from mfdetr_cache.errors import DatasetError
 Box = tuple[float, float, float, float]
 Corners = tuple[int, int, int, int]
 Size = tuple[int, int]
+_Kind = Literal["size", "corners", "rows", "centre"]
 _Masked = tuple[Box, Corners, Size]
 
 # A box this far from its mask's box, in pixels and in parts of its side, is still of that mask.
@@ -20,7 +21,7 @@ _LEAVING_SHARE = 0.2
 # Boxes within the first pixel of images that are larger are in parts of their sides.
 _LEAST_SIDE = 8
 _TEXTS = {"size": "x, y, width, height", "corners": "x0, y0, x1, y1"}
-_TEXTS["centre"] = "the centre's x, y, then width, height"
+_TEXTS |= {"centre": "the centre's x, y, then width, height", "rows": "y0, x0, y1, x1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,12 @@ class BoxForm:
     """A form of boxes.
 
     Attributes:
-        kind: x, y, width, height; both corners; or centre, width, height.
+        kind: x, y, width, height; both corners; these with y before x, as TensorFlow has them; or
+            centre, width, height.
         in_parts: In parts of the image's sides and not in pixels.
     """
 
-    kind: Literal["size", "corners", "centre"] = "size"
+    kind: _Kind = "size"
     in_parts: bool = False
 
     @property
@@ -53,15 +55,17 @@ class BoxForm:
             box: As written.
             size_hw: Height and width of its image.
         """
+        if self.kind == "rows":
+            box = (box[1], box[0], box[3], box[2])
         height, width = size_hw if self.in_parts else (1, 1)
         x, y, w, h = box[0] * width, box[1] * height, box[2] * width, box[3] * height
-        if self.kind == "corners":
+        if self.kind in ("corners", "rows"):
             return x, y, w - x, h - y
         return (x - w / 2, y - h / 2, w, h) if self.kind == "centre" else (x, y, w, h)
 
 
 COCO_FORM = BoxForm()
-_KINDS: tuple[Literal["size", "corners", "centre"], ...] = ("size", "corners", "centre")
+_KINDS: tuple[_Kind, ...] = ("size", "corners", "rows", "centre")
 _OTHERS = [form for p in (False, True) for k in _KINDS if (form := BoxForm(k, p)) != COCO_FORM]
 
 
@@ -91,7 +95,7 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
         # Whatever fits both ways says nothing; it is looked at only where it could matter.
         if fits[best] >= _SHARE_WORTH_A_LOOK * len(fitting):
             contrary = sum(not _fits(best, one) for one in fitting)
-            if fits[best] > _CLEAR_MAJORITY * contrary:
+            if fits[best] > _CLEAR_MAJORITY * contrary and 2 * fits[best] > len(others):
                 return best
         if fitting or fits[best]:
             return COCO_FORM

@@ -2,7 +2,9 @@
 
 import reprlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.errors import DatasetError
@@ -21,6 +23,12 @@ _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 40
 def short(value: object) -> str:
     """A value from a file, of any size and depth, for a message."""
     return _shortener.repr(value)
+
+
+def keys_of(entry: Mapping[Any, object]) -> str:
+    """What an entry of a file has, for a message about what it lacks."""
+    more = ", ..." if len(entry) > _NAMED else ""
+    return ", ".join(short(key) for key in list(entry)[:_NAMED]) + more
 
 
 @dataclass

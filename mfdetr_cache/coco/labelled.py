@@ -49,7 +49,7 @@ def label_split(
         split = _only(split, options.only)
     counts = split.objects_per_category()
     if options.class_agnostic:
-        return LabelledSplit(_one_category(split), _one_label(split, spec), options.identity())
+        return LabelledSplit(one_category(split), _one_label(split, spec), options.identity())
     match = match_labels(spec.label_names, split.categories, spec.name, counts, options.map)
     if match.same_as:
         merged = {
@@ -64,7 +64,8 @@ def label_split(
     return LabelledSplit(split, match, options.identity())
 
 
-def _one_category(split: CocoSplit) -> CocoSplit:
+def one_category(split: CocoSplit) -> CocoSplit:
+    """The split as if every object were of one category, of id 1."""
     annotations = {
         image_id: [replace(a, category_id=_ANY.category_id) for a in objects]
         for image_id, objects in split.annotations.items()

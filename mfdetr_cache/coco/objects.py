@@ -12,7 +12,12 @@ from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
-from mfdetr_cache.coco.segmentation import read_segmentation
+from mfdetr_cache.coco.segmentation import (
+    IN_PARTS,
+    in_pixels,
+    polygons_in_parts,
+    read_segmentation,
+)
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
 
 Masks = Literal["required", "optional"]
@@ -80,14 +85,17 @@ def read_annotations(
     Returns:
         Those that can be used, in the order of the file.
     """
+    in_parts = polygons_in_parts(a.get("segmentation") for a in raw if isinstance(a, dict))
     drafts = []
     for number, annotation in enumerate(raw):
         if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
             continue
         faults.total += 1
-        draft = _draft(number, annotation, images, categories, faults, masks)
+        draft = _draft(number, annotation, images, categories, faults, masks, in_parts=in_parts)
         if draft is not None:
             drafts.append(draft)
+            if in_parts:
+                faults.repair(draft.where, IN_PARTS)
     seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, faults.file)
     if form.said:
@@ -98,7 +106,25 @@ def read_annotations(
     annotations = [
         _finished(draft, own, faults, form) for draft, own in zip(drafts, ids, strict=True)
     ]
+    _notice_together(drafts, annotations, faults)
     return [a for a in annotations if a is not None]
+
+
+def _notice_together(
+    drafts: Sequence[_Draft], annotations: Sequence[Annotation | None], faults: Faults
+) -> None:
+    """Notice what no annotation tells alone: it is there twice, or most are crowds."""
+    seen: set[int] = set()
+    mostly_crowds = sum(d.is_crowd for d in drafts) > len(drafts) / 2
+    for draft, a in zip(drafts, annotations, strict=True):
+        if a is None:
+            continue
+        same = hash((a.image_id, a.category_id, a.box_xywh, a.run_lengths.tobytes()))
+        if same in seen:
+            faults.notice(draft.where, "box and mask are those of another, so it counts twice")
+        seen.add(same)
+        if mostly_crowds and a.is_crowd:
+            faults.notice(draft.where, "a crowd (iscrowd 1), not learned from and not measured")
 
 
 def _draft(
@@ -108,6 +134,8 @@ def _draft(
     categories: Mapping[SourceId, Category],
     faults: Faults,
     masks: Masks,
+    *,
+    in_parts: bool,
 ) -> _Draft | None:
     if not isinstance(annotation, dict):
         faults.refuse(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
@@ -130,7 +158,10 @@ def _draft(
     assert category_id is not None
     try:
         crowd = is_crowd(annotation.get("iscrowd"))
-        runs = read_segmentation(annotation.get("segmentation"), entry.size_hw)
+        mask = annotation.get("segmentation")
+        runs = read_segmentation(
+            in_pixels(mask, entry.size_hw) if in_parts else mask, entry.size_hw
+        )
     except ValueError as error:
         faults.refuse(where, f"cannot be understood: {error}")
         return None
@@ -163,6 +194,8 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
             return None
     elif draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
         faults.notice(draft.where, "bbox does not fit the mask (IoU below 0.5), kept as it is")
+    elif not _overlap(box, (0, 0, draft.entry.size_hw[1], draft.entry.size_hw[0])):
+        faults.notice(draft.where, "bbox lies outside its image, kept as it is")
     if len(draft.run_lengths) and draft.mask_box is None:
         faults.notice(draft.where, "no pixel in the mask, nothing to learn from")
     area = finite_number(draft.raw.get("area"))
@@ -196,7 +229,7 @@ def is_crowd(value: object) -> bool:
         [False, False, False, False, False, True, True, True]
     """
     text = str(value).strip().lower() if isinstance(value, (str, int, float, bool)) else value
-    if text in (None, "", "0", "0.0", "false", "no", "none", "null"):
+    if text in (None, "", "0", "0.0", "false", "no", "none", "null", "nan"):
         return False
     if text in ("1", "1.0", "true", "yes"):
         return True

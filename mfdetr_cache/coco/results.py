@@ -1,7 +1,7 @@
 """COCO results files of any tool, checked against the annotation file they speak of."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,12 +9,17 @@ from typing import Any
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
-from mfdetr_cache.coco.faults import Faults, short
+from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import finite_number, four_numbers
-from mfdetr_cache.coco.segmentation import read_segmentation
+from mfdetr_cache.coco.segmentation import (
+    IN_PARTS,
+    in_pixels,
+    polygons_in_parts,
+    read_segmentation,
+)
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
 
@@ -64,14 +69,18 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     """
     document = read_json(path, "results file", "check --results").document
     if not isinstance(document, list):
-        raise DatasetError(f"results file {path} holds no list of results")
+        raise DatasetError(f"results file {path} holds no list of results{_instead(document)}")
     faults = Faults(str(path), "result", total=len(document))
-    images = _images_by_id(split)
-    categories = {c.written_id: c.category_id for c in split.categories}
+    entries = [result for result in document if isinstance(result, dict)]
+    reading = _Reading(
+        _images_by_id(split, {source_id(r.get("image_id")) for r in entries}),
+        _categories_by_id(split),
+        polygons_in_parts(r.get("segmentation") for r in entries),
+    )
     drafts = [
         draft
         for number, result in enumerate(document)
-        if (draft := _draft(number, result, images, categories, faults)) is not None
+        if (draft := _draft(number, result, reading, faults)) is not None
     ]
     seen = (
         (
@@ -83,13 +92,37 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     )
     form = form_of_boxes(seen, str(path))
     results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
+    _notice_twins(drafts, faults)
     faults.stop_if_unusable(on_bad)
     return ResultsFile(results, faults)
 
 
-def _images_by_id(split: CocoSplit) -> dict[SourceId, ImageEntry]:
-    """Every id that can only mean one image: its own, its file's name, the name without ending."""
-    by_name: dict[SourceId, ImageEntry] = {}
+def _notice_twins(drafts: Sequence[_Draft], faults: Faults) -> None:
+    """Notice results that are there twice, as where files were joined."""
+    seen: set[int] = set()
+    for d in drafts:
+        runs = b"" if d.run_lengths is None else d.run_lengths.tobytes()
+        same = hash((d.entry.image_id, d.category_id, d.score, d.box, runs))
+        if same in seen:
+            faults.notice(d.where, "score, box and mask are those of another, so one is wrong")
+        seen.add(same)
+
+
+def _instead(document: object) -> str:
+    """What a file holds that is no list, behind a message."""
+    if not isinstance(document, dict):
+        return ""
+    if "images" in document:
+        return ": it is an annotation file; are --results and --annotations swapped?"
+    return f" but an object with {keys_of(document)}"
+
+
+def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[SourceId, ImageEntry]:
+    """Every id that can only mean one image: its own, its file's name, the name without ending.
+
+    The numbers that files are named by are taken where all that are ``wanted`` are such, and not
+    all are ids: so ultralytics writes results.
+    """
     names = [
         (name, entry)
         for entry in split.images
@@ -98,15 +131,43 @@ def _images_by_id(split: CocoSplit) -> dict[SourceId, ImageEntry]:
         for name in {str(file), file.name, file.stem}
     ]
     counts = Counter(name for name, _ in names)
-    by_name.update({name: entry for name, entry in names if counts[name] == 1})
-    return {**by_name, **{e.written_id: e for e in split.images}}
+    by_name: dict[SourceId, ImageEntry] = {n: entry for n, entry in names if counts[n] == 1}
+    by_id = {**by_name, **{e.written_id: e for e in split.images}}
+    numbers = [(int(n), e) for n, e in names if n.isascii() and n.isdigit() and len(n) < 20]
+    by_number: dict[SourceId, ImageEntry] = dict(numbers)
+    if not wanted <= by_id.keys() and wanted <= by_number.keys() and len(by_number) == len(numbers):
+        return by_number
+    return by_id
+
+
+def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
+    """Every id that can only mean one category: its own, and its name."""
+    counts = Counter(c.name for c in split.categories)
+    by_name = {c.name: c.category_id for c in split.categories if counts[c.name] == 1}
+    return {**by_name, **{c.written_id: c.category_id for c in split.categories}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What results are read by: images and categories by what names them, the unit of polygons."""
+
+    images: Mapping[SourceId, ImageEntry]
+    categories: Mapping[SourceId, int]
+    in_parts: bool
+
+    def image(self, written: SourceId) -> ImageEntry | None:
+        """An image by its id, its file's name, or a path that ends in it."""
+        if written in self.images or not isinstance(written, str):
+            return self.images.get(written)
+        name = PurePosixPath(written.replace("\\", "/")).name
+        number = int(name) if name.isascii() and name.isdigit() and len(name) < 20 else name
+        return self.images.get(name, self.images.get(number))
 
 
 def _draft(
     number: int,
     result: object,
-    images: Mapping[SourceId, ImageEntry],
-    categories: Mapping[SourceId, int],
+    reading: _Reading,
     faults: Faults,
 ) -> _Draft | None:
     where = f"result {number}"
@@ -118,16 +179,17 @@ def _draft(
     for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
         if value is None:
             kind = "number" if key == "score" else "id"
-            faults.refuse(where, f"has no {kind} {key!r} (it is {short(result.get(key))})")
+            said = f"it is {short(result[key])}" if key in result else f"it has {keys_of(result)}"
+            faults.refuse(where, f"has no {kind} {key!r} ({said})")
             return None
     assert image_id is not None
     assert category_id is not None
     assert score is not None
-    entry = images.get(image_id)
+    entry = reading.image(image_id)
     if entry is None:
         faults.refuse(where, f"is of image {image_id}, which is not in the annotation file")
         return None
-    if category_id not in categories:
+    if category_id not in reading.categories:
         faults.repair(where, "category_id is not in the annotation file, so it matches nothing")
         return None
     box = four_numbers(result.get("bbox"))
@@ -135,15 +197,20 @@ def _draft(
         faults.refuse(where, f"has the bbox {short(result['bbox'])}; it is four numbers")
         return None
     try:
-        runs = read_segmentation(result.get("segmentation"), entry.size_hw)
+        mask = result.get("segmentation")
+        runs = read_segmentation(
+            in_pixels(mask, entry.size_hw) if reading.in_parts else mask, entry.size_hw
+        )
     except ValueError as error:
         faults.refuse(where, f"has no usable segmentation: {error}")
         return None
     if box is None and runs is None:
         faults.refuse(where, "has neither bbox nor segmentation")
         return None
-    category = categories[category_id]
-    return _Draft(f"{where} of image {image_id}", entry, category, score, box, runs)
+    where = f"{where} of image {image_id}"
+    if reading.in_parts:
+        faults.repair(where, IN_PARTS)
+    return _Draft(where, entry, reading.categories[category_id], score, box, runs)
 
 
 def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pycocotools import mask as coco_mask
@@ -17,18 +18,56 @@ from mfdetr_cache.ops.masks import (
 )
 
 
+def is_nothing(value: object) -> bool:
+    """Whether a field says that there is nothing: null, or the NaN of a data frame."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+# What is said of polygons in parts of the image's sides.
+IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) and read so"
+
+
+def polygons_in_parts(values: Iterable[object]) -> bool:
+    """Whether every polygon of a file lies between 0 and 1: YOLO's parts of the image's sides.
+
+    Args:
+        values: The ``segmentation`` of every entry; those that are no lists say nothing.
+    """
+    seen = False
+    for value in values:
+        if isinstance(value, list) and (numbers := _flat(value)):
+            if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in numbers):
+                return False
+            seen = True
+    return seen
+
+
+def _flat(value: object) -> list[object]:
+    return [v for item in value for v in _flat(item)] if isinstance(value, list) else [value]
+
+
+def in_pixels(value: object, size_hw: tuple[int, int]) -> object:
+    """Polygons in parts of the image's sides, in pixels; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return [
+        v * size_hw[1 - i % 2] if isinstance(v, (int, float)) else in_pixels(v, size_hw)
+        for i, v in enumerate(value)
+    ]
+
+
 def read_segmentation(value: object, size_hw: tuple[int, int]) -> RunLengths | None:
     """The mask of a ``segmentation`` field.
 
-    Besides COCO's own forms: one polygon that is not in a list, points as pairs, RLE dictionaries
-    in a list, and any of these as text.
+    Besides COCO's own forms: one polygon that is not in a list or in one list too many, points as
+    pairs, RLE dictionaries in a list, and any of these as text.
 
     Args:
         value: As in a JSON file.
         size_hw: Height and width of the image in pixels.
 
     Returns:
-        Run lengths; None where there is no mask: null, no text, no polygon, only empty ones.
+        Run lengths; None where there is no mask: null, NaN, no text, no polygon, only empty ones.
 
     Raises:
         ValueError: If there is something, and it is no mask of an image of this size.
@@ -37,7 +76,7 @@ def read_segmentation(value: object, size_hw: tuple[int, int]) -> RunLengths | N
         return _of_text(value, size_hw)
     if isinstance(value, Mapping):
         return _of_rle(value, size_hw)
-    if value is None:
+    if is_nothing(value):
         return None
     if not isinstance(value, Sequence):
         raise ValueError(f"a segmentation is a list of polygons or an RLE, not {short(value)}")
@@ -49,18 +88,24 @@ def read_segmentation(value: object, size_hw: tuple[int, int]) -> RunLengths | N
 
 def _polygons(value: Sequence[Any]) -> list[list[float]]:
     """Polygons as flat lists of coordinates; empty ones are left out."""
-    if value and not any(isinstance(item, (list, tuple)) for item in value):
+    parts = [item for item in value if item not in (None, [], ())]
+    while len(parts) == 1 and _is_list(parts[0]) and len(parts[0]) == 1 and _is_list(parts[0][0]):
+        parts = list(parts[0])  # one list too many
+    if parts and not any(map(_is_list, parts)):
         return [_numbers(value)]  # one polygon that is not in a list
-    parts = [item for item in value if item or not isinstance(item, (list, tuple))]
     if len(parts) >= 3 and all(_is_point(item) for item in parts):
         return [_numbers([v for point in parts for v in point])]
     polygons = []
     for part in parts:
-        if not isinstance(part, (list, tuple)):
+        if not _is_list(part):
             raise ValueError(f"a polygon is a list of coordinates, not {short(part)}")
         pairs = all(_is_point(item) for item in part)
         polygons.append(_numbers([v for point in part for v in point] if pairs else part))
     return polygons
+
+
+def _is_list(item: object) -> bool:
+    return isinstance(item, (list, tuple))
 
 
 def _is_point(item: object) -> bool:
@@ -83,7 +128,7 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 def _of_text(value: str | bytes, size_hw: tuple[int, int]) -> RunLengths | None:
     """A mask as text: JSON of another form, or the compressed counts of an RLE alone."""
     text = value.strip()
-    if not text or text in ("null", "None", b"null", b"None"):
+    if not text or text in ("null", "None", "nan", "NaN", b"null", b"None"):
         return None
     try:
         inner = json.loads(text)

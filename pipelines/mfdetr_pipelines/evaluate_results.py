@@ -1,12 +1,13 @@
 """Evaluate a COCO results file of any tool: boxes and masks."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.choices import Evaluator, Extra, OnBad
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.labelled import one_category
 from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import (
@@ -14,11 +15,16 @@ from mfdetr_cache.evaluation.coco_metrics import (
     CocoReport,
     Kind,
     Result,
+    evaluate_results,
     ground_truth_of_split,
     measure_results,
 )
 from mfdetr_cache.evaluation.confusion import Confusion, confusions
 from mfdetr_cache.reporter import Reporter, SilentReporter
+
+# AP of results that perhaps are not what they seem; AP that tells of nothing found; how many times
+# more it must be without categories.
+_IMPLAUSIBLE_AP, _NOTHING, _CLEARLY_BETTER = 0.1, 0.01, 5
 
 _FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
 
@@ -111,9 +117,38 @@ def run_evaluate_results(
     reports = {
         kind: measure_results(truth, those, kind, evaluator) for kind, those in asked.items()
     }
+    _judge(results, split, asked, reports, reporter)
     wanted = asked.get("segm", []) if "confusion" in extras else []
     seen_as = confusions(truth, wanted) if wanted else ()
     return ResultsSummary(len(split.images), found.faults.total, reports, seen_as)
+
+
+def _judge(
+    file: Path,
+    split: CocoSplit,
+    asked: Mapping[Kind, list[Result]],
+    reports: Mapping[Kind, CocoReport],
+    reporter: Reporter,
+) -> None:
+    """Warn of an AP near zero that tells of ids or places rather than of a detector."""
+    kind: Kind = "segm" if "segm" in reports else "bbox"
+    if not asked.get(kind) or not 0 <= reports[kind].metrics.AP < _IMPLAUSIBLE_AP:
+        return
+    whole = one_category(split)
+    alike = [{**r, "category_id": whole.categories[0].category_id} for r in asked[kind]]
+    alone = evaluate_results(ground_truth_of_split(whole), alike, kind).AP
+    what = "mask" if kind == "segm" else "box"
+    said = f"{file}: {what} AP is {100 * reports[kind].metrics.AP:.1f}"
+    if alone > _CLEARLY_BETTER * max(reports[kind].metrics.AP, _NOTHING):
+        reporter.warn(
+            f"{said}, but {100 * alone:.1f} where categories do not count: the category_id of "
+            "results and annotations mean different categories, such as numbers from 0 and from 1"
+        )
+    elif alone < _NOTHING:
+        reporter.warn(
+            f"{said}, and no better where categories do not count: results are of other images, in "
+            "another image size, or their numbers are in another order"
+        )
 
 
 def _without_masks_that_nobody_drew(

@@ -301,7 +301,7 @@ def test_boxes_written_as_corners_are_read_as_corners(
 
 
 @pytest.mark.parametrize("in_parts", [True, False])
-@pytest.mark.parametrize("kind", ["size", "corners", "centre"])
+@pytest.mark.parametrize("kind", ["size", "corners", "rows", "centre"])
 def test_boxes_in_other_forms_are_read_as_their_masks_say(
     tmp_path: Path, document: dict[str, Any], kind: str, in_parts: bool
 ) -> None:
@@ -312,10 +312,12 @@ def test_boxes_in_other_forms_are_read_as_their_masks_say(
         forms = {
             "size": (x, y, w, h),
             "corners": (x, y, x + w, y + h),
+            "rows": (y, x, y + h, x + w),
             "centre": (x + w / 2, y + h / 2, w, h),
         }
         width, height = sides[annotation["image_id"]] if in_parts else (1, 1)
-        pairs = zip(forms[kind], (width, height, width, height), strict=True)
+        along = (height, width) if kind == "rows" else (width, height)
+        pairs = zip(forms[kind], along * 2, strict=True)
         annotation["bbox"] = [value / side for value, side in pairs]
     split = load_coco_split(written(tmp_path, document))
     for entry in split.images:
@@ -339,6 +341,59 @@ def test_boxes_beside_their_masks_are_worth_a_word(
     reporter = SilentReporter()
     load_coco_split(written(tmp_path, document)).tell_faults(reporter)
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
+
+
+def test_boxes_that_fit_no_form_stay_as_they_are(tmp_path: Path, document: dict[str, Any]) -> None:
+    for annotation in document["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, x + w, y, y + h]
+    (_, faults) = load_coco_split(written(tmp_path, document)).faults
+    assert not any("read so" in what for what in faults.repaired)
+
+
+def test_what_no_annotation_tells_alone_is_worth_a_word(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    first = document["annotations"][0]
+    document["annotations"].append({**first, "id": 5})
+    document["annotations"].append({**first, "id": 6, "segmentation": [], "bbox": [999, 9, 5, 5]})
+    (_, faults) = load_coco_split(written(tmp_path, document), masks="optional").faults
+    assert dict(faults.noticed) == {
+        "box and mask are those of another, so it counts twice": 1,
+        "bbox lies outside its image, kept as it is": 1,
+    }
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    (_, faults) = load_coco_split(written(tmp_path, document), masks="optional").faults
+    assert faults.noticed["a crowd (iscrowd 1), not learned from and not measured"] == 18
+
+
+def test_one_polygon_in_pixels_tells_that_all_are(tmp_path: Path, document: dict[str, Any]) -> None:
+    kept = [e["segmentation"] for e in document["annotations"]]
+    document["annotations"][1]["segmentation"] = [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]
+    split = load_coco_split(written(tmp_path, document))
+    assert not split.faults[1].repaired
+    assert isinstance(kept[0], list)
+    assert split.annotations[100][1].run_lengths[1::2].sum() <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "holds a list, as results are; COCO instances are an object with the lists"),
+        (5, "holds no object; COCO instances"),
+        ({"items": [], "info": {}}, "has no list 'images', but 'items', 'info'; is it COCO"),
+    ],
+)
+def test_files_of_other_kinds_are_told(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_coco_split(written(tmp_path, content))
+
+
+def test_a_panoptic_file_is_told(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["annotations"] = [{"image_id": 100, "segments_info": [], "file_name": "a.png"}]
+    with pytest.raises(DatasetError, match="is a panoptic one; pass COCO instances"):
+        load_coco_split(written(tmp_path, document))
 
 
 def test_a_file_that_is_listed_twice_is_worth_a_word(

@@ -1,11 +1,22 @@
 import gzip
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.errors import DatasetError
+
+
+def zipped(**files: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("readme.txt", "")
+        for name, text in files.items():
+            archive.writestr(f"{name}.json", text)
+    return data.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -21,6 +32,10 @@ from mfdetr_cache.errors import DatasetError
         (gzip.compress(b"[1]")[:-6], "cannot be read"),
         (b"\x1f\x8b nothing of gzip", "cannot be read"),
         (gzip.compress(b" " * 2**29), "unpacks to more than 67108864 bytes"),
+        (b"<!DOCTYPE html><p>Sign in", "is not JSON .it begins with '<!DOCTYPE html><p>Sign in'"),
+        (b'{"id": 1}\n{"id": 2}', "is not JSON .*several documents one behind the other"),
+        (zipped(a="[1]", b="[2]"), "is a zip archive with 2 JSON files; unpack one"),
+        (zipped(a="[1]")[:-9], "cannot be read"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -32,11 +47,13 @@ def test_what_is_no_json_is_one_line(tmp_path: Path, data: bytes, message: str) 
 
 
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
-    plain, packed = tmp_path / "a.json", tmp_path / "a.json.gz"
-    plain.write_bytes(b"[1, NaN]")
-    packed.write_bytes(gzip.compress(b"[1, NaN]"))
-    one, other = (read_json(p, "file", "") for p in (plain, packed))
-    assert (one.name, one.sha256) == (other.name, other.sha256) == ("a", one.sha256)
+    paths = [tmp_path / name for name in ("a.json", "a.json.gz", "a.zip")]
+    text = "[1, NaN]"
+    contents = text.encode(), gzip.compress(text.encode()), zipped(inner=text)
+    for path, data in zip(paths, contents, strict=True):
+        path.write_bytes(data)
+    files = [read_json(path, "file", "") for path in paths]
+    assert {(f.name, f.sha256) for f in files} == {("a", files[0].sha256)}
 
 
 def test_no_pipe_is_opened(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,37 @@ def in_files(documents: Documents) -> None:
         result["image_id"] = name if number % 2 else name.removesuffix(".png")
 
 
+def in_numbers(documents: Documents) -> None:
+    """Results that name images by the number in their file's name, as ultralytics does."""
+    for place, image in enumerate(documents[0]["images"]):
+        image["file_name"] = f"photos/{place + 100:06d}.jpg"
+    for result in documents[1]:
+        result["image_id"] = 100 + (result["image_id"] - 100) // 5
+
+
+def in_paths(documents: Documents) -> None:
+    names = {i["id"]: i["file_name"] for i in documents[0]["images"]}
+    for number, result in enumerate(documents[1]):
+        path = f"/data/val/{names[result['image_id']]}"
+        result["image_id"] = path if number % 2 else path.replace("/", "\\")
+
+
+def by_name(documents: Documents) -> None:
+    names = {c["id"]: c["name"] for c in documents[0]["categories"]}
+    for result in documents[1]:
+        result["category_id"] = names[result["category_id"]]
+
+
+def in_parts(documents: Documents) -> None:
+    """Polygons in parts of the sides of the image; powers of two, so that no digit is lost."""
+    sizes = {i["id"]: (i["width"], i["height"]) for i in documents[0]["images"]}
+    for annotation in documents[0]["annotations"]:
+        sides = sizes[annotation["image_id"]]
+        annotation["segmentation"] = of_polygons(
+            lambda s, sides=sides: [[v / sides[i % 2] for i, v in enumerate(p)] for p in s]
+        )(annotation["segmentation"])
+
+
 def counts_list(segmentation: Any) -> Any:
     if isinstance(segmentation, list):
         return segmentation
@@ -175,6 +207,9 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "image ids that no double holds": rename("image_id", "images", lambda i: 2**62 + i),
     "image names as ids": rename("image_id", "images", lambda i: f"f{i}"),
     "results by file name": in_files,
+    "results by a number in the file's name": in_numbers,
+    "results by a path": in_paths,
+    "results by the category's name": by_name,
     "category ids as text": rename("category_id", "categories", str),
     "category ids as floats": rename("category_id", "categories", float),
     "category ids as text of floats": rename("category_id", "categories", lambda i: f"{i}.0"),
@@ -185,6 +220,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "iscrowd as text": rewrite("iscrowd", str, results=False),
     "iscrowd as truth": rewrite("iscrowd", bool, results=False),
     "iscrowd as float": rewrite("iscrowd", float, results=False),
+    "iscrowd NaN": rewrite("iscrowd", lambda v: v or math.nan, results=False),
     "iscrowd null": rewrite("iscrowd", lambda v: v or None, results=False),
     "boxes as text": rewrite("bbox", str, results=True),
     "corners": rewrite("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]], results=True),
@@ -194,6 +230,14 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "empty polygons beside": rewrite(
         "segmentation", of_polygons(lambda s: [[], *s]), results=False
     ),
+    "a list too many": rewrite("segmentation", of_polygons(lambda s: [s]), results=False),
+    "two lists too many around points": rewrite(
+        "segmentation", of_polygons(lambda s: [[pairs(s)]]), results=False
+    ),
+    "null beside polygons": rewrite(
+        "segmentation", of_polygons(lambda s: [None, *s]), results=False
+    ),
+    "polygons in parts of the sides": in_parts,
     "polygons as text": rewrite("segmentation", of_polygons(json.dumps), results=False),
     "a polygon far outside beside": rewrite(
         "segmentation", of_polygons(lambda s: [*s, [400, 400, 500, 400, 500, 500]]), results=False
@@ -320,6 +364,45 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, plain: Documents) -> No
         measured(tmp_path, (plain[0], {"annotations": []}))  # type: ignore[arg-type]
 
 
+def test_results_of_other_categories_or_places_are_told(tmp_path: Path, plain: Documents) -> None:
+    other = copied(plain)
+    for result, annotation in zip(other[1], other[0]["annotations"] * 2, strict=True):
+        result["category_id"] = {3: 7, 7: 3}[annotation["category_id"]]
+    found, messages = measured(tmp_path, other, extras=())
+    assert found["mask"]["AP"] < 0.1
+    alike = copied(plain)
+    for entry in entries(alike):
+        entry["category_id"] = 3
+    whole = pycocotools_reads(tmp_path, alike)["segm"][0]
+    assert f"but {100 * whole:.1f} where categories do not count" in messages[0]
+    moved = copied(plain)
+    for result in moved[1]:
+        del result["segmentation"]
+        result["bbox"] = [3 * v for v in result["bbox"]]
+    found, messages = measured(tmp_path, moved)
+    assert any("box AP is 0.0, and no better where categories do not count" in m for m in messages)
+
+
+def test_results_that_are_there_twice_are_told(tmp_path: Path, plain: Documents) -> None:
+    _, messages = measured(tmp_path, (plain[0], plain[1] * 2), extras=())
+    assert any("24 of 48 results: score, box and mask are those of another" in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({"images": []}, "no list of results: it is an annotation file; are --results and"),
+        ({"predictions": []}, "no list of results but an object with 'predictions'"),
+        ([{"image_id": 100, "category_id": 3, "confidence": 1}], "no number 'score' .it has 'imag"),
+    ],
+)
+def test_files_of_other_kinds_are_told(
+    tmp_path: Path, plain: Documents, results: Any, message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        measured(tmp_path, (plain[0], results))
+
+
 def test_nothing_found_is_zero_and_nothing_to_find_is_minus_one(
     tmp_path: Path, plain: Documents
 ) -> None:
@@ -334,7 +417,8 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_minus_one(
     for results in ([], crowds[1]):
         found, messages = measured(tmp_path, (crowds[0], results))
         assert set(found["mask"].values()) == {-1}
-        assert messages == []
+        assert len(messages) == 1
+        assert "12 of 12 annotations: a crowd (iscrowd 1)" in messages[0]
 
 
 @given(
