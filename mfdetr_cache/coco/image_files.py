@@ -30,13 +30,13 @@ def check_file_name(name: str, where: str) -> None:
     Raises:
         DatasetError: If it is absolute, has ``..`` in it, or is no name of a file.
     """
-    fault = _fault_of_name(name)
+    fault = fault_of_name(name)
     if fault:
         shown = repr(name if len(name) <= 300 else f"{name[:300]}...")
         raise DatasetError(f"{where} has the file_name {shown}, {fault}")
 
 
-def _fault_of_name(name: str) -> str:
+def fault_of_name(name: str) -> str:
     """What is wrong with a file name; empty if nothing is."""
     plain = PurePosixPath(name.replace("\\", "/"))
     if plain.is_absolute() or re.match("[A-Za-z]:[/\\\\]", name):
@@ -67,7 +67,7 @@ def find_file(folder: Path, name: str) -> str:
 def _spellings(name: str) -> Iterator[str]:
     """A name and what tools make of it."""
     for decoded in dict.fromkeys((name, unquote(name))):
-        if _fault_of_name(decoded):
+        if fault_of_name(decoded):
             continue  # %2e%2e leads out of the folder, too
         for separated in dict.fromkeys((decoded, decoded.replace("\\", "/"))):
             stem, dot, ending = separated.rpartition(".")

@@ -1,14 +1,20 @@
 """The ``images`` and ``categories`` of a COCO document."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
-from mfdetr_cache.coco.image_files import check_file_name, find_file, upright_size
+from mfdetr_cache.coco.image_files import (
+    check_file_name,
+    fault_of_name,
+    find_file,
+    upright_size,
+)
 from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.ops.masks import check_size
 
@@ -16,6 +22,7 @@ _SPELLED_OTHERWISE = (
     "file_name is spelled otherwise on disk ('/' for backslashes, %20, capitals of its ending, or "
     "accents)"
 )
+_BY_LAST_PART = "file_name is a path of another place, found by its last part"
 _OF_URL = "file_name missing, taken from coco_url"
 
 
@@ -120,6 +127,7 @@ def read_images(
     ids = dict(zip(listed, internal_ids(list(listed)), strict=True))
     found: dict[SourceId, ImageEntry] = {}
     names: set[str] = set()
+    last_parts = _last_parts(listed.values())
     for written, image in listed.items():
         if limit is not None and len(found) == limit:
             break
@@ -131,10 +139,9 @@ def read_images(
             faults.repair(where, _OF_URL)
         if isinstance(name, str):
             where += f" ({name})"
+            last = last_parts.get(name, "")
+            name = _name_in(folder, name, last, where, faults)
             check_file_name(name, f"annotation file {path}: image {written}")
-            if folder is not None and (there := find_file(folder, name)) != name:
-                faults.repair(where, _SPELLED_OTHERWISE)
-                name = there
         elif folder is None and name is None:
             name = ""  # nobody is going to open it
         else:
@@ -147,6 +154,31 @@ def read_images(
         if size is not None:
             found[written] = ImageEntry(own, name, size, None if own == written else written)
     return found
+
+
+def _last_parts(listed: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """File names with folders to their last parts, where no other image has the same."""
+    names = {n for image in listed if isinstance(n := image.get("file_name"), str)}
+    lasts = {name: PurePosixPath(name.replace("\\", "/")).name for name in names}
+    counts = Counter(lasts.values())
+    return {n: last for n, last in lasts.items() if last not in ("", n) and counts[last] == 1}
+
+
+def _name_in(folder: Path | None, name: str, last: str, where: str, faults: Faults) -> str:
+    """The name under which an image is in its folder, as it is spelled there.
+
+    Its last part, where it cannot be used as it is and its last part can; else itself.
+    """
+    if folder is None:  # nobody is going to open it
+        return last if last and fault_of_name(name) else name
+    if not fault_of_name(name) and (folder / (there := find_file(folder, name))).is_file():
+        if there != name:
+            faults.repair(where, _SPELLED_OTHERWISE)
+        return there
+    if last and not fault_of_name(last) and (folder / (there := find_file(folder, last))).is_file():
+        faults.repair(where, _BY_LAST_PART)
+        return there
+    return name
 
 
 def _listed(path: Path, raw: Sequence[Any], faults: Faults) -> dict[SourceId, dict[str, Any]]:
