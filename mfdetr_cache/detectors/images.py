@@ -30,10 +30,13 @@ class LoadedImage:
     Attributes:
         image: RGB at its original size.
         oddities: Properties of the file to warn of, each one of the texts above.
+        untold: The EXIF orientation of a file that was rotated although it cannot be known whether
+            its annotations were made before; else 1.
     """
 
     image: Image.Image
     oddities: tuple[str, ...]
+    untold: int = 1
 
 
 def load_image(path: Path, annotated_hw: tuple[int, int] | None = None) -> Image.Image:
@@ -59,7 +62,8 @@ def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) 
             size = (opened.height, opened.width)
             turned = orientation(opened)
             upright = size[::-1] if turned >= 5 else size
-            oddities = (EXIF_UNTOLD,) if annotated_hw and turned > 1 and upright == size else ()
+            untold = turned if annotated_hw and upright == size else 1
+            oddities = (EXIF_UNTOLD,) if untold > 1 else ()
             if annotated_hw is not None and annotated_hw not in (size, upright):
                 advice = "are these the right --images and --annotations?"
                 if annotated_hw == size[::-1]:
@@ -71,7 +75,7 @@ def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) 
             if ";16" in stored and _largest(opened) <= _LARGEST_12_BITS:
                 oddities = (*oddities, DARK_16_BITS)
             if turned > 1 and annotated_hw in (None, upright):
-                return LoadedImage(as_rgb(ImageOps.exif_transpose(opened)), oddities)
+                return LoadedImage(as_rgb(ImageOps.exif_transpose(opened)), oddities, untold)
             return LoadedImage(as_rgb(opened), oddities)
     except (OSError, ValueError, SyntaxError, OverflowError, MemoryError, TypeError) as error:
         raise ImageError(f"image {path} cannot be decoded: {error}") from error

@@ -55,6 +55,7 @@ class _Decoded:
     pixel_values: Tensor | None
     problem: str
     oddities: tuple[str, ...] = ()
+    untold: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ class Extraction:
         self.num_bytes = 0
         self.detector_seconds = 0.0
         self._oddities: Counter[str] = Counter()
+        # Row to EXIF orientation, of images that were perhaps annotated before it was applied.
+        self.untold: dict[int, int] = {}
         self._num_sealed = 0
 
     def run(self, pending: Sequence[Part]) -> None:
@@ -165,7 +168,7 @@ class Extraction:
         pixels = self._detector.preprocess(
             transform_image(loaded.image, transform), transform.shortest_edge
         )
-        return _Decoded(geometry, pixels, "", loaded.oddities)
+        return _Decoded(geometry, pixels, "", loaded.oddities, loaded.untold)
 
     def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
         """All rows of the parts in order; what a batch gives too early waits."""
@@ -213,6 +216,8 @@ class Extraction:
                 continue
             if batch.part.view == BASE_VIEW:
                 self._note(row, image.oddities)
+                if image.untold > 1:
+                    self.untold[row] = image.untold
             crops = self._crops_of(batch.part.view, row, image.geometry, output, index)
             encoded = self._encoders.submit(
                 self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops

@@ -20,7 +20,7 @@ from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.evaluation.cached_boxes import judged_box_metrics
+from mfdetr_cache.evaluation.cached_boxes import judge_orientations, judged_box_metrics
 from mfdetr_cache.extraction.content import plan_cache
 from mfdetr_cache.extraction.stream import Extraction, ImageSource
 from mfdetr_cache.ops.devices import torch_device
@@ -42,6 +42,7 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
     _announce(config, content, partition, reporter)
     started = time.perf_counter()
     with CacheWriter.open_or_create(config.cache, content, partition) as writer:
+        untold: dict[int, int] = {}
         if config.work.engine == "ray":
             extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
         else:
@@ -51,12 +52,14 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
             worker.run(writer.pending_parts())
             worker.tell_oddities()
             extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
+            untold = worker.untold
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
     box = None
     if partition == WHOLE:
         cache.require_complete()
     if cache.is_complete:
+        judge_orientations(cache, untold, reporter)
         box = judged_box_metrics(cache, reporter)
     return ExtractSummary(
         cache_id=cache.cache_id,

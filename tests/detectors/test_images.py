@@ -43,6 +43,7 @@ def test_every_orientation_is_upright_as_its_annotation(
         # Where both sizes are the same nobody can know which way was annotated.
         is_told = annotated is not None and (stored.size == upright.size)
         assert loaded.oddities == ((EXIF_UNTOLD,) if is_told else ())
+        assert loaded.untold == (tag if is_told else 1)
     if stored.size != upright.size:
         as_stored = load_with_oddities(path, size[::-1]).image
         np.testing.assert_array_equal(np.asarray(as_stored), np.asarray(stored))
