@@ -1,5 +1,6 @@
 """Where images and annotations of a split lie, in the layouts that tools export."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from mfdetr_cache.errors import ConfigError, DatasetError
 
 _ROBOFLOW = "_annotations.coco.json"
+# Names of files of a whole dataset, as Label Studio, FiftyOne and labelme2coco export it.
+_WHOLE = {"", "result", "labels", "dataset", "annotations"}
 # Names of one split in different tools.
 _SAME = ({"val", "valid", "validation"}, {"train", "training"}, {"test", "testing"})
 
@@ -91,11 +94,13 @@ def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
         for name, images in yolo_splits(path).items():
             yield name, DatasetFiles(images, path)
     for path in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
-        if path.stem == "instances" or path.stem.startswith("instances_"):
-            name = path.stem.removeprefix("instances").removeprefix("_")
-            places = (folder / name, folder / "images" / name, folder / "images")
-            there = [p for p in places if p.is_dir() and p != folder]
-            if there:
-                yield name or "all", DatasetFiles(there[0], path)
+        name = re.sub("^instances?_?", "", path.stem)
+        places = [folder / name, folder / "images" / name] if name not in _WHOLE else []
+        if name != path.stem or name in _WHOLE or any(name in same for same in _SAME):
+            places += [folder / "images", folder / "data"]
+        if (
+            there := next((p for p in places if p.is_dir() and p != path.parent), None)
+        ) is not None:
+            yield "all" if name in _WHOLE else name, DatasetFiles(there, path)
     for path in sorted([*folder.glob(_ROBOFLOW), *folder.glob(f"*/{_ROBOFLOW}")]):
         yield path.parent.name, DatasetFiles(path.parent, path)

@@ -43,6 +43,12 @@ def moved(tmp_path: Path, images: str, annotations: str) -> Path:
         ("train", "train/_annotations.coco.json", "train"),
         ("valid", "valid/_annotations.coco.json", "val"),
         ("images", "instances.json", None),
+        ("images/default", "annotations/instances_default.json", None),
+        ("images", "annotations/train.json", "train"),
+        ("train", "annotations/train.json", "train"),
+        ("images", "annotations/instance_val.json", "val"),
+        ("images", "result.json", None),
+        ("data", "labels.json", None),
     ],
 )
 def test_splits_are_found_by_name(
@@ -54,6 +60,15 @@ def test_splits_are_found_by_name(
     found = load_coco_split(files.annotations, files.images)
     require_images(files.images, found, "")
     assert found.images == plain.images
+
+
+def test_json_of_something_else_is_no_split(tmp_path: Path, plain: CocoSplit) -> None:
+    folder = moved(tmp_path, "images", "annotations/captions_val2017.json")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(DatasetError, match="has no split in a layout that is known"):
+        find_split(folder, None)
+    (folder / "annotations.json").write_text("{}")
+    assert find_split(folder, None).images == folder / "images"
 
 
 def test_what_is_not_there_is_named_with_what_is(tmp_path: Path, plain: CocoSplit) -> None:
