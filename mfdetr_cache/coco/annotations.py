@@ -192,7 +192,8 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> tuple[dict[s
     for key in required:
         if not isinstance(document.get(key), list):
             raise DatasetError(
-                f"annotation file {path} has no list {key!r}, but {keys_of(document)}; is it COCO "
+                f"annotation file {path} has no list {key!r}, but "
+                f"{'null or another value' if key in document else keys_of(document)}; is it COCO "
                 "instances?"
             )
         if not document[key]:

@@ -1,9 +1,12 @@
 """Ids as people write them: whole numbers, floats, text; everything inside counts in integers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 SourceId = int | str
+_Found = TypeVar("_Found")
 
 # Evaluators keep ids in doubles, which hold every whole number up to here.
 _LARGEST = 2**53
@@ -33,6 +36,37 @@ def source_id(value: object) -> SourceId | None:
     if digits.isascii() and digits.isdigit() and len(digits) < 20 and str(int(whole)) == whole:
         return int(whole)
     return text or None
+
+
+def number_of(written: object) -> int | None:
+    """The number that a text is, such as ``'000139'``; None for anything else."""
+    if isinstance(written, str) and written.isascii() and written.isdigit() and len(written) < 20:
+        return int(written)
+    return None
+
+
+def with_numbers(found: Mapping[SourceId, _Found]) -> dict[SourceId, _Found]:
+    """What has ids, by these and by the numbers that they are with other zeros before them.
+
+    Examples:
+        >>> with_numbers({"007": "a", "b": "c"})
+        {7: 'a', '007': 'a', 'b': 'c'}
+    """
+    counts = Counter(map(number_of, found))
+    numbers = {n: v for k, v in found.items() if (n := number_of(k)) is not None and counts[n] == 1}
+    return {**numbers, **found}
+
+
+def known_id(value: object, found: Container[SourceId]) -> SourceId | None:
+    """The form of an id by which something is found, if any; else that of :func:`source_id`.
+
+    Examples:
+        >>> [known_id(value, {7}) for value in ("7", "007", "a7")]
+        [7, 7, 'a7']
+    """
+    written = source_id(value)
+    number = number_of(written)
+    return number if written not in found and number in found else written
 
 
 def internal_ids(ids: Sequence[SourceId | None]) -> list[int]:

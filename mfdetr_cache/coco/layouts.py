@@ -98,9 +98,8 @@ def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
         places = [folder / name, folder / "images" / name] if name not in _WHOLE else []
         if name != path.stem or name in _WHOLE or any(name in same for same in _SAME):
             places += [folder / "images", folder / "data"]
-        if (
-            there := next((p for p in places if p.is_dir() and p != path.parent), None)
-        ) is not None:
-            yield "all" if name in _WHOLE else name, DatasetFiles(there, path)
+        there = [p for p in places if p.is_dir() and p != path.parent]
+        if there:
+            yield "all" if name in _WHOLE else name, DatasetFiles(there[0], path)
     for path in sorted([*folder.glob(_ROBOFLOW), *folder.glob(f"*/{_ROBOFLOW}")]):
         yield path.parent.name, DatasetFiles(path.parent, path)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.faults import Faults, short
-from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
+from mfdetr_cache.coco.ids import SourceId, internal_ids, known_id, source_id, with_numbers
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
@@ -86,6 +86,7 @@ def read_annotations(
         Those that can be used, in the order of the file.
     """
     in_parts = polygons_in_parts(a.get("segmentation") for a in raw if isinstance(a, dict))
+    images, categories = with_numbers(images), with_numbers(categories)
     drafts = []
     for number, annotation in enumerate(raw):
         if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
@@ -142,7 +143,7 @@ def _draft(
         return None
     own = source_id(annotation.get("id"))
     where = f"annotation {number} (counted from 0)" if own is None else f"annotation {own}"
-    image_id = source_id(annotation.get("image_id"))
+    image_id = known_id(annotation.get("image_id"), images)
     if image_id not in images:
         which = short(annotation.get("image_id")) if image_id is None else image_id
         faults.refuse(where, f"is of image {which}, which is not in its list of images")
@@ -150,7 +151,7 @@ def _draft(
     assert image_id is not None
     entry = images[image_id]
     where = f"{where} of image {image_id}"
-    category_id = source_id(annotation.get("category_id"))
+    category_id = known_id(annotation.get("category_id"), categories)
     if category_id not in categories:
         which = short(annotation.get("category_id")) if category_id is None else category_id
         faults.refuse(where, f"has category_id {which}, which is not in its list of categories")

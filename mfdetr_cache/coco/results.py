@@ -10,7 +10,7 @@ from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.faults import Faults, keys_of, short
-from mfdetr_cache.coco.ids import SourceId, source_id
+from mfdetr_cache.coco.ids import SourceId, known_id, named, number_of, source_id, with_numbers
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import finite_number, four_numbers
@@ -76,6 +76,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         _images_by_id(split, {source_id(r.get("image_id")) for r in entries}),
         _categories_by_id(split),
         polygons_in_parts(r.get("segmentation") for r in entries),
+        f" (it has {named(c.written_id for c in split.categories)}), so it matches nothing",
     )
     drafts = [
         draft
@@ -132,8 +133,8 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
     ]
     counts = Counter(name for name, _ in names)
     by_name: dict[SourceId, ImageEntry] = {n: entry for n, entry in names if counts[n] == 1}
-    by_id = {**by_name, **{e.written_id: e for e in split.images}}
-    numbers = [(int(n), e) for n, e in names if n.isascii() and n.isdigit() and len(n) < 20]
+    by_id = {**by_name, **with_numbers({e.written_id: e for e in split.images})}
+    numbers = [(number, e) for name, e in names if (number := number_of(name)) is not None]
     by_number: dict[SourceId, ImageEntry] = dict(numbers)
     if not wanted <= by_id.keys() and wanted <= by_number.keys() and len(by_number) == len(numbers):
         return by_number
@@ -144,24 +145,28 @@ def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
     """Every id that can only mean one category: its own, and its name."""
     counts = Counter(c.name for c in split.categories)
     by_name = {c.name: c.category_id for c in split.categories if counts[c.name] == 1}
-    return {**by_name, **{c.written_id: c.category_id for c in split.categories}}
+    return with_numbers({**by_name, **{c.written_id: c.category_id for c in split.categories}})
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What results are read by: images and categories by what names them, the unit of polygons."""
+    """What results are read by: images and categories by what names them, the unit of polygons.
+
+    ``known`` ends the message about an unknown category.
+    """
 
     images: Mapping[SourceId, ImageEntry]
     categories: Mapping[SourceId, int]
     in_parts: bool
+    known: str
 
     def image(self, written: SourceId) -> ImageEntry | None:
         """An image by its id, its file's name, or a path that ends in it."""
         if written in self.images or not isinstance(written, str):
             return self.images.get(written)
         name = PurePosixPath(written.replace("\\", "/")).name
-        number = int(name) if name.isascii() and name.isdigit() and len(name) < 20 else name
-        return self.images.get(name, self.images.get(number))
+        found = known_id(name, self.images)
+        return None if found is None else self.images.get(found)
 
 
 def _draft(
@@ -174,7 +179,8 @@ def _draft(
     if not isinstance(result, dict):
         faults.refuse(where, f"is {short(result)}")
         return None
-    image_id, category_id = (source_id(result.get(k)) for k in ("image_id", "category_id"))
+    image_id = source_id(result.get("image_id"))
+    category_id = known_id(result.get("category_id"), reading.categories)
     score = finite_number(result.get("score"))
     for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
         if value is None:
@@ -190,7 +196,7 @@ def _draft(
         faults.refuse(where, f"is of image {image_id}, which is not in the annotation file")
         return None
     if category_id not in reading.categories:
-        faults.repair(where, "category_id is not in the annotation file, so it matches nothing")
+        faults.repair(where, f"category_id is not in the annotation file{reading.known}")
         return None
     box = four_numbers(result.get("bbox"))
     if box is None and result.get("bbox") not in (None, []):

@@ -158,6 +158,11 @@ def by_name(documents: Documents) -> None:
         result["category_id"] = names[result["category_id"]]
 
 
+def padded(documents: Documents) -> None:
+    for entry in documents[0]["images"] + documents[0]["categories"]:
+        entry["id"] = f"{entry['id']:06d}"
+
+
 def in_parts(documents: Documents) -> None:
     """Polygons in parts of the sides of the image; powers of two, so that no digit is lost."""
     sizes = {i["id"]: (i["width"], i["height"]) for i in documents[0]["images"]}
@@ -205,6 +210,8 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "negative image ids": rename("image_id", "images", lambda i: i - 1000),
     "image ids from 0": rename("image_id", "images", lambda i: (i - 100) // 5),
     "image ids that no double holds": rename("image_id", "images", lambda i: 2**62 + i),
+    "image ids with zeros before them": rename("image_id", "images", lambda i: f"{i:06d}"),
+    "zeros in the images alone": padded,
     "image names as ids": rename("image_id", "images", lambda i: f"f{i}"),
     "results by file name": in_files,
     "results by a number in the file's name": in_numbers,
