@@ -18,8 +18,8 @@ EXIF_UNTOLD = (
     "are rotated, as viewers and predict do. Remove the tag where the annotations were made without"
 )
 DARK_16_BITS = (
-    "images of 16 bits that use the lowest 14 or less: of 16 bits the upper eight are kept, so they "
-    "are dark or black. Save them as 8 bits, or scale them to the whole range"
+    "images of 16 bits that use the lowest 14 or less: of 16 bits the upper eight are kept, so "
+    "they are dark or black. Save them as 8 bits, or scale them to the whole range"
 )
 
 
@@ -72,7 +72,8 @@ def load_with_oddities(path: Path, annotated_hw: tuple[int, int] | None = None) 
                     f"image {path} is {size[0]} x {size[1]} (height x width), its annotation says "
                     f"{annotated_hw[0]} x {annotated_hw[1]}; {advice}"
                 )
-            if ";16" in stored and _largest(opened) <= _LARGEST_14_BITS:
+            wide = ";16" in stored or opened.mode.startswith("I")
+            if wide and _largest(opened) <= _LARGEST_14_BITS:
                 oddities = (*oddities, DARK_16_BITS)
             if turned > 1 and annotated_hw in (None, upright):
                 return LoadedImage(as_rgb(ImageOps.exif_transpose(opened)), oddities, untold)

@@ -60,8 +60,9 @@ def test_swapped_sides_are_called_that(tmp_path: Path) -> None:
 def test_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 2**16, (20, 30)).astype(np.uint16)
     for largest, oddities in ((2**16 - 1, ()), (2**14 - 1, (DARK_16_BITS,))):
-        Image.fromarray(values & largest).save(tmp_path / "a.png")
-        loaded = load_with_oddities(tmp_path / "a.png", (20, 30))
-        grey = np.asarray(loaded.image)[..., 0]
-        np.testing.assert_array_equal(grey, (values & largest) >> 8)
-        assert loaded.oddities == oddities
+        for kind in (np.uint16, np.int32):
+            Image.fromarray((values & largest).astype(kind)).save(tmp_path / "a.tif")
+            loaded = load_with_oddities(tmp_path / "a.tif", (20, 30))
+            grey = np.asarray(loaded.image)[..., 0]
+            np.testing.assert_array_equal(grey, (values & largest) >> 8)
+            assert loaded.oddities == oddities
