@@ -53,7 +53,9 @@ def with_numbers(found: Mapping[SourceId, _Found]) -> dict[SourceId, _Found]:
         {7: 'a', '007': 'a', 'b': 'c'}
     """
     counts = Counter(map(number_of, found))
-    numbers = {n: v for k, v in found.items() if (n := number_of(k)) is not None and counts[n] == 1}
+    numbers: dict[SourceId, _Found] = {
+        n: v for k, v in found.items() if (n := number_of(k)) is not None and counts[n] == 1
+    }
     return {**numbers, **found}
 
 

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from mfdetr_cache.coco.faults import short
 from mfdetr_cache.errors import DatasetError
@@ -90,6 +90,10 @@ def _said(error: Exception, data: bytes) -> str:
     return str(error)
 
 
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 def _of_zip(data: bytes, path: Path, kind: str) -> bytes:
     """The one JSON file of a zip archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -102,7 +106,7 @@ def _of_zip(data: bytes, path: Path, kind: str) -> bytes:
             return _unpacked(file, path, kind, len(data))
 
 
-def _unpacked(file: IO[bytes], path: Path, kind: str, packed_bytes: int) -> bytes:
+def _unpacked(file: _Readable, path: Path, kind: str, packed_bytes: int) -> bytes:
     limit = max(_LEAST_UNPACKED_LIMIT, _MOST_UNPACKED_RATIO * packed_bytes)
     data = bytearray()
     while block := file.read(_BLOCK):
