@@ -144,7 +144,9 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
 def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
     """Every id that can only mean one category: its own, and its name."""
     counts = Counter(c.name for c in split.categories)
-    by_name = {c.name: c.category_id for c in split.categories if counts[c.name] == 1}
+    by_name: dict[SourceId, int] = {
+        c.name: c.category_id for c in split.categories if counts[c.name] == 1
+    }
     return with_numbers({**by_name, **{c.written_id: c.category_id for c in split.categories}})
 
 
