@@ -46,10 +46,10 @@ def test_from_images_to_mask_ap(
 ) -> None:
     save(tmp_path / "detector")
     config = scenes.extract_config(
-        scenes_folder, str(tmp_path / "detector"), tmp_path / "a.zarr", preset="int8"
+        scenes_folder, str(tmp_path / "detector"), tmp_path / "a.zarr", preset="int8", limit=4
     )
     extracted = run_extract(config, SilentReporter())
-    assert extracted.num_images == 8
+    assert extracted.num_images == 4
     labels = FeatureCache.open(tmp_path / "a.zarr").label_categories
     # "no object" and "other" belong to no category of the dataset.
     assert sum(c < 0 for c in labels) == len(labels) - 2
