@@ -251,9 +251,10 @@ def test_a_gpu_that_is_full_splits_the_step(
 def test_validation_on_the_way_changes_nothing(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
+    scenes.write_scenes(tmp_path / "val", count=2, seed=1)
     validation = {
-        "val_images": scenes_folder / "images",
-        "val_annotations": scenes_folder / "instances.json",
+        "val_images": tmp_path / "val/images",
+        "val_annotations": tmp_path / "val/instances.json",
         "val_every": 2,
     }
     for tune in ("nothing", "all"):
