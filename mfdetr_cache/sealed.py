@@ -14,8 +14,7 @@ _BODY = len(_HEAD) + 64 + len(_END_OF_HEAD)
 def seal(document: Mapping[str, Any]) -> bytes:
     """A document as a file that carries its own hash.
 
-    Returns:
-        The same JSON object with ``sha256`` as its first field: that of every byte behind it.
+    The first field of its JSON object is ``sha256``: that of every byte behind it.
     """
     body = json.dumps(document, indent=1, sort_keys=True).encode()[1:]
     return _HEAD + hashlib.sha256(body).hexdigest().encode() + _END_OF_HEAD + body

@@ -116,21 +116,13 @@ def folder_of(number: int) -> str:
 
 
 def version_numbers(storage: Storage) -> tuple[int, ...]:
-    """Sealed versions of the annotations.
-
-    Returns:
-        Their numbers, rising.
-    """
+    """Numbers of the sealed versions of the annotations, rising."""
     matches = (_SEAL.fullmatch(key) for key in storage.sizes(SEALS))
     return tuple(sorted(int(m[1]) for m in matches if m))
 
 
 def newest_version(storage: Storage) -> int:
-    """The version that is read where none is chosen.
-
-    Raises:
-        CacheError: If there is none.
-    """
+    """The version that is read where none is chosen; CacheError if there is none."""
     numbers = version_numbers(storage)
     if not numbers:
         raise CacheError(f"{storage.name}/{SEALS} holds no sealed annotations; {MEND}")
@@ -193,8 +185,7 @@ def _object_columns(per_row: list[GroundTruth]) -> dict[str, NDArray[Any]]:
 def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRecord:
     """The sealed document of a version.
 
-    Raises:
-        CacheError: If it is missing, damaged, or of another version or cache.
+    CacheError if it is missing, damaged, or of another version or cache.
     """
     key = seal_key(number)
     where = f"{storage.name}/{key}"
@@ -301,10 +292,9 @@ class Annotations:
         return GroundTruth(run_lengths=runs, **values)
 
     def crops(self, view: str, row: int) -> tuple[NDArray[np.int64], StoredMap] | None:
-        """Crops of C1 that came with these annotations, all that the row needs.
+        """Query of each crop of C1, rising, and the crops, all that the row needs.
 
-        Returns:
-            Query of each crop, rising, and the crops; None where those of the features will do.
+        They came with these annotations; None where those of the features will do.
         """
         if self._root.layout.c1_roi is None:
             return None

@@ -59,10 +59,9 @@ def columns_of(spec: DetectorSpec, layout: CacheLayout) -> dict[str, ColumnSpec]
 
 
 def image_columns(layout: CacheLayout) -> dict[str, int | None]:
-    """Columns that are written when a cache is created, with their lengths.
+    """Paths and lengths of the columns that are written when a cache is created.
 
-    Returns:
-        Length by path; None where it depends on the names of the images.
+    A length is None where it depends on the names of the images.
     """
     rows = layout.num_rows
     lengths: dict[str, int | None] = {
@@ -78,11 +77,7 @@ def image_columns(layout: CacheLayout) -> dict[str, int | None]:
 
 
 def chunk_keys(path: str, spec: ColumnSpec, length: int) -> list[str]:
-    """Keys of a column's chunks.
-
-    Returns:
-        Keys in order; none for an empty column.
-    """
+    """Keys of a column's chunks in order; none for an empty column."""
     tail = ["0"] * len(spec.tail)
     return ["/".join([path, "c", str(i), *tail]) for i in range(-(-length // spec.chunk))]
 
@@ -118,11 +113,7 @@ _Lengths = tuple[int, int, int | None]
 
 
 def row_arrays(spec: DetectorSpec, layout: CacheLayout, view: str) -> dict[str, ArraySpec]:
-    """Every array of a view that is written part by part, by its path below the view.
-
-    Returns:
-        Array specifications in the order they are written.
-    """
+    """Every array of a view by its path below the view, in the order they are written."""
     below_view = _row_arrays(spec, layout)
     return {a.path: replace(a, path=f"views/{view}/{a.path}") for a in below_view}
 

@@ -42,11 +42,7 @@ class Certificate:
 
 
 def read_certificates(location: Location) -> tuple[Certificate, ...]:
-    """The certificates kept in a cache.
-
-    Raises:
-        CacheError: If one is damaged.
-    """
+    """The certificates kept in a cache; CacheError if one is damaged."""
     certificates = []
     storage = open_storage(location)
     for key in storage.sizes(CERTIFICATES_KEY):
@@ -67,8 +63,7 @@ def read_certificates(location: Location) -> tuple[Certificate, ...]:
 def write_certificate(storage: Storage, certificate: Certificate) -> None:
     """Keep a certificate in a cache, in place of an older one of the same head and reference.
 
-    Raises:
-        CacheError: If it cannot be written.
+    CacheError if it cannot be written.
     """
     with explained(storage):
         key = f"{CERTIFICATES_KEY}/{certificate.head}-{certificate.reference}.json"

@@ -53,8 +53,7 @@ class Columns:
     def slice(self, path: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of an array, without reading the others.
 
-        Raises:
-            CacheError: If one of its chunks is missing or damaged.
+        CacheError if one of its chunks is missing or damaged.
         """
         spec = self._root.column(path)
         if stop <= start:
@@ -108,11 +107,7 @@ class Columns:
 
 
 def read_checked(storage: Storage, key: str, sha256: bytes) -> bytes:
-    """A small file whose hash is known.
-
-    Raises:
-        CacheError: If it is missing or another.
-    """
+    """A small file whose hash is known; CacheError if it is missing or another."""
     where = f"{storage.name}/{key}"
     try:
         data = storage.read(key)

@@ -209,11 +209,7 @@ class Foundation:
         return int(self.columns["images/image_id"][row])
 
     def file_name(self, row: int) -> str:
-        """Name of a row's image, relative to the image folder.
-
-        Raises:
-            CacheError: If it is no text.
-        """
+        """Name of a row's image, relative to the image folder; CacheError if it is no text."""
         first, last = self.columns.bounds("images/file_name_offset", "images/file_name_utf8", row)
         try:
             return bytes(self.columns["images/file_name_utf8"][first:last]).decode()

@@ -90,11 +90,7 @@ def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
 
 
 def require_names(fields: Fields, root: Root, where: str) -> None:
-    """Refuse a sealed document of another cache.
-
-    Raises:
-        CacheError: Naming what it is of.
-    """
+    """Refuse a sealed document of another cache; the CacheError names what it is of."""
     for name, value in root.names.items():
         if fields[name] != value:
             raise CacheError(f"{where} is of {name} {fields[name]!r} and not {value!r}; {MEND}")
@@ -103,8 +99,7 @@ def require_names(fields: Fields, root: Root, where: str) -> None:
 def require_files(files: Mapping[str, FileRecord], keys: Iterable[str], where: str) -> None:
     """Refuse a sealed document that does not name exactly the files it seals.
 
-    Raises:
-        CacheError: Naming a file that is missing or too much.
+    The CacheError names a file that is missing or too much.
     """
     wrong = sorted(set(files) ^ set(keys))
     if wrong:
@@ -115,8 +110,7 @@ def require_files(files: Mapping[str, FileRecord], keys: Iterable[str], where: s
 def whole_parts(storage: Storage, root: Root, parts: Iterable[Part]) -> dict[Part, Manifest]:
     """Those of some parts that are sealed and whose files have the size they were sealed with.
 
-    Raises:
-        CacheError: If a manifest is damaged.
+    CacheError if a manifest is damaged.
     """
     if storage.folder is not None:
         size, has_manifest = storage.size, dict.fromkeys(parts, True)

@@ -56,8 +56,7 @@ def parse_partition(text: str) -> Partition:
 def partition_of_environment() -> Partition:
     """The share of this process among those that torchrun or a Slurm array started.
 
-    Returns:
-        The whole cache where there are no others.
+    The whole cache where there are no others.
     """
     variable = os.environ.get
     if int(variable("WORLD_SIZE", "1")) > 1:

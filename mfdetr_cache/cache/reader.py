@@ -83,11 +83,7 @@ class FeatureCache(Foundation):
         return not self.missing_parts
 
     def require_complete(self) -> None:
-        """Refuse to go on with a cache that is not whole.
-
-        Raises:
-            CacheError: Saying how many parts are missing.
-        """
+        """Refuse to go on with a cache that is not whole; CacheError."""
         if not self.missing_parts:
             return
         missing = f"{len(self.missing_parts)} of {len(self.layout.parts)} parts are missing"

@@ -234,11 +234,7 @@ def _kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
 
 
 def stored_maps(spec: DetectorSpec, layout: CacheLayout) -> tuple[MapSpec, ...]:
-    """The maps a cache holds, crops of C1 among them.
-
-    Returns:
-        Specifications in the order they are written.
-    """
+    """The maps a cache holds, crops of C1 among them, in the order they are written."""
     maps = _kept_maps(spec, layout.c1)
     if layout.c1_roi is None:
         return maps

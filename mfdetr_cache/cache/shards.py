@@ -83,8 +83,7 @@ _SIZE_BYTES = (0, 2, 4, 8)
 def frame_bytes(data: memoryview, start: int) -> int:
     """How many bytes a zstd frame says it holds (RFC 8878, 3.1.1.1), to be asked before memory is.
 
-    Returns:
-        Bytes; -1 if it is no frame that says it.
+    -1 if it is no frame that says it.
     """
     if len(data) < start + 6 or data[start : start + 4] != _ZSTD_MAGIC:
         return -1
@@ -126,10 +125,9 @@ class ShardBuilder:
         self._sha256.update(encoded)
 
     def finish(self) -> tuple[list[bytes], FileRecord]:
-        """The shard's bytes in order: chunks, their checksums, index, checksum of the index.
+        """Pieces of the shard in order, and what a manifest says of them.
 
-        Returns:
-            Pieces to be written one after the other, and what a manifest says of them.
+        Chunks, their checksums, index, checksum of the index.
         """
         checksums, index = self._checksums.tobytes(), self._index.tobytes()
         tail = checksums + index + struct.pack("<I", crc32c(index))
@@ -189,11 +187,7 @@ class ShardReader:
         return f"{self.storage.name}/{self.key}"
 
     def entries(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Where neighbouring chunks are.
-
-        Raises:
-            CacheError: If a chunk was never written.
-        """
+        """Where neighbouring chunks are; CacheError if one was never written."""
         entries: list[tuple[int, int]] = self.index[first : first + count].tolist()
         if any(offset == _EMPTY for offset, _ in entries):
             raise CacheError(f"{self.name}: chunk {first} is missing; {MEND}")
@@ -202,8 +196,7 @@ class ShardReader:
     def read(self, first: int, count: int) -> list[bytes]:
         """The encoded bytes of neighbouring chunks.
 
-        Raises:
-            CacheError: If a chunk was never written, or the file ends early.
+        CacheError if a chunk was never written, or the file ends early.
         """
         entries = self.entries(first, count)
         try:

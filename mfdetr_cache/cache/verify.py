@@ -74,19 +74,14 @@ def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) 
 
 
 def annotation_versions(storage: Storage) -> tuple[int, ...]:
-    """Versions that there must be: the first, and whichever is sealed.
-
-    Returns:
-        Their numbers, rising.
-    """
+    """Numbers of the versions that there must be, rising: the first, and whichever is sealed."""
     return tuple(sorted({0, *version_numbers(storage)}))
 
 
 def unknown_files(storage: Storage, opened: Opened) -> tuple[str, ...]:
-    """Files below a cache that are none of its own: nothing reads them.
+    """Keys of files below a cache that are none of its own: nothing reads them.
 
-    Returns:
-        Their keys; hidden files and what a killed writing leaves are not among them.
+    Hidden files and what a killed writing leaves are not among them.
     """
     root = opened.root
     known = {FOUNDATION_KEY, *(opened.foundation.files if opened.foundation else ())}

@@ -55,11 +55,7 @@ class CacheView:
         )
 
     def geometry(self, row: int) -> ImageGeometry:
-        """Sizes of a row's picture in this view.
-
-        Returns:
-            Size of the picture in original pixels, resized and input size.
-        """
+        """Sizes of a row's picture in this view: in original pixels, resized, and of the input."""
 
         def pair(values: NDArray[Any]) -> tuple[int, int]:
             return int(values[0]), int(values[1])
@@ -79,11 +75,7 @@ class CacheView:
         return total
 
     def ground_truth(self, row: int) -> GroundTruth:
-        """The annotated objects of a row.
-
-        Returns:
-            The objects in pixels of the view's picture, masks as run lengths.
-        """
+        """The annotated objects of a row in pixels of the view's picture, masks as run lengths."""
         return self._annotations.objects(self.name, row, self.transform(row).size_hw)
 
     def read(

@@ -127,8 +127,7 @@ def _jitter(
 def transform_image(image: Image.Image, transform: ViewTransform) -> Image.Image:
     """The picture of a view, in original resolution.
 
-    Returns:
-        Window of the image, mirrored if asked for; filled with ImageNet's mean colour outside.
+    A window of the image, mirrored if asked for; filled with ImageNet's mean colour outside.
     """
     x0, y0, x1, y1 = transform.crop_xyxy
     if (x0, y0, x1, y1) != (0, 0, image.width, image.height):

@@ -77,8 +77,7 @@ class Faults:
     def stop_if_unusable(self, on_bad: OnBad) -> None:
         """Refuse the file unless its unusable entries are to be left out.
 
-        Raises:
-            DatasetError: Naming the first ten, and how many there are.
+        The DatasetError names the first ten, and how many there are.
         """
         if self.unusable and on_bad == "stop":
             raise DatasetError(

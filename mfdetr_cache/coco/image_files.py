@@ -27,8 +27,7 @@ _LONGEST_PATH = 3000
 def check_file_name(name: str, where: str) -> None:
     """Refuse a file name that leads out of the image folder, on any operating system.
 
-    Raises:
-        DatasetError: If it is absolute, has ``..`` in it, or is no name of a file.
+    DatasetError if it is absolute, has ``..`` in it, or is no name of a file.
     """
     fault = fault_of_name(name)
     if fault:
@@ -81,8 +80,7 @@ def _spellings(name: str) -> Iterator[str]:
 def open_image(path: Path) -> Image.Image:
     """Open an image file without decoding its pixels.
 
-    Raises:
-        ImageError: If it is no regular file, no image of a known format, or too large.
+    ImageError if it is no regular file, no image of a known format, or too large.
     """
     if not path.is_file():
         lacking = "is no regular file" if path.exists() else "is not on disk"
@@ -104,10 +102,9 @@ def open_image(path: Path) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image.
+    """The EXIF orientation of an opened image: 1 to 8.
 
-    Returns:
-        1 to 8; 1, upright, where there is none or it cannot be read.
+    1, upright, where there is none or it cannot be read.
     """
     try:
         value = image.getexif().get(_ORIENTATION, 1)

@@ -21,9 +21,8 @@ _SUPERSAMPLE = 3
 def draw_scene(seed: int) -> tuple[Image.Image, list[dict[str, Any]]]:
     """One scene and its objects; the same seed always gives the same scene.
 
-    Returns:
-        The image, 140 to 220 pixels a side, and for each visible object ``label`` (an index into
-        SHAPES), ``mask`` (visible pixels, bool) and ``box_xywh``.
+    The image has 140 to 220 pixels a side; each visible object has ``label`` (an index into
+    SHAPES), ``mask`` (visible pixels, bool) and ``box_xywh``.
     """
     random = np.random.default_rng((7919, seed))
     height, width = (int(v) for v in random.integers(140, 221, 2))

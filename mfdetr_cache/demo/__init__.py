@@ -6,18 +6,13 @@ _HERE = Path(__file__).parent
 
 
 def demo_detector() -> Path:
-    """The folder of the detector that comes with the package.
+    """The detector that comes with the package, a Hugging Face folder.
 
-    Returns:
-        A Hugging Face folder, made by ``scripts/train_demo_detector.py``.
+    ``scripts/train_demo_detector.py`` made it.
     """
     return _HERE / "detector"
 
 
 def demo_head() -> Path:
-    """The folder of a mask network for that detector.
-
-    Returns:
-        A head folder, made by ``scripts/train_demo_head.py``.
-    """
+    """The folder of a mask network for that detector, made by ``scripts/train_demo_head.py``."""
     return _HERE / "head"

@@ -88,11 +88,7 @@ class MaskHead(nn.Module):
         return predictor.codec if isinstance(predictor, EmbeddingPredictor | Refinement) else None
 
     def forward(self, batch: HeadBatch) -> HeadOutput:
-        """Masks of all regions of a batch.
-
-        Returns:
-            Mask logits and predicted IoUs, in the order of the batch.
-        """
+        """Mask logits and predicted IoUs of all regions, in the order of the batch."""
         if not len(batch.queries):
             return self.no_masks(batch.queries)
         # Maps of different sizes cannot be stacked: up to RoIAlign, one group after the other.

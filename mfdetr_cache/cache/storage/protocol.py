@@ -29,11 +29,7 @@ class Storage(Protocol):
         """The local folder; None where there is none."""
 
     def read(self, key: str) -> bytes:
-        """A whole file.
-
-        Raises:
-            FileNotFoundError: If there is none.
-        """
+        """A whole file; FileNotFoundError if there is none."""
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Parts of a file by offset and length; shorter than asked for where the file ends early.
@@ -58,8 +54,7 @@ class Storage(Protocol):
     def forget(self, key: str) -> bool:  # noqa: ARG002
         """Drop copies of a file that turned out to be damaged.
 
-        Returns:
-            Whether there were any, so that the file is worth reading again.
+        True if there were any, so that the file is worth reading again.
         """
         return False
 

@@ -66,9 +66,8 @@ def run_repair(
 ) -> RepairSummary:
     """Find every fault, then run the cache's own extraction for these parts.
 
-    Raises:
-        CacheError: If weights or annotations are not those of the cache, or another process writes
-            it; nothing was changed then.
+    CacheError if weights or annotations are not those of the cache, or another process writes it;
+    nothing was changed then.
     """
     storage = open_storage(path)
     opened = read_opened(storage)
