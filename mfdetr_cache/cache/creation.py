@@ -84,12 +84,7 @@ class CacheContent:
 def create_cache(storage: Storage, content: CacheContent) -> None:
     """Write metadata and everything known beforehand; it appears as a whole.
 
-    Args:
-        storage: Where the cache goes: nothing, an empty folder, or what a killed creation left.
-        content: What the cache is of.
-
-    Raises:
-        CacheError: If the storage holds anything else.
+    The storage holds nothing, an empty folder, or what a killed creation left; else CacheError.
     """
     if storage.folder is not None:
         _create_folder(storage.folder, content)

@@ -114,11 +114,7 @@ class CacheLayout:
         return tuple(Part(v, n) for v in self.views for n in range(self.parts_per_view))
 
     def rows_of_part(self, part: int) -> range:
-        """The rows of one part.
-
-        Args:
-            part: Number of the part inside its view.
-        """
+        """The rows of a part, by its number inside its view."""
         first = part * self.images_per_part
         return range(first, min(first + self.images_per_part, self.num_rows))
 

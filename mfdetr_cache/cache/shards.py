@@ -96,11 +96,7 @@ def frame_bytes(data: memoryview, start: int) -> int:
 
 
 def decompress(data: memoryview) -> bytes:
-    """A chunk through zstd and nothing else: the floor that reading is measured against.
-
-    Args:
-        data: The chunk's bytes, checksum included.
-    """
+    """A chunk, checksum included, through zstd alone: what reading is measured against."""
     plain: bytes = zstd_decompress(data[:-CRC_BYTES])
     return plain
 

@@ -42,11 +42,7 @@ class CocoSplit:
     faults: tuple[Faults, ...] = field(default=(), compare=False)
 
     def first(self, limit: int | None) -> "CocoSplit":
-        """The same split with the first ``limit`` images only.
-
-        Args:
-            limit: How many images to keep; None keeps all.
-        """
+        """The same split with the first ``limit`` images only; None keeps all."""
         if limit is None:
             return self
         images = self.images[:limit]

@@ -52,11 +52,7 @@ class ViewTransform:
 
 
 def identity_transform(size_hw: tuple[int, int]) -> ViewTransform:
-    """The whole image as it is: the view ``base``.
-
-    Args:
-        size_hw: Height and width of the image.
-    """
+    """The whole image as it is: the view ``base``."""
     return ViewTransform((0, 0, size_hw[1], size_hw[0]), flip=False, shortest_edge=0)
 
 

@@ -49,12 +49,7 @@ class BoxForm:
         )
 
     def to_xywh(self, box: Box, size_hw: tuple[int, int]) -> Box:
-        """A box in this form as x, y, width, height in pixels.
-
-        Args:
-            box: As written.
-            size_hw: Height and width of its image.
-        """
+        """A box in this form as x, y, width, height in pixels."""
         if self.kind == "rows":
             box = (box[1], box[0], box[3], box[2])
         height, width = size_hw if self.in_parts else (1, 1)

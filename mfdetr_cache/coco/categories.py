@@ -234,9 +234,5 @@ def _plain(name: str) -> str:
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """Names of categories as caches, heads and pycocotools keep them.
-
-    Args:
-        categories: ``{"id", "name"}`` each.
-    """
+    """Names of categories, ``{"id", "name"}`` each, as caches, heads and pycocotools keep them."""
     return {int(c["id"]): str(c["name"]) for c in categories}

@@ -57,11 +57,7 @@ class Scene:
         return replace(self, pixels=self.pixels[:, ::-1], masks=self.masks[:, :, ::-1])
 
     def resized(self, size_hw: tuple[int, int]) -> "Scene":
-        """The scene in another size.
-
-        Args:
-            size_hw: Height and width in pixels.
-        """
+        """The scene in another size in pixels."""
         size = size_hw[::-1]
         pixels = np.asarray(Image.fromarray(self.pixels).resize(size, Image.Resampling.BILINEAR))
         masks = np.zeros((len(self), *size_hw), np.bool_)

@@ -83,14 +83,7 @@ class DetectorOptions:
 
 
 def options_of(identity: Mapping[str, Any]) -> DetectorOptions:
-    """The options a cache or a head was made with.
-
-    Args:
-        identity: The detector identity kept with it.
-
-    Returns:
-        Options that give the same queries and maps.
-    """
+    """The options that a cache or a head was made with, by the detector identity kept with it."""
     settings, resize = identity["settings"], identity["preprocessing"]
     sides = [resize.get(k) for k in ("height", "width", "shortest_edge", "longest_edge")]
     classes = settings.get(CLASS_AGNOSTIC) or identity["label_names"]

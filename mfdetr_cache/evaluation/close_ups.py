@@ -70,9 +70,7 @@ class CloseUp:
 def close_ups(ground_truth: COCO, subjects: Sequence[Sequence[Result]]) -> list[CloseUp]:
     """Every annotated object that some subject finds; no crowds, none without a mask.
 
-    Args:
-        ground_truth: Of the images.
-        subjects: COCO mask results of each, RLE.
+    ``subjects`` are the COCO mask results of each, RLE.
     """
     results: list[dict[tuple[int, int], list[dict[str, object]]]] = []
     for subject in subjects:

@@ -27,11 +27,8 @@ def confusions(truth: COCO, results: Sequence[Result]) -> tuple[Confusion, ...]:
     """What the annotated objects were found as, the most frequent first.
 
     An object is found as the category of the most confident result whose mask overlaps it by an IoU
-    of 0.5 or more. Crowds and objects without a mask do not count.
-
-    Args:
-        truth: The annotated objects.
-        results: COCO results with ``segmentation`` (RLE).
+    of 0.5 or more. Crowds and objects without a mask do not count. Results have a ``segmentation``
+    (RLE).
     """
     of_image: dict[int, list[Result]] = defaultdict(list)
     for result in sorted(results, key=lambda r: -float(r["score"])):

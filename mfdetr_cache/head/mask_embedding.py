@@ -44,13 +44,9 @@ class LinearCodec(nn.Module):
         self.register_buffer("basis", _cosines(width))
 
     def fit(self, masks: Tensor) -> float:
-        """Learn the basis.
+        """Learn the basis from coverage of objects over their boxes, shape (N, 28, 28).
 
-        Args:
-            masks: Coverage of objects over their boxes, shape (N, 28, 28).
-
-        Returns:
-            Share of the masks' variance that the basis keeps, in [0, 1].
+        Returns the share of the masks' variance that the basis keeps, in [0, 1].
         """
         flat = masks.flatten(1).double()
         mean = flat.mean(0)

@@ -62,11 +62,7 @@ class Storage(Protocol):
         """Bytes of a file; None if there is none."""
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Files below a prefix.
-
-        Args:
-            prefix: Such as ``views/base``; empty for all.
-        """
+        """Files below a prefix such as ``views/base``; empty for all."""
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
         """Write pieces one behind the other as a file that is either absent or whole."""
