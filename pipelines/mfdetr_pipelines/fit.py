@@ -1,7 +1,6 @@
 """Fit: a dataset and a detector in, a trained head with figures and pictures out."""
 
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -166,8 +165,6 @@ def _copy_paste(config: FitConfig, steps: _Steps, reporter: Reporter) -> dict[st
 
     def run() -> None:
         if not files["annotations"].exists():
-            # Made by a call that was stopped.
-            shutil.rmtree(out, ignore_errors=True)
             run_copy_paste(paste, reporter)
 
     steps.run("paste objects", words, run)

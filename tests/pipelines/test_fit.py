@@ -18,6 +18,7 @@ from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
 from mfdetr_cache.errors import MfdetrError, StoppedError
+from mfdetr_cache.files import PARTIAL
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
 from tests.support.browser import require_readable
@@ -137,7 +138,7 @@ def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: P
     out = tmp_path / "out"
     with pytest.raises(StoppedError):
         fit(data, out, Stopping("copy-paste"), copies=1)
-    (out / "pasted-1/images").mkdir(parents=True)  # as one that was killed while pasting
+    (out / f"pasted-1/images{PARTIAL}").mkdir(parents=True)  # as one that was killed while pasting
     found = fit(data, out, copies=1, views=None)
     assert [shlex.split(line)[1] for line in found.commands] == [
         *("extract", "copy-paste", "extract", "train-head", "evaluate")
