@@ -37,7 +37,15 @@ _WEIGHT_KEYS = (
     ("module",),
 )
 # Where training scripts keep their arguments.
-_SETTING_KEYS = ("args", "model_config", "hyper_parameters", "train_config", "config", "cfg")
+_SETTING_KEYS = (
+    "args",
+    "model_config",
+    "hyper_parameters",
+    "train_config",
+    "config",
+    "cfg",
+    "meta",
+)
 # What torch says of a name that it does not know, and of a class that is filled like a dictionary.
 _UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
 _FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
@@ -163,9 +171,18 @@ def _load_pickle(path: Path) -> object:
                 elif filled:
                     inert |= filled
                 else:
-                    raise DetectorError(f"{path} cannot be read as a checkpoint") from error
+                    raise _unreadable(path, "cannot be read as a checkpoint") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError) as error:
-        raise DetectorError(f"{path} is damaged or no PyTorch checkpoint") from error
+        raise _unreadable(path, "is damaged or no PyTorch checkpoint") from error
+
+
+def _unreadable(path: Path, what: str) -> DetectorError:
+    if path.suffix == ".pkl":
+        what = (
+            "is a pickle of arrays, as detectron2 writes them, or damaged; load it with pickle "
+            "where you trust it, and torch.save its state dict as tensors"
+        )
+    return DetectorError(f"{path} {what}")
 
 
 def _require_whole(path: Path) -> None:
@@ -279,7 +296,9 @@ def _fields(value: object, depth: int = 3) -> Iterator[tuple[str, Any]]:
 def _class_names(document: object, settings: Mapping[str, Any]) -> tuple[str, ...]:
     places: list[object] = [settings.get("class_names")]
     if isinstance(document, Mapping):
-        places = [*(document.get(key) for key in _NAME_KEYS), *places]
+        # mmengine has them in meta.dataset_meta, older files of mmdetection in meta itself.
+        of_meta = {name.lower(): value for name, value in _fields(document.get("meta"))}
+        places = [*(document.get(key) for key in _NAME_KEYS), *places, of_meta.get("classes")]
     for names in places:
         if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
             names = [names.get(i, "") for i in range(max(names, default=-1) + 1)]

@@ -1,15 +1,17 @@
-"""Preprocessing of an RGB image, as the detector's authors do it: resized by PIL.
+"""Preprocessing of an RGB image, as the detector's authors do it.
 
 PIL's antialiasing differs from tensor interpolation; a detector trained with one loses accuracy
-with the other, so PIL is the only resize here; torchvision's detectors bring their own.
+with the other. PIL is the resize of all but mmdetection's, which is OpenCV's; torchvision's
+detectors bring their own.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class Preprocessing:
         rescale: Factor on the 8-bit values.
         mean: Subtracted per channel after rescaling; None for no normalisation.
         std: Divided by per channel.
+        resize: Whose code resizes. PIL with the sizes of the DETRs' authors, PIL with detectron2's
+            sizes, or mmcv: OpenCV's bilinear interpolation.
     """
 
     height: int | None
@@ -40,6 +44,7 @@ class Preprocessing:
     rescale: float
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    resize: Literal["PIL", "detectron2", "mmcv"] = "PIL"
 
     @classmethod
     def from_processor(cls, processor: dict[str, Any], where: str) -> "Preprocessing":
@@ -83,7 +88,7 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values, for a cache's identity."""
-        return {"resize": "PIL", **asdict(self)}
+        return {"resize": self.resize, **asdict(self)}
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
         """Sizes of an image; nothing is padded, since images run one by one.
@@ -97,15 +102,20 @@ class Preprocessing:
             assert self.shortest_edge is not None
             assert self.longest_edge is not None
             edge = shortest_edge or self.shortest_edge
-            resized = shortest_edge_size(original_hw, edge, self.longest_edge)
+            resized = _SIZES[self.resize](original_hw, edge, self.longest_edge)
         return ImageGeometry(original_hw, resized, resized)
 
     def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one RGB image, float32, shape (3, H, W)."""
         height, width = self.input_geometry((image.height, image.width), shortest_edge).resized_hw
+        array = np.asarray(image)
         if (image.height, image.width) != (height, width):
-            image = image.resize((width, height), Image.Resampling(self.resample))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            if self.resize == "mmcv":
+                array = opencv_bilinear(array, (height, width))
+            else:
+                image = image.resize((width, height), Image.Resampling(self.resample))
+                array = np.asarray(image)
+        pixels = torch.from_numpy(np.array(array)).permute(2, 0, 1)
         # Division, not multiplication by the reciprocal, where the factor is 1/255: that is what
         # the detectors' own code does, and the two differ in the last bit.
         if abs(self.rescale * 255 - 1) < 1e-6:
@@ -152,3 +162,62 @@ def shortest_edge_size(size_hw: tuple[int, int], shortest: int, longest: int) ->
     target = max(target, 1)
     other = max(int(target * large / small), 1)
     return (other, target) if width < height else (target, other)
+
+
+def detectron2_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
+    """The test-time (height, width) of detectron2's ``ResizeShortestEdge``: rounded.
+
+    >>> detectron2_size((480, 640), 800, 1333)
+    (800, 1067)
+    >>> detectron2_size((200, 640), 800, 1333)
+    (417, 1333)
+    """
+    small = min(size_hw)
+    sides = [shortest if side == small else shortest / small * side for side in size_hw]
+    scale = min(longest / max(sides), 1.0)
+    height, width = (max(int(side * scale + 0.5), 1) for side in sides)
+    return height, width
+
+
+def mmcv_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
+    """The test-time (height, width) of mmcv's ``Resize``; it differs where a half is rounded.
+
+    >>> mmcv_size((480, 640), 800, 1333)
+    (800, 1067)
+    """
+    scale = min(longest / max(size_hw), shortest / min(size_hw))
+    height, width = (max(int(side * scale + 0.5), 1) for side in size_hw)
+    return height, width
+
+
+_SIZES = {"PIL": shortest_edge_size, "detectron2": detectron2_size, "mmcv": mmcv_size}
+
+
+def opencv_bilinear(image: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """``cv2.resize`` with ``INTER_LINEAR`` of an image (h, w, C), to the bit.
+
+    It does not antialias, and its weights are multiples of 1/2048.
+    """
+    x0, x1, left, right = _taps(image.shape[1], size_hw[1], inside=True)
+    y0, y1, upper, lower = _taps(image.shape[0], size_hw[0], inside=False)
+    rows = image.take(x0, 1) * left[:, None] + image.take(x1, 1) * right[:, None]
+    rows >>= 4
+    above, below = rows.take(y0, 0), rows.take(y1, 0)
+    above *= upper[:, None, None]
+    below *= lower[:, None, None]
+    above >>= 16
+    below >>= 16
+    above += below
+    mixed: NDArray[np.uint8] = ((above + 2) >> 2).astype(np.uint8)
+    return mixed
+
+
+def _taps(source: int, target: int, *, inside: bool) -> tuple[NDArray[Any], ...]:
+    """Both cells that an output mixes, and their weights; ``inside`` as OpenCV does along x."""
+    place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    first = np.floor(place).astype(np.int64)
+    share = place - first.astype(np.float32)
+    if inside:
+        share[(first < 0) | (first >= source - 1)] = 0
+    weights = (np.rint(w * np.float32(2048)).astype(np.int32) for w in (1 - share, share))
+    return (first.clip(0, source - 1), (first + 1).clip(0, source - 1), *weights)

@@ -12,13 +12,14 @@ from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.checkpoint import is_authors_folder, read_checkpoint
 from mfdetr_cache.detectors.huggingface.families import ENCODER_MAPS, FAMILIES, EncoderMaps
 from mfdetr_cache.detectors.huggingface.loading import load_huggingface_detector
-from mfdetr_cache.detectors.official.adapter import SCHEMES, load_official_detector
+from mfdetr_cache.detectors.official.adapter import DINO_T20, SCHEMES, load_official_detector
 from mfdetr_cache.detectors.official.architecture import (
     ARCHITECTURES,
     Architecture,
     read_architecture,
 )
 from mfdetr_cache.detectors.official.detr import WIDTH
+from mfdetr_cache.detectors.official.layouts import layout_of, read_source
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.torchvision.loading import (
@@ -46,7 +47,15 @@ _SCHEME_NAMES = {
     "h-detr": "H-DETR",
     "dino": "DINO",
 }
-_OFFICIAL_NUMBERS = "numbers of the official code: 1e-4 in logits, 1e-5 in boxes"
+# The same detectors as other code bases write them.
+_ELSEWHERE = {
+    "deformable-detr": ("Deformable DETR", "detrex, mmdetection"),
+    "h-detr": ("H-DETR", "detrex"),
+    "dino": ("DINO", "detrex, mmdetection"),
+    DINO_T20: ("DINO, position temperature 20", "detrex"),
+}
+_BOUNDS = "1e-4 in logits, 1e-5 in boxes"
+_OFFICIAL_NUMBERS = f"numbers of the official code: {_BOUNDS}"
 _CHECKED = {
     "h-detr-r50": _OFFICIAL_NUMBERS,
     "h-detr-swin-t": _OFFICIAL_NUMBERS,
@@ -63,11 +72,6 @@ _PAPER = {
     "dino-focalnet-l": "7, 8, 15, 16",
 }
 _FROM_WEIGHTS = "of the model"
-# A tensor of DETRs that others trained with code of their own, and whose.
-_OTHER_TOOLS = {
-    "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
-    "encoder.layers.0.self_attn.sampling_offsets.weight": "mmdetection",
-}
 _ENCODERS: dict[str, EncoderMaps] = {
     "lw-detr": "projector",
     "rf-detr": "projector",
@@ -136,7 +140,18 @@ def list_detectors() -> tuple[DetectorListing, ...]:
         DetectorListing(name, f"plugin {p.value}", "see the plugin", "", "by its authors")
         for name, p in _plugins().items()
     ]
-    return (*official, *authors, *transformers, *torchvision, *plugins)
+    elsewhere = [
+        DetectorListing(
+            name=name,
+            model=model,
+            weights=f"checkpoint of {tools}",
+            width=str(WIDTH),
+            encoder_maps="layer N (default 4)",
+            checked=f"their code: {_BOUNDS}",
+        )
+        for name, (model, tools) in _ELSEWHERE.items()
+    ]
+    return (*official, *elsewhere, *authors, *transformers, *torchvision, *plugins)
 
 
 def _of_weights(
@@ -209,13 +224,14 @@ def _load(
         return load_authors_detector(name, file, options, categories)
     if options.prompt:
         raise DetectorError(f"--prompt: {name} has its own classes; leave it out")
-    if name in ARCHITECTURES or name in SCHEMES:
+    if name in ARCHITECTURES or name in (*SCHEMES, DINO_T20):
         return load_official_detector(name, None if weights is None else str(weights), options)
     if name.startswith(PREFIX):
         return load_torchvision_detector(name, _given(weights, name, "a state dict"), options)
     plugin = _plugins().get(name)
     if plugin is None:
-        known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, *AUTHORS, *TORCHVISION_NAMES, *_plugins()]
+        known = [AUTO, "hf", *ARCHITECTURES, *SCHEMES, DINO_T20, *AUTHORS, *TORCHVISION_NAMES]
+        known += _plugins()
         raise DetectorError(f"unknown detector {name!r}{nearest(name, known)}")
     return plugin.load()(weights, options)  # type: ignore[no-any-return]
 
@@ -236,11 +252,20 @@ def _detector_of(weights: str | None) -> str:
     checkpoint = read_checkpoint(path)
     tensors = checkpoint.tensors
     found = recognised(tensors) + recognised_torchvision(checkpoint)
-    with contextlib.suppress(DetectorError):
-        found.append(read_architecture(tensors, weights).scheme)
+    layout = layout_of(tensors)
+    if layout != "official":
+        source = read_source(checkpoint)
+        found.append(read_architecture(source.tensors, weights, layout).scheme)
+        if layout == "detrex" and found[0] == "dino":
+            found.append(DINO_T20)
+    else:
+        with contextlib.suppress(DetectorError):
+            found.append(read_architecture(tensors, weights).scheme)
     if not found:
-        other = next((tool for key, tool in _OTHER_TOOLS.items() if key in tensors), None)
-        named = f": it has the names of {other}, which are not read" if other else ""
+        old = any(key.startswith("bbox_head.transformer.") for key in tensors)
+        named = (
+            ": it has the names of mmdetection 2; those of mmdetection 3 are read" if old else ""
+        )
         raise DetectorError(
             f"{weights} is no checkpoint of a known detector{named}; 'mfdetr detectors' lists them"
         )

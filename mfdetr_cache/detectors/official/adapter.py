@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.checkpoint import read_checkpoint
-from mfdetr_cache.detectors.labels import output_names
+from mfdetr_cache.detectors.labels import names_of_checkpoint, output_names
 from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.official.architecture import (
     ARCHITECTURES,
@@ -18,8 +18,8 @@ from mfdetr_cache.detectors.official.architecture import (
     read_architecture,
 )
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
+from mfdetr_cache.detectors.official.layouts import Source, read_source
 from mfdetr_cache.detectors.options import DetectorOptions
-from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.weights import (
     TunedPart,
     freeze,
@@ -31,18 +31,10 @@ from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
 
-# The same for all of them, training and test; mean and deviation of ImageNet.
-OFFICIAL_PREPROCESSING = Preprocessing(
-    height=None,
-    width=None,
-    shortest_edge=800,
-    longest_edge=1333,
-    resample=2,
-    rescale=1 / 255,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
 SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
+# A checkpoint of detrex does not say the temperature of its position encoding: 10,000 but for the
+# published dino_r50_4scale_24ep.
+DINO_T20 = "dino-t20"
 
 
 class OfficialDetector(nn.Module):
@@ -53,6 +45,7 @@ class OfficialDetector(nn.Module):
         model: The network with its weights.
         options: The user's options.
         class_names: Names stored with the weights; ignored unless there is one for every output.
+        source: The checkpoint; None for untrained weights.
 
     Raises:
         DetectorError: If an option does not fit the model.
@@ -64,6 +57,7 @@ class OfficialDetector(nn.Module):
         model: OfficialDetr,
         options: DetectorOptions,
         class_names: Sequence[str] = (),
+        source: Source | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,17 +68,22 @@ class OfficialDetector(nn.Module):
             raise DetectorError(
                 f"--encoder-layer {layer}: {name} has 1 to {architecture.num_layers}"
             )
-        queries = options.num_queries or architecture.num_queries
+        source = source or Source("official", {})
+        queries = options.num_queries or source.num_queries or architecture.num_queries
         most = architecture.table_rows or 900
         if not 1 <= queries <= most:
             raise DetectorError(f"--num-queries {queries}: {name} has 1 to {most}")
         model.num_queries = queries
         self.eval()
         self._layer = layer
-        self._preprocessing = OFFICIAL_PREPROCESSING.with_size(options.input_size)
-        # Outputs are numbered by category id, in most trainings; that of their names is not told.
+        self._source = source
+        self._preprocessing = source.preprocessing.with_size(options.input_size)
         outputs = architecture.num_labels
-        known = dict(enumerate(class_names)) if len(class_names) == outputs else {}
+        if source.layout == "official":
+            # Numbered by category id, in most trainings; that of their names is not told.
+            known = dict(enumerate(class_names)) if len(class_names) == outputs else {}
+        else:
+            known = names_of_checkpoint(outputs, class_names)
         self._maps = _map_specs(architecture, layer)
         self.spec = DetectorSpec(
             name=name,
@@ -101,6 +100,7 @@ class OfficialDetector(nn.Module):
                 "scheme": architecture.scheme,
                 "backbone": architecture.backbone.label,
                 "encoder_layer": layer,
+                **source.settings(),
                 **({"labels": "given"} if options.labels else {}),
                 "precision": "float32",
                 "batch_size": 1,
@@ -131,11 +131,12 @@ class OfficialDetector(nn.Module):
         return parameters_of_part(self.model, self.model.backbone, part)
 
     def save_weights(self, folder: Path) -> str:
-        """Write a checkpoint in the official form."""
+        """Write a checkpoint in the form of the one that was read."""
         make_folder(folder)
         path = folder / "checkpoint.pth"
+        document = self._source.document(self.model.state_dict())
         with whole_file(path) as partial, partial.open("wb") as file:
-            torch.save({"model": self.model.state_dict()}, file)
+            torch.save(document, file)
         return str(path)
 
 
@@ -157,7 +158,8 @@ def load_official_detector(
     """A detector of the paper from its published checkpoint, frozen, on the CPU.
 
     Args:
-        name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any.
+        name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any;
+            :data:`DINO_T20` is a DINO of detrex with DINO's own position encoding.
         weights: The checkpoint file; None builds the named architecture with untrained weights.
         options: The user's options.
 
@@ -170,14 +172,16 @@ def load_official_detector(
         torch.manual_seed(0)
         return OfficialDetector(name, OfficialDetr(ARCHITECTURES[name]), options)
     checkpoint = read_checkpoint(Path(weights))
-    tensors = checkpoint.tensors
-    architecture = read_architecture(tensors, weights)
-    _require_named(name, architecture, weights)
+    source = read_source(checkpoint, 20.0 if name == DINO_T20 else 10000.0)
+    architecture = read_architecture(source.tensors, weights, source.layout, source.arithmetic)
+    if name == DINO_T20 and source.layout != "detrex":
+        raise DetectorError(f"{weights} says its position encoding; pass --detector dino")
+    _require_named(name.removesuffix("-t20"), architecture, weights)
     with torch.device("meta"):
         model = OfficialDetr(architecture)
     model = model.to_empty(device="cpu")
-    _load(model, tensors, weights)
-    return OfficialDetector(name, model, options, checkpoint.class_names)
+    _load(model, source.tensors, weights)
+    return OfficialDetector(name, model, options, checkpoint.class_names, source)
 
 
 def _require_named(name: str, architecture: Architecture, weights: str) -> None:

@@ -2,23 +2,49 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.errors import DetectorError
 
 Scheme = Literal["deformable-detr", "h-detr", "dino"]
+Layout = Literal["official", "detrex", "mmdetection"]
 
 # One-to-many queries of every published H-DETR; the rest of its query table is one-to-one.
 _ONE_TO_MANY = 1500
 
 
 @dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a detector computes without a tensor that says it.
+
+    Attributes:
+        temperature: Temperature of the encoder's position encoding.
+        offset: Cells that are subtracted from a position before it is encoded.
+        update_eps: Where the inverse sigmoid is cut that updates boxes between decoder layers.
+        final_eps: Where that of the boxes of the output is cut.
+    """
+
+    temperature: float
+    offset: float
+    update_eps: float
+    final_eps: float
+
+
+OFFICIAL_ARITHMETIC: dict[Scheme, Arithmetic] = {
+    "deformable-detr": Arithmetic(10000.0, 0.5, 1e-5, 1e-5),
+    "h-detr": Arithmetic(10000.0, 0.5, 1e-5, 1e-5),
+    "dino": Arithmetic(20.0, 0.0, 1e-3, 1e-3),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
-    """Hyperparameters of an official detector.
+    """Hyperparameters of an official detector, or of the same one in another code base.
 
     Attributes:
         scheme: Detector, which decides how proposals, queries and boxes are computed.
@@ -33,6 +59,8 @@ class Architecture:
         num_layers: Encoder and decoder layers.
         two_stage: Whether queries start from encoder proposals.
         box_refine: Whether every decoder layer refines the boxes.
+        layout: Whose checkpoint this is: some tensors are there in one code base only.
+        arithmetic: What its code computes; None for that of the official code.
     """
 
     scheme: Scheme
@@ -46,6 +74,13 @@ class Architecture:
     num_layers: int = 6
     two_stage: bool = True
     box_refine: bool = True
+    layout: Layout = "official"
+    arithmetic: Arithmetic | None = None
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether all decoder layers have one head, and proposals another (DINO's own code)."""
+        return self.scheme == "dino" and self.layout == "official"
 
 
 _R50 = BackboneArchitecture("resnet", (3, 4, 6, 3), 256)
@@ -68,8 +103,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
-    """Infer the architecture from a state dict; DetectorError if it is no known detector."""
+def read_architecture(
+    weights: Mapping[str, Tensor],
+    where: str,
+    layout: Layout = "official",
+    arithmetic: Arithmetic | None = None,
+) -> Architecture:
+    """Infer the architecture from a state dict; DetectorError if it is no known detector.
+
+    Its names are the official ones, whatever the ``layout`` of the file.
+    """
     try:
         encoder = "transformer.encoder.layers.0"
         num_levels = weights["transformer.level_embed"].shape[0]
@@ -82,9 +125,12 @@ def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture
         elif table is not None and two_stage:
             scheme = "h-detr"
         rows = 0 if table is None else table.shape[0]
+        backbone = read_backbone(weights)
+        if layout == "mmdetection" and backbone.kind == "swin":
+            backbone = replace(backbone, by_channel=True)
         return Architecture(
             scheme=scheme,
-            backbone=read_backbone(weights),
+            backbone=backbone,
             num_levels=num_levels,
             num_points=samples // (8 * num_levels),
             num_labels=weights["class_embed.0.bias"].shape[0],
@@ -93,19 +139,30 @@ def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture
             hidden=weights[f"{encoder}.linear1.bias"].shape[0],
             num_layers=_count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
             two_stage=two_stage,
-            box_refine="transformer.decoder.bbox_embed.0.layers.0.weight" in weights,
+            box_refine=_refines(weights, layout),
+            layout=layout,
+            arithmetic=arithmetic,
         )
     except KeyError as error:
+        written = "in the official layout" if layout == "official" else f"as {layout} writes it"
         raise DetectorError(
-            f"{where} is no checkpoint of Deformable DETR, H-DETR or DINO in the official layout: "
-            f"it has no {error.args[0]}"
+            f"{where} is no checkpoint of Deformable DETR, H-DETR or DINO with a ResNet, Swin or "
+            f"FocalNet {written}: it has no {error.args[0]}"
         ) from None
 
 
+def _refines(weights: Mapping[str, Tensor], layout: Layout) -> bool:
+    """Whether layers have box heads of their own; mmdetection lists a shared one for each."""
+    if layout != "mmdetection":
+        return "transformer.decoder.bbox_embed.0.layers.0.weight" in weights
+    first, second = (weights.get(f"bbox_embed.{i}.layers.0.weight") for i in (0, 1))
+    return first is None or second is None or not torch.equal(first, second)
+
+
 def _test_queries(scheme: Scheme, rows: int) -> int:
-    if scheme == "h-detr":
-        # Fewer rows than the one-to-many group: a table that was cut to the one-to-one queries.
-        return rows - _ONE_TO_MANY if rows > _ONE_TO_MANY else rows
+    # Fewer rows than the one-to-many group: a table that was cut to the one-to-one queries.
+    if scheme != "dino" and rows > _ONE_TO_MANY:
+        return rows - _ONE_TO_MANY
     return rows or 300
 
 

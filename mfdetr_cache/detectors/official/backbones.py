@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet50, resnet101
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from mfdetr_cache.detectors.official.focalnet import FocalNet
@@ -29,6 +29,7 @@ class BackboneArchitecture:
         window: Side of the attention window (Swin).
         kernels: Focal kernel sizes of the first stage (FocalNet).
         first_stage: First stage that enters the encoder: 1 for 4-scale, 0 for 5-scale detectors.
+        by_channel: Whether a Swin merges patches channel by channel (mmdetection's does).
     """
 
     kind: BackboneKind
@@ -38,6 +39,7 @@ class BackboneArchitecture:
     window: int = 0
     kernels: tuple[int, ...] = ()
     first_stage: int = 1
+    by_channel: bool = False
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -48,19 +50,17 @@ class BackboneArchitecture:
     def label(self) -> str:
         """Its name for people."""
         if self.kind == "resnet":
-            return "ResNet-50" if self.depths[2] == 6 else "ResNet-101"
+            return f"ResNet-{3 * sum(self.depths) + 2}"
         name = "Swin" if self.kind == "swin" else f"FocalNet fl{len(self.kernels)}"
         return f"{name} of width {self.width}, depths {'-'.join(map(str, self.depths))}"
 
 
 class ResNetBody(nn.Module):
-    """torchvision's ResNet-50 or -101 v1.5 with frozen batch norm, without its classifier."""
+    """torchvision's ResNet v1.5 of bottlenecks with frozen batch norm, without its classifier."""
 
     def __init__(self, depths: tuple[int, ...]) -> None:
         super().__init__()
-        full = (resnet101 if depths[2] == 23 else resnet50)(
-            weights=None, norm_layer=FrozenBatchNorm2d
-        )
+        full = ResNet(Bottleneck, list(depths), norm_layer=FrozenBatchNorm2d)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(full, name))
 
@@ -90,6 +90,7 @@ class Backbone(nn.Module):
                 architecture.heads,
                 architecture.window,
                 architecture.first_stage,
+                by_channel=architecture.by_channel,
             )
         else:
             self.body = FocalNet(

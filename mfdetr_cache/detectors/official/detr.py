@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.detectors.official.architecture import Architecture
+from mfdetr_cache.detectors.official.architecture import OFFICIAL_ARITHMETIC, Architecture
 from mfdetr_cache.detectors.official.backbones import Backbone, no_padding
 from mfdetr_cache.detectors.official.positions import (
     box_position,
@@ -97,8 +97,9 @@ class _Transformer(nn.Module):
             self.enc_output_norm = nn.LayerNorm(WIDTH)
         if architecture.scheme == "dino":
             self.tgt_embed = nn.Embedding(architecture.table_rows, WIDTH)
-            self.enc_out_bbox_embed = Mlp(WIDTH, WIDTH, WIDTH, 4)
-            self.enc_out_class_embed = nn.Linear(WIDTH, architecture.num_labels)
+            if architecture.shares_heads:
+                self.enc_out_bbox_embed = Mlp(WIDTH, WIDTH, WIDTH, 4)
+                self.enc_out_class_embed = nn.Linear(WIDTH, architecture.num_labels)
         elif architecture.two_stage:
             self.pos_trans = nn.Linear(2 * WIDTH, 2 * WIDTH)
             self.pos_trans_norm = nn.LayerNorm(2 * WIDTH)
@@ -116,23 +117,25 @@ class OfficialDetr(nn.Module):
         super().__init__()
         self.architecture = architecture
         a = architecture
+        self.arithmetic = a.arithmetic or OFFICIAL_ARITHMETIC[a.scheme]
         self.num_queries = a.num_queries
         # DINO's Swin and FocalNet have no "body" in their keys, H-DETR's Swin and ResNets have.
-        self.bare_backbone = a.scheme == "dino" and a.backbone.kind != "resnet"
+        self.bare_backbone = a.shares_heads and a.backbone.kind != "resnet"
         self._backbone = [Backbone(a.backbone)]
         holder = self._backbone[0].body if self.bare_backbone else self._backbone[0]
         self.backbone = nn.ModuleList([holder])
         channels = a.backbone.stage_channels[a.backbone.first_stage :]
-        projections = [nn.Conv2d(c, WIDTH, 1) for c in channels]
+        bias = a.layout != "mmdetection"
+        projections = [nn.Conv2d(c, WIDTH, 1, bias=bias) for c in channels]
         width = channels[-1]
         for _ in range(a.num_levels - len(channels)):
-            projections.append(nn.Conv2d(width, WIDTH, 3, 2, 1))
+            projections.append(nn.Conv2d(width, WIDTH, 3, 2, 1, bias=bias))
             width = WIDTH
         self.input_proj = nn.ModuleList(
             nn.Sequential(conv, nn.GroupNorm(32, WIDTH)) for conv in projections
         )
         self.transformer = _Transformer(a)
-        if a.scheme == "dino":
+        if a.shares_heads:
             self.label_enc = nn.Embedding(a.num_labels + 1, WIDTH)  # denoising, training only
         elif a.scheme == "h-detr":
             self.query_embed = nn.Embedding(a.table_rows, WIDTH)
@@ -143,14 +146,16 @@ class OfficialDetr(nn.Module):
     def _add_heads(self) -> None:
         a = self.architecture
         label, box = nn.Linear(WIDTH, a.num_labels), Mlp(WIDTH, WIDTH, WIDTH, 4)
-        own = a.scheme != "dino" and a.box_refine
-        count = a.num_layers + (1 if a.scheme != "dino" and a.two_stage else 0)
+        own = a.box_refine and not a.shares_heads
+        count = a.num_layers + (a.two_stage and not a.shares_heads)
 
         def heads(head: nn.Module) -> nn.ModuleList:
             return nn.ModuleList(copy.deepcopy(head) if own else head for _ in range(count))
 
         self.class_embed, self.bbox_embed = heads(label), heads(box)
-        # The published state dicts list the same heads again below the decoder.
+        if a.layout == "mmdetection":
+            return
+        # The other state dicts list the same heads again below the decoder.
         if a.box_refine:
             self.transformer.decoder.bbox_embed = self.bbox_embed
         if a.two_stage:
@@ -188,13 +193,9 @@ class OfficialDetr(nn.Module):
             proposal_index=start.index,
         )
 
-    @property
-    def _eps(self) -> float:
-        return 1e-3 if self.architecture.scheme == "dino" else 1e-5
-
     def _levels(self, outputs: list[Tensor], padding_mask: Tensor) -> tuple[Memory, Tensor]:
         """Projected levels with masks, and position plus level embedding."""
-        temperature, offset = (20.0, 0.0) if self.architecture.scheme == "dino" else (10000.0, 0.5)
+        temperature, offset = self.arithmetic.temperature, self.arithmetic.offset
         maps = [p(o) for p, o in zip(self.input_proj, outputs, strict=False)]
         source = outputs[-1]
         for extra in self.input_proj[len(outputs) :]:
@@ -234,12 +235,12 @@ class OfficialDetr(nn.Module):
             return projected
 
         features, proposals = encoder_proposals(memory, project)
-        if a.scheme == "dino":
-            scores = t.enc_out_class_embed(features).max(-1).values
-            logits = t.enc_out_bbox_embed(features) + proposals
-        else:
-            scores = self.class_embed[-1](features)[..., 0]
-            logits = self.bbox_embed[-1](features) + proposals
+        label, box = self.class_embed[-1], self.bbox_embed[-1]
+        if a.shares_heads:
+            label, box = t.enc_out_class_embed, t.enc_out_bbox_embed
+        scores = label(features)
+        scores = scores.max(-1).values if a.scheme == "dino" else scores[..., 0]
+        logits = box(features) + proposals
         index = scores.topk(self.num_queries, dim=1).indices
         reference = torch.take_along_dim(logits, index[..., None], dim=1).sigmoid()
         if a.scheme == "dino":
@@ -268,17 +269,18 @@ class OfficialDetr(nn.Module):
             queries = layer(queries, position, scaled, memory)
             before = reference
             if self.architecture.box_refine:
-                reference = self._boxes(number, queries, reference)
+                reference = self._boxes(number, queries, reference, self.arithmetic.update_eps)
             references.append(reference)
         queries = decoder.norm(queries) if dino else queries
         last = len(decoder.layers) - 1
         logits = self.class_embed[last](queries)
-        return queries, references, logits, self._boxes(last, queries, before)
+        boxes = self._boxes(last, queries, before, self.arithmetic.final_eps)
+        return queries, references, logits, boxes
 
-    def _boxes(self, layer: int, queries: Tensor, reference: Tensor) -> Tensor:
+    def _boxes(self, layer: int, queries: Tensor, reference: Tensor, eps: float) -> Tensor:
         """Boxes relative to a reference, which may be a point."""
         delta = self.bbox_embed[layer](queries)
-        base = inverse_sigmoid(reference, self._eps)
+        base = inverse_sigmoid(reference, eps)
         if base.shape[-1] == 2:
             base = functional.pad(base, (0, 2))
         boxes: Tensor = (delta + base).sigmoid()

@@ -96,30 +96,43 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Merge 2 x 2 cells of ``width`` channels into one of twice as many."""
+    """Merge 2 x 2 cells of ``width`` channels into one of twice as many.
 
-    def __init__(self, width: int) -> None:
+    The four values of a channel stand together where ``by_channel``, else the channels of a cell.
+    """
+
+    def __init__(self, width: int, *, by_channel: bool = False) -> None:
         super().__init__()
+        self.by_channel = by_channel
         self.norm = nn.LayerNorm(4 * width)
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, h, w, C) to (B, ceil(h / 2), ceil(w / 2), 2C); odd sizes are padded."""
         maps = functional.pad(maps, (0, 0, 0, maps.shape[2] % 2, 0, maps.shape[1] % 2))
-        parts = [maps[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
-        merged: Tensor = self.reduction(self.norm(torch.cat(parts, dim=-1)))
+        if self.by_channel:
+            parts = [maps[:, row::2, col::2] for row in (0, 1) for col in (0, 1)]
+            cells = torch.stack(parts, dim=-1).flatten(3)
+        else:
+            parts = [maps[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
+            cells = torch.cat(parts, dim=-1)
+        merged: Tensor = self.reduction(self.norm(cells))
         return merged
 
 
 class _Stage(nn.Module):
     """Blocks of one resolution, and the way to the next."""
 
-    def __init__(self, width: int, depth: int, heads: int, window: int, *, last: bool) -> None:
+    def __init__(
+        self, width: int, depth: int, heads: int, window: int, *, last: bool, by_channel: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             SwinBlock(width, window, heads, window // 2 if i % 2 else 0) for i in range(depth)
         )
-        self.downsample: nn.Module | None = None if last else PatchMerging(width)
+        self.downsample: nn.Module | None = None
+        if not last:
+            self.downsample = PatchMerging(width, by_channel=by_channel)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """The stage's output as (B, C, h, w), and what the next stage begins with."""
@@ -156,11 +169,14 @@ class Swin(nn.Module):
         heads: tuple[int, ...],
         window: int,
         first_stage: int,
+        *,
+        by_channel: bool = False,
     ) -> None:
         super().__init__()
         self.patch_embed = _PatchEmbed(width)
         self.layers = nn.ModuleList(
-            _Stage(width << i, depths[i], heads[i], window, last=i == 3) for i in range(4)
+            _Stage(width << i, depths[i], heads[i], window, last=i == 3, by_channel=by_channel)
+            for i in range(4)
         )
         for index in range(first_stage, 4):
             self.add_module(f"norm{index}", nn.LayerNorm(width << index))

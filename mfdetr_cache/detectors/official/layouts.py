@@ -1,0 +1,258 @@
+"""Checkpoints of detrex and mmdetection under the names of the official code."""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from mfdetr_cache.detectors.checkpoint import Checkpoint
+from mfdetr_cache.detectors.official.architecture import Arithmetic, Layout
+from mfdetr_cache.detectors.preprocess import Preprocessing
+from mfdetr_cache.detectors.translated.names import (
+    Rules,
+    Translation,
+    carry,
+    carry_back,
+    count,
+    translate,
+)
+from mfdetr_cache.errors import DetectorError
+
+# The same for all of them, training and test; mean and deviation of ImageNet.
+OFFICIAL_PREPROCESSING = Preprocessing(
+    height=None,
+    width=None,
+    shortest_edge=800,
+    longest_edge=1333,
+    resample=2,
+    rescale=1 / 255,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+# The others subtract from values of 0 to 255.
+_DETREX_PREPROCESSING = replace(
+    OFFICIAL_PREPROCESSING,
+    resize="detectron2",
+    rescale=1.0,
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
+)
+# A tensor that only a detector of the code base has.
+_MARKS: dict[str, Layout] = {
+    "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
+    "encoder.layers.0.self_attn.sampling_offsets.weight": "mmdetection",
+}
+# Of a training only, or computed.
+_UNUSED = r"num_batches_tracked$|^label_enc\.|^dn_query_generator\."
+
+_LAYERS: Rules = (
+    (r"^neck\.convs\.(\d+)\.conv\.", r"input_proj.\1.0."),
+    (r"^neck\.convs\.(\d+)\.(?:gn|norm)\.", r"input_proj.\1.1."),
+    (r"\.ffns?(?:\.0)?\.layers\.0\.0\.", ".linear1."),
+    (r"\.ffns?(?:\.0)?\.layers\.1\.", ".linear2."),
+    (r"(encoder\.layers\.\d+)\.norms\.0\.", r"\1.norm1."),
+    (r"(encoder\.layers\.\d+)\.norms\.1\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.norms\.0\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.norms\.1\.", r"\1.norm1."),
+    (r"(decoder\.layers\.\d+)\.norms\.2\.", r"\1.norm3."),
+)
+_DETREX: Rules = (
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+    (r"^backbone\.stem\.", "backbone."),
+    (r"^backbone\.res([2-5])\.(\d+)\.shortcut\.norm\.", r"backbone.res\1.\2.downsample.1."),
+    (r"^backbone\.res([2-5])\.(\d+)\.shortcut\.", r"backbone.res\1.\2.downsample.0."),
+    (r"^(backbone\.res\d\.\d+)\.conv(\d)\.norm\.", r"\1.bn\2."),
+    *((rf"^backbone\.res{i + 1}\.", f"backbone.layer{i}.") for i in range(1, 5)),
+    (r"^backbone\.", "backbone.0.body."),
+    (r"^transformer\.level_embeds$", "transformer.level_embed"),
+    (r"(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
+    (r"(decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn."),
+    (r"(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn."),
+    (r"^query_embedding\.", "query_embed."),
+)
+_MMDETECTION: Rules = (
+    (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
+    (r"^(backbone\.)stages(\..*)\.linear([12])\.", r"\1layers\2.mlp.fc\3."),
+    (r"^backbone\.stages\.", "backbone.layers."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"^backbone\.", "backbone.0.body."),
+    (r"(decoder\.layers\.\d+\.self_attn)\.attn\.", r"\1."),
+    (r"^bbox_head\.cls_branches\.", "class_embed."),
+    *(
+        (rf"^bbox_head\.reg_branches\.(\d+)\.{2 * i}\.", rf"bbox_embed.\1.layers.{i}.")
+        for i in range(3)
+    ),
+    (r"^memory_trans_fc\.", "enc_output."),
+    (r"^memory_trans_norm\.", "enc_output_norm."),
+    (r"^pos_trans_fc\.", "pos_trans."),
+    (r"^reference_points_fc\.", "reference_points."),
+    (r"^(encoder|decoder|level_embed|enc_output|pos_trans|reference_points)", r"transformer.\1"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint under official names.
+
+    Attributes:
+        layout: Whose it is.
+        tensors: Its state dict.
+        checkpoint: The file, under the names of its code base; None for an official one.
+        preprocessing: What its code base does to an image at test time.
+        arithmetic: What its code computes; None for that of the official code.
+        names: Official name of each name in the file; empty where they are the same.
+        num_queries: Queries, where no table of the file tells.
+    """
+
+    layout: Layout
+    tensors: dict[str, Tensor]
+    checkpoint: Checkpoint | None = None
+    preprocessing: Preprocessing = OFFICIAL_PREPROCESSING
+    arithmetic: Arithmetic | None = None
+    names: Translation = field(default_factory=dict)
+    num_queries: int | None = None
+
+    def settings(self) -> dict[str, object]:
+        """What of this is part of a detector's identity, beside weights and preprocessing."""
+        if self.arithmetic is None:
+            return {}
+        return {"layout": self.layout, **asdict(self.arithmetic)}
+
+    def document(self, state: Mapping[str, Tensor]) -> dict[str, object]:
+        """A checkpoint as the code base writes it, of a state dict under official names."""
+        if self.checkpoint is None:
+            return {"model": dict(state)}
+        written = carry_back(state, self.names, self.checkpoint.tensors)
+        if self.layout == "detrex":
+            return {"model": written}
+        meta = {"cfg": self.checkpoint.settings["cfg"]}
+        classes = {"classes": self.checkpoint.class_names}
+        return {"state_dict": written, "meta": {**meta, "dataset_meta": classes}}
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Whose code wrote a state dict."""
+    return next((layout for key, layout in _MARKS.items() if key in tensors), "official")
+
+
+def read_source(checkpoint: Checkpoint, temperature: float = 10000.0) -> Source:
+    """A checkpoint under official names, with what its code computes.
+
+    ``temperature`` is that of detrex's position encoding, which its files do not tell.
+    DetectorError if the file is of mmdetection and does not hold a configuration that can be
+    followed.
+    """
+    tensors, layout = checkpoint.tensors, layout_of(checkpoint.tensors)
+    if layout == "official":
+        return Source(layout, tensors)
+    used = [key for key in tensors if not re.search(_UNUSED, key)]
+    convs = count(used, r"neck\.convs\.(\d+)\.")
+    extra = [
+        (rf"^neck\.extra_convs\.{i}\.", f"neck.convs.{convs + i}.")
+        for i in range(count(used, r"neck\.extra_convs\.(\d+)\."))
+    ]
+    rules = _DETREX if layout == "detrex" else _MMDETECTION
+    if "decoder.norm.weight" in tensors:
+        rules = (*rules, (r"^query_embedding\.", "transformer.tgt_embed."))
+    rules = (*extra, *_LAYERS, *rules, (r"^query_embedding\.", "query_embed."))
+    names = translate(used, rules)
+    renamed = carry(tensors, names)
+    if layout == "detrex":
+        offset = 0.5 if temperature == 10000 else 0.0
+        arithmetic = Arithmetic(temperature, offset, 1e-3, 1e-3)
+        return Source(layout, renamed, checkpoint, _DETREX_PREPROCESSING, arithmetic, names)
+    return _of_mmdetection(checkpoint, renamed, names)
+
+
+def _of_mmdetection(
+    checkpoint: Checkpoint, renamed: dict[str, Tensor], names: Translation
+) -> Source:
+    """What the configuration in the file says; two of DINO have equal tensors and other numbers."""
+    where = str(checkpoint.path)
+    config = _configuration(checkpoint.settings.get("cfg"), where)
+    try:
+        model = config["model"]
+        kind = str(model["type"]).rpartition(".")[2]
+        encoding, pixels = model["positional_encoding"], model["data_preprocessor"]
+        loader = config.get("test_dataloader") or {"dataset": {"pipeline": config["test_pipeline"]}}
+        resize = next(
+            step for step in loader["dataset"]["pipeline"] if step["type"].endswith("Resize")
+        )
+        width, height = resize["scale"]
+        mean, std = _three(pixels["mean"]), _three(pixels["std"])
+    except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
+        raise DetectorError(
+            f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
+            f"mmdetection 3 ({error})"
+        ) from error
+    expected = {
+        "model.type": (kind in ("DINO", "DeformableDETR"), model["type"]),
+        "positional_encoding.normalize": (encoding.get("normalize") is True, "False"),
+        "data_preprocessor.bgr_to_rgb": (pixels.get("bgr_to_rgb") is True, "False"),
+        "data_preprocessor.pad_size_divisor": (
+            pixels.get("pad_size_divisor", 1) == 1,
+            pixels.get("pad_size_divisor"),
+        ),
+        "backbone.style": (model["backbone"].get("style", "pytorch") == "pytorch", "caffe"),
+    }
+    for name, (follows, value) in expected.items():
+        if not follows:
+            raise DetectorError(
+                f"{where}: mmdetection's {name} = {value} is not read; DINO and Deformable DETR "
+                "with RGB input, without padding and a torchvision ResNet or a Swin are"
+            )
+    sizes: dict[str, Any] = {
+        "shortest_edge": min(width, height),
+        "longest_edge": max(width, height),
+    }
+    if not resize.get("keep_ratio", False):
+        sizes = {"height": height, "width": width, "shortest_edge": None, "longest_edge": None}
+    preprocessing = replace(_DETREX_PREPROCESSING, resize="mmcv", mean=mean, std=std, **sizes)
+    arithmetic = Arithmetic(
+        float(encoding.get("temperature", 10000)),
+        0.0 - float(encoding.get("offset", 0.0)),
+        1e-3 if kind == "DINO" else 1e-5,
+        1e-5,
+    )
+    queries = int(model.get("num_queries", 300))
+    return Source("mmdetection", renamed, checkpoint, preprocessing, arithmetic, names, queries)
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _configuration(text: object, where: str) -> dict[str, Any]:
+    """The assignments of a configuration of mmengine; nothing of it is run."""
+    if not isinstance(text, str):
+        raise DetectorError(
+            f"{where} is of mmdetection and does not hold its configuration (meta.cfg), without "
+            "which its position encoding is not known; keep 'meta' beside the 'state_dict'"
+        )
+    found: dict[str, Any] = {}
+    try:
+        for line in ast.parse(text).body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                found[line.targets[0].id] = _plain(line.value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DetectorError(f"{where}: its configuration (meta.cfg) cannot be read") from error
+    return found
+
+
+def _plain(node: ast.expr) -> Any:  # noqa: ANN401  any value of a configuration
+    """A value of literals and ``dict(...)``; None for any other expression."""
+    match node:
+        case ast.Call(func=ast.Name(id="dict")):
+            return {k.arg: _plain(k.value) for k in node.keywords}
+        case ast.List() | ast.Tuple():
+            return [_plain(item) for item in node.elts]
+        case ast.Dict():
+            return {_plain(k): _plain(v) for k, v in zip(node.keys, node.values, strict=True) if k}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

@@ -1,0 +1,74 @@
+"""Small checkpoints under the names of detrex and mmdetection.
+
+``tests/real/layouts`` holds names, shapes and numbers of their own code with two layers of each
+kind, a ResNet of one bottleneck a stage (or a small Swin), 12 queries and six classes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parents[1] / "real" / "layouts"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+CLASSES = tuple(f"kind {i}" for i in range(6))
+
+
+def detector_of(name: str) -> str:
+    """Value for --detector."""
+    if "deformable" in name:
+        return "deformable-detr"
+    return {"detrex_h_detr": "h-detr", "detrex_dino_t20": "dino-t20"}.get(name, "dino")
+
+
+def config(name: str, change: tuple[str, str] = ("", "")) -> str:
+    """What mmengine writes into a file, in part; ``change`` replaces a piece of it."""
+    dino = "dino" in name
+    near = "offset=0.0, temperature=20" if name.startswith("mmdet_dino") else "offset=-0.5"
+    near = "offset=-0.5, temperature=10000" if "improved" in name else near
+    text = f"""
+default_hooks = dict(checkpoint=dict(interval=1, type='CheckpointHook'))
+model = dict(
+    backbone=dict(depth=50, norm_eval=True, style='pytorch', type='ResNet'),
+    data_preprocessor=dict(
+        bgr_to_rgb=True, mean=[123.675, 116.28, 103.53], pad_size_divisor=1,
+        std=[58.395, 57.12, 57.375], type='DetDataPreprocessor'),
+    num_queries=12,
+    positional_encoding=dict(normalize=True, num_feats=128, {near}),
+    type='{"DINO" if dino else "DeformableDETR"}')
+test_dataloader = dict(batch_size=1, dataset=dict(pipeline=[
+    dict(backend_args=None, type='LoadImageFromFile'),
+    dict(keep_ratio=True, scale=(1333, 800), type='Resize')]))
+"""
+    assert change[0] in text
+    return text.replace(*change)
+
+
+def about(name: str) -> dict[str, Any]:
+    """Shapes, the names that share a tensor, and the salt of the rule."""
+    return dict(json.loads(str(np.load(FOLDER / f"{name}.npz")["about"])))
+
+
+def document(
+    name: str, tensors: dict[str, torch.Tensor], change: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
+    """A checkpoint as the code base writes it."""
+    if name.startswith("detrex"):
+        return {"model": tensors, "iteration": 7}
+    meta = {"cfg": config(name, change), "epoch": 12, "dataset_meta": {"classes": CLASSES}}
+    return {"meta": meta, "state_dict": tensors, "message_hub": {}}
+
+
+def random_tensors(name: str) -> dict[str, torch.Tensor]:
+    """Always the same weights, which give finite numbers."""
+    torch.manual_seed(0)
+    known = about(name)
+    made: dict[str, torch.Tensor] = {}
+    for key, shape in known["shapes"].items():
+        if key.endswith("relative_position_index"):
+            continue
+        spread = torch.rand(shape) if key.endswith("running_var") else torch.randn(shape)
+        made[key] = made[known["tied"][key]] if key in known["tied"] else 0.05 * spread
+    return made
