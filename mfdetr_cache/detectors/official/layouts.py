@@ -174,51 +174,67 @@ def _of_mmdetection(
     where = str(checkpoint.path)
     config = _configuration(checkpoint.settings.get("cfg"), where)
     try:
-        model = config["model"]
-        kind = str(model["type"]).rpartition(".")[2]
-        encoding, pixels = model["positional_encoding"], model["data_preprocessor"]
-        loader = config.get("test_dataloader") or {"dataset": {"pipeline": config["test_pipeline"]}}
-        resize = next(
-            step for step in loader["dataset"]["pipeline"] if step["type"].endswith("Resize")
-        )
-        width, height = resize["scale"]
-        mean, std = _three(pixels["mean"]), _three(pixels["std"])
+        followed = _follow(config, where)
     except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
         raise DetectorError(
             f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
             f"mmdetection 3 ({error})"
         ) from error
-    expected = {
-        "model.type": (kind in ("DINO", "DeformableDETR"), model["type"]),
-        "positional_encoding.normalize": (encoding.get("normalize") is True, "False"),
-        "data_preprocessor.bgr_to_rgb": (pixels.get("bgr_to_rgb") is True, "False"),
-        "data_preprocessor.pad_size_divisor": (
-            pixels.get("pad_size_divisor", 1) == 1,
-            pixels.get("pad_size_divisor"),
-        ),
-        "backbone.style": (model["backbone"].get("style", "pytorch") == "pytorch", "caffe"),
+    return Source("mmdetection", renamed, checkpoint, names=names, **followed)
+
+
+def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Preprocessing, arithmetic and number of queries of a configuration."""
+    model = config["model"]
+    kind = str(model["type"]).rpartition(".")[2]
+    encoding, pixels = model["positional_encoding"], model["data_preprocessor"]
+    steps = {
+        str(step["type"]).rpartition(".")[2]: step
+        for step in config["test_dataloader"]["dataset"]["pipeline"]
     }
-    for name, (follows, value) in expected.items():
+    resize = steps["Resize"]
+    expected = {
+        "model.type": (model["type"], kind in ("DINO", "DeformableDETR")),
+        "positional_encoding.normalize": (value := encoding.get("normalize"), value is True),
+        "data_preprocessor.bgr_to_rgb": (value := pixels.get("bgr_to_rgb"), value is True),
+        "pad_size_divisor": (value := pixels.get("pad_size_divisor", 1), value == 1),
+        "Pad": (steps.get("Pad"), "Pad" not in steps),
+        "Resize.backend": (value := resize.get("backend", "cv2"), value == "cv2"),
+        "Resize.interpolation": (
+            value := resize.get("interpolation", "bilinear"),
+            value == "bilinear",
+        ),
+        "backbone.style": (value := model["backbone"].get("style", "pytorch"), value == "pytorch"),
+    }
+    for name, (value, follows) in expected.items():
         if not follows:
             raise DetectorError(
                 f"{where}: mmdetection's {name} = {value} is not read; DINO and Deformable DETR "
                 "with RGB input, without padding and a torchvision ResNet or a Swin are"
             )
+    width, height = map(int, resize["scale"])
     sizes: dict[str, Any] = {
         "shortest_edge": min(width, height),
         "longest_edge": max(width, height),
     }
     if not resize.get("keep_ratio", False):
         sizes = {"height": height, "width": width, "shortest_edge": None, "longest_edge": None}
-    preprocessing = replace(_DETREX_PREPROCESSING, resize="mmcv", mean=mean, std=std, **sizes)
-    arithmetic = Arithmetic(
-        float(encoding.get("temperature", 10000)),
-        0.0 - float(encoding.get("offset", 0.0)),
-        1e-3 if kind == "DINO" else 1e-5,
-        1e-5,
-    )
-    queries = int(model.get("num_queries", 300))
-    return Source("mmdetection", renamed, checkpoint, preprocessing, arithmetic, names, queries)
+    return {
+        "preprocessing": replace(
+            _DETREX_PREPROCESSING,
+            resize="mmcv",
+            mean=_three(pixels["mean"]),
+            std=_three(pixels["std"]),
+            **sizes,
+        ),
+        "arithmetic": Arithmetic(
+            float(encoding.get("temperature", 10000)),
+            0.0 - float(encoding.get("offset", 0.0)),
+            1e-3 if kind == "DINO" else 1e-5,
+            1e-5,
+        ),
+        "num_queries": int(model.get("num_queries", 300)),
+    }
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:
