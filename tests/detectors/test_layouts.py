@@ -110,6 +110,22 @@ def test_configurations_that_are_not_followed(
         load_detector("auto", write(tmp_path / "c.pth", "mmdet_dino_swin_5scale", change))
 
 
+class _Log:
+    """As mmengine's HistoryBuffer, which keeps its own methods by name."""
+
+    def __init__(self) -> None:
+        self.methods = [self.__reduce__, np.ones(3)]
+
+
+def test_a_file_that_a_training_wrote(tmp_path: Path) -> None:
+    whole = document("mmdet_dino_swin_5scale", random_tensors("mmdet_dino_swin_5scale"))
+    whole["message_hub"] = {"log_scalars": {"train/loss": _Log()}}
+    whole["optimizer"] = {"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    torch.save(whole, tmp_path / "epoch_12.pth")
+    assert b"getattr" in (tmp_path / "epoch_12.pth").read_bytes()
+    assert load_detector("auto", str(tmp_path / "epoch_12.pth")).spec.label_names == CLASSES
+
+
 def test_files_that_lack_something(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     tensors = random_tensors("mmdet_dino_swin_5scale")
