@@ -54,7 +54,7 @@ def test_the_detector_may_be_left_out(tmp_path: Path, name: str) -> None:
     assert spec.settings["layout"] == {"d": "detrex", "m": "mmdetection"}[name[0]]
     assert spec.num_queries == 12
     assert spec.label_names == (CLASSES if name.startswith("mmdet") else spec.label_names)
-    same = load_same_detector("auto", path, detector_identity(spec))
+    same = load_same_detector("auto", path, detector_identity(spec), "cache")
     assert same.spec == spec
 
 
@@ -66,7 +66,8 @@ def test_detrex_does_not_say_the_temperature_of_dino(tmp_path: Path) -> None:
     assert one.spec.weights_sha256 == other.spec.weights_sha256
     assert one.spec.settings["temperature"] == 10000
     assert other.spec.settings["temperature"] == 20
-    assert load_same_detector("auto", path, detector_identity(other.spec)).spec == other.spec
+    same = load_same_detector("auto", path, detector_identity(other.spec), "cache")
+    assert same.spec == other.spec
     with pytest.raises(DetectorError, match="holds deformable-detr .*pass --detector deformable-d"):
         load_detector("dino", write(tmp_path / "d.pth", "detrex_deformable_refine"))
     with pytest.raises(DetectorError, match="says its position encoding; pass --detector dino"):
