@@ -4,6 +4,7 @@ import torch
 from scipy import fft
 from torch.nn import functional
 
+from mfdetr_cache.head import mask_embedding
 from mfdetr_cache.head.mask_embedding import (
     SIDE,
     EmbeddingPredictor,
@@ -88,12 +89,13 @@ def test_a_cosine_transform_keeps_what_its_frequencies_hold() -> None:
     assert kept == pytest.approx(1 - error, abs=1e-4)
 
 
-def test_an_autoencoder_learns_masks_and_then_stays() -> None:
-    """As much as principal components of that size keep, or nearly: it has learned to encode."""
+def test_an_autoencoder_learns_masks_and_then_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than principal components of that size keep, in a fifth of its steps."""
+    monkeypatch.setattr(mask_embedding, "_LEARNING_STEPS", 200)
     masks = blobs(300)
     torch.manual_seed(0)
     learned, linear = build_codec("learned", 20), build_codec("pca", 20)
-    assert learned.fit(masks) > linear.fit(masks) - 0.1
+    assert learned.fit(masks) > linear.fit(masks)
     assert not any(p.requires_grad for p in learned.parameters())
     codes = learned.encode(masks[:2]).requires_grad_()
     learned.decode(codes).sum().backward()
