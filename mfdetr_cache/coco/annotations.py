@@ -139,7 +139,8 @@ def load_coco_split(
         DatasetError: If the file is missing, is no COCO instances file, lists no image, has no
             annotation, or has something that cannot be used.
     """
-    if path.suffix in (".yaml", ".yml"):
+    is_yolo = path.suffix in (".yaml", ".yml")
+    if is_yolo:
         if images is None:
             raise DatasetError(f"{path} is a dataset in YOLO's layout: its images are needed too")
         file = read_yolo(path, images)
@@ -161,6 +162,8 @@ def load_coco_split(
     objects = [] if is_unannotated else document["annotations"]
     annotations = read_annotations(objects, listed, left_out, categories, of_annotations, masks)
     of_annotations.stop_if_unusable(on_bad)
+    if is_yolo:
+        of_annotations.repaired.clear()  # the layout has no boxes beside polygons, and no areas
     grouped: dict[int, list[Annotation]] = {e.image_id: [] for e in listed.values()}
     for annotation in annotations:
         grouped[annotation.image_id].append(annotation)

@@ -94,7 +94,7 @@ def read_yolo(path: Path, images: Path) -> JsonFile:
         text = labels / name.with_suffix(".txt")
         data = text.read_bytes() if text.is_file() else b""  # without: nothing in the image
         digest.update(name.as_posix().encode() + b"\0" + data + b"\0")
-        for line, words in enumerate(data.decode(errors="replace").splitlines(), 1):
+        for line, words in enumerate(data.decode("utf-8-sig", errors="replace").splitlines(), 1):
             if words.strip():
                 where = f"{text.relative_to(labels)}:{line}"
                 annotations.append({"id": where, "image_id": number, **_object(words, entry)})

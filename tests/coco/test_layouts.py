@@ -106,10 +106,14 @@ def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str) -> None:
     folder = write_yolo(
         tmp_path,
         yaml,
-        {"a": ["1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8", "", "0 0.6 0.6 0.9 0.6 0.9 0.9"], "b": []},
+        {
+            "a": ["\ufeff1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8", "", "0 0.6 0.6 0.9 0.6 0.9 0.9"],
+            "b": [],
+        },
     )
     files = find_split(folder, "train")
     split = load_coco_split(files.annotations, files.images)
+    assert not any(f.repaired for f in split.faults)
     document: Any = {
         "images": [
             {"id": 1, "file_name": "a.png", "height": 100, "width": 200},
