@@ -1,5 +1,6 @@
 """A training that starts from the weights of another head."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import run_train_joint
+from PIL import Image
 
 from mfdetr_cache.errors import HeadError, TrainingError
 from mfdetr_cache.head.folder import load_head
@@ -99,6 +101,25 @@ def test_evaluate_knows_what_the_start_has_learned_from(
         reporter = SilentReporter()
         run_evaluate(EvaluateConfig(str(cache), second), reporter)
         assert any("no validation" in message for message in reporter.messages)
+
+
+def test_evaluate_knows_images_of_another_cache_that_were_learned_from(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    """An image that is in both, and another one under the name of one in both."""
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes_folder, folder)
+    first, second = sorted((folder / "images").iterdir())[:2]
+    with Image.open(second) as image:
+        other_image = Image.effect_noise(image.size, 90).convert("RGB")
+    other_image.save(second)
+    other = tmp_path / "other.zarr"
+    run_extract(extract_config(folder, str(rtdetr_folder), other, limit=2), SilentReporter())
+    head, reporter = train(drawn_cache, tmp_path / "head"), SilentReporter()
+    run_evaluate(EvaluateConfig(str(other), head), reporter)
+    (said,) = [m for m in reporter.messages if "no validation" in m]
+    assert f"warning: 1 of 2 images of {other} are also in {drawn_cache}" in said
+    assert f"such as {first.name}:" in said
 
 
 def test_a_joint_training_starts_there_too(
