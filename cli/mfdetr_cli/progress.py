@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, cast
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from mfdetr_cli.text import harmless, put
 
 # Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 10.0
+# Seconds after the first units from which on a rate means something.
+_SETTLED = 5.0
 # A terminal that is narrower has no room for a bar.
 _BAR_FROM, _BAR = 80, 20
 
@@ -42,7 +45,8 @@ class _StandardError(io.TextIOBase):
 class ConsoleReporter:
     """Shows progress on standard error, since standard output is for results."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._console = Console(
             file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False
         )
@@ -53,8 +57,9 @@ class ConsoleReporter:
         self._task, self._total, self._unit = task, total, unit
         self._first, self._done, self._shown, self._bytes = done, done, done, 0
         self._note = ""
-        self._started = time.monotonic()
-        self._last_line = self._started
+        self._started = self._last_line = self._clock()
+        # Time and count from which on the rate is taken.
+        self._since: tuple[float, int] | None = None
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -81,8 +86,11 @@ class ConsoleReporter:
         self._done += count
         self._bytes += num_bytes
         self._note = note or self._note
-        if self._live is None and time.monotonic() - self._last_line >= _PLAIN_EVERY:
-            self._last_line, self._shown = time.monotonic(), self._done
+        now = self._clock()
+        # The first units are left out: kernels are compiled and files opened meanwhile.
+        self._since = self._since or (now, self._done)
+        if self._live is None and now - self._last_line >= _PLAIN_EVERY:
+            self._last_line, self._shown = now, self._done
             self.say(self._line())
 
     def finish(self) -> None:
@@ -105,16 +113,21 @@ class ConsoleReporter:
         return line
 
     def _line(self) -> str:
-        """Step, share, rate and time left first, as short as they can be."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        done, todo = self._done - self._first, self._total - self._done
+        """Step, share, rate and time left first, as short as they can be.
+
+        At the end the rate is that of the whole task.
+        """
+        todo = self._total - self._done
         parts = [
             f"{self._task} {100 * self._done // max(self._total, 1)} %",
             f"{self._done}/{self._total} {self._unit}",
-            f"{done / seconds:.1f}/s",
         ]
-        if todo > 0 and done:
-            parts.append(f"{human_time(seconds / done * todo)} left")
+        since, first = self._since if self._since and todo > 0 else (self._started, self._first)
+        seconds, done = self._clock() - since, self._done - first
+        if done and (todo <= 0 or seconds >= _SETTLED):
+            parts.append(f"{done / max(seconds, 1e-9):.1f}/s")
+            if todo > 0:
+                parts.append(f"{human_time(seconds / done * todo)} left")
         if self._bytes:
             parts.append(human_bytes(self._bytes))
         return ", ".join([*parts, self._note] if self._note else parts)

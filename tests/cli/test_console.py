@@ -75,9 +75,11 @@ def test_step_share_rate_and_time_left_are_whole_at_any_width(
     note = "loss 1.234, val AP 25.7, bce 0.123, dice 0.456, iou 0.789, 155.3 images/s, 12 % waiting"
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        reporter = ConsoleReporter()
-        reporter.start("train", 88500, "steps", done=8500)
-        reporter._started -= 36000
+        seconds = 0.0
+        reporter = ConsoleReporter(clock=lambda: seconds)
+        reporter.start("train", 88500, "steps", done=8400)
+        reporter.advance(100)
+        seconds = 36000
         reporter.advance(40000, num_bytes=103_000_000, note=note)
         reporter.finish()
     written = b""
@@ -91,6 +93,22 @@ def test_step_share_rate_and_time_left_are_whole_at_any_width(
     assert max(map(len, lines)) <= columns
     assert ("103 MB" in last, "val AP 25.7" in last) == (columns > 80, columns > 100)
     assert ("━" in last) == (columns >= 80)
+
+
+def test_no_time_is_left_before_it_means_something(capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed training whose first step compiles for five minutes; then two steps a second."""
+    seconds = 0.0
+    reporter = ConsoleReporter(clock=lambda: seconds)
+    reporter.start("train", 2000, "steps", done=1000)
+    for step in range(1000):
+        seconds += 0.5 if step else 300
+        reporter.advance()
+    reporter.finish()
+    first, *others, last = capsys.readouterr().err.splitlines()[1:]
+    assert first == "train 50 %, 1001/2000 steps"
+    assert others[0] == "train 51 %, 1021/2000 steps, 2.0/s, 8 min 10 s left"
+    assert others[-1] == "train 99 %, 1981/2000 steps, 2.0/s, 9.5 s left"
+    assert last == "train 100 %, 2000/2000 steps, 1.3/s"
 
 
 PRINTS = (
