@@ -10,7 +10,7 @@ from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, C1_ROI, ROW_OK, stored_maps
 from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map, fits_float16
+from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 
@@ -106,9 +106,10 @@ class ImageEncoder:
                 f"not {spec.attributes['channels']}"
             )
         planes = np.ascontiguousarray(values, dtype=np.float32).reshape(channels, height * width)
-        if not fits_float16(planes):
-            raise _not_finite(values, row, f"map {name}", np.dtype(np.float16))
-        stored, affine = encode_map(planes.T, self._encoding)
+        try:
+            stored, affine = encode_map(planes.T, self._encoding)
+        except CacheError:
+            raise _not_finite(values, row, f"map {name}", np.dtype(np.float16)) from None
         step = spec.chunk[0]
         starts = range(0, len(stored), step)
         image.tables[f"{base}/hw"] = (height, width)

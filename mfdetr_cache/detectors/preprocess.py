@@ -108,24 +108,25 @@ class Preprocessing:
     def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one RGB image, float32, shape (3, H, W)."""
         height, width = self.input_geometry((image.height, image.width), shortest_edge).resized_hw
-        array = np.asarray(image)
-        if (image.height, image.width) != (height, width):
-            if self.resize == "mmcv":
-                array = opencv_bilinear(array, (height, width))
-            else:
+        if self.resize == "mmcv" and (image.height, image.width) != (height, width):
+            array = opencv_bilinear(np.asarray(image), (height, width))
+        else:
+            if (image.height, image.width) != (height, width):
                 image = image.resize((width, height), Image.Resampling(self.resample))
-                array = np.asarray(image)
-        pixels = torch.from_numpy(np.array(array)).permute(2, 0, 1)
+            array = np.array(image)
+        # Planes before arithmetic, which then goes over memory in order.
+        values = torch.empty(3, height, width)
+        values.copy_(torch.from_numpy(array).permute(2, 0, 1))
         # Division, not multiplication by the reciprocal, where the factor is 1/255: that is what
         # the detectors' own code does, and the two differ in the last bit.
         if abs(self.rescale * 255 - 1) < 1e-6:
-            values = pixels.to(torch.float32).div_(255)
+            values.div_(255)
         else:
-            values = pixels.to(torch.float32).mul_(self.rescale)
+            values.mul_(self.rescale)
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-            values = (values - mean[:, None, None]) / std[:, None, None]
-        return values.contiguous()
+            values.sub_(mean[:, None, None]).div_(std[:, None, None])
+        return values
 
 
 def sides_to_fit(sides: Sequence[int], longest: int) -> tuple[int, int]:

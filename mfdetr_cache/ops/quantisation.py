@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.choices import Preset
+from mfdetr_cache.errors import CacheError
+
+_NOT_FINITE = "a map is not finite as float16; the detector or its input is broken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +100,18 @@ class StoredMap:
 def encode_map(
     tokens: NDArray[np.float32], encoding: Encoding
 ) -> tuple[NDArray[np.generic], NDArray[np.float16] | None]:
-    """Encode finite values of shape (n, C).
+    """Encode values of shape (n, C).
 
     Returns either float16 values (n, C) and None, or codes, uint8, shape (n, columns), with ``low``
-    and ``step``, float16, shape (blocks, 2, C).
+    and ``step``, float16, shape (blocks, 2, C). CacheError if a value is not finite or outside of
+    float16's range.
     """
     if not encoding.is_affine:
         with np.errstate(over="ignore"):
-            return np.ascontiguousarray(tokens, dtype=np.float16), None
+            halves = np.ascontiguousarray(tokens, dtype=np.float16)
+        if not np.isfinite(halves).all():
+            raise CacheError(_NOT_FINITE)
+        return halves, None
     count, channels = tokens.shape
     if not count:
         columns = encoding.columns(channels)
@@ -115,7 +122,8 @@ def encode_map(
     block = encoding.block_tokens or count
     planes = np.ascontiguousarray(tokens.T, dtype=np.float32)
     lowest, highest = np.empty((2, encoding.blocks(count), channels), np.float32)
-    block_extremes(planes, block, lowest, highest)
+    if not block_extremes(planes, planes.view(np.int32), block, lowest, highest):
+        raise CacheError(_NOT_FINITE)
     most = 2**encoding.bits - 1
     low, step = _affine(lowest, highest, most)
     scale = np.where(step > 0, step, np.float16(1)).astype(np.float32)
@@ -125,13 +133,6 @@ def encode_map(
         codes = np.pad(codes, ((0, 0), (0, channels % 2)))
         codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
     return codes, np.stack((low, step), axis=1)
-
-
-def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether all values are finite and within the range of float16."""
-    from mfdetr_cache.ops import quantisation_numba as quantisation_kernels
-
-    return bool(quantisation_kernels.fits_float16(values.reshape(-1)))
 
 
 def _affine(

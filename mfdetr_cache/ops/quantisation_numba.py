@@ -14,6 +14,7 @@ from mfdetr_cache.ops.numba_compile import compiled
 # Tokens whose codes are turned to channels last together; blocks are multiples of it.
 _TILE = 64
 _NO_FRACTION = np.float32(1.5 * 2**23)
+_LARGEST_FLOAT16 = int(np.float32(65504).view(np.int32))
 
 
 # Extremes may be taken in any order. Codes below are plain IEEE arithmetic: the bytes of a cache
@@ -21,22 +22,34 @@ _NO_FRACTION = np.float32(1.5 * 2**23)
 @compiled(fastmath={"nsz"})
 def block_extremes(
     planes: NDArray[np.float32],
+    bits: NDArray[np.int32],
     block: int,
     lowest: NDArray[np.float32],
     highest: NDArray[np.float32],
-) -> None:
-    """Minimum and maximum per block and channel of values (C, n), written to arrays (blocks, C)."""
+) -> bool:
+    """Minimum and maximum per block and channel of values (C, n), written to arrays (blocks, C).
+
+    Returns whether all values, whose ``bits`` are given too, are finite and in float16's range.
+    """
     channels, count = planes.shape
+    top = np.int32(0)
     for channel in range(channels):
         for number in range(lowest.shape[0]):
             first = number * block
-            least = largest = planes[channel, first]
-            for i in range(first, min(first + block, count)):
-                value = planes[channel, i]
+            length = min(block, count - first)
+            values = planes[channel, first : first + length]
+            patterns = bits[channel, first : first + length]
+            least = largest = values[0]
+            for i in range(length):
+                value = values[i]
                 least = value if value < least else least
                 largest = value if value > largest else largest
+                # Without their sign, bits rise with the value, to infinity and on to NaN.
+                top = max(top, patterns[i] & np.int32(0x7FFFFFFF))
             lowest[number, channel] = least
             highest[number, channel] = largest
+    # Below the least float16 ``low`` would be rounded down to infinity.
+    return bool(top <= _LARGEST_FLOAT16)
 
 
 @compiled()
@@ -71,13 +84,3 @@ def block_codes(
             token = codes[first + i]
             for channel in range(channels):
                 token[channel] = tile[channel, i]
-
-
-@compiled()
-def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether all values of a flat contiguous array are finite and within the range of float16."""
-    misfits = 0
-    for value in values:
-        # Below the least float16 ``low`` would be rounded down to infinity. Not true of NaN.
-        misfits += not abs(value) <= np.float32(65504)
-    return misfits == 0

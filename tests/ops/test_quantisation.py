@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from mfdetr_cache.choices import Preset
+from mfdetr_cache.errors import CacheError
 from mfdetr_cache.ops.dequantisation import decode_groups, decode_maps
 from mfdetr_cache.ops.quantisation import (
     ENCODINGS,
     StoredMap,
     encode_map,
-    fits_float16,
 )
 
 TOKENS = arrays(
@@ -121,12 +121,15 @@ def test_codes_are_those_of_the_definition(preset: Preset, shape: tuple[int, int
     assert not np.signbit(affine[:, 0, channels // 2]).any()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0, -65510.0])
-def test_what_float16_cannot_hold_is_seen(value: float) -> None:
-    values = np.zeros((3, 50), np.float32)
-    values[1, 7], values[0, 3] = 65504, -65504
-    assert fits_float16(values)
-    for preset in ("int8", "int4"):
-        assert np.isfinite(stored(values, preset).to_array()).all()
-    values[2, 49] = value
-    assert not fits_float16(values)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 65520.0, -65520.0])
+@pytest.mark.parametrize("preset", list(ENCODINGS))
+def test_what_float16_cannot_hold_is_refused(preset: Preset, value: float) -> None:
+    """At any place: kernels look at many values at once, and the last ones alone."""
+    values = np.zeros((131, 3), np.float32)
+    values[7, 1], values[3, 0] = 65504, -65504
+    assert np.isfinite(stored(values, preset).to_array()).all()
+    for place in ((0, 0), (40, 1), (130, 2)):
+        broken = values.copy()
+        broken[place] = value
+        with pytest.raises(CacheError, match="not finite as float16"):
+            encode_map(broken, ENCODINGS[preset])
