@@ -1,6 +1,7 @@
 """Numbers of detrex's and mmdetection's own code, through the path a user's checkpoint takes."""
 
 import re
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ ATOL, BOX_ATOL = 1e-4, 1e-5
 CANVAS = (96, 128)
 
 
+@cache
+def _values(rule: Any, key: str, shape: tuple[int, ...], salt: int) -> torch.Tensor:
+    """The rule's values; most names are those of other detectors of the code base too."""
+    return torch.from_numpy(rule.param(key, shape, salt))
+
+
+@lru_cache(maxsize=1)
+def _rule(shared: Path) -> Any:
+    return load_rule(shared / "goldens")
+
+
 def _write(shared: Path, name: str, path: Path, *, tiny: bool = False) -> Any:
     """The rule's weights; ``tiny`` takes boxes below every epsilon and back before the output."""
-    rule, known = load_rule(shared / "goldens"), about(name)
+    rule, known = _rule(shared), about(name)
     tensors = {
-        key: torch.from_numpy(rule.param(known["tied"].get(key, key), shape, known["salt"]))
+        key: _values(rule, known["tied"].get(key, key), tuple(shape), known["salt"])
         for key, shape in known["shapes"].items()
         if not key.endswith("relative_position_index")
     }
