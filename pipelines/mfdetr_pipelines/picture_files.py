@@ -100,6 +100,8 @@ def is_ours(path: Path) -> bool:
     """Whether a file is absent or was written by this command."""
     if not path.exists() and not path.is_symlink():
         return True
+    if not path.is_file():
+        return False
     if path.suffix == ".mp4":
         return was_written_by_predict(path)
     try:

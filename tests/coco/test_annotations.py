@@ -104,6 +104,7 @@ FAULTS = [
     (change("images", 1, file_name="\udc00.png"), "which is no name of a file"),
     (change("categories", 1, id=3), "two categories of id 3: 'ellipse' and 'box'"),
     (change("categories", 1, id=None), "category 1 .* lacks an 'id'"),
+    (lambda d: d.update(categories=[{}] * 20_001), "has 20001 categories, the limit is 20000"),
     (
         change("annotations", 2, iscrowd="maybe"),
         "1002 of image 105 .*iscrowd 'maybe'; it is 0 or 1",

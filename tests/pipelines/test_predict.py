@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -284,3 +285,28 @@ def test_a_video_becomes_a_video(
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"no decoder is installed; pip install 'mfdetr-cache\["):
         run_predict(config, SilentReporter())
+
+
+def test_a_video_is_no_list_of_other_files_and_no_pipe(
+    tmp_path: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    for name, text in (
+        ("list", f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/dot.mkv\n#EXT-X-ENDLIST\n"),
+        ("concat", "ffconcat version 1.0\nfile dot.mkv\n"),
+    ):
+        (tmp_path / f"{name}.mp4").write_text(text)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with av.open(str(tmp_path / "dot.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 1, 1, "bgr0"
+        frame = av.VideoFrame.from_image(Image.new("RGB", (1, 1)))
+        container.mux([*stream.encode(frame), *stream.encode()])
+    for name, said in (
+        *((f"{name}.mp4", "cannot be decoded") for name in ("list", "concat")),
+        ("pipe.mp4", "is no regular file"),
+        ("dot.mkv", "has a side of one pixel"),
+    ):
+        odd = PredictConfig((str(tmp_path / name),), str(rtdetr_folder), head, tmp_path / "odd")
+        with pytest.raises(DatasetError, match=f"{name} {said}"):
+            run_predict(odd, SilentReporter())
+    assert list((tmp_path / "odd").iterdir()) == []
