@@ -21,7 +21,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.synthetic import draw_scene
 from mfdetr_cache.demo import demo_detector, demo_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.recipes import build_recipe
+from mfdetr_cache.training.recipes import asked_recipe
 from tests.support.scenes import extract_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def test_documented_commands_exist_with_these_options(line: str) -> None:
     assignments = dict(a.split("=", 1) for a in parameters.get("set_") or [])  # type: ignore[attr-defined]
     named = parameters.get("recipe") or ()
     for recipe in [named] if isinstance(named, str) else named:  # type: ignore[attr-defined]
-        build_recipe(str(recipe), assignments)
+        asked_recipe(str(recipe), assignments)
     if parameters.get("table"):
         paper_table(int(str(parameters["table"])))
 
