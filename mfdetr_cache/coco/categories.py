@@ -174,7 +174,9 @@ def _by_number(
     outputs = len(label_names)
     real = [name for name in label_names if not re.fullmatch(_PLACEHOLDER, _plain(name))]
     if not real:
-        for candidates in (ids, annotated):
+        # Roboflow's first category is the name of the dataset, and never annotated.
+        without_root = ids[1:] if ids[0] == 0 and not counts.get(0, 0) else ids
+        for candidates in (ids, annotated, without_root):
             if len(candidates) == outputs:
                 return {i: label for label, i in enumerate(candidates)}, "order"
         if ids[0] >= 0 and (
@@ -184,7 +186,8 @@ def _by_number(
     advice = (
         "say which is which with --map category=label, or use --class-agnostic for masks of any box"
         if real
-        else "name its outputs with --labels names.txt, one name a line in their order"
+        else "name its outputs with --labels names.txt, one name a line in their order, or as "
+        "id2label in its config.json"
     )
     raise DatasetError(
         f"{detector} has {outputs} labels ({', '.join(label_names[:3])}, ...) and the "

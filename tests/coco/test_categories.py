@@ -40,6 +40,9 @@ def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None
     roots = [Category(0, "things"), *CATEGORIES]
     found = match_labels(PLACEHOLDERS[:3], roots, "d", {1: 4, 44: 1, 90: 2})
     assert found.label_categories == (1, 44, 90)
+    # Nor where a split has no object of another one either.
+    found = match_labels(PLACEHOLDERS[:3], roots, "d", {1: 4, 90: 2})
+    assert found.label_categories == (1, 44, 90)
     assert match_labels(PLACEHOLDERS[:4], roots, "d", {1: 4}).label_categories == (0, 1, 44, 90)
 
 
@@ -48,7 +51,7 @@ def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None
     [
         (["a", "b"], "say which is which with --map category=label"),
         (["a", "b", "c"], "say which is which with --map category=label"),
-        (PLACEHOLDERS[:2], "name its outputs with --labels"),
+        (PLACEHOLDERS[:2], "name its outputs with --labels .*, or as id2label"),
     ],
 )
 def test_no_rule_is_an_error(labels: list[str], advice: str) -> None:
