@@ -70,6 +70,8 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
         own = live.own_masks(reporter, config.evaluator)
         summary = replace(summary, latency=latency, own=own)
     if config.save_results is not None:
+        # Somebody may have written one in these minutes.
+        require_free(config.save_results, "--save-results")
         write_atomically(config.save_results, _results_file(config.save_results, masks))
     return summary
 

@@ -22,7 +22,7 @@ from scipy.ndimage import binary_erosion, map_coordinates
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.protocol import MaskingDetector
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import CacheError, DatasetError, HeadError
+from mfdetr_cache.errors import CacheError, DatasetError, HeadError, OutputError
 from mfdetr_cache.evaluation.baselines import box_masks, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import (
     coco_ground_truth,
@@ -327,3 +327,21 @@ def test_latency_of_head_masks_and_detector(
     assert summary.macs > 0
     assert summary.boundary is None
     assert Latency.of([9.0, 1.0, 2.0, 3.0]).median == 2
+
+
+def test_a_file_that_came_meanwhile_is_kept(
+    drawn_cache: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = tmp_path / "r.json", evaluate.measure
+
+    def measured(*arguments: Any, **named: Any) -> Any:
+        path.write_text("[1]")
+        return before(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "measure", measured)
+    with pytest.raises(OutputError, match=r"r\.json is there and was not written by this"):
+        run_evaluate(
+            EvaluateConfig(drawn_cache, head, extras=frozenset(), save_results=path),
+            SilentReporter(),
+        )
+    assert path.read_text() == "[1]"
