@@ -19,7 +19,7 @@ from mfdetr_cache.files import is_taken, make_folder, write_atomically
 from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.recipes import asked_recipe
+from mfdetr_cache.training.recipes import AUTO, asked_recipe
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
@@ -36,6 +36,8 @@ from mfdetr_pipelines.train_head import run_train_head
 ResultT = TypeVar("ResultT")
 
 _NUM_PICTURES = 10
+# Training images below which pasted objects help (docs/quality.md).
+_FEW = 1000
 # Every so many-th training image is measured on where the dataset has no other split.
 _HELD_OUT = 5
 _TRAIN_CACHE, _VAL_CACHE, _HEAD, _PAGE = "train.zarr", "val.zarr", "head", "report.html"
@@ -141,7 +143,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
         cache_bytes=sum(c.stored_bytes for c in caches.values()),
         evaluation=evaluation,
         commands=tuple(steps.commands),
-        next_commands=_next_commands(config, measured_on),
+        next_commands=_next_commands(config, measured_on, learned.num_images),
     )
     write_atomically(summary.page, _page(config, caches, summary, pictures.values()).encode())
     return summary
@@ -233,16 +235,22 @@ def _device(config: FitConfig) -> list[str]:
     return [] if config.device == "auto" else ["--device", config.device]
 
 
-def _next_commands(config: FitConfig, measured_on: Path) -> tuple[str, ...]:
-    """Masks for other photos, a longer training, and what its masks lack."""
+def _next_commands(config: FitConfig, measured_on: Path, num_learned: int) -> tuple[str, ...]:
+    """Masks for other photos, what may make them better, and what they lack."""
     head, cache = str(config.out / _HEAD), str(config.out / _TRAIN_CACHE)
-    longer = str(config.out / "head-longer")
     detector = ["--detector", config.detector] if config.detector != "auto" else []
-    predict = ["predict", "PHOTOS", "--weights", config.weights, *detector]
-    train = ["train-head", "--cache", cache, "--out", longer, "--recipe", config.recipe]
+    better = ["train-head", "--cache", cache, "--out", str(config.out / "head-longer")]
+    better += ["--recipe", config.recipe, "--max-steps", "N"]
+    if num_learned < _FEW and not config.copies and measured_on.name == _VAL_CACHE:
+        better = ["fit", "--dataset", str(config.dataset), "--train-split", config.train_split]
+        better += ["--val-split", config.val_split] if config.val_split else []
+        better += ["--weights", config.weights, *config.words_of_detector, *_skip(config)]
+        better += ["--recipe", config.recipe] if config.recipe != AUTO else []
+        better += ["--copies", "6", "--out", f"{config.out}-pasted"]
+    predict = ["predict", "PHOTOS", "--weights", config.weights, *detector, "--head", head]
     commands = (
-        [*predict, "--head", head, "--out", "MASKS"],
-        [*train, "--max-steps", "N"],
+        [*predict, "--out", "MASKS"],
+        better,
         ["evaluate", "--cache", str(measured_on), "--head", head, "--oracles", "--per-category"],
     )
     return tuple(shlex.join(("mfdetr", *words)) for words in commands)

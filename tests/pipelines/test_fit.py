@@ -26,6 +26,7 @@ from tests.support.browser import require_readable
 KINDS: dict[str, Any] = {
     "copy-paste": CopyPasteConfig,
     "extract": ExtractConfig,
+    "fit": FitConfig,
     "train-head": TrainHeadConfig,
     "evaluate": EvaluateConfig,
 }
@@ -90,6 +91,7 @@ def test_the_printed_commands_are_what_was_run(
     assert [parsed(line) for line in found.commands] == run
     assert found.evaluation.num_images == 3
     assert found.evaluation.box.AP > 0.3
+    assert parsed(found.next_commands[1]).copies == 6
     assert found.page.read_text().count("<img ") == 5 * len(found.pictures) == 15
     run.clear()
     config = FitConfig(
@@ -148,6 +150,7 @@ def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: P
     assert extract.views.count == 1
     assert len(list(extract.images.iterdir())) == 12
     assert found.evaluation.num_images == 3
+    assert "train-head" in found.next_commands[1]
     shutil.copytree(data, tmp_path / "alone", ignore=shutil.ignore_patterns("*valid*"))
     with pytest.raises(MfdetrError, match="no split to measure on"):
         fit(tmp_path / "alone", tmp_path / "again", copies=1)
