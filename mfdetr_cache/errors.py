@@ -5,6 +5,10 @@ class MfdetrError(Exception):
     """The input cannot be used as given; the command line prints one line and exits with 2."""
 
 
+# What a command of many steps says when one of them was stopped.
+SAME_COMMAND = "stopped by a signal; the same command goes on from there"
+
+
 class StoppedError(MfdetrError):
     """Somebody asked to stop; what was done is kept. The command line exits with 130."""
 

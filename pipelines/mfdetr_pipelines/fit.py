@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
 from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
-from mfdetr_cache.errors import MfdetrError
+from mfdetr_cache.errors import SAME_COMMAND, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, open_to_measure
 from mfdetr_cache.evaluation.overlay import side_by_side
 from mfdetr_cache.evaluation.panels import prediction_panels
@@ -224,7 +224,11 @@ def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bo
     words += ["--max-steps", str(length.max_steps)] if length.max_steps else []
     words += ["--epochs", f"{length.epochs:g}"] if length.epochs else []
     words += [*(["--resume"] if resume else []), *_device(config)]
-    steps.run("train the head", words, lambda: run_train_head(train, reporter))
+    try:
+        steps.run("train the head", words, lambda: run_train_head(train, reporter))
+    except StoppedError as error:
+        # What stopped says how to resume it alone.
+        raise StoppedError(SAME_COMMAND) from error
 
 
 def _skip(config: FitConfig) -> list[str]:

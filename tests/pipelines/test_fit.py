@@ -118,8 +118,8 @@ def test_its_page_is_readable_in_a_browser(fresh: FitSummary, tmp_path: Path) ->
 
 def test_the_same_command_goes_on(data: Path, tmp_path: Path, fresh: FitSummary) -> None:
     out = tmp_path / "out"
-    for before in ("train-head", "evaluate"):
-        with pytest.raises(StoppedError):
+    for before, said in (("train-head", "the same command goes on"), ("evaluate", "stopped")):
+        with pytest.raises(StoppedError, match=said):
             fit(data, out, Stopping(before))
     again = fit(data, out)
     assert again.evaluation.mask == fresh.evaluation.mask

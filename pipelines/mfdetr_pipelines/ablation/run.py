@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 
-from mfdetr_cache.errors import ConfigError, HeadError, StoppedError
+from mfdetr_cache.errors import SAME_COMMAND, ConfigError, HeadError, StoppedError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
@@ -35,8 +35,7 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
             return _run(config, reporter)
         except StoppedError as error:
             # What stopped says how to resume it alone.
-            text = "stopped by a signal; the same command goes on from there"
-            raise StoppedError(text) from error
+            raise StoppedError(SAME_COMMAND) from error
 
 
 def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
