@@ -9,10 +9,12 @@ from mfdetr_pipelines.config.training import RecipesConfig
 
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.recipes import RECIPES, Recipe, build_recipe
+from mfdetr_cache.training.recipes import AUTO, RECIPES, Recipe, build_recipe
 from mfdetr_cli.console import print_lines, print_table
 from mfdetr_cli.json_file import write_json
 from mfdetr_cli.signature import documented
+
+_AUTO = "fast or paper, fitted to the cache and the device by train-head and fit, which say why."
 
 
 def recipes(config: RecipesConfig, json: Path | None) -> None:
@@ -21,8 +23,12 @@ def recipes(config: RecipesConfig, json: Path | None) -> None:
     if config.recipe is None:
         every = [{"name": name, **_settings(build_recipe(name, {}))} for name in RECIPES]
         write_json(json, {"recipes": every})
-        rows = [[name, text.partition("\n")[0]] for name, text in texts.items()]
+        rows = [[name, text.partition("\n")[0]] for name, text in {**texts, AUTO: _AUTO}.items()]
         print_table("Recipes", ["", "what it is"], rows, justify="left")
+        return
+    if config.recipe == AUTO:
+        write_json(json, {"recipe": AUTO})
+        print_lines(_AUTO)
         return
     recipe = build_recipe(config.recipe, {})
     # As train-head --config takes it.

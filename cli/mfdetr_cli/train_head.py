@@ -23,14 +23,14 @@ def train_head(config: TrainHeadConfig, json: Path | None) -> None:
     summary = run_train_head(config, ConsoleReporter())
     if not is_first_process():
         return
-    document: dict[str, object] = {**asdict(summary), "recipe": config.recipe.name}
+    document: dict[str, object] = asdict(summary)
     metrics = None if summary.validation is None else summary.validation.metrics()
     if metrics is not None:
         document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
     write_json(json, document)
     waiting = summary.waiting_seconds / max(summary.seconds, 1e-9)
     facts = {
-        "recipe": f"{config.recipe.name}, {summary.parameters / 1e6:.2f} M parameters",
+        "recipe": f"{summary.recipe}, {summary.parameters / 1e6:.2f} M parameters",
         "trained": f"{summary.steps} steps, {summary.epochs:.1f} epochs",
         "time": f"{human_time(summary.seconds)}, {summary.images_per_second:.1f} images/s, "
         f"{100 * waiting:.1f} % waiting for data",

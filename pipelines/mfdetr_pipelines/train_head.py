@@ -44,6 +44,7 @@ class TrainSummary:
 
     Attributes:
         out: Run folder.
+        recipe: Name of the recipe.
         parameters: Trained parameters of the head.
         steps: Optimiser steps, including those before a resume.
         epochs: The same in epochs.
@@ -57,6 +58,7 @@ class TrainSummary:
     """
 
     out: str
+    recipe: str
     parameters: int
     steps: int
     epochs: float
@@ -133,6 +135,7 @@ def run_train_head(
             write_curves(config.out)
     return TrainSummary(
         out=str(config.out),
+        recipe=recipe.name,
         parameters=parameters,
         steps=learner.step,
         epochs=learner.step / order.steps_per_epoch,

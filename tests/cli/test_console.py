@@ -57,6 +57,14 @@ def test_every_setting_of_a_recipe_is_listed_with_its_meaning(
         assert len(words) >= (4 if value != [] else 3)
 
 
+def test_auto_is_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes(RecipesConfig(), None)
+    recipes(RecipesConfig("auto"), None)
+    printed = capsys.readouterr().out
+    assert "\nauto " in printed
+    assert printed.splitlines()[-1].startswith("fast or paper")
+
+
 def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("[b]title", ["[i]name", "n"], [["bolt [/M6]", "1"], ["wire [red]", "2"]])
     print_facts("[b]facts", {"[red]a": "[/x]"})
