@@ -53,7 +53,8 @@ def output_names(
         if not 0 <= num_outputs - len(given) <= spare_outputs:
             raise DetectorError(
                 f"--labels has {len(given)} names and {where} has {num_outputs} class outputs; "
-                "give one name per output, in their order"
+                "give one name per output, in their order, also where one stands for no class (the "
+                "first, if category ids began at 1)"
             )
         known = names_of_checkpoint(num_outputs, given)
     return tuple(known.get(i) or f"LABEL_{i}" for i in range(num_outputs))

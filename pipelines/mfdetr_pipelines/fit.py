@@ -182,6 +182,7 @@ def _extract(
     views: int = 0,
 ) -> ExtractSummary:
     options = DetectorOptions(
+        num_queries=config.num_queries,
         input_size=config.input_size,
         labels=names_in_file(str(config.labels)) if config.labels else (),
     )

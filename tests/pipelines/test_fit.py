@@ -95,7 +95,14 @@ def test_the_printed_commands_are_what_was_run(
     assert found.page.read_text().count("<img ") == 5 * len(found.pictures) == 15
     run.clear()
     config = FitConfig(
-        data, "w", tmp_path / "o", labels=names, categories=labels, on_bad_annotation="skip"
+        data,
+        "w",
+        tmp_path / "o",
+        input_size=(96, 128),
+        num_queries=20,
+        labels=names,
+        categories=labels,
+        on_bad_annotation="skip",
     )
     monkeypatch.setattr(module, "run_extract", lambda c, _: run.append(c) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

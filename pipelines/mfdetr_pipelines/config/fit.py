@@ -37,6 +37,8 @@ class FitConfig(OnDevice):
         detector: A name that mfdetr detectors lists; by default what the weights say.
         input_size: Size of the detector's input where its training had another than the weights
             tell: 640, or HEIGHTxWIDTH; of detectors that keep the shape of an image SHORTERxLONGER.
+        num_queries: Queries per image, where the detector's training had another number than its
+            weights tell.
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
         on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
@@ -56,6 +58,7 @@ class FitConfig(OnDevice):
     val_split: Annotated[str | None, Option(metavar="NAME")] = None
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     input_size: Annotated[tuple[int, ...], Option(metavar="SIZE", parse=sides_of)] = ()
+    num_queries: int | None = None
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBad = "stop"
     copies: Annotated[int, Option(takes_zero=True)] = 0
@@ -78,6 +81,8 @@ class FitConfig(OnDevice):
             yield from ("--detector", self.detector)
         if self.input_size:
             yield from ("--input-size", "x".join(map(str, self.input_size)))
+        if self.num_queries is not None:
+            yield from ("--num-queries", str(self.num_queries))
         if self.labels is not None:
             yield from ("--labels", str(self.labels))
         for category, label in self.categories.map.items():

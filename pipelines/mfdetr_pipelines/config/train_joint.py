@@ -78,9 +78,9 @@ class TrainJointConfig(TrainingRun):
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)
-    options: Annotated[DetectorOptions, Only("encoder_layer", "input_size", "labels", "prompt")] = (
-        field(default_factory=DetectorOptions)
-    )
+    options: Annotated[
+        DetectorOptions, Only("num_queries", "encoder_layer", "input_size", "labels", "prompt")
+    ] = field(default_factory=DetectorOptions)
 
     def __post_init__(self) -> None:
         if not 0 < self.detector_lr <= 1:
