@@ -247,7 +247,8 @@ def _next_commands(config: FitConfig, measured_on: Path, num_learned: int) -> tu
     better = ["train-head", "--cache", cache, "--out", str(config.out / "head-longer")]
     better += ["--recipe", config.recipe, "--max-steps", "N"]
     if num_learned < _FEW and not config.copies and measured_on.name == _VAL_CACHE:
-        better = ["fit", "--dataset", str(config.dataset), "--train-split", config.train_split]
+        better = ["fit", "--dataset", str(config.dataset)]
+        better += ["--train-split", config.train_split] if config.train_split != "train" else []
         better += ["--val-split", config.val_split] if config.val_split else []
         better += ["--weights", config.weights, *config.words_of_detector, *_skip(config)]
         better += ["--recipe", config.recipe] if config.recipe != AUTO else []
