@@ -201,11 +201,15 @@ def _extract(
     words += [word for name, value in files.items() for word in (f"--{name}", str(value))]
     words += _skip(config)
     words += [*config.words_of_detector, *(["--views", str(views)] if views else [])]
-    return steps.run(
+    found = steps.run(
         f"extract {files.get('split', config.train_split)}",
         [*words, *_device(config)],
         lambda: run_extract(extract, reporter),
     )
+    if found.box is not None:
+        ap, ap50 = (_percent(value) for value in (found.box.AP, found.box.AP50))
+        reporter.say(f"box AP {ap}, AP50 {ap50}, to compare with what the detector's training said")
+    return found
 
 
 def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bool) -> None:

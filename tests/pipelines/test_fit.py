@@ -87,8 +87,12 @@ def test_the_printed_commands_are_what_was_run(
     names = tmp_path / "a b.txt"
     names.write_text("circle\nsquare\ntriangle\nstar\n")
     labels = LabelOptions({"disc": "circle"}, ("disc",))
-    found = fit(data, tmp_path / "out", views=2)
+    found = fit(data, tmp_path / "out", said := Lines(), views=2)
     assert [parsed(line) for line in found.commands] == run
+    box = found.evaluation.box
+    told = f"box AP {100 * box.AP:.1f}, AP50 {100 * box.AP50:.1f}, "
+    before_training = said.lines[: said.lines.index(f"\n$ {found.commands[2]}")]
+    assert any(line.startswith(told) for line in before_training)
     assert found.evaluation.num_images == 3
     assert found.evaluation.box.AP > 0.3
     assert parsed(found.next_commands[1]).copies == 6
@@ -107,16 +111,15 @@ def test_the_printed_commands_are_what_was_run(
     monkeypatch.setattr(module, "run_extract", lambda c, _: run.append(c) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_fit(config, line := Lines())
-    assert parsed(line.commands[0]) == run[0]
+    assert parsed(next(text for text in line.lines if text.startswith("\n$ "))[3:]) == run[0]
 
 
 class Lines(SilentReporter):
     def __init__(self) -> None:
-        self.commands: list[str] = []
+        self.lines: list[str] = []
 
     def say(self, message: str) -> None:
-        if message.startswith("\n$ "):
-            self.commands.append(message[3:])
+        self.lines.append(message)
 
 
 def test_its_page_is_readable_in_a_browser(fresh: FitSummary, tmp_path: Path) -> None:
