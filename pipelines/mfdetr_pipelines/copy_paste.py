@@ -1,5 +1,6 @@
 """``mfdetr copy-paste``: a dataset with objects pasted onto its images, in COCO format."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from mfdetr_cache.coco.copy_paste import (
 from mfdetr_cache.coco.ids import SourceId
 from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.files import (
@@ -54,18 +56,39 @@ class CopyPasteSummary:
 def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSummary:
     """Write a dataset: every image unchanged, and copies with pasted objects.
 
-    ConfigError if the number of copies is invalid or the folder in use, DatasetError if the data
-    cannot be used or has no object to paste, OutputError if the folder cannot be written.
+    One that the same settings made of the same annotations is left as it is. ConfigError if the
+    number of copies is invalid or the folder in use, DatasetError if the data cannot be used or has
+    no object to paste, OutputError if the folder cannot be written.
     """
-    _require_empty(config.out)
     files = config.files
     split = load_coco_split(files.annotations, files.images, on_bad=config.on_bad_annotation)
     split.tell_faults(reporter)
+    made_of = {"annotations": split.sha256, "copies": config.copies, "seed": config.seed}
+    made = _made_before(config.out, made_of)
+    if made is None:
+        _require_empty(config.out)
+    elif (config.out / IMAGES).is_dir():
+        return _summary(config.out, made)
     require_images(files.images, split, "check --images")
     maker = _Maker(config, split)
     with owned_results(config.out):
-        _require_empty(config.out)
-        return _write(config, split, maker, reporter)
+        if made is None:
+            _require_empty(config.out)
+        return _write(config, split, made_of, maker, reporter)
+
+
+def _made_before(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The document of such a dataset; its images come last."""
+    with contextlib.suppress(DatasetError):
+        document = read_json(out / ANNOTATIONS, "annotation file", "").document
+        if isinstance(document, dict) and document.get("info") == made_of:
+            return document
+    return None
+
+
+def _summary(out: Path, document: Mapping[str, Any]) -> CopyPasteSummary:
+    num_images, num_objects = len(document["images"]), len(document["annotations"])
+    return CopyPasteSummary(out / IMAGES, out / ANNOTATIONS, num_images, num_objects)
 
 
 def _require_empty(out: Path) -> None:
@@ -74,7 +97,11 @@ def _require_empty(out: Path) -> None:
 
 
 def _write(
-    config: CopyPasteConfig, split: CocoSplit, maker: "_Maker", reporter: Reporter
+    config: CopyPasteConfig,
+    split: CocoSplit,
+    made_of: Mapping[str, Any],
+    maker: "_Maker",
+    reporter: Reporter,
 ) -> CopyPasteSummary:
     pending = config.out / _PENDING
     with writing(pending):
@@ -85,6 +112,7 @@ def _write(
             pending.unlink(missing_ok=True)
     make_folder(pending)
     document: dict[str, Any] = {
+        "info": made_of,
         "images": [],
         "annotations": [],
         "categories": [{"id": c.written_id, "name": c.name} for c in split.categories],
@@ -99,15 +127,10 @@ def _write(
     reporter.finish()
     for number, annotation in enumerate(document["annotations"], 1):
         annotation["id"] = number
+    write_atomically(config.out / ANNOTATIONS, json.dumps(document).encode())
     with writing(config.out / IMAGES):
         pending.rename(config.out / IMAGES)
-    write_atomically(config.out / ANNOTATIONS, json.dumps(document).encode())
-    return CopyPasteSummary(
-        config.out / IMAGES,
-        config.out / ANNOTATIONS,
-        len(document["images"]),
-        len(document["annotations"]),
-    )
+    return _summary(config.out, document)
 
 
 class _Maker:

@@ -165,11 +165,7 @@ def _copy_paste(config: FitConfig, steps: _Steps, reporter: Reporter) -> dict[st
         copies=config.copies,
     )
 
-    def run() -> None:
-        if not files["annotations"].exists():
-            run_copy_paste(paste, reporter)
-
-    steps.run("paste objects", words, run)
+    steps.run("paste objects", words, lambda: run_copy_paste(paste, reporter))
     return files
 
 

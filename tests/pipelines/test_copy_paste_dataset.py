@@ -87,6 +87,25 @@ def test_the_same_command_begins_again_where_one_was_stopped(
     assert list(mine.iterdir()) == []
 
 
+def test_what_is_whole_is_not_made_again_and_what_is_stale_is_no_result(
+    tmp_path: Path, scenes_folder: Path
+) -> None:
+    folder, out = tmp_path / "few", tmp_path / "out"
+    document = scenes.write_scenes(folder, count=2, seed=0)
+    first = run_copy_paste(config(folder, out, copies=1), SilentReporter())
+    (out / "images/witness").touch()
+    assert run_copy_paste(config(folder, out, copies=1), SilentReporter()) == first
+    assert (out / "images/witness").exists()
+    # Killed between its last two writes.
+    (out / "images").rename(out / "images.partial")
+    assert run_copy_paste(config(folder, out, copies=1), SilentReporter()) == first
+    assert len(list(first.images.iterdir())) == first.num_images
+    document["annotations"].pop()
+    (folder / "instances.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
+        run_copy_paste(config(folder, out, copies=1), SilentReporter())
+
+
 def test_the_seed_alone_decides(tmp_path: Path, scenes_folder: Path) -> None:
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
