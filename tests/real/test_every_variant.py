@@ -20,13 +20,16 @@ from tests.support.batches import batch_of
 
 pytestmark = pytest.mark.slow
 
-STEPS = 16
-ROWS = [
-    pytest.param(row, n == 4, id=f"table {n} {row.recipe.name}")
-    for n in (2, 3, 4, 5, 6, 9, 12, 15)
+STEPS = 12
+# By settings: a row that stands in several tables is trained once, in the last of them.
+ROWS = {
+    (row.recipe.head, row.recipe.train): pytest.param(
+        row, n == 4, id=f"table {n} {row.recipe.name}"
+    )
+    for n in (2, 3, 5, 6, 9, 12, 15, 4)
     for row in rows_of_table(PAPER_TABLES[n])
     if row.paper is None or row.paper.params_m != 0  # the others have nothing to train
-]
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +46,20 @@ def cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCach
     return FeatureCache.open(path)
 
 
-@pytest.mark.parametrize(("row", "about_width"), ROWS)
+@pytest.mark.parametrize(("row", "about_width"), ROWS.values())
 def test_a_row_learns_from_real_features(
     cache: FeatureCache, row: AblationRow, about_width: bool
 ) -> None:
-    """The same images again and again: the loss must fall to less than nine tenths."""
+    """The same image again and again: the loss must fall to less than nine tenths."""
     recipe = fit_row(row, cache.spec).recipe
     # Rows that are not about the width are trained narrower; their blocks stay what they are.
     width = recipe.head.hidden_dim if about_width else 64
     head = dataclasses.replace(recipe.head, hidden_dim=width)
-    train = dataclasses.replace(recipe.train, steps=STEPS, lr=4e-4, clip_norm=1.0, num_threads=1)
+    train = dataclasses.replace(recipe.train, steps=STEPS, lr=3e-4, clip_norm=1.0, num_threads=1)
     learner = build_learner(train, lambda: build_head(head, cache.spec), torch.device("cpu"))
-    images = [cache.read(row, learner.head.map_names) for row in cache.rows[:2]]
-    batch = batch_of(images, learner.head, train)
-    assert len(batch.labels) > 3
+    # The second image has two objects, which is quick.
+    batch = batch_of([cache.read(1, learner.head.map_names)], learner.head, train)
+    assert len(batch.labels) == 2
     learner.head.train()
     losses = [learner.learn([batch], 0, len(batch.labels)).loss for _ in range(STEPS)]
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
