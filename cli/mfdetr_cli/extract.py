@@ -49,7 +49,7 @@ def extract(config: ExtractConfig, json: Path | None) -> None:
         print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
     if summary.parts_missing:
         print_lines(
-            f"{summary.parts_missing} parts of the cache are not there yet; when the other "
+            f"parts of the cache that are not there yet: {summary.parts_missing}; when the other "
             f"processes are done: mfdetr cache finish {config.cache}"
         )
     else:

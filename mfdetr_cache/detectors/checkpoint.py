@@ -126,7 +126,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if is_authors_folder(path):
         path = path / _HUB_FILE
     if path.is_dir():
-        raise DetectorError(f"{path} is a folder; this detector takes a checkpoint file (.pth)")
+        raise DetectorError(
+            f"{path} is a folder; this detector takes a checkpoint file (.pth), and folders of "
+            "transformers are read without --detector"
+        )
     if not path.is_file():
         raise DetectorError(f"checkpoint {path} does not exist; check --weights")
     if path.suffix == ".safetensors":
