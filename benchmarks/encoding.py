@@ -34,7 +34,7 @@ def ways(folder: Path, preset: Preset) -> tuple[Callable[[int], object], Callabl
     """What encodes an image, and what compresses the bytes of one that was encoded."""
     sizes = [input_size(s) for s in COCO_SIZES[:4]]
     content = made_content(preset, images=4)
-    outputs = [made_output(content.spec, size, i) for i, size in enumerate(sizes)]
+    outputs = [made_output(content.root.spec, size, i) for i, size in enumerate(sizes)]
     writer, zstd = CacheWriter(LocalStorage(folder), content), Zstd(level=ZSTD_LEVEL)
 
     def whole(i: int) -> EncodedImage:

@@ -28,7 +28,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.extraction import batches
 from mfdetr_cache.extraction.content import plan_cache
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
-from mfdetr_cache.extraction.stream import Extraction, ImageSource
+from mfdetr_cache.extraction.stream import Extraction
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
 
@@ -125,7 +125,6 @@ def main() -> None:
         content = plan_cache(
             label_split(split, detector.spec), detector, MapOptions(options.dtype), ViewOptions()
         )
-        source = ImageSource(split, pictures)
         pixels = [
             detector.preprocess(Image.open(pictures / e.file_name).convert("RGB"))
             for e in split.images
@@ -134,8 +133,8 @@ def main() -> None:
 
         def bare() -> tuple[float, float]:
             started = now()
-            for part in content.layout.parts:
-                rows = content.layout.rows_of_part(part.number)
+            for part in content.root.layout.parts:
+                rows = content.root.layout.rows_of_part(part.number)
                 for batch in batches.batches_of_part(rows, [sizes[r] for r in rows], device):
                     detector.forward(torch.stack([pixels[r] for r in batch]).to(device))
             if device.type == "cuda":
@@ -145,7 +144,7 @@ def main() -> None:
         def whole(name: str) -> tuple[float, float]:
             with CacheWriter.open_or_create(folder / name, content) as writer:
                 started = now()
-                worker = Extraction(source, content, detector, device, writer, SilentReporter())
+                worker = Extraction(pictures, detector, device, writer, SilentReporter())
                 worker.run(writer.pending_parts())
                 return since(started)
 

@@ -57,7 +57,7 @@ def main() -> None:
         content = plan_cache(
             label_split(split, detector.spec), detector, MapOptions(options.dtype), ViewOptions()
         )
-        encoding = ENCODINGS[content.layout.preset]
+        encoding = ENCODINGS[content.root.layout.preset]
         stages = ("decode", "preprocess", "forward", "encode", "quantise", "compress", "add, hash")
         for number in range(options.rounds + 1):
             for stage in (*stages, "seal"):

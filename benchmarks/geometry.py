@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.annotations import AnnotationContent
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.encoder import EncodedImage
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import plan_layout
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
+from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.detectors.preprocess import shortest_edge_size
 from mfdetr_cache.head.cost import paper_detector
 from mfdetr_cache.identity import detector_identity
@@ -93,29 +96,25 @@ def made_content(
     """What a cache of made-up images is of."""
     spec = spec or paper_detector()
     sizes = sizes or [COCO_SIZES[i % len(COCO_SIZES)] for i in range(images)]
+    identity = {
+        "detector": detector_identity(spec),
+        "images": {"count": images, "sha256": ""},
+        "views": ["base"],
+        "view_seed": None,
+        "preset": preset,
+        "compression": compression,
+    }
+    layout = plan_layout(spec, set(map(input_size, sizes)), images, preset, compression)
     return CacheContent(
-        identity={
-            "detector": detector_identity(spec),
-            "images": {"count": images, "sha256": ""},
-            "views": ["base"],
-            "view_seed": None,
-            "preset": preset,
-            "compression": compression,
-        },
-        spec=spec,
-        layout=plan_layout(spec, set(map(input_size, sizes)), images, preset, compression),
-        image_ids=list(range(1, images + 1)),
-        file_names=[f"{i}.jpg" for i in range(images)],
-        original_sizes_hw=list(sizes),
-        categories=[{"id": 1, "name": "thing"}],
-        label_categories=(-1, 1, *(-1,) * (spec.num_labels - 2)),
-        annotations={"name": "made", "sha256": ""},
-        views={
-            "base": ViewContent(
-                [identity_transform(s) for s in sizes],
-                [made_ground_truth(s, 7, i) for i, s in enumerate(sizes)],
-            )
-        },
+        root=Root(identity, spec, layout),
+        images=[ImageEntry(i + 1, f"{i}.jpg", size) for i, size in enumerate(sizes)],
+        transforms={"base": [identity_transform(s) for s in sizes]},
+        labels=AnnotationContent(
+            {"name": "made", "sha256": ""},
+            [{"id": 1, "name": "thing"}],
+            (-1, 1, *(-1,) * (spec.num_labels - 2)),
+            {"base": [made_ground_truth(s, 7, i) for i, s in enumerate(sizes)]},
+        ),
     )
 
 
@@ -140,9 +139,9 @@ def made_cache(
     ):
 
         def encoded(row: int) -> EncodedImage:
-            size = content.original_sizes_hw[row]
+            size = content.images[row].size_hw
             geometry = ImageGeometry(size, input_size(size), input_size(size))
-            output = made_output(content.spec, input_size(size), row)
+            output = made_output(content.root.spec, input_size(size), row)
             return writer.encoder.encode(row, geometry, output)
 
         for part in writer.pending_parts():

@@ -21,8 +21,7 @@ from mfdetr_pipelines.predict import run_predict
 
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_live
-from mfdetr_cache.evaluation.objects import shown_objects
-from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.evaluation.segmentation import Segmentation
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import SilentReporter
@@ -43,9 +42,8 @@ def one_after_the_other(
             model.head, output, geometry, spec, threshold=threshold if drop else 0.0
         )
         labels = range(spec.num_labels)
-        shown = shown_objects(found, labels, {}, size_hw, threshold)
-        drawn = draw_overlay(image, [o.to_item() for o in reversed(shown)])
-        drawn.save(out / f"{file.stem}.png")
+        shown = Segmentation.of(found, labels, {}, size_hw, threshold)
+        shown.draw(image).save(out / f"{file.stem}.png")
         count += len(shown)
     return count
 

@@ -1,5 +1,6 @@
 """A frozen detector and a trained mask network as one model, for use from Python."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,6 @@ from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_same_detector
 from mfdetr_cache.errors import HeadError, ImageError
 from mfdetr_cache.evaluation.inference import MaskPrediction, predict_live
-from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
 from mfdetr_cache.files import make_folder, whole_file
 from mfdetr_cache.head.folder import CONFIG_FILE, HEAD_FILE, HeadFolder, load_head
@@ -36,6 +36,8 @@ _Timed = tuple[MaskPrediction, float, float]
 _THREADS = 2
 # Pictures that are read before the networks need them; batches whose masks are being finished.
 _AHEAD, _BEHIND = 3, 3
+# Pictures that a detector takes at once, by kind of device; on a CPU each takes as long as alone.
+_TOGETHER = {"cpu": 1, "cuda": 8}
 
 
 # What one image can be: opened, as an RGB array of shape (H, W, 3), or a file.
@@ -161,17 +163,9 @@ class MaskFrozenDETR:
     ) -> Segmentation | list[Segmentation]:
         """Segment an image, or a list of them, with the best label of each query.
 
-        Args:
-            image: A PIL image, an RGB array of shape (H, W, 3), or a file; or several.
-            threshold: Lowest score kept.
-            top_k: Maximum number of objects.
-            scoring: How the class score becomes the final one.
-
-        Returns:
-            Its objects; of several images, those of each.
-
-        Raises:
-            ImageError: If a file cannot be read.
+        An image is opened, an RGB array of shape (H, W, 3), or a file. Objects have at least a
+        score of ``threshold``, at most ``top_k`` of each image; ``scoring`` turns the class score
+        into theirs. ImageError if a file cannot be read.
         """
         images = image if isinstance(image, (list, tuple)) else [image]
         results = []
@@ -193,18 +187,11 @@ class MaskFrozenDETR:
 
         Threads load and preprocess the next pictures and finish the masks of the last ones while
         the networks run. On a GPU the detector takes neighbours of one input size together.
-
-        Args:
-            items: What to segment, such as files.
-            load: The picture of an item, RGB; called in threads.
-            threshold: Lowest score kept.
-            top_k: Maximum number of objects.
-            scoring: How the class score becomes the final one.
-
-        Yields:
-            Each item with its segmentation, or with the ImageError that ``load`` raised.
+        ``load``, called in threads, gives the picture of an item, RGB. Yields each item with its
+        segmentation, or with the ImageError that ``load`` raised; the rest is as in a call of the
+        model.
         """
-        most = _most_together(self.device)
+        most = _TOGETHER.get(self.device.type, _TOGETHER["cuda"])
         with ThreadPoolExecutor(_THREADS, "pictures") as pool:
 
             def prepare(item: ItemT) -> Callable[[], _Prepared[ItemT]]:
@@ -212,11 +199,9 @@ class MaskFrozenDETR:
 
             def segment(
                 batch: list[_Prepared[ItemT]],
-            ) -> Callable[[], list[tuple[ItemT, TimedSegmentation | ImageError]]]:
-                first = batch[0]
-                if isinstance(first.picture, ImageError):
-                    unread: list[tuple[ItemT, TimedSegmentation | ImageError]]
-                    unread = [(first.item, first.picture)]
+            ) -> Callable[[], Sequence[tuple[ItemT, TimedSegmentation | ImageError]]]:
+                unread = [(p.item, p.picture) for p in batch if isinstance(p.picture, ImageError)]
+                if unread:
                     return lambda: unread
                 predictions = self._predict(batch, scoring, threshold)
                 return pool.submit(self._finish, batch, predictions, threshold, top_k).result
@@ -268,24 +253,15 @@ class MaskFrozenDETR:
         predictions: list[_Timed],
         threshold: float,
         top_k: int,
-    ) -> list[tuple[ItemT, TimedSegmentation | ImageError]]:
+    ) -> list[tuple[ItemT, TimedSegmentation]]:
         """Masks at the size of their pictures."""
-        finished: list[tuple[ItemT, TimedSegmentation | ImageError]] = []
+        finished = []
         for prepared, (prediction, *seconds) in zip(batch, predictions, strict=True):
             picture = prepared.picture
             assert isinstance(picture, Image.Image)
             size_hw = (picture.height, picture.width)
-            objects = shown_objects(
+            result = Segmentation.of(
                 prediction, self._label_categories, self._names, size_hw, threshold, top_k
-            )
-            result = Segmentation(
-                size_hw=size_hw,
-                run_lengths=tuple(o.run_lengths for o in objects),
-                boxes_xyxy=np.array([o.box_xyxy for o in objects], np.float32).reshape(-1, 4),
-                scores=np.array([o.confidence for o in objects], np.float32),
-                category_ids=np.array([o.category_id for o in objects], np.int64),
-                names=tuple(o.name for o in objects),
-                mask_probs=tuple(o.mask_probs for o in objects),
             )
             finished.append((prepared.item, TimedSegmentation(picture, result, *seconds)))
         return finished
@@ -340,18 +316,7 @@ def _as_picture(image: Picture) -> Image.Image:
 def _of_one_size(
     pictures: Iterable[_Prepared[ItemT]], most: int
 ) -> Iterator[list[_Prepared[ItemT]]]:
-    """Neighbours with inputs of one size, at most so many; what cannot be read stands alone."""
-    batch: list[_Prepared[ItemT]] = []
-    for picture in pictures:
-        alike = batch and picture.input_hw is not None and picture.input_hw == batch[0].input_hw
-        if batch and (len(batch) == most or not alike):
+    """Neighbours with inputs of one size, at most so many, or that cannot be read."""
+    for _, alike in itertools.groupby(pictures, lambda picture: picture.input_hw):
+        while batch := list(itertools.islice(alike, most)):
             yield batch
-            batch = []
-        batch.append(picture)
-    if batch:
-        yield batch
-
-
-def _most_together(device: torch.device) -> int:
-    """How many pictures a detector takes at once; on a CPU each takes as long as alone."""
-    return 1 if device.type == "cpu" else 8

@@ -18,7 +18,7 @@ import mfdetr_cache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.errors import HeadError, IdentityError, ImageError
 from mfdetr_cache.evaluation.segmentation import TimedSegmentation
-from mfdetr_cache.model import MaskFrozenDETR
+from mfdetr_cache.model import _TOGETHER, MaskFrozenDETR
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors
 from tests.support.training import small_recipe
@@ -100,7 +100,7 @@ def test_neighbours_of_one_size_share_a_batch(
     most: int, model: MaskFrozenDETR, scenes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU; what cannot be read stands alone, and the order stays."""
-    monkeypatch.setattr("mfdetr_cache.model._most_together", lambda _device: most)
+    monkeypatch.setitem(_TOGETHER, "cpu", most)
     files = sorted((scenes_folder / "images").iterdir())[:5]
     items = [*files[:2], Path("absent"), *files[2:]]
     found = list(model.stream(items, load_image, threshold=0.0, top_k=3))

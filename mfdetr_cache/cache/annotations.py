@@ -17,17 +17,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.arrays import chunk_keys
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.crops import crop_columns, crop_lengths, read_crops
 from mfdetr_cache.cache.document import read_document, read_sealed
-from mfdetr_cache.cache.file_record import FileRecord
-from mfdetr_cache.cache.foundation import ANNOTATIONS, metadata_keys
+from mfdetr_cache.cache.file_record import ColumnRecord, FileRecord
+from mfdetr_cache.cache.foundation import ANNOTATIONS, chunks_of_columns, metadata_keys
 from mfdetr_cache.cache.manifest import require_files, require_names, status_key
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained
 from mfdetr_cache.cache.zarr_nodes import write_column
+from mfdetr_cache.coco.labelled import LabelledSplit
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import Identity, identity_hash
@@ -95,14 +95,21 @@ class AnnotationContent(AnnotationHeader):
     objects: dict[str, list[GroundTruth]]
     crops: dict[str, dict[int, C1Crops]] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, labelled: LabelledSplit, objects: dict[str, list[GroundTruth]]
+    ) -> "AnnotationContent":
+        """The labels of a split, with its objects."""
+        categories = labelled.split.plain_categories
+        return cls(labelled.source, categories, labelled.match.label_categories, objects)
+
 
 @dataclass(frozen=True)
 class AnnotationRecord(AnnotationHeader):
-    """What the sealed document of a version says: column lengths by path, files by key."""
+    """What the sealed document of a version says."""
 
     number: int
-    lengths: dict[str, int]
-    files: dict[str, FileRecord]
+    columns: ColumnRecord
 
 
 def seal_key(number: int) -> str:
@@ -163,8 +170,7 @@ def write_annotations(
             **content.header,
             "number": number,
             "annotations_id": content.annotations_id,
-            "columns": lengths,
-            "files": {key: f.to_dict() for key, f in files.items()},
+            **ColumnRecord(lengths, files).plain,
         }
         storage.write(seal_key(number), [seal(document)])
 
@@ -202,13 +208,11 @@ def read_annotations(storage: Storage, root: Root, number: int) -> AnnotationRec
     header = _header(fields, root)
     if fields["annotations_id"] != header.annotations_id:
         raise CacheError(f"{where} has an annotations_id that is not that of its content; {MEND}")
-    columns = fields.fields("columns")
-    lengths = {path: columns.integer(path, 0, 2**40) for path in columns.values}
-    _require_lengths(lengths, root, number, where)
-    files = {k: FileRecord.from_fields(f) for k, f in fields.fields("files").items()}
-    chunks = [k for path, n in lengths.items() for k in chunk_keys(path, root.column(path), n)]
-    require_files(files, [*metadata_keys(lengths, folder_of(number)), *chunks], where)
-    return AnnotationRecord(**vars(header), number=number, lengths=lengths, files=files)
+    record = ColumnRecord.of(fields)
+    _require_lengths(record.lengths, root, number, where)
+    metadata = metadata_keys(record.lengths, folder_of(number))
+    require_files(record.files, [*metadata, *chunks_of_columns(root, record.lengths)], where)
+    return AnnotationRecord(**vars(header), number=number, columns=record)
 
 
 def header_of(storage: Storage, root: Root, number: int) -> AnnotationHeader | None:
@@ -264,7 +268,7 @@ class Annotations:
         self.record = record
         self._path = storage.name
         self._root = root
-        self._columns = Columns(storage, root, record.lengths, record.files)
+        self._columns = Columns(storage, root, record.columns)
 
     def objects(self, view: str, row: int, size_hw: tuple[int, int]) -> GroundTruth:
         """The annotated objects of a row, in pixels of the view's image of that size.

@@ -9,14 +9,13 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.arrays import ColumnSpec
-from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.file_record import ColumnRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.shards import decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage
@@ -33,13 +32,11 @@ class Columns:
         self,
         storage: Storage,
         root: Root,
-        lengths: Mapping[str, int],
-        files: Mapping[str, FileRecord],
+        record: ColumnRecord,
     ) -> None:
         self._storage = storage
         self._root = root
-        self._lengths = lengths
-        self._files = files
+        self._lengths, self._files = record.lengths, record.files
         self._whole: dict[str, NDArray[Any]] = {}
         self._chunks: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()

@@ -2,11 +2,11 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,16 @@ import zarr
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.annotations import AnnotationContent, write_annotations
-from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.file_record import ColumnRecord, FileRecord
 from mfdetr_cache.cache.foundation import ANNOTATIONS, seal_foundation
 from mfdetr_cache.cache.root import Root
-from mfdetr_cache.cache.schema import ATTRIBUTES_KEY, CacheLayout
+from mfdetr_cache.cache.schema import ATTRIBUTES_KEY
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
 from mfdetr_cache.cache.zarr_nodes import create_array, write_column
 from mfdetr_cache.coco.augmentation import ViewTransform
+from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.identity import Identity
-from mfdetr_cache.types import DetectorSpec, GroundTruth
-
-
-@dataclass(frozen=True)
-class ViewContent:
-    """The transform and the objects, in pixels of the picture, of each row of a view."""
-
-    transforms: list[ViewTransform]
-    ground_truth: list[GroundTruth]
-
 
 # What creation makes at the top of a cache.
 _AT_THE_TOP = {ROOT_KEY, "images", "views", ANNOTATIONS}
@@ -46,39 +36,16 @@ class CacheContent:
     """Everything that is known about a cache before the detector has run.
 
     Attributes:
-        identity: What decides the content; ``detector`` inside it is the detector's own.
-        spec: The detector.
-        layout: Rows, parts and tokens.
-        image_ids: COCO ids in row order.
-        file_names: Names relative to the image folder, in row order.
-        original_sizes_hw: Annotated sizes in row order.
-        categories: ``{"id", "name"}`` of the dataset's categories.
-        label_categories: Category id of each detector label, -1 for none.
-        annotations: Name and SHA-256 of the annotation file, and how its categories were mapped.
-        views: Every view by name, in the order of the layout.
+        root: What decides its content, and its layout.
+        images: In row order.
+        transforms: How the picture of each row is made, by view.
+        labels: The first version of its annotations.
     """
 
-    identity: Identity
-    spec: DetectorSpec
-    layout: CacheLayout
-    image_ids: list[int]
-    file_names: list[str]
-    original_sizes_hw: list[tuple[int, int]]
-    categories: list[dict[str, Any]]
-    label_categories: tuple[int, ...]
-    annotations: Identity
-    views: dict[str, ViewContent]
-
-    @functools.cached_property
-    def root(self) -> Root:
-        """What decides its content, and its layout."""
-        return Root.of(self.identity, self.spec, self.layout)
-
-    @property
-    def labels(self) -> AnnotationContent:
-        """The first version of its annotations."""
-        objects = {view: known.ground_truth for view, known in self.views.items()}
-        return AnnotationContent(self.annotations, self.categories, self.label_categories, objects)
+    root: Root
+    images: Sequence[ImageEntry]
+    transforms: dict[str, list[ViewTransform]]
+    labels: AnnotationContent
 
 
 def create_cache(storage: Storage, content: CacheContent) -> None:
@@ -146,23 +113,22 @@ def _is_foreign(partial: Path) -> bool:
 
 def _fill(storage: LocalStorage, content: CacheContent) -> None:
     folder, root = storage.folder, content.root
-    assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
     # In one order, whether the layout was planned or read.
     attributes = json.loads(json.dumps(root.attributes, sort_keys=True))
     group = zarr.create_group(
         store=str(folder), overwrite=True, attributes={ATTRIBUTES_KEY: attributes}
     )
-    columns = _image_columns(content)
-    for view, known in content.views.items():
-        columns |= _transform_columns(view, known.transforms)
+    for view in content.transforms:
         for spec in root.arrays[view].values():
-            create_array(group, spec, content.layout.compression)
+            create_array(group, spec, root.layout.compression)
+    columns = _columns(content)
     for path, values in columns.items():
         write_column(group, path, root.column(path), values)
     group.create_group(ANNOTATIONS)
     files = {key: _synced(folder / key) for key in storage.sizes("")}
-    seal_foundation(storage, root, {path: len(v) for path, v in columns.items()}, files)
+    lengths = {path: len(values) for path, values in columns.items()}
+    seal_foundation(storage, root, ColumnRecord(lengths, files))
     write_annotations(storage, root, 0, content.labels)
 
 
@@ -173,21 +139,21 @@ def _synced(path: Path) -> FileRecord:
     return FileRecord.of(data)
 
 
-def _image_columns(content: CacheContent) -> dict[str, NDArray[Any]]:
-    encoded = [name.encode() for name in content.file_names]
-    return {
-        "images/image_id": np.array(content.image_ids, dtype=np.int64),
-        "images/original_hw": np.array(content.original_sizes_hw, dtype=np.int32).reshape(-1, 2),
+def _columns(content: CacheContent) -> dict[str, NDArray[Any]]:
+    """The columns that are written at creation, by path."""
+    encoded = [entry.file_name.encode() for entry in content.images]
+    sizes_hw = [entry.size_hw for entry in content.images]
+    columns: dict[str, NDArray[Any]] = {
+        "images/image_id": np.array([e.image_id for e in content.images], dtype=np.int64),
+        "images/original_hw": np.array(sizes_hw, dtype=np.int32).reshape(-1, 2),
         "images/file_name_utf8": np.frombuffer(b"".join(encoded), dtype=np.uint8),
         "images/file_name_offset": np.cumsum([0, *(len(e) for e in encoded)], dtype=np.int64),
     }
-
-
-def _transform_columns(view: str, transforms: list[ViewTransform]) -> dict[str, NDArray[Any]]:
-    base = f"views/{view}/transform"
-    crops = np.array([t.crop_xyxy for t in transforms], dtype=np.int32)
-    return {
-        f"{base}/crop_xyxy": crops.reshape(-1, 4),
-        f"{base}/flip": np.array([t.flip for t in transforms], dtype=np.uint8),
-        f"{base}/shortest_edge": np.array([t.shortest_edge for t in transforms], dtype=np.int32),
-    }
+    for view, transforms in content.transforms.items():
+        base = f"views/{view}/transform"
+        crops = np.array([t.crop_xyxy for t in transforms], dtype=np.int32)
+        edges = np.array([t.shortest_edge for t in transforms], dtype=np.int32)
+        columns[f"{base}/crop_xyxy"] = crops.reshape(-1, 4)
+        columns[f"{base}/flip"] = np.array([t.flip for t in transforms], dtype=np.uint8)
+        columns[f"{base}/shortest_edge"] = edges
+    return columns

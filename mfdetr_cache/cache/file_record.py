@@ -1,6 +1,7 @@
-"""A file as a sealed document knows it."""
+"""Files and columns as a sealed document knows them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,43 @@ class FileRecord:
         """Of a file that is no shard."""
         return cls(len(data), hashlib.sha256(data).hexdigest())
 
-    def to_dict(self) -> dict[str, Any]:
+
+def plain_files(files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    """Files by key, as they stand in a document."""
+    return {
+        key: {"bytes": f.num_bytes, "sha256": f.sha256}
+        | ({"index_sha256": f.index_sha256} if f.index_sha256 else {})
+        for key, f in files.items()
+    }
+
+
+def files_of(fields: Fields) -> dict[str, FileRecord]:
+    """The ``files`` of a document; inverse of :func:`plain_files`."""
+    return {
+        key: FileRecord(
+            f.integer("bytes"),
+            f.sha256("sha256"),
+            f.sha256("index_sha256") if "index_sha256" in f.values else "",
+        )
+        for key, f in fields.fields("files").items()
+    }
+
+
+@dataclass(frozen=True)
+class ColumnRecord:
+    """Arrays that were written at once: their lengths by path, and all files by key."""
+
+    lengths: dict[str, int]
+    files: dict[str, FileRecord]
+
+    @property
+    def plain(self) -> dict[str, Any]:
         """As it stands in a document."""
-        plain: dict[str, Any] = {"bytes": self.num_bytes, "sha256": self.sha256}
-        return {**plain, "index_sha256": self.index_sha256} if self.index_sha256 else plain
+        return {"columns": self.lengths, "files": plain_files(self.files)}
 
     @classmethod
-    def from_fields(cls, fields: Fields) -> "FileRecord":
+    def of(cls, fields: Fields) -> "ColumnRecord":
         """From a document."""
-        index = fields.sha256("index_sha256") if "index_sha256" in fields.values else ""
-        return cls(fields.integer("bytes"), fields.sha256("sha256"), index)
+        columns = fields.fields("columns")
+        lengths = {path: columns.integer(path, 0, 2**40) for path in columns.values}
+        return cls(lengths, files_of(fields))

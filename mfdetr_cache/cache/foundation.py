@@ -1,5 +1,6 @@
 """What is written when a cache is created: its root, its images, how each view's image is made."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from mfdetr_cache.cache.arrays import chunk_keys, image_columns
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.document import read_document, read_sealed
-from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.file_record import ColumnRecord
 from mfdetr_cache.cache.manifest import (
     Manifest,
     require_files,
@@ -28,41 +29,24 @@ FIRST_ANNOTATIONS_KEY = f"{status_key()}/annotations/000000.json"
 
 
 @dataclass(frozen=True)
-class FoundationRecord:
-    """What the foundation's document says: column lengths by path, file records by key.
-
-    Files are those written at creation, but annotations.
-    """
-
-    lengths: dict[str, int]
-    files: dict[str, FileRecord]
-
-
-@dataclass(frozen=True)
 class Opened:
     """A root and its foundation as far as they are whole.
 
     Attributes:
         root: What the cache is.
-        foundation: None where its document is missing or damaged.
-        faults: One line for each of the two that is damaged or contradicts the other.
+        foundation: What was written at creation, but annotations; nothing where its document is
+            missing or damaged.
+        faults: A line if one of the two is damaged or contradicts the other.
     """
 
     root: Root
-    foundation: FoundationRecord | None
+    foundation: ColumnRecord
     faults: tuple[str, ...]
 
 
-def seal_foundation(
-    storage: Storage, root: Root, lengths: Mapping[str, int], files: Mapping[str, FileRecord]
-) -> None:
-    """Write the foundation's document: column lengths by path, file records by key."""
-    document = {
-        **root.names,
-        "root": root.attributes,
-        "columns": dict(lengths),
-        "files": {key: f.to_dict() for key, f in files.items()},
-    }
+def seal_foundation(storage: Storage, root: Root, record: ColumnRecord) -> None:
+    """Write the foundation's document."""
+    document = {**root.names, "root": root.attributes, **record.plain}
     storage.write(FOUNDATION_KEY, [seal(document)])
 
 
@@ -74,28 +58,23 @@ def read_opened(storage: Storage) -> Opened:
     """
     if storage.folder is not None and not storage.folder.exists():
         raise CacheError(f"cache {storage.name} does not exist; make it with: mfdetr extract")
-    attributes, problem = _root_attributes(storage)
-    faults: list[str] = []
-    kept: Root | None = None
-    foundation = None
+    attributes = _root_attributes(storage)
     try:
         kept, foundation = _read_foundation(storage)
+        if _is_foreign(storage, kept, attributes):
+            raise CacheError(f"{storage.name}/{FOUNDATION_KEY} is of another cache; {MEND}")
     except FileNotFoundError:
-        faults.append(f"{storage.name}/{FOUNDATION_KEY} is missing; {MEND}")
+        fault = f"{storage.name}/{FOUNDATION_KEY} is missing; {MEND}"
     except CacheError as error:
-        faults.append(str(error))
-    if kept is not None and _is_foreign(storage, kept, attributes):
-        faults.append(f"{storage.name}/{FOUNDATION_KEY} is of another cache; {MEND}")
-        kept = None
-    if kept is not None:
-        if problem is not None or attributes.values != kept.attributes:
-            faults.append(
-                f"{storage.name}/{ROOT_KEY} is not what the cache was created with; {MEND}"
-            )
-        return Opened(kept, foundation, tuple(faults))
-    if problem is not None:
-        raise problem
-    return Opened(Root.from_fields(attributes), None, tuple(faults))
+        fault = str(error)
+    else:
+        if attributes is not None and attributes.values == kept.attributes:
+            return Opened(kept, foundation, ())
+        fault = f"{storage.name}/{ROOT_KEY} is not what the cache was created with; {MEND}"
+        return Opened(kept, foundation, (fault,))
+    if attributes is None:
+        raise CacheError(f"{storage.name} is no feature cache (no {ATTRIBUTES_KEY} attributes)")
+    return Opened(Root.from_fields(attributes), ColumnRecord({}, {}), (fault,))
 
 
 def read_root(storage: Storage) -> Root:
@@ -106,50 +85,46 @@ def read_root(storage: Storage) -> Root:
     return opened.root
 
 
-def _root_attributes(storage: Storage) -> tuple[Fields, CacheError | None]:
-    """Attributes of the root; where there are none, the reason."""
-    nothing = Fields({}, storage.name, CacheError)
-    try:
+def _root_attributes(storage: Storage) -> Fields | None:
+    """Attributes of the root, if there are any."""
+    with contextlib.suppress(FileNotFoundError, CacheError):
         attributes = read_document(storage, ROOT_KEY).fields("attributes").fields(ATTRIBUTES_KEY)
-    except (FileNotFoundError, CacheError):
-        reason = f"{storage.name} is no feature cache (no {ATTRIBUTES_KEY} attributes)"
-        return nothing, CacheError(reason)
-    return Fields(attributes.values, storage.name, CacheError), None
+        return Fields(attributes.values, storage.name, CacheError)
+    return None
 
 
-def _is_foreign(storage: Storage, kept: Root, attributes: Fields) -> bool:
+def _is_foreign(storage: Storage, kept: Root, attributes: Fields | None) -> bool:
     """Whether the foundation, and not the root, is another cache's: annotations name theirs."""
-    theirs = attributes.values.get("cache_id")
+    theirs = None if attributes is None else attributes.values.get("cache_id")
     if theirs is None or theirs == kept.cache_id:
         return False
-    try:
+    with contextlib.suppress(FileNotFoundError, CacheError):
         return bool(read_sealed(storage, FIRST_ANNOTATIONS_KEY)["cache_id"] == theirs)
-    except (FileNotFoundError, CacheError):
-        return False
+    return False
 
 
-def _read_foundation(storage: Storage) -> tuple[Root, FoundationRecord]:
+def _read_foundation(storage: Storage) -> tuple[Root, ColumnRecord]:
     fields = read_sealed(storage, FOUNDATION_KEY)
     where = f"{storage.name}/{FOUNDATION_KEY}"
     root = Root.from_fields(fields.fields("root"))
     require_names(fields, root, where)
-    columns = fields.fields("columns")
-    lengths = {path: columns.integer(path, 0, 2**40) for path in columns.values}
-    expected = image_columns(root.layout)
-    if set(lengths) != set(expected):
+    record, expected = ColumnRecord.of(fields), image_columns(root.layout)
+    if set(record.lengths) != set(expected):
         raise CacheError(f"{where} does not name the columns of its layout; {MEND}")
     for path, length in expected.items():
-        if length is not None and lengths[path] != length:
-            raise CacheError(f"{where} has {lengths[path]} of {path} and not {length}; {MEND}")
-    files = {key: FileRecord.from_fields(f) for key, f in fields.fields("files").items()}
-    require_files(files, _foundation_keys(root, lengths), where)
-    return root, FoundationRecord(lengths, files)
-
-
-def _foundation_keys(root: Root, lengths: Mapping[str, int]) -> list[str]:
+        if length is not None and record.lengths[path] != length:
+            raise CacheError(
+                f"{where} has {record.lengths[path]} of {path} and not {length}; {MEND}"
+            )
     arrays = [a.path for view in root.arrays.values() for a in view.values()]
-    chunks = [k for path, n in lengths.items() for k in chunk_keys(path, root.column(path), n)]
-    return [*metadata_keys([*arrays, *lengths], ""), f"{ANNOTATIONS}/{ROOT_KEY}", *chunks]
+    metadata = [*metadata_keys([*arrays, *record.lengths], ""), f"{ANNOTATIONS}/{ROOT_KEY}"]
+    require_files(record.files, [*metadata, *chunks_of_columns(root, record.lengths)], where)
+    return root, record
+
+
+def chunks_of_columns(root: Root, lengths: Mapping[str, int]) -> list[str]:
+    """Keys of the chunks of columns, whose lengths are given by path."""
+    return [k for path, n in lengths.items() for k in chunk_keys(path, root.column(path), n)]
 
 
 def metadata_keys(arrays: Iterable[str], top: str) -> list[str]:
@@ -180,8 +155,7 @@ class Foundation:
         self.root = opened.root
         self.spec = opened.root.spec
         self.layout = opened.root.layout
-        record = opened.foundation or FoundationRecord({}, {})
-        self.columns = Columns(storage, self.root, record.lengths, record.files)
+        self.columns = Columns(storage, self.root, opened.foundation)
 
     @functools.cached_property
     def sealed(self) -> dict[Part, tuple[bytes, ...]]:

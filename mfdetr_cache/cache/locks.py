@@ -24,11 +24,11 @@ def locked(storage: Storage, partition: Partition = WHOLE) -> Iterator[None]:
     if shared:
         name = f".writer-{partition.number}-of-{partition.count}.lock"
         wanted.append((name, fcntl.LOCK_EX))
+    busy = CacheError(f"{storage.name} is being written by another process; wait for it")
     with contextlib.ExitStack() as held:
-        for name, kind in wanted if storage.folder is not None else ():
-            assert storage.folder is not None
-            busy = CacheError(f"{storage.name} is being written by another process; wait for it")
-            with explained(storage):
-                path = storage.folder / status_key() / name
-                held.enter_context(locked_file(path, busy, kind))
+        if storage.folder is not None:
+            for name, kind in wanted:
+                with explained(storage):
+                    path = storage.folder / status_key() / name
+                    held.enter_context(locked_file(path, busy, kind))
         yield

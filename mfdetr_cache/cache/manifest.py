@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mfdetr_cache.cache.document import read_sealed
-from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.file_record import FileRecord, files_of, plain_files
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.protocol import Storage
@@ -53,7 +53,7 @@ def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
         "part": manifest.part.number,
         "rows": [rows.start, rows.stop],
         "skipped": list(manifest.skipped),
-        "files": {key: f.to_dict() for key, f in manifest.files.items()},
+        "files": plain_files(manifest.files),
     }
     storage.write(manifest_key(manifest.part), [seal(document)])
 
@@ -75,7 +75,7 @@ def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
     for name, value in expected.items():
         if fields[name] != value:
             raise CacheError(f"{where} is of {name} {fields[name]} and not {value}; {MEND}")
-    files = {k: FileRecord.from_fields(f) for k, f in fields.fields("files").items()}
+    files = files_of(fields)
     keys = [a.key_of_part(part.number) for a in root.arrays[part.view].values()]
     require_files(files, keys, where)
     skipped = tuple(

@@ -53,19 +53,11 @@ class FeatureCache(Foundation):
 
     @classmethod
     def open(cls, location: Location, annotations: int | None = None) -> "FeatureCache":
-        """Open a cache for reading.
+        """Open a cache for reading; parts may be missing, see :meth:`require_complete`.
 
-        Args:
-            location: Its folder, or the URL of an object store; ``@N`` at its end chooses a
-                version of the annotations.
-            annotations: Which version of the annotations; None takes the newest.
-
-        Returns:
-            The cache; parts may be missing, see :meth:`require_complete`.
-
-        Raises:
-            CacheError: If there is none, this version does not read its format, or what is written
-                when a cache is created is damaged.
+        ``annotations`` is the version to read, as ``@N`` at the end of the location; None takes the
+        newest. CacheError if there is no cache, this version does not read its format, or what is
+        written when a cache is created is damaged.
         """
         storage = open_storage(location)
         opened = read_opened(storage)
@@ -177,10 +169,6 @@ class FeatureCache(Foundation):
         """Sizes of a row's image in the view ``base``."""
         return self.base.geometry(row)
 
-    def map_bytes(self, row: int) -> int:
-        """Bytes of a row's maps as float16, before quantisation and compression."""
-        return self.base.map_bytes(row)
-
     def ground_truth(self, row: int) -> GroundTruth:
         """The annotated objects of a row in the view ``base``."""
         return self.base.ground_truth(row)
@@ -193,16 +181,10 @@ class FeatureCache(Foundation):
         *,
         pinned: bool = False,
     ) -> CachedImage:
-        """Everything stored for one row.
+        """Everything stored for a row in one view, with all maps or those named.
 
-        Args:
-            row: Row in the cache.
-            map_names: Which maps to read; None reads all.
-            view: Which pass of the detector.
-            pinned: Decompress the maps into memory that a GPU copies from by itself.
-
-        Raises:
-            CacheError: If the row has no content, or its bytes are damaged.
+        ``pinned`` decompresses the maps into memory that a GPU copies from by itself. CacheError if
+        the row has no content, or its bytes are damaged.
         """
         return self.views[view].read(row, map_names, pinned=pinned)
 

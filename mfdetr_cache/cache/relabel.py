@@ -1,9 +1,6 @@
 """New annotations for the images of a cache, brought to its rows and views."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import numpy as np
 
 from mfdetr_cache.cache.annotations import AnnotationContent
 from mfdetr_cache.cache.reader import FeatureCache
@@ -14,42 +11,15 @@ from mfdetr_cache.coco.labelled import LabelledSplit
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.types import GroundTruth
 
-_NOTHING = GroundTruth(
-    annotation_ids=np.zeros(0, np.int64),
-    category_ids=np.zeros(0, np.int64),
-    labels=np.zeros(0, np.int64),
-    boxes_xyxy=np.zeros((0, 4), np.float32),
-    areas=np.zeros(0, np.float64),
-    is_crowd=np.zeros(0, np.bool_),
-    run_lengths=(),
-)
 
+def relabelled(cache: FeatureCache, labelled: LabelledSplit) -> tuple[AnnotationContent, int]:
+    """The objects of an annotation file by row and view of a cache, as an extraction has them.
 
-@dataclass(frozen=True, slots=True)
-class Relabelling:
-    """Annotations for a cache.
-
-    ``unlisted`` images of the cache are not in the file and have no objects; ``unused`` images
-    of the file are not in the cache.
+    Images that the file does not list have none. Also returns how many images are in both.
+    DatasetError if there are none, or one has another size in the cache.
     """
-
-    content: AnnotationContent
-    unlisted: int
-    unused: int
-
-
-def relabelling(cache: FeatureCache, labelled: LabelledSplit) -> Relabelling:
-    """Bring the objects of an annotation file to the rows and views of a cache.
-
-    A new extraction would hold the same. DatasetError if none of its images is in the cache, or
-    one has another size there.
-    """
-    split = labelled.split
-    entries = _entries_of_rows(cache, split)
-    originals = [
-        _NOTHING if (entry := entries.get(row)) is None else labelled.objects_of(entry)
-        for row in range(cache.layout.num_rows)
-    ]
+    entries = _entries_of_rows(cache, labelled.split)
+    originals = [labelled.objects_of(entries.get(row)) for row in range(cache.layout.num_rows)]
 
     def moved(view: str) -> list[GroundTruth]:
         return [
@@ -57,14 +27,8 @@ def relabelling(cache: FeatureCache, labelled: LabelledSplit) -> Relabelling:
             for row, truth in enumerate(originals)
         ]
 
-    content = AnnotationContent(
-        source=labelled.source,
-        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=labelled.match.label_categories,
-        objects={view: moved(view) for view in cache.views},
-    )
-    rows, images = cache.layout.num_rows, len(split.images)
-    return Relabelling(content, rows - len(entries), images - len(entries))
+    objects = {view: moved(view) for view in cache.views}
+    return AnnotationContent.of(labelled, objects), len(entries)
 
 
 def _entries_of_rows(cache: FeatureCache, split: CocoSplit) -> Mapping[int, ImageEntry]:

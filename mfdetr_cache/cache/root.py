@@ -15,6 +15,7 @@ from mfdetr_cache.cache.schema import (
     CacheLayout,
     stored_maps,
 )
+from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import Identity, identity_hash, spec_from_identity
@@ -29,21 +30,14 @@ class Root:
     """What decides a cache's content, and how it is laid out.
 
     Attributes:
-        cache_id: Hash of the identity.
         identity: What decides the content; ``detector`` inside it is the detector's own.
         spec: The detector.
         layout: Rows, parts and tokens.
     """
 
-    cache_id: str
     identity: Identity
     spec: DetectorSpec
     layout: CacheLayout
-
-    @classmethod
-    def of(cls, identity: Identity, spec: DetectorSpec, layout: CacheLayout) -> "Root":
-        """The root of a new cache."""
-        return cls(identity_hash(identity), identity, spec, layout)
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "Root":
@@ -60,9 +54,14 @@ class Root:
             raise CacheError(f"{where}: cache_id {cache_id[:32]!r} is not that of its identity")
         spec = spec_from_identity(identity.get("detector"), f"{where}: identity: detector")
         layout = CacheLayout.from_fields(fields.fields("layout"))
-        root = cls(cache_id, identity, spec, layout)
+        root = cls(identity, spec, layout)
         _require_consistent(root, where)
         return root
+
+    @functools.cached_property
+    def cache_id(self) -> str:
+        """Hash of the identity."""
+        return identity_hash(self.identity)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -76,7 +75,7 @@ class Root:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the root group."""
-        return {**self.names, "identity": self.identity, "layout": self.layout.to_dict()}
+        return {**self.names, "identity": self.identity, "layout": to_dict(self.layout)}
 
     @functools.cached_property
     def arrays(self) -> dict[str, dict[str, ArraySpec]]:

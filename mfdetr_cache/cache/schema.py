@@ -1,7 +1,7 @@
 """How rows, parts and tokens of a cache hang together; fixed when it is created."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from mfdetr_cache.choices import C1Mode, Compression, Preset
 from mfdetr_cache.errors import CacheError
@@ -118,29 +118,9 @@ class CacheLayout:
         first = part * self.images_per_part
         return range(first, min(first + self.images_per_part, self.num_rows))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The layout as it stands in the attributes of a cache."""
-        return {
-            "num_rows": self.num_rows,
-            "images_per_part": self.images_per_part,
-            "preset": self.preset,
-            "compression": self.compression,
-            "views": list(self.views),
-            "c1": self.c1,
-            "c1_roi": None if self.c1_roi is None else asdict(self.c1_roi),
-            "maps": {
-                name: {"chunk_tokens": m.chunk_tokens, "part_tokens": m.part_tokens}
-                for name, m in self.maps.items()
-            },
-        }
-
     @classmethod
     def from_fields(cls, fields: Fields) -> "CacheLayout":
-        """The layout from a cache's attributes.
-
-        Raises:
-            CacheError: If a field is not what it can be.
-        """
+        """From a cache's attributes; CacheError if a field is not what it can be."""
         roi = None if fields["c1_roi"] is None else fields.fields("c1_roi")
         return cls(
             num_rows=fields.integer("num_rows", 1, MOST_ROWS),

@@ -55,8 +55,7 @@ def check_part(storage: Storage, root: Root, part: Part, *, full: bool) -> PartC
 
 def check_foundation(storage: Storage, opened: Opened, *, full: bool) -> tuple[str, ...]:
     """Check what was written when the cache was created, its annotations left out."""
-    files = opened.foundation.files if opened.foundation else {}
-    faults = _file_faults(storage, files, full=full)
+    faults = _file_faults(storage, opened.foundation.files, full=full)
     # The root may be whole as a document and still have other bytes; it is named once.
     named = " ".join(opened.faults)
     return (*opened.faults, *(f for f in faults if f.split(" ")[0] not in named))
@@ -70,7 +69,7 @@ def check_annotations(storage: Storage, root: Root, number: int, *, full: bool) 
         record = read_annotations(storage, root, number)
     except CacheError as error:
         return (str(error),)
-    return tuple(_file_faults(storage, record.files, full=full))
+    return tuple(_file_faults(storage, record.columns.files, full=full))
 
 
 def annotation_versions(storage: Storage) -> tuple[int, ...]:
@@ -84,14 +83,14 @@ def unknown_files(storage: Storage, opened: Opened) -> tuple[str, ...]:
     Hidden files and what a killed writing leaves are not among them.
     """
     root = opened.root
-    known = {FOUNDATION_KEY, *(opened.foundation.files if opened.foundation else ())}
+    known = {FOUNDATION_KEY, *opened.foundation.files}
     for part in root.layout.parts:
         known.add(manifest_key(part))
         known.update(a.key_of_part(part.number) for a in root.arrays[part.view].values())
     for number in version_numbers(storage):
         known.add(seal_key(number))
         with contextlib.suppress(CacheError):
-            known.update(read_annotations(storage, root, number).files)
+            known.update(read_annotations(storage, root, number).columns.files)
 
     def is_unknown(key: str) -> bool:
         name = key.rpartition("/")[2]

@@ -47,30 +47,21 @@ class CacheView:
 
     def transform(self, row: int) -> ViewTransform:
         """How the picture of a row was made from the original."""
-        base = f"views/{self.name}/transform"
-        x0, y0, x1, y1 = (int(v) for v in self._cache.columns[f"{base}/crop_xyxy"][row])
-        flip = bool(self._cache.columns[f"{base}/flip"][row])
-        return ViewTransform(
-            (x0, y0, x1, y1), flip, int(self._cache.columns[f"{base}/shortest_edge"][row])
-        )
+        base, columns = f"views/{self.name}/transform", self._cache.columns
+        x0, y0, x1, y1 = columns[f"{base}/crop_xyxy"][row].tolist()
+        flip, edge = columns[f"{base}/flip"][row], columns[f"{base}/shortest_edge"][row]
+        return ViewTransform((x0, y0, x1, y1), bool(flip), int(edge))
 
     def geometry(self, row: int) -> ImageGeometry:
         """Sizes of a row's picture in this view: in original pixels, resized, and of the input."""
-
-        def pair(values: NDArray[Any]) -> tuple[int, int]:
-            return int(values[0]), int(values[1])
-
-        return ImageGeometry(
-            self.transform(row).size_hw,
-            pair(self._table("resized_hw")[row]),
-            pair(self._table("input_hw")[row]),
-        )
+        original_hw = self.transform(row).size_hw
+        return ImageGeometry(original_hw, self._hw("resized_hw", row), self._hw("input_hw", row))
 
     def map_bytes(self, row: int) -> int:
         """Bytes of a row's maps as float16, before quantisation and compression."""
         total = 0
         for m in stored_maps(self._cache.spec, self._cache.layout):
-            height, width = (int(v) for v in self._table(f"maps/{m.name}/hw")[row])
+            height, width = self._hw(f"maps/{m.name}/hw", row)
             total += height * width * m.channels * 2
         return total
 
@@ -81,11 +72,7 @@ class CacheView:
     def read(
         self, row: int, map_names: tuple[str, ...] | None = None, *, pinned: bool = False
     ) -> CachedImage:
-        """Everything stored for a row, with all maps or those named.
-
-        ``pinned`` decompresses maps into memory that a GPU copies from by itself.
-        CacheError if the row has no content, or its bytes are damaged.
-        """
+        """What :meth:`FeatureCache.read` gives for this view."""
         cache = self._cache
         if self._table("status")[row] != ROW_OK:
             raise CacheError(f"{cache.path}: row {row} has no content (skipped or not extracted)")
@@ -142,10 +129,9 @@ class CacheView:
         newer: tuple[NDArray[np.int64], StoredMap] | None,
     ) -> C1Crops:
         """Crops of a row: those of the features, or those that came with newer annotations."""
-        height, width = (int(v) for v in self._table(f"{C1_ROI}/c1_hw")[row])
         if newer is None:
             newer = (self.crop_queries(row), self._stored_map(C1_ROI, row, held))
-        return C1Crops(*newer, held[f"{C1_ROI}/moments"][0], (height, width))
+        return C1Crops(*newer, held[f"{C1_ROI}/moments"][0], self._hw(f"{C1_ROI}/c1_hw", row))
 
     def largest_maps(self, map_names: tuple[str, ...]) -> int:
         """Most bytes that :meth:`read` needs for the maps of a row."""
@@ -196,6 +182,11 @@ class CacheView:
                 )
             self._tables[name] = table
         return self._tables[name]
+
+    def _hw(self, name: str, row: int) -> tuple[int, int]:
+        """Height and width of a row, from a table of these."""
+        height, width = self._table(name)[row].tolist()
+        return height, width
 
     def _is_possible(self, name: str, table: NDArray[Any]) -> bool:
         """Whether sizes and places fit the layout, so that nothing outside of it is read."""
@@ -252,8 +243,11 @@ class CacheView:
     def _runs_of_map(self, name: str, row: int) -> dict[str, ChunkRun]:
         """The chunks of a map, by array; none for a map without cells."""
         values, affine = f"maps/{name}/values", f"maps/{name}/affine"
-        part = row // self._cache.layout.images_per_part
-        first, count = self._chunks_of_map(name, row)
+        part, spec = row // self._cache.layout.images_per_part, self.arrays[values]
+        assert spec.shard is not None
+        offset = int(self._table(f"maps/{name}/offset")[row]) - part * spec.shard[0]
+        height, width = self._hw(f"maps/{name}/hw", row)
+        first, count = offset // spec.chunk[0], -(-height * width // spec.chunk[0])
         if not count:
             return {}
         runs = {
@@ -269,7 +263,7 @@ class CacheView:
     def _stored_map(self, name: str, row: int, held: dict[str, NDArray[Any]]) -> StoredMap:
         base = f"maps/{name}"
         spec = self.arrays[f"{base}/values"]
-        height, width = (int(v) for v in self._table(f"{base}/hw")[row])
+        height, width = self._hw(f"{base}/hw", row)
         nothing = np.zeros((0, *spec.shape[1:]), spec.dtype)
         values = held.get(f"{base}/values", nothing)
         affine = None
@@ -279,12 +273,3 @@ class CacheView:
             affine = affine[: self._encoding.blocks(height * width)]
         channels = int(spec.attributes["channels"])
         return StoredMap((height, width), channels, self._encoding, values, affine)
-
-    def _chunks_of_map(self, name: str, row: int) -> tuple[int, int]:
-        """First chunk of a row inside its part, and how many there are."""
-        spec = self.arrays[f"maps/{name}/values"]
-        height, width = (int(v) for v in self._table(f"maps/{name}/hw")[row])
-        assert spec.shard is not None
-        part = row // self._cache.layout.images_per_part
-        first = int(self._table(f"maps/{name}/offset")[row]) - part * spec.shard[0]
-        return first // spec.chunk[0], -(-height * width // spec.chunk[0])

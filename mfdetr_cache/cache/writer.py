@@ -31,7 +31,6 @@ from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
 from mfdetr_cache.ops.quantisation import ENCODINGS
-from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
 
 
 @dataclass
@@ -61,13 +60,13 @@ class CacheWriter:
         locks: contextlib.ExitStack | None = None,
     ) -> None:
         self.storage = storage
-        self._content = content
+        self.content = content
         self._locks = locks or contextlib.ExitStack()
         self._partition = partition
         self._root = content.root
         self.encoder = ImageEncoder(self._root)
-        self._encoding = ENCODINGS[content.layout.preset]
-        self._raw = content.layout.compression == "raw"
+        self._encoding = ENCODINGS[self._root.layout.preset]
+        self._raw = self._root.layout.compression == "raw"
         self._open: _OpenPart | None = None
 
     @classmethod
@@ -76,18 +75,10 @@ class CacheWriter:
     ) -> "CacheWriter":
         """Begin a cache, or go on with one that the same command began.
 
-        Args:
-            location: Where the cache is or will be.
-            content: What the cache is of.
-            partition: Which of its parts this process fills.
-
-        Returns:
-            A writer that owns these parts. In a folder, locks see to it; in an object store there
-            are none, and two writers of one part would write the same bytes twice.
-
-        Raises:
-            CacheError: If the place holds something else, a cache of other content, or parts that
-                another process is writing, or cannot be written to.
+        The writer owns the parts of its partition. In a folder, locks see to it; in an object store
+        there are none, and two writers of one part would write the same bytes twice. CacheError if
+        the place holds something else, a cache of other content, or parts that another process is
+        writing, or cannot be written to.
         """
         storage = open_storage(location)
         if storage.annotations is not None:
@@ -101,7 +92,7 @@ class CacheWriter:
             root = read_root(storage)
             require_same_content(storage, root, content)
         # A cache keeps the parts it was created with, whatever this version would choose.
-        content = replace(content, layout=root.layout)
+        content = replace(content, root=root)
         locks = contextlib.ExitStack()
         locks.enter_context(locked(storage, partition))
         return cls(storage, content, partition, locks)
@@ -119,19 +110,19 @@ class CacheWriter:
 
     def pending_parts(self) -> list[Part]:
         """Its parts that are not whole: no manifest, or a file of another size than it says."""
-        parts = self._partition.of(self._content.layout.parts)
+        parts = self._partition.of(self._root.layout.parts)
         whole = whole_parts(self.storage, self._root, parts)
         return [p for p in parts if p not in whole]
 
     @property
     def num_rows(self) -> int:
         """Rows of all parts this writer owns."""
-        parts = self._partition.of(self._content.layout.parts)
+        parts = self._partition.of(self._root.layout.parts)
         return sum(len(self.rows_of_part(part)) for part in parts)
 
     def rows_of_part(self, part: Part) -> range:
         """The rows of one part."""
-        return self._content.layout.rows_of_part(part.number)
+        return self._root.layout.rows_of_part(part.number)
 
     def begin_part(self, part: Part) -> None:
         """Start filling a part; every one of its rows is then appended or skipped."""
@@ -144,19 +135,6 @@ class CacheWriter:
                 if self._is_running(name):
                     opened.next_chunk[name] = 0
         self._open = opened
-
-    def append(
-        self,
-        row: int,
-        geometry: ImageGeometry,
-        output: DetectorOutput,
-        crops: C1Crops | None = None,
-    ) -> int:
-        """Encode one image, add it to the open part and return the bytes added.
-
-        It raises what :meth:`ImageEncoder.encode` and :meth:`add` raise.
-        """
-        return self.add(row, self.encoder.encode(row, geometry, output, crops))
 
     def add(self, row: int, image: EncodedImage) -> int:
         """Add one image to the open part, which no reader sees yet, and return the bytes added.
@@ -187,7 +165,7 @@ class CacheWriter:
         """Leave one row without content."""
         part = self._require_open()
         part.tables["status"][row - part.rows.start] = ROW_SKIPPED
-        image_id = self._content.image_ids[row]
+        image_id = self.content.images[row].image_id
         part.skipped.append({"row": row, "image_id": image_id, "reason": reason})
 
     def seal_part(self) -> int:
@@ -246,7 +224,7 @@ def other_annotations(storage: Storage, names: Sequence[str]) -> CacheError:
 
 def require_same_features(storage: Storage, root: Root, content: CacheContent) -> None:
     """The same but for annotations."""
-    changed = differences(json.loads(json.dumps(content.identity)), root.identity)
+    changed = differences(json.loads(json.dumps(content.root.identity)), root.identity)
     if changed:
         field_name, ours, theirs = changed[0]
         raise CacheError(

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.layouts import DatasetFiles
-from mfdetr_cache.coco.objects import Annotation, Masks, read_annotations
+from mfdetr_cache.coco.objects import Annotation, read_annotations
 from mfdetr_cache.coco.yolo import read_yolo
-from mfdetr_cache.errors import DatasetError
+from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import GroundTruth
 
@@ -41,14 +41,6 @@ class CocoSplit:
     annotations: dict[int, list[Annotation]]
     faults: tuple[Faults, ...] = field(default=(), compare=False)
 
-    def first(self, limit: int | None) -> "CocoSplit":
-        """The same split with the first ``limit`` images only; None keeps all."""
-        if limit is None:
-            return self
-        images = self.images[:limit]
-        kept = {e.image_id: self.annotations[e.image_id] for e in images}
-        return replace(self, images=images, annotations=kept)
-
     def tell_faults(self, reporter: Reporter) -> None:
         """Warn of everything that was left out or repaired."""
         for faults in self.faults:
@@ -56,11 +48,7 @@ class CocoSplit:
 
     def tell_missing_masks(self, reporter: Reporter) -> None:
         """Warn of what nothing can be learned from."""
-        masks = [
-            bool(len(a.run_lengths))
-            for annotations in self.annotations.values()
-            for a in annotations
-        ]
+        masks = [len(a.run_lengths) > 0 for found in self.annotations.values() for a in found]
         if not all(masks):
             reporter.warn(
                 f"{masks.count(False)} of {len(masks)} annotations of {self.name} have a box only: "
@@ -71,16 +59,22 @@ class CocoSplit:
 
     def objects_per_category(self) -> Counter[int]:
         """Category id to its annotated objects, crowds among them."""
-        return Counter(
-            a.category_id for annotations in self.annotations.values() for a in annotations
-        )
+        return Counter(a.category_id for found in self.annotations.values() for a in found)
 
-    def ground_truth(self, entry: ImageEntry, label_of_category: Mapping[int, int]) -> GroundTruth:
+    @property
+    def plain_categories(self) -> list[dict[str, Any]]:
+        """``{"id", "name"}`` of each category."""
+        return [{"id": c.category_id, "name": c.name} for c in self.categories]
+
+    def ground_truth(
+        self, entry: ImageEntry | None, label_of_category: Mapping[int, int]
+    ) -> GroundTruth:
         """The objects of one image in the order of the file; no run lengths stand for no mask.
 
-        A category without a label of the detector gets label -1.
+        None are of an image that is not listed. A category without a label of the detector gets
+        label -1.
         """
-        annotations = self.annotations[entry.image_id]
+        annotations = [] if entry is None else self.annotations[entry.image_id]
         boxes = np.array([a.box_xywh for a in annotations], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return GroundTruth(
@@ -96,6 +90,21 @@ class CocoSplit:
         )
 
 
+def require_images(folder: Path, split: CocoSplit, advice: str) -> None:
+    """Refuse at once what would otherwise be noticed after hours.
+
+    DatasetError if there is no such folder, ImageError if an image is missing.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"image folder {folder} does not exist; {advice}")
+    missing = [e for e in split.images if not (folder / e.file_name).is_file()]
+    if missing:
+        raise ImageError(
+            f"{len(missing)} of {len(split.images)} images are not in {folder}, the first is "
+            f"{missing[0].file_name}; {advice}"
+        )
+
+
 def load_to_extract(files: DatasetFiles, on_bad: OnBad, limit: int | None) -> CocoSplit:
     """What features can be extracted of: also images with boxes only, or with nothing yet.
 
@@ -104,12 +113,7 @@ def load_to_extract(files: DatasetFiles, on_bad: OnBad, limit: int | None) -> Co
     if not files.images.is_dir():
         raise DatasetError(f"image folder {files.images} does not exist; check --images")
     return load_coco_split(
-        files.annotations,
-        files.images,
-        on_bad=on_bad,
-        limit=limit,
-        masks="optional",
-        unannotated=True,
+        files.annotations, files.images, on_bad=on_bad, limit=limit, needs="nothing"
     )
 
 
@@ -119,8 +123,7 @@ def load_coco_split(
     *,
     on_bad: OnBad = "stop",
     limit: int | None = None,
-    masks: Masks = "required",
-    unannotated: bool = False,
+    needs: Literal["masks", "boxes", "nothing"] = "masks",
 ) -> CocoSplit:
     """Read and check a COCO ``instances`` file.
 
@@ -132,8 +135,7 @@ def load_coco_split(
         images: Image folder: names are looked up there, and sizes that the file lacks are read.
         on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
         limit: Only the first so many images; what is wrong with others is not looked at.
-        masks: Whether an annotation without a mask can be used.
-        unannotated: Whether there may be no annotation at all, as in COCO's test-dev.
+        needs: What annotations must have; ``nothing`` if there may be none, as in COCO's test-dev.
 
     Raises:
         DatasetError: If the file is missing, is no COCO instances file, lists no image, has no
@@ -146,7 +148,7 @@ def load_coco_split(
         file = read_yolo(path, images)
     else:
         file = read_json(path, "annotation file", "pass a COCO instances JSON")
-    document, is_unannotated = _checked(file.document, path, unannotated=unannotated)
+    document, is_unannotated = _checked(file.document, path, unannotated=needs == "nothing")
     # Roboflow's files all have one name; their folder has that of the split.
     name = path.parent.name if file.name.startswith("_annotations") else file.name
     faults = Faults(str(path), "image")
@@ -160,7 +162,9 @@ def load_coco_split(
     left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
     of_annotations = Faults(str(path), "annotation")
     objects = [] if is_unannotated else document["annotations"]
-    annotations = read_annotations(objects, listed, left_out, categories, of_annotations, masks)
+    annotations = read_annotations(
+        objects, listed, left_out, categories, of_annotations, needs_mask=needs == "masks"
+    )
     of_annotations.stop_if_unusable(on_bad)
     if is_yolo:
         of_annotations.repaired.clear()  # the layout has no boxes beside polygons, and no areas

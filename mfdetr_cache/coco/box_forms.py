@@ -68,15 +68,13 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
     """The form of the boxes of a file.
 
     Masks decide where there are any: nearly all boxes must be their mask's in another form and not
-    in COCO's. Without masks corners are told by what leaves the image otherwise.
+    in COCO's. Without masks corners are told by what leaves the image otherwise. DatasetError if
+    boxes without masks are in parts of the image's sides: which four numbers they are cannot be
+    told.
 
     Args:
         boxes: Each ``bbox`` as written, the corners of its mask, and height and width of the image.
         file: Their file, for the message.
-
-    Raises:
-        DatasetError: If boxes without masks are in parts of the image's sides: which four numbers
-            they are cannot be told.
     """
     seen = [(box, mask, size) for box, mask, size in boxes if box is not None]
     fitting: list[_Masked] = []

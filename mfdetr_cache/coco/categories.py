@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mfdetr_cache.coco.ids import named
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
@@ -14,7 +15,6 @@ Rule = Literal["map", "name", "order", "id", "any", ""]
 
 # The paper's detectors have an output for every id up to COCO's largest, 90.
 _COCO_OUTPUTS = 91
-_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,15 @@ def match_labels(
     gives as many; 91 outputs, or one more than the largest id, are indexed by category id, as
     Deformable DETR, H-DETR and DINO are trained.
 
+    DatasetError if a mapping names what there is not, two annotated categories have the name of one
+    label, or no rule gives a single category.
+
     Args:
         label_names: The detector's names, in the order of its outputs.
         categories: The dataset's categories.
         detector: The detector's name, for messages.
         objects: Category id to its annotated objects; None counts every category as annotated.
         mapped: Name or id of a category to the name of the label that it is taken for.
-
-    Returns:
-        The labels' categories, and what to say about it.
-
-    Raises:
-        DatasetError: If a mapping names what there is not, two annotated categories have the name
-            of one label, or no rule gives a single category.
     """
     counts = {c.category_id: 1 for c in categories} if objects is None else dict(objects)
     rules: dict[int, Rule] = {}
@@ -124,12 +120,12 @@ def _by_map(
         if not chosen:
             raise DatasetError(
                 f"--map {name}={target}: the dataset has no category {name!r}; it has "
-                f"{_some([c.name for c in categories])}"
+                f"{named(c.name for c in categories)}"
             )
         if _plain(target) not in by_label:
             raise DatasetError(
                 f"--map {name}={target}: {detector} has no label {target!r}; it has "
-                f"{_some(label_names)}"
+                f"{named(label_names)}"
             )
         found.update({c.category_id: by_label[_plain(target)] for c in chosen})
     return found
@@ -142,13 +138,13 @@ def _by_name(
     done: set[int],
 ) -> dict[int, int]:
     """Category id to label of the same name, where the detector has real names."""
-    named: dict[str, list[Category]] = defaultdict(list)
+    of_name: dict[str, list[Category]] = defaultdict(list)
     for category in categories:
         if category.category_id not in done:
-            named[_plain(category.name)].append(category)
+            of_name[_plain(category.name)].append(category)
     found: dict[int, int] = {}
     for label, name in enumerate(label_names):
-        same = named.pop(_plain(name), [])
+        same = of_name.pop(_plain(name), [])
         annotated = [c for c in same if counts.get(c.category_id, 0)]
         if len(annotated) > 1:
             ids = " and ".join(str(c.written_id) for c in annotated)
@@ -205,25 +201,20 @@ def _warnings(table: Sequence[MatchedCategory], detector: str) -> tuple[str, ...
     if lacking:
         objects = sum(r.objects for r in lacking)
         total = sum(r.objects for r in table)
-        named = _some([f"{r.name} ({r.objects})" for r in lacking])
+        listed = named(f"{r.name} ({r.objects})" for r in lacking)
         found.append(
             f"{len(lacking)} annotated categories have no label of {detector}, {objects} of "
-            f"{total} objects: {named}; nothing is learned from them (--map category=label gives "
+            f"{total} objects: {listed}; nothing is learned from them (--map category=label gives "
             "one)"
         )
     guessed = [r for r in table if r.rule in ("order", "id")]
     if guessed:
         how = "the order of their ids" if guessed[0].rule == "order" else "their ids"
-        pairs = _some([f"{r.name} = {r.label}" for r in guessed])
+        pairs = named(f"{r.name} = {r.label}" for r in guessed)
         found.append(
             f"the labels of {detector} have no names; categories are matched by {how}: {pairs}"
         )
     return tuple(found)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def is_called(category: Category, name: str) -> bool:

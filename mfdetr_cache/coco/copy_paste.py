@@ -78,19 +78,12 @@ def num_donors(random: np.random.Generator) -> int:
 
 
 def copy_paste(scene: Scene, donors: list[Scene], random: np.random.Generator) -> Scene:
-    """A scene, mirrored or not, with objects of others on it.
+    """A scene, mirrored or not, with objects of others on it; ``random`` alone decides.
 
-    Each donor gives about half of its objects, at least one: mirrored or not, at one scale, in
-    their places to each other, anywhere in the picture.
-
-    Args:
-        scene: What they are pasted onto.
-        donors: Where they come from, each with an object to paste.
-        random: Source of chance; nothing else decides.
-
-    Returns:
-        The new scene. What lies under a pasted object is no longer part of another's mask; objects
-        with less than a tenth or 64 pixels left are gone.
+    Each donor, which has an object to paste, gives about half of its objects, at least one:
+    mirrored or not, at one scale, in their places to each other, anywhere in the picture. What lies
+    under a pasted object is no longer part of another's mask; objects with less than a tenth or 64
+    pixels left are gone.
     """
     if random.random() < 0.5:
         scene = scene.mirrored()

@@ -87,7 +87,7 @@ def internal_ids(ids: Sequence[SourceId | None]) -> list[int]:
 
 
 def named(ids: Iterable[SourceId | None]) -> str:
-    """Ids for a message: the first ten, and how many more there are.
+    """Ids or names for a message: the first ten, and how many more there are.
 
     Examples:
         >>> named(range(12))

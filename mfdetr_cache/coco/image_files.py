@@ -50,15 +50,10 @@ def fault_of_name(name: str) -> str:
 
 
 def find_file(folder: Path, name: str) -> str:
-    """The name under which a file is in a folder.
+    """The name under which a file is in a folder; ``name`` itself if it is not there.
 
-    Args:
-        folder: Image folder.
-        name: As in an annotation file, perhaps with the separators of Windows, %20 for a space,
-            the ending in other capitals, or letters composed in another way than on disk.
-
-    Returns:
-        The name that is there, relative to the folder; ``name`` itself if none is.
+    In annotation files names have the separators of Windows, %20 for a space, the ending in other
+    capitals, or letters composed in another way than on disk.
     """
     return next((n for n in _spellings(name) if (folder / n).is_file()), name)
 
@@ -114,14 +109,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """The size of an image file as viewers show it.
-
-    Returns:
-        Height and width in pixels, after EXIF rotation.
-
-    Raises:
-        ImageError: If it is no image.
-    """
+    """Height and width of an image file after EXIF rotation; ImageError if it is no image."""
     with open_image(path) as image:
         size = (image.height, image.width)
         return size[::-1] if orientation(image) >= 5 else size

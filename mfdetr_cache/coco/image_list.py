@@ -76,13 +76,10 @@ class ImageEntry:
 
 
 def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
-    """The categories of a document.
+    """The categories of a document by their ids as written, in the order of the file.
 
-    Returns:
-        Id as written to category, in the order of the file. One without a name is called by its id.
-
-    Raises:
-        DatasetError: If one has no id, two different ones share theirs, or there are too many.
+    One without a name is called by its id. DatasetError if one has no id, two different ones share
+    theirs, or there are too many.
     """
     if len(raw) > _MOST_CATEGORIES:
         raise DatasetError(
@@ -113,7 +110,7 @@ def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
 def read_images(
     path: Path, raw: Sequence[Any], folder: Path | None, faults: Faults, limit: int | None
 ) -> dict[SourceId, ImageEntry]:
-    """The images of a document.
+    """The images of a document by their ids as written, in the order of the file.
 
     Args:
         path: The file, for messages.
@@ -122,9 +119,6 @@ def read_images(
             without both.
         faults: Takes down what cannot be used.
         limit: Only the first so many.
-
-    Returns:
-        Id as written to image, in the order of the file.
 
     Raises:
         DatasetError: If an id is listed twice, or a file name leads out of the folder.

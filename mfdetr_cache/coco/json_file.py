@@ -6,9 +6,10 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mfdetr_cache.coco.faults import short
 from mfdetr_cache.errors import DatasetError
@@ -38,17 +39,9 @@ def read_json(path: Path, kind: str, advice: str) -> JsonFile:
     """Read a JSON file: UTF-8 with or without a byte order mark, UTF-16, UTF-32, or packed.
 
     Packed is gzip, or a zip archive of one JSON file, as COCO's evaluation server takes results.
-
-    Args:
-        path: The file.
-        kind: What it should be, for the messages, such as ``annotation file``.
-        advice: What to do when it is not there.
-
-    Returns:
-        Its content; ``NaN`` and ``Infinity`` are taken as numbers.
-
-    Raises:
-        DatasetError: If it is no readable file, unpacks to far more than its size, or is no JSON.
+    ``NaN`` and ``Infinity`` are taken as numbers. ``kind``, such as ``annotation file``, and
+    ``advice``, what to do when it is not there, are for the messages. DatasetError if it is no
+    readable file, unpacks to far more than its size, or is no JSON.
     """
     if not path.is_file():
         lacking = "is no file" if path.exists() else "does not exist"
@@ -57,7 +50,7 @@ def read_json(path: Path, kind: str, advice: str) -> JsonFile:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):
             with gzip.open(path) as file:
-                data = _unpacked(file, path, kind, len(data))
+                data = _unpacked(file.read, path, kind, len(data))
         elif data.startswith(_ZIP_MAGIC):
             data = _of_zip(data, path, kind)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
@@ -90,10 +83,6 @@ def _said(error: Exception, data: bytes) -> str:
     return str(error)
 
 
-class _Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
 def _of_zip(data: bytes, path: Path, kind: str) -> bytes:
     """The one JSON file of a zip archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -103,13 +92,13 @@ def _of_zip(data: bytes, path: Path, kind: str) -> bytes:
                 f"{kind} {path} is a zip archive with {len(names)} JSON files; unpack one"
             )
         with archive.open(names[0]) as file:
-            return _unpacked(file, path, kind, len(data))
+            return _unpacked(file.read, path, kind, len(data))
 
 
-def _unpacked(file: _Readable, path: Path, kind: str, packed_bytes: int) -> bytes:
+def _unpacked(read: Callable[[int], bytes], path: Path, kind: str, packed_bytes: int) -> bytes:
     limit = max(_LEAST_UNPACKED_LIMIT, _MOST_UNPACKED_RATIO * packed_bytes)
     data = bytearray()
-    while block := file.read(_BLOCK):
+    while block := read(_BLOCK):
         data += block
         if len(data) > limit:
             raise DatasetError(

@@ -1,6 +1,6 @@
 """A split as a detector is trained on it: its categories matched with the detector's labels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,8 @@ class LabelledSplit:
         """What these labels are made from, as plain values."""
         return {"name": self.split.name, "sha256": self.split.sha256, **self.chosen}
 
-    def objects_of(self, entry: ImageEntry) -> GroundTruth:
-        """The objects of an image, with their labels."""
+    def objects_of(self, entry: ImageEntry | None) -> GroundTruth:
+        """The objects of an image, with their labels; none of an image that is not listed."""
         labels = {c: i for i, c in reversed(list(enumerate(self.match.label_categories))) if c >= 0}
         return self.split.ground_truth(entry, labels)
 
@@ -52,25 +52,25 @@ def label_split(
         return LabelledSplit(one_category(split), _one_label(split, spec), options.identity())
     match = match_labels(spec.label_names, split.categories, spec.name, counts, options.map)
     if match.same_as:
-        merged = {
-            image_id: [
-                replace(a, category_id=match.same_as.get(a.category_id, a.category_id))
-                for a in objects
-            ]
-            for image_id, objects in split.annotations.items()
-        }
         kept = tuple(c for c in split.categories if c.category_id not in match.same_as)
-        split = replace(split, annotations=merged, categories=kept)
+        split = _with_categories(split, kept, lambda old: match.same_as.get(old, old))
     return LabelledSplit(split, match, options.identity())
 
 
 def one_category(split: CocoSplit) -> CocoSplit:
     """The split as if every object were of one category, of id 1."""
+    return _with_categories(split, (_ANY,), lambda _: _ANY.category_id)
+
+
+def _with_categories(
+    split: CocoSplit, categories: tuple[Category, ...], category_of: Callable[[int], int]
+) -> CocoSplit:
+    """The split with other categories, and the id of its object's category in place of each."""
     annotations = {
-        image_id: [replace(a, category_id=_ANY.category_id) for a in objects]
+        image_id: [replace(a, category_id=category_of(a.category_id)) for a in objects]
         for image_id, objects in split.annotations.items()
     }
-    return replace(split, categories=(_ANY,), annotations=annotations)
+    return replace(split, categories=categories, annotations=annotations)
 
 
 def _one_label(split: CocoSplit, spec: DetectorSpec) -> LabelMatch:

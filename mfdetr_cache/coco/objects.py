@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,10 @@ from mfdetr_cache.coco.ids import SourceId, internal_ids, known_id, source_id, w
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
-    in_pixels,
     polygons_in_parts,
     read_segmentation,
 )
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
-
-Masks = Literal["required", "optional"]
 
 _FARTHEST = 10
 _NO_MASK = np.zeros(0, dtype=np.uint32)
@@ -70,20 +67,14 @@ def read_annotations(
     left_out: set[SourceId],
     categories: Mapping[SourceId, Category],
     faults: Faults,
-    masks: Masks,
+    *,
+    needs_mask: bool,
 ) -> list[Annotation]:
-    """The annotations of some images.
+    """The annotations of some images that can be used, in the order of the file.
 
-    Args:
-        raw: The list of the document.
-        images: Id as written to image.
-        left_out: Ids of images that nothing is wanted of.
-        categories: Id as written to category.
-        faults: Takes down what cannot be used, and what is repaired.
-        masks: Whether an annotation without a mask can be used.
-
-    Returns:
-        Those that can be used, in the order of the file.
+    Images and categories are found by their ids as written; of the images ``left_out`` nothing is
+    wanted. ``faults`` takes down what cannot be used, also for want of a mask, and what is
+    repaired.
     """
     in_parts = polygons_in_parts(a.get("segmentation") for a in raw if isinstance(a, dict))
     images, categories = with_numbers(images), with_numbers(categories)
@@ -92,8 +83,11 @@ def read_annotations(
         if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
             continue
         faults.total += 1
-        draft = _draft(number, annotation, images, categories, faults, masks, in_parts=in_parts)
-        if draft is not None:
+        draft = _draft(number, annotation, images, categories, faults, in_parts=in_parts)
+        if draft is not None and needs_mask and not len(draft.run_lengths):
+            mask = short(draft.raw.get("segmentation"))
+            faults.refuse(draft.where, f"has no mask (segmentation {mask})")
+        elif draft is not None:
             drafts.append(draft)
             if in_parts:
                 faults.repair(draft.where, IN_PARTS)
@@ -134,7 +128,6 @@ def _draft(
     images: Mapping[SourceId, ImageEntry],
     categories: Mapping[SourceId, Category],
     faults: Faults,
-    masks: Masks,
     *,
     in_parts: bool,
 ) -> _Draft | None:
@@ -159,15 +152,10 @@ def _draft(
     assert category_id is not None
     try:
         crowd = is_crowd(annotation.get("iscrowd"))
-        mask = annotation.get("segmentation")
-        runs = read_segmentation(
-            in_pixels(mask, entry.size_hw) if in_parts else mask, entry.size_hw
-        )
+        segmentation = annotation.get("segmentation")
+        runs = read_segmentation(segmentation, entry.size_hw, in_parts=in_parts)
     except ValueError as error:
         faults.refuse(where, f"cannot be understood: {error}")
-        return None
-    if runs is None and masks == "required":
-        faults.refuse(where, f"has no mask (segmentation {short(annotation.get('segmentation'))})")
         return None
     return _Draft(
         where,
@@ -217,13 +205,7 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
 
 
 def is_crowd(value: object) -> bool:
-    """The meaning of an ``iscrowd`` field.
-
-    Returns:
-        False for nothing, null, 0, false and their texts; True for 1, true and theirs.
-
-    Raises:
-        ValueError: If it is anything else.
+    """The meaning of an ``iscrowd`` field; ValueError if it has none.
 
     Examples:
         >>> [is_crowd(v) for v in (None, 0, "0", 0.0, "False", 1, True, "1")]

@@ -16,7 +16,6 @@ from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import finite_number, four_numbers
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
-    in_pixels,
     polygons_in_parts,
     read_segmentation,
 )
@@ -53,19 +52,11 @@ class _Draft:
 
 
 def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> ResultsFile:
-    """Read and check a COCO results file.
+    """Read and check a COCO results file of the images of a split.
 
-    Args:
-        path: The JSON file: a list of ``image_id``, ``category_id``, ``score``, and ``bbox``
-            (xywh) or ``segmentation``; plain or compressed by gzip.
-        split: The annotations of the same images.
-        on_bad: Refuse the file when a result cannot be used, or leave these out.
-
-    Returns:
-        The results; a list without any is one.
-
-    Raises:
-        DatasetError: If it is no list of results, or one cannot be used.
+    It is a list of ``image_id``, ``category_id``, ``score``, and ``bbox`` (xywh) or
+    ``segmentation``, in JSON, plain or compressed by gzip; a list without any is one. DatasetError
+    if it is no list of results, or one cannot be used and ``on_bad`` does not leave it out.
     """
     document = read_json(path, "results file", "check --results").document
     if not isinstance(document, list):
@@ -206,9 +197,7 @@ def _draft(
         return None
     try:
         mask = result.get("segmentation")
-        runs = read_segmentation(
-            in_pixels(mask, entry.size_hw) if reading.in_parts else mask, entry.size_hw
-        )
+        runs = read_segmentation(mask, entry.size_hw, in_parts=reading.in_parts)
     except ValueError as error:
         faults.refuse(where, f"has no usable segmentation: {error}")
         return None

@@ -17,12 +17,6 @@ from mfdetr_cache.ops.masks import (
     run_lengths_of_segmentation,
 )
 
-
-def is_nothing(value: object) -> bool:
-    """Whether a field says that there is nothing: null, or the NaN of a data frame."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 # What is said of polygons in parts of the image's sides.
 IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) and read so"
 
@@ -30,8 +24,7 @@ IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) an
 def polygons_in_parts(values: Iterable[object]) -> bool:
     """Whether every polygon of a file lies between 0 and 1: YOLO's parts of the image's sides.
 
-    Args:
-        values: The ``segmentation`` of every entry; those that are no lists say nothing.
+    ``values`` are the ``segmentation`` of every entry; those that are no lists say nothing.
     """
     seen = False
     for value in values:
@@ -46,37 +39,34 @@ def _flat(value: object) -> list[object]:
     return [v for item in value for v in _flat(item)] if isinstance(value, list) else [value]
 
 
-def in_pixels(value: object, size_hw: tuple[int, int]) -> object:
+def _in_pixels(value: object, size_hw: tuple[int, int]) -> object:
     """Polygons in parts of the image's sides, in pixels; anything else as it is."""
     if not isinstance(value, list):
         return value
     return [
-        v * size_hw[1 - i % 2] if isinstance(v, (int, float)) else in_pixels(v, size_hw)
+        v * size_hw[1 - i % 2] if isinstance(v, (int, float)) else _in_pixels(v, size_hw)
         for i, v in enumerate(value)
     ]
 
 
-def read_segmentation(value: object, size_hw: tuple[int, int]) -> RunLengths | None:
-    """The mask of a ``segmentation`` field.
+def read_segmentation(
+    value: object, size_hw: tuple[int, int], *, in_parts: bool = False
+) -> RunLengths | None:
+    """The mask of a ``segmentation`` field, as in a JSON file.
 
     Besides COCO's own forms: one polygon that is not in a list or in one list too many, points as
-    pairs, RLE dictionaries in a list, and any of these as text.
-
-    Args:
-        value: As in a JSON file.
-        size_hw: Height and width of the image in pixels.
-
-    Returns:
-        Run lengths; None where there is no mask: null, NaN, no text, no polygon, only empty ones.
-
-    Raises:
-        ValueError: If there is something, and it is no mask of an image of this size.
+    pairs, RLE dictionaries in a list, and any of these as text. ``in_parts`` takes polygons for
+    parts of the image's sides. None where there is no mask: null, NaN, no text, no polygon, only
+    empty ones. ValueError if there is something, and it is no mask of an image of this size.
     """
+    if in_parts:
+        value = _in_pixels(value, size_hw)
     if isinstance(value, (str, bytes)):
         return _of_text(value, size_hw)
     if isinstance(value, Mapping):
         return _of_rle(value, size_hw)
-    if is_nothing(value):
+    # Null, or the NaN of a data frame.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, Sequence):
         raise ValueError(f"a segmentation is a list of polygons or an RLE, not {short(value)}")
@@ -109,11 +99,9 @@ def _is_list(item: object) -> bool:
 
 
 def _is_point(item: object) -> bool:
-    return (
-        isinstance(item, (list, tuple))
-        and len(item) == 2
-        and not any(isinstance(v, (list, tuple, Mapping)) for v in item)
-    )
+    if not isinstance(item, (list, tuple)) or len(item) != 2:
+        return False
+    return not any(isinstance(v, (list, tuple, Mapping)) for v in item)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

@@ -42,18 +42,10 @@ def oracle_masks(
 ) -> list[dict[str, Any]]:
     """The annotated mask clipped to the predicted box: the ceiling for these detections.
 
-    A detection gets the mask of the object of its category that its box overlaps most, if by an
-    IoU of 0.5 or more; any other detection keeps its box. Crowds are no objects, nor are those that
-    have a box only.
-
-    Args:
-        detections: Detections of one image.
-        truth: The annotated objects.
-        label_categories: Category id of each label, -1 for none.
-        original_hw: Height and width of the image in pixels.
-
-    Returns:
-        COCO RLE of each detection; a pixel that the box touches is in the box.
+    A detection gets the mask of the object of its category that its box overlaps most, if by an IoU
+    of 0.5 or more; any other detection keeps its box. Crowds are no objects, nor are those that
+    have a box only. A pixel that the box touches is in the box. ``label_categories`` are the
+    category ids of each label, -1 for none; returns the COCO RLE of each detection.
     """
     overlap = box_iou(detections.boxes_xyxy, torch.from_numpy(truth.boxes_xyxy)).numpy()
     masks = {

@@ -128,19 +128,11 @@ class PairedDifference:
 def differences_to_first(
     rows: Sequence[Sequence[WeightedAP]], samples: int
 ) -> list[PairedDifference]:
-    """AP of each row minus the first row's, with 95 % percentile intervals from paired draws.
+    """AP of each other row minus the first row's, with 95 % percentile intervals from paired draws.
 
-    A row's AP is the mean over its seeds: the interval covers other images, not other seeds.
-
-    Args:
-        rows: The results of each row, one per seed, all of the same images.
-        samples: Number of bootstrap samples of the images, with replacement.
-
-    Returns:
-        One difference for every row but the first.
-
-    Raises:
-        ValueError: If the rows are of different images.
+    ``rows`` hold the results of each row, one per seed, all of the same images; else ValueError. A
+    row's AP is the mean over its seeds: the interval covers other images, drawn ``samples`` times
+    with replacement, not other seeds.
     """
     ids = rows[0][0].image_ids
     if any(ap.image_ids != ids for row in rows for ap in row):

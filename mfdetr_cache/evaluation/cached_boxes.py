@@ -51,12 +51,8 @@ def judge_orientations(
     """Say whether annotations were made before or after EXIF rotation, where sizes cannot tell.
 
     The detector saw the rotated images. Its boxes fit the annotated ones, or these as they would be
-    after rotation.
-
-    Args:
-        cache: A complete cache.
-        orientations: Row to EXIF orientation, of images of the same size before and after.
-        reporter: Told what the boxes say; nothing where they leave a doubt.
+    after rotation; nothing is said where they leave a doubt. ``orientations`` are those of EXIF by
+    row of the complete cache, of images of the same size before and after.
     """
     if not orientations:
         return
@@ -89,12 +85,9 @@ def judge_orientations(
 def turned_boxes(
     boxes_xyxy: NDArray[np.float32], size_hw: tuple[int, int], orientation: int
 ) -> NDArray[np.float32]:
-    """Boxes in an image as it is stored, in the image after EXIF rotation (EXIF 2.3, tag 274).
+    """Boxes (G, 4), in pixels of an image as it is stored, after EXIF rotation (EXIF 2.3, tag 274).
 
-    Args:
-        boxes_xyxy: In pixels, shape (G, 4).
-        size_hw: Height and width, the same before and after.
-        orientation: 1 to 8.
+    ``size_hw`` is the same before and after, ``orientation`` 1 to 8.
     """
     height, width = size_hw
     x, y = boxes_xyxy[:, [0, 2]], boxes_xyxy[:, [1, 3]]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay
-from mfdetr_cache.ops.masks import RunLengths, crop_run_lengths, run_lengths_of_counts
+from mfdetr_cache.ops.masks import RunLengths, crop_run_lengths, rle_iou, run_lengths_of_counts
 
 # Photo around an object's box, as a share of the box on each side.
 _MARGIN = 0.2
@@ -109,7 +108,7 @@ def _best(
     """The highest IoU of masks with an annotated one, and its mask; 0 and None without any."""
     if not masks:
         return 0.0, None
-    iou = coco_mask.iou(list(masks), [annotated], [0])[:, 0]
+    iou = rle_iou(masks, [annotated])[:, 0]
     index = int(iou.argmax())
     return float(iou[index]), run_lengths_of_counts(masks[index]["counts"], size_hw)
 

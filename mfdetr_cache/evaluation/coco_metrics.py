@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from mfdetr_cache.choices import Evaluator
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.categories import category_names
+from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths
 from mfdetr_cache.types import GroundTruth
 
@@ -84,72 +85,54 @@ class CocoReport:
         return {"recall": self.recall, "categories": [asdict(c) for c in self.categories]}
 
 
+# Category id, box in xywh, area, whether it is a crowd, and run lengths, none of them for no mask.
+_Object = tuple[int, list[float], float, bool, RunLengths]
+
+
 def coco_ground_truth(
     images: Iterable[tuple[int, tuple[int, int], GroundTruth]], categories: Sequence[dict[str, Any]]
 ) -> COCO:
     """The ground truth of images, by id, height and width, and objects, as an indexed ``COCO``."""
-    listed: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, size_hw, objects in images:
-        listed.append({"id": image_id, "height": size_hw[0], "width": size_hw[1]})
-        for index in range(len(objects)):
-            x0, y0, x1, y1 = (float(v) for v in objects.boxes_xyxy[index])
-            annotations.append(
-                _annotation(
-                    image_id,
-                    int(objects.category_ids[index]),
-                    [x0, y0, x1 - x0, y1 - y0],
-                    float(objects.areas[index]),
-                    objects.run_lengths[index],
-                    size_hw,
-                    is_crowd=bool(objects.is_crowd[index]),
-                )
-            )
-    return _indexed(listed, annotations, list(categories))
+
+    def objects_of(truth: GroundTruth) -> Iterator[_Object]:
+        boxes_xywh = truth.boxes_xyxy.astype(np.float64)
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        columns = (truth.category_ids, boxes_xywh, truth.areas, truth.is_crowd)
+        return zip(*(column.tolist() for column in columns), truth.run_lengths, strict=True)
+
+    return _coco(((i, size_hw, objects_of(g)) for i, size_hw, g in images), list(categories))
 
 
 def ground_truth_of_split(split: CocoSplit) -> COCO:
     """The ground truth of an annotation file as an indexed ``COCO``, boxes in double precision."""
-    listed = [
-        {"id": e.image_id, "height": e.size_hw[0], "width": e.size_hw[1]} for e in split.images
-    ]
-    annotations = [
-        _annotation(
-            a.image_id,
-            a.category_id,
-            list(a.box_xywh),
-            a.area,
-            a.run_lengths,
-            entry.size_hw,
-            is_crowd=a.is_crowd,
-        )
-        for entry in split.images
-        for a in split.annotations[entry.image_id]
-    ]
-    categories = [{"id": c.category_id, "name": c.name} for c in split.categories]
+
+    def objects_of(entry: ImageEntry) -> Iterator[_Object]:
+        for a in split.annotations[entry.image_id]:
+            yield a.category_id, list(a.box_xywh), a.area, a.is_crowd, a.run_lengths
+
+    images = ((e.image_id, e.size_hw, objects_of(e)) for e in split.images)
+    return _coco(images, split.plain_categories)
+
+
+def _coco(
+    images: Iterable[tuple[int, tuple[int, int], Iterable[_Object]]], categories: list[Any]
+) -> COCO:
+    listed: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, size_hw, objects in images:
+        listed.append({"id": image_id, "height": size_hw[0], "width": size_hw[1]})
+        for category_id, box_xywh, area, is_crowd, runs in objects:
+            annotation: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": box_xywh,
+                "area": area,
+                "iscrowd": int(is_crowd),
+            }
+            if len(runs):
+                annotation["segmentation"] = compress_run_lengths(runs, size_hw)
+            annotations.append(annotation)
     return _indexed(listed, annotations, categories)
-
-
-def _annotation(
-    image_id: int,
-    category_id: int,
-    box_xywh: list[float],
-    area: float,
-    run_lengths: RunLengths,
-    size_hw: tuple[int, int],
-    *,
-    is_crowd: bool,
-) -> dict[str, Any]:
-    annotation: dict[str, Any] = {
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": box_xywh,
-        "area": area,
-        "iscrowd": int(is_crowd),
-    }
-    if len(run_lengths):
-        annotation["segmentation"] = compress_run_lengths(run_lengths, size_hw)
-    return annotation
 
 
 def _indexed(
@@ -178,19 +161,16 @@ def measure_results(
     """COCO metrics, recalls and the APs of the categories.
 
     Boundary AP (Cheng et al., 2021) takes the smaller of mask IoU and boundary IoU, the boundary
-    being 2 % of the image's diagonal wide.
+    being 2 % of the image's diagonal wide; it is always faster-coco-eval's, as pycocotools has
+    none. Objects without a mask do not count for masks. Without a result everything is 0 where
+    there is an object, else -1.
 
     Args:
         ground_truth: From :func:`coco_ground_truth`.
         results: COCO results with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or
             ``segmentation`` (RLE).
         kind: Boxes, masks, or boundaries of masks.
-        evaluator: Which library computes AP; boundary AP is always faster-coco-eval's, as
-            pycocotools has none.
-
-    Returns:
-        The report. Objects without a mask do not count for masks; without a result everything is 0
-        where there is an object, else -1.
+        evaluator: Which library computes AP.
     """
     if kind != "bbox":
         ground_truth = with_masks(ground_truth)

@@ -3,15 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.evaluation.baselines import SAME_OBJECT_IOU
 from mfdetr_cache.evaluation.coco_metrics import Result
+from mfdetr_cache.ops.masks import rle_iou
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,8 @@ def confusions(truth: COCO, results: Sequence[Result]) -> tuple[Confusion, ...]:
     for image_id, annotations in truth.imgToAnns.items():
         objects = [a for a in annotations if not a["iscrowd"] and "segmentation" in a]
         found = of_image[image_id]
-        for annotated, overlap in zip(objects, _overlaps(objects, found), strict=True):
+        masks = [[one["segmentation"] for one in those] for those in (found, objects)]
+        for annotated, overlap in zip(objects, rle_iou(*masks).T, strict=True):
             first = next(iter(np.flatnonzero(overlap >= SAME_OBJECT_IOU)), None)
             seen_as = None if first is None else int(found[first]["category_id"])
             counts[int(annotated["category_id"]), seen_as] += 1
@@ -48,11 +48,3 @@ def confusions(truth: COCO, results: Sequence[Result]) -> tuple[Confusion, ...]:
         )
         for (annotated, seen_as), count in counts.most_common()
     )
-
-
-def _overlaps(objects: Sequence[dict[str, Any]], found: Sequence[Result]) -> np.ndarray[Any, Any]:
-    """IoU of each object with each result, shape (G, D)."""
-    if not objects or not found:
-        return np.zeros((len(objects), len(found)))
-    masks = [[a["segmentation"] for a in those] for those in (found, objects)]
-    return np.asarray(coco_mask.iou(*masks, [0] * len(objects))).T

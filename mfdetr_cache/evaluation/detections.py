@@ -59,17 +59,9 @@ def select_detections(
 ) -> Detections:
     """The best (query, label) pairs, as Deformable DETR and its descendants select them.
 
-    Pairs of score 0 are left out: absent queries, and labels that a detection does not have.
-
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh_norm: Relative to the resized image, shape (Q, 4).
-        original_hw: Height and width of the original image in pixels.
-        spec: The detector.
-        max_detections: Maximum number of pairs.
-
-    Returns:
-        Detections by falling class score.
+    Logits are (Q, K), boxes (Q, 4) relative to the resized image; the detections, by falling class
+    score, are in pixels of the original. Pairs of score 0 are left out: absent queries, and labels
+    that a detection does not have.
     """
     scores = class_probabilities(class_logits, spec)
     count = min(max_detections, scores.numel())

@@ -1,9 +1,9 @@
 """COCO metrics of a mask head on a cache."""
 
 import time
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,6 @@ class EvaluateSummary:
         return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """COCO results of one image."""
-
-    box: list[Result]
-    mask: list[Result]
-    floor: list[Result]
-    ceiling: list[Result]
-    oracles: dict[Oracle, list[Result]]
-    seconds: float
-
-
 def measure(
     cache: FeatureCache,
     head: MaskHead,
@@ -146,40 +134,38 @@ def measure(
         cache.require_c1_map("evaluation")
     started = time.perf_counter()
     head.eval()
-    scored: list[_Scored] = []
+    found: dict[str, list[Result]] = defaultdict(list)
     head_seconds: list[float] = []
+    pasting_seconds: list[float] = []
     reporter.start("evaluate", len(cache), "images")
     with ThreadPoolExecutor(_WORKERS, "masks") as pool:
-        behind: deque[Future[_Scored]] = deque()
-        for image in images_of(cache, cache.rows, head.map_names):
+
+        def predict(image: CachedImage) -> Callable[[], tuple[dict[str, list[Result]], float]]:
             begun = time.perf_counter()
             prediction = predict_masks(head, image, cache.spec, device, scoring)
             head_seconds.append(time.perf_counter() - begun)
             exact = None
             if "oracles" in extras:
                 exact = predict_masks(head, with_perfect_boxes(image), cache.spec, device, scoring)
-            behind.append(pool.submit(_score, cache, image, prediction, exact, extras))
-            # Bounded, so that memory is that of a few images however many there are.
-            if len(behind) > _WORKERS:
-                scored.append(behind.popleft().result())
+            return pool.submit(_score, cache, image, prediction, exact, extras).result
+
+        images = images_of(cache, cache.rows, head.map_names)
+        for of_image, seconds in read_ahead(predict, images, _WORKERS + 1):
+            for name, results in of_image.items():
+                found[name] += results
+            pasting_seconds.append(seconds)
             reporter.advance()
-        scored += [future.result() for future in behind]
     reporter.finish()
     truth = ground_truth_of(cache)
-    masks = [r for s in scored for r in s.mask]
 
-    def metrics(results: list[Result], kind: Kind) -> CocoReport:
-        return measure_results(truth, results, kind, evaluator)
+    def report(name: str, kind: Kind = "segm") -> CocoReport:
+        return measure_results(truth, found[name], kind, evaluator)
 
-    mask = metrics(masks, "segm")
-    box = metrics([r for s in scored for r in s.box], "bbox")
-    floor, ceiling = None, None
-    if "baselines" in extras:
-        floor = metrics([r for s in scored for r in s.floor], "segm").metrics
-        ceiling = metrics([r for s in scored for r in s.ceiling], "segm").metrics
+    mask, box = report("mask"), report("box", "bbox")
+    with_baselines, with_oracles = "baselines" in extras, "oracles" in extras
     details: dict[str, Any] = {"mask": mask.details(), "box": box.details()}
     if "confusion" in extras:
-        details["confusion"] = [asdict(c) for c in confusions(truth, masks)]
+        details["confusion"] = [asdict(c) for c in confusions(truth, found["mask"])]
     used = scoring
     if scoring == "auto":
         used = "iou" if head.config.mask_scoring else "mean"
@@ -188,25 +174,21 @@ def measure(
         num_images=len(cache),
         mask=mask.metrics,
         box=box.metrics,
-        floor=floor,
-        ceiling=ceiling,
-        boundary=metrics(masks, "boundary").metrics if "boundary" in extras else None,
+        floor=report("floor").metrics if with_baselines else None,
+        ceiling=report("ceiling").metrics if with_baselines else None,
+        boundary=report("mask", "boundary").metrics if "boundary" in extras else None,
         details=details,
         seconds=time.perf_counter() - started,
         latency={
             "head": Latency.of(head_seconds),
-            "post_processing": Latency.of([s.seconds for s in scored]),
+            "post_processing": Latency.of(pasting_seconds),
         },
         scoring=used,
         parameters=cost.parameters,
         macs=cost.macs,
-        oracles={
-            name: metrics([r for s in scored for r in s.oracles[name]], "segm").metrics
-            for name in ORACLES
-            if "oracles" in extras
-        },
+        oracles={name: report(name).metrics for name in ORACLES if with_oracles},
     )
-    return summary, masks
+    return summary, found["mask"]
 
 
 def open_to_measure(
@@ -322,27 +304,25 @@ def _score(
     prediction: MaskPrediction,
     exact: MaskPrediction | None,
     extras: Collection[Extra],
-) -> _Scored:
-    """Masks of one image at the original size and everything else COCO wants to know."""
+) -> tuple[dict[str, list[Result]], float]:
+    """COCO results of an image by what they are, and the seconds of its masks at original size."""
     size_hw, labels = image.geometry.original_hw, cache.label_categories
     detections, image_id = prediction.detections, image.image_id
     begun = time.perf_counter()
     rles = masks_in_image(prediction, size_hw)
     seconds = time.perf_counter() - begun
-    mask = mask_results(image_id, detections, labels, rles, prediction.confidences)
-    oracles: dict[Oracle, list[Result]] = {}
+    found = {
+        "box": box_results(image_id, detections, labels),
+        "mask": mask_results(image_id, detections, labels, rles, prediction.confidences),
+    }
     if exact is not None:
-        oracles = oracle_results(image, detections, labels, rles, prediction.confidences)
+        found |= oracle_results(image, detections, labels, rles, prediction.confidences)
         there = masks_in_image(exact, size_hw)
-        oracles["boxes"] = mask_results(
-            image_id, exact.detections, labels, there, exact.confidences
-        )
-    floor, ceiling = [], []
+        found["boxes"] = mask_results(image_id, exact.detections, labels, there, exact.confidences)
     if "baselines" in extras:
         scores = detections.class_scores.double().numpy()
         squares = box_masks(detections, size_hw)
         annotated = oracle_masks(detections, image.ground_truth, labels, size_hw)
-        floor = mask_results(image_id, detections, labels, squares, scores)
-        ceiling = mask_results(image_id, detections, labels, annotated, scores)
-    box = box_results(image_id, detections, labels)
-    return _Scored(box, mask, floor, ceiling, oracles, seconds)
+        found["floor"] = mask_results(image_id, detections, labels, squares, scores)
+        found["ceiling"] = mask_results(image_id, detections, labels, annotated, scores)
+    return found, seconds

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from mfdetr_cache.evaluation.baselines import SAME_OBJECT_IOU, oracle_masks
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.evaluation.results import mask_result, mask_results
 from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
-from mfdetr_cache.ops.masks import compress_run_lengths
+from mfdetr_cache.ops.masks import compress_run_lengths, rle_iou
 from mfdetr_cache.types import CachedImage, GroundTruth
 
 Oracle = Literal["masks", "scores", "boxes", "labels", "found"]
@@ -57,25 +56,21 @@ def oracle_results(
     label_categories: Sequence[int],
     rles: Sequence[dict[str, Any]],
     confidences: NDArray[np.float64],
-) -> dict[Oracle, list[Result]]:
+) -> dict[str, list[Result]]:
     """The results of one image with one thing perfect at a time; ``boxes`` are not among them.
 
     ``scores``: of the masks of an object's category the one that overlaps it most gets its IoU,
     every other mask 0. "Overlaps" means a mask IoU of 0.5 or more, COCO's loosest threshold; crowds
-    are no objects.
-    ``labels``: a mask that overlaps an object gets its category, and of one query's detections the
-    most confident stays for each category. ``found``: an object of whose category no mask overlaps
-    it is added, with its annotated mask and a score of 1.
+    are no objects. ``labels``: a mask that overlaps an object gets its category, and of one query's
+    detections the most confident stays for each category. ``found``: an object of whose category no
+    mask overlaps it is added, with its annotated mask and a score of 1.
 
     Args:
         image: As cached; its maps are not needed.
-        detections: Its detections.
+        detections: Its D detections.
         label_categories: Category id of each label, -1 for none.
         rles: The head's mask of each detection.
         confidences: Final score of each detection, shape (D,).
-
-    Returns:
-        COCO mask results by what is perfect in them.
     """
     truth, size_hw, image_id = image.ground_truth, image.geometry.original_hw, image.image_id
     categories = np.array([label_categories[int(v)] for v in detections.labels], dtype=np.int64)
@@ -114,10 +109,8 @@ def _mask_iou(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """IoU of each mask with each object, shape (D, G'), and which objects these are."""
     objects = np.flatnonzero(~truth.is_crowd & truth.has_mask)
-    if not len(objects) or not len(rles):
-        return np.zeros((len(rles), len(objects))), objects
     wanted = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]
-    return np.asarray(coco_mask.iou(list(rles), wanted, [0] * len(objects))), objects
+    return rle_iou(rles, wanted), objects
 
 
 def _true_scores(overlap: NDArray[np.float64]) -> NDArray[np.float64]:

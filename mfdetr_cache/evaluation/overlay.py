@@ -51,7 +51,7 @@ class OverlayItem:
     """
 
     text: str
-    box_xyxy: tuple[float, float, float, float] | None
+    box_xyxy: Sequence[float] | None
     run_lengths: RunLengths | None
     colour: int | None = None
 
@@ -59,18 +59,11 @@ class OverlayItem:
 def draw_overlay(
     image: Image.Image, items: Sequence[OverlayItem], least_side: int = 0
 ) -> Image.Image:
-    """A copy of an image with masks, outlines, boxes and labels on it.
+    """A copy of an RGB image with masks, outlines, boxes and labels on it, the last item on top.
 
-    Memory is that of the image and of one object's box at a time.
-
-    Args:
-        image: RGB.
-        items: What to draw, the most important last.
-        least_side: Enlarge a smaller image first, by the whole number that brings its longer side
-            nearest to this, so that labels do not hide it; 0 never does.
-
-    Returns:
-        RGB, of the size of the image or of the enlarged one.
+    Memory is that of the image and of one object's box at a time. An image whose longer side is
+    smaller than ``least_side`` is first enlarged by the whole number that brings it nearest to
+    this, so that labels do not hide it.
     """
     scale = max(1, round(least_side / max(image.size)))
     size_hw = (image.height, image.width)
@@ -86,7 +79,7 @@ def draw_overlay(
     font = ImageFont.load_default(size=max(13, round(max(image.size) / 42)))
     for index, item in enumerate(items):
         if item.box_xyxy is not None:
-            box = tuple(scale * v for v in item.box_xyxy)
+            box = [scale * v for v in item.box_xyxy]
             _draw_box(draw, box, item.text, _colour(item, index), font, image.size)
     return drawn
 
@@ -94,12 +87,7 @@ def draw_overlay(
 def draw_probabilities(image: Image.Image, probabilities: NDArray[np.uint8]) -> Image.Image:
     """A gray copy of an image under a heat map, from clear over violet and orange to yellow.
 
-    Args:
-        image: Of any mode.
-        probabilities: 255 for certain, shape (height, width).
-
-    Returns:
-        RGB, of the size of the image.
+    ``probabilities`` are 255 for certain, shape (height, width).
     """
     gray = np.array(image.convert("L"), dtype=np.float32)[..., None] * _DIMMED
     steps = np.linspace(0, 255, len(_HEAT))
@@ -141,7 +129,7 @@ def _draw_mask(
 
 def _draw_box(
     draw: ImageDraw.ImageDraw,
-    box_xyxy: tuple[float, ...],
+    box_xyxy: Sequence[float],
     text: str,
     colour: tuple[int, int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,

@@ -1,6 +1,6 @@
 """Panels side by side: an image, its detections, predicted and annotated masks."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +12,21 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
-from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
 from mfdetr_cache.evaluation.overlay import (
     PANEL_SIDE,
     OverlayItem,
     draw_overlay,
     draw_probabilities,
 )
+from mfdetr_cache.evaluation.segmentation import Segmentation
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.boxes import box_iou
-from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image
 from mfdetr_cache.types import CachedImage
 
 # IoU of boxes above which a detection and an annotation are shown in one colour.
 _SAME_OBJECT = 0.3
 _LEAST_CONFIDENCE = 0.25
+_NO_BOXES = np.zeros((0, 4), np.float32)
 
 
 def prediction_panels(
@@ -43,24 +43,19 @@ def prediction_panels(
     image = load_image(images / cached.file_name, size_hw)
     prediction = predict_masks(head, cached, cache.spec, device, threshold=_LEAST_CONFIDENCE)
     names = category_names(cache.categories)
-    # The most confident is drawn last, on top.
-    objects = shown_objects(prediction, cache.label_categories, names, size_hw, _LEAST_CONFIDENCE)[
-        ::-1
-    ]
-    boxes = [OverlayItem(o.to_item().text, o.box_xyxy, None) for o in objects]
-    masks = [OverlayItem("", None, o.run_lengths) for o in objects]
+    found = Segmentation.of(prediction, cache.label_categories, names, size_hw, _LEAST_CONFIDENCE)
+    boxes = [replace(item, run_lengths=None) for item in found.overlay()]
+    masks = [replace(item, text="", box_xyxy=None) for item in found.overlay()]
     probable = np.zeros(size_hw, np.uint8)
-    for one in objects:
-        box = np.array(one.box_xyxy)
-        np.maximum(
-            probable, paste_probabilities_in_image(one.mask_probs, box, size_hw), out=probable
-        )
+    for index in range(len(found)):
+        np.maximum(probable, found.probabilities(index), out=probable)
+    annotated = annotated_objects(cache, cached, found.boxes_xyxy[::-1].copy())
     return [
         ("image", image),
         (f"frozen detector, {cache.spec.name}", draw_overlay(image, boxes, PANEL_SIDE)),
         ("masks from the cache", draw_overlay(image, masks, PANEL_SIDE)),
         ("probability of each pixel", draw_probabilities(image, probable)),
-        ("annotation", draw_overlay(image, annotated_objects(cache, cached, objects), PANEL_SIDE)),
+        ("annotation", draw_overlay(image, annotated, PANEL_SIDE)),
     ]
 
 
@@ -80,21 +75,18 @@ def same_objects(iou: NDArray[np.floating]) -> dict[int, int]:
 
 
 def annotated_objects(
-    cache: FeatureCache, cached: CachedImage, detected: Sequence[ShownObject] = ()
+    cache: FeatureCache, cached: CachedImage, detected_xyxy: NDArray[np.float32] = _NO_BOXES
 ) -> list[OverlayItem]:
     """The annotated masks of an image by falling area, named, without boxes and crowds.
 
-    An object that is among the ``detected`` has the colour of its place there.
+    An object that is among the detected ones has the colour of its place there.
     """
     names = category_names(cache.categories)
     truth = cached.ground_truth
     order = [i for i in np.argsort(-truth.areas) if not truth.is_crowd[i] and truth.has_mask[i]]
-    colours = dict(zip(order, range(len(detected), len(detected) + len(order)), strict=True))
-    if detected:
-        iou = box_iou(
-            torch.from_numpy(truth.boxes_xyxy[order]), torch.tensor([o.box_xyxy for o in detected])
-        ).numpy()
-        colours |= {order[i]: j for i, j in same_objects(iou).items()}
+    colours = {index: len(detected_xyxy) + place for place, index in enumerate(order)}
+    iou = box_iou(torch.from_numpy(truth.boxes_xyxy[order]), torch.from_numpy(detected_xyxy))
+    colours |= {order[i]: j for i, j in same_objects(iou.numpy()).items()}
     return [
         OverlayItem(
             names.get(int(truth.category_ids[i]), "?"), None, truth.run_lengths[i], colours[i]

@@ -7,17 +7,9 @@ from torch import Tensor
 def mask_confidence(class_scores: Tensor, mask_probs: Tensor, threshold: float = 0.5) -> Tensor:
     """Class score times the mean probability inside the mask (Eq. 2).
 
-    Args:
-        class_scores: Detector scores c_i in [0, 1], shape (D,).
-        mask_probs: After the sigmoid, in [0, 1], shape (D, H, W).
-        threshold: Probability from which on a cell is inside the mask.
-
-    Returns:
-        Confidences s_i, shape (D,), with 0 <= s_i <= c_i. A mask without a cell above the
-        threshold scores 0; Eq. 2 leaves that case undefined (0/0).
-
-    Raises:
-        ValueError: If the two tensors disagree on D.
+    Class scores c_i are (D,), probabilities (D, H, W), both in [0, 1]; a cell is inside from the
+    threshold on. The confidences (D,) are between 0 and c_i. A mask without a cell above the
+    threshold scores 0; Eq. 2 leaves that case undefined (0/0). ValueError if the two disagree on D.
 
     Examples:
         >>> probs = torch.tensor([[[0.9, 0.7], [0.1, 0.2]]])
@@ -40,14 +32,8 @@ def expected_iou(mask_probs: Tensor, threshold: float = 0.5) -> Tensor:
     """The IoU that a mask expects of itself: its probabilities taken as those of the true mask.
 
     The expected intersection of the cells at or above the threshold with the true mask, over their
-    expected union with it.
-
-    Args:
-        mask_probs: After the sigmoid, in [0, 1], shape (D, H, W).
-        threshold: Probability from which on a cell is inside the mask.
-
-    Returns:
-        Expected IoUs in [0, 1], shape (D,); 0 for a mask without a cell above the threshold.
+    expected union with it. Probabilities are (D, H, W), IoUs (D,), both in [0, 1]; 0 for a mask
+    without a cell above the threshold.
 
     Examples:
         >>> expected_iou(torch.tensor([[[0.9, 0.7], [0.4, 0.0]]]))

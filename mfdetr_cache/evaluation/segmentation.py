@@ -1,5 +1,6 @@
 """The objects found in an image, in the forms that other tools take."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.evaluation.objects import ShownObject
-from mfdetr_cache.evaluation.overlay import draw_overlay
+from mfdetr_cache.evaluation.inference import MaskPrediction
+from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
-from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image
+from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image, run_lengths_in_box
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,41 @@ class Segmentation:
     names: tuple[str, ...]
     mask_probs: tuple[NDArray[np.float32], ...]
 
+    @classmethod
+    def of(
+        cls,
+        prediction: MaskPrediction,
+        label_categories: Sequence[int],
+        names: Mapping[int, str],
+        size_hw: tuple[int, int],
+        threshold: float,
+        top_k: int = 100,
+    ) -> "Segmentation":
+        """The best label of every query, from ``threshold`` on; at most ``top_k`` objects.
+
+        ``label_categories`` are the category ids of each label, -1 for none.
+        """
+        categories = [label_categories[label] for label in prediction.detections.labels.tolist()]
+        masks = prediction.mask_index.tolist()
+        chosen: dict[int, int] = {}  # mask to detection
+        for index in np.argsort(-prediction.confidences, kind="stable").tolist():
+            if prediction.confidences[index] < threshold or len(chosen) == top_k:
+                break
+            if categories[index] >= 0:
+                chosen.setdefault(masks[index], index)
+        boxes = prediction.boxes_xyxy.double().numpy()[list(chosen)]
+        probs = tuple(prediction.mask_probs.numpy()[list(chosen)])
+        category_ids = [categories[index] for index in chosen.values()]
+        return cls(
+            size_hw,
+            tuple(run_lengths_in_box(p, b, size_hw) for p, b in zip(probs, boxes, strict=True)),
+            boxes.astype(np.float32),
+            prediction.confidences[list(chosen.values())].astype(np.float32),
+            np.array(category_ids, np.int64),
+            tuple(names.get(c, str(c)) for c in category_ids),
+            probs,
+        )
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -45,12 +81,11 @@ class Segmentation:
         height, width = self.size_hw
         longest = max(map(len, self.names), default=0)
         lines = [f"{len(self)} objects in {width} x {height} pixels"]
-        for found in self._objects():
-            box = " ".join(f"{v:.0f}" for v in found.box_xyxy)
-            pixels = int(found.run_lengths[1::2].sum())
-            lines.append(
-                f"{found.name:{longest}}  {found.confidence:.2f}  box {box}  mask {pixels} px"
-            )
+        each = zip(self.names, self.scores, self.boxes_xyxy, self.run_lengths, strict=True)
+        for name, score, box_xyxy, runs in each:
+            box = " ".join(f"{v:.0f}" for v in box_xyxy)
+            pixels = int(runs[1::2].sum())
+            lines.append(f"{name:{longest}}  {score:.2f}  box {box}  mask {pixels} px")
         return "\n".join(lines)
 
     @property
@@ -69,9 +104,15 @@ class Segmentation:
         box = self.boxes_xyxy[index].astype(np.float64)
         return paste_probabilities_in_image(self.mask_probs[index], box, self.size_hw)
 
+    def overlay(self) -> list[OverlayItem]:
+        """Mask, box, and name with score of each object, the best one last, on top."""
+        each = zip(self.names, self.scores, self.boxes_xyxy.tolist(), self.run_lengths, strict=True)
+        items = [OverlayItem(f"{name} {score:.2f}", box, runs) for name, score, box, runs in each]
+        return items[::-1]
+
     def draw(self, image: Image.Image) -> Image.Image:
         """A copy of the image with masks, outlines, boxes and labels."""
-        return draw_overlay(image, [o.to_item() for o in reversed(self._objects())])
+        return draw_overlay(image, self.overlay())
 
     def to_torchvision(self) -> dict[str, torch.Tensor]:
         """Torchvision's form: boxes (N, 4), labels (N,), scores (N,), binary masks (N, 1, H, W)."""
@@ -102,28 +143,19 @@ class Segmentation:
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """COCO results, one per object, masks as compressed RLE."""
         results = []
-        for found in self._objects():
-            rle = compress_run_lengths(found.run_lengths, self.size_hw)
-            x0, y0, x1, y1 = found.box_xyxy
+        for index, runs in enumerate(self.run_lengths):
+            rle = compress_run_lengths(runs, self.size_hw)
+            x0, y0, x1, y1 = self.boxes_xyxy[index].tolist()
             results.append(
                 {
                     "image_id": image_id,
-                    "category_id": found.category_id,
-                    "score": found.confidence,
+                    "category_id": int(self.category_ids[index]),
+                    "score": float(self.scores[index]),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
                 }
             )
         return results
-
-    def _objects(self) -> list[ShownObject]:
-        found = []
-        each = zip(self.names, self.run_lengths, self.mask_probs, strict=True)
-        for index, (name, runs, probs) in enumerate(each):
-            x0, y0, x1, y1 = (float(v) for v in self.boxes_xyxy[index])
-            category_id, score = int(self.category_ids[index]), float(self.scores[index])
-            found.append(ShownObject(category_id, name, score, (x0, y0, x1, y1), runs, probs))
-        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ def batches_of_part(
 ) -> list[tuple[int, ...]]:
     """The rows of a part in batches of one input size, so that nothing is padded.
 
-    They hang on the part's rows and the kind of device alone, never on what was extracted
-    before or by whom, because the others of a batch decide the order of sums: a cache that was
-    stopped, shared or repaired has the bytes of an uninterrupted one. Rows of a batch rise,
-    batches go by their first row.
+    They hang on the part's rows and the kind of device alone, never on what was extracted before or
+    by whom, because the others of a batch decide the order of sums: a cache that was stopped,
+    shared or repaired has the bytes of an uninterrupted one. Rows of a batch rise, batches go by
+    their first row.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for row, input_hw in zip(rows, inputs_hw, strict=True):

@@ -1,6 +1,7 @@
 """Content of a cache that is known before the detector runs."""
 
-from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.annotations import AnnotationContent
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, C1RoiLayout, plan_layout
 from mfdetr_cache.coco.augmentation import (
@@ -20,30 +21,31 @@ def plan_cache(
 ) -> CacheContent:
     """Identity, layout and ground truth of a cache, before the detector runs."""
     spec, split = detector.spec, labelled.split
-    truth = [labelled.objects_of(entry) for entry in split.images]
-    base = [identity_transform(e.size_hw) for e in split.images]
-    contents = {BASE_VIEW: ViewContent(base, truth)}
+    transforms = {BASE_VIEW: [identity_transform(e.size_hw) for e in split.images]}
     # A detector with one input size sees scales only through the window that is cut out.
     fixed = fixed_input_hw(detector) is not None
     for number in range(views.count):
         name = f"{views.policy}-{number}"
-        transforms = [
+        transforms[name] = [
             sample_transform(views.policy, views.seed, name, e.image_id, e.size_hw, fixed=fixed)
             for e in split.images
         ]
-        moved = [
-            transform_ground_truth(t, e.size_hw, transform)
-            for t, e, transform in zip(truth, split.images, transforms, strict=True)
+    truth = [labelled.objects_of(entry) for entry in split.images]
+    objects = {
+        view: [
+            transform_ground_truth(objects, entry.size_hw, transform)
+            for objects, entry, transform in zip(truth, split.images, of_rows, strict=True)
         ]
-        contents[name] = ViewContent(transforms, moved)
+        for view, of_rows in transforms.items()
+    }
     sizes = {
         detector.input_geometry(t.size_hw, t.shortest_edge).input_hw
-        for view in contents.values()
-        for t in view.transforms
+        for of_rows in transforms.values()
+        for t in of_rows
     }
     c1_roi = None
     if maps.c1 == "roi":
-        most = max(len(trainable_objects(t)) for v in contents.values() for t in v.ground_truth)
+        most = max(len(trainable_objects(t)) for of_rows in objects.values() for t in of_rows)
         c1_roi = C1RoiLayout(maps.roi_size, maps.roi_sampling_ratio, most)
     layout = plan_layout(
         spec,
@@ -51,7 +53,7 @@ def plan_cache(
         len(split.images),
         maps.preset,
         maps.compression,
-        tuple(contents),
+        tuple(transforms),
         maps.c1,
         c1_roi,
     )
@@ -59,7 +61,7 @@ def plan_cache(
         "format_version": FORMAT_VERSION,
         "detector": detector_identity(spec),
         "images": images_identity((e.image_id, e.file_name, e.size_hw) for e in split.images),
-        "views": list(contents),
+        "views": list(transforms),
         "view_seed": views.seed if views.count else None,
         "preset": layout.preset,
         "compression": layout.compression,
@@ -68,18 +70,8 @@ def plan_cache(
         if c1_roi is None
         else {"roi_size": c1_roi.roi_size, "sampling_ratio": c1_roi.sampling_ratio},
     }
-    return CacheContent(
-        identity=identity,
-        spec=spec,
-        layout=layout,
-        image_ids=[e.image_id for e in split.images],
-        file_names=[e.file_name for e in split.images],
-        original_sizes_hw=[e.size_hw for e in split.images],
-        categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
-        label_categories=labelled.match.label_categories,
-        annotations=labelled.source,
-        views=contents,
-    )
+    root = Root(identity, spec, layout)
+    return CacheContent(root, split.images, transforms, AnnotationContent.of(labelled, objects))
 
 
 def choices_of(root: Root) -> tuple[MapOptions, ViewOptions]:

@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.encoder import EncodedImage
 from mfdetr_cache.cache.schema import BASE_VIEW, Part, stored_maps
 from mfdetr_cache.cache.writer import CacheWriter
-from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.detectors.images import load_with_oddities
@@ -38,15 +36,6 @@ _DECODERS = 2
 _MOST_ENCODERS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSource:
-    """The images of an extraction; ``skip_bad`` goes on where one cannot be read."""
-
-    split: CocoSplit
-    folder: Path
-    skip_bad: bool = False
-
-
 @dataclass
 class _Decoded:
     """An image on its way to the detector, or the reason why there is none."""
@@ -58,12 +47,8 @@ class _Decoded:
     untold: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows of a part whose images go through the detector together."""
-
-    part: Part
-    rows: tuple[int, ...]
+# Rows of a part whose images go through the detector together.
+_Batch = tuple[Part, tuple[int, ...]]
 
 
 @dataclass
@@ -95,25 +80,27 @@ def num_decoders(device: torch.device) -> int:
 
 
 class Extraction:
-    """Decodes images ahead, runs the detector in this thread, encodes and writes in order."""
+    """Decodes images ahead, runs the detector in this thread, encodes and writes in order.
+
+    ``images`` is their folder; ``skip_bad`` goes on where one cannot be read.
+    """
 
     def __init__(
         self,
-        source: ImageSource,
-        content: CacheContent,
+        images: Path,
         detector: Detector,
         device: torch.device,
         writer: CacheWriter,
         reporter: Reporter,
+        *,
+        skip_bad: bool = False,
     ) -> None:
-        self._source = source
-        self._content = content
-        self._device = device
         keep_freed_memory()
-        self._detector = detector.to(self._device)
-        self._writer = writer
+        self._images, self._skip_bad = images, skip_bad
+        self._device, self._detector = device, detector.to(device)
+        self._writer, self._content = writer, writer.content
         self._reporter = reporter
-        self._encoders = ThreadPoolExecutor(num_encoders(self._device), "encode")
+        self._encoders = ThreadPoolExecutor(num_encoders(device), "encode")
         self._part: Part | None = None
         self._has_failed = False
         self.num_extracted = 0
@@ -158,11 +145,11 @@ class Extraction:
             self._reporter.warn(f"{count} {what}")
 
     def _decode(self, view: str, row: int) -> _Decoded:
-        entry = self._source.split.images[row]
-        transform = self._content.views[view].transforms[row]
+        entry = self._content.images[row]
+        transform = self._content.transforms[view][row]
         geometry = self._geometry(view, row)
         try:
-            loaded = load_with_oddities(self._source.folder / entry.file_name, entry.size_hw)
+            loaded = load_with_oddities(self._images / entry.file_name, entry.size_hw)
         except ImageError as error:
             return _Decoded(geometry, None, str(error))
         pixels = self._detector.preprocess(
@@ -172,7 +159,7 @@ class Extraction:
 
     def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
         """All rows of the parts in order; what a batch gives too early waits."""
-        batches = [_Batch(part, rows) for part in pending for rows in self._batches_of(part)]
+        batches = [(part, rows) for part in pending for rows in self._batches_of(part)]
         expected = (row for part in pending for row in self._writer.rows_of_part(part))
         early: dict[int, _Item] = {}
         row = next(expected, None)
@@ -189,47 +176,48 @@ class Extraction:
         )
 
     def _geometry(self, view: str, row: int) -> ImageGeometry:
-        transform = self._content.views[view].transforms[row]
+        transform = self._content.transforms[view][row]
         return self._detector.input_geometry(transform.size_hw, transform.shortest_edge)
 
     def _decode_ahead(self, batches: Sequence[_Batch]) -> Iterator[list[_Decoded]]:
         """The images of each batch."""
-        ordered = [(batch.part.view, row) for batch in batches for row in batch.rows]
-        depth = _PREFETCH + max((len(batch.rows) for batch in batches), default=0)
+        ordered = [(part.view, row) for part, rows in batches for row in rows]
+        depth = _PREFETCH + max((len(rows) for _, rows in batches), default=0)
         with ThreadPoolExecutor(num_decoders(self._device), "decode") as pool:
             decoded = read_ahead(
                 lambda item: pool.submit(self._decode, *item).result, ordered, depth
             )
-            for batch in batches:
-                yield list(itertools.islice(decoded, len(batch.rows)))
+            for _, rows in batches:
+                yield list(itertools.islice(decoded, len(rows)))
 
     def _items_of(self, batch: _Batch, images: list[_Decoded]) -> Iterator[_Item]:
         """Run the detector on a batch and begin to encode what it gives."""
         for image in images:
-            if image.pixel_values is None and not self._source.skip_bad:
+            if image.pixel_values is None and not self._skip_bad:
                 raise ImageError(f"{image.problem} (--on-bad-image skip leaves such images out)")
+        part, rows = batch
         output, on_cpu = self._outputs_of(images)
-        for index, (row, image) in enumerate(zip(batch.rows, images, strict=True)):
+        for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             if image.pixel_values is None:
                 self._reporter.warn(f"skipped: {image.problem}")
-                yield _Item(batch.part, row, None, image.problem)
+                yield _Item(part, row, None, image.problem)
                 continue
-            if batch.part.view == BASE_VIEW:
+            if part.view == BASE_VIEW:
                 self._note(row, image.oddities)
                 if image.untold > 1:
                     self.untold[row] = image.untold
-            crops = self._crops_of(batch.part.view, row, image.geometry, output, index)
+            crops = self._crops_of(part.view, row, image.geometry, output, index)
             encoded = self._encoders.submit(
                 self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
             )
             self.num_extracted += 1
-            yield _Item(batch.part, row, encoded)
+            yield _Item(part, row, encoded)
 
     def _note(self, row: int, oddities: tuple[str, ...]) -> None:
         """Count what is odd about a file; the first of a kind is told at once, not after hours."""
         for what in oddities:
             if not self._oddities[what]:
-                name = self._source.split.images[row].file_name
+                name = self._content.images[row].file_name
                 self._reporter.warn(f"{name} is the first of {what}")
         self._oddities.update(oddities)
 
@@ -247,7 +235,7 @@ class Extraction:
             for image in images
         ]
         output = self._detector.forward(to_device(torch.stack(pixels), self._device))
-        kept = {m.name for m in stored_maps(self._content.spec, self._content.layout)}
+        kept = {m.name for m in stored_maps(self._content.root.spec, self._content.root.layout)}
         on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started
         return output, on_cpu
@@ -256,15 +244,15 @@ class Extraction:
         self, view: str, row: int, geometry: ImageGeometry, output: DetectorOutput, index: int
     ) -> C1Crops | None:
         """Crops of C1 around the queries that its objects match, where these are stored."""
-        layout = self._content.layout.c1_roi
+        layout = self._content.root.layout.c1_roi
         if layout is None:
             return None
         started = time.perf_counter()
         seen = output.of_image(index)
-        if self._content.annotations.get(CLASS_AGNOSTIC):
-            logits = any_class(seen.class_logits, self._content.spec.score_function)
+        if self._content.labels.source.get(CLASS_AGNOSTIC):
+            logits = any_class(seen.class_logits, self._content.root.spec.score_function)
             seen = replace(seen, class_logits=logits)
-        crops = c1_crops(seen, self._content.views[view].ground_truth[row], geometry, layout)
+        crops = c1_crops(seen, self._content.labels.objects[view][row], geometry, layout)
         self.detector_seconds += time.perf_counter() - started
         return crops
 

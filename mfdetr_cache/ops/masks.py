@@ -235,6 +235,13 @@ def crop_run_lengths(
     return runs
 
 
+def rle_iou(first: Sequence[object], second: Sequence[object]) -> NDArray[np.float64]:
+    """IoU of every pair of compressed COCO RLEs, shape (N, M)."""
+    if not first or not second:
+        return np.zeros((len(first), len(second)))
+    return np.asarray(coco_mask.iou(list(first), list(second), [0] * len(second)))
+
+
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """The compressed COCO RLE of a bitmap of shape (height, width)."""
     rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split, require_images
 from mfdetr_cache.coco.copy_paste import (
     LEAST_PIXELS_TO_PASTE,
     Scene,
@@ -20,7 +20,6 @@ from mfdetr_cache.coco.copy_paste import (
     num_donors,
 )
 from mfdetr_cache.coco.ids import SourceId
-from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.detectors.images import load_image

@@ -94,7 +94,7 @@ def run_evaluate_results(
     has an unknown image id.
     """
     reporter = reporter or SilentReporter()
-    split = load_coco_split(annotations, on_bad=on_bad, masks="optional")
+    split = load_coco_split(annotations, on_bad=on_bad, needs="boxes")
     split.tell_faults(reporter)
     found = load_results(results, split, on_bad)
     found.faults.tell(reporter)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from mfdetr_cache.coco.annotations import load_to_extract
+from mfdetr_cache.coco.annotations import load_to_extract, require_images
 from mfdetr_cache.coco.categories import MatchedCategory
-from mfdetr_cache.coco.image_folder import require_images
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.extract import ExtractConfig

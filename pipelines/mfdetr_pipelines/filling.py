@@ -22,7 +22,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.cached_boxes import judge_orientations, judged_box_metrics
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction, ImageSource
+from mfdetr_cache.extraction.stream import Extraction
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_pipelines.config.extract import ExtractConfig
@@ -46,9 +46,7 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
         if config.work.engine == "ray":
             extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
         else:
-            device = torch_device(config.device)
-            source = _images_of(config, labelled.split)
-            worker = Extraction(source, content, detector, device, writer, reporter)
+            worker = _worker(config, detector, writer, reporter)
             worker.run(writer.pending_parts())
             worker.tell_oddities()
             extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
@@ -77,8 +75,11 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
     )
 
 
-def _images_of(config: ExtractConfig, split: CocoSplit) -> ImageSource:
-    return ImageSource(split, config.files.images, skip_bad=config.on_bad_image == "skip")
+def _worker(
+    config: ExtractConfig, detector: Detector, writer: CacheWriter, reporter: Reporter
+) -> Extraction:
+    device, skip_bad = torch_device(config.device), config.on_bad_image == "skip"
+    return Extraction(config.files.images, detector, device, writer, reporter, skip_bad=skip_bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,10 @@ def _fill_on_cluster(
 
 
 # What the last extraction of this worker process needs, by its settings; these have no hash.
-_KEPT: dict[str, tuple[CocoSplit, Detector, CacheContent]] = {}
+_KEPT: dict[str, tuple[Detector, CacheContent]] = {}
 
 
-def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
+def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     """What all parts of an extraction need, kept by the worker process."""
     if repr(config) not in _KEPT:
         _KEPT.clear()
@@ -120,7 +121,7 @@ def _prepared(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]
     return _KEPT[repr(config)]
 
 
-def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
+def _prepare(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     split = load_to_extract(config.files, config.on_bad_annotation, config.limit)
     names = [category.name for category in split.categories]
     detector = load_detector(config.detector, config.weights, config.options, names)
@@ -130,15 +131,14 @@ def _prepare(config: ExtractConfig) -> tuple[CocoSplit, Detector, CacheContent]:
     storage = open_storage(config.cache)
     root = read_root(storage)
     require_same_content(storage, root, content)
-    return labelled.split, detector, replace(content, layout=root.layout)
+    return detector, replace(content, root=root)
 
 
 def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
     """Fill one part; runs on a worker of a cluster."""
-    split, detector, content = _prepared(config)
+    detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
-    source, device = _images_of(config, split), torch_device(config.device)
-    worker = Extraction(source, content, detector, device, writer, SilentReporter())
+    worker = _worker(config, detector, writer, SilentReporter())
     worker.run([part])
     return _Filled(worker.num_extracted, worker.num_bytes, worker.detector_seconds)
 
@@ -149,10 +149,11 @@ def _announce(
     """Say what is coming and refuse a disk that cannot hold it."""
     needed = estimated_bytes(content)
     storage = open_storage(config.cache)
-    views = f" in {len(content.views)} views" if len(content.views) > 1 else ""
+    layout = content.root.layout
+    views = f" in {len(layout.views)} views" if len(layout.views) > 1 else ""
     line = (
-        f"{len(content.image_ids)} images of {content.annotations['name']}{views} through "
-        f"{content.spec.name} as {content.layout.preset}; at most {needed / 1e9:.2f} GB (before "
+        f"{len(content.images)} images of {content.labels.source['name']}{views} through "
+        f"{content.root.spec.name} as {layout.preset}; at most {needed / 1e9:.2f} GB (before "
         "compression)"
     )
     if partition != WHOLE:
@@ -175,4 +176,4 @@ def estimated_bytes(content: CacheContent) -> int:
     """An upper bound of the bytes of a cache before compression: all images like the largest."""
     arrays = content.root.arrays[BASE_VIEW].values()
     each = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
-    return each * len(content.views)
+    return each * len(content.root.layout.views)

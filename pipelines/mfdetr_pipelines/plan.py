@@ -109,8 +109,7 @@ def run_plan(config: PlanConfig, reporter: Reporter) -> Plan:
         config.annotations,
         config.images,
         on_bad=config.on_bad_annotation,
-        masks="optional",
-        unannotated=True,
+        needs="nothing",
     )
     split.tell_faults(reporter)
     device = torch_device(config.device)

@@ -12,8 +12,7 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Policy
-from mfdetr_cache.coco.annotations import load_coco_split
-from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.coco.annotations import load_coco_split, require_images
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
@@ -180,7 +179,7 @@ def _require_possible(config: TrainJointConfig) -> None:
             wanted.val_annotations,
             wanted.val_images,
             on_bad=config.on_bad_annotation,
-            masks="optional",
+            needs="boxes",
         )
         require_images(wanted.val_images, split, "check --val-images")
     require_live(config.recipe.train, is_tuned=config.tune != "nothing")

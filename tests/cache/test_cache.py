@@ -12,22 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
 
-from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.annotations import AnnotationContent
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY
 from mfdetr_cache.cache.manifest import manifest_key
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, Part, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
 from mfdetr_cache.coco.augmentation import identity_transform
+from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
-from tests.support.caches import files_of
+from tests.support.caches import append, files_of
 from tests.support.images import make_ground_truth, make_spec
 
 VIEWS = ("base", "moved")
@@ -48,27 +52,25 @@ def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: An
     }
     settings: dict[str, Any] = {
         "identity": {"detector": detector_identity(spec), "images": {"count": len(sizes)}},
-        "spec": spec,
         "layout": CacheLayout(len(sizes), 3, preset, compression, VIEWS, maps),
-        "image_ids": [10 * i + 1 for i in range(len(sizes))],
-        "file_names": [f"folder/ü{i}.jpg" for i in range(len(sizes))],
-        "original_sizes_hw": [(2 * h, 2 * w) for h, w in sizes],
-        "categories": [{"id": 1, "name": "thing"}],
-        "label_categories": (1, -1, -1),
-        "annotations": {"name": "test", "sha256": ""},
-        "views": {
-            view: ViewContent(
-                [identity_transform((2 * h, 2 * w)) for h, w in sizes],
-                [
-                    make_ground_truth((2 * h, 2 * w), count=i % 3, seed=i + 50 * number)
-                    for i, (h, w) in enumerate(sizes)
-                ],
-            )
-            for number, view in enumerate(VIEWS)
-        },
         **changes,
     }
-    return CacheContent(**settings)
+    originals = [(2 * h, 2 * w) for h, w in sizes]
+    objects = {
+        view: [
+            make_ground_truth(hw, count=i % 3, seed=i + 50 * number)
+            for i, hw in enumerate(originals)
+        ]
+        for number, view in enumerate(VIEWS)
+    }
+    return CacheContent(
+        root=Root(spec=spec, **settings),
+        images=[ImageEntry(10 * i + 1, f"folder/ü{i}.jpg", hw) for i, hw in enumerate(originals)],
+        transforms={view: [identity_transform(hw) for hw in originals] for view in VIEWS},
+        labels=AnnotationContent(
+            {"name": "test", "sha256": ""}, [{"id": 1, "name": "thing"}], (1, -1, -1), objects
+        ),
+    )
 
 
 def make_output(spec: DetectorSpec, size_hw: tuple[int, int], seed: int) -> DetectorOutput:
@@ -99,9 +101,9 @@ def fill(
                 if row == 4:
                     writer.skip(row, "broken")
                     continue
-                geometry = ImageGeometry(content.original_sizes_hw[row], sizes[row], sizes[row])
+                geometry = ImageGeometry(content.images[row].size_hw, sizes[row], sizes[row])
                 seed = row + 100 * VIEWS.index(part.view)
-                writer.append(row, geometry, make_output(content.spec, sizes[row], seed))
+                append(writer, row, geometry, make_output(content.root.spec, sizes[row], seed))
             writer.seal_part()
 
 
@@ -129,9 +131,9 @@ def test_everything_comes_back(filled: Path, content: CacheContent, spec: Detect
     assert [s["image_id"] for s in cache.skipped] == [41]
     for image in cache:
         output = make_output(spec, SIZES[image.row], image.row)
-        assert image.image_id == content.image_ids[image.row]
-        assert image.file_name == content.file_names[image.row]
-        assert image.geometry.original_hw == content.original_sizes_hw[image.row]
+        entry = content.images[image.row]
+        assert (image.image_id, image.file_name) == (entry.image_id, entry.file_name)
+        assert image.geometry.original_hw == entry.size_hw
         assert image.geometry.input_hw == SIZES[image.row]
         assert (image.class_logits == output.class_logits[0].numpy()).all()
         assert (image.boxes_cxcywh_norm == output.boxes_cxcywh_norm[0].numpy()).all()
@@ -139,7 +141,7 @@ def test_everything_comes_back(filled: Path, content: CacheContent, spec: Detect
         for m in spec.maps:
             wanted = output.maps[m.name][0].permute(1, 2, 0).half().numpy()
             assert (image.maps[m.name].to_array() == wanted).all()
-        truth = content.views["base"].ground_truth[image.row]
+        truth = content.labels.objects["base"][image.row]
         assert (image.ground_truth.boxes_xyxy == truth.boxes_xyxy).all()
         assert (image.ground_truth.areas == truth.areas).all()
         for found, wanted_runs in zip(
@@ -198,7 +200,7 @@ def test_every_preset_comes_back_bit_exact(
                 stored = image.maps[m.name]
                 assert (stored.values[: len(values)] == values).all()
                 assert stored.affine is None if affine is None else (stored.affine == affine).all()
-            wanted = content.views[view].ground_truth[row]
+            wanted = content.labels.objects[view][row]
             assert (image.ground_truth.boxes_xyxy == wanted.boxes_xyxy).all()
 
 
@@ -222,8 +224,8 @@ def test_an_unsealed_part_leaves_no_trace(
     path = tmp_path / "again.zarr"
     with CacheWriter.open_or_create(path, content) as writer:
         writer.begin_part(Part("base", 0))
-        geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
-        writer.append(0, geometry, make_output(content.spec, SIZES[0], 7))
+        geometry = ImageGeometry(content.images[0].size_hw, SIZES[0], SIZES[0])
+        append(writer, 0, geometry, make_output(content.root.spec, SIZES[0], 7))
     assert FeatureCache.open(path).rows == ()
     fill(path, content, SIZES)
     assert files_of(path) == files_of(filled)
@@ -269,7 +271,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, content: CacheContent) -> No
 
 def test_another_cache_is_not_overwritten(filled: Path, content: CacheContent) -> None:
     before = files_of(filled)
-    other = make_content(content.spec, SIZES, identity={"detector": {"name": "other"}})
+    other = make_content(content.root.spec, SIZES, identity={"detector": {"name": "other"}})
     with pytest.raises(CacheError, match=r"already holds another cache: detector\.name"):
         CacheWriter.open_or_create(filled, other)
     assert files_of(filled) == before
@@ -381,13 +383,13 @@ def test_a_damaged_manifest_is_named(filled: Path) -> None:
 
 
 def test_values_that_do_not_fit_float16_are_refused(tmp_path: Path, content: CacheContent) -> None:
-    output = make_output(content.spec, SIZES[0], 0)
+    output = make_output(content.root.spec, SIZES[0], 0)
     output.maps["c1"][0, 0, 0, 0] = 1e6
     with CacheWriter.open_or_create(tmp_path / "c.zarr", content) as writer:
         writer.begin_part(Part("base", 0))
-        geometry = ImageGeometry(content.original_sizes_hw[0], SIZES[0], SIZES[0])
+        geometry = ImageGeometry(content.images[0].size_hw, SIZES[0], SIZES[0])
         with pytest.raises(CacheError, match=r"map c1 of row 0 is not finite as float16 .*1e\+06"):
-            writer.append(0, geometry, output)
+            append(writer, 0, geometry, output)
 
 
 def test_parts_stay_below_their_bound() -> None:
@@ -400,7 +402,7 @@ def test_parts_stay_below_their_bound() -> None:
     assert tokens < 1.2 * PART_BYTES
     small = make_spec(width=8, c1_channels=8, strides=(16,), num_queries=4)
     assert plan_layout(small, {(64, 64)}, 1000, "int8").images_per_part == 64
-    plain = json.loads(json.dumps(layout.to_dict()))
+    plain = to_dict(layout)
     assert CacheLayout.from_fields(Fields(plain, "layout", CacheError)) == layout
 
 

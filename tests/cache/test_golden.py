@@ -87,43 +87,44 @@ def test_version_1_is_refused_with_what_to_do(name: str) -> None:
 
 def write_golden(name: str) -> None:
     """Write one of the caches; for a new format version only."""
-    from mfdetr_cache.cache.creation import CacheContent, ViewContent
+    from mfdetr_cache.cache.annotations import AnnotationContent
+    from mfdetr_cache.cache.creation import CacheContent
+    from mfdetr_cache.cache.root import Root
     from mfdetr_cache.cache.schema import BASE_VIEW, FORMAT_VERSION, plan_layout
     from mfdetr_cache.cache.writer import CacheWriter
     from mfdetr_cache.coco.augmentation import identity_transform
+    from mfdetr_cache.coco.image_list import ImageEntry
     from mfdetr_cache.identity import detector_identity
     from mfdetr_cache.types import ImageGeometry
+    from tests.support.caches import append
     from tests.support.images import make_ground_truth
 
     spec = make_spec(strides=(8, 16), backbone8=False)
     preset = name.split("-")[1]
     originals = [(2 * h, 2 * w) for h, w in SIZES]
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "detector": detector_identity(spec),
+        "images": {"count": 3, "sha256": "0" * 64},
+        "views": [BASE_VIEW],
+        "view_seed": None,
+        "preset": preset,
+        "compression": "zstd",
+        "c1": "full",
+        "c1_roi": None,
+    }
+    layout = plan_layout(spec, set(SIZES), len(SIZES), preset)  # type: ignore[arg-type]
+    objects = [make_ground_truth(hw, count=i, seed=i) for i, hw in enumerate(originals)]
     content = CacheContent(
-        identity={
-            "format_version": FORMAT_VERSION,
-            "detector": detector_identity(spec),
-            "images": {"count": 3, "sha256": "0" * 64},
-            "views": [BASE_VIEW],
-            "view_seed": None,
-            "preset": preset,
-            "compression": "zstd",
-            "c1": "full",
-            "c1_roi": None,
-        },
-        spec=spec,
-        layout=plan_layout(spec, set(SIZES), len(SIZES), preset),  # type: ignore[arg-type]
-        image_ids=[7, 8, 9],
-        file_names=[f"bild-{row}-ü.jpg" for row in range(3)],
-        original_sizes_hw=originals,
-        categories=[{"id": 1, "name": "thing"}],
-        label_categories=(1, -1, -1),
-        annotations={"name": "golden", "sha256": "0" * 64},
-        views={
-            BASE_VIEW: ViewContent(
-                [identity_transform(hw) for hw in originals],
-                [make_ground_truth(hw, count=i, seed=i) for i, hw in enumerate(originals)],
-            )
-        },
+        root=Root(identity, spec, layout),
+        images=[ImageEntry(7 + i, f"bild-{i}-ü.jpg", hw) for i, hw in enumerate(originals)],
+        transforms={BASE_VIEW: [identity_transform(hw) for hw in originals]},
+        labels=AnnotationContent(
+            {"name": "golden", "sha256": "0" * 64},
+            [{"id": 1, "name": "thing"}],
+            (1, -1, -1),
+            {BASE_VIEW: objects},
+        ),
     )
     with CacheWriter.open_or_create(GOLDEN / name, content) as writer:
         for part in writer.pending_parts():
@@ -133,7 +134,7 @@ def write_golden(name: str) -> None:
                     writer.skip(row, "left out")
                     continue
                 geometry = ImageGeometry(originals[row], SIZES[row], SIZES[row])
-                writer.append(row, geometry, expected(spec, SIZES[row], row))
+                append(writer, row, geometry, expected(spec, SIZES[row], row))
             writer.seal_part()
     for lock in (GOLDEN / name).rglob("*.lock"):
         lock.unlink()

@@ -75,14 +75,12 @@ def fill(storage: DictStorage, parts: int = 99) -> None:
 class _Extraction:
     """The detector of these tests."""
 
-    def __init__(
-        self, _images: Any, content: Any, _detector: Any, _device: Any, writer: Any, _: Any
-    ):
-        self._content, self._writer, self.num_extracted = content, writer, 0
+    def __init__(self, _images: Any, _detector: Any, _device: Any, writer: Any, *_: Any, **__: Any):
+        self._writer, self.num_extracted = writer, 0
 
     def run(self, parts: Any) -> None:
         for part in parts:
-            fill_part(self._writer, self._content, part)
+            fill_part(self._writer, self._writer.content, part)
             self.num_extracted += len(self._writer.rows_of_part(part))
 
 

@@ -150,7 +150,7 @@ def test_all_faults_are_named_at_once_and_can_be_left_out(
     reporter = SilentReporter()
     split.tell_faults(reporter)
     assert "left out: 13 of 16 annotations cannot be used" in reporter.messages[0]
-    kept = load_coco_split(path, masks="optional")
+    kept = load_coco_split(path, needs="boxes")
     assert sum(len(a) for a in kept.annotations.values()) == 16
     assert len(kept.ground_truth(kept.images[-1], {}).run_lengths[0]) == 0
 
@@ -323,12 +323,12 @@ def test_boxes_written_as_corners_are_read_as_corners(
     if not masks:
         for annotation in document["annotations"]:
             del annotation["segmentation"]
-    plain = load_coco_split(written(tmp_path, document), masks="optional")
+    plain = load_coco_split(written(tmp_path, document), needs="boxes")
     assert not any(f.repaired for f in plain.faults)
     for annotation in document["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["bbox"] = [x, y, x + w, y + h]
-    split = load_coco_split(written(tmp_path, document), masks="optional")
+    split = load_coco_split(written(tmp_path, document), needs="boxes")
     for entry in split.images:
         ours, theirs = (s.ground_truth(entry, {}).boxes_xyxy for s in (split, plain))
         np.testing.assert_array_equal(ours, theirs)
@@ -367,7 +367,7 @@ def test_boxes_in_other_forms_are_read_as_their_masks_say(
         del annotation["segmentation"]
     if in_parts:
         with pytest.raises(DatasetError, match="every bbox lies between 0 and 1"):
-            load_coco_split(written(tmp_path, document), masks="optional")
+            load_coco_split(written(tmp_path, document), needs="boxes")
 
 
 def test_boxes_beside_their_masks_are_worth_a_word(
@@ -394,14 +394,14 @@ def test_what_no_annotation_tells_alone_is_worth_a_word(
     first = document["annotations"][0]
     document["annotations"].append({**first, "id": 5})
     document["annotations"].append({**first, "id": 6, "segmentation": [], "bbox": [999, 9, 5, 5]})
-    (_, faults) = load_coco_split(written(tmp_path, document), masks="optional").faults
+    (_, faults) = load_coco_split(written(tmp_path, document), needs="boxes").faults
     assert dict(faults.noticed) == {
         "box and mask are those of another, so it counts twice": 1,
         "bbox lies outside its image, kept as it is": 1,
     }
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1
-    (_, faults) = load_coco_split(written(tmp_path, document), masks="optional").faults
+    (_, faults) = load_coco_split(written(tmp_path, document), needs="boxes").faults
     assert faults.noticed["a crowd (iscrowd 1), not learned from and not measured"] == 18
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
-from mfdetr_cache.coco.image_folder import require_images
+from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split, require_images
 from mfdetr_cache.coco.layouts import dataset_files, find_split
 from mfdetr_cache.errors import ConfigError, DatasetError
 from tests.support import scenes

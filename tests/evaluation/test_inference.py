@@ -9,7 +9,7 @@ import torch
 from mfdetr_cache.choices import Scoring
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.inference import MaskPrediction, predict_live, predict_masks
-from mfdetr_cache.evaluation.objects import ShownObject, shown_objects
+from mfdetr_cache.evaluation.segmentation import Segmentation
 from mfdetr_cache.head.batch import HeadBatch, map_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 SMALL = {"hidden_dim": 16, "roi_size": 8, "image_layers": 1, "box_layers": 1}
 
 
-def shown(prediction: MaskPrediction, threshold: float) -> list[ShownObject]:
-    return shown_objects(prediction, (0, 1, 2), {}, IMAGE.geometry.original_hw, threshold)
+def shown(prediction: MaskPrediction, threshold: float) -> Segmentation:
+    return Segmentation.of(prediction, (0, 1, 2), {}, IMAGE.geometry.original_hw, threshold)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,12 @@ def test_detections_below_the_threshold_need_no_mask(
         assert (whole.confidences <= whole.detections.class_scores.double().numpy()).all()
         assert len(found.mask_probs) < len(whole.mask_probs)
         wanted, got = shown(whole, threshold), shown(found, threshold)
-        assert [o.category_id for o in got] == [o.category_id for o in wanted]
+        assert np.array_equal(got.category_ids, wanted.category_ids)
         # Products of fewer rows may be summed in another order: some units of float32.
-        assert [o.confidence for o in got] == pytest.approx(
-            [o.confidence for o in wanted], rel=1e-5
-        )
-        for ours, theirs in zip(got, wanted, strict=True):
-            assert ours.box_xyxy == theirs.box_xyxy
-            assert np.array_equal(ours.run_lengths, theirs.run_lengths)
+        assert got.scores == pytest.approx(wanted.scores, rel=1e-5)
+        assert np.array_equal(got.boxes_xyxy, wanted.boxes_xyxy)
+        for ours, theirs in zip(got.run_lengths, wanted.run_lengths, strict=True):
+            assert np.array_equal(ours, theirs)
 
 
 def test_nothing_above_the_threshold_is_no_mask() -> None:

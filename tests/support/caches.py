@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfdetr_cache.cache.creation import CacheContent, ViewContent
+from mfdetr_cache.cache.annotations import AnnotationContent
+from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import CacheLayout, MapLayout, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.augmentation import ViewTransform, identity_transform
+from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.types import DetectorOutput, ImageGeometry
 from tests.support.images import make_ground_truth, make_spec
@@ -34,10 +37,6 @@ class DictStorage(Storage):
     def __init__(self, files: dict[str, bytes], name: str = "made.zarr") -> None:
         self.files = files
         self.name = name
-
-    @property
-    def folder(self) -> Path | None:
-        return None
 
     def read(self, key: str) -> bytes:
         if key not in self.files:
@@ -74,39 +73,33 @@ def tiny_content(
     layout = CacheLayout(len(SIZES), ROWS_OF_A_PART, preset, compression, VIEWS, maps)  # type: ignore[arg-type]
     mirrored = [ViewTransform((0, 0, w, h), flip=True, shortest_edge=0) for h, w in SIZES]
     transforms = {VIEWS[0]: [identity_transform(hw) for hw in SIZES], VIEWS[1]: mirrored}
+    identity = {
+        "format_version": 2,
+        "detector": detector_identity(spec),
+        "images": {"count": len(SIZES), "sha256": f"{seed}"},
+        "views": list(VIEWS),
+        "view_seed": None,
+    }
+    objects = [
+        make_ground_truth(hw, 2, seed=seed + 10 * i + 1000 * labels) for i, hw in enumerate(SIZES)
+    ]
     return CacheContent(
-        identity={
-            "format_version": 2,
-            "detector": detector_identity(spec),
-            "images": {"count": len(SIZES), "sha256": f"{seed}"},
-            "views": list(VIEWS),
-            "view_seed": None,
-        },
-        spec=spec,
-        layout=layout,
-        image_ids=[100 * seed + i for i in range(len(SIZES))],
-        file_names=[f"{seed}-{i}.jpg" for i in range(len(SIZES))],
-        original_sizes_hw=SIZES,
-        categories=[{"id": 1, "name": "thing"}],
-        label_categories=(1, -1, -1),
-        annotations={"name": f"made-{labels}", "sha256": f"{seed} {labels}"},
-        views={
-            view: ViewContent(
-                transforms[view],
-                [
-                    make_ground_truth(hw, 2, seed=seed + 10 * i + 1000 * labels)
-                    for i, hw in enumerate(SIZES)
-                ],
-            )
-            for view in VIEWS
-        },
+        root=Root(identity, spec, layout),
+        images=[ImageEntry(100 * seed + i, f"{seed}-{i}.jpg", hw) for i, hw in enumerate(SIZES)],
+        transforms=transforms,
+        labels=AnnotationContent(
+            {"name": f"made-{labels}", "sha256": f"{seed} {labels}"},
+            [{"id": 1, "name": "thing"}],
+            (1, -1, -1),
+            dict.fromkeys(VIEWS, objects),
+        ),
     )
 
 
 def tiny_output(content: CacheContent, view: str, row: int, seed: int = 0) -> DetectorOutput:
     generator = torch.Generator().manual_seed(1000 * seed + 100 * VIEWS.index(view) + row)
     height, width = SIZES[row]
-    spec = content.spec
+    spec = content.root.spec
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=generator)
@@ -122,6 +115,11 @@ def tiny_output(content: CacheContent, view: str, row: int, seed: int = 0) -> De
     )
 
 
+def append(writer: CacheWriter, row: int, geometry: ImageGeometry, output: DetectorOutput) -> int:
+    """Encode one image and add it to the open part; returns the bytes added."""
+    return writer.add(row, writer.encoder.encode(row, geometry, output))
+
+
 def fill_part(writer: CacheWriter, content: CacheContent, part: Any, seed: int = 0) -> None:
     """What an extraction does with a part."""
     writer.begin_part(part)
@@ -130,7 +128,7 @@ def fill_part(writer: CacheWriter, content: CacheContent, part: Any, seed: int =
             writer.skip(row, "broken")
             continue
         geometry = ImageGeometry(SIZES[row], SIZES[row], SIZES[row])
-        writer.append(row, geometry, tiny_output(content, part.view, row, seed))
+        append(writer, row, geometry, tiny_output(content, part.view, row, seed))
     writer.seal_part()
 
 

@@ -26,22 +26,17 @@ _READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 class LocalStorage(Storage):
     """Files below a local folder, which need not be there yet."""
 
+    folder: Path
+
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.name = str(folder)
 
-    @property
-    def folder(self) -> Path | None:
-        """The folder."""
-        return self._folder
-
     def read(self, key: str) -> bytes:
-        """A whole file; see :class:`Storage`."""
         with self._opened(key) as descriptor, open(descriptor, "rb", closefd=False) as file:
             return file.read()
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Some parts of a file; see :class:`Storage`."""
         with self._opened(key) as descriptor:
             return [os.pread(descriptor, size, start) for start, size in ranges]
 
@@ -51,7 +46,6 @@ class LocalStorage(Storage):
         ranges: Sequence[tuple[int, int]],
         places: Sequence[Sequence[memoryview]],
     ) -> bool:
-        """Some parts of a file into memory that is there; see :class:`Storage`."""
         if not hasattr(os, "preadv"):
             return super().read_into(key, ranges, places)
         with self._opened(key) as descriptor:
@@ -65,7 +59,7 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def _opened(self, key: str) -> Iterator[int]:
         # os.open and not pathlib's: an image lies in a dozen files.
-        path = f"{self._folder}/{key}"
+        path = f"{self.folder}/{key}"
         try:
             descriptor = os.open(path, _READ)
             try:
@@ -81,8 +75,7 @@ class LocalStorage(Storage):
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
 
     def size(self, key: str) -> int | None:
-        """Bytes of a file; see :class:`Storage`."""
-        path = self._folder / key
+        path = self.folder / key
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -92,13 +85,11 @@ class LocalStorage(Storage):
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Files below a prefix; see :class:`Storage`."""
-        files = files_below(self._folder / prefix)
-        sizes = {Path(f).relative_to(self._folder).as_posix(): s.st_size for f, s in files}
+        files = files_below(self.folder / prefix)
+        sizes = {Path(f).relative_to(self.folder).as_posix(): s.st_size for f, s in files}
         return dict(sorted(sizes.items()))
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
-        """Write a file and make it survive a power cut; see :class:`Storage`."""
         path = self._own(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
@@ -110,7 +101,6 @@ class LocalStorage(Storage):
             os.close(parent)
 
     def delete(self, key: str) -> None:
-        """Remove a file; see :class:`Storage`."""
         self._own(key).unlink(missing_ok=True)
 
     def _own(self, key: str) -> Path:
@@ -118,8 +108,8 @@ class LocalStorage(Storage):
 
         In a cache from a stranger it may lead to the folders of whoever repairs or relabels it.
         """
-        path = self._folder / key
-        if not path.parent.resolve().is_relative_to(self._folder.resolve()):
+        path = self.folder / key
+        if not path.parent.resolve().is_relative_to(self.folder.resolve()):
             raise CacheError(
                 f"{path} is behind a link that leaves the cache; nothing was changed there: put "
                 "the folder itself in the place of the link"

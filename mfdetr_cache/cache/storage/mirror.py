@@ -51,17 +51,11 @@ class MirroredStorage(Storage):
     def __reduce__(self) -> tuple[Any, ...]:
         return MirroredStorage, (self._source, self._root, self._max_bytes)
 
-    @property
-    def folder(self) -> Path | None:
-        """None: what is in the mirror is only a part."""
-        return None
-
     def read(self, key: str) -> bytes:
-        """A whole file; metadata is small and may be repaired, so it is never mirrored."""
+        # Metadata is small and may be repaired, so it is never mirrored.
         return self._source.read(key)
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Some parts of a file, from the mirror where they are there."""
         folder = self._folder(key)
         names = [f"{folder}/{start}-{size}" for start, size in ranges]
         pieces = [self._copy(name, size) for name, (_, size) in zip(names, ranges, strict=True)]
@@ -74,7 +68,6 @@ class MirroredStorage(Storage):
         return [piece for piece in pieces if piece is not None]
 
     def forget(self, key: str) -> bool:
-        """Drop all copies of a file; see :class:`Storage`."""
         folder = self._root / self._folder(key)
         if not folder.is_dir():
             return False
@@ -90,19 +83,15 @@ class MirroredStorage(Storage):
         return True
 
     def size(self, key: str) -> int | None:
-        """Bytes of a file; see :class:`Storage`."""
         return self._source.size(key)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Files below a prefix; see :class:`Storage`."""
         return self._source.sizes(prefix)
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
-        """Write to the source; see :class:`Storage`."""
         self._source.write(key, pieces)
 
     def delete(self, key: str) -> None:
-        """Remove from the source; see :class:`Storage`."""
         self._source.delete(key)
 
     def _folder(self, key: str) -> str:

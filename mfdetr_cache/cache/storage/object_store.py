@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
@@ -59,17 +58,10 @@ class ObjectStorage(Storage):
         known = {"_has_answered": self._has_answered}
         return ObjectStorage, (self.name, self._max_retries, self._patience), known
 
-    @property
-    def folder(self) -> Path | None:
-        """None: there is no folder."""
-        return None
-
     def read(self, key: str) -> bytes:
-        """A whole object; see :class:`Storage`."""
         return self._answer(lambda: bytes(obstore.get(self._store, key).bytes()))
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Some parts of an object; see :class:`Storage`."""
         starts, lengths = [r[0] for r in ranges], [r[1] for r in ranges]
         pieces = self._answer(
             lambda: obstore.get_ranges(self._store, key, starts=starts, lengths=lengths)
@@ -77,15 +69,12 @@ class ObjectStorage(Storage):
         return [bytes(piece) for piece in pieces]
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object; see :class:`Storage`."""
         try:
             return self._answer(lambda: int(obstore.head(self._store, key)["size"]))
         except FileNotFoundError:
             return None
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Objects below a prefix; see :class:`Storage`."""
-
         def listed() -> dict[str, int]:
             pages = obstore.list(self._store, prefix or None)
             return {str(o["path"]): int(o["size"]) for page in pages for o in page}
@@ -93,12 +82,10 @@ class ObjectStorage(Storage):
         return dict(sorted(self._answer(listed).items()))
 
     def write(self, key: str, pieces: Sequence[bytes]) -> None:
-        """Put an object; see :class:`Storage`."""
         data = b"".join(pieces)
         self._answer(lambda: obstore.put(self._store, key, data))
 
     def delete(self, key: str) -> None:
-        """Remove an object; see :class:`Storage`."""
         self._answer(lambda: obstore.delete(self._store, key))
 
     def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT:

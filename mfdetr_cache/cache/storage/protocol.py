@@ -19,14 +19,12 @@ class Storage(Protocol):
     Attributes:
         name: What people call the place; for messages.
         annotations: Which version of a cache's annotations is read; None for the newest.
+        folder: The local folder; None where there is none.
     """
 
     name: str
     annotations: int | None = None
-
-    @property
-    def folder(self) -> Path | None:
-        """The local folder; None where there is none."""
+    folder: Path | None = None
 
     def read(self, key: str) -> bytes:
         """A whole file; FileNotFoundError if there is none."""

@@ -10,9 +10,9 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.evaluation.inference import predict_masks
-from mfdetr_cache.evaluation.objects import shown_objects
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
 from mfdetr_cache.evaluation.panels import annotated_objects
+from mfdetr_cache.evaluation.segmentation import Segmentation
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.folder import HEAD_FILE, load_head
 from mfdetr_cache.head.mask_head import MaskHead
@@ -82,9 +82,10 @@ def _panel_row(cache: FeatureCache, row: int, heads: Sequence[_Shown], images: P
         found = predict_masks(
             one.head, cached, one.cache.spec, torch.device("cpu"), threshold=_THRESHOLD
         )
-        shown = shown_objects(found, cache.label_categories, names, size_hw, _THRESHOLD)
-        for found_object in shown:
-            colours.setdefault(found_object.box_xyxy, len(colours))
-        items = [OverlayItem("", None, o.run_lengths, colours[o.box_xyxy]) for o in reversed(shown)]
-        panels.append(Panel(one.name, draw_overlay(image, items)))
+        shown = Segmentation.of(found, cache.label_categories, names, size_hw, _THRESHOLD)
+        items = []
+        for box, runs in zip(shown.boxes_xyxy.tolist(), shown.run_lengths, strict=True):
+            colour = colours.setdefault(tuple(box), len(colours))
+            items.append(OverlayItem("", None, runs, colour))
+        panels.append(Panel(one.name, draw_overlay(image, items[::-1])))
     return PanelRow(truth.file_name, tuple(panels))

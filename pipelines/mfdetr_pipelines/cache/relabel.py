@@ -15,7 +15,7 @@ from mfdetr_cache.cache.annotations import (
 )
 from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.relabel import relabelling
+from mfdetr_cache.cache.relabel import relabelled
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.errors import CacheError
@@ -62,8 +62,7 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
         config.annotations,
         config.detector.images,
         on_bad=config.on_bad_annotation,
-        masks="optional",
-        unannotated=True,
+        needs="nothing",
     )
     split.tell_faults(reporter)
     split.tell_missing_masks(reporter)
@@ -75,8 +74,8 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
             f"{cache.path} holds C1 as crops around the queries of other labels: extract it again "
             "to change --class-agnostic"
         )
-    relabelled = relabelling(cache, labelled)
-    content = relabelled.content
+    content, images = relabelled(cache, labelled)
+    unlisted = cache.layout.num_rows - images
     with locked(cache.storage):
         newest = version_numbers(cache.storage)[-1]
         record = read_annotations(cache.storage, cache.root, newest)
@@ -87,21 +86,21 @@ def run_relabel(config: RelabelConfig, reporter: Reporter) -> RelabelSummary:
             content = replace(content, crops=_extracted(cache, content, missing, config, reporter))
             write_annotations(cache.storage, cache.root, newest, content)
             record = read_annotations(cache.storage, cache.root, newest)
-    if relabelled.unlisted:
+    if unlisted:
         reporter.warn(
-            f"{relabelled.unlisted} of {cache.layout.num_rows} images of the cache are not in "
+            f"{unlisted} of {cache.layout.num_rows} images of the cache are not in "
             f"{config.annotations}: they have no objects in this version"
         )
     return RelabelSummary(
         version=newest,
         annotations_id=record.annotations_id,
         is_new=is_new,
-        images=cache.layout.num_rows - relabelled.unlisted,
+        images=images,
         objects=sum(map(len, content.objects[cache.base.name])),
-        unlisted=relabelled.unlisted,
-        unused=relabelled.unused,
+        unlisted=unlisted,
+        unused=len(split.images) - images,
         images_extracted=len({row for rows in content.crops.values() for row in rows}),
-        num_bytes=sum(f.num_bytes for f in record.files.values()) if is_new else 0,
+        num_bytes=sum(f.num_bytes for f in record.columns.files.values()) if is_new else 0,
         seconds=time.perf_counter() - started,
     )
 

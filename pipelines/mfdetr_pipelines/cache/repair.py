@@ -29,7 +29,7 @@ from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.extraction.content import choices_of, plan_cache
-from mfdetr_cache.extraction.stream import Extraction, ImageSource
+from mfdetr_cache.extraction.stream import Extraction
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
@@ -79,9 +79,7 @@ def run_repair(
             return RepairSummary((), (), 0, 0, whole=True)
         # What cannot be used was left out when the cache was made, or nothing had been extracted.
         rows = root.layout.num_rows
-        split = load_coco_split(
-            annotations, images, on_bad="skip", limit=rows, masks="optional", unannotated=True
-        )
+        split = load_coco_split(annotations, images, on_bad="skip", limit=rows, needs="nothing")
         options = options_of(detector_identity(root.spec))
         detector = load_detector(root.spec.detector, weights, options)
         known = _labels_of_file(storage, root, split.sha256)
@@ -90,7 +88,8 @@ def run_repair(
             split = replace(split, name=str(known.source["name"]))
         chosen = None if known is None else LabelOptions.of(known.source)
         labelled = label_split(split, detector.spec, chosen)
-        content = replace(plan_cache(labelled, detector, *choices_of(root)), layout=root.layout)
+        planned = plan_cache(labelled, detector, *choices_of(root))
+        content = replace(planned, root=replace(planned.root, layout=root.layout))
         # Before anything is touched: another detector or dataset could only make it worse.
         require_same_features(storage, root, content)
         versions = _broken_versions(storage, root, content)
@@ -102,8 +101,10 @@ def run_repair(
             if check_part(storage, root, part, full=True).faults:
                 storage.delete(manifest_key(part))
         writer = CacheWriter(storage, content)
-        source = ImageSource(split, images, skip_bad=_has_skipped(storage, root))
-        extraction = Extraction(source, content, detector, torch_device(device), writer, reporter)
+        skip_bad = _has_skipped(storage, root)
+        extraction = Extraction(
+            images, detector, torch_device(device), writer, reporter, skip_bad=skip_bad
+        )
         extraction.run(writer.pending_parts())
         whole = not run_verify(storage, reporter, full=True).faults
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
@@ -153,9 +154,7 @@ def _mend_foundation(storage: Storage, opened: Opened, content: CacheContent) ->
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         fresh = LocalStorage(Path(temporary) / "cache")
         create_cache(fresh, content)
-        record = read_opened(fresh).foundation
-        assert record is not None
-        for key in (*record.files, FOUNDATION_KEY):
+        for key in (*read_opened(fresh).foundation.files, FOUNDATION_KEY):
             wanted = fresh.read(key)
             if storage.size(key) != len(wanted) or storage.read(key) != wanted:
                 storage.write(key, [wanted])
