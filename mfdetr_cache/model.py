@@ -114,6 +114,9 @@ class MaskFrozenDETR:
     ) -> "MaskFrozenDETR":
         """Load a detector's weights and a head.
 
+        DetectorError if the detector cannot be loaded, HeadError if the head is missing or damaged,
+        or has classes and a prompt is given, IdentityError if it was trained with another detector.
+
         Args:
             detector: Hub id, folder, or a checkpoint of the authors' code.
             head: Folder written by ``train-head --out`` or :meth:`save_pretrained`, or a hub id.
@@ -121,11 +124,6 @@ class MaskFrozenDETR:
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
             prompt: Other classes for an open-vocabulary detector than the head learned from, which
                 must be class-agnostic then.
-
-        Raises:
-            DetectorError: If the detector cannot be loaded.
-            HeadError: If the head is missing or damaged, or has classes and a prompt is given.
-            IdentityError: If the head was trained with another detector.
         """
         folder = load_head(_local_folder(head))
         if prompt and not folder.detector["settings"].get(CLASS_AGNOSTIC):

@@ -211,15 +211,11 @@ class CachedImage:
     """One image read from a cache. Maps are token-major: row-major cells by channels.
 
     Attributes:
-        row: Position in the cache, counted from 0.
-        image_id: COCO image id.
         file_name: Name relative to the image folder.
-        geometry: Sizes of the image and of the network input.
         class_logits: float32, shape (Q, K).
         boxes_cxcywh_norm: float32, shape (Q, 4).
         queries: As stored, shape (Q, d).
         maps: Map name to the map as stored; ``np.asarray`` gives its values, shape (h, w, C).
-        ground_truth: The annotated objects.
         view: Name of the view; sizes, boxes and ground truth are those of the view's image.
         c1_crops: Crops of C1 where the cache keeps these instead of the map.
     """

@@ -54,7 +54,7 @@ class AnnotationHeader:
 
     Attributes:
         source: Name and SHA-256 of the annotation file, and how its categories were mapped.
-        categories: ``{"id", "name"}`` of the dataset's categories.
+        categories: ``{"id", "name"}`` of each of the dataset's.
         label_categories: Category id of each detector label, -1 for none.
     """
 
@@ -292,7 +292,14 @@ class Annotations:
             for name, attribute in _OBJECT_COLUMNS.items()
         }
         values["is_crowd"] = values["is_crowd"].astype(np.bool_)
-        self._require_possible(values["labels"], runs, f"row {row} of view {view}", size_hw)
+        labels, pixels = values["labels"], size_hw[0] * size_hw[1]
+        # An object without a mask has no runs.
+        fits = all(not len(r) or int(r.sum(dtype=np.int64)) == pixels for r in runs)
+        if not fits or ((labels < -1) | (labels >= self._root.spec.num_labels)).any():
+            raise CacheError(
+                f"{self._path}: annotations {self.record.number} of row {row} of view {view} hold "
+                f"what no object can have; {MEND}"
+            )
         return GroundTruth(run_lengths=runs, **values)
 
     def crops(self, view: str, row: int) -> tuple[NDArray[np.int64], StoredMap] | None:
@@ -304,19 +311,3 @@ class Annotations:
             return None
         base = f"{folder_of(self.record.number)}/views/{view}"
         return read_crops(self._columns, self._root, base, row)
-
-    def _require_possible(
-        self,
-        labels: NDArray[np.int64],
-        runs: tuple[NDArray[np.uint32], ...],
-        where: str,
-        size_hw: tuple[int, int],
-    ) -> None:
-        pixels = size_hw[0] * size_hw[1]
-        # An object without a mask has no runs.
-        fits = all(not len(r) or int(r.sum(dtype=np.int64)) == pixels for r in runs)
-        if not fits or ((labels < -1) | (labels >= self._root.spec.num_labels)).any():
-            raise CacheError(
-                f"{self._path}: annotations {self.record.number} of {where} hold what no object "
-                f"can have; {MEND}"
-            )

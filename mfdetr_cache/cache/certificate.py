@@ -20,13 +20,11 @@ class Certificate:
         preset: How the cache stores its maps.
         reference: What it was compared with: ``live``, or the preset of another cache.
         head: First digits of the SHA-256 of the head's weights.
-        images: How many images.
         AP_reference: Mask AP on the reference's features, in [0, 1].
         AP: Mask AP on this cache's features.
         difference: AP minus AP_reference.
         low: Lower end of the paired 95 % bootstrap interval of the difference.
         high: Its upper end.
-        samples: Bootstrap samples.
     """
 
     preset: str

@@ -12,32 +12,20 @@ from mfdetr_cache.sealed import seal_of
 _MOST_BYTES = 64 * 2**20
 
 
-def read_document(storage: Storage, key: str) -> Fields:
-    """A JSON object; FileNotFoundError if there is none, CacheError if it is anything else."""
-    where = f"{storage.name}/{key}"
-    return _parsed(_read(storage, key), where)
+def read_document(storage: Storage, key: str, *, sealed: bool = False) -> Fields:
+    """A JSON object; FileNotFoundError if there is none.
 
-
-def read_sealed(storage: Storage, key: str) -> Fields:
-    """A sealed document; FileNotFoundError if there is none, CacheError if a byte was changed."""
-    where = f"{storage.name}/{key}"
-    data = _read(storage, key)
-    whole = seal_of(data)
-    if not whole:
-        raise CacheError(f"{where} is damaged: its bytes are not those that were written; {MEND}")
-    return _parsed(data, where)
-
-
-def _read(storage: Storage, key: str) -> bytes:
-    size = storage.size(key)
+    CacheError if it is anything else, or a byte of a sealed one was changed.
+    """
+    where, size = f"{storage.name}/{key}", storage.size(key)
     if size is not None and size > _MOST_BYTES:
         raise CacheError(
-            f"{storage.name}/{key} has {size} bytes, more than {_MOST_BYTES}: it is none of a cache"
+            f"{where} has {size} bytes, more than {_MOST_BYTES}: it is none of a cache"
         )
-    return storage.read(key)
+    data = storage.read(key)
+    if sealed and not seal_of(data):
+        raise CacheError(f"{where} is damaged: its bytes are not those that were written; {MEND}")
 
-
-def _parsed(data: bytes, where: str) -> Fields:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(constant)
 
@@ -46,3 +34,8 @@ def _parsed(data: bytes, where: str) -> Fields:
     except (ValueError, RecursionError):
         raise CacheError(f"{where} is damaged: it is no JSON; {MEND}") from None
     return Fields(document, where, CacheError)
+
+
+def read_sealed(storage: Storage, key: str) -> Fields:
+    """A sealed document, as :func:`read_document`."""
+    return read_document(storage, key, sealed=True)

@@ -10,12 +10,9 @@ from mfdetr_cache.fields import Fields
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file as it was written.
+    """Size and SHA-256 of a file as it was written.
 
-    Attributes:
-        num_bytes: Its size.
-        sha256: Of all its bytes, hexadecimal.
-        index_sha256: Of a shard's index, see :class:`ShardReader`; empty for other files.
+    ``index_sha256`` is that of a shard's index, see :class:`ShardReader`; empty for other files.
     """
 
     num_bytes: int

@@ -141,11 +141,8 @@ class Foundation:
     """The part of a cache that is written when it is created; what all its views share.
 
     Attributes:
-        storage: Where the cache is.
-        path: Name of that place, for messages.
-        root: What the cache is.
+        path: Name of its storage, for messages.
         spec: The detector it was made with.
-        layout: Rows, parts and tokens.
         columns: Ids, names and transforms.
     """
 

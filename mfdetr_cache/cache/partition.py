@@ -12,14 +12,10 @@ PartT = TypeVar("PartT")
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Every ``count``-th part of a cache, for one of several processes that fill it.
+    """Every ``count``-th part of a cache, from 1, for one of several processes that fill it.
 
     Which parts these are follows from the two numbers alone, so that the processes need nothing in
     common but the cache.
-
-    Attributes:
-        number: Which of them, from 1.
-        count: How many there are.
     """
 
     number: int = 1

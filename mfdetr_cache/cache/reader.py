@@ -25,8 +25,6 @@ class FeatureCache(Foundation):
     """A cache, open for reading. Iterating and indexing go over the stored images of ``base``.
 
     Attributes:
-        cache_id: Hash of its identity.
-        identity: What decides its features.
         annotations: Which version of the annotations is read, and what it is of.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each detector label, -1 for none.

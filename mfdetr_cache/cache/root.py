@@ -29,10 +29,7 @@ _MOST_CHUNK_BYTES = 2**30
 class Root:
     """What decides a cache's content, and how it is laid out.
 
-    Attributes:
-        identity: What decides the content; ``detector`` inside it is the detector's own.
-        spec: The detector.
-        layout: Rows, parts and tokens.
+    ``detector`` inside the identity is the detector's own.
     """
 
     identity: Identity

@@ -34,12 +34,7 @@ _TYPICAL_CROPS = 8
 
 
 class Part(NamedTuple):
-    """The unit that is written whole or not at all: a range of rows of one view.
-
-    Attributes:
-        view: Name of the view.
-        number: Position among the view's parts, from 0.
-    """
+    """The unit that is written whole or not at all: rows of one view, by its number from 0."""
 
     view: str
     number: int
@@ -52,12 +47,9 @@ class Part(NamedTuple):
 class MapLayout:
     """Where the cells of one map lie on its token axis.
 
-    Every part owns ``part_tokens`` tokens; inside it the images follow one another, each beginning
-    at a chunk boundary. Room that is not needed is never written and costs 16 bytes a chunk.
-
-    Attributes:
-        chunk_tokens: Tokens per chunk.
-        part_tokens: Tokens per part, a multiple of ``chunk_tokens``.
+    Every part owns ``part_tokens`` tokens, a multiple of ``chunk_tokens``; inside it the images
+    follow one another, each beginning at a chunk boundary. Room that is not needed is never written
+    and costs 16 bytes a chunk.
     """
 
     chunk_tokens: int
@@ -68,10 +60,8 @@ class MapLayout:
 class C1RoiLayout:
     """How crops of C1 are stored.
 
-    Attributes:
-        roi_size: Cells of a crop along both axes.
-        sampling_ratio: Samples per RoIAlign bin along an axis; 0 adapts to the box.
-        max_crops: Most crops of any row.
+    A crop has ``roi_size`` cells along both axes, each of ``sampling_ratio`` samples along an axis;
+    0 adapts to the box. No row has more than ``max_crops``.
     """
 
     roi_size: int
@@ -86,12 +76,9 @@ class CacheLayout:
     Attributes:
         num_rows: Images in the split, skipped ones included.
         images_per_part: Rows of one part.
-        preset: How the maps are stored.
-        compression: How chunks are compressed.
-        views: Names of the views, ``base`` first.
+        views: Their names, ``base`` first.
         maps: Layout of every map by name, the same in every view.
-        c1: Whether C1 is stored whole, as crops around matched queries, or not at all.
-        c1_roi: How the crops are stored, where they are.
+        c1_roi: How crops of C1 are stored, where they are.
     """
 
     num_rows: int

@@ -30,7 +30,6 @@ from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.identity import differences
-from mfdetr_cache.ops.quantisation import ENCODINGS
 
 
 @dataclass
@@ -65,7 +64,6 @@ class CacheWriter:
         self._partition = partition
         self._root = content.root
         self.encoder = ImageEncoder(self._root)
-        self._encoding = ENCODINGS[self._root.layout.preset]
         self._raw = self._root.layout.compression == "raw"
         self._open: _OpenPart | None = None
 
@@ -132,7 +130,8 @@ class CacheWriter:
                 opened.tables[name] = np.zeros(spec.chunk, dtype=spec.dtype)
             else:
                 opened.shards[name] = ShardBuilder(spec.chunks_per_part)
-                if self._is_running(name):
+                # Chunks of tokens follow one another; others are one for each row.
+                if spec.dimension_names[0] != "row":
                     opened.next_chunk[name] = 0
         self._open = opened
 
@@ -188,11 +187,6 @@ class CacheWriter:
             write_manifest(self.storage, self._root, manifest)
         self._open = None
         return sum(f.num_bytes for f in files.values())
-
-    def _is_running(self, name: str) -> bool:
-        """Whether an array's chunks follow one another, and are not one an image."""
-        blocks = bool(self._encoding.block_tokens)
-        return name.endswith("/values") or (blocks and name.endswith("/affine"))
 
     def _require_open(self) -> _OpenPart:
         if self._open is None:

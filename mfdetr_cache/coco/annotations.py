@@ -23,14 +23,12 @@ from mfdetr_cache.types import GroundTruth
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """The annotation file of one split, checked.
+    """The annotation file of one split, checked; everything is in the order of the file.
 
     Attributes:
         name: File name without folder and ending, such as ``instances_val2017``.
         sha256: Hash of the file's bytes.
-        images: In the order of the file.
-        categories: In the order of the file.
-        annotations: Image id to its annotations, in the order of the file.
+        annotations: Image id to its annotations.
         faults: What was left out or repaired, of images and of annotations.
     """
 
@@ -125,21 +123,19 @@ def load_coco_split(
     limit: int | None = None,
     needs: Literal["masks", "boxes", "nothing"] = "masks",
 ) -> CocoSplit:
-    """Read and check a COCO ``instances`` file.
+    """Read and check a COCO ``instances`` file, plain or packed; or ``data.yaml`` in YOLO's layout.
 
     Nothing of it reaches pycocotools unchecked. Ids of any form become whole numbers; those of the
-    file stay where they are such numbers and each is used once.
+    file stay where they are such numbers and each is used once. DatasetError if the file is
+    missing, is no COCO instances file, lists no image, has no annotation, or has something that
+    cannot be used.
 
     Args:
-        path: The JSON file, plain or compressed by gzip; or ``data.yaml`` in YOLO's layout.
+        path: The file.
         images: Image folder: names are looked up there, and sizes that the file lacks are read.
         on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
         limit: Only the first so many images; what is wrong with others is not looked at.
         needs: What annotations must have; ``nothing`` if there may be none, as in COCO's test-dev.
-
-    Raises:
-        DatasetError: If the file is missing, is no COCO instances file, lists no image, has no
-            annotation, or has something that cannot be used.
     """
     is_yolo = path.suffix in (".yaml", ".yml")
     if is_yolo:

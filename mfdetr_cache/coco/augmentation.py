@@ -61,15 +61,10 @@ def sample_transform(
 ) -> ViewTransform:
     """The transform of one view of one image; depends on nothing but its arguments.
 
-    Args:
-        policy: ``deformable-detr``: flip, multi-scale resize, random crop before it every second
-            time. ``large-scale-jitter``: flip, and a window of 0.1 to 2 times the image (Table 11).
-        seed: Of the extraction.
-        view: Name of the view.
-        image_id: COCO image id.
-        size_hw: Height and width of the image in pixels.
-        fixed: Whether the detector's input has one fixed size. Its picture then becomes smaller
-            by a wider window, filled to the right and below as a batch of mixed sizes is padded.
+    ``deformable-detr``: flip, multi-scale resize, random crop before it every second time.
+    ``large-scale-jitter``: flip, and a window of 0.1 to 2 times the image (Table 11). Of a detector
+    whose input has one ``fixed`` size the picture becomes smaller by a wider window, filled to the
+    right and below as a batch of mixed sizes is padded.
     """
     random = np.random.default_rng((seed, zlib.crc32(view.encode()), image_id))
     flip = bool(random.random() < _FLIP_SHARE)

@@ -26,12 +26,10 @@ _TEXTS |= {"centre": "the centre's x, y, then width, height", "rows": "y0, x0, y
 
 @dataclass(frozen=True, slots=True)
 class BoxForm:
-    """A form of boxes.
+    """A form of boxes, in pixels or in parts of the image's sides.
 
-    Attributes:
-        kind: x, y, width, height; both corners; these with y before x, as TensorFlow has them; or
-            centre, width, height.
-        in_parts: In parts of the image's sides and not in pixels.
+    ``kind`` is x, y, width, height; both corners; these with y before x, as TensorFlow has them; or
+    centre, width, height.
     """
 
     kind: _Kind = "size"
@@ -67,14 +65,11 @@ _OTHERS = [form for p in (False, True) for k in _KINDS if (form := BoxForm(k, p)
 def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file: str) -> BoxForm:
     """The form of the boxes of a file.
 
-    Masks decide where there are any: nearly all boxes must be their mask's in another form and not
-    in COCO's. Without masks corners are told by what leaves the image otherwise. DatasetError if
-    boxes without masks are in parts of the image's sides: which four numbers they are cannot be
-    told.
-
-    Args:
-        boxes: Each ``bbox`` as written, the corners of its mask, and height and width of the image.
-        file: Their file, for the message.
+    Of each there is the ``bbox`` as written, the corners of its mask, and height and width of the
+    image. Masks decide where there are any: nearly all boxes must be their mask's in another form
+    and not in COCO's. Without masks corners are told by what leaves the image otherwise.
+    DatasetError if boxes without masks are in parts of the image's sides: which four numbers they
+    are cannot be told.
     """
     seen = [(box, mask, size) for box, mask, size in boxes if box is not None]
     fitting: list[_Masked] = []

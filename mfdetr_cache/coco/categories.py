@@ -19,14 +19,10 @@ _COCO_OUTPUTS = 91
 
 @dataclass(frozen=True, slots=True)
 class MatchedCategory:
-    """A category of the dataset and the label it was matched to.
+    """A category of the dataset and the detector's label it was matched to; None where it has none.
 
-    Attributes:
-        name: Its name.
-        label: Name of the detector's label; None where it has none.
-        objects: Annotated objects of it.
-        rule: What decided: ``map`` as the user said, ``name``, ``order`` of the ids, or the ``id``
-            itself; ``any`` where all classes are one.
+    ``rule`` is what decided: ``map`` as the user said, ``name``, ``order`` of the ids, or the
+    ``id`` itself; ``any`` where all classes are one.
     """
 
     name: str
@@ -67,15 +63,10 @@ def match_labels(
     gives as many; 91 outputs, or one more than the largest id, are indexed by category id, as
     Deformable DETR, H-DETR and DINO are trained.
 
-    DatasetError if a mapping names what there is not, two annotated categories have the name of one
-    label, or no rule gives a single category.
-
-    Args:
-        label_names: The detector's names, in the order of its outputs.
-        categories: The dataset's categories.
-        detector: The detector's name, for messages.
-        objects: Category id to its annotated objects; None counts every category as annotated.
-        mapped: Name or id of a category to the name of the label that it is taken for.
+    Names are in the order of the detector's outputs; ``objects`` are the annotated ones of each
+    category id, None counts every category as annotated; ``mapped`` has the name of the label that
+    a category, by name or id, is taken for. DatasetError if it names what there is not, two
+    annotated categories have the name of one label, or no rule gives a single category.
     """
     counts = {c.category_id: 1 for c in categories} if objects is None else dict(objects)
     rules: dict[int, Rule] = {}

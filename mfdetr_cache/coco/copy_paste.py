@@ -21,13 +21,13 @@ _LEAST_PIXELS, _LEAST_SHARE = 64, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture and its objects.
+    """A picture and its N objects.
 
     Attributes:
         pixels: RGB, uint8, shape (H, W, 3).
         masks: Where each object is visible, bool, shape (N, H, W).
-        category_ids: COCO category of each object, shape (N,).
-        is_crowd: Whether it is a crowd, shape (N,).
+        category_ids: COCO category of each, shape (N,).
+        is_crowd: bool, shape (N,).
     """
 
     pixels: NDArray[np.uint8]

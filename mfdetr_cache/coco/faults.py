@@ -36,7 +36,6 @@ class Faults:
     """The faults of one file.
 
     Attributes:
-        file: The file, for messages.
         noun: What its entries are, such as ``annotation``.
         total: How many entries it has.
         unusable: Entries that cannot be used.

@@ -32,11 +32,9 @@ _MOST_CATEGORIES = 20_000
 class Category:
     """A COCO category.
 
-    Attributes:
-        category_id: Its id in the annotation file where that can be used, else its number from 1;
-            ids may have gaps.
-        name: Its name.
-        source_id: Its id in the annotation file, for files that we write; None is the same id.
+    Its id is the annotation file's where that can be used, else its number from 1; ids may have
+    gaps. ``source_id`` is its id in the annotation file, for files that we write; None is the same
+    id.
     """
 
     category_id: int
@@ -51,13 +49,9 @@ class Category:
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """An image as the annotation file lists it.
+    """An image as the annotation file lists it, by its name relative to the image folder.
 
-    Attributes:
-        image_id: COCO image id where that can be used, else its number from 1.
-        file_name: Relative to the image folder.
-        size_hw: Height and width in pixels.
-        source_id: Its id in the annotation file, for files that we write; None is the same id.
+    Ids are as those of :class:`Category`; the size is in pixels.
     """
 
     image_id: int
@@ -112,16 +106,9 @@ def read_images(
 ) -> dict[SourceId, ImageEntry]:
     """The images of a document by their ids as written, in the order of the file.
 
-    Args:
-        path: The file, for messages.
-        raw: Its list of images.
-        folder: Image folder, where names are looked up and sizes that lack are read; None does
-            without both.
-        faults: Takes down what cannot be used.
-        limit: Only the first so many.
-
-    Raises:
-        DatasetError: If an id is listed twice, or a file name leads out of the folder.
+    In their ``folder`` names are looked up, and sizes that lack are read; None does without both.
+    ``faults`` takes down what cannot be used. DatasetError if an id is listed twice, or a file name
+    leads out of the folder.
     """
     listed = _listed(path, raw, faults)
     ids = dict(zip(listed, internal_ids(list(listed)), strict=True))

@@ -22,13 +22,7 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class JsonFile:
-    """The content of a JSON file.
-
-    Attributes:
-        document: What it holds.
-        name: File name without folder and ending, such as ``instances_val2017``.
-        sha256: Hash of its bytes, after decompression.
-    """
+    """The content of a JSON file, its name without folder and ending, its hash when unpacked."""
 
     document: Any
     name: str

@@ -25,16 +25,10 @@ _NO_MASK = np.zeros(0, dtype=np.uint32)
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One annotated object.
+    """One annotated object; box and area are in pixels.
 
-    Attributes:
-        annotation_id: Its id in the file where all can be used, else its number from 1.
-        image_id: Image it is on.
-        category_id: Its category.
-        box_xywh: In pixels.
-        area: COCO ``area`` in pixels.
-        is_crowd: Whether it is a crowd.
-        run_lengths: Its mask; of length 0 where it has a box only.
+    Its id is the file's where all can be used, else its number from 1. ``run_lengths`` are of
+    length 0 where it has a box only.
     """
 
     annotation_id: int

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.files import read_regular
 from mfdetr_cache.options import Option
 
-# In what a version of annotations is made from, and in the settings of a detector.
+# A field below, in what a version of annotations is made from, and in a detector's settings.
 CLASS_AGNOSTIC = "class_agnostic"
 # The label and the category of all.
 OBJECT = "object"
@@ -58,12 +59,7 @@ class LabelOptions:
 
     def identity(self) -> dict[str, Any]:
         """What of it is chosen, as plain values."""
-        chosen: dict[str, Any] = {
-            "map": dict(self.map),
-            "only": list(self.only),
-            CLASS_AGNOSTIC: self.class_agnostic,
-        }
-        return {name: value for name, value in chosen.items() if value}
+        return {name: value for name, value in to_dict(self).items() if value}
 
     @classmethod
     def of(cls, identity: Mapping[str, Any]) -> "LabelOptions":

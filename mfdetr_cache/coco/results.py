@@ -25,12 +25,10 @@ from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_
 
 @dataclass(frozen=True, slots=True)
 class ResultsFile:
-    """The results of a file that can be used.
+    """The results of a file that can be used, and what was left out or repaired.
 
-    Attributes:
-        results: As evaluators take them: ids of the split, ``bbox`` and ``segmentation`` where the
-            result has them, masks as RLE dictionaries.
-        faults: What was left out or repaired.
+    They are as evaluators take them: ids of the split, ``bbox`` and ``segmentation`` where the
+    result has them, masks as RLE dictionaries.
     """
 
     results: list[dict[str, Any]]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from mfdetr_cache.files import make_folder, write_atomically, writing
-from mfdetr_cache.ops.masks import encode_mask
+from mfdetr_cache.ops.masks import encode_mask, plain_rle
 
 SHAPES = ("disc", "box", "triangle", "star", "ring", "cross")
 # Less of a shape than this share is not annotated: nobody could say what it is.
@@ -68,7 +68,6 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
             {"id": seed, "file_name": file_name, "height": image.height, "width": image.width}
         )
         for found in objects:
-            rle = encode_mask(found["mask"])
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -77,7 +76,7 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
                     "bbox": list(found["box_xywh"]),
                     "area": float(found["mask"].sum()),
                     "iscrowd": 0,
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                    "segmentation": plain_rle(encode_mask(found["mask"])),
                 }
             )
     categories = [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mfdetr_cache.evaluation.coco_metrics import Result, plain_results, with_masks
+from mfdetr_cache.evaluation.coco_metrics import Result, loaded, plain_results, with_masks
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
 
@@ -31,9 +31,7 @@ class WeightedAP:
     def __init__(self, ground_truth: COCO, results: Sequence[Result]) -> None:
         ground_truth, plain = with_masks(ground_truth), plain_results(results, "segm")
         with contextlib.redirect_stdout(io.StringIO()):
-            # loadRes fails on an empty list; a COCO without annotations is what it would give.
-            found = ground_truth.loadRes(plain) if plain else COCO()
-            evaluation = COCOeval(ground_truth, found, "segm")
+            evaluation = COCOeval(ground_truth, loaded(ground_truth, plain), "segm")
             evaluation.params.areaRng = evaluation.params.areaRng[:1]
             evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
             evaluation.evaluate()
@@ -53,24 +51,17 @@ class WeightedAP:
 
 
 def _category(images: list[dict[str, NDArray[np.float64]] | None]) -> _CategoryMatches | None:
-    scores, index, hits, counted = [], [], [], []
+    found = [(number, matches) for number, matches in enumerate(images) if matches is not None]
     objects = np.zeros(len(images), dtype=np.int64)
-    for number, matches in enumerate(images):
-        if matches is None:
-            continue
-        objects[number] = int((np.asarray(matches["gtIgnore"]) == 0).sum())
-        scores.append(np.asarray(matches["dtScores"]))
-        index.append(np.full(len(matches["dtScores"]), number))
-        ignored = np.asarray(matches["dtIgnore"]).astype(bool)
-        hits.append(np.asarray(matches["dtMatches"]) > 0)
-        counted.append(~ignored)
+    for number, matches in found:
+        objects[number] = (np.asarray(matches["gtIgnore"]) == 0).sum()
     if not objects.any():
         return None
-    order = np.argsort(-np.concatenate(scores), kind="mergesort")
+    order = np.argsort(-np.concatenate([m["dtScores"] for _, m in found]), kind="mergesort")
     return _CategoryMatches(
-        np.concatenate(index)[order],
-        np.concatenate(hits, axis=1)[:, order],
-        np.concatenate(counted, axis=1)[:, order],
+        np.concatenate([np.full(len(m["dtScores"]), number) for number, m in found])[order],
+        np.concatenate([m["dtMatches"] for _, m in found], axis=1)[:, order] > 0,
+        np.concatenate([m["dtIgnore"] for _, m in found], axis=1)[:, order] == 0,
         objects,
     )
 
@@ -95,16 +86,7 @@ def _average(matches: _CategoryMatches, multiplicity: NDArray[np.float64]) -> fl
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """The difference of two APs on the same images.
-
-    Attributes:
-        first: AP of the first results, in [0, 1].
-        second: AP of the second.
-        difference: Second minus first.
-        low: Lower end of the 95 % interval of the difference.
-        high: Its upper end.
-        samples: Bootstrap samples.
-    """
+    """The second of two APs minus the first, with the 95 % interval of it; all as shares of 1."""
 
     first: float
     second: float

@@ -24,11 +24,9 @@ _COLOUR = 1
 class CloseUp:
     """An annotated object and the mask that overlaps it most, of every subject.
 
+    Sizes and boxes are in pixels of the image.
+
     Attributes:
-        image_id: Its image.
-        size_hw: Of the image, in pixels.
-        category_id: Of the object.
-        box_xywh: In pixels of the image.
         annotation: Its annotated mask.
         masks: The subjects' masks; None for a subject without any in this image and category.
         ious: Their IoU with the annotation, shape (subjects,).

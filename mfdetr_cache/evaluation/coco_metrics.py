@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,13 +29,8 @@ Kind = Literal["bbox", "segm", "boundary"]
 class CocoMetrics:
     """COCO's summary, each in [0, 1], or -1 where there is nothing to measure.
 
-    Attributes:
-        AP: Mean over IoU 0.50 to 0.95.
-        AP50: At IoU 0.50.
-        AP75: At IoU 0.75.
-        APS: Objects smaller than 32 x 32 pixels.
-        APM: Objects in between.
-        APL: Objects of 96 x 96 pixels and more.
+    Over IoU 0.50 to 0.95, at IoU 0.50 and 0.75; of objects smaller than 32 x 32 pixels, in between,
+    and of 96 x 96 pixels and more.
     """
 
     AP: float
@@ -51,8 +46,6 @@ class CocoMetrics:
 
 
 _RECALLS = ("AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
-# All, small, medium and large, in square pixels, as COCO has them.
-_AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +61,9 @@ class CategoryMetrics:
 
 @dataclass(frozen=True, slots=True)
 class CocoReport:
-    """COCO's evaluation of a list of results.
+    """COCO's evaluation of a list of results, with categories by id.
 
-    Attributes:
-        metrics: The summary.
-        recall: ``AR1, AR10, AR100`` by detections per image, ``ARS, ARM, ARL`` by size.
-        categories: One entry per category, by id.
+    Recalls are ``AR1, AR10, AR100`` by detections per image, ``ARS, ARM, ARL`` by size.
     """
 
     metrics: CocoMetrics
@@ -160,25 +150,17 @@ def measure_results(
 ) -> CocoReport:
     """COCO metrics, recalls and the APs of the categories.
 
-    Boundary AP (Cheng et al., 2021) takes the smaller of mask IoU and boundary IoU, the boundary
-    being 2 % of the image's diagonal wide; it is always faster-coco-eval's, as pycocotools has
-    none. Objects without a mask do not count for masks. Without a result everything is 0 where
+    Results have ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or ``segmentation``
+    (RLE). Boundary AP (Cheng et al., 2021) takes the smaller of mask IoU and boundary IoU, the
+    boundary being 2 % of the image's diagonal wide; it is always faster-coco-eval's, as pycocotools
+    has none. Objects without a mask do not count for masks. Without a result everything is 0 where
     there is an object, else -1.
-
-    Args:
-        ground_truth: From :func:`coco_ground_truth`.
-        results: COCO results with ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or
-            ``segmentation`` (RLE).
-        kind: Boxes, masks, or boundaries of masks.
-        evaluator: Which library computes AP.
     """
     if kind != "bbox":
         ground_truth = with_masks(ground_truth)
     objects = [a for a in ground_truth.dataset["annotations"] if not a["iscrowd"]]
     counts = Counter(int(a["category_id"]) for a in objects)
     names = category_names(ground_truth.dataset["categories"])
-    if not results:
-        return _report_of_nothing([float(a["area"]) for a in objects], counts, names)
     evaluation = _evaluation(ground_truth, plain_results(results, kind), kind, evaluator)
     stats = [float(v) for v in evaluation.stats[:12]]
     precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # (T, R, K): all areas, 100
@@ -215,39 +197,34 @@ def with_masks(ground_truth: COCO) -> COCO:
     return _indexed(document["images"], [dict(a) for a in kept], document["categories"])
 
 
-def _report_of_nothing(
-    areas: list[float], counts: Mapping[int, int], names: Mapping[int, str]
-) -> CocoReport:
-    """What pycocotools would say without a result: 0 where there is an object, else -1."""
-    whole, *by_size = (
-        0.0 if any(low <= area <= high for area in areas) else -1.0 for low, high in _AREA_RANGES
-    )
-    metrics = CocoMetrics(whole, whole, whole, *by_size)
-    recall = dict(zip(_RECALLS, (whole, whole, whole, *by_size), strict=True))
-    each = [(c, name, counts.get(c, 0)) for c, name in sorted(names.items())]
-    categories = tuple(
-        CategoryMetrics(c, name, n, *((0.0, 0.0) if n else (-1.0, -1.0))) for c, name, n in each
-    )
-    return CocoReport(metrics, recall, categories)
-
-
 def _evaluation(ground_truth: COCO, plain: list[Result], kind: Kind, evaluator: Evaluator) -> Any:  # noqa: ANN401
     """An evaluation that has been run, of either library; both have the same interface."""
     with contextlib.redirect_stdout(io.StringIO()):
         if evaluator == "pycocotools" and kind != "boundary":
-            evaluation = COCOeval(ground_truth, ground_truth.loadRes(plain), kind)
+            evaluation = COCOeval(ground_truth, loaded(ground_truth, plain), kind)
         else:
             # It adds fields to annotations; ours are used again.
             document = dict(ground_truth.dataset)
             document["annotations"] = [dict(a) for a in document["annotations"]]
             truth = FastCOCO(document)
             evaluation = COCOeval_faster(
-                truth, truth.loadRes(plain), kind, print_function=lambda *_: None
+                truth, loaded(truth, plain), kind, print_function=lambda *_: None
             )
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def loaded(ground_truth: Any, plain: list[Result]) -> Any:  # noqa: ANN401
+    """Plain results as the evaluators of either library take them."""
+    if plain:
+        return ground_truth.loadRes(plain)
+    # It fails on an empty list.
+    nothing = type(ground_truth)()
+    nothing.dataset = {"images": [], "annotations": [], "categories": []}
+    nothing.createIndex()
+    return nothing
 
 
 def _mean_of_valid(precision: NDArray[np.float64]) -> float:

@@ -52,6 +52,9 @@ _LOOKED_AT, _SAME_BOXES, _MOSTLY = 64, 1e-4, 0.9
 _WORKERS = 2
 
 
+_METRICS = ("mask", "box", "floor", "ceiling", "boundary", "own")
+
+
 @dataclass(frozen=True, slots=True)
 class Latency:
     """Time per image, in seconds: median and 90th percentile."""
@@ -68,24 +71,21 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSummary:
-    """Metrics of a head on a cache.
+    """Metrics of a head on a cache; what was not asked for is None or empty.
 
     Attributes:
-        num_images: Images measured on.
         mask: Mask AP of the head.
         box: Box AP of the detector, or of the boxes that the head has moved.
-        floor: Mask AP of the box as mask; None if not requested.
-        ceiling: Mask AP of the annotated mask clipped to the predicted box; None if not requested.
-        boundary: Boundary AP of the head; None if not requested.
-        own: Mask AP of the detector's own masks; None where it gives none, or was not run.
+        floor: Mask AP of the box as mask.
+        ceiling: Mask AP of the annotated mask clipped to the predicted box.
+        boundary: Boundary AP of the head.
+        own: Mask AP of the detector's own masks; None also where it gives none.
         details: Recalls and categories of ``mask`` and ``box``; ``confusion`` if requested.
-        seconds: Total time.
         latency: ``head`` and ``post_processing`` (masks at the original size, as RLE), and
             ``detector`` where it was timed.
         scoring: The rule of the final scores; never ``auto``.
-        parameters: Of the head.
         macs: Multiply-adds of the head for 100 boxes of an image of COCO's mean size, 800 x 1124.
-        oracles: Mask AP of the head with one thing perfect, by oracle; empty if not requested.
+        oracles: Mask AP of the head with one thing perfect, by oracle.
     """
 
     num_images: int
@@ -105,15 +105,8 @@ class EvaluateSummary:
 
     def metrics(self) -> dict[str, dict[str, float] | None]:
         """Every set of metrics by name, in [0, 1]; None for what was not asked for."""
-        sets = {
-            "mask": self.mask,
-            "box": self.box,
-            "floor": self.floor,
-            "ceiling": self.ceiling,
-            "boundary": self.boundary,
-            "own": self.own,
-        }
-        return {name: m.to_dict() if m is not None else None for name, m in sets.items()}
+        found = {name: getattr(self, name) for name in _METRICS}
+        return {name: m.to_dict() if m is not None else None for name, m in found.items()}
 
 
 def measure(

@@ -65,12 +65,9 @@ def oracle_results(
     detections the most confident stays for each category. ``found``: an object of whose category no
     mask overlaps it is added, with its annotated mask and a score of 1.
 
-    Args:
-        image: As cached; its maps are not needed.
-        detections: Its D detections.
-        label_categories: Category id of each label, -1 for none.
-        rles: The head's mask of each detection.
-        confidences: Final score of each detection, shape (D,).
+    The image's maps are not needed. ``label_categories`` are the category ids of each label, -1 for
+    none; ``rles`` and ``confidences``, shape (D,), the head's masks and final scores of the D
+    detections.
     """
     truth, size_hw, image_id = image.ground_truth, image.geometry.original_hw, image.image_id
     categories = np.array([label_categories[int(v)] for v in detections.labels], dtype=np.int64)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mfdetr_cache.evaluation.coco_metrics import Result
 from mfdetr_cache.evaluation.detections import Detections
+from mfdetr_cache.ops.masks import plain_rle
 
 
 def box_results(
@@ -70,9 +71,5 @@ def _with_category(
 
 def json_results(results: Sequence[Result]) -> bytes:
     """A COCO results file, as JSON, of mask results with compressed RLE."""
-    plain = []
-    for result in results:
-        rle = result["segmentation"]
-        counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
-        plain.append({**result, "segmentation": {"size": rle["size"], "counts": counts}})
+    plain = [{**result, "segmentation": plain_rle(result["segmentation"])} for result in results]
     return json.dumps(plain).encode()

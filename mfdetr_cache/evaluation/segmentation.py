@@ -12,7 +12,12 @@ from PIL import Image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.inference import MaskPrediction
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
-from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths
+from mfdetr_cache.ops.masks import (
+    RunLengths,
+    compress_run_lengths,
+    decode_run_lengths,
+    plain_rle,
+)
 from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image, run_lengths_in_box
 
 
@@ -144,7 +149,6 @@ class Segmentation:
         """COCO results, one per object, masks as compressed RLE."""
         results = []
         for index, runs in enumerate(self.run_lengths):
-            rle = compress_run_lengths(runs, self.size_hw)
             x0, y0, x1, y1 = self.boxes_xyxy[index].tolist()
             results.append(
                 {
@@ -152,7 +156,7 @@ class Segmentation:
                     "category_id": int(self.category_ids[index]),
                     "score": float(self.scores[index]),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                    "segmentation": plain_rle(compress_run_lengths(runs, self.size_hw)),
                 }
             )
         return results

@@ -38,11 +38,14 @@ _MOST_ENCODERS = 8
 
 @dataclass
 class _Decoded:
-    """An image on its way to the detector, or the reason why there is none."""
+    """An image on its way to the detector; a black one, and why, where it cannot be read.
+
+    The other rows of its batch then have the same bytes once that image has been mended.
+    """
 
     geometry: ImageGeometry
-    pixel_values: Tensor | None
-    problem: str
+    pixel_values: Tensor
+    problem: str = ""
     oddities: tuple[str, ...] = ()
     untold: int = 1
 
@@ -62,21 +65,13 @@ class _Item:
 
 
 def num_encoders(device: torch.device) -> int:
-    """Number of threads that quantise and compress.
-
-    One beside a CPU, whose cores the detector uses; several beside a GPU, which outputs images
-    faster than one thread compresses them.
-    """
-    if device.type == "cpu":
-        return 1
-    return threads_beside_gpu(_MOST_ENCODERS)
+    """Number of threads that quantise and compress: one beside a CPU, whose cores are in use."""
+    return 1 if device.type == "cpu" else threads_beside_gpu(_MOST_ENCODERS)
 
 
 def num_decoders(device: torch.device) -> int:
     """Number of threads that read and preprocess images."""
-    if device.type == "cpu":
-        return _DECODERS
-    return max(_DECODERS, threads_beside_gpu(_MOST_ENCODERS))
+    return _DECODERS if device.type == "cpu" else max(_DECODERS, num_encoders(device))
 
 
 class Extraction:
@@ -146,15 +141,13 @@ class Extraction:
 
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._content.images[row]
-        transform = self._content.transforms[view][row]
-        geometry = self._geometry(view, row)
+        transform, geometry = self._content.transforms[view][row], self._geometry(view, row)
         try:
             loaded = load_with_oddities(self._images / entry.file_name, entry.size_hw)
         except ImageError as error:
-            return _Decoded(geometry, None, str(error))
-        pixels = self._detector.preprocess(
-            transform_image(loaded.image, transform), transform.shortest_edge
-        )
+            return _Decoded(geometry, torch.zeros(3, *geometry.input_hw), str(error))
+        picture = transform_image(loaded.image, transform)
+        pixels = self._detector.preprocess(picture, transform.shortest_edge)
         return _Decoded(geometry, pixels, "", loaded.oddities, loaded.untold)
 
     def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
@@ -171,9 +164,8 @@ class Extraction:
 
     def _batches_of(self, part: Part) -> list[tuple[int, ...]]:
         rows = self._writer.rows_of_part(part)
-        return batches_of_part(
-            rows, [self._geometry(part.view, row).input_hw for row in rows], self._device
-        )
+        inputs_hw = [self._geometry(part.view, row).input_hw for row in rows]
+        return batches_of_part(rows, inputs_hw, self._device)
 
     def _geometry(self, view: str, row: int) -> ImageGeometry:
         transform = self._content.transforms[view][row]
@@ -193,12 +185,12 @@ class Extraction:
     def _items_of(self, batch: _Batch, images: list[_Decoded]) -> Iterator[_Item]:
         """Run the detector on a batch and begin to encode what it gives."""
         for image in images:
-            if image.pixel_values is None and not self._skip_bad:
+            if image.problem and not self._skip_bad:
                 raise ImageError(f"{image.problem} (--on-bad-image skip leaves such images out)")
         part, rows = batch
         output, on_cpu = self._outputs_of(images)
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
-            if image.pixel_values is None:
+            if image.problem:
                 self._reporter.warn(f"skipped: {image.problem}")
                 yield _Item(part, row, None, image.problem)
                 continue
@@ -206,7 +198,7 @@ class Extraction:
                 self._note(row, image.oddities)
                 if image.untold > 1:
                     self.untold[row] = image.untold
-            crops = self._crops_of(part.view, row, image.geometry, output, index)
+            crops = self._crops_of(part.view, row, image.geometry, output.of_image(index))
             encoded = self._encoders.submit(
                 self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
             )
@@ -222,37 +214,27 @@ class Extraction:
         self._oddities.update(oddities)
 
     def _outputs_of(self, images: list[_Decoded]) -> tuple[DetectorOutput, DetectorOutput]:
-        """What the detector gives for a batch, and what of it is stored, on the CPU.
-
-        A black image stands for one that is left out: the other rows then have the same bytes once
-        that image has been mended.
-        """
+        """What the detector gives for a batch, and what of it is stored, on the CPU."""
         started = time.perf_counter()
-        pixels = [
-            torch.zeros(3, *image.geometry.input_hw)
-            if image.pixel_values is None
-            else image.pixel_values
-            for image in images
-        ]
-        output = self._detector.forward(to_device(torch.stack(pixels), self._device))
+        pixels = torch.stack([image.pixel_values for image in images])
+        output = self._detector.forward(to_device(pixels, self._device))
         kept = {m.name for m in stored_maps(self._content.root.spec, self._content.root.layout)}
         on_cpu = output.cpu(kept)
         self.detector_seconds += time.perf_counter() - started
         return output, on_cpu
 
     def _crops_of(
-        self, view: str, row: int, geometry: ImageGeometry, output: DetectorOutput, index: int
+        self, view: str, row: int, geometry: ImageGeometry, output: DetectorOutput
     ) -> C1Crops | None:
         """Crops of C1 around the queries that its objects match, where these are stored."""
         layout = self._content.root.layout.c1_roi
         if layout is None:
             return None
         started = time.perf_counter()
-        seen = output.of_image(index)
         if self._content.labels.source.get(CLASS_AGNOSTIC):
-            logits = any_class(seen.class_logits, self._content.root.spec.score_function)
-            seen = replace(seen, class_logits=logits)
-        crops = c1_crops(seen, self._content.labels.objects[view][row], geometry, layout)
+            logits = any_class(output.class_logits, self._content.root.spec.score_function)
+            output = replace(output, class_logits=logits)
+        crops = c1_crops(output, self._content.labels.objects[view][row], geometry, layout)
         self.detector_seconds += time.perf_counter() - started
         return crops
 

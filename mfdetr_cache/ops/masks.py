@@ -235,6 +235,12 @@ def crop_run_lengths(
     return runs
 
 
+def plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """A compressed COCO RLE as JSON can hold it."""
+    counts = rle["counts"]
+    return {"size": rle["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
 def rle_iou(first: Sequence[object], second: Sequence[object]) -> NDArray[np.float64]:
     """IoU of every pair of compressed COCO RLEs, shape (N, M)."""
     if not first or not second:

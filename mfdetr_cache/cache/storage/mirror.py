@@ -27,12 +27,7 @@ class MirroredStorage(Storage):
     checksum of the source's root metadata, which holds the cache's identity: another cache under
     the same URL never meets the copies of the old one. A copy is not synced to disk; one that a
     power cut has torn fails its checksum and is fetched again, see :meth:`forget`. Several
-    processes may share the folder.
-
-    Args:
-        source: The storage, usually an object store.
-        mirror: The local folder.
-        max_bytes: Most bytes kept there; some hundredths more where several processes fill it.
+    processes may share the folder, which then holds some hundredths more than ``max_bytes``.
     """
 
     def __init__(self, source: Storage, mirror: Path, max_bytes: int) -> None:

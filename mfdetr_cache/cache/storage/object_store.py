@@ -25,17 +25,11 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 
 
 class ObjectStorage(Storage):
-    """Objects below a URL, through obstore, which asks again for some seconds.
+    """Objects below a URL such as ``s3://bucket/train.zarr``, through obstore.
 
-    A store that has answered before is waited for, with a warning.
-
-    Args:
-        url: Such as ``s3://bucket/train.zarr``.
-        max_retries: How often a request is sent again after a broken connection.
-        patience: Seconds for which a store that is away is waited for.
-
-    Raises:
-        CacheError: If the URL or the environment's settings cannot be used.
+    A request is sent again ``max_retries`` times after a broken connection, for some seconds. A
+    store that has answered before is waited for, with a warning, for ``patience`` seconds.
+    CacheError if the URL or the environment's settings cannot be used.
     """
 
     def __init__(self, url: str, max_retries: int = 10, patience: float = PATIENCE_SECONDS) -> None:

@@ -47,7 +47,15 @@ class Storage(Protocol):
         as the part. False where the file ends early, FileNotFoundError if there is none.
         """
         # For whoever has no better way.
-        return _scattered(self.read_ranges(key, ranges), places)
+        for piece, buffers in zip(self.read_ranges(key, ranges), places, strict=True):
+            first = 0
+            for buffer in buffers:
+                part = piece[first : first + len(buffer)]
+                if len(part) != len(buffer):
+                    return False
+                buffer[:] = part
+                first += len(buffer)
+        return True
 
     def forget(self, key: str) -> bool:  # noqa: ARG002
         """Drop copies of a file that turned out to be damaged.
@@ -94,16 +102,3 @@ def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield path, os.stat(path)  # noqa: PTH116
             except OSError:  # also a link that leads nowhere
                 continue
-
-
-def _scattered(pieces: Sequence[bytes], places: Sequence[Sequence[memoryview]]) -> bool:
-    """Copy what was read to where it should be; whether it was as long as expected."""
-    for piece, buffers in zip(pieces, places, strict=True):
-        first = 0
-        for buffer in buffers:
-            part = piece[first : first + len(buffer)]
-            if len(part) != len(buffer):
-                return False
-            buffer[:] = part
-            first += len(buffer)
-    return True
