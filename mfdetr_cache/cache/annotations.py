@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.crops import crop_columns, crop_lengths, read_crops
 from mfdetr_cache.cache.document import read_document, read_sealed
-from mfdetr_cache.cache.file_record import ColumnRecord, FileRecord
 from mfdetr_cache.cache.foundation import ANNOTATIONS, chunks_of_columns, metadata_keys
 from mfdetr_cache.cache.manifest import require_files, require_names, status_key
+from mfdetr_cache.cache.records import ColumnRecord, FileRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.arrays import ColumnSpec
-from mfdetr_cache.cache.file_record import ColumnRecord
+from mfdetr_cache.cache.records import ColumnRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.shards import decode_chunk
 from mfdetr_cache.cache.storage.protocol import Storage

@@ -16,8 +16,8 @@ import zarr
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.annotations import AnnotationContent, write_annotations
-from mfdetr_cache.cache.file_record import ColumnRecord, FileRecord
 from mfdetr_cache.cache.foundation import ANNOTATIONS, seal_foundation
+from mfdetr_cache.cache.records import ColumnRecord, FileRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import ATTRIBUTES_KEY
 from mfdetr_cache.cache.storage.local import LocalStorage

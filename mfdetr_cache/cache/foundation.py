@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from mfdetr_cache.cache.arrays import chunk_keys, image_columns
 from mfdetr_cache.cache.columns import Columns
 from mfdetr_cache.cache.document import read_document, read_sealed
-from mfdetr_cache.cache.file_record import ColumnRecord
 from mfdetr_cache.cache.manifest import (
-    Manifest,
     require_files,
     require_names,
     status_key,
     whole_parts,
 )
+from mfdetr_cache.cache.records import ColumnRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import ATTRIBUTES_KEY, Part
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage
@@ -161,14 +160,12 @@ class Foundation:
         Hashes of shard indexes and of whole small files; kept as bytes, since a large cache has
         thousands of parts.
         """
-        whole = whole_parts(self.storage, self.root, self.layout.parts)
-        return {part: self._hashes(manifest) for part, manifest in whole.items()}
-
-    def _hashes(self, manifest: Manifest) -> tuple[bytes, ...]:
-        part = manifest.part
-        keys = (a.key_of_part(part.number) for a in self.root.arrays[part.view].values())
-        files = (manifest.files[key] for key in keys)
-        return tuple(bytes.fromhex(f.index_sha256 or f.sha256) for f in files)
+        sealed = {}
+        for part, manifest in whole_parts(self.storage, self.root, self.layout.parts).items():
+            keys = (a.key_of_part(part.number) for a in self.root.arrays[part.view].values())
+            files = (manifest.files[key] for key in keys)
+            sealed[part] = tuple(bytes.fromhex(f.index_sha256 or f.sha256) for f in files)
+        return sealed
 
     @functools.cached_property
     def missing_parts(self) -> tuple[Part, ...]:

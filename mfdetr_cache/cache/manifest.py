@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mfdetr_cache.cache.document import read_sealed
-from mfdetr_cache.cache.file_record import FileRecord, files_of, plain_files
+from mfdetr_cache.cache.records import FileRecord, files_of, plain_files
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.protocol import Storage
@@ -112,18 +112,12 @@ def whole_parts(storage: Storage, root: Root, parts: Iterable[Part]) -> dict[Par
 
     CacheError if a manifest is damaged.
     """
-    if storage.folder is not None:
-        size, has_manifest = storage.size, dict.fromkeys(parts, True)
-    else:
-        # One listing in place of a question per file.
-        sizes = storage.sizes("views")
-        has_manifest = {part: manifest_key(part) in sizes for part in parts}
-
-        def size(key: str) -> int | None:
-            return sizes.get(key)
-
+    # Of an object store one listing in place of a question per file.
+    listed = None if storage.folder is not None else storage.sizes("views")
+    size = storage.size if listed is None else listed.get
     whole = {}
-    for part, is_there in has_manifest.items():
+    for part in parts:
+        is_there = listed is None or manifest_key(part) in listed
         manifest = read_manifest(storage, root, part) if is_there else None
         if manifest and all(size(k) == f.num_bytes for k, f in manifest.files.items()):
             whole[part] = manifest

@@ -1,5 +1,6 @@
 """How rows, parts and tokens of a cache hang together; fixed when it is created."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,16 +136,6 @@ def _map_layout(fields: Fields) -> MapLayout:
     return MapLayout(chunk, part)
 
 
-def map_size_bound(spec: MapSpec, input_hw: tuple[int, int]) -> int:
-    """The most cells a map can have for an input of the given size.
-
-    Strided convolutions give floor or ceil of the quotient; a stem with padding may give one
-    more.
-    """
-    height, width = (-(-side // spec.stride) + 1 for side in input_hw)
-    return height * width
-
-
 def plan_layout(
     spec: DetectorSpec,
     input_sizes_hw: set[tuple[int, int]],
@@ -161,7 +152,12 @@ def plan_layout(
     """
     encoding = ENCODINGS[preset]
     chosen = _kept_maps(spec, c1)
-    cells = {m.name: max(map_size_bound(m, hw) for hw in input_sizes_hw) for m in chosen}
+    # Strided convolutions give floor or ceil of the quotient; a stem with padding may give one
+    # more.
+    cells = {
+        m.name: max(math.prod(-(-side // m.stride) + 1 for side in hw) for hw in input_sizes_hw)
+        for m in chosen
+    }
     token_bytes = {
         m.name: encoding.columns(m.channels) * (1 if encoding.is_affine else 2) for m in chosen
     }

@@ -22,7 +22,7 @@ from numcodecs.zstd import Zstd
 from numcodecs.zstd import decompress as zstd_decompress
 from numpy.typing import NDArray
 
-from mfdetr_cache.cache.file_record import FileRecord
+from mfdetr_cache.cache.records import FileRecord
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.errors import MEND, CacheError
 

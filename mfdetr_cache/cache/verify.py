@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mfdetr_cache.cache.annotations import read_annotations, seal_key, version_numbers
-from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY, Opened
 from mfdetr_cache.cache.manifest import CERTIFICATES_KEY, manifest_key, read_manifest
+from mfdetr_cache.cache.records import FileRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.shards import ShardReader

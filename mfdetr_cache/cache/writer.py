@@ -18,11 +18,11 @@ from mfdetr_cache.cache.annotations import read_annotations, version_numbers
 from mfdetr_cache.cache.arrays import ArraySpec
 from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.encoder import EncodedImage, ImageEncoder
-from mfdetr_cache.cache.file_record import FileRecord
 from mfdetr_cache.cache.foundation import read_root
 from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.manifest import Manifest, whole_parts, write_manifest
 from mfdetr_cache.cache.partition import WHOLE, Partition
+from mfdetr_cache.cache.records import FileRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import ROW_SKIPPED, Part
 from mfdetr_cache.cache.shards import ShardBuilder, encode_chunk

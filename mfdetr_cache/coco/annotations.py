@@ -144,7 +144,7 @@ def load_coco_split(
         file = read_yolo(path, images)
     else:
         file = read_json(path, "annotation file", "pass a COCO instances JSON")
-    document, is_unannotated = _checked(file.document, path, unannotated=needs == "nothing")
+    document = _checked(file.document, path, unannotated=needs == "nothing")
     # Roboflow's files all have one name; their folder has that of the split.
     name = path.parent.name if file.name.startswith("_annotations") else file.name
     faults = Faults(str(path), "image")
@@ -157,9 +157,13 @@ def load_coco_split(
     known = {source_id(i.get("id")) for i in document["images"] if isinstance(i, dict)}
     left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
     of_annotations = Faults(str(path), "annotation")
-    objects = [] if is_unannotated else document["annotations"]
     annotations = read_annotations(
-        objects, listed, left_out, categories, of_annotations, needs_mask=needs == "masks"
+        document["annotations"],
+        listed,
+        left_out,
+        categories,
+        of_annotations,
+        needs_mask=needs == "masks",
     )
     of_annotations.stop_if_unusable(on_bad)
     if is_yolo:
@@ -177,8 +181,8 @@ def load_coco_split(
     )
 
 
-def _checked(document: object, path: Path, *, unannotated: bool) -> tuple[dict[str, Any], bool]:
-    """A document as COCO instances, and whether it has no annotation, which may be."""
+def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:
+    """A document as COCO instances; there may be no annotations if ``unannotated``."""
     if not isinstance(document, dict):
         what = "a list, as results are" if isinstance(document, list) else "no object"
         raise DatasetError(
@@ -186,7 +190,7 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> tuple[dict[s
             "images, annotations and categories"
         )
     required = ["images", "annotations", "categories"]
-    if is_unannotated := unannotated and not document.get("annotations"):
+    if unannotated and not document.get("annotations"):
         required.remove("annotations")
     for key in required:
         if not isinstance(document.get(key), list):
@@ -197,7 +201,8 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> tuple[dict[s
             )
         if not document[key]:
             raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")
-    first = None if is_unannotated else document["annotations"][0]
+    document = {**document, "annotations": document.get("annotations") or []}
+    first = next(iter(document["annotations"]), None)
     if isinstance(first, dict) and "segments_info" in first:
         raise DatasetError(f"annotation file {path} is a panoptic one; pass COCO instances")
-    return document, is_unannotated
+    return document

@@ -26,14 +26,14 @@ def draw_scene(seed: int) -> tuple[Image.Image, list[dict[str, Any]]]:
     """
     random = np.random.default_rng((7919, seed))
     height, width = (int(v) for v in random.integers(140, 221, 2))
-    pixels = _texture(random, (height, width), _colour(random))
+    pixels = _texture(random, (height, width))
     layers: list[tuple[int, NDArray[np.bool_]]] = []
     for _ in range(int(random.integers(2, 8))):
         label = int(random.integers(len(SHAPES)))
         mask = _shape_mask(random, SHAPES[label], (height, width))
         if mask.sum() < 40:
             continue
-        paint = _texture(random, (height, width), _colour(random))
+        paint = _texture(random, (height, width))
         pixels[mask] = paint[mask]
         layers.append((label, mask))
     image = Image.fromarray(pixels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
@@ -86,14 +86,9 @@ def write_synthetic_split(folder: Path, name: str, first_seed: int, count: int) 
     return path
 
 
-def _colour(random: np.random.Generator) -> NDArray[np.float64]:
-    return random.uniform(20, 235, 3)
-
-
-def _texture(
-    random: np.random.Generator, size_hw: tuple[int, int], colour: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """A colour with a gradient, stripes or blotches of random strength, and noise."""
+def _texture(random: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[np.float64]:
+    """A random colour with a gradient, stripes or blotches of random strength, and noise."""
+    colour = random.uniform(20, 235, 3)
     y, x = np.mgrid[: size_hw[0], : size_hw[1]].astype(np.float64)
     angle, kind = random.uniform(0, math.pi), int(random.integers(3))
     along = x * math.cos(angle) + y * math.sin(angle)

@@ -95,14 +95,9 @@ class PairedDifference:
     high: float
     samples: int
 
-    @property
-    def is_noise(self) -> bool:
-        """Whether the interval holds zero."""
-        return self.low <= 0 <= self.high
-
     def __str__(self) -> str:
         """In points, with the interval; ``~`` in front where it holds zero."""
-        mark = "~ " if self.is_noise else ""
+        mark = "~ " if self.low <= 0 <= self.high else ""
         low, high = 100 * self.low, 100 * self.high
         return f"{mark}{100 * self.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
