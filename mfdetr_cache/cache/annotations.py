@@ -27,7 +27,6 @@ from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import ROOT_KEY, Storage, explained
 from mfdetr_cache.cache.zarr_nodes import write_column
-from mfdetr_cache.coco.labelled import LabelledSplit
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.identity import Identity, identity_hash
@@ -94,14 +93,6 @@ class AnnotationContent(AnnotationHeader):
 
     objects: dict[str, list[GroundTruth]]
     crops: dict[str, dict[int, C1Crops]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, labelled: LabelledSplit, objects: dict[str, list[GroundTruth]]
-    ) -> "AnnotationContent":
-        """The labels of a split, with its objects."""
-        categories = labelled.split.plain_categories
-        return cls(labelled.source, categories, labelled.match.label_categories, objects)
 
 
 @dataclass(frozen=True)

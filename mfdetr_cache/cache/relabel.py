@@ -28,7 +28,7 @@ def relabelled(cache: FeatureCache, labelled: LabelledSplit) -> tuple[Annotation
         ]
 
     objects = {view: moved(view) for view in cache.views}
-    return AnnotationContent.of(labelled, objects), len(entries)
+    return AnnotationContent(*labelled.header, objects), len(entries)
 
 
 def _entries_of_rows(cache: FeatureCache, split: CocoSplit) -> Mapping[int, ImageEntry]:

@@ -31,6 +31,11 @@ class LabelledSplit:
         """What these labels are made from, as plain values."""
         return {"name": self.split.name, "sha256": self.split.sha256, **self.chosen}
 
+    @property
+    def header(self) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[int, ...]]:
+        """Source, ``{"id", "name"}`` of each category, and category of each label, in a cache."""
+        return self.source, self.split.plain_categories, self.match.label_categories
+
     def objects_of(self, entry: ImageEntry | None) -> GroundTruth:
         """The objects of an image, with their labels; none of an image that is not listed."""
         labels = {c: i for i, c in reversed(list(enumerate(self.match.label_categories))) if c >= 0}

@@ -70,8 +70,8 @@ def plan_cache(
         if c1_roi is None
         else {"roi_size": c1_roi.roi_size, "sampling_ratio": c1_roi.sampling_ratio},
     }
-    root = Root(identity, spec, layout)
-    return CacheContent(root, split.images, transforms, AnnotationContent.of(labelled, objects))
+    labels = AnnotationContent(*labelled.header, objects)
+    return CacheContent(Root(identity, spec, layout), split.images, transforms, labels)
 
 
 def choices_of(root: Root) -> tuple[MapOptions, ViewOptions]:
