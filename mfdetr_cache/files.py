@@ -100,6 +100,17 @@ def _is_shared(partial: Path) -> bool:
     return partial.is_file() and partial.stat().st_nlink > 1
 
 
+def unlink_from_others(path: Path) -> None:
+    """Make a file that is to be appended to its folder's own, with the same content; OutputError.
+
+    It may be a link, or have one elsewhere: a run folder of somebody else could bring such.
+    """
+    if _is_shared(path):
+        with writing(path):
+            data = read_regular(path) if path.exists() else b""
+        write_atomically(path, data)
+
+
 @contextlib.contextmanager
 def _owned(partial: Path, path: Path) -> Iterator[None]:
     """Own a temporary file, which two processes must not fill at once; OutputError if one does."""

@@ -203,6 +203,24 @@ def test_devices_are_not_written_over(tmp_path: Path) -> None:
         log.close()
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_log_is_not_appended_to_through_a_link(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """As a run folder of somebody else could bring one."""
+    mine, log = tmp_path / "mine", tmp_path / "metrics.jsonl"
+    mine.write_bytes(b'{"step": 1}\n')
+    link(mine, log)
+    RunLog(tmp_path).add({"step": 2})
+    assert mine.read_bytes() == b'{"step": 1}\n'
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert not log.is_symlink()
+    log.unlink()
+    log.symlink_to(tmp_path / "new")
+    RunLog(tmp_path).add({"step": 3})
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_place_with_something_else_in_it_is_not_free(tmp_path: Path) -> None:
     path = tmp_path / "a.html"
     for mark in (b"", b"ours"):

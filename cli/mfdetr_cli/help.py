@@ -1,5 +1,6 @@
 """Help pages in two columns of the same width throughout, options in their groups."""
 
+import itertools
 import re
 import textwrap
 from typing import Any
@@ -7,12 +8,26 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mfdetr_cache.errors import ConfigError
+
 # Names that are wider put their text on the next line.
 _NAMES = 26
 
 
 class HelpfulCommand(TyperCommand):
     """A command whose help lists options by the group they belong to."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
+        """Refuse an option that lacks its value, where the next one would be taken for it."""
+        options = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
+        names = {name for p in options for name in (*p.opts, *p.secondary_opts)}
+        takes_value = {name for p in options if not (p.is_flag or p.count) for name in p.opts}
+        for word, after in itertools.pairwise(args):
+            if word == "--":
+                break
+            if word in takes_value and after.partition("=")[0] in names:
+                raise ConfigError(f"{word} needs a value, and {after} is another option")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  Typer's own click
         """Write the options, those without a group first."""

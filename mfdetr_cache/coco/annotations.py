@@ -13,7 +13,7 @@ from mfdetr_cache.coco.faults import Faults, keys_of
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.layouts import DatasetFiles
+from mfdetr_cache.coco.layouts import DatasetFiles, yaml_and_split
 from mfdetr_cache.coco.objects import Annotation, read_annotations
 from mfdetr_cache.coco.yolo import read_yolo
 from mfdetr_cache.errors import DatasetError, ImageError
@@ -131,16 +131,14 @@ def load_coco_split(
     cannot be used.
 
     Args:
-        path: The file.
+        path: The file; behind ``data.yaml`` may stand the split, as in ``data.yaml:train``.
         images: Image folder: names are looked up there, and sizes that the file lacks are read.
         on_bad: Refuse the file when an image or annotation cannot be used, or leave these out.
         limit: Only the first so many images; what is wrong with others is not looked at.
         needs: What annotations must have; ``nothing`` if there may be none, as in COCO's test-dev.
     """
-    is_yolo = path.suffix in (".yaml", ".yml")
+    is_yolo = yaml_and_split(path)[0].suffix in (".yaml", ".yml")
     if is_yolo:
-        if images is None:
-            raise DatasetError(f"{path} is a dataset in YOLO's layout: its images are needed too")
         file = read_yolo(path, images)
     else:
         file = read_json(path, "annotation file", "pass a COCO instances JSON")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mfdetr_cache.errors import ConfigError, DatasetError
+from mfdetr_cache.options import Option, existing_file
 
 _ROBOFLOW = "_annotations.coco.json"
 # Names of files of a whole dataset, as Label Studio, FiftyOne and labelme2coco export it.
@@ -16,10 +17,33 @@ _SAME = ({"val", "valid", "validation"}, {"train", "training"}, {"test", "testin
 
 @dataclass(frozen=True, slots=True)
 class DatasetFiles:
-    """Image folder of a split, and its COCO instances JSON or ``data.yaml`` in YOLO's layout."""
+    """Image folder of a split, and its COCO instances JSON.
+
+    In YOLO's layout that is its ``data.yaml``, with the split behind it: ``data.yaml:train``.
+    """
 
     images: Path
     annotations: Path
+
+
+def yaml_and_split(path: Path) -> tuple[Path, str]:
+    """A ``data.yaml`` and the split that stands behind its name; empty where none does.
+
+    Examples:
+        >>> [str(part) for part in yaml_and_split(Path("a/data.yaml:train"))]
+        ['a/data.yaml', 'train']
+    """
+    named = re.fullmatch(r"(?s)(.+\.ya?ml):(\w+)", path.name)
+    return (path.with_name(named[1]), named[2]) if named else (path, "")
+
+
+def existing_annotations(text: str) -> Path:
+    """An annotation file that must be there; a ``data.yaml`` may have a split behind its name."""
+    existing_file(str(yaml_and_split(Path(text))[0]))
+    return Path(text)
+
+
+ANNOTATIONS = Option(metavar="FILE", parse=existing_annotations)
 
 
 def dataset_files(
@@ -92,7 +116,7 @@ def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
 
     for path in sorted(folder.glob("*.y*ml")):
         for name, images in yolo_splits(path).items():
-            yield name, DatasetFiles(images, path)
+            yield name, DatasetFiles(images, path.with_name(f"{path.name}:{name}"))
     for path in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
         name = re.sub("^instances?_?", "", path.stem)
         places = [folder / name, folder / "images" / name] if name not in _WHOLE else []

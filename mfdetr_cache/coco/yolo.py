@@ -1,15 +1,19 @@
 """Datasets in YOLO's layout: a ``data.yaml``, and a text file of polygons beside every image."""
 
+import codecs
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from mfdetr_cache.coco.faults import short
-from mfdetr_cache.coco.image_files import upright_size
+from mfdetr_cache.coco.image_files import find_file, upright_size
 from mfdetr_cache.coco.json_file import JsonFile
+from mfdetr_cache.coco.layouts import yaml_and_split
 from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.files import read_regular
 
@@ -18,17 +22,19 @@ _SPLITS = ("train", "val", "valid", "test")
 
 
 def yolo_splits(path: Path) -> dict[str, Path]:
-    """The splits of a ``data.yaml`` and their image folders, where these are there.
+    """The splits of a ``data.yaml`` and the folders of their images, where these are there.
 
     None for a YAML file of something else; DatasetError if it is no YAML.
     """
     document = _read(path)
     if "names" not in document:
         return {}
-    root = document.get("path")
-    places = (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
-    images_of = {split: _folder(places, document.get(split)) for split in _SPLITS}
-    return {split: folder for split, folder in images_of.items() if folder is not None}
+    found = {split: _sources(path, document, split) for split in _SPLITS}
+    return {
+        split: folder
+        for split, sources in found.items()
+        if (folder := _folder_of(sources, _places(path, document))) is not None
+    }
 
 
 def yolo_fault(path: Path) -> str:
@@ -39,69 +45,158 @@ def yolo_fault(path: Path) -> str:
         return f"{path} has no names of its classes" if named else ""
     lacking = [split for split in named if split not in yolo_splits(path)]
     if lacking:
-        return f"{path}: {lacking[0]} is {short(document[lacking[0]])}, no folder that is there"
+        return _fault_of(path, document, lacking[0])
     return "" if named else f"{path} names no folder as train, val or test"
 
 
-def _folder(places: tuple[Path, ...], value: object) -> Path | None:
-    """The folder that a split names, below one of some places."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+def _fault_of(path: Path, document: Mapping[str, Any], split: str) -> str:
+    """Why a split has no images."""
+    if not document.get(split):
+        return f"{path} names no {split}"
+    said = f"{path}: {split} is {short(document[split])}"
+    if sources := _sources(path, document, split):
+        return f"{said}, and no image of {sources[0]} is there"
+    return f"{said}, no folder or list of images that is there"
+
+
+def _places(path: Path, document: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Where the folders of a ``data.yaml`` may lie."""
+    root = document.get("path")
+    return (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
+
+
+def _sources(path: Path, document: Mapping[str, Any], split: str) -> list[Path]:
+    """The folders and text files of a split; none unless all are there."""
+    value = document.get(split)
+    places = _places(path, document)
+    found = [_source(places, v) for v in (value if isinstance(value, list) else [value])]
+    return [source for source in found if source is not None] if all(found) else []
+
+
+def _source(places: Sequence[Path], value: object) -> Path | None:
+    """A folder, or a text file, below one of some places."""
     if not isinstance(value, str) or not value:
         return None
-    # Roboflow writes ../train/images beside the folder that it means; others where they had it,
-    # such as /content/my/train/images. One part alone, as images, could be of all splits.
+    # Roboflow writes ../train/images beside the folder that it means; others where they had it.
+    names = [value, value.removeprefix("../"), *_ends(value)]
+    if is_list := value.lower().endswith(".txt"):
+        names.append(PurePosixPath(value).name)
+    files = (place / name for place in places for name in names)
+    return next((f for f in files if f.is_dir() or (is_list and f.is_file())), None)
+
+
+def _ends(value: str) -> Iterator[str]:
+    """What a path of another machine, such as /content/my/train/images, may be called here."""
     parts = [part for part in PurePosixPath(value.replace("\\", "/")).parts if part not in "/.."]
-    ends = ("/".join(parts[i:]) for i in range(len(parts) - 1))
-    names = (value, value.removeprefix("../"), *ends)
-    return next((f for place in places for name in names if (f := place / name).is_dir()), None)
+    # One part alone, as images, could be of all splits.
+    return ("/".join(parts[i:]) for i in range(len(parts) - 1))
 
 
-def read_yolo(path: Path, images: Path) -> JsonFile:
+def _folder_of(sources: Sequence[Path], places: Sequence[Path]) -> Path | None:
+    """The folder that the images of a split have in common; None if none is there."""
+    if len(sources) == 1 and sources[0].is_dir():
+        return sources[0]
+    parents = {file.parent for file in _images_of(sources, places) if file.is_absolute()}
+    return Path(os.path.commonpath(parents)) if parents else None
+
+
+def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
+    """The images of folders by name, and those of text files in their order, as absolute paths.
+
+    One that is not there stays relative.
+    """
+    files: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            files += sorted(f for f in source.absolute().rglob("*") if _is_image(f))
+            continue
+        try:
+            text = os.fsdecode(read_regular(source).removeprefix(codecs.BOM_UTF8))
+        except OSError as error:
+            raise DatasetError(f"{source} cannot be read: {error.strerror}") from error
+        here = [place.absolute() for place in (source.parent, *places)]
+        files += [_image_of(line.strip(), here) for line in text.split("\n") if line.strip()]
+    return files
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES
+
+
+def _image_of(line: str, places: Sequence[Path]) -> Path:
+    """The file that a line of a text file means; a relative path if it is not there."""
+    names = (line, *_ends(line))
+    files = (os.path.normpath(place / name) for place in places for name in names)
+    lacking = line.replace("\\", "/").lstrip("./")
+    return Path(next((f for f in files if os.path.isfile(f)), lacking))  # noqa: PTH113
+
+
+def read_yolo(path: Path, images: Path | None) -> JsonFile:
     """A split in YOLO's layout as a COCO document.
 
     Args:
-        path: Its ``data.yaml``.
-        images: Its image folder; ``images`` in its path becomes ``labels`` for the polygons.
+        path: Its ``data.yaml``, perhaps with the split behind its name: ``data.yaml:train``.
+        images: The image folder, where no split is named. ``images`` in the path of an image
+            becomes ``labels`` for its polygons.
 
     Returns:
-        The document: images in the order of their names with their size after EXIF rotation, one
-        annotation per line of the text files. A line of a box alone has no mask.
+        The document: images in the order of their names, or of the text file that lists them, with
+        their size after EXIF rotation, one annotation per line of the text files. A line of a box
+        alone has no mask.
 
     Raises:
-        DatasetError: If names or folder are missing.
+        DatasetError: If names or images are missing.
         ImageError: If an image is none.
     """
+    path, split = yaml_and_split(path)
     names = _names(path)
-    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise DatasetError(f"{images} has no image")
-    parts = list(images.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    labels = Path(*parts)
+    document = _read(path)
+    sources = [images] if images and not split else _sources(path, document, split)
+    if not sources and split:
+        raise DatasetError(_fault_of(path, document, split))
+    if not sources:
+        raise DatasetError(
+            f"{path} is a dataset in YOLO's layout: its images are needed too, or the split behind "
+            f"its name, as in {path.name}:train"
+        )
+    places = _places(path, document)
+    files, folder = _images_of(sources, places), _folder_of(sources, places)
+    if not files or folder is None:
+        raise DatasetError(f"{sources[0]} has no image")
     digest = hashlib.sha256(repr(sorted(names.items(), key=str)).encode())
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, file in enumerate(files, 1):
-        name = file.relative_to(images)
-        try:
-            height, width = upright_size(file)
-        except ImageError:
-            height = width = 0  # told with all others that cannot be used
-        entry = {"id": number, "file_name": name.as_posix(), "height": height, "width": width}
+        is_there = file.is_absolute()
+        name = os.path.relpath(file, folder) if is_there else str(file)
+        height = width = 0  # told with all others that cannot be used
+        with contextlib.suppress(ImageError):
+            height, width = upright_size(file) if is_there else (0, 0)
+        entry = {"id": number, "file_name": name, "height": height, "width": width}
         listed.append(entry)
-        text = labels / name.with_suffix(".txt")
-        data = text.read_bytes() if text.is_file() else b""  # without: nothing in the image
-        digest.update(name.as_posix().encode() + b"\0" + data + b"\0")
+        text = _labels_of(file)
+        # Without one there is nothing in the image.
+        data = text.read_bytes() if is_there and text.is_file() else b""
+        digest.update(name.encode(errors="surrogateescape") + b"\0" + data + b"\0")
         for line, words in enumerate(data.decode("utf-8-sig", errors="replace").splitlines(), 1):
             if words.strip():
-                where = f"{text.relative_to(labels)}:{line}"
+                where = f"{PurePosixPath(name).with_suffix(text.suffix)}:{line}"
                 annotations.append({"id": where, "image_id": number, **_object(words, entry)})
     categories = [{"id": key, "name": name} for key, name in names.items()]
-    document = {"images": listed, "annotations": annotations, "categories": categories}
-    split = images.parent.name if images.name == "images" else images.name
-    return JsonFile(document, split, digest.hexdigest())
+    made = {"images": listed, "annotations": annotations, "categories": categories}
+    if len(sources) > 1 or not sources[0].is_dir():
+        return JsonFile(made, split, digest.hexdigest())
+    name = folder.parent.name if folder.name == "images" else folder.name
+    return JsonFile(made, name, digest.hexdigest())
+
+
+def _labels_of(image: Path) -> Path:
+    """The text file of an image's polygons: ``images`` in its path is ``labels`` there."""
+    parts = list(image.parent.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    folder = Path(*parts)
+    return folder / find_file(folder, f"{image.stem}.txt")
 
 
 def _names(path: Path) -> dict[int | str, str]:

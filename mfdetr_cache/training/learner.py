@@ -100,6 +100,11 @@ class Learner:
         """Mean over the training."""
         return self.images / max(self.seconds, 1e-9)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a step had a region."""
+        return bool(self._losses)
+
     def recent_loss(self, steps: int = _RECENT) -> float:
         """Mean total loss of the last steps, at most 50; NaN before the first."""
         return float(np.mean(self._losses[-steps:])) if self._losses else float("nan")

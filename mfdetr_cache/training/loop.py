@@ -15,6 +15,9 @@ from mfdetr_cache.training.learner import StepReport
 from mfdetr_cache.training.regions import RegionSettings
 from mfdetr_cache.training.run import Run
 
+# Steps after which something has been learned, if anything can be.
+_ENOUGH_TO_LEARN = 100
+
 
 class TrainingLoop:
     """Trains one head, or several from the same steps.
@@ -88,6 +91,8 @@ class TrainingLoop:
                     if run.learner.step == number + 1 and run.is_to_be_measured:
                         self._measure(run, stop)
                 step.release()
+                if number + 1 in (_ENOUGH_TO_LEARN, numbers.stop):
+                    self._tell_if_nothing_is_learned(number + 1)
                 if self._on_step is not None:
                     self._on_step(number + 1)
                 if not any(run.is_active for run in self._runs):
@@ -165,6 +170,15 @@ class TrainingLoop:
                 run.add_to_log(report)
             notes.append(run.note(report))
         self._reporter.advance(note=notes[0] if notes else "")
+
+    def _tell_if_nothing_is_learned(self, number: int) -> None:
+        """Warn of a detector whose boxes are those of no object."""
+        if not any(run.learner.has_learned for run in self._runs):
+            self._reporter.warn(
+                f"none of {number} steps had a detection that is one of an annotated object (IoU "
+                f"of {self._train.min_match_iou:g}): nothing is learned. Look at the box AP at the "
+                "end of extract; --set match=hungarian --set min_match_iou=0 gives every object one"
+            )
 
     def _measure(self, run: Run, stop: StopRequest) -> None:
         """Measure a head in the first process, unless a signal comes first."""

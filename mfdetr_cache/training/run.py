@@ -162,13 +162,11 @@ class Run:
 
     def fail(self, error: TrainingError) -> None:
         """End the run: the checkpoint from before is kept, the state now lies beside it."""
-        kept = "no checkpoint was written yet"
+        kept = "no checkpoint was written yet: --resume begins again"
         if self._saved_step is not None:
-            kept = f"the checkpoint of step {self._saved_step} is kept"
+            kept = f"the checkpoint of step {self._saved_step} is kept: --resume goes on from it"
         if self._folder is not None:
-            error = TrainingError(
-                f"{error}; {kept}: --resume goes on from it, also with another lr, clip_norm or amp"
-            )
+            error = TrainingError(f"{error}; {kept}, also with another lr, clip_norm or amp")
             with contextlib.suppress(OutputError):
                 save_checkpoint(self._folder, self._state(), FAILED_FILE)
         self.problem = error

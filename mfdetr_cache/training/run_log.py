@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError, OutputError
-from mfdetr_cache.files import opened_regular, writing
+from mfdetr_cache.files import opened_regular, unlink_from_others, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -30,13 +30,14 @@ class RunLog:
     """The log of one run: lines in ``metrics.jsonl``, their numbers in the trackers too.
 
     ``settings`` are shown by the trackers as the run's configuration. ConfigError if a tracker's
-    package is not installed.
+    package is not installed, OutputError if ``metrics.jsonl`` cannot be written.
     """
 
     def __init__(
         self, folder: Path, trackers: Sequence[Tracker] = (), settings: Mapping[str, Any] = {}
     ) -> None:
         self._path = folder / METRICS_FILE
+        unlink_from_others(self._path)
         self._pending: list[str] = []
         made: dict[Tracker, Callable[[Path, Mapping[str, Any]], _Sink]]
         made = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}

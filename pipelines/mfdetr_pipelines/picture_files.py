@@ -96,6 +96,11 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(partial, "PNG", pnginfo=mark)
 
 
+def holds_pictures_of_ours(folder: Path) -> bool:
+    """Whether a folder holds a picture or video that this command wrote."""
+    return any(f.suffix in (".png", ".mp4") and is_ours(f) for f in folder.iterdir())
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file is absent or was written by this command."""
     if not path.exists() and not path.is_symlink():

@@ -22,7 +22,13 @@ from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.picture_files import is_video, picture_paths, require_ours, save_picture
+from mfdetr_pipelines.picture_files import (
+    holds_pictures_of_ours,
+    is_video,
+    picture_paths,
+    require_ours,
+    save_picture,
+)
 from mfdetr_pipelines.predict_video import Video
 
 RESULTS_FILE = "predictions.json"
@@ -253,7 +259,9 @@ def _require_ours(path: Path) -> None:
         found = None
     keys = {"file_name", "category", "segmentation"}
     ours = isinstance(found, list) and all(isinstance(r, dict) and keys <= r.keys() for r in found)
-    if not ours:
+    # A list of nothing says nothing of itself, but stands beside the pictures of what it was
+    # not found in.
+    if not (ours and (found or holds_pictures_of_ours(path.parent))):
         raise DatasetError(
             f"{path} is there and was not written by predict; nothing was touched, choose another "
             "--out"

@@ -290,6 +290,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: 
         assert "Traceback" not in finished.stderr
 
 
+def test_an_option_is_not_taken_for_the_value_of_another(tmp_path: Path) -> None:
+    for words, said in (
+        (["extract", "--json", "--dataset", tmp_path], "--json needs a value, and --dataset is"),
+        (["predict", "a.png", "--out", "--device=cpu"], "--out needs a value, and --device=cpu"),
+        (["cache", "info", "--json", "-h"], "--json needs a value, and -h is another option"),
+    ):
+        done = mfdetr(*words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"error: {said}" in done.stderr
+
+
 def test_unknown_options_are_exit_code_2_of_the_process() -> None:
     command = [sys.executable, "-m", "mfdetr_cli", "extract", "--weight", "x"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split, require_images
-from mfdetr_cache.coco.layouts import dataset_files, find_split
+from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.coco.layouts import dataset_files, existing_annotations, find_split
 from mfdetr_cache.errors import ConfigError, DatasetError
 from tests.support import scenes
 
@@ -100,8 +102,36 @@ def write_yolo(tmp_path: Path, yaml: str, lines: dict[str, list[str]]) -> Path:
 YAML = "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['dog', 'cat']\n"
 
 
-@pytest.mark.parametrize("yaml", [YAML, "path: .\ntrain: train/images\nnames: {0: dog, 1: cat}\n"])
-def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str) -> None:
+NAMES = "names: [dog, cat]\n"
+
+
+def named_alone(entry: ImageEntry) -> ImageEntry:
+    """An image without the folder it is in."""
+    return replace(entry, file_name=Path(entry.file_name).name)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "lists"),
+    [
+        (YAML, {}),
+        ("path: .\ntrain: train/images\nnames: {0: dog, 1: cat}\n", {}),
+        (f"train: train\n{NAMES}", {}),
+        (f"train: train.txt\n{NAMES}", {"train.txt": "./train/images/a.png\ntrain/images/b.png"}),
+        (f"path: x\ntrain: lists/t.TXT\n{NAMES}", {"lists/t.TXT": "train/images/a.png\n\n../{b}"}),
+        (
+            f"train: /content/yolo/t.txt\n{NAMES}",
+            {"t.txt": "\ufeff/content/yolo/{a}\r\nC:\\{b}\r\n"},
+        ),
+        (f"train: [a.txt, b.txt]\n{NAMES}", {"a.txt": "{here}/{a}\n", "b.txt": "./x/../{b}"}),
+    ],
+)
+def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str, lists: dict[str, str]) -> None:
+    """Splits are folders, lists of images, or several of either."""
+    for name, text in lists.items():
+        (tmp_path / "yolo" / name).parent.mkdir(parents=True, exist_ok=True)
+        of_b = "train\\images\\b.png" if "C:" in text else "train/images/b.png"
+        filled = text.format(a="train/images/a.png", b=of_b, here=tmp_path / "yolo")
+        (tmp_path / "yolo" / name).write_text(filled)
     folder = write_yolo(
         tmp_path,
         yaml,
@@ -126,14 +156,45 @@ def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str) -> None:
     }
     (tmp_path / "same.json").write_text(json.dumps(document))
     wanted = load_coco_split(tmp_path / "same.json")
+    split = replace(split, images=tuple(named_alone(e) for e in split.images))
     assert (split.images, split.categories) == (wanted.images, wanted.categories)
     ours, theirs = (s.ground_truth(s.images[0], {}) for s in (split, wanted))
     for name in ("category_ids", "boxes_xyxy", "areas", "is_crowd"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert all((a == b).all() for a, b in zip(ours.run_lengths, theirs.run_lengths, strict=True))
     before = split.sha256
-    (folder / "train/labels/b.txt").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
-    assert load_coco_split(files.annotations, files.images).sha256 != before
+    (folder / "train/labels/b.TXT").write_text("0 0.1 0.1 0.9 0.1 0.9 0.9\n")
+    more = load_coco_split(files.annotations, files.images)
+    assert (more.sha256 != before, len(more.annotations[2])) == (True, 1)
+
+
+def test_a_yolo_list_of_several_folders(tmp_path: Path) -> None:
+    """Images of one name are told apart, and so are their labels; what is gone is named."""
+    folder = write_yolo(tmp_path, "", {"a": ["0 0.1 0.2 0.5 0.2 0.5 0.8"]})
+    shutil.copytree(folder / "train", folder / "more")
+    (folder / "more/labels/a.txt").write_text("1 0 0 1 0 1 1\n1 0 0 1 0 1 1\n")
+    (folder / "data.yaml").write_text(f"train: [more/images, train.txt]\nval: v.txt\n{NAMES}")
+    (folder / "train.txt").write_text("./train/images/a.png\n./train/images/gone.png\n")
+    (folder / "v.txt").write_text("")
+    files = find_split(folder, None)
+    assert (files.images, files.annotations.name) == (folder, "data.yaml:train")
+    with pytest.raises(
+        DatasetError, match=r"1 of 3 images cannot be used: .*train/images/gone\.png"
+    ):
+        load_coco_split(files.annotations, files.images)
+    split = load_coco_split(files.annotations, files.images, on_bad="skip")
+    assert [e.file_name for e in split.images] == ["more/images/a.png", "train/images/a.png"]
+    assert [len(split.annotations[e.image_id]) for e in split.images] == [2, 1]
+    assert split.name == "train"
+    # The same split without a dataset's folder, as relabel is told it.
+    assert load_coco_split(files.annotations, on_bad="skip").sha256 == split.sha256
+    assert existing_annotations(str(files.annotations)) == files.annotations
+    with pytest.raises(DatasetError, match=r"no split 'val'; .*no image of .*v\.txt is there"):
+        find_split(folder, "val")
+    with pytest.raises(DatasetError, match=r"data\.yaml names no test"):
+        load_coco_split(folder / "data.yaml:test")
+    with pytest.raises(ValueError, match="there is no such file"):
+        existing_annotations(f"{folder}/other.yaml:val")
 
 
 @pytest.mark.parametrize(
@@ -181,9 +242,15 @@ def test_a_yolo_split_is_found_where_it_is(tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize(
     ("yaml", "said"),
     [
-        ("train: [a, b]\nnames: [dog]\n", r"data\.yaml: train is \['a', 'b'\], no folder that is"),
-        ("train: train.txt\nnames: [dog]\n", r"data\.yaml: train is 'train.txt', no folder"),
-        ("train: /x/images\nnames: [dog]\n", r"train is '/x/images', no folder that is there"),
+        ("train: [a, b]\nnames: [dog]\n", r"data\.yaml: train is \['a', 'b'\], no folder or list"),
+        (
+            "train: train.txt\nnames: [dog]\n",
+            r"data\.yaml: train is 'train.txt', no folder or list",
+        ),
+        (
+            "train: /x/images\nnames: [dog]\n",
+            r"train is '/x/images', no folder or list of images that",
+        ),
         ("train: train/images\nnc: 3\n", r"data\.yaml has no names of its classes"),
         ("names: [dog]\n", r"data\.yaml names no folder as train, val or test"),
         ("other: 1\n", r"use --images and --annotations$"),

@@ -170,6 +170,22 @@ def test_what_was_found_before_the_disk_was_full_is_kept(
     assert results.read_bytes() == whole
 
 
+def test_an_empty_list_of_results_is_ours_beside_our_pictures_alone(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, head: Path
+) -> None:
+    file = next((scenes_folder / "images").glob("*.png"))
+    results = tmp_path / "predictions.json"
+    results.write_text("[]\n")
+    config = PredictConfig((str(file),), str(rtdetr_folder), head, tmp_path, threshold=0.999)
+    with pytest.raises(DatasetError, match=r"predictions\.json is there and was not written by"):
+        run_predict(config, SilentReporter())
+    assert results.read_text() == "[]\n"
+    results.unlink()
+    for _ in range(2):
+        run_predict(config, SilentReporter())
+    assert results.read_text() == "[]"
+
+
 def test_files_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.png", "b/notes.txt", "a.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -45,6 +45,17 @@ def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> 
         assert measured.num_images == 8
 
 
+def test_it_is_told_where_no_detection_is_of_an_object(tmp_path: Path, drawn_cache: Path) -> None:
+    reporter = SilentReporter()
+    recipe = small_recipe(min_match_iou=0.99, steps=2)
+    run_train_head(TrainHeadConfig(drawn_cache, tmp_path / "run", recipe), reporter)
+    assert any("none of 2 steps had a detection that is one of" in m for m in reporter.messages)
+    run_train_head(
+        TrainHeadConfig(drawn_cache, tmp_path / "b", small_recipe()), quiet := SilentReporter()
+    )
+    assert not any("none of" in m for m in quiet.messages)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option, existing_file
+from mfdetr_cache.options import FOLDER, Built, Only, Option, existing_file
 from mfdetr_cache.training.recipes import RECIPES
 from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions
 from mfdetr_pipelines.config.training import parse_assignments
@@ -82,8 +83,8 @@ class RowExtraction:
     extract: bool = False
     weights: Annotated[str | None, Option(metavar="NAME")] = None
     train_images: Annotated[Path | None, FOLDER] = None
-    train_annotations: Annotated[Path | None, FILE] = None
-    val_annotations: Annotated[Path | None, FILE] = None
+    train_annotations: Annotated[Path | None, ANNOTATIONS] = None
+    val_annotations: Annotated[Path | None, ANNOTATIONS] = None
 
 
 @dataclass(frozen=True, slots=True)

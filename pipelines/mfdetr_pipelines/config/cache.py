@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, FOLDER, Option, existing_cache
+from mfdetr_cache.options import FOLDER, Option, existing_cache
 from mfdetr_pipelines.config.shared import LiveDetector, OnDevice
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class RepairConfig(OnDevice):
     cache: Annotated["Location", _CACHE]
     weights: Annotated[str, Option(metavar="NAME")]
     images: Annotated[Path, FOLDER]
-    annotations: Annotated[Path, FILE]
+    annotations: Annotated[Path, ANNOTATIONS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class RelabelConfig(OnDevice):
     """
 
     cache: Annotated["Location", _CACHE]
-    annotations: Annotated[Path, FILE]
+    annotations: Annotated[Path, ANNOTATIONS]
     on_bad_annotation: OnBad = "stop"
     labels: LabelOptions = field(default_factory=LabelOptions)
     detector: LiveDetector = field(default_factory=LiveDetector)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 from mfdetr_cache.choices import OnBad, Scoring, Which
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, FOLDER, Option
+from mfdetr_cache.options import FOLDER, Option
 from mfdetr_pipelines.config.shared import LocalCache, OnDevice
 
 
@@ -59,7 +60,7 @@ class CompareConfig(OnDevice):
 
     subjects: Annotated[tuple[Path, ...], Option("SUBJECTS", metavar="RUN|FILE...")]
     cache: Annotated[tuple[str, ...], Option(metavar="CACHE")] = ()
-    annotations: Annotated[Path | None, FILE] = None
+    annotations: Annotated[Path | None, ANNOTATIONS] = None
     on_bad_annotation: OnBad = "stop"
     which: Which = "last"
     scoring: Annotated[Scoring, Option("--score", metavar="RULE")] = "auto"

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 from mfdetr_cache.choices import OnBad
-from mfdetr_cache.coco.layouts import DatasetFiles, dataset_files
+from mfdetr_cache.coco.layouts import ANNOTATIONS, DatasetFiles, dataset_files
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, FOLDER, Option
+from mfdetr_cache.options import FOLDER, Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class CopyPasteConfig:
 
     out: Annotated[Path, Option(metavar="FOLDER")]
     images: Annotated[Path | None, FOLDER] = None
-    annotations: Annotated[Path | None, FILE] = None
+    annotations: Annotated[Path | None, ANNOTATIONS] = None
     dataset: Annotated[Path | None, FOLDER] = None
     split: Annotated[str | None, Option(metavar="NAME")] = None
     on_bad_annotation: OnBad = "stop"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from mfdetr_cache.choices import Evaluator, Extra, OnBad, Scoring, Which
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import CACHE, FILE, FOLDER, Built, Option
 from mfdetr_pipelines.config.shared import LiveDetector, LocalCache, OnDevice
@@ -60,7 +61,7 @@ class ResultsFile:
     """
 
     results: Annotated[Path | None, FILE] = None
-    annotations: Annotated[Path | None, FILE] = None
+    annotations: Annotated[Path | None, ANNOTATIONS] = None
     on_bad_annotation: OnBad = "stop"
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mfdetr_cache.choices import OnBad
-from mfdetr_cache.coco.layouts import DatasetFiles, dataset_files
+from mfdetr_cache.coco.layouts import ANNOTATIONS, DatasetFiles, dataset_files
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
-from mfdetr_cache.options import FILE, FOLDER, Option
+from mfdetr_cache.options import FOLDER, Option
 from mfdetr_pipelines.config.shared import OnDevice, WorkOptions
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ExtractConfig(OnDevice):
     weights: Annotated[str, Option(metavar="NAME")]
     cache: Annotated["Location", Option(metavar="CACHE")]
     images: Annotated[Path | None, FOLDER] = None
-    annotations: Annotated[Path | None, FILE] = None
+    annotations: Annotated[Path | None, ANNOTATIONS] = None
     dataset: Annotated[Path | None, FOLDER] = None
     split: Annotated[str | None, Option(metavar="NAME")] = None
     on_bad_annotation: OnBad = "stop"

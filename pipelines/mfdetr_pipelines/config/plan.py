@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 from mfdetr_cache.choices import OnBad
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
-from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
+from mfdetr_cache.options import FOLDER, Built, Only, Option
 from mfdetr_cache.training.recipes import Recipe, fast
 from mfdetr_pipelines.config.shared import OnDevice
 from mfdetr_pipelines.config.training import RecipeOptions
@@ -41,7 +42,7 @@ class PlanConfig(OnDevice):
     """
 
     weights: Annotated[str, Option(metavar="NAME")]
-    annotations: Annotated[Path, FILE]
+    annotations: Annotated[Path, ANNOTATIONS]
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
     images: Annotated[Path | None, FOLDER] = None
     on_bad_annotation: OnBad = "stop"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from mfdetr_cache.choices import Augmentation, OnBad, Tune
+from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FILE, FOLDER, Built, Only, Option
+from mfdetr_cache.options import FOLDER, Built, Only, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import Recipe
 from mfdetr_pipelines.config.training import RecipeOptions, TrainingRun
@@ -25,7 +26,7 @@ class LiveValidation:
     """
 
     val_images: Annotated[Path | None, FOLDER] = None
-    val_annotations: Annotated[Path | None, FILE] = None
+    val_annotations: Annotated[Path | None, ANNOTATIONS] = None
     val_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class TrainJointConfig(TrainingRun):
 
     weights: Annotated[str, Option(metavar="NAME")]
     images: Annotated[Path, FOLDER]
-    annotations: Annotated[Path, FILE]
+    annotations: Annotated[Path, ANNOTATIONS]
     out: Annotated[Path, Option(metavar="FOLDER")]
     recipe: Annotated[Recipe, Built(RecipeOptions)]
     detector: Annotated[str, Option(metavar="NAME")] = "auto"
