@@ -19,7 +19,7 @@ class HelpfulCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Refuse an option that lacks its value, where the next one would be taken for it."""
-        options = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
+        options: list[Any] = [p for p in self.get_params(ctx) if p.param_type_name == "option"]
         names = {name for p in options for name in (*p.opts, *p.secondary_opts)}
         takes_value = {name for p in options if not (p.is_flag or p.count) for name in p.opts}
         for word, after in itertools.pairwise(args):
