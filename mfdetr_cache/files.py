@@ -238,3 +238,5 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {path} cannot be made: {error.strerror}") from error
+    except RecursionError as error:
+        raise OutputError(f"the folder {str(path)[:60]}... has too many above it") from error

@@ -59,6 +59,9 @@ def existing_folder(text: str) -> Path:
     """A folder that must be there before anything else is done."""
     if not Path(text).is_dir():
         raise ValueError("there is no such folder")
+    if not os.access(text, os.R_OK | os.X_OK):
+        # A search of it would find nothing.
+        raise ValueError("may not be read by this user")
     return Path(text)
 
 
@@ -74,9 +77,9 @@ def existing_cache(text: str) -> str:
 def writable_file(text: str) -> Path:
     """A file for a result, refused before hours of work and not after them."""
     path = Path(text)
-    above = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir():
         raise ValueError("is a folder; name a file")
+    above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
         raise ValueError("cannot be written there")
     return path

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from mfdetr_cache.cache.foundation import read_root
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import explained
 from mfdetr_cache.errors import CacheError, HeadError, OutputError
@@ -22,6 +23,9 @@ from mfdetr_cache.files import (
     write_atomically,
     writing,
 )
+from mfdetr_cache.head.config import HeadConfig
+from mfdetr_cache.head.folder import RunRecord, read_run_config, save_run_config
+from mfdetr_cache.options import existing_folder, writable_file
 from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.run_log import RunLog
 
@@ -115,6 +119,14 @@ def test_nothing_is_written_through_a_half_written_file_that_is_a_link(
     assert (tmp_path / "a.json").read_bytes() == b"other"
 
 
+def test_places_that_can_be_no_file_are_one_line(tmp_path: Path) -> None:
+    for text in ("/", "", str(tmp_path)):
+        with pytest.raises(ValueError, match="is a folder; name a file"):
+            writable_file(text)
+    with pytest.raises(OutputError, match="has too many above it"):
+        make_folder(tmp_path / ("d/" * 1500))
+
+
 def test_what_is_half_written_or_a_lock_takes_no_folder(tmp_path: Path) -> None:
     assert not is_taken(tmp_path / "absent")
     for name in ("config.json.partial", "writer.lock"):
@@ -135,6 +147,32 @@ def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["weights"][10] != 10
     with pytest.raises(HeadError, match=r"checkpoint\.pt is damaged; remove it to begin"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "x"), OSError(errno.EIO, "x")])
+def test_nobody_is_told_to_remove_what_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    save_checkpoint(tmp_path, {"weights": torch.arange(10.0)})
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(zipfile, "ZipFile", failing)
+    with pytest.raises(HeadError, match=r"checkpoint\.pt cannot be read: ") as caught:
+        load_checkpoint(tmp_path)
+    assert "remove it" not in str(caught.value)
+    save_run_config(tmp_path, HeadConfig(), RunRecord())
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(HeadError, match=r"config\.json cannot be read: x"):
+        read_run_config(tmp_path)
+    LocalStorage(tmp_path).write("zarr.json", [b"{}"])
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(CacheError, match=r"zarr\.json cannot be read: x"):
+        read_root(LocalStorage(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="may not be read by this user"):
+        existing_folder(str(tmp_path))
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_not_unpacked(

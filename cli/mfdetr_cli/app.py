@@ -1,6 +1,7 @@
 """The ``mfdetr`` command: its verbs, and errors as one line and an exit code."""
 
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,7 @@ from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.config.training import RecipesConfig
 
 import mfdetr_cache
-from mfdetr_cache.errors import CheckFailedError, MfdetrError, StoppedError
+from mfdetr_cache.errors import CheckFailedError, ConfigError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
 from mfdetr_cache.signals import StoppedBySignal, ending_on_signals
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
@@ -122,7 +123,14 @@ def _root(
 def main() -> None:
     """Run the command line: exit 0 done, 1 a check found a fault, 2 wrong input, 130 stopped."""
     warnings.formatwarning = _one_line
+    if not os.environ.get("COLUMNS", "1").strip("0"):
+        del os.environ["COLUMNS"]  # 0 is nobody's width
     try:
+        if sys.flags.optimize > 1:
+            raise ConfigError(
+                "python -OO (PYTHONOPTIMIZE=2) drops the texts that options and transformers' "
+                "classes are made of; use -O"
+            )
         with ending_on_signals():
             app(prog_name="mfdetr")
     except StoppedError as error:

@@ -132,7 +132,9 @@ def _console() -> Console:
     terminal = bool(sys.stdout) and sys.stdout.isatty()
     # What goes into a pipe or a file has no width, unless somebody says so.
     width = None if terminal or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
-    return Console(file=io.StringIO(), width=width, force_terminal=terminal)
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal)
+    console.width = max(console.width, _NARROWEST)
+    return console
 
 
 def _print(console: Console, table: Table) -> None:

@@ -91,7 +91,9 @@ def _parameters(
             yield from _parameters(group, title, chosen)
             continue
         taken, metavar = _taken(hint, option)
-        about: dict[str, Any] = {"help": option.help or texts[field.name], "rich_help_panel": panel}
+        # python -OO leaves no text.
+        said = option.help or texts.get(field.name, "")
+        about: dict[str, Any] = {"help": said, "rich_help_panel": panel}
         about["metavar"] = option.metavar or metavar or None
         is_option = setting.name.startswith("-")
         info = typer.Option(setting.name, **about) if is_option else typer.Argument(**about)

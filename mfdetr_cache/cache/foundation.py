@@ -85,11 +85,14 @@ def read_root(storage: Storage) -> Root:
 
 
 def _root_attributes(storage: Storage) -> Fields | None:
-    """Attributes of the root, if there are any."""
-    with contextlib.suppress(FileNotFoundError, CacheError):
+    """Attributes of the root, if there are any; CacheError if it is there and cannot be read."""
+    try:
         attributes = read_document(storage, ROOT_KEY).fields("attributes").fields(ATTRIBUTES_KEY)
-        return Fields(attributes.values, storage.name, CacheError)
-    return None
+    except (FileNotFoundError, CacheError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return None
+    return Fields(attributes.values, storage.name, CacheError)
 
 
 def _is_foreign(storage: Storage, kept: Root, attributes: Fields | None) -> bool:

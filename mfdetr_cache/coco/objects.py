@@ -145,7 +145,7 @@ def _draft(
         return None
     assert category_id is not None
     try:
-        crowd = is_crowd(annotation.get("iscrowd"))
+        crowd = is_crowd(annotation.get("iscrowd", annotation.get("is_crowd")))
         segmentation = annotation.get("segmentation")
         runs = read_segmentation(segmentation, entry.size_hw, in_parts=in_parts)
     except ValueError as error:

@@ -181,7 +181,9 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         document = json.loads(data)
         if not isinstance(document, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise HeadError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise HeadError(f"{path} is damaged ({error})") from error
     if ("sha256" in document or "run" in document) and not seal_of(data):
         raise HeadError(

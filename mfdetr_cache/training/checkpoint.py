@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.files import whole_file
+from mfdetr_cache.files import disk_error, whole_file
 from mfdetr_cache.ops.plain_tensors import is_plain
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -48,6 +48,8 @@ def load_checkpoint(folder: Path, name: str = CHECKPOINT_FILE) -> dict[str, Any]
         if not isinstance(state, dict) or not all(map(is_plain, _tensors(state))):
             raise TypeError("no dictionary of plain tensors")
     except Exception as error:  # torch raises whatever its unpickler meets in damaged bytes
+        if isinstance(error, MemoryError) or disk_error(error):  # it may be whole all the same
+            raise HeadError(f"{path} cannot be read: {error}") from error
         raise HeadError(
             f"{path} is damaged; remove it to begin this run again with --resume"
         ) from error

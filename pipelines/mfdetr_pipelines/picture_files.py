@@ -36,6 +36,8 @@ def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern.removeprefix("file://"))
         if path.is_dir():
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise DatasetError(f"{pattern} may not be read by this user")
             files = sorted(
                 f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | _VIDEO_SUFFIXES
             )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import mfdetr_cli
@@ -17,6 +18,7 @@ from mfdetr_pipelines.config.training import RecipesConfig
 
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.training.recipes import RECIPES, build_recipe
+from tests.support.command import Finished, mfdetr
 
 METRICS = {"AP": 0.123, "AP50": 0.234, "AP75": 0.345, "APS": 0.456, "APM": 1.0, "APL": -1.0}
 NUMBERS = ("12.3", "23.4", "34.5", "45.6", "100.0")
@@ -42,6 +44,20 @@ def test_numbers_are_whole_at_any_width(
         # A line of a pipe is a row of the table.
         (line,) = [row for row in printed.splitlines() if "storey" in row]
         assert all(number in line for number in NUMBERS)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "", "-3", "x"])
+def test_a_width_that_is_none_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, columns: str, drawn_cache: Path
+) -> None:
+    def typed() -> Finished:
+        return mfdetr("cache", "info", drawn_cache, columns=columns)
+
+    done = typed()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Cache")
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
+    assert "drops the texts" in typed().stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)

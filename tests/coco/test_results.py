@@ -228,6 +228,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "iscrowd as truth": rewrite("iscrowd", bool, results=False),
     "iscrowd as float": rewrite("iscrowd", float, results=False),
     "iscrowd NaN": rewrite("iscrowd", lambda v: v or math.nan, results=False),
+    "is_crowd": lambda d: [a.update(is_crowd=a.pop("iscrowd")) for a in d[0]["annotations"]],
     "iscrowd null": rewrite("iscrowd", lambda v: v or None, results=False),
     "boxes as text": rewrite("bbox", str, results=True),
     "corners": rewrite("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]], results=True),

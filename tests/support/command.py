@@ -18,7 +18,7 @@ class Finished(NamedTuple):
     stderr: str
 
 
-def mfdetr(*arguments: object) -> Finished:
+def mfdetr(*arguments: object, columns: str = "80") -> Finished:
     """Run a command line through its entry point."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -28,7 +28,7 @@ def mfdetr(*arguments: object) -> Finished:
     ):
         patch.setattr(sys, "argv", ["mfdetr", *map(str, arguments)])
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
-        patch.setenv("COLUMNS", "80")
+        patch.setenv("COLUMNS", columns)
         with pytest.raises(SystemExit) as ended:
             main()
     return Finished(int(ended.value.code or 0), out.getvalue(), err.getvalue())
