@@ -162,13 +162,13 @@ def test_nobody_is_told_to_remove_what_may_not_be_read(
     with pytest.raises(HeadError, match=r"checkpoint\.pt cannot be read: ") as caught:
         load_checkpoint(tmp_path)
     assert "remove it" not in str(caught.value)
-    save_run_config(tmp_path, HeadConfig(), RunRecord())
+    save_run_config(tmp_path, HeadConfig(), RunRecord(detector={}))
     monkeypatch.setattr(Path, "read_bytes", failing)
     with pytest.raises(HeadError, match=r"config\.json cannot be read: x"):
         read_run_config(tmp_path)
     LocalStorage(tmp_path).write("zarr.json", [b"{}"])
     monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(CacheError, match=r"zarr\.json cannot be read: x"):
+    with pytest.raises(CacheError, match="json cannot be read: x"):
         read_root(LocalStorage(tmp_path))
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="may not be read by this user"):

@@ -65,6 +65,8 @@ def read_opened(storage: Storage) -> Opened:
     except FileNotFoundError:
         fault = f"{storage.name}/{FOUNDATION_KEY} is missing; {MEND}"
     except CacheError as error:
+        if attributes is None and isinstance(error.__cause__, OSError):
+            raise  # such as a folder that may not be read
         fault = str(error)
     else:
         if attributes is not None and attributes.values == kept.attributes:
@@ -85,14 +87,11 @@ def read_root(storage: Storage) -> Root:
 
 
 def _root_attributes(storage: Storage) -> Fields | None:
-    """Attributes of the root, if there are any; CacheError if it is there and cannot be read."""
-    try:
+    """Attributes of the root, if there are any."""
+    with contextlib.suppress(FileNotFoundError, CacheError):
         attributes = read_document(storage, ROOT_KEY).fields("attributes").fields(ATTRIBUTES_KEY)
-    except (FileNotFoundError, CacheError) as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        return None
-    return Fields(attributes.values, storage.name, CacheError)
+        return Fields(attributes.values, storage.name, CacheError)
+    return None
 
 
 def _is_foreign(storage: Storage, kept: Root, attributes: Fields | None) -> bool:

@@ -106,8 +106,7 @@ def _by_map(
     found = {}
     by_label = {_plain(name): label for label, name in reversed(list(enumerate(label_names)))}
     for name, target in mapped.items():
-        exact = [c for c in categories if name in (c.name, str(c.written_id))]
-        chosen = exact or [c for c in categories if is_called(c, name)]
+        chosen = called(categories, name)
         if not chosen:
             raise DatasetError(
                 f"--map {name}={target}: the dataset has no category {name!r}; it has "
@@ -208,9 +207,15 @@ def _warnings(table: Sequence[MatchedCategory], detector: str) -> tuple[str, ...
     return tuple(found)
 
 
-def is_called(category: Category, name: str) -> bool:
-    """Whether a category has a name, capitals and hyphens apart, or an id."""
-    return name == str(category.written_id) or _plain(name) == _plain(category.name)
+def called(categories: Sequence[Category], name: str) -> list[Category]:
+    """The categories that a user means: of this name, else of this id.
+
+    Capitals and hyphens count only where several differ in them.
+    """
+    of_name = [c for c in categories if _plain(c.name) == _plain(name)]
+    exact = [c for c in of_name if c.name == name]
+    # Where names are numbers, as of digits, one may be the id of another.
+    return exact or of_name or [c for c in categories if str(c.written_id) == name]
 
 
 def _plain(name: str) -> str:

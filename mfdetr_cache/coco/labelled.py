@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mfdetr_cache.coco.annotations import CocoSplit
-from mfdetr_cache.coco.categories import LabelMatch, MatchedCategory, is_called, match_labels
+from mfdetr_cache.coco.categories import LabelMatch, MatchedCategory, called, match_labels
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.options import OBJECT, LabelOptions
 from mfdetr_cache.errors import DatasetError
@@ -88,14 +88,15 @@ def _one_label(split: CocoSplit, spec: DetectorSpec) -> LabelMatch:
 
 
 def _only(split: CocoSplit, names: Sequence[str]) -> CocoSplit:
-    kept = tuple(c for c in split.categories if any(is_called(c, name) for name in names))
-    unknown = [n for n in names if not any(is_called(c, n) for c in kept)]
+    chosen = {name: called(split.categories, name) for name in names}
+    unknown = [name for name, found in chosen.items() if not found]
     if unknown:
         listed = ", ".join(c.name for c in split.categories[:10])
         raise DatasetError(
             f"--only {unknown[0]}: the dataset has no such category; it has {listed}"
         )
-    ids = {c.category_id for c in kept}
+    ids = {c.category_id for found in chosen.values() for c in found}
+    kept = tuple(c for c in split.categories if c.category_id in ids)
     annotations = {
         image_id: [a for a in objects if a.category_id in ids]
         for image_id, objects in split.annotations.items()

@@ -57,7 +57,7 @@ def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> 
     ids = set()
     for name in names:
         plain = name.strip().lower()
-        number = int(plain) if plain.isdigit() else by_name.get(plain)
+        number = by_name.get(plain, int(plain) if plain.isdecimal() and len(plain) < 20 else None)
         if number not in known:
             raise ConfigError(f"--hold-out {name}: no such category{nearest(plain, list(by_name))}")
         ids.add(number)

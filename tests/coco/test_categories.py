@@ -1,6 +1,6 @@
 import pytest
 
-from mfdetr_cache.coco.categories import match_labels
+from mfdetr_cache.coco.categories import called, match_labels
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
@@ -22,6 +22,16 @@ def test_names_are_compared_as_people_read_them() -> None:
     ]
     found = match_labels(["fire truck", "car", "caf\xe9"], categories, "d")
     assert found.label_categories == (3, 2, 1)
+
+
+def test_a_name_that_is_a_number_is_no_id() -> None:
+    """As digits have them: the category 3 is that of the name, and not that of the id."""
+    digits = [Category(i + 1, str(i)) for i in range(10)]
+    assert called(digits, "3") == [digits[3]]
+    assert called(digits, "10") == [digits[9]]
+    assert called([Category(1, "Car"), Category(2, "car")], "car") == [Category(2, "car")]
+    found = match_labels(["x", "three"], digits, "d", mapped={"3": "three"})
+    assert found.label_categories == (-1, 4)
 
 
 def test_91_outputs_are_category_ids() -> None:

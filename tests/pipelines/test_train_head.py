@@ -222,6 +222,8 @@ def test_held_out_categories_are_never_trained_on(tmp_path: Path, drawn_cache: P
     assert found.details["held_out"]["seen_AP"] == pytest.approx(np.mean(others))
     with pytest.raises(ConfigError, match="--hold-out elipse: no such category; did you mean"):
         train(drawn_cache, tmp_path / "other", hold_out=("elipse",))
+    with pytest.raises(ConfigError, match="--hold-out ²: no such category"):
+        train(drawn_cache, tmp_path / "other", hold_out=("²",))
 
 
 def test_a_stopped_run_is_measured_at_its_step(tmp_path: Path, drawn_cache: Path) -> None:

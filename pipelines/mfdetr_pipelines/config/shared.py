@@ -108,6 +108,9 @@ def parse_size(text: str) -> int:
     plain = text.strip().upper()
     unit = next((u for u in _UNITS if plain.endswith(u)), "")
     try:
-        return int(float(plain.removesuffix(unit)) * _UNITS[unit or "B"])
-    except ValueError:
-        raise ConfigError(f"{text!r} is no size; write 200GB, 500MB or 2TB") from None
+        size = int(float(plain.removesuffix(unit)) * _UNITS[unit or "B"])
+    except (ValueError, OverflowError):  # infinity is no number of bytes
+        size = 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is no size; write 200GB, 500MB or 2TB")
+    return size
