@@ -13,6 +13,8 @@ from mfdetr_cache.errors import MfdetrError, OutputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
+# Lustre without its flock option, some network disks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # Too large for ``ulimit -f`` or FAT, too many files, a disk that breaks or went away.
 FAILING = (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENXIO)
@@ -177,6 +179,7 @@ def is_taken(folder: Path) -> bool:
 def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Own a lock file, or share it with ``LOCK_SH``; raises ``busy`` if another process has it.
 
+    On a disk that knows no locks nobody is kept out.
     The file stays: who removes it could take it from under somebody else's lock.
     """
     try:
@@ -192,6 +195,9 @@ def locked_file(path: Path, busy: MfdetrError, kind: int = fcntl.LOCK_EX) -> Ite
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
             raise busy  # whoever had it has removed it since it was opened
         yield

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from mfdetr_cache.cache.foundation import read_root
+from mfdetr_cache.cache.locks import locked
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.storage.protocol import explained
 from mfdetr_cache.errors import CacheError, HeadError, OutputError
@@ -135,6 +136,25 @@ def test_what_is_half_written_or_a_lock_takes_no_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert is_taken(tmp_path)
     assert is_taken(tmp_path / "notes.txt")
+
+
+def test_a_disk_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre is mounted in many places; other errors are told."""
+
+    def flock(_file: object, _kind: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    error = errno.ENOSYS
+    with owned_results(tmp_path / "results"), locked(LocalStorage(tmp_path / "a.zarr")):
+        write_atomically(tmp_path / "results/a.json", b"one")
+    assert (tmp_path / "results/a.json").read_bytes() == b"one"
+    error = errno.EIO
+    with (
+        pytest.raises(CacheError, match="Input/output error"),
+        locked(LocalStorage(tmp_path / "b")),
+    ):
+        pass
 
 
 def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
