@@ -8,6 +8,9 @@ from types import FrameType
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+# What a command says of its work when one of them ends it.
+KEPT = "what was finished before is kept"
+
 # Whether one of them came. Not an Event, whose lock the main thread may hold when a handler runs.
 _came = False
 

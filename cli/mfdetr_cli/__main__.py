@@ -1,5 +1,20 @@
-"""``python -m mfdetr_cli``."""
+"""The ``mfdetr`` command, also as ``python -m mfdetr_cli``."""
 
-from mfdetr_cli.app import main
+import sys
 
-main()
+from mfdetr_cache.signals import KEPT, StoppedBySignal, ending_on_signals
+
+
+def main() -> None:
+    """Run the command line; signals end it in one line while it is still being imported, too."""
+    try:
+        with ending_on_signals():
+            from mfdetr_cli.app import main as run
+        run()
+    except StoppedBySignal as signal:
+        print(f"error: stopped by {signal}; {KEPT}", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

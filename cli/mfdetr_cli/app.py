@@ -36,7 +36,7 @@ from mfdetr_pipelines.config.training import RecipesConfig
 import mfdetr_cache
 from mfdetr_cache.errors import CheckFailedError, ConfigError, MfdetrError, StoppedError
 from mfdetr_cache.files import disk_error
-from mfdetr_cache.signals import StoppedBySignal, ending_on_signals
+from mfdetr_cache.signals import ending_on_signals
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
 from mfdetr_cli.json_file import require_json_place, require_written
 from mfdetr_cli.signature import command_of, help_of
@@ -59,24 +59,12 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
 
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
         module, _, function = where.partition(":")
-        try:
-            require_json_place(json)
-            getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
-            require_written()
-        except BaseException as error:
-            if (stopped := _signal_behind(error)) is None:
-                raise
-            raise StoppedError(f"stopped by {stopped}; what was finished before is kept") from None
+        require_json_place(json)
+        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
+        require_written()
 
     summary, about = help_of(kind)
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
-
-
-def _signal_behind(error: BaseException | None) -> StoppedBySignal | None:
-    """The signal that ended a command, also where what it interrupted fails on the way out."""
-    while error is not None and not isinstance(error, StoppedBySignal):
-        error = error.__context__
-    return error
 
 
 _register(app, "fit", FitConfig, "fit:fit")

@@ -1,14 +1,17 @@
 """Help pages in two columns of the same width throughout, options in their groups."""
 
+import contextlib
 import itertools
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.errors import ConfigError, StoppedError
+from mfdetr_cache.signals import KEPT, StoppedBySignal
 
 # Names that are wider put their text on the next line.
 _NAMES = 26
@@ -43,13 +46,43 @@ class HelpfulCommand(TyperCommand):
 
 
 class HelpfulGroup(TyperGroup):
-    """A group whose help tells the whole first line of every command."""
+    """A group whose help tells the whole first line of every command.
+
+    StoppedError for a signal, of which Click alone would make an empty line.
+    """
+
+    def make_context(self, *args: Any, **settings: Any) -> Any:  # noqa: ANN401
+        """Parse what was typed."""
+        with _stopping_in_one_line():
+            return super().make_context(*args, **settings)
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        """Run a command."""
+        with _stopping_in_one_line():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Write the commands in the order they were registered."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         rows = [(name, found.short_help or "") for name, found in commands if found is not None]
         _write_table(formatter, "Commands", rows, max(len(name) for name, _ in rows))
+
+
+@contextlib.contextmanager
+def _stopping_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if (stopped := _signal_behind(error)) is None:
+            raise
+        raise StoppedError(f"stopped by {stopped}; {KEPT}") from None
+
+
+def _signal_behind(error: BaseException | None) -> StoppedBySignal | None:
+    """The signal that ended a command, also where what it interrupted fails on the way out."""
+    while error is not None and not isinstance(error, StoppedBySignal):
+        error = error.__context__
+    return error
 
 
 def _write_table(

@@ -9,7 +9,9 @@ import types
 from typing import Any
 
 import pytest
+from mfdetr_cli import __main__ as entry
 from mfdetr_cli import app as app_module
+from mfdetr_cli.help import HelpfulCommand
 
 from mfdetr_cache.signals import StoppedBySignal, is_stopping, stop_on_signals
 
@@ -48,6 +50,33 @@ def test_a_signal_ends_any_command(
     assert (shown.out, shown.err) == ("", expected)
     assert [signal.getsignal(s) for s in ASKING] == before
     assert not is_stopping()
+
+
+@pytest.mark.parametrize("moment", ["importing", "parsing"])
+def test_a_signal_before_the_command_begins(
+    moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which Python makes a traceback, and Click an empty line."""
+
+    class Importing:
+        def __getattr__(self, _name: str) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+
+    def parse(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    if moment == "importing":
+        monkeypatch.setitem(sys.modules, "mfdetr_cli.app", Importing())  # type: ignore[arg-type]
+    monkeypatch.setattr(HelpfulCommand, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", ["mfdetr", "detectors"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    name = "SIGINT" if moment == "importing" else "SIGTERM"
+    assert ended.value.code == 130
+    expected = f"error: stopped by {name}; what was finished before is kept\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_fails_on_the_way_out_does_not_hide_the_signal(
