@@ -130,6 +130,12 @@ def main() -> None:
     except MfdetrError as error:
         _print_error(error)
         sys.exit(2)
+    except ImportError as error:
+        # torch under a limit of memory (ulimit -v); anything else that is not there is a bug.
+        if "failed to map segment" not in str(error):
+            raise
+        _print_error(MfdetrError(f"the memory that may be used is too small: {error}"))
+        sys.exit(2)
     except OSError as error:
         # A disk that is full or may not be written is nobody's bug, wherever it was noticed.
         if not disk_error(error):

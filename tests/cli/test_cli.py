@@ -327,6 +327,20 @@ def test_errors_have_exit_codes(
     assert capsys.readouterr().err == "error: something wrong\n"
 
 
+def test_too_little_memory_for_torch_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for said, kind in (("libtorch.so: failed to map segment", SystemExit), ("no x", ImportError)):
+
+        def fail(prog_name: str, said: str = said) -> None:
+            raise ImportError(said)
+
+        monkeypatch.setattr(app_module, "app", fail)
+        with pytest.raises(kind):
+            app_module.main()
+    assert capsys.readouterr().err.startswith("error: the memory that may be used is too small: ")
+
+
 def test_a_bug_gets_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(prog_name: str) -> None:
         raise ZeroDivisionError

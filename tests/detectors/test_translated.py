@@ -329,10 +329,17 @@ def test_another_input_size(tmp_path: Path) -> None:
     assert again.spec == wide.spec
     with pytest.raises(DetectorError, match="--input-size 100x100: the sides must be multiples of"):
         load_detector("rt-detr", path, DetectorOptions(input_size=(100,)))
-    with pytest.raises(DetectorError, match="does not run at 64 x 64: .* or fewer --num-queries"):
+    with pytest.raises(DetectorError, match="does not run at 64 x 64: it has more queries than"):
         load_detector("rt-detr", path, DetectorOptions(input_size=(64,)))
     with pytest.raises(DetectorError, match="--score-threshold: all queries of rt-detr are kept"):
         load_detector("rt-detr", path, DetectorOptions(score_threshold=0.1))
+
+
+def test_class_heads_without_an_output_are_refused(tmp_path: Path) -> None:
+    weights = {k: t[:0] if "score" in k else t for k, t in state_dict("rt-detr").items()}
+    torch.save({"model": weights}, tmp_path / "best.pth")
+    with pytest.raises(DetectorError, match="does not run at .*, and are its weights whole"):
+        load_detector("rt-detr", str(tmp_path / "best.pth"), DetectorOptions())
 
 
 def test_settings_that_are_read_come_back_with_tuned_weights(tmp_path: Path) -> None:

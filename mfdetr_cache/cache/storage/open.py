@@ -39,7 +39,7 @@ def _storage_at(location: str | Path) -> Storage:
     if isinstance(location, Path) or not separator:
         return LocalStorage(Path(location))
     if scheme == "file":
-        return LocalStorage(Path(rest))
+        return LocalStorage(Path(rest.removeprefix("localhost")))
     if scheme not in _SCHEMES:
         known = ", ".join(f"{s}://" for s in _SCHEMES)
         raise CacheError(f"{text}: unknown kind of store {scheme}://; use a folder, or {known}")

@@ -203,10 +203,13 @@ class HuggingFaceDetector(nn.Module):
         try:
             with torch.no_grad():
                 outputs, encoder_maps = self._run(blank, None)
-        except RuntimeError as error:  # more queries than cells, for one
+        except (RuntimeError, IndexError) as error:  # also of class heads without an output
+            said = str(error).partition("\n")[0]
+            if "selected index k" in said:
+                said = "it has more queries than cells in its maps"
             raise DetectorError(
-                f"{self._origin.where} does not run at {height} x {width}: {error}; give another "
-                "--input-size, or fewer --num-queries"
+                f"{self._origin.where} does not run at {height} x {width}: {said}; is its "
+                "--input-size large enough, and are its weights whole?"
             ) from error
         self._map_keys = self._choose_maps(encoder_maps, height)
         num_queries = int(outputs.logits.shape[1])
