@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mfdetr_cache.coco.faults import short
-from mfdetr_cache.coco.image_files import find_file, upright_size
+from mfdetr_cache.coco.image_files import upright_size
 from mfdetr_cache.coco.json_file import JsonFile
 from mfdetr_cache.coco.layouts import yaml_and_split
 from mfdetr_cache.errors import DatasetError, ImageError
@@ -195,8 +195,8 @@ def _labels_of(image: Path) -> Path:
     parts = list(image.parent.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    folder = Path(*parts)
-    return folder / find_file(folder, f"{image.stem}.txt")
+    plain, capitals = (Path(*parts, image.stem + ending) for ending in (".txt", ".TXT"))
+    return capitals if capitals.is_file() and not plain.is_file() else plain
 
 
 def _names(path: Path) -> dict[int | str, str]:

@@ -174,17 +174,21 @@ def test_a_yolo_list_of_several_folders(tmp_path: Path) -> None:
     shutil.copytree(folder / "train", folder / "more")
     (folder / "more/labels/a.txt").write_text("1 0 0 1 0 1 1\n1 0 0 1 0 1 1\n")
     (folder / "data.yaml").write_text(f"train: [more/images, train.txt]\nval: v.txt\n{NAMES}")
-    (folder / "train.txt").write_text("./train/images/a.png\n./train/images/gone.png\n")
+    (folder / "train/images/a%20.png").write_bytes((folder / "train/images/a.png").read_bytes())
+    (folder / "train/labels/a .txt").write_text("0 0 0 1 0 1 1\n")
+    listed = ("a.png", "a%20.png", "gone.png")
+    (folder / "train.txt").write_text("".join(f"./train/images/{name}\n" for name in listed))
     (folder / "v.txt").write_text("")
     files = find_split(folder, None)
     assert (files.images, files.annotations.name) == (folder, "data.yaml:train")
     with pytest.raises(
-        DatasetError, match=r"1 of 3 images cannot be used: .*train/images/gone\.png"
+        DatasetError, match=r"1 of 4 images cannot be used: .*train/images/gone\.png"
     ):
         load_coco_split(files.annotations, files.images)
     split = load_coco_split(files.annotations, files.images, on_bad="skip")
-    assert [e.file_name for e in split.images] == ["more/images/a.png", "train/images/a.png"]
-    assert [len(split.annotations[e.image_id]) for e in split.images] == [2, 1]
+    names = ["more/images/a.png", "train/images/a.png", "train/images/a%20.png"]
+    assert [e.file_name for e in split.images] == names
+    assert [len(split.annotations[e.image_id]) for e in split.images] == [2, 1, 0]
     assert split.name == "train"
     # The same split without a dataset's folder, as relabel is told it.
     assert load_coco_split(files.annotations, on_bad="skip").sha256 == split.sha256
