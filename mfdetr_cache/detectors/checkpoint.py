@@ -239,7 +239,9 @@ def _is_zip(path: Path) -> bool:
 def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     found = document
     if isinstance(document, Mapping):
-        for keys in _WEIGHT_KEYS:
+        # mmengine puts the averaged weights into state_dict, and the others into ema_state_dict.
+        swapped = "state_dict" in document and "meta" in document
+        for keys in _WEIGHT_KEYS if not swapped else (("state_dict",),):
             inner: object = document
             for key in keys:
                 inner = inner.get(key) if isinstance(inner, Mapping) else None

@@ -1,5 +1,7 @@
 """Checkpoints of detrex and mmdetection; their numbers are in tests/real/test_layout_goldens.py."""
 
+import gzip
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
+from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.conformance import DetectorConformance
+from mfdetr_cache.detectors.official.architecture import read_architecture
+from mfdetr_cache.detectors.official.detr import OfficialDetr
+from mfdetr_cache.detectors.official.layouts import read_source
 from mfdetr_cache.detectors.preprocess import Preprocessing, opencv_bilinear
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector, load_same_detector
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import detector_identity
-from tests.support.layouts import CLASSES, detector_of, document, random_tensors
+from tests.support.layouts import (
+    CLASSES,
+    FOLDER,
+    config,
+    detector_of,
+    document,
+    random_tensors,
+)
 
 # Of cv2 5.0.0.
 EXPECTED_SMALLER = [
@@ -28,6 +41,19 @@ EXPECTED_LARGER = [
     [[18, 55, 92], [95, 132, 169], [172, 209, 246]],
     [[36, 73, 110], [113, 150, 187], [190, 227, 8]],
 ]
+# Width, blocks of the third stage, window, levels, queries, rows of the query table.
+PUBLISHED = {
+    "detrex/dino_swin_tiny_224_4scale_12ep": (96, 6, 7, 4, 900, 900),
+    "detrex/dino_swin_small_224_4scale_12ep": (96, 18, 7, 4, 900, 900),
+    "detrex/dino_swin_base_384_4scale_12ep": (128, 18, 12, 4, 900, 900),
+    "detrex/dino_swin_large_224_4scale_12ep": (192, 18, 7, 4, 900, 900),
+    "detrex/dino_swin_large_384_4scale_12ep": (192, 18, 12, 4, 900, 900),
+    "detrex/dino_swin_large_384_5scale_12ep": (192, 18, 12, 5, 900, 900),
+    "detrex/h_deformable_detr_swin_tiny_two_stage_12ep": (96, 6, 7, 4, 300, 1800),
+    "detrex/h_deformable_detr_swin_large_two_stage_12ep": (192, 18, 7, 4, 300, 1800),
+    "detrex/h_deformable_detr_swin_large_two_stage_12ep_900queries": (192, 18, 7, 4, 900, 2400),
+    "mmdet/dino-5scale_swin-l_8xb2-12e_coco": (192, 18, 12, 5, 900, 900),
+}
 
 
 def write(path: Path, name: str, change: tuple[str, str] = ("", "")) -> str:
@@ -44,6 +70,31 @@ class TestConformance(DetectorConformance):
 
     def make_detector(self) -> Detector:
         return load_detector("dino", self.path)
+
+
+@pytest.mark.parametrize(("name", "expected"), PUBLISHED.items())
+def test_names_and_shapes_of_published_sizes(name: str, expected: tuple[int, ...]) -> None:
+    """Of models that their own code built from its own configurations, without weights."""
+    tables = json.loads(gzip.decompress((FOLDER / "published_swin.json.gz").read_bytes()))
+    tensors = {k: torch.rand(()).expand(shape) for k, shape in tables[name].items()}
+    settings = {"cfg": config("mmdet_dino_swin_5scale")}
+    source = read_source(Checkpoint(Path(name), tensors, settings=settings))
+    found = read_architecture(source.tensors, name, source.layout, source.arithmetic)
+    with torch.device("meta"):
+        ours = OfficialDetr(found).state_dict()
+    computed = {k for k in ours if k.endswith("relative_position_index")}
+    theirs = {k: v.shape for k, v in source.tensors.items() if k not in computed}
+    assert theirs == {k: v.shape for k, v in ours.items() if k not in computed}
+    backbone = found.backbone
+    assert backbone.heads == tuple(backbone.width // 32 << i for i in range(4))
+    assert expected == (
+        backbone.width,
+        backbone.depths[2],
+        backbone.window,
+        found.num_levels,
+        found.num_queries,
+        found.table_rows,
+    )
 
 
 @pytest.mark.parametrize("name", ["detrex_h_detr", "mmdet_dino", "mmdet_deformable_plain"])
@@ -98,7 +149,16 @@ def test_two_dinos_of_mmdetection_differ_in_their_configuration_alone(tmp_path: 
     [
         (("bgr_to_rgb=True", "bgr_to_rgb=False"), "data_preprocessor.bgr_to_rgb = False is not re"),
         (("pad_size_divisor=1", "pad_size_divisor=32"), "pad_size_divisor = 32 is not read"),
-        (("style='pytorch'", "style='caffe'"), "backbone.style = caffe is not read"),
+        (("type='SwinT", "style='caffe', type='SwinT"), "backbone.style = caffe is not read"),
+        (
+            ("type='SwinT", "type='mmpretrain.ConvNeXt', t='"),
+            "backbone.type = ConvNeXt is not read",
+        ),
+        (("qk_scale=None", "qk_scale=0.2"), "backbone.qk_scale = 0.2 is not read"),
+        (("act_cfg=None, ", ""), "neck.act_cfg = ReLU is not read"),
+        (("num_heads=8", "num_heads=4"), "decoder.layer_cfg.self_attn_cfg.num_heads = 4 is not re"),
+        (("ffn_drop=0.0", "act_cfg=dict(type='GELU')"), "ffn_cfg.act_cfg.type = GELU is not read"),
+        (("dict(keep_r", "dict(prob=1.0, type='RandomFlip'), dict(keep_r"), "step = RandomFlip is"),
         (("type='DINO'", "type='DDQDETR'"), "model.type = DDQDETR is not read; DINO and Def"),
         (("positional_encoding", "other"), r"is not that of a DINO .*'positional_encoding'"),
         (("model = dict(", "model = dict(("), r"its configuration \(meta.cfg\) cannot be read"),
@@ -125,6 +185,15 @@ def test_a_file_that_a_training_wrote(tmp_path: Path) -> None:
     torch.save(whole, tmp_path / "epoch_12.pth")
     assert b"getattr" in (tmp_path / "epoch_12.pth").read_bytes()
     assert load_detector("auto", str(tmp_path / "epoch_12.pth")).spec.label_names == CLASSES
+
+
+def test_mmengine_puts_the_averaged_weights_into_state_dict(tmp_path: Path) -> None:
+    """Its EMAHook swaps the two before it saves; the file has a counter beside the others."""
+    whole = document("mmdet_dino_swin_5scale", random_tensors("mmdet_dino_swin_5scale"))
+    last = {f"module.{key}": tensor + 1 for key, tensor in whole["state_dict"].items()}
+    torch.save(whole | {"ema_state_dict": last | {"steps": torch.tensor(7)}}, tmp_path / "e.pth")
+    expected = load_detector("dino", write(tmp_path / "c.pth", "mmdet_dino_swin_5scale")).spec
+    assert load_detector("dino", str(tmp_path / "e.pth")).spec == expected
 
 
 def test_files_that_lack_something(tmp_path: Path) -> None:

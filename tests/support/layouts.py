@@ -20,7 +20,9 @@ def detector_of(name: str) -> str:
     """Value for --detector."""
     if "deformable" in name:
         return "deformable-detr"
-    return {"detrex_h_detr": "h-detr", "detrex_dino_t20": "dino-t20"}.get(name, "dino")
+    if "h_detr" in name:
+        return "h-detr"
+    return "dino-t20" if name == "detrex_dino_t20" else "dino"
 
 
 def config(name: str, change: tuple[str, str] = ("", "")) -> str:
@@ -28,13 +30,24 @@ def config(name: str, change: tuple[str, str] = ("", "")) -> str:
     dino = "dino" in name
     near = "offset=0.0, temperature=20" if name.startswith("mmdet_dino") else "offset=-0.5"
     near = "offset=-0.5, temperature=10000" if "improved" in name else near
+    backbone = "backbone=dict(depth=50, norm_eval=True, style='pytorch', type='ResNet'),"
+    if "swin" in name:
+        backbone = (
+            "backbone=dict(mlp_ratio=4, qk_scale=None, type='SwinTransformer', with_cp=True),"
+        )
     text = f"""
 default_hooks = dict(checkpoint=dict(interval=1, type='CheckpointHook'))
 model = dict(
-    backbone=dict(depth=50, norm_eval=True, style='pytorch', type='ResNet'),
+    {backbone}
+    bbox_head=dict(loss_cls=dict(alpha=0.25, type='FocalLoss', use_sigmoid=True)),
     data_preprocessor=dict(
         bgr_to_rgb=True, mean=[123.675, 116.28, 103.53], pad_size_divisor=1,
         std=[58.395, 57.12, 57.375], type='DetDataPreprocessor'),
+    decoder=dict(layer_cfg=dict(self_attn_cfg=dict(embed_dims=256, num_heads=8))),
+    encoder=dict(layer_cfg=dict(ffn_cfg=dict(embed_dims=256, ffn_drop=0.0))),
+    neck=dict(
+        act_cfg=None, kernel_size=1, norm_cfg=dict(num_groups=32, type='GN'), num_outs=4,
+        type='ChannelMapper'),
     num_queries=12,
     positional_encoding=dict(normalize=True, num_feats=128, {near}),
     type='{"DINO" if dino else "DeformableDETR"}')

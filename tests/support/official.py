@@ -12,7 +12,9 @@ from mfdetr_cache.detectors.official.architecture import Architecture
 from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.detectors.official.detr import OfficialDetr
 
-_FOCAL = BackboneArchitecture("focalnet", (1, 1, 2, 1), 16, kernels=(3, 5, 7, 9), first_stage=0)
+_FOCAL = BackboneArchitecture(
+    "focalnet", (1, 1, 2, 1), 16, kernels=(3, 5, 7, 9), first_stage=0, divides=True
+)
 _FOCAL3 = BackboneArchitecture("focalnet", (1, 1, 1, 1), 16, kernels=(5, 7, 9), first_stage=1)
 _SWIN = BackboneArchitecture("swin", (2, 1, 1, 2), 16, (2, 2, 4, 4), 3)
 _SWIN5 = BackboneArchitecture("swin", (1, 1, 1, 1), 16, (2, 2, 4, 4), 4, first_stage=0)

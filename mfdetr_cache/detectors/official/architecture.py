@@ -87,7 +87,9 @@ _R50 = BackboneArchitecture("resnet", (3, 4, 6, 3), 256)
 _SWIN_T = BackboneArchitecture("swin", (2, 2, 6, 2), 96, (3, 6, 12, 24), 7)
 _SWIN_L7 = BackboneArchitecture("swin", (2, 2, 18, 2), 192, (6, 12, 24, 48), 7)
 _SWIN_L12 = BackboneArchitecture("swin", (2, 2, 18, 2), 192, (6, 12, 24, 48), 12)
-_FOCAL_L = BackboneArchitecture("focalnet", (2, 2, 18, 2), 192, kernels=(3, 5, 7, 9), first_stage=0)
+_FOCAL_L = BackboneArchitecture(
+    "focalnet", (2, 2, 18, 2), 192, kernels=(3, 5, 7, 9), first_stage=0, divides=True
+)
 
 # Name to its default; a checkpoint's shapes decide queries, levels, widths and depths.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -126,8 +128,12 @@ def read_architecture(
             scheme = "h-detr"
         rows = 0 if table is None else table.shape[0]
         backbone = read_backbone(weights)
-        if layout == "mmdetection" and backbone.kind == "swin":
-            backbone = replace(backbone, by_channel=True)
+        backbone = replace(
+            backbone,
+            by_channel=layout == "mmdetection" and backbone.kind == "swin",
+            # The official FocalNet-DINO with four focal levels divides, and no other.
+            divides=layout == "official" and len(backbone.kernels) == 4,
+        )
         return Architecture(
             scheme=scheme,
             backbone=backbone,

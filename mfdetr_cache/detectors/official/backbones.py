@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from mfdetr_cache.detectors.official.focalnet import FocalNet
+from mfdetr_cache.detectors.official.focalnet import FocalModulation, FocalNet
 from mfdetr_cache.detectors.official.swin import Swin
 
 BackboneKind = Literal["resnet", "swin", "focalnet"]
@@ -30,6 +30,7 @@ class BackboneArchitecture:
         kernels: Focal kernel sizes of the first stage (FocalNet).
         first_stage: First stage that enters the encoder: 1 for 4-scale, 0 for 5-scale detectors.
         by_channel: Whether a Swin merges patches channel by channel (mmdetection's does).
+        divides: Whether a FocalNet divides its modulator by the number of its terms.
     """
 
     kind: BackboneKind
@@ -40,6 +41,7 @@ class BackboneArchitecture:
     kernels: tuple[int, ...] = ()
     first_stage: int = 1
     by_channel: bool = False
+    divides: bool = False
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -99,6 +101,9 @@ class Backbone(nn.Module):
                 architecture.kernels,
                 architecture.first_stage,
             )
+            for module in self.body.modules():
+                if isinstance(module, FocalModulation):
+                    module.divides = architecture.divides
 
     def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Raw outputs of the four stages, and the encoder's input.

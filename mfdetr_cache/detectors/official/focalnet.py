@@ -13,8 +13,7 @@ class FocalModulation(nn.Module):
     def __init__(self, width: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
         self.width, self.levels = width, len(kernels)
-        # The published models with four levels divide the modulator, those with three do not.
-        self.divisor = self.levels + 1 if self.levels == 4 else 1
+        self.divides = False
         self.f = nn.Linear(width, 2 * width + self.levels + 1)
         self.h = nn.Conv2d(width, width, 1)
         self.proj = nn.Linear(width, width)
@@ -34,7 +33,9 @@ class FocalModulation(nn.Module):
             context = layer(context)
             gathered = gathered + context * gates[:, level : level + 1]
         whole = functional.gelu(context.mean(dim=(2, 3), keepdim=True))
-        gathered = (gathered + whole * gates[:, self.levels :]) / self.divisor
+        gathered = gathered + whole * gates[:, self.levels :]
+        if self.divides:
+            gathered = gathered / (self.levels + 1)
         modulated: Tensor = self.proj((query * self.h(gathered)).permute(0, 2, 3, 1))
         return modulated
 

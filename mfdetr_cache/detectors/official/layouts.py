@@ -1,6 +1,7 @@
 """Checkpoints of detrex and mmdetection under the names of the official code."""
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -91,6 +92,32 @@ _MMDETECTION: Rules = (
     (r"^reference_points_fc\.", "reference_points."),
     (r"^(encoder|decoder|level_embed|enc_output|pos_trans|reference_points)", r"transformer.\1"),
 )
+
+# What changes numbers and no tensor tells, in a configuration of mmdetection: its value where it is
+# left out, and those that are read.
+_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "positional_encoding.normalize": (False, (True,)),
+    "positional_encoding.scale": (math.tau, (math.tau,)),
+    "positional_encoding.eps": (1e-6, (1e-6,)),
+    "data_preprocessor.bgr_to_rgb": (False, (True,)),
+    "data_preprocessor.pad_size_divisor": (1, (1,)),
+    "backbone.type": (None, ("ResNet", "SwinTransformer")),
+    "backbone.style": ("pytorch", ("pytorch",)),
+    "backbone.strides": (None, (None, [1, 2, 2, 2], [4, 2, 2, 2])),
+    "backbone.dilations": (None, (None, [1, 1, 1, 1])),
+    "backbone.qk_scale": (None, (None,)),
+    "backbone.act_cfg.type": ("GELU", ("GELU",)),
+    "neck.type": (None, ("ChannelMapper",)),
+    "neck.act_cfg": ("ReLU", (None,)),
+    "neck.norm_cfg.num_groups": (None, (32,)),
+    "encoder.layer_cfg.self_attn_cfg.num_heads": (8, (8,)),
+    "encoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
+    "decoder.layer_cfg.self_attn_cfg.num_heads": (8, (8,)),
+    "decoder.layer_cfg.cross_attn_cfg.num_heads": (8, (8,)),
+    "decoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
+    "bbox_head.loss_cls.use_sigmoid": (False, (True,)),
+}
+_STEPS = ("LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +220,16 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         for step in config["test_dataloader"]["dataset"]["pipeline"]
     }
     resize = steps["Resize"]
-    expected = {
-        "model.type": (model["type"], kind in ("DINO", "DeformableDETR")),
-        "positional_encoding.normalize": (value := encoding.get("normalize"), value is True),
-        "data_preprocessor.bgr_to_rgb": (value := pixels.get("bgr_to_rgb"), value is True),
-        "pad_size_divisor": (value := pixels.get("pad_size_divisor", 1), value == 1),
-        "Pad": (steps.get("Pad"), "Pad" not in steps),
-        "Resize.backend": (value := resize.get("backend", "cv2"), value == "cv2"),
-        "Resize.interpolation": (
-            value := resize.get("interpolation", "bilinear"),
-            value == "bilinear",
-        ),
-        "backbone.style": (value := model["backbone"].get("style", "pytorch"), value == "pytorch"),
+    unknown = next((name for name in steps if name not in _STEPS), None)
+    found = {
+        "model.type": (kind, ("DINO", "DeformableDETR")),
+        "test pipeline's step": (unknown, (None,)),
+        "Resize.backend": (resize.get("backend", "cv2"), ("cv2",)),
+        "Resize.interpolation": (resize.get("interpolation", "bilinear"), ("bilinear",)),
+        **{name: (_setting(model, name, left), read) for name, (left, read) in _SETTINGS.items()},
     }
-    for name, (value, follows) in expected.items():
-        if not follows:
+    for name, (value, read) in found.items():
+        if value not in read:
             raise DetectorError(
                 f"{where}: mmdetection's {name} = {value} is not read; DINO and Deformable DETR "
                 "with RGB input, without padding and a torchvision ResNet or a Swin are"
@@ -237,6 +259,16 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _setting(model: Mapping[str, Any], name: str, left_out: object) -> object:
+    """A value of the configuration's model, of a type the last part of its name."""
+    value: Any = model
+    *outer, last = name.split(".")
+    for key in outer:
+        value = value.get(key) or {}
+    value = value.get(last, left_out)
+    return value.rpartition(".")[2] if last == "type" and isinstance(value, str) else value
+
+
 def _three(values: list[float]) -> tuple[float, float, float]:
     red, green, blue = map(float, values)
     return red, green, blue
@@ -263,7 +295,9 @@ def _plain(node: ast.expr) -> Any:  # noqa: ANN401  any value of a configuration
     """A value of literals and ``dict(...)``; None for any other expression."""
     match node:
         case ast.Call(func=ast.Name(id="dict")):
-            return {k.arg: _plain(k.value) for k in node.keywords}
+            inner = [_plain(mapping) for mapping in node.args]
+            named = {k.arg: _plain(k.value) for k in node.keywords}
+            return {k: v for given in (*inner, named) for k, v in given.items()}
         case ast.List() | ast.Tuple():
             return [_plain(item) for item in node.elts]
         case ast.Dict():
