@@ -262,12 +262,8 @@ def _detector_of(weights: str | None) -> str:
         with contextlib.suppress(DetectorError):
             found.append(read_architecture(tensors, weights).scheme)
     if not found:
-        old = any(key.startswith("bbox_head.transformer.") for key in tensors)
-        named = (
-            ": it has the names of mmdetection 2; those of mmdetection 3 are read" if old else ""
-        )
         raise DetectorError(
-            f"{weights} is no checkpoint of a known detector{named}; 'mfdetr detectors' lists them"
+            f"{weights} is no checkpoint of a known detector; 'mfdetr detectors' lists them"
         )
     if len(found) > 1:
         raise DetectorError(

@@ -25,9 +25,62 @@ def detector_of(name: str) -> str:
     return "dino-t20" if name == "detrex_dino_t20" else "dino"
 
 
+_VERSION_2 = """
+model = dict(
+    type='DeformableDETR',
+    backbone=dict(type='ResNet', depth=50, style='pytorch'),
+    neck=dict(type='ChannelMapper', act_cfg=None, norm_cfg=dict(type='GN', num_groups=32)),
+    bbox_head=dict(
+        type='DeformableDETRHead',
+        num_query=12,
+        as_two_stage=AS_TWO_STAGE,
+        transformer=dict(
+            type='DeformableDetrTransformer',
+            two_stage_num_proposals=12,
+            encoder=dict(
+                transformerlayers=dict(
+                    attn_cfgs=dict(type='MultiScaleDeformableAttention', embed_dims=256),
+                    operation_order=('self_attn', 'norm', 'ffn', 'norm'))),
+            decoder=dict(
+                transformerlayers=dict(
+                    attn_cfgs=[
+                        dict(type='MultiheadAttention', embed_dims=256, num_heads=8),
+                        dict(type='MultiScaleDeformableAttention', embed_dims=256)
+                    ],
+                    operation_order=('self_attn', 'norm', 'cross_attn', 'norm', 'ffn', 'norm')))),
+        positional_encoding=dict(num_feats=128, normalize=True, offset=-0.5),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True)))
+data = dict(
+    test=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(
+                type='MultiScaleFlipAug',
+                img_scale=(1333, 800),
+                flip=False,
+                transforms=[
+                    dict(type='Resize', keep_ratio=True),
+                    dict(type='RandomFlip'),
+                    dict(
+                        type='Normalize',
+                        mean=[123.675, 116.28, 103.53],
+                        std=[58.395, 57.12, 57.375],
+                        to_rgb=True),
+                    dict(type='Pad', size_divisor=1),
+                    dict(type='ImageToTensor', keys=['img']),
+                    dict(type='Collect', keys=['img'])
+                ])
+        ]))
+"""
+
+
 def config(name: str, change: tuple[str, str] = ("", "")) -> str:
-    """What mmengine writes into a file, in part; ``change`` replaces a piece of it."""
-    dino = "dino" in name
+    """What mmengine or mmcv writes into a file, in part; ``change`` replaces a piece of it."""
+    if name.startswith("mmdet2"):
+        text = _VERSION_2.replace("AS_TWO_STAGE", str("two_stage" in name))
+        assert change[0] in text
+        return text.replace(*change)
+    kind = "DINO" if "dino" in name else "DeformableDETR"
     near = "offset=0.0, temperature=20" if name.startswith("mmdet_dino") else "offset=-0.5"
     near = "offset=-0.5, temperature=10000" if "improved" in name else near
     backbone = "backbone=dict(depth=50, norm_eval=True, style='pytorch', type='ResNet'),"
@@ -39,7 +92,7 @@ def config(name: str, change: tuple[str, str] = ("", "")) -> str:
 default_hooks = dict(checkpoint=dict(interval=1, type='CheckpointHook'))
 model = dict(
     {backbone}
-    bbox_head=dict(loss_cls=dict(alpha=0.25, type='FocalLoss', use_sigmoid=True)),
+    bbox_head=dict(loss_cls=dict(type='FocalLoss', use_sigmoid=True), type='{kind}Head'),
     data_preprocessor=dict(
         bgr_to_rgb=True, mean=[123.675, 116.28, 103.53], pad_size_divisor=1,
         std=[58.395, 57.12, 57.375], type='DetDataPreprocessor'),
@@ -50,7 +103,7 @@ model = dict(
         type='ChannelMapper'),
     num_queries=12,
     positional_encoding=dict(normalize=True, num_feats=128, {near}),
-    type='{"DINO" if dino else "DeformableDETR"}')
+    type='{kind}')
 test_dataloader = dict(batch_size=1, dataset=dict(pipeline=[
     dict(backend_args=None, type='LoadImageFromFile'),
     dict(keep_ratio=True, scale=(1333, 800), type='Resize')]))
@@ -71,6 +124,8 @@ def document(
     if name.startswith("detrex"):
         return {"model": tensors, "iteration": 7}
     meta = {"cfg": config(name, change), "epoch": 12, "dataset_meta": {"classes": CLASSES}}
+    if name.startswith("mmdet2"):
+        meta = {"config": config(name, change), "epoch": 12, "CLASSES": CLASSES}
     return {"meta": meta, "state_dict": tensors, "message_hub": {}}
 
 

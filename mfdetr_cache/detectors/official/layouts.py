@@ -45,9 +45,10 @@ _DETREX_PREPROCESSING = replace(
 _MARKS: dict[str, Layout] = {
     "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
     "encoder.layers.0.self_attn.sampling_offsets.weight": "mmdetection",
+    "bbox_head.transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "mmdetection",
 }
 # Of a training only, or computed.
-_UNUSED = r"num_batches_tracked$|^label_enc\.|^dn_query_generator\."
+_UNUSED = r"num_batches_tracked$|^label_enc\.|^dn_query_generator\.|^ema_"
 
 _LAYERS: Rules = (
     (r"^neck\.convs\.(\d+)\.conv\.", r"input_proj.\1.0."),
@@ -75,6 +76,11 @@ _DETREX: Rules = (
     (r"^query_embedding\.", "query_embed."),
 )
 _MMDETECTION: Rules = (
+    # Version 2 has all of it below its head.
+    (r"^bbox_head\.transformer\.level_embeds$", "level_embed"),
+    (r"^bbox_head\.(?:transformer\.|(?=query_embedding\.))", ""),
+    (r"^((?:en|de)coder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
+    (r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn."),
     (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
     (r"^(backbone\.)stages(\..*)\.linear([12])\.", r"\1layers\2.mlp.fc\3."),
     (r"^backbone\.stages\.", "backbone.layers."),
@@ -93,6 +99,7 @@ _MMDETECTION: Rules = (
     (r"^(encoder|decoder|level_embed|enc_output|pos_trans|reference_points)", r"transformer.\1"),
 )
 
+_ATTEND, _REFINE = ("self_attn", "norm"), ("ffn", "norm")
 # What changes numbers and no tensor tells, in a configuration of mmdetection: its value where it is
 # left out, and those that are read.
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -115,6 +122,10 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "decoder.layer_cfg.self_attn_cfg.num_heads": (8, (8,)),
     "decoder.layer_cfg.cross_attn_cfg.num_heads": (8, (8,)),
     "decoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
+    "encoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, *_REFINE])),
+    "decoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, "cross_attn", "norm", *_REFINE])),
+    "bbox_head.type": (None, ("DINOHead", "DeformableDETRHead")),
+    "bbox_head.transformer.type": (None, (None, "DeformableDetrTransformer")),
     "bbox_head.loss_cls.use_sigmoid": (False, (True,)),
 }
 _STEPS = ("LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs")
@@ -155,9 +166,11 @@ class Source:
         written = carry_back(state, self.names, self.checkpoint.tensors)
         if self.layout == "detrex":
             return {"model": written}
-        meta = {"cfg": self.checkpoint.settings["cfg"]}
-        classes = {"classes": self.checkpoint.class_names}
-        return {"state_dict": written, "meta": {**meta, "dataset_meta": classes}}
+        settings, names = self.checkpoint.settings, self.checkpoint.class_names
+        meta = {"cfg": settings.get("cfg"), "dataset_meta": {"classes": names}}
+        if meta["cfg"] is None:
+            meta = {"config": settings["config"], "CLASSES": names}
+        return {"state_dict": written, "meta": meta}
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -199,13 +212,14 @@ def _of_mmdetection(
 ) -> Source:
     """What the configuration in the file says; two of DINO have equal tensors and other numbers."""
     where = str(checkpoint.path)
-    config = _configuration(checkpoint.settings.get("cfg"), where)
+    settings = checkpoint.settings
+    config = _configuration(settings.get("cfg", settings.get("config")), where)
     try:
-        followed = _follow(config, where)
+        followed = _follow(config if "cfg" in settings else _as_version_3(config), where)
     except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
         raise DetectorError(
             f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
-            f"mmdetection 3 ({error})"
+            f"mmdetection ({error})"
         ) from error
     return Source("mmdetection", renamed, checkpoint, names=names, **followed)
 
@@ -256,6 +270,52 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             1e-5,
         ),
         "num_queries": int(model.get("num_queries", 300)),
+    }
+
+
+def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`_follow` reads, of a configuration of mmdetection 2."""
+    model = config["model"]
+    head = model["bbox_head"]
+    transformer = head["transformer"]
+    outer = {step["type"]: step for step in config["data"]["test"]["pipeline"]}
+    augment = outer.pop("MultiScaleFlipAug")
+    steps = {step["type"]: step for step in augment["transforms"]}
+    normalize, pad = steps.pop("Normalize"), steps.get("Pad", {})
+    resize = {**steps.pop("Resize"), "scale": augment["img_scale"]}
+    done = {"ImageToTensor", "DefaultFormatBundle", "Collect"}
+    done |= set() if augment.get("flip") else {"RandomFlip"}
+    done |= {"Pad"} if pad.keys() <= {"type", "size_divisor"} else set()
+    left = [step for name, step in steps.items() if name not in done]
+    parts = {}
+    for part in ("encoder", "decoder"):
+        layer = transformer[part]["transformerlayers"]
+        attention = layer["attn_cfgs"]
+        attention = attention if isinstance(attention, list) else [attention]
+        parts[part] = {
+            "layer_cfg": {
+                "operation_order": layer["operation_order"],
+                "self_attn_cfg": attention[0],
+                "cross_attn_cfg": attention[-1],
+                "ffn_cfg": {**layer, **layer.get("ffn_cfgs", {})},
+            }
+        }
+    two_stage = head.get("as_two_stage", False)
+    queries = transformer.get("two_stage_num_proposals", 300) if two_stage else head["num_query"]
+    return {
+        "model": {
+            **model,
+            **parts,
+            "positional_encoding": head["positional_encoding"],
+            "num_queries": queries,
+            "data_preprocessor": {
+                "mean": normalize["mean"],
+                "std": normalize["std"],
+                "bgr_to_rgb": normalize.get("to_rgb", True),
+                "pad_size_divisor": pad.get("size_divisor", 1),
+            },
+        },
+        "test_dataloader": {"dataset": {"pipeline": [*outer.values(), resize, *left]}},
     }
 
 
