@@ -209,6 +209,8 @@ def test_averaged_weights_of_version_2_are_under_the_own_names(tmp_path: Path) -
     torch.save(whole, tmp_path / "e.pth")
     assert load_detector("auto", str(tmp_path / "e.pth")).spec == expected
     assert (expected.num_queries, expected.settings["offset"]) == (12, 0.5)
+    kept = load_detector("auto", write(tmp_path / "c.pth", name, ("keep_ratio=True", "a=1")))
+    assert kept.input_geometry((480, 640)).input_hw == (800, 1067)
 
 
 def test_a_file_that_a_training_wrote(tmp_path: Path) -> None:

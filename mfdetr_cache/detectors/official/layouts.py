@@ -216,7 +216,7 @@ def _of_mmdetection(
     config = _configuration(settings.get("cfg", settings.get("config")), where)
     try:
         followed = _follow(config if "cfg" in settings else _as_version_3(config), where)
-    except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DetectorError(
             f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
             f"mmdetection ({error})"
@@ -282,7 +282,7 @@ def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
     augment = outer.pop("MultiScaleFlipAug")
     steps = {step["type"]: step for step in augment["transforms"]}
     normalize, pad = steps.pop("Normalize"), steps.get("Pad", {})
-    resize = {**steps.pop("Resize"), "scale": augment["img_scale"]}
+    resize = {"keep_ratio": True, **steps.pop("Resize"), "scale": augment["img_scale"]}
     done = {"ImageToTensor", "DefaultFormatBundle", "Collect"}
     done |= set() if augment.get("flip") else {"RandomFlip"}
     done |= {"Pad"} if pad.keys() <= {"type", "size_divisor"} else set()
