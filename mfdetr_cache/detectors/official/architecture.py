@@ -152,8 +152,8 @@ def read_architecture(
     except KeyError as error:
         written = "in the official layout" if layout == "official" else f"as {layout} writes it"
         raise DetectorError(
-            f"{where} is no checkpoint of Deformable DETR, H-DETR or DINO with a ResNet, Swin or "
-            f"FocalNet {written}: it has no {error.args[0]}"
+            f"{where} is no checkpoint of Deformable DETR, H-DETR or DINO with a ResNet, Swin, "
+            f"FocalNet or ConvNeXt {written}: it has no {error.args[0]}"
         ) from None
 
 
@@ -188,6 +188,11 @@ def read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
         width = weights[f"{body}layer1.0.conv3.weight"].shape[0]
         first_stage = 0 if first_width == width else 1
         return BackboneArchitecture("resnet", depths, width, first_stage=first_stage)
+    if f"{body}stages.0.0.dwconv.weight" in weights:
+        depths = tuple(_count(weights, rf"{plain}stages\.{i}\.(\d+)\.") for i in range(4))
+        width = weights[f"{body}downsample_layers.0.0.weight"].shape[0]
+        first_stage = 0 if first_width == width else 1
+        return BackboneArchitecture("convnext", depths, width, first_stage=first_stage)
     depths = tuple(_count(weights, rf"{plain}layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
     width = weights[f"{body}patch_embed.proj.weight"].shape[0]
     first_stage = 0 if first_width == width else 1

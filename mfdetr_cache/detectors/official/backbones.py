@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from mfdetr_cache.detectors.official.convnext import ConvNeXt
 from mfdetr_cache.detectors.official.focalnet import FocalModulation, FocalNet
 from mfdetr_cache.detectors.official.swin import Swin
 
-BackboneKind = Literal["resnet", "swin", "focalnet"]
+BackboneKind = Literal["resnet", "swin", "focalnet", "convnext"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ class BackboneArchitecture:
         """Its name for people."""
         if self.kind == "resnet":
             return f"ResNet-{3 * sum(self.depths) + 2}"
-        name = "Swin" if self.kind == "swin" else f"FocalNet fl{len(self.kernels)}"
+        name = {"swin": "Swin", "convnext": "ConvNeXt"}.get(
+            self.kind, f"FocalNet fl{len(self.kernels)}"
+        )
         return f"{name} of width {self.width}, depths {'-'.join(map(str, self.depths))}"
 
 
@@ -94,6 +97,8 @@ class Backbone(nn.Module):
                 architecture.first_stage,
                 by_channel=architecture.by_channel,
             )
+        elif architecture.kind == "convnext":
+            self.body = ConvNeXt(architecture.width, architecture.depths, architecture.first_stage)
         else:
             self.body = FocalNet(
                 architecture.width,
