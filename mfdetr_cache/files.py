@@ -15,7 +15,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 # Lustre without its flock option, some network disks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+NO_SUCH_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 # Too large for ``ulimit -f`` or FAT, too many files, a disk that breaks or went away.
 FAILING = (errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENXIO)
 # Files with these endings are nobody's: half written, or there to be locked.

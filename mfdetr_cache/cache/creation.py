@@ -77,6 +77,8 @@ def _not_free(storage: Storage) -> CacheError:
 
 def _create_folder(path: Path, content: CacheContent) -> None:
     """Fill a folder beside the cache and rename it; of several processes, the first one does."""
+    # A link stands for a place on another disk; no folder can be put in the place of the link.
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(path.parent, os.O_RDONLY)
     try:

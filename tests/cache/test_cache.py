@@ -27,6 +27,7 @@ from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.fields import Fields
+from mfdetr_cache.files import disk_error
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
@@ -297,6 +298,25 @@ def test_a_cache_needs_a_place_of_its_own(
     with pytest.raises(CacheError, match="pipe exists and is no cache; nothing was touched"):
         CacheWriter.open_or_create(Path("pipe"), content)
     assert [f.name for f in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_to_another_disk_becomes_a_cache(
+    tmp_path: Path, content: CacheContent, is_there: bool
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    if is_there:
+        (other / "c.zarr").mkdir()
+    (tmp_path / "c.zarr").symlink_to("other/c.zarr")
+    for _ in range(2):
+        CacheWriter.open_or_create(tmp_path / "c.zarr", content)
+    assert (tmp_path / "c.zarr").is_symlink()
+    assert [f.name for f in other.iterdir()] == ["c.zarr"]
+    assert (other / "c.zarr/zarr.json").is_file()
+    with pytest.raises(OSError, match="File exists") as caught:
+        CacheWriter.open_or_create(other / "c.zarr/zarr.json/new.zarr", content)
+    assert disk_error(caught.value)  # which the command says in one line
 
 
 def test_a_folder_beside_the_cache_is_not_written_over(
