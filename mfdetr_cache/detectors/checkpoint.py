@@ -37,7 +37,7 @@ _WEIGHT_KEYS = (
     ("module",),
 )
 # Where training scripts keep their arguments.
-_SETTING_KEYS = (
+_SETTING_KEYS = [
     "args",
     "model_config",
     "hyper_parameters",
@@ -45,7 +45,7 @@ _SETTING_KEYS = (
     "config",
     "cfg",
     "meta",
-)
+]
 # What torch says of a name that it does not know, and of a class that is filled like a dictionary.
 _UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
 _FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
@@ -54,16 +54,8 @@ _BLOCK = 2**20
 _NAME_KEYS = ("class_names", "classes", "names", "categories")
 # Nothing of these modules is configuration: a file that names them wants to do something.
 _REFUSED_MODULES = {
-    "ctypes",
-    "importlib",
-    "nt",
-    "os",
-    "posix",
-    "runpy",
-    "shutil",
-    "socket",
-    "subprocess",
-    "sys",
+    *("ctypes", "importlib", "nt", "os", "posix"),
+    *("runpy", "shutil", "socket", "subprocess", "sys"),
 }
 
 
@@ -72,7 +64,6 @@ class Checkpoint:
     """The content of a checkpoint file.
 
     Attributes:
-        path: The file.
         tensors: The state dict; prefixes of wrappers (``module.``, ``model.``) are removed.
         class_names: Names of the classes in the order of the file; empty where it has none.
         settings: Plain values of the training arguments stored with the weights.
@@ -108,8 +99,6 @@ class _InertDict(_Inert):
 
 
 class _InertList(list[object]):
-    """Stands for a queue."""
-
     def __new__(cls, *_args: object) -> "_InertList":
         return super().__new__(cls)
 
@@ -219,15 +208,11 @@ def _inert(path: Path, name: str) -> type:
     is_function = module == "builtins" and not isinstance(getattr(builtins, kind, None), type)
     # mmengine's logs name their methods by getattr; what stands for it here looks nothing up.
     if (is_function and kind != "getattr") or module.split(".")[0] in _REFUSED_MODULES:
-        raise _asks_for(path, name)
+        raise DetectorError(
+            f"{path} asks for {name} to be run while loading, which is refused; save its state "
+            "dict alone (torch.save(checkpoint['model'], ...)) where you trust it"
+        )
     return _InertList if name == "collections.deque" else type(kind, (_Inert,), {})
-
-
-def _asks_for(path: Path, what: str) -> DetectorError:
-    return DetectorError(
-        f"{path} asks for {what} to be run while loading, which is refused; save its state dict "
-        "alone (torch.save(checkpoint['model'], ...)) where you trust it"
-    )
 
 
 def _is_zip(path: Path) -> bool:

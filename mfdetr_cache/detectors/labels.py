@@ -2,28 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
 from mfdetr_cache.errors import DetectorError
 
-# The 80 categories of COCO, by their ids (Lin et al., "Microsoft COCO", 2014; ids of the 2017
-# annotation files, 1 to 90 with ten left out).
-_NAMES = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
-hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
-ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
-glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
-dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
-clock, vase, scissors, teddy bear, hair drier, toothbrush
-"""
-_IDS_LEFT_OUT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_NAMES: dict[int, str] = dict(
-    zip(
-        [i for i in range(1, 91) if i not in _IDS_LEFT_OUT],
-        [" ".join(name.split()) for name in _NAMES.split(",")],
-        strict=True,
-    )
-)
+# The 80 categories of COCO by their ids, 1 to 90 with ten left out.
+COCO_NAMES: dict[int, str] = {
+    category_id: name
+    for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if name not in ("__background__", "N/A")
+}
 
 # Outputs that are no class, at most: one that RF-DETR never trains, and the root of a Roboflow
 # dataset.
@@ -39,15 +27,9 @@ def output_names(
 ) -> tuple[str, ...]:
     """A name for every output of a detector; ``LABEL_i`` where none is known.
 
-    Args:
-        num_outputs: Class outputs, "no object" not among them.
-        known: Names stored with the weights, by output.
-        given: The user's names, which replace them; empty for none.
-        where: The weights, for the message.
-        spare_outputs: Maximum number of unnamed outputs, see :func:`names_of_checkpoint`.
-
-    Raises:
-        DetectorError: If the number of given names does not fit.
+    ``num_outputs`` does not count "no object". The user's names, if ``given``, replace those
+    ``known`` from the weights, which a message calls ``where``; DetectorError if there are not as
+    many as outputs, ``spare_outputs`` of which may have none, see :func:`names_of_checkpoint`.
     """
     if given:
         if not 0 <= num_outputs - len(given) <= spare_outputs:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import ImageGeometry
@@ -75,10 +75,7 @@ class Preprocessing:
         )
 
     def with_size(self, sides: Sequence[int]) -> "Preprocessing":
-        """With another input size, as ``--input-size`` gives it; empty for no other.
-
-        DetectorError if the longer side is the shorter one.
-        """
+        """With another ``--input-size``, if any; DetectorError if its sides are the wrong way."""
         if not sides:
             return self
         if self.height is not None:
@@ -127,6 +124,22 @@ class Preprocessing:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             values.sub_(mean[:, None, None]).div_(std[:, None, None])
         return values
+
+
+class PreprocessedDetector(nn.Module):
+    """A detector whose input is made by a :class:`Preprocessing`."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self._preprocessing = preprocessing
+
+    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
+        """See :meth:`Detector.input_geometry`."""
+        return self._preprocessing.input_geometry(original_hw, shortest_edge)
+
+    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
+        """See :meth:`Detector.preprocess`."""
+        return self._preprocessing(image, shortest_edge)
 
 
 def sides_to_fit(sides: Sequence[int], longest: int) -> tuple[int, int]:

@@ -33,10 +33,7 @@ class Detector(Protocol):
         """
 
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """The network input of one RGB image, float32, shape (3, H, W), without padding.
-
-        ``shortest_edge`` as in :meth:`input_geometry`.
-        """
+        """The network input of one RGB image, float32, shape (3, H, W), without padding."""
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """Run the frozen detector on preprocessed images, shape (B, 3, H, W).

@@ -32,12 +32,7 @@ from mfdetr_cache.detectors.torchvision.loading import (
 from mfdetr_cache.detectors.translated.loading import AUTHORS, load_authors_detector, recognised
 from mfdetr_cache.detectors.wrapped import AmpDetector, ClassAgnosticDetector
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.identity import (
-    Identity,
-    detector_identity,
-    require_same,
-    spec_from_identity,
-)
+from mfdetr_cache.identity import Identity, detector_identity, require_same, spec_from_identity
 from mfdetr_cache.ops.devices import exact_float32
 
 # The weights say which detector they are.
@@ -85,14 +80,10 @@ class DetectorListing:
 
     Attributes:
         name: Value for ``--detector``.
-        model: Display name of the family.
         weights: Value for ``--weights``.
-        encoder_maps: Description of its encoder maps.
         checked: Reference its outputs were verified against.
-        backbone: Its backbone.
         levels: Strides of the encoder maps.
         width: Channels of queries and encoder maps.
-        queries: Queries at test time.
         c1: Source of the stride-4 map, or its channels.
         paper: Numbers of the paper's tables with this detector; empty for none.
     """
@@ -185,7 +176,7 @@ def load_detector(
     options: DetectorOptions | None = None,
     categories: Sequence[str] = (),
 ) -> Detector:
-    """A frozen detector on the CPU, in evaluation mode.
+    """A frozen detector on the CPU, in evaluation mode; this process computes exact float32 then.
 
     Args:
         name: Its name in ``mfdetr detectors``. ``deformable-detr``, ``h-detr`` and ``dino`` alone
@@ -195,10 +186,6 @@ def load_detector(
         options: The user's options.
         categories: Names that an open-vocabulary detector looks for where the options have no
             prompt; other detectors have their own.
-
-    Returns:
-        The detector. Its ``forward(pixel_values, padding_mask)`` returns logits, boxes, queries and
-        the maps that ``spec.maps`` lists. This process computes exact float32 from now on.
 
     Raises:
         DetectorError: If the name is unknown, or the weights are missing or do not fit.
@@ -276,21 +263,12 @@ def _detector_of(weights: str | None) -> str:
 def load_same_detector(
     name: str, weights: str, identity: Identity, owner: str, prompt: Sequence[str] = ()
 ) -> Detector:
-    """The detector that a cache or a head was made with.
+    """The detector that a cache or a head was made with, with one label if it has one there.
 
-    Args:
-        name: Its name, as for :func:`load_detector`; ``auto`` is that of the identity.
-        weights: Checkpoint file, folder or hub id.
-        identity: The detector identity kept with the cache or head.
-        owner: That cache or head, for the message.
-        prompt: Another prompt than there; the detector's classes are these words then.
-
-    Returns:
-        The detector with the same options; its classes are one where they are one there.
-
-    Raises:
-        DetectorError: If the weights are missing or do not fit.
-        IdentityError: If they are those of another detector.
+    ``name`` is as for :func:`load_detector`, where ``auto`` is that of the ``identity`` kept with
+    the cache or head, the ``owner``. With another ``prompt`` its classes are these words.
+    DetectorError if the weights are missing or do not fit, IdentityError if they are those of
+    another detector.
     """
     detector = load_with_options_of(identity, weights, name, prompt)
     found = as_prompted(detector.spec, identity) if prompt else detector_identity(detector.spec)

@@ -1,13 +1,15 @@
-"""Hash and freezing of weights."""
+"""Weights of a detector: their hash, what is frozen or tuned of them, their file."""
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from mfdetr_cache.errors import DetectorError
+from mfdetr_cache.files import make_folder, whole_file
 
 # What a joint training may change of a detector (Table 16).
 TunedPart = Literal["encoder-decoder", "all"]
@@ -32,6 +34,15 @@ def require_complete(where: str, missing: Iterable[str], unexpected: Iterable[st
             raise DetectorError(
                 f"{where}: {kind} tensors: {shown}{more}; the result would be partly random"
             )
+
+
+def write_checkpoint(folder: Path, document: object) -> str:
+    """Write ``checkpoint.pth`` into a folder, which is made; returns its path."""
+    make_folder(folder)
+    path = folder / "checkpoint.pth"
+    with whole_file(path) as partial, partial.open("wb") as file:
+        torch.save(document, file)
+    return str(path)
 
 
 def freeze(module: nn.Module) -> nn.Module:

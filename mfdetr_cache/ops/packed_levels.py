@@ -55,3 +55,11 @@ def first_tokens(sizes_hw: Sequence[SizesHw]) -> NDArray[np.int64]:
     counts = np.array(sizes_hw, np.int64).prod(axis=2)
     starts: NDArray[np.int64] = np.cumsum(counts).reshape(counts.shape) - counts
     return starts
+
+
+def tokens_to_maps(tokens: Tensor, sizes_hw: SizesHw) -> list[Tensor]:
+    """Tokens (B, S, C), levels concatenated and row-major, as one map (B, C, h, w) per level."""
+    parts = torch.split(tokens, [h * w for h, w in sizes_hw], dim=1)
+    return [
+        part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes_hw, strict=True)
+    ]

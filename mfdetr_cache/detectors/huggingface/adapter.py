@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.huggingface.families import (
@@ -18,12 +17,12 @@ from mfdetr_cache.detectors.huggingface.families import (
 )
 from mfdetr_cache.detectors.huggingface.prompt import Prompt
 from mfdetr_cache.detectors.labels import output_names
-from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.options import NO_OBJECT, DetectorOptions
-from mfdetr_cache.detectors.preprocess import Preprocessing
+from mfdetr_cache.detectors.preprocess import PreprocessedDetector, Preprocessing
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
+from mfdetr_cache.ops.packed_levels import SizesHw, tokens_to_maps
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +48,11 @@ class Origin:
     prompt: Prompt | None = None
 
 
-class HuggingFaceDetector(nn.Module):
+class HuggingFaceDetector(PreprocessedDetector):
     """A frozen transformers detector; forward hooks collect queries and maps for the mask network.
 
-    Args:
-        model: A detection model of a known family, weights loaded and corrected.
-        family: Location of its maps.
-        origin: Source of the weights.
-        preprocessing: Preprocessing of its input.
-        options: The user's options.
-
-    Raises:
-        DetectorError: If an option does not fit the model.
+    ``model`` is of the ``family``, its weights loaded and corrected. DetectorError if an option
+    does not fit it.
     """
 
     def __init__(
@@ -71,29 +63,20 @@ class HuggingFaceDetector(nn.Module):
         preprocessing: Preprocessing,
         options: DetectorOptions,
     ) -> None:
-        super().__init__()
+        super().__init__(preprocessing)
         self.model: Any = freeze(model)
         self._origin = origin
         self.eval()
         self._family = family
-        self._preprocessing = preprocessing
         self._options = options
         self._stage_maps: dict[int, Tensor] = {}
         self._layer_tokens: Tensor | None = None
-        self._level_sizes: list[tuple[int, int]] = []
+        self._level_sizes: SizesHw = ()
         self._projected: list[Tensor] = []
         self._encoder_layer = self._hook_encoder()
         self._hook_backbone()
         self._map_keys: list[tuple[MapSpec, str, int]] = []
         self.spec = self._probe()
-
-    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """See :meth:`Detector.input_geometry`."""
-        return self._preprocessing.input_geometry(original_hw, shortest_edge)
-
-    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """See :meth:`Detector.preprocess`."""
-        return self._preprocessing(image, shortest_edge)
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; ValueError for padding that the model ignores."""
@@ -145,7 +128,7 @@ class HuggingFaceDetector(nn.Module):
         assert self._layer_tokens is not None
         if self._family.encoder_maps == "tokens":
             last = self._stage_maps[max(self._stage_maps)]
-            self._level_sizes = [(int(last.shape[-2]), int(last.shape[-1]))]
+            self._level_sizes = ((int(last.shape[-2]), int(last.shape[-1])),)
         return outputs, tokens_to_maps(self._layer_tokens, self._level_sizes)
 
     def _class_logits(self, outputs: Any) -> Tensor:  # noqa: ANN401
@@ -186,7 +169,7 @@ class HuggingFaceDetector(nn.Module):
             raise DetectorError(f"--encoder-layer {layer}: {self._family.label} has 1 to {count}")
 
         def keep_sizes(_module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
-            self._level_sizes = [(int(h), int(w)) for h, w in kwargs["spatial_shapes_list"]]
+            self._level_sizes = tuple((int(h), int(w)) for h, w in kwargs["spatial_shapes_list"])
 
         def keep_tokens(_module: nn.Module, _args: object, output: object) -> None:
             self._layer_tokens = first_tensor(output)

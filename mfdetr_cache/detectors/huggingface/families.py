@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,13 +23,11 @@ class Family:
     """How one transformers model type is read.
 
     Attributes:
-        model_type: ``config.model_type``.
         label: Display name.
         encoder_maps: ``outputs`` when the forward returns the final maps as a list, ``layers``
             when the encoder is a stack of transformer layers over flattened levels, ``tokens``
             when it is such a stack over the backbone's last map alone, ``projector`` when a plain
             ViT's projector replaces the encoder.
-        backbone: The backbone module inside the model.
         checked: Reference its outputs were verified against.
         takes_mask: Whether padding is masked (else the input has one fixed size).
         correct: Changes a loaded model to compute what its authors' code computes; None if it
@@ -48,27 +47,16 @@ class Family:
     takes_prompt: bool = False
 
 
-def _conv_encoder_backbone(model: Any) -> nn.Module:  # noqa: ANN401
+def _conv_encoder(model: Any) -> nn.Module:  # noqa: ANN401
     encoder: nn.Module = model.model.conv_encoder
     # DINOv3 and the convolutions beside it are one backbone.
     backbone: nn.Module = getattr(encoder, "model", encoder)
     return backbone
 
 
-def _plain_backbone(model: Any) -> nn.Module:  # noqa: ANN401
-    backbone: nn.Module = model.model.backbone.model
-    return backbone
-
-
-def _nested_backbone(model: Any) -> nn.Module:  # noqa: ANN401
-    backbone: nn.Module = model.model.backbone.conv_encoder.model
-    return backbone
-
-
-def _vit_backbone(model: Any) -> nn.Module:  # noqa: ANN401
-    backbone: nn.Module = model.model.backbone.backbone
-    return backbone
-
+_plain_backbone = attrgetter("model.backbone.model")
+_nested_backbone = attrgetter("model.backbone.conv_encoder.model")
+_vit_backbone = attrgetter("model.backbone.backbone")
 
 _AUTHORS_CODE = "the authors' code, from libreyolo 1.6: 2e-4 in logits and boxes"
 _GOLDENS = "the authors' code: 5e-4 in logits and queries, 2e-5 in boxes"
@@ -79,12 +67,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "deimv2",
-            "DEIMv2",
-            "outputs",
-            _conv_encoder_backbone,
-            _ONNX,
-            correct=restore_original_deimv2,
+            "deimv2", "DEIMv2", "outputs", _conv_encoder, _ONNX, correct=restore_original_deimv2
         ),
         Family("rt_detr", "RT-DETR", "outputs", _plain_backbone, _AUTHORS_CODE),
         Family("rt_detr_v2", "RT-DETRv2", "outputs", _plain_backbone, _AUTHORS_CODE),

@@ -22,7 +22,6 @@ class Prompt:
 
     Attributes:
         phrases: The classes, in the order of the labels.
-        token_ids: The tokens of the caption.
         spans: First token of each phrase, and the one after its last.
     """
 

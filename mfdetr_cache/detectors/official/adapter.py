@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.checkpoint import read_checkpoint
 from mfdetr_cache.detectors.labels import names_of_checkpoint, output_names
-from mfdetr_cache.detectors.maps import tokens_to_maps
 from mfdetr_cache.detectors.official.architecture import (
     ARCHITECTURES,
     Architecture,
@@ -20,16 +18,18 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.official.layouts import Source, read_source
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.preprocess import PreprocessedDetector
 from mfdetr_cache.detectors.weights import (
     TunedPart,
     freeze,
     parameters_of_part,
     require_complete,
     weights_sha256,
+    write_checkpoint,
 )
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.files import make_folder, whole_file
-from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry, MapSpec
+from mfdetr_cache.ops.packed_levels import tokens_to_maps
+from mfdetr_cache.types import DetectorOutput, DetectorSpec, MapSpec
 
 SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
 # A checkpoint of detrex does not say the temperature of its position encoding: 10,000 but for the
@@ -37,18 +37,11 @@ SCHEMES: tuple[Scheme, ...] = ("deformable-detr", "h-detr", "dino")
 DINO_T20 = "dino-t20"
 
 
-class OfficialDetector(nn.Module):
-    """Deformable DETR, H-DETR or DINO, frozen.
+class OfficialDetector(PreprocessedDetector):
+    """Deformable DETR, H-DETR or DINO, frozen; without ``source`` its weights are untrained.
 
-    Args:
-        name: Detector name in the identity of its caches.
-        model: The network with its weights.
-        options: The user's options.
-        class_names: Names stored with the weights; ignored unless there is one for every output.
-        source: The checkpoint; None for untrained weights.
-
-    Raises:
-        DetectorError: If an option does not fit the model.
+    ``name`` stands in the identity of its caches. ``class_names`` are ignored unless there is one
+    for every output. DetectorError if an option does not fit the model.
     """
 
     def __init__(
@@ -59,7 +52,8 @@ class OfficialDetector(nn.Module):
         class_names: Sequence[str] = (),
         source: Source | None = None,
     ) -> None:
-        super().__init__()
+        source = source or Source("official", {})
+        super().__init__(source.preprocessing.with_size(options.input_size))
         self.model = model
         freeze(model)
         architecture = model.architecture
@@ -68,7 +62,6 @@ class OfficialDetector(nn.Module):
             raise DetectorError(
                 f"--encoder-layer {layer}: {name} has 1 to {architecture.num_layers}"
             )
-        source = source or Source("official", {})
         queries = options.num_queries or source.num_queries or architecture.num_queries
         most = architecture.table_rows or 900
         if not 1 <= queries <= most:
@@ -77,14 +70,12 @@ class OfficialDetector(nn.Module):
         self.eval()
         self._layer = layer
         self._source = source
-        self._preprocessing = source.preprocessing.with_size(options.input_size)
         outputs = architecture.num_labels
         if source.layout == "official":
             # Numbered by category id, in most trainings; that of their names is not told.
             known = dict(enumerate(class_names)) if len(class_names) == outputs else {}
         else:
             known = names_of_checkpoint(outputs, class_names)
-        self._maps = _map_specs(architecture, layer)
         self.spec = DetectorSpec(
             name=name,
             weights_sha256=weights_sha256(model),
@@ -93,7 +84,7 @@ class OfficialDetector(nn.Module):
             num_labels=architecture.num_labels,
             score_function="sigmoid",
             label_names=output_names(outputs, known, options.labels, name),
-            maps=self._maps,
+            maps=_map_specs(architecture, layer),
             encoder_level_embed=tuple(map(tuple, model.transformer.level_embed.tolist())),
             preprocessing=self._preprocessing.to_dict(),
             settings={
@@ -107,14 +98,6 @@ class OfficialDetector(nn.Module):
             },
         )
 
-    def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """See :meth:`Detector.input_geometry`."""
-        return self._preprocessing.input_geometry(original_hw, shortest_edge)
-
-    def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """See :meth:`Detector.preprocess`."""
-        return self._preprocessing(image, shortest_edge)
-
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; maps are ``encoder4`` to ``encoder64`` and ``c1``.
 
@@ -122,7 +105,7 @@ class OfficialDetector(nn.Module):
         """
         output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
         levels = tokens_to_maps(output.encoder_tokens[self._layer], output.sizes_hw)
-        encoder = [m.name for m in self._maps if m.role == "encoder"]
+        encoder = [m.name for m in self.spec.maps if m.role == "encoder"]
         maps = {"c1": output.stages[0], **dict(zip(encoder, levels, strict=True))}
         return DetectorOutput(output.class_logits, output.boxes_cxcywh_norm, output.queries, maps)
 
@@ -132,12 +115,7 @@ class OfficialDetector(nn.Module):
 
     def save_weights(self, folder: Path) -> str:
         """Write a checkpoint in the form of the one that was read."""
-        make_folder(folder)
-        path = folder / "checkpoint.pth"
-        document = self._source.document(self.model.state_dict())
-        with whole_file(path) as partial, partial.open("wb") as file:
-            torch.save(document, file)
-        return str(path)
+        return write_checkpoint(folder, self._source.document(self.model.state_dict()))
 
 
 def _map_specs(architecture: Architecture, layer: int) -> tuple[MapSpec, ...]:
@@ -157,14 +135,10 @@ def load_official_detector(
 ) -> OfficialDetector:
     """A detector of the paper from its published checkpoint, frozen, on the CPU.
 
-    Args:
-        name: One of ``ARCHITECTURES``, or a scheme alone where the backbone may be any;
-            :data:`DINO_T20` is a DINO of detrex with DINO's own position encoding.
-        weights: The checkpoint file; None builds the named architecture with untrained weights.
-        options: The user's options.
-
-    Raises:
-        DetectorError: If the checkpoint is of another detector, or its keys do not fit.
+    ``name`` is one of ``ARCHITECTURES``, or a scheme alone where the backbone may be any;
+    :data:`DINO_T20` is a DINO of detrex with DINO's own position encoding. Without ``weights`` the
+    named architecture has untrained ones. DetectorError if the checkpoint is of another detector,
+    or its keys do not fit.
     """
     if weights is None:
         if name not in ARCHITECTURES:
@@ -225,7 +199,6 @@ def _window_indices(architecture: Architecture) -> dict[str, Tensor]:
 
 
 def _require_tied(model: OfficialDetr, tensors: Mapping[str, Tensor], weights: str) -> None:
-    """Heads that are one module under several names must have one value."""
     first: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         canonical = first.setdefault(id(tensor), key)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mfdetr_cache.detectors.names import count
 from mfdetr_cache.detectors.official.backbones import BackboneArchitecture
 from mfdetr_cache.errors import DetectorError
 
@@ -48,17 +49,11 @@ class Architecture:
 
     Attributes:
         scheme: Detector, which decides how proposals, queries and boxes are computed.
-        backbone: The backbone.
-        num_levels: Encoder levels.
         num_points: Sampling points of deformable attention.
-        num_labels: Class outputs.
         num_queries: Queries at test time.
         table_rows: Rows of the query table in the checkpoint (H-DETR: one-to-many ones too); 0
             where there is none.
         hidden: Channels inside the FFNs.
-        num_layers: Encoder and decoder layers.
-        two_stage: Whether queries start from encoder proposals.
-        box_refine: Whether every decoder layer refines the boxes.
         layout: Whose checkpoint this is: some tensors are there in one code base only.
         arithmetic: What its code computes; None for that of the official code.
     """
@@ -126,7 +121,10 @@ def read_architecture(
             scheme, table = "dino", weights["transformer.tgt_embed.weight"]
         elif table is not None and two_stage:
             scheme = "h-detr"
-        rows = 0 if table is None else table.shape[0]
+        rows = queries = 0 if table is None else table.shape[0]
+        # Fewer rows than the one-to-many group: a table that was cut to the one-to-one queries.
+        if scheme != "dino" and rows > _ONE_TO_MANY:
+            queries = rows - _ONE_TO_MANY
         backbone = read_backbone(weights)
         backbone = replace(
             backbone,
@@ -140,10 +138,10 @@ def read_architecture(
             num_levels=num_levels,
             num_points=samples // (8 * num_levels),
             num_labels=weights["class_embed.0.bias"].shape[0],
-            num_queries=_test_queries(scheme, rows),
+            num_queries=queries or 300,
             table_rows=rows,
             hidden=weights[f"{encoder}.linear1.bias"].shape[0],
-            num_layers=_count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
+            num_layers=count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
             two_stage=two_stage,
             box_refine=_refines(weights, layout),
             layout=layout,
@@ -165,18 +163,6 @@ def _refines(weights: Mapping[str, Tensor], layout: Layout) -> bool:
     return first is None or second is None or not torch.equal(first, second)
 
 
-def _test_queries(scheme: Scheme, rows: int) -> int:
-    # Fewer rows than the one-to-many group: a table that was cut to the one-to-one queries.
-    if scheme != "dino" and rows > _ONE_TO_MANY:
-        return rows - _ONE_TO_MANY
-    return rows or 300
-
-
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    found = {int(m.group(1)) for key in weights if (m := re.match(pattern, key))}
-    return max(found, default=-1) + 1
-
-
 def read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
     """Infer the backbone from a state dict; KeyError if it is none of those known."""
     body = "backbone.0.body." if any(k.startswith("backbone.0.body.") for k in weights) else ""
@@ -184,21 +170,21 @@ def read_backbone(weights: Mapping[str, Tensor]) -> BackboneArchitecture:
     plain = re.escape(body)
     first_width = weights["input_proj.0.0.weight"].shape[1]
     if f"{body}layer1.0.conv1.weight" in weights:
-        depths = tuple(_count(weights, rf"{plain}layer{i}\.(\d+)\.") for i in range(1, 5))
+        depths = tuple(count(weights, rf"{plain}layer{i}\.(\d+)\.") for i in range(1, 5))
         width = weights[f"{body}layer1.0.conv3.weight"].shape[0]
         first_stage = 0 if first_width == width else 1
         return BackboneArchitecture("resnet", depths, width, first_stage=first_stage)
     if f"{body}stages.0.0.dwconv.weight" in weights:
-        depths = tuple(_count(weights, rf"{plain}stages\.{i}\.(\d+)\.") for i in range(4))
+        depths = tuple(count(weights, rf"{plain}stages\.{i}\.(\d+)\.") for i in range(4))
         width = weights[f"{body}downsample_layers.0.0.weight"].shape[0]
         first_stage = 0 if first_width == width else 1
         return BackboneArchitecture("convnext", depths, width, first_stage=first_stage)
-    depths = tuple(_count(weights, rf"{plain}layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
+    depths = tuple(count(weights, rf"{plain}layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
     width = weights[f"{body}patch_embed.proj.weight"].shape[0]
     first_stage = 0 if first_width == width else 1
     block = f"{body}layers.0.blocks.0"
     if f"{block}.modulation.f.weight" in weights:
-        levels = _count(weights, rf"{re.escape(block)}\.modulation\.focal_layers\.(\d+)\.")
+        levels = count(weights, rf"{re.escape(block)}\.modulation\.focal_layers\.(\d+)\.")
         kernels = tuple(
             weights[f"{block}.modulation.focal_layers.{i}.0.weight"].shape[-1]
             for i in range(levels)

@@ -6,8 +6,8 @@ Each returns the raw output of its four stages (strides 4 to 32) and the encoder
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -23,8 +23,6 @@ class BackboneArchitecture:
     """Hyperparameters of a backbone, all of them inferred from a checkpoint's shapes.
 
     Attributes:
-        kind: Family.
-        depths: Blocks of each stage.
         width: Channels of the first stage (ResNet: 256).
         heads: Attention heads of each stage (Swin).
         window: Side of the attention window (Swin).
@@ -60,26 +58,6 @@ class BackboneArchitecture:
         return f"{name} of width {self.width}, depths {'-'.join(map(str, self.depths))}"
 
 
-class ResNetBody(nn.Module):
-    """torchvision's ResNet v1.5 of bottlenecks with frozen batch norm, without its classifier."""
-
-    def __init__(self, depths: tuple[int, ...]) -> None:
-        super().__init__()
-        full = ResNet(Bottleneck, list(depths), norm_layer=FrozenBatchNorm2d)
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            self.add_module(name, getattr(full, name))
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Maps at strides 4, 8, 16, 32 of images (B, 3, H, W); the first is C1, after its ReLU."""
-        values = pixel_values
-        stages = []
-        for name, module in self.named_children():
-            values = module(values)
-            if name.startswith("layer"):
-                stages.append(values)
-        return stages
-
-
 class Backbone(nn.Module):
     """A backbone below ``body``, or (DINO's Swin, FocalNet) not, as in the checkpoints."""
 
@@ -87,7 +65,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.first_stage = architecture.first_stage
         if architecture.kind == "resnet":
-            self.body: nn.Module = ResNetBody(architecture.depths)
+            # torchvision's v1.5; C1 is taken after its ReLU.
+            full = ResNet(Bottleneck, list(architecture.depths), norm_layer=FrozenBatchNorm2d)
+            layers = {f"layer{i}": str(i) for i in range(1, 5)}
+            self.body: nn.Module = IntermediateLayerGetter(full, layers)
         elif architecture.kind == "swin":
             self.body = Swin(
                 architecture.width,
@@ -117,6 +98,8 @@ class Backbone(nn.Module):
         norms.
         """
         stages = self.body(pixel_values)
+        if isinstance(stages, dict):
+            stages = list(stages.values())
         outputs = []
         for index in range(self.first_stage, 4):
             norm = getattr(self.body, f"norm{index}", None)
@@ -125,9 +108,3 @@ class Backbone(nn.Module):
                 values = norm(values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             outputs.append(values.contiguous())
         return stages, outputs
-
-
-def no_padding(pixel_values: Tensor) -> Tensor:
-    """The all-False padding mask of images (B, 3, H, W), shape (B, H, W)."""
-    batch, _, height, width = pixel_values.shape
-    return torch.zeros((batch, height, width), dtype=torch.bool, device=pixel_values.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mfdetr_cache.detectors.official.architecture import OFFICIAL_ARITHMETIC, Architecture
-from mfdetr_cache.detectors.official.backbones import Backbone, no_padding
+from mfdetr_cache.detectors.official.backbones import Backbone
 from mfdetr_cache.detectors.official.positions import (
     box_position,
     inverse_sigmoid,
@@ -41,7 +41,6 @@ class OfficialOutput:
         queries: Input of the class head, shape (B, Q, 256).
         references: Reference boxes before the first and after every decoder layer.
         stages: Raw backbone stages at strides 4 to 32.
-        sizes_hw: Height and width of each encoder level.
         projected: Encoder input, shape (B, S, 256).
         encoder_tokens: Output of the requested encoder layers, by number from 1.
         proposal_scores: Scores that rank the proposals, shape (B, S); None in one stage.
@@ -62,8 +61,6 @@ class OfficialOutput:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """How the decoder begins."""
-
     queries: Tensor
     reference: Tensor
     position: Tensor | None
@@ -173,7 +170,7 @@ class OfficialDetr(nn.Module):
         encoder layers to return from 1.
         """
         if padding_mask is None:
-            padding_mask = no_padding(pixel_values)
+            padding_mask = torch.zeros_like(pixel_values[:, 0], dtype=torch.bool)
         stages, outputs = self._backbone[0](pixel_values)
         memory, position = self._levels(outputs, padding_mask)
         projected = memory.tokens

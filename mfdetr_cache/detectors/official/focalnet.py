@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.detectors.official.mlp import GeluMlp
+from mfdetr_cache.detectors.official.stages import Embed, GeluMlp, Stage, StagedBackbone
 
 
 class FocalModulation(nn.Module):
@@ -59,63 +59,20 @@ class FocalBlock(nn.Module):
         return refined
 
 
-class _Embed(nn.Module):
-    """A strided convolution and a norm: the stem, and the way between stages."""
-
-    def __init__(self, in_width: int, width: int, kernel: int, stride: int, padding: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_width, width, kernel, stride, padding)
-        self.norm = nn.LayerNorm(width)
-
+class _Downsample(Embed):
     def forward(self, maps: Tensor) -> Tensor:
-        result: Tensor = self.norm(self.proj(maps).permute(0, 2, 3, 1))
-        return result
+        return super().forward(maps.permute(0, 3, 1, 2))
 
 
-class _Stage(nn.Module):
-    """Blocks of one resolution, and the way to the next."""
-
-    def __init__(self, width: int, depth: int, kernels: tuple[int, ...], *, last: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(FocalBlock(width, kernels) for _ in range(depth))
-        self.downsample: nn.Module | None = None if last else _Embed(width, 2 * width, 3, 2, 1)
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The stage's output as (B, C, h, w), and what the next stage begins with."""
-        for block in self.blocks:
-            maps = block(maps)
-        output = maps.permute(0, 3, 1, 2)
-        if self.downsample is not None:
-            maps = self.downsample(output)
-        return output, maps
-
-
-class FocalNet(nn.Module):
-    """FocalNet with norms for the outputs from ``first_stage`` on.
-
-    ``width`` are the channels and ``kernels`` the focal kernel sizes of the first stage.
-    """
+class FocalNet(StagedBackbone):
+    """``width`` are the channels and ``kernels`` the focal kernel sizes of the first stage."""
 
     def __init__(
         self, width: int, depths: tuple[int, ...], kernels: tuple[int, ...], first_stage: int
     ) -> None:
-        super().__init__()
-        self.patch_embed = _Embed(3, width, 7, 4, 2)
-        self.layers = nn.ModuleList(
-            _Stage(width << i, depths[i], kernels, last=i == 3) for i in range(4)
-        )
-        for index in range(first_stage, 4):
-            self.add_module(f"norm{index}", nn.LayerNorm(width << index))
+        def stage(index: int) -> Stage:
+            wide = width << index
+            blocks = [FocalBlock(wide, kernels) for _ in range(depths[index])]
+            return Stage(blocks, _Downsample(wide, 2 * wide, 3, 2, 1) if index < 3 else None)
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Maps (B, C, h, w) at strides 4, 8, 16, 32, before down-sampling, without output norm.
-
-        The input (B, 3, H, W) is padded to a multiple of four.
-        """
-        height, width = pixel_values.shape[-2:]
-        maps = self.patch_embed(functional.pad(pixel_values, (0, -width % 4, 0, -height % 4)))
-        stages = []
-        for stage in self.layers:
-            output, maps = stage(maps)
-            stages.append(output)
-        return stages
+        super().__init__(Embed(3, width, 7, 4, 2), map(stage, range(4)), width, first_stage)

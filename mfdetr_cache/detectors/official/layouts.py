@@ -10,16 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
+from mfdetr_cache.detectors.names import Rules, Translation, carry, carry_back, count, translate
 from mfdetr_cache.detectors.official.architecture import Arithmetic, Layout
 from mfdetr_cache.detectors.preprocess import Preprocessing
-from mfdetr_cache.detectors.translated.names import (
-    Rules,
-    Translation,
-    carry,
-    carry_back,
-    count,
-    translate,
-)
 from mfdetr_cache.errors import DetectorError
 
 # The same for all of them, training and test; mean and deviation of ImageNet.
@@ -136,7 +129,6 @@ class Source:
     """A checkpoint under official names.
 
     Attributes:
-        layout: Whose it is.
         tensors: Its state dict.
         checkpoint: The file, under the names of its code base; None for an official one.
         preprocessing: What its code base does to an image at test time.

@@ -21,16 +21,10 @@ def interleaved_sine(values: Tensor, width: int, temperature: float) -> Tensor:
 
 
 def map_position(padding_mask: Tensor, temperature: float, offset: float, like: Tensor) -> Tensor:
-    """Position encoding of a map, y half before x half, 128 channels each.
+    """Position encoding of a map, y half before x half, 128 channels each, shape (B, h * w, 256).
 
-    Args:
-        padding_mask: True where a cell is padding, shape (B, h, w).
-        temperature: 10000 (Deformable DETR, H-DETR) or 20 (DINO).
-        offset: Subtracted from the cell count: 0.5 (Deformable DETR, H-DETR) or 0 (DINO).
-        like: Gives the dtype.
-
-    Returns:
-        Shape (B, h * w, 256).
+    The mask (B, h, w) is True where a cell is padding. ``temperature`` is 10000 (Deformable DETR,
+    H-DETR) or 20 (DINO); ``offset``, 0.5 or 0, is subtracted from the cell count.
     """
     valid = (~padding_mask).to(like.dtype)
     y, x = valid.cumsum(1), valid.cumsum(2)

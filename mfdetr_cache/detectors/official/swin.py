@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mfdetr_cache.detectors.official.mlp import GeluMlp
+from mfdetr_cache.detectors.official.stages import Embed, GeluMlp, Stage, StagedBackbone
 
 
 class WindowAttention(nn.Module):
@@ -120,47 +120,8 @@ class PatchMerging(nn.Module):
         return merged
 
 
-class _Stage(nn.Module):
-    """Blocks of one resolution, and the way to the next."""
-
-    def __init__(
-        self, width: int, depth: int, heads: int, window: int, *, last: bool, by_channel: bool
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            SwinBlock(width, window, heads, window // 2 if i % 2 else 0) for i in range(depth)
-        )
-        self.downsample: nn.Module | None = None
-        if not last:
-            self.downsample = PatchMerging(width, by_channel=by_channel)
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The stage's output as (B, C, h, w), and what the next stage begins with."""
-        for block in self.blocks:
-            maps = block(maps)
-        output = maps.permute(0, 3, 1, 2)
-        if self.downsample is not None:
-            maps = self.downsample(maps)
-        return output, maps
-
-
-class _PatchEmbed(nn.Module):
-    """4 x 4 patches and a norm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, 4, 4)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        height, width = pixel_values.shape[-2:]
-        padded = functional.pad(pixel_values, (0, -width % 4, 0, -height % 4))
-        result: Tensor = self.norm(self.proj(padded).permute(0, 2, 3, 1))
-        return result
-
-
-class Swin(nn.Module):
-    """Swin transformer with norms for the outputs from ``first_stage`` on."""
+class Swin(StagedBackbone):
+    """Swin transformer; the outputs are the residual stream before merging."""
 
     def __init__(
         self,
@@ -172,23 +133,11 @@ class Swin(nn.Module):
         *,
         by_channel: bool = False,
     ) -> None:
-        super().__init__()
-        self.patch_embed = _PatchEmbed(width)
-        self.layers = nn.ModuleList(
-            _Stage(width << i, depths[i], heads[i], window, last=i == 3, by_channel=by_channel)
-            for i in range(4)
-        )
-        for index in range(first_stage, 4):
-            self.add_module(f"norm{index}", nn.LayerNorm(width << index))
+        def stage(index: int) -> Stage:
+            wide, shifts = width << index, (0, window // 2)
+            blocks = [
+                SwinBlock(wide, window, heads[index], shifts[i % 2]) for i in range(depths[index])
+            ]
+            return Stage(blocks, PatchMerging(wide, by_channel=by_channel) if index < 3 else None)
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """The residual stream of each stage before merging, without norm.
-
-        Maps (B, C, h, w) at strides 4, 8, 16, 32.
-        """
-        maps = self.patch_embed(pixel_values)
-        stages = []
-        for stage in self.layers:
-            output, maps = stage(maps)
-            stages.append(output)
-        return stages
+        super().__init__(Embed(3, width, 4, 4, 0), map(stage, range(4)), width, first_stage)

@@ -19,7 +19,6 @@ class Memory:
 
     Attributes:
         tokens: Levels one after the other, row-major, shape (B, S, C).
-        sizes_hw: Height and width of each level.
         padding_mask: True where a token is padding, shape (B, S).
         valid_ratios: Valid share of each level along x and y, shape (B, L, 2).
     """
@@ -42,16 +41,10 @@ class MSDeformAttn(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """Attend to all levels.
+        """Attend to all levels: (B, N, C) from a query (B, N, C) with its position added.
 
-        Args:
-            query: With its position added, shape (B, N, C).
-            reference: Points (x, y) or boxes (cx, cy, w, h) on each level, already scaled by the
-                valid ratios, shape (B, N, L, 2 or 4).
-            memory: Values.
-
-        Returns:
-            Shape (B, N, C).
+        ``reference`` are points (x, y) or boxes (cx, cy, w, h) on each level, already scaled by the
+        valid ratios, shape (B, N, L, 2 or 4).
         """
         value = self.value_proj(memory.tokens)
         value = value.masked_fill(memory.padding_mask[..., None], 0.0)
@@ -86,10 +79,7 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, memory: Memory, position: Tensor, reference: Tensor) -> Tensor:
-        """New tokens (B, S, C); the position (B, S, C) is added to the query only.
-
-        ``reference`` has shape (B, S, L, 2).
-        """
+        """New tokens (B, S, C); the position (B, S, C) is added to the query only."""
         tokens = memory.tokens
         tokens = self.norm1(tokens + self.self_attn(tokens + position, reference, memory))
         refined: Tensor = self.norm2(tokens + self.linear2(self.linear1(tokens).relu()))
@@ -165,13 +155,9 @@ def encoder_references(memory: Memory) -> Tensor:
 def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """A box for every token: its cell's centre, 0.05 * 2^level wide and high.
 
-    Args:
-        memory: The encoder's output.
-        project: From tokens to the features that score the proposals.
-
-    Returns:
-        Features, shape (B, S, C), of zero tokens where a token is padding or its box leaves the
-        image; and box logits, shape (B, S, 4), infinite there.
+    ``project`` gives the features that score the proposals. Returns these, shape (B, S, C), of zero
+    tokens where a token is padding or its box leaves the image; and box logits, shape (B, S, 4),
+    infinite there.
     """
     parts, ratios = [], memory.valid_ratios
     for level, (height, width) in enumerate(memory.sizes_hw):

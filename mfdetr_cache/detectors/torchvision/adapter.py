@@ -34,15 +34,9 @@ class TorchvisionDetector(nn.Module):
     others have no box head: the mean of one level of the pyramid over the box, pooled as box heads
     of torchvision do (the level by the box's size, and cells half a cell to the right and below).
 
-    Args:
-        name: Detector name in the identity of its caches.
-        model: A torchvision detection model with its weights; its transform is replaced.
-        label_names: Names of the labels; Faster R-CNN's background is none.
-        settings: Settings beside the weights that change the outputs.
-        options: The user's options.
-
-    Raises:
-        DetectorError: If an option does not fit the model.
+    The ``model`` has its weights, and its transform is replaced; Faster R-CNN's background is no
+    label. ``settings`` beside the weights change the outputs. DetectorError if an option does not
+    fit the model.
     """
 
     def __init__(
@@ -68,7 +62,6 @@ class TorchvisionDetector(nn.Module):
         if options.score_threshold is not None:
             self._last_stage.score_thresh = options.score_threshold
         self._kept: dict[str, Any] = {}
-        self._stages: dict[str, Tensor] = {}
         self._hook()
         self._maps: dict[str, tuple[MapSpec, str]] = {}
         self._pool: Any = None
@@ -103,12 +96,12 @@ class TorchvisionDetector(nn.Module):
         logits, boxes, queries = zip(
             *(self._filled(d, v, size) for d, v in zip(found, vectors, strict=True)), strict=True
         )
-        of_model = features | self._stages
+        of_model = {**features, **self._kept}
         maps = {
             name: of_model[key][..., : _cells(size_hw[0], spec), : _cells(size_hw[1], spec)]
             for name, (spec, key) in self._maps.items()
         }
-        self._kept, self._stages = {}, {}
+        self._kept = {}
         return DetectorOutput(torch.stack(logits), torch.stack(boxes), torch.stack(queries), maps)
 
     def _run(self, pixel_values: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -122,7 +115,6 @@ class TorchvisionDetector(nn.Module):
         features: dict[str, Tensor],
         size_hw: tuple[int, int],
     ) -> list[Tensor]:
-        """The vector of each detection, (D, d) for each image."""
         if self._two_stage:
             return self._vectors_of_proposals(found, size_hw)
         boxes = [d["boxes"] for d in found]
@@ -176,25 +168,19 @@ class TorchvisionDetector(nn.Module):
     def _hook(self) -> None:
         """Collect what the model computes on its way to the detections."""
 
-        def keep(name: str) -> Any:  # noqa: ANN401
+        def keep(module: nn.Module, name: str) -> None:
             def hook(_module: nn.Module, _args: object, output: object) -> None:
                 self._kept[name] = output
 
-            return hook
+            module.register_forward_hook(hook)
 
-        def keep_stage(name: str) -> Any:  # noqa: ANN401
-            def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-                self._stages[name] = output
-
-            return hook
-
-        self.model.backbone.register_forward_hook(keep("pyramid"))
+        keep(self.model.backbone, "pyramid")
         for name, stage in self.model.backbone.body.named_children():
-            stage.register_forward_hook(keep_stage(f"body.{name}"))
+            keep(stage, f"body.{name}")
         if self._two_stage:
-            self.model.rpn.register_forward_hook(keep("proposals"))
-            self.model.roi_heads.box_head.register_forward_hook(keep("vectors"))
-            self.model.roi_heads.box_predictor.register_forward_hook(keep("predicted"))
+            keep(self.model.rpn, "proposals")
+            keep(self.model.roi_heads.box_head, "vectors")
+            keep(self.model.roi_heads.box_predictor, "predicted")
 
     def _probe(
         self,
@@ -261,7 +247,8 @@ class TorchvisionDetector(nn.Module):
                 spec = MapSpec(name, "encoder", stride, width, f"FPN {key}")
                 # Two levels of MobileNet have stride 32.
                 chosen.setdefault(spec.name, (spec, key))
-        for key, feature in self._stages.items():
+        stages = {k: v for k, v in self._kept.items() if k.startswith("body.")}
+        for key, feature in stages.items():
             stride, source = _stride(feature), f"backbone {key.removeprefix('body.')}"
             if stride == 4:
                 chosen["c1"] = MapSpec("c1", "c1", 4, feature.shape[1], source), key

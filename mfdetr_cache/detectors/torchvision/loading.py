@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from mfdetr_cache.config import nearest
 from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
 from mfdetr_cache.detectors.labels import COCO_NAMES, output_names
+from mfdetr_cache.detectors.names import Marks
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import sides_to_fit
 from mfdetr_cache.detectors.torchvision.adapter import TorchvisionDetector
@@ -31,14 +32,9 @@ class TorchvisionModel:
     """A detection model of torchvision.
 
     Attributes:
-        label: Display name.
-        backbone: Its backbone.
         levels: Strides of the encoder maps.
         width: Width of the queries.
-        queries: Detections of an image by default.
-        c1: Channels of C1.
-        has: A tensor of its state dict.
-        lacks: Tensors of other models that have the one above too.
+        marks: Names of its state dict.
         without_epsilon: Whether torchvision takes the epsilon of its published weights' norms away.
     """
 
@@ -48,8 +44,7 @@ class TorchvisionModel:
     width: int
     queries: int
     c1: int
-    has: str
-    lacks: tuple[str, ...] = ()
+    marks: Marks
     without_epsilon: bool = False
 
 
@@ -64,16 +59,23 @@ _CONVOLUTIONS = "roi_heads.box_head.0.0.weight"
 
 MODELS: dict[str, TorchvisionModel] = {
     f"{PREFIX}fasterrcnn_resnet50_fpn": TorchvisionModel(
-        "Faster R-CNN", "R50", "8-32", 1024, 100, 256, _TWO_LAYERS, (_MOBILE,), without_epsilon=True
+        "Faster R-CNN",
+        "R50",
+        "8-32",
+        1024,
+        100,
+        256,
+        Marks((_TWO_LAYERS,), (_MOBILE,)),
+        without_epsilon=True,
     ),
     f"{PREFIX}fasterrcnn_resnet50_fpn_v2": TorchvisionModel(
-        "Faster R-CNN v2", "R50", "8-32", 1024, 100, 256, _CONVOLUTIONS
+        "Faster R-CNN v2", "R50", "8-32", 1024, 100, 256, Marks((_CONVOLUTIONS,))
     ),
     f"{PREFIX}fasterrcnn_mobilenet_v3_large_fpn": TorchvisionModel(
-        "Faster R-CNN", "MobileNetV3-L", "32", 1024, 100, 24, _MOBILE
+        "Faster R-CNN", "MobileNetV3-L", "32", 1024, 100, 24, Marks((_MOBILE,))
     ),
     f"{PREFIX}fasterrcnn_mobilenet_v3_large_320_fpn": TorchvisionModel(
-        "Faster R-CNN, 320 pixels", "MobileNetV3-L", "32", 1024, 100, 24, _MOBILE
+        "Faster R-CNN, 320 pixels", "MobileNetV3-L", "32", 1024, 100, 24, Marks((_MOBILE,))
     ),
     f"{PREFIX}retinanet_resnet50_fpn": TorchvisionModel(
         "RetinaNet",
@@ -82,14 +84,15 @@ MODELS: dict[str, TorchvisionModel] = {
         256,
         300,
         256,
-        _CLASS_LOGITS,
-        (_CENTRE, _GROUP_NORM),
+        Marks((_CLASS_LOGITS,), (_CENTRE, _GROUP_NORM)),
         without_epsilon=True,
     ),
     f"{PREFIX}retinanet_resnet50_fpn_v2": TorchvisionModel(
-        "RetinaNet v2", "R50", "8-128", 256, 300, 256, _GROUP_NORM
+        "RetinaNet v2", "R50", "8-128", 256, 300, 256, Marks((_GROUP_NORM,))
     ),
-    f"{PREFIX}fcos_resnet50_fpn": TorchvisionModel("FCOS", "R50", "8-128", 256, 100, 256, _CENTRE),
+    f"{PREFIX}fcos_resnet50_fpn": TorchvisionModel(
+        "FCOS", "R50", "8-128", 256, 100, 256, Marks((_CENTRE,))
+    ),
 }
 TORCHVISION_NAMES = tuple(
     name + suffix
@@ -102,7 +105,7 @@ def recognised_torchvision(checkpoint: Checkpoint) -> list[str]:
     """Names that a state dict may be loaded by; several where it is ambiguous."""
     tensors, found = checkpoint.tensors, []
     for name, model in MODELS.items():
-        if model.has in tensors and not tensors.keys() & set(model.lacks):
+        if model.marks(tensors):
             unsure = model.without_epsilon and _is_frozen(tensors)
             unsure = unsure and not _is_published(name, checkpoint.path)
             found += [name, name + _NO_EPSILON] if unsure else [name]
@@ -129,12 +132,15 @@ def load_torchvision_detector(
     frozen, outputs = _is_frozen(tensors), _num_outputs(tensors)
     if name != plain and not frozen:
         raise DetectorError(f"{weights} has norms that are not frozen; pass --detector {plain}")
+    sizes = {}
+    if options.input_size:
+        sizes["min_size"], sizes["max_size"] = sides_to_fit(options.input_size, _LONGEST)
     model = get_model(
         plain.removeprefix(PREFIX),
         weights=None,
         weights_backbone=None,
         num_classes=outputs,
-        **_sizes(options),
+        **sizes,
     )
     settings: dict[str, object] = {}
     if frozen:
@@ -149,14 +155,6 @@ def load_torchvision_detector(
     first = 1 if _CLASS_SCORE in tensors else 0
     names = _names(outputs, first, checkpoint.class_names, options.labels, weights)
     return TorchvisionDetector(name, model, names, settings, options)
-
-
-def _sizes(options: DetectorOptions) -> dict[str, int]:
-    """Arguments of torchvision's builders; empty for their defaults."""
-    if not options.input_size:
-        return {}
-    shortest, longest = sides_to_fit(options.input_size, _LONGEST)
-    return {"min_size": shortest, "max_size": longest}
 
 
 def _is_frozen(tensors: Mapping[str, Tensor]) -> bool:

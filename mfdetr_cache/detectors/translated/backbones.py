@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import HGNetV2Config, RTDetrResNetConfig
 
-from mfdetr_cache.detectors.translated.names import Rules, count
+from mfdetr_cache.detectors.names import Rules, count
 
 RESNET_RULES: Rules = (
     (r"^backbone\.conv1\.conv1_1\.", "backbone.embedder.embedder.0."),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.detectors.huggingface.families import Family
-from mfdetr_cache.detectors.translated.names import Rules, count
+from mfdetr_cache.detectors.names import Rules, count
 
 # Computed and not learned, used in training only, or left behind by a count of operations (thop).
 _UNUSED = (
@@ -25,7 +25,6 @@ class Blueprint:
         family: Location of its maps.
         build: Builds the model without weights, computing what the authors' code computes.
         rules: Names of the checkpoint to names of the model.
-        tensors: Tensors to load into the model.
         unused: Names that the model ignores.
         input_hw: Height and width of the network input; None where it keeps the image's shape.
         normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
@@ -50,10 +49,7 @@ class Blueprint:
 
 
 class Mlp(nn.Module):
-    """Linear layers with an activation in between, which keep the names of existing heads.
-
-    The layers are shared, not copied.
-    """
+    """Linear layers of an existing head, shared and not copied, with an activation in between."""
 
     def __init__(self, layers: nn.ModuleList, activation: nn.Module) -> None:
         super().__init__()
@@ -101,6 +97,18 @@ def restore_hybrid_encoder(model: Any, tensors: Mapping[str, Tensor]) -> None:  
             projections[i] = nn.Identity()
 
 
+def build_hybrid(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+    """A model of RT-DETR or a descendant without weights, for this state dict."""
+    with no_weights():
+        model = kind(config)
+    # Most list their heads twice; those of the decoder are used.
+    for name in ("class_embed", "bbox_embed"):
+        if hasattr(model, name):
+            delattr(model, name)
+    restore_hybrid_encoder(model, tensors)
+    return model
+
+
 def hybrid_levels(tensors: Mapping[str, Tensor]) -> int:
     """Levels of a hybrid encoder: one more than its lateral convolutions."""
     return count(tensors, r"encoder\.lateral_convs\.(\d+)\.") + 1
@@ -111,10 +119,8 @@ def input_size(
 ) -> tuple[int, int]:
     """Input height and width that a checkpoint was made for, inferred from its anchors.
 
-    Args:
-        tensors: The state dict; ``decoder.anchors`` are logits of cx, cy, w, h.
-        strides: Of its levels, finest first.
-        default: The authors' size, where there are no anchors.
+    ``decoder.anchors`` are logits of cx, cy, w, h; where there are none the sides are ``default``,
+    the authors'. ``strides`` are those of its levels, finest first.
     """
     anchors = tensors.get("decoder.anchors")
     if anchors is None or anchors.is_meta:
@@ -131,14 +137,6 @@ def input_size(
         sides.append(round(1 / float(step)) * strides[0])
     tokens = sum(-(-sides[0] // s) * -(-sides[1] // s) for s in strides)
     return (sides[0], sides[1]) if tokens == len(boxes) else (default, default)
-
-
-def equal_points(samples: Tensor, levels: int, heads: int) -> int:
-    """Sampling points per level where all levels have the same number.
-
-    ``samples`` is the bias of the attention weights: one value per head, level and point.
-    """
-    return int(samples.shape[0]) // (levels * heads)
 
 
 def points_of_levels(scale: Tensor, levels: int) -> list[int]:

@@ -9,20 +9,20 @@ from transformers import DFineConfig, DFineForObjectDetection
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.backbones import backbone_rules, read_backbone
 from mfdetr_cache.detectors.translated.blueprint import (
     Blueprint,
+    build_hybrid,
     hybrid_levels,
     input_size,
-    no_weights,
     points_of_levels,
-    restore_hybrid_encoder,
     silu_mlp,
 )
-from mfdetr_cache.detectors.translated.names import Rules, count
 from mfdetr_cache.detectors.translated.rt_detr import (
     HYBRID_RULES,
+    encoder_settings,
     is_deim_on_rt_detr,
     read_rt_detr_v2,
 )
@@ -53,6 +53,14 @@ _PROJECTOR = "encoder.feature_projector."
 SECOND_NAMES = r"^decoder\.decoder\.(up|reg_scale)$"
 
 
+_has_layout = Marks(
+    (
+        "decoder.decoder.layers.0.gateway.gate.weight",
+        "decoder.decoder.layers.0.linear1.weight",
+    )
+)
+
+
 def is_d_fine(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a state dict has D-FINE's layout, which is DEIM's too."""
     return _has_layout(tensors) and not any(key.startswith(_PROJECTOR) for key in tensors)
@@ -63,13 +71,6 @@ def is_rt_detr_v4(tensors: Mapping[str, Tensor]) -> bool:
     return _has_layout(tensors) and not is_d_fine(tensors)
 
 
-def _has_layout(tensors: Mapping[str, Tensor]) -> bool:
-    return (
-        "decoder.decoder.layers.0.gateway.gate.weight" in tensors
-        and "decoder.decoder.layers.0.linear1.weight" in tensors
-    )
-
-
 def is_deim(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a state dict can be DEIM's: D-FINE's layout, or RT-DETRv2's with another head."""
     return is_d_fine(tensors) or is_deim_on_rt_detr(tensors)
@@ -78,7 +79,8 @@ def is_deim(tensors: Mapping[str, Tensor]) -> bool:
 def read_d_fine(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
     """Blueprint of a D-FINE checkpoint."""
     config = _config(checkpoint.tensors, options, "relu")
-    return _blueprint(checkpoint.tensors, partial(_build, config, checkpoint.tensors), "relu")
+    build = partial(build_hybrid, DFineForObjectDetection, config, checkpoint.tensors)
+    return _blueprint(checkpoint.tensors, build, "relu")
 
 
 def read_deim(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
@@ -112,18 +114,13 @@ def decoder_settings(tensors: Mapping[str, Tensor], levels: int) -> dict[str, An
 
 def hybrid_settings(tensors: Mapping[str, Tensor], levels: int, branch: int) -> dict[str, Any]:
     """Configuration of a hybrid encoder; ``branch`` are channels in its fusion blocks' branches."""
-    hidden = tensors["encoder.lateral_convs.0.conv.weight"].shape[0]
-    intra = count(tensors, r"encoder\.encoder\.(\d+)\.")
+    settings = encoder_settings(tensors, levels)
     blocks = count(tensors, r"encoder\.fpn_blocks\.0\.cv2\.0\.bottlenecks\.(\d+)\.")
     return {
-        "encoder_hidden_dim": hidden,
-        "encoder_ffn_dim": tensors["encoder.encoder.0.layers.0.linear1.weight"].shape[0],
-        "encoder_layers": count(tensors, r"encoder\.encoder\.0\.layers\.(\d+)\."),
-        "encode_proj_layers": list(range(levels - intra, levels)),
+        **settings,
         # transformers takes the floor of half the expanded width; half a channel keeps it there.
-        "hidden_expansion": (2 * branch + 1) / hidden,
+        "hidden_expansion": (2 * branch + 1) / settings["encoder_hidden_dim"],
         "depth_mult": blocks / 3,
-        "decoder_in_channels": [hidden] * levels,
         "feat_strides": list(strides_of(levels)),
     }
 
@@ -166,16 +163,8 @@ def _blueprint(
     )
 
 
-def _build(config: DFineConfig, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    with no_weights():
-        model = DFineForObjectDetection(config)
-    del model.class_embed, model.bbox_embed  # the decoder's own are used
-    restore_hybrid_encoder(model, tensors)
-    return model
-
-
 def _build_deim(config: DFineConfig, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    model = _build(config, tensors)
+    model = build_hybrid(DFineForObjectDetection, config, tensors)
     decoder = model.model.decoder
     model.model.enc_bbox_head = silu_mlp(model.model.enc_bbox_head)
     decoder.query_pos_head = silu_mlp(decoder.query_pos_head)

@@ -10,14 +10,14 @@ from transformers import Deimv2Config, Deimv2ForObjectDetection, DINOv3ViTConfig
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.deimv2 import restore_original_deimv2
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.backbones import backbone_rules, read_backbone
 from mfdetr_cache.detectors.translated.blueprint import (
     Blueprint,
+    build_hybrid,
     hybrid_levels,
     input_size,
-    no_weights,
-    restore_hybrid_encoder,
 )
 from mfdetr_cache.detectors.translated.d_fine import (
     DECODER_RULES,
@@ -26,7 +26,6 @@ from mfdetr_cache.detectors.translated.d_fine import (
     hybrid_settings,
     strides_of,
 )
-from mfdetr_cache.detectors.translated.names import Rules, count
 from mfdetr_cache.detectors.translated.rt_detr import HYBRID_RULES
 
 # Takes out_indices, which its signature does not say.
@@ -87,9 +86,8 @@ _DINO_RULES: Rules = (
 )
 
 
-def is_deimv2(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is DEIMv2's: its decoder has SwiGLU."""
-    return "decoder.decoder.layers.0.swish_ffn.w12.weight" in tensors
+# Its decoder has SwiGLU.
+is_deimv2 = Marks(("decoder.decoder.layers.0.swish_ffn.w12.weight",))
 
 
 def read_deimv2(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
@@ -202,14 +200,11 @@ def _with_masked_biases(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _build(config: Deimv2Config, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    with no_weights():
-        model = Deimv2ForObjectDetection(config)
-    del model.class_embed, model.bbox_embed  # the decoder's own are used
+    model = build_hybrid(Deimv2ForObjectDetection, config, tensors)
     if config.share_bbox_head:
         heads = model.model.decoder.bbox_embed
         model.model.decoder.bbox_embed = nn.ModuleList([heads[0]] * len(heads))
     restore_original_deimv2(model)
-    restore_hybrid_encoder(model, tensors)
     periods = tensors.get(f"{_vit_place(tensors)}rope_embed.periods")
     if periods is not None:
         _restore_dino(model.model.conv_encoder.backbone, periods)

@@ -1,20 +1,19 @@
 """Grounding DINO of IDEA-Research/GroundingDINO."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.official.architecture import read_backbone
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.blueprint import Blueprint
-from mfdetr_cache.detectors.translated.names import Rules, count
 from mfdetr_cache.errors import DetectorError
 
 # What its text is split with; the file has none.
@@ -79,12 +78,10 @@ _RULES: Rules = (
 )
 
 
-def is_grounding_dino(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is Grounding DINO's: layers where picture and text meet."""
-    return (
-        "transformer.encoder.fusion_layers.0.gamma_v" in tensors
-        and "bert.embeddings.word_embeddings.weight" in tensors
-    )
+# Layers where picture and text meet.
+is_grounding_dino = Marks(
+    ("transformer.encoder.fusion_layers.0.gamma_v", "bert.embeddings.word_embeddings.weight")
+)
 
 
 def read_grounding_dino(checkpoint: Checkpoint, _options: DetectorOptions) -> Blueprint:
@@ -124,10 +121,7 @@ def read_grounding_dino(checkpoint: Checkpoint, _options: DetectorOptions) -> Bl
 
 
 def text_splitter(weights: Path) -> Any:  # noqa: ANN401  transformers has no type for it
-    """The tokenizer: of the vocabulary beside a checkpoint, else of the hub.
-
-    DetectorError if there is none.
-    """
+    """The tokenizer: of the vocabulary beside a checkpoint, else of the hub, else DetectorError."""
     beside = weights.parent / _VOCABULARY
     source = str(weights.parent) if beside.is_file() else _TOKENIZER
     try:

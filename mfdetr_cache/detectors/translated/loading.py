@@ -14,6 +14,7 @@ from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Orig
 from mfdetr_cache.detectors.huggingface.loading import asked_for, into_own_memory, quiet
 from mfdetr_cache.detectors.huggingface.prompt import read_prompt
 from mfdetr_cache.detectors.labels import SPARE_OUTPUTS, names_of_checkpoint
+from mfdetr_cache.detectors.names import Translation, carry, carry_back, translate
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.detectors.translated.blueprint import Blueprint
@@ -31,7 +32,6 @@ from mfdetr_cache.detectors.translated.grounding_dino import (
     text_splitter,
 )
 from mfdetr_cache.detectors.translated.lw_detr import is_lw_detr, read_lw_detr
-from mfdetr_cache.detectors.translated.names import Translation, carry, carry_back, translate
 from mfdetr_cache.detectors.translated.rf_detr import is_rf_detr, read_rf_detr
 from mfdetr_cache.detectors.translated.rf_detr_masks import PREFIX as MASK_PREFIX
 from mfdetr_cache.detectors.translated.rf_detr_masks import MaskBranch, RfDetrWithMasks
@@ -41,9 +41,8 @@ from mfdetr_cache.detectors.translated.rt_detr import (
     read_rt_detr,
     read_rt_detr_v2,
 )
-from mfdetr_cache.detectors.weights import require_complete
+from mfdetr_cache.detectors.weights import require_complete, write_checkpoint
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.files import make_folder, whole_file
 
 Read = Callable[[Checkpoint, DetectorOptions], Blueprint]
 # Of detectors that keep the shape of an image.
@@ -59,9 +58,7 @@ class AuthorsDetector:
 
     Attributes:
         name: Value for ``--detector``.
-        label: Display name.
         recognises: Whether a state dict may be of this detector.
-        read: Infers the blueprint from a checkpoint.
         checked: Reference its outputs were verified against.
     """
 
@@ -194,7 +191,8 @@ def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
     places: dict[str, str] = {}
     for key, targets in names.items():
         first = places.setdefault(targets[0], key)
-        if first != key and not _is_same(blueprint.tensors[first], blueprint.tensors[key]):
+        tensor, other = blueprint.tensors[key], blueprint.tensors[first]
+        if first != key and not (other.is_meta or torch.equal(other, tensor)):
             raise DetectorError(
                 f"{where}: {key} and {first} are shared in this detector, but differ here"
             )
@@ -215,10 +213,6 @@ def build(blueprint: Blueprint, where: str) -> tuple[Any, Translation]:
     model.load_state_dict(floats, strict=False, assign=True)
     _count_no_batches(model)
     return model, names
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or torch.equal(one, other)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
@@ -248,8 +242,6 @@ def _save_checkpoint(
     model: nn.Module, names: Translation, checkpoint: Checkpoint, folder: Path
 ) -> str:
     """Write a checkpoint in the authors' layout, beside it the names of its classes."""
-    make_folder(folder)
-    path = folder / "checkpoint.pth"
     state = carry_back(model.state_dict(), names, checkpoint.tensors)
     # What the architecture is read off beside tensors comes back too.
     document = {
@@ -257,6 +249,4 @@ def _save_checkpoint(
         "class_names": list(checkpoint.class_names),
         "args": dict(checkpoint.settings),
     }
-    with whole_file(path) as partial_file, partial_file.open("wb") as file:
-        torch.save(document, file)
-    return str(path)
+    return write_checkpoint(folder, document)

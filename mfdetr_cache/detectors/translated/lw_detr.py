@@ -9,9 +9,9 @@ from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.blueprint import Blueprint, no_weights
-from mfdetr_cache.detectors.translated.names import Rules, count
 from mfdetr_cache.errors import DetectorError
 
 # Takes out_indices, which its signature does not say.
@@ -58,9 +58,8 @@ _VIT_RULES: Rules = (
 )
 
 
-def is_lw_detr(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is LW-DETR's: grouped queries and a plain ViT with scaled branches."""
-    return "query_feat.weight" in tensors and f"{_VIT}blocks.0.gamma_1" in tensors
+# Grouped queries and a plain ViT with scaled branches.
+is_lw_detr = Marks(("query_feat.weight", f"{_VIT}blocks.0.gamma_1"))
 
 
 def read_lw_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:

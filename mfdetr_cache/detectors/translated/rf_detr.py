@@ -5,7 +5,7 @@ rows and columns on an input that is not square. LW-DETR's has the same decoder 
 backbone and projector are replaced here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.blueprint import Blueprint, no_weights
 from mfdetr_cache.detectors.translated.lw_detr import (
@@ -30,7 +31,6 @@ from mfdetr_cache.detectors.translated.lw_detr import (
     decoder_settings,
     scales,
 )
-from mfdetr_cache.detectors.translated.names import Rules, count
 
 # Takes out_indices, which its signature does not say.
 _VIT_CONFIG: Any = RfDetrDinov2Config
@@ -46,9 +46,8 @@ _VIT_RULES: Rules = (
 )
 
 
-def is_rf_detr(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is RF-DETR's: grouped queries and a DINOv2 with windows."""
-    return "query_feat.weight" in tensors and f"{_VIT}embeddings.cls_token" in tensors
+# Grouped queries and a DINOv2 with windows.
+is_rf_detr = Marks(("query_feat.weight", f"{_VIT}embeddings.cls_token"))
 
 
 def read_rf_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
@@ -104,11 +103,8 @@ def _windows(patch: int, cells: int) -> int:
 class ScaleProjector(nn.Module):
     """One map of RF-DETR's projector: the ViT's maps resampled, concatenated and mixed.
 
-    Args:
-        config: Of the decoder and the mixing blocks.
-        width: Channels of the ViT's maps.
-        num_maps: Number of the ViT's maps.
-        factor: Size of the result relative to them: 2, 1 or 0.5.
+    ``width`` are the channels of the ViT's maps, ``factor`` is the size of the result relative to
+    them: 2, 1 or 0.5.
     """
 
     def __init__(self, config: LwDetrConfig, width: int, num_maps: int, factor: float) -> None:

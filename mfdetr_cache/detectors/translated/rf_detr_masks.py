@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector
-from mfdetr_cache.detectors.translated.names import count
+from mfdetr_cache.detectors.names import count
 from mfdetr_cache.detectors.weights import freeze, require_complete
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.types import DetectorOutput
@@ -47,13 +47,8 @@ class _QueryBlock(nn.Module):
 class MaskBranch(nn.Module):
     """Masks as products of queries and cells, with the authors' parameter names.
 
-    Args:
-        tensors: State dict of the detector.
-        downsample: Pixels of the input along a side of a mask's cell.
-        where: The checkpoint, for messages.
-
-    Raises:
-        DetectorError: If tensors of the branch are missing, have no place or another shape.
+    ``downsample`` are the pixels of the input along a side of a mask's cell. DetectorError if
+    tensors of the branch are missing, have no place or another shape.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], downsample: int, where: str) -> None:

@@ -14,20 +14,19 @@ from transformers import (
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.huggingface.families import FAMILIES
+from mfdetr_cache.detectors.names import Marks, Rules, count
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.translated.backbones import backbone_rules, read_backbone
 from mfdetr_cache.detectors.translated.blueprint import (
     Blueprint,
     Mlp,
-    equal_points,
+    build_hybrid,
     hybrid_levels,
     input_size,
     no_weights,
     points_of_levels,
-    restore_hybrid_encoder,
     silu_mlp,
 )
-from mfdetr_cache.detectors.translated.names import Rules, count
 from mfdetr_cache.errors import DetectorError
 
 _HEADS = 8
@@ -64,30 +63,14 @@ _FEED_FORWARD: Rules = (
 )
 
 
-def is_rt_detr(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is RT-DETR's: its attention has no table of points."""
-    return (
-        "decoder.decoder.layers.0.cross_attn.value_proj.weight" in tensors
-        and "encoder.fpn_blocks.0.conv1.conv.weight" in tensors
-        and "decoder.decoder.layers.0.cross_attn.num_points_scale" not in tensors
-    )
-
-
-def is_rt_detr_v2(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is RT-DETRv2's: a table of points, two layers of query position."""
-    return _is_second(tensors) and "decoder.query_pos_head.layers.2.weight" not in tensors
-
-
-def is_deim_on_rt_detr(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is DEIM's RT-DETRv2: its query position has three layers."""
-    return _is_second(tensors) and "decoder.query_pos_head.layers.2.weight" in tensors
-
-
-def _is_second(tensors: Mapping[str, Tensor]) -> bool:
-    return (
-        "decoder.decoder.layers.0.cross_attn.value_proj.weight" in tensors
-        and "decoder.decoder.layers.0.cross_attn.num_points_scale" in tensors
-    )
+_VALUES = "decoder.decoder.layers.0.cross_attn.value_proj.weight"
+_POINTS = "decoder.decoder.layers.0.cross_attn.num_points_scale"
+_THIRD_LAYER = "decoder.query_pos_head.layers.2.weight"
+# RT-DETR's attention has no table of points, and its query position two layers where DEIM's has
+# three.
+is_rt_detr = Marks((_VALUES, "encoder.fpn_blocks.0.conv1.conv.weight"), (_POINTS,))
+is_rt_detr_v2 = Marks((_VALUES, _POINTS), (_THIRD_LAYER,))
+is_deim_on_rt_detr = Marks((_VALUES, _POINTS, _THIRD_LAYER))
 
 
 def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
@@ -95,7 +78,7 @@ def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
     tensors = checkpoint.tensors
     config = RTDetrConfig(**_common(tensors, options))
     return _blueprint(
-        "rt_detr", tensors, partial(_build, RTDetrForObjectDetection, config, tensors), {}
+        "rt_detr", tensors, partial(build_hybrid, RTDetrForObjectDetection, config, tensors), {}
     )
 
 
@@ -109,10 +92,7 @@ def read_rt_detr_v2(
     """
     tensors = checkpoint.tensors
     common = _common(tensors, options)
-    points = points_of_levels(
-        tensors["decoder.decoder.layers.0.cross_attn.num_points_scale"],
-        common["num_feature_levels"],
-    )
+    points = points_of_levels(tensors[_POINTS], common["num_feature_levels"])
     if len(set(points)) > 1:
         raise DetectorError(
             f"{checkpoint.path}: {points} sampling points per level; only equal numbers are read"
@@ -127,34 +107,43 @@ def read_rt_detr_v2(
     build = (
         partial(_build_deim, config, tensors)
         if deim
-        else partial(_build, RTDetrV2ForObjectDetection, config, tensors)
+        else partial(build_hybrid, RTDetrV2ForObjectDetection, config, tensors)
     )
     choices: dict[str, object] = {"sampling": sampling}
     return _blueprint("rt_detr_v2", tensors, build, choices)
 
 
-def _common(tensors: Mapping[str, Tensor], options: DetectorOptions) -> dict[str, Any]:
-    levels = hybrid_levels(tensors)
-    backbone, channels = read_backbone(tensors, levels)
+def encoder_settings(tensors: Mapping[str, Tensor], levels: int) -> dict[str, Any]:
+    """Configuration of a hybrid encoder, but for its fusion blocks."""
     hidden = tensors["encoder.lateral_convs.0.conv.weight"].shape[0]
-    width = tensors["decoder.enc_score_head.weight"].shape[1]
-    samples = tensors["decoder.decoder.layers.0.cross_attn.attention_weights.bias"]
-    decoder_levels = count(tensors, r"decoder\.input_proj\.(\d+)\.")
     intra = count(tensors, r"encoder\.encoder\.(\d+)\.")
     return {
-        "backbone_config": backbone,
-        "encoder_in_channels": channels,
         "encoder_hidden_dim": hidden,
         "encoder_ffn_dim": tensors["encoder.encoder.0.layers.0.linear1.weight"].shape[0],
         "encoder_layers": count(tensors, r"encoder\.encoder\.0\.layers\.(\d+)\."),
         "encode_proj_layers": list(range(levels - intra, levels)),
-        "hidden_expansion": tensors["encoder.fpn_blocks.0.conv1.conv.weight"].shape[0] / hidden,
-        "d_model": width,
         "decoder_in_channels": [hidden] * levels,
+    }
+
+
+def _common(tensors: Mapping[str, Tensor], options: DetectorOptions) -> dict[str, Any]:
+    levels = hybrid_levels(tensors)
+    backbone, channels = read_backbone(tensors, levels)
+    encoder = encoder_settings(tensors, levels)
+    width = tensors["decoder.enc_score_head.weight"].shape[1]
+    samples = tensors["decoder.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0]
+    decoder_levels = count(tensors, r"decoder\.input_proj\.(\d+)\.")
+    branch = tensors["encoder.fpn_blocks.0.conv1.conv.weight"].shape[0]
+    return {
+        "backbone_config": backbone,
+        "encoder_in_channels": channels,
+        **encoder,
+        "hidden_expansion": branch / encoder["encoder_hidden_dim"],
+        "d_model": width,
         "num_feature_levels": decoder_levels,
         "decoder_ffn_dim": tensors["decoder.decoder.layers.0.linear1.weight"].shape[0],
         "decoder_layers": _layers_that_count(tensors),
-        "decoder_n_points": equal_points(samples, decoder_levels, _HEADS),
+        "decoder_n_points": samples // (decoder_levels * _HEADS),
         "num_labels": tensors["decoder.enc_score_head.weight"].shape[0],
         "num_queries": options.num_queries or _QUERIES,
         "num_denoising": 0,
@@ -193,19 +182,8 @@ def _blueprint(
     )
 
 
-def _build(kind: Any, config: RTDetrConfig | RTDetrV2Config, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    with no_weights():
-        model = kind(config)
-    # The second version lists its heads twice; those of the decoder are used.
-    for name in ("class_embed", "bbox_embed"):
-        if hasattr(model, name):
-            delattr(model, name)
-    restore_hybrid_encoder(model, tensors)
-    return model
-
-
 def _build_deim(config: RTDetrV2Config, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    model = _build(RTDetrV2ForObjectDetection, config, tensors)
+    model = build_hybrid(RTDetrV2ForObjectDetection, config, tensors)
     decoder, width = model.model.decoder, config.d_model
     with no_weights():
         layers = nn.ModuleList(nn.Linear(n, width) for n in (4, width, width))

@@ -1,7 +1,8 @@
-"""Translation of parameter names from the authors' checkpoints to transformers' classes."""
+"""Translation of parameter names between the checkpoints of one code and the classes of another."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 # tensor: "self_attn.{q,k,v}_proj" takes three equal parts along the first axis.
 Rules = Sequence[tuple[str, str]]
 Translation = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Names by which a state dict is told: it has all of some, and none of others."""
+
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+
+    def __call__(self, tensors: Container[str]) -> bool:
+        """Whether a state dict is of the kind."""
+        return all(k in tensors for k in self.has) and not any(k in tensors for k in self.lacks)
 
 
 def translate(keys: Iterable[str], rules: Rules) -> Translation:
@@ -26,15 +39,10 @@ def translate(keys: Iterable[str], rules: Rules) -> Translation:
         name = key
         for pattern, new in compiled:
             name = pattern.sub(new, name)
-        found[key] = _parts(name)
+        packed = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+        parts = [] if packed is None else [packed[1] + p + packed[3] for p in packed[2].split(",")]
+        found[key] = tuple(parts) or (name,)
     return found
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
-    if match is None:
-        return (name,)
-    return tuple(f"{match[1]}{part}{match[3]}" for part in match[2].split(","))
 
 
 def carry(tensors: Mapping[str, Tensor], names: Translation) -> dict[str, Tensor]:
