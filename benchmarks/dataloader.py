@@ -35,8 +35,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample
 from mfdetr_cache.training.input.loader import Loader
-from mfdetr_cache.training.input.processes import read_in_processes
-from mfdetr_cache.training.input.threads import READ_AHEAD, read_in_threads
+from mfdetr_cache.training.input.readers import READ_AHEAD, read_in_processes, read_in_threads
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import RegionSettings
 

@@ -17,7 +17,7 @@ from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample
-from mfdetr_cache.training.input.threads import read_in_threads
+from mfdetr_cache.training.input.readers import read_in_threads
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.types import CachedImage

@@ -15,7 +15,7 @@ import numpy as np
 from geometry import made_cache
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.training.input.threads import READ_AHEAD, read_in_threads
+from mfdetr_cache.training.input.readers import READ_AHEAD, read_in_threads
 
 
 def peak_mb() -> float:

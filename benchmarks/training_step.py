@@ -26,7 +26,7 @@ from mfdetr_cache.head.batch import MapGroup, live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.training.batch import TrainSample, collate
-from mfdetr_cache.training.input.threads import read_in_threads
+from mfdetr_cache.training.input.readers import read_in_threads
 from mfdetr_cache.training.learner import Learner, autocast
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.regions import build_regions

@@ -6,7 +6,7 @@ python scripts/write_paper_map.py [FILE]
 import sys
 from pathlib import Path
 
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES
 
 from mfdetr_cache.head.cost import MEAN_COCO_INPUT_HW, head_cost, paper_detector
 
@@ -169,12 +169,14 @@ def paper_map() -> str:
     for number in COUNTED:
         for row in PAPER_TABLES[number].rows:
             cost = head_cost(row.recipe.head, spec)
-            assert row.params_m is not None
-            assert row.macs_g is not None
+            paper = row.paper
+            assert paper is not None
+            assert paper.params_m is not None
+            assert paper.macs_g is not None
             macs = cost.macs / 1e9
             lines.append(
-                f"| {number} | {row.name} | {cost.parameters / 1e6:.2f} | {row.params_m:.2f} | "
-                f"{macs:.2f} | {row.macs_g:.2f} | {100 * (macs / row.macs_g - 1):+.2f} % | "
+                f"| {number} | {row.name} | {cost.parameters / 1e6:.2f} | {paper.params_m:.2f} | "
+                f"{macs:.2f} | {paper.macs_g:.2f} | {100 * (macs / paper.macs_g - 1):+.2f} % | "
                 f"{cost.executed_macs / 1e9:.2f} |"
             )
     return "\n".join(lines) + "\n"

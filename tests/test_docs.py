@@ -14,7 +14,7 @@ import pytest
 import typer
 import zarr
 from mfdetr_cli.app import app
-from mfdetr_pipelines.ablation.paper_tables import paper_table
+from mfdetr_pipelines.ablation.comparison import paper_table
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache.reader import FeatureCache

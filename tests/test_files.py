@@ -27,7 +27,7 @@ from mfdetr_cache.files import (
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import RunRecord, read_run_config, save_run_config
 from mfdetr_cache.options import existing_folder, writable_file
-from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
+from mfdetr_cache.training.run_folder import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.run_log import RunLog
 
 # Every write to this device fails as on a full disk, by the kernel's own hand.

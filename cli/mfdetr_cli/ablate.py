@@ -1,19 +1,16 @@
-"""``mfdetr ablate``."""
-
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mfdetr_pipelines.ablation.caches import MissingCache, find_caches
-from mfdetr_pipelines.ablation.extraction import wanted_caches
-from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
-from mfdetr_pipelines.ablation.plan import MACS_SIZE, plan_rows, seconds_per_step, shared_notes
-from mfdetr_pipelines.ablation.report import (
-    COLUMNS,
-    report_cells,
-    require_report_place,
-    write_report,
+from mfdetr_pipelines.ablation.caches import MissingCache, find_caches, wanted_caches
+from mfdetr_pipelines.ablation.comparison import PublishedSystem, published_table
+from mfdetr_pipelines.ablation.plan import (
+    MACS_SIZE,
+    plan_of,
+    plan_rows,
+    seconds_per_step,
+    shared_notes,
 )
+from mfdetr_pipelines.ablation.report import report_cells, require_report_place, write_report
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
@@ -22,11 +19,10 @@ from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import MfdetrError
 from mfdetr_cli.console import human_bytes, print_facts, print_lines, print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def ablate(config: AblateConfig, json: Path | None) -> None:
+def ablate(config: AblateConfig, out: CommandOutput) -> None:
     """Train and compare, or show what it would cost."""
     chosen = config.comparison
     about = {"table": chosen.table, "title": chosen.title}
@@ -35,7 +31,7 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
         wanted = [
             {"cache": str(c.path), "settings": c.settings, "bytes": c.num_bytes} for c in missing
         ]
-        write_json(json, {**about, "needs": chosen.needs, "rows": plans, "extract": wanted})
+        out.write_json({**about, "needs": chosen.needs, "rows": plans, "extract": wanted})
         _print_plan(chosen.title, plans)
         _print_published(chosen.published)
         if missing:
@@ -46,8 +42,8 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
             print_lines(f"It needs {chosen.needs}")
         return
     require_report_place(config.out)
-    results = run_ablate(config, ConsoleReporter())
-    write_json(json, {**about, "rows": [r.to_dict() for r in results]})
+    results = run_ablate(config, out.reporter)
+    out.write_json({**about, "rows": [r.to_dict() for r in results]})
     samples = []
     if config.images is not None:
         caches = find_caches(config).by_row
@@ -62,7 +58,7 @@ def ablate(config: AblateConfig, json: Path | None) -> None:
 
 def _print_results(title: str, results: Sequence[RowResult]) -> None:
     """Three tables, since eighty columns do not hold one; what no row has is left out."""
-    cells = [dict(zip(COLUMNS, report_cells(r), strict=True)) for r in results]
+    cells = [report_cells(r) for r in results]
     for title_, wanted in (
         (f"{title}, mask AP in percent", ("AP", "vs first", "AP50", "AP75", "paper AP")),
         (
@@ -80,13 +76,12 @@ def _print_results(title: str, results: Sequence[RowResult]) -> None:
             print_table(title_, ["row", *names], lines)
     for result in results:
         if result.problem:
-            print_lines(f"{result.plan.row.name}: {result.problem}")
+            print_lines(f"{result.row.name}: {result.problem}")
 
 
 def _print_published(published: Sequence[PublishedSystem]) -> None:
     if published:
-        rows = [p.cells() for p in sorted(published, key=lambda p: p.AP)]
-        print_table("Published, not measured here", PUBLISHED_COLUMNS, rows)
+        print_table("Published, not measured here", *published_table(published))
 
 
 def _plan(config: AblateConfig) -> tuple[list[dict[str, Any]], list[MissingCache]]:
@@ -94,20 +89,20 @@ def _plan(config: AblateConfig) -> tuple[list[dict[str, Any]], list[MissingCache
     missing: list[MissingCache] = []
     seconds: dict[str, float] = {}
     if not config.cache:
-        plans = plan_rows(config.rows, None, config.max_steps)
+        rows = plan_rows(config.rows, None, config.max_steps)
     else:
         opened = FeatureCache.open(config.local_cache.before(config.cache[0]))
         opened.require_complete()
         # The others are like it: a step takes as long.
-        plans = plan_rows(config.rows, opened, config.max_steps)
-        seconds = seconds_per_step(plans, opened, config.device)
+        rows = plan_rows(config.rows, opened, config.max_steps)
+        seconds = seconds_per_step(rows, opened, config.device)
         if any(row.extract or row.cache for row in config.rows):
             missing = list(wanted_caches(find_caches(config)).values())
     shown = []
-    for plan in plans:
-        each = seconds.get(plan.row.name)
-        total = None if each is None else each * plan.row.recipe.train.steps * config.seeds
-        shown.append({**plan.to_dict(), "seconds": total})
+    for row in rows:
+        each = seconds.get(row.name)
+        total = None if each is None else each * row.recipe.train.steps * config.seeds
+        shown.append({**plan_of(row), "seconds": total})
     return shown, missing
 
 

@@ -38,7 +38,6 @@ from mfdetr_cache.errors import CheckFailedError, ConfigError, MfdetrError, Stop
 from mfdetr_cache.files import disk_error
 from mfdetr_cache.signals import ending_on_signals
 from mfdetr_cli.help import HelpfulCommand, HelpfulGroup
-from mfdetr_cli.json_file import require_json_place, require_written
 from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.text import harmless, put
 
@@ -55,13 +54,15 @@ cache_app = typer.Typer(help="Look after feature caches.", **_SETTINGS)
 
 
 def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
-    """Add a command, whose code is imported when it runs: torch takes seconds to import."""
+    """Add a command, whose code is imported when it runs: torch and rich take their time."""
 
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
+        from mfdetr_cli.output import CommandOutput
+
         module, _, function = where.partition(":")
-        require_json_place(json)
-        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, json)
-        require_written()
+        out = CommandOutput(json)
+        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, out)
+        out.require_written()
 
     summary, about = help_of(kind)
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))

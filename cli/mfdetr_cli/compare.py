@@ -1,20 +1,16 @@
-"""``mfdetr compare``."""
-
-from pathlib import Path
+from dataclasses import asdict
 
 from mfdetr_pipelines.compare import run_compare
 from mfdetr_pipelines.config.compare import CompareConfig
 
 from mfdetr_cli.console import metric_rows, print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def compare(config: CompareConfig, json: Path | None) -> None:
+def compare(config: CompareConfig, out: CommandOutput) -> None:
     """Measure, and show every subject beside the first."""
-    summary = run_compare(config, ConsoleReporter())
-    rows = [s.to_dict() for s in summary.subjects]
-    write_json(json, {"num_images": summary.num_images, "subjects": rows})
+    summary = run_compare(config, out.reporter)
+    out.write_json(asdict(summary))
     for kind in ("mask", "boundary"):
         metrics = {s.name: getattr(s, kind).to_dict() for s in summary.subjects}
         columns = ["", *next(iter(metrics.values()))]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from mfdetr_pipelines.numbers import percent
 from rich.box import ASCII, SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
@@ -147,15 +148,6 @@ def _print(console: Console, table: Table) -> None:
 
 def _encoding() -> str:
     return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """A metric in [0, 1] in percent; a dash for -1, where there was nothing to measure.
-
-    >>> percent(0.4567), percent(-1.0)
-    ('45.7', '-')
-    """
-    return f"{100 * value:.{digits}f}" if value >= 0 else "-"
 
 
 def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:

@@ -1,21 +1,16 @@
-"""``mfdetr copy-paste``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.copy_paste import run_copy_paste
 
 from mfdetr_cli.console import print_facts, print_next
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def copy_paste(config: CopyPasteConfig, json: Path | None) -> None:
+def copy_paste(config: CopyPasteConfig, out: CommandOutput) -> None:
     """Make the dataset, and say what extracts it."""
-    summary = run_copy_paste(config, ConsoleReporter())
-    paths = {"images": str(summary.images), "annotations": str(summary.annotations)}
-    write_json(json, {**asdict(summary), **paths})
+    summary = run_copy_paste(config, out.reporter)
+    out.write_json(asdict(summary))
     print_facts(
         f"Dataset {config.out}",
         {"images": f"{summary.num_images}, {summary.num_objects} objects"},

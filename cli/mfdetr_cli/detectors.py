@@ -1,20 +1,17 @@
-"""``mfdetr detectors``."""
-
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.demo import DetectorsConfig
 
 from mfdetr_cache.detectors.registry import DetectorListing, list_detectors
 from mfdetr_cli.console import print_lines, print_table
-from mfdetr_cli.json_file import write_json
+from mfdetr_cli.output import CommandOutput
 
 
-def detectors(_config: DetectorsConfig, json: Path | None) -> None:
+def detectors(_config: DetectorsConfig, out: CommandOutput) -> None:
     """List detectors by what ``--detector`` and ``--weights`` take."""
     listed = list_detectors()
-    write_json(json, {"detectors": [asdict(d) for d in listed]})
+    out.write_json({"detectors": [asdict(d) for d in listed]})
     notes = list(dict.fromkeys(d.checked for d in listed))
     official = [d for d in listed if d.weights == "official .pth"]
     print_table(

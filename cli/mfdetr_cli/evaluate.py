@@ -1,5 +1,3 @@
-"""``mfdetr evaluate``."""
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,32 +5,25 @@ from typing import Any
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.evaluate_results import run_evaluate_results
+from mfdetr_pipelines.numbers import percent
 
 from mfdetr_cache.evaluation.measure import EvaluateSummary
 from mfdetr_cache.evaluation.oracles import ORACLES
-from mfdetr_cli.console import (
-    human_time,
-    metric_rows,
-    percent,
-    print_evaluation,
-    print_facts,
-    print_table,
-)
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.console import human_time, metric_rows, print_evaluation, print_facts, print_table
+from mfdetr_cli.output import CommandOutput
 
 _MOST_CONFUSED = 30
 
 
-def evaluate(config: EvaluateConfig, json: Path | None) -> None:
+def evaluate(config: EvaluateConfig, out: CommandOutput) -> None:
     """Measure a head on a cache, or a results file."""
     if config.file.results is not None and config.file.annotations is not None:
-        _evaluate_file(config, config.file.results, config.file.annotations, json)
+        _evaluate_file(config, config.file.results, config.file.annotations, out)
         return
-    summary = run_evaluate(config, ConsoleReporter())
+    summary = run_evaluate(config, out.reporter)
     metrics = summary.metrics()
     paths = {"cache": str(config.cache), "head": str(config.head)}
-    write_json(json, {**asdict(summary), **metrics, **paths})
+    out.write_json({**asdict(summary), **metrics, **paths})
     what = f"{config.head} ({config.which} weights, score: {summary.scoring}) on {config.cache}"
     _show(f"{what}, in percent", metrics, summary.details, config)
     if summary.oracles:
@@ -44,19 +35,19 @@ def evaluate(config: EvaluateConfig, json: Path | None) -> None:
 
 
 def _evaluate_file(
-    config: EvaluateConfig, results: Path, annotations: Path, json: Path | None
+    config: EvaluateConfig, results: Path, annotations: Path, out: CommandOutput
 ) -> None:
     found = run_evaluate_results(
         results,
         annotations,
         config.evaluator,
-        ConsoleReporter(),
+        out.reporter,
         extras=config.extras,
         on_bad=config.file.on_bad_annotation,
     )
     metrics, details = found.metrics(), found.details()
     counts = {"num_images": found.num_images, "num_results": found.num_results}
-    write_json(json, {**counts, **metrics, "details": details, "results": str(results)})
+    out.write_json({**counts, **metrics, "details": details, "results": str(results)})
     title = f"{found.num_results} results on {found.num_images} images, in percent"
     _show(title, metrics, details, config)
 

@@ -1,20 +1,16 @@
-"""``mfdetr export``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.export import run_export
 
 from mfdetr_cli.console import human_bytes, print_facts
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def export(config: ExportConfig, json: Path | None) -> None:
+def export(config: ExportConfig, out: CommandOutput) -> None:
     """Write the graph, and show its inputs and outputs."""
-    summary = run_export(config, ConsoleReporter())
-    write_json(json, {**asdict(summary), "out": str(config.out)})
+    summary = run_export(config, out.reporter)
+    out.write_json(asdict(summary))
     shapes = {**summary.inputs, **summary.outputs}
     facts = {"size": human_bytes(summary.num_bytes)}
     facts |= {name: " x ".join(shape) for name, shape in shapes.items()}

@@ -1,8 +1,5 @@
-"""``mfdetr extract``."""
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
@@ -18,18 +15,17 @@ from mfdetr_cli.console import (
     print_next,
     print_table,
 )
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 _SHOWN = 12
 
 
-def extract(config: ExtractConfig, json: Path | None) -> None:
+def extract(config: ExtractConfig, out: CommandOutput) -> None:
     """Extract, and show what the cache is and how good its boxes are."""
     if config.work.part is None:
         config = replace(config, work=replace(config.work, part=partition_of_environment()))
-    summary = run_extract(config, ConsoleReporter())
-    write_json(json, {**asdict(summary), "cache": str(config.cache)})
+    summary = run_extract(config, out.reporter)
+    out.write_json({**asdict(summary), "cache": str(config.cache)})
     share = summary.detector_seconds / summary.seconds if summary.num_extracted else 0.0
     facts = {
         "cache id": summary.cache_id,

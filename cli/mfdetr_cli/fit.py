@@ -1,28 +1,24 @@
-"""``mfdetr fit``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.fit import FitSummary, run_fit
 
 from mfdetr_cli.console import human_bytes, human_time, print_evaluation, print_facts, print_lines
 from mfdetr_cli.extract import print_categories
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def fit(config: FitConfig, json: Path | None) -> None:
+def fit(config: FitConfig, out: CommandOutput) -> None:
     """Go the whole way, and say what came of it."""
-    show(run_fit(config, ConsoleReporter()), json)
+    show(run_fit(config, out.reporter), out)
 
 
-def show(summary: FitSummary, json: Path | None) -> None:
+def show(summary: FitSummary, out: CommandOutput) -> None:
     """Say what came of it, where to look and how to go on."""
     result = summary.evaluation
     metrics = result.metrics()
     about = {k: v for k, v in asdict(summary).items() if k != "evaluation"}
-    write_json(json, {**asdict(result), **metrics, **about})
+    out.write_json({**asdict(result), **metrics, **about})
     print_categories(summary.categories)
     print_evaluation(f"{result.num_images} images not learned from, in percent", metrics)
     facts = {step: human_time(seconds) for step, seconds in summary.seconds.items()}

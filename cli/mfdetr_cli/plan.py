@@ -1,8 +1,5 @@
-"""``mfdetr plan``."""
-
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.plan import Plan, run_plan
@@ -15,14 +12,13 @@ from mfdetr_cli.console import (
     print_next,
     print_table,
 )
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def plan(config: PlanConfig, json: Path | None) -> None:
+def plan(config: PlanConfig, out: CommandOutput) -> None:
     """Measure, and show what each preset would cost."""
-    found = run_plan(config, ConsoleReporter())
-    write_json(json, asdict(found))
+    found = run_plan(config, out.reporter)
+    out.write_json(asdict(found))
     print_facts(
         f"{found.images} images, {found.views} passes each",
         {

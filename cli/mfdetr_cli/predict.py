@@ -1,5 +1,3 @@
-"""``mfdetr predict``."""
-
 from dataclasses import asdict
 from pathlib import Path
 
@@ -7,16 +5,15 @@ from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_pipelines.predict import run_predict
 
 from mfdetr_cli.console import print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 _SHOWN = 20
 
 
-def predict(config: PredictConfig, json: Path | None) -> None:
+def predict(config: PredictConfig, out: CommandOutput) -> None:
     """Segment, and list the first images."""
-    summary = run_predict(config, ConsoleReporter())
-    write_json(json, {**asdict(summary), "results": str(summary.results)})
+    summary = run_predict(config, out.reporter)
+    out.write_json(asdict(summary))
     rows = [
         [Path(i.picture).name, str(i.num_objects), f"{i.detector_ms:.0f}", f"{i.head_ms:.0f}"]
         for i in summary.images[:_SHOWN]

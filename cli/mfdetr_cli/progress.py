@@ -113,10 +113,7 @@ class ConsoleReporter:
         return line
 
     def _line(self) -> str:
-        """Step, share, rate and time left first, as short as they can be.
-
-        At the end the rate is that of the whole task.
-        """
+        """Step, share, rate and time left first; at the end the rate is that of the whole task."""
         todo = self._total - self._done
         parts = [
             f"{self._task} {100 * self._done // max(self._total, 1)} %",

@@ -1,8 +1,5 @@
-"""``mfdetr recipes``."""
-
 import inspect
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mfdetr_pipelines.config.training import RecipesConfig
@@ -11,28 +8,28 @@ from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.recipes import AUTO, RECIPES, Recipe, build_recipe
 from mfdetr_cli.console import print_lines, print_table
-from mfdetr_cli.json_file import write_json
+from mfdetr_cli.output import CommandOutput
 from mfdetr_cli.signature import documented
 
 _AUTO = "fast or paper, fitted to the cache and the device by train-head and fit, which say why."
 
 
-def recipes(config: RecipesConfig, json: Path | None) -> None:
+def recipes(config: RecipesConfig, out: CommandOutput) -> None:
     """List recipes, or all settings of one."""
     texts = {name: (inspect.getdoc(r) or "").replace("``", "") for name, r in RECIPES.items()}
     if config.recipe is None:
         every = [{"name": name, **_settings(build_recipe(name, {}))} for name in RECIPES]
-        write_json(json, {"recipes": every})
+        out.write_json({"recipes": every})
         rows = [[name, text.partition("\n")[0]] for name, text in {**texts, AUTO: _AUTO}.items()]
         print_table("Recipes", ["", "what it is"], rows, justify="left")
         return
     if config.recipe == AUTO:
-        write_json(json, {"recipe": AUTO})
+        out.write_json({"recipe": AUTO})
         print_lines(_AUTO)
         return
     recipe = build_recipe(config.recipe, {})
     # As train-head --config takes it.
-    write_json(json, {"recipe": recipe.name, **_settings(recipe)})
+    out.write_json({"recipe": recipe.name, **_settings(recipe)})
     print_lines(texts[recipe.name], "")
     for title, own, paper in (
         ("Mask network: --set NAME=VALUE", recipe.head, HeadConfig()),

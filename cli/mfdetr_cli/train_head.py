@@ -1,33 +1,29 @@
-"""``mfdetr train-head``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.numbers import percent
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cli.console import (
     human_time,
     is_first_process,
-    percent,
     print_evaluation,
     print_facts,
     print_next,
 )
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def train_head(config: TrainHeadConfig, json: Path | None) -> None:
+def train_head(config: TrainHeadConfig, out: CommandOutput) -> None:
     """Train, and show what it took and what the validation gave."""
-    summary = run_train_head(config, ConsoleReporter())
+    summary = run_train_head(config, out.reporter)
     if not is_first_process():
         return
     document: dict[str, object] = asdict(summary)
     metrics = None if summary.validation is None else summary.validation.metrics()
     if metrics is not None:
         document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
-    write_json(json, document)
+    out.write_json(document)
     waiting = summary.waiting_seconds / max(summary.seconds, 1e-9)
     facts = {
         "recipe": f"{summary.recipe}, {summary.parameters / 1e6:.2f} M parameters",

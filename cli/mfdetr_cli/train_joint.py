@@ -1,26 +1,22 @@
-"""``mfdetr train-joint``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cli.console import human_time, is_first_process, print_evaluation, print_facts
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def train_joint(config: TrainJointConfig, json: Path | None) -> None:
+def train_joint(config: TrainJointConfig, out: CommandOutput) -> None:
     """Train, and show what to extract with and what the validation gave."""
-    summary = run_train_joint(config, ConsoleReporter())
+    summary = run_train_joint(config, out.reporter)
     if not is_first_process():
         return
     document: dict[str, object] = asdict(summary)
     metrics = None if summary.validation is None else summary.validation.metrics()
     if metrics is not None:
         document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
-    write_json(json, document)
+    out.write_json(document)
     parameters = summary.tuned_parameters / 1e6
     print_facts(
         f"Run {config.out}",

@@ -52,7 +52,6 @@ class HeadBatch:
     """Input of the mask network: maps of images and R regions to segment.
 
     Attributes:
-        groups: The images' maps.
         queries: Of each region, shape (R, query_dim).
         boxes_xyxy: In network input pixels, not clipped, shape (R, 4). May stay on the CPU when the
             rest is on a GPU: the boxes decide which cells are computed.

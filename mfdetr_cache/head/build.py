@@ -5,7 +5,7 @@ from torch import nn
 
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
-from mfdetr_cache.head.blocks.ffn import FfnBlock
+from mfdetr_cache.head.blocks.deformable import FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.box_encoder import DeformableBoxEncoder
 from mfdetr_cache.head.config import HeadConfig
@@ -178,17 +178,15 @@ def _blocks(kind: str, width: int, count: int, window: int) -> list[nn.Module]:
 
 
 def _predictor(config: HeadConfig) -> nn.Module:
-    if config.mask_predictor == "segmenter":
-        return SegmenterPredictor(config.hidden_dim)
-    if config.mask_predictor == "refined":
-        codec = build_codec(config.mask_codec, config.mask_embedding_dim)
+    kind, d = config.mask_predictor, config.hidden_dim
+    if kind in ("refined", "embedding"):
         width = config.mask_embedding_dim
-        return Refinement(config.hidden_dim, width, config.refinement_stages, codec)
-    if config.mask_predictor == "embedding":
-        codec = build_codec(config.mask_codec, config.mask_embedding_dim)
-        return EmbeddingPredictor(config.hidden_dim, config.mask_embedding_dim, codec)
-    if config.mask_predictor == "fcn":
-        return FcnPredictor(config.hidden_dim)
-    if config.mask_predictor == "dynamic":
-        return DynamicConvPredictor(config.hidden_dim)
-    return DotProductPredictor()
+        codec = build_codec(config.mask_codec, width)
+        if kind == "refined":
+            return Refinement(d, width, config.refinement_stages, codec)
+        return EmbeddingPredictor(d, width, codec)
+    if kind == "segmenter":
+        return SegmenterPredictor(d)
+    if kind == "fcn":
+        return FcnPredictor(d)
+    return DynamicConvPredictor(d) if kind == "dynamic" else DotProductPredictor()

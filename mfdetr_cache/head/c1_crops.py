@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 
 def neck_affine(neck: nn.Module | None, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The neck as one affine map per image.
+    """The neck as one affine map per image: matrices (B, D, C) and constants (B, D), float64.
 
-    Args:
-        neck: 1x1 convolution and group norm; None is the identity.
-        moments: Mean of c c^T and of c, float64, shape (B, C + 1, C).
-
-    Returns:
-        Matrices of shape (B, D, C) and constants of shape (B, D), float64.
+    The neck is a 1x1 convolution and group norm, or the identity for None; ``moments`` are the
+    means of c c^T and of c, float64, shape (B, C + 1, C).
     """
     batch, _, channels = moments.shape
     if neck is None:

@@ -7,7 +7,7 @@ norms, softmax and the sampling of deformable attention are not counted. One ima
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfdetr_cache.head.batch import MapGroup
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock
-from mfdetr_cache.head.blocks.deformable import DeformableLayer
-from mfdetr_cache.head.blocks.ffn import FfnBlock
+from mfdetr_cache.head.blocks.deformable import DeformableLayer, FfnBlock
 from mfdetr_cache.head.blocks.swin import SwinBlock
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
@@ -53,7 +52,6 @@ class HeadCost:
     """Cost of a mask network for one image with 100 boxes.
 
     Attributes:
-        parameters: Trained parameters.
         macs: Multiply-adds by the paper's rule, of the network as the paper describes it.
         executed_macs: By the same rule, of the network as implemented: no unused token in the last
             layer of the image encoder, and box-to-object attention with folded projections.
@@ -113,7 +111,8 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
         for m in spec.maps
     }
     group = MapGroup(maps, input_hw, (0,))
-    queries = torch.empty(BOXES, spec.query_dim)
+    queries, rois = torch.empty(BOXES, spec.query_dim), torch.empty(BOXES, 5)
+    image = torch.zeros(BOXES, dtype=torch.long)
     extra = [0]
     counter = FlopCounterMode(display=False, custom_mapping=_SAMPLING)
     with counter, _element_wise(head, extra):
@@ -121,40 +120,29 @@ def _count(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> int
         if isinstance(head, WholeImageHead):
             head.decode_image(fused, queries)
         elif isinstance(head.predictor, Refinement):
-            _refine(head, head.predictor, fused, queries)
+            # ISTR's stages without their boxes, which are not known without weights.
+            queries = head.map_query(queries)
+            for stage in head.predictor:
+                queries, _, codes = stage(queries, head.align(fused, rois), image)
+            head.predictor.codec.decode(codes)
         else:
-            regions = head.align(fused, torch.empty(BOXES, 5))
-            head.decode(regions, queries, torch.zeros(BOXES, dtype=torch.long))
+            head.decode(head.align(fused, rois), queries, image)
     # The counter speaks of flops, two for a multiply-add.
     return counter.get_total_flops() // 2 + extra[0]
 
 
-def _refine(head: MaskHead, refinement: Refinement, fused: Tensor, queries: Tensor) -> None:
-    """The stages of ISTR, without their boxes, which are not known without weights."""
-    queries, image = head.map_query(queries), torch.zeros(BOXES, dtype=torch.long)
-    for stage in refinement:
-        queries, _, codes = stage(queries, head.align(fused, torch.empty(BOXES, 5)), image)
-    refinement.codec.decode(codes)
-
-
-def _upsampling(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:  # noqa: ANN401
-    return 2 * 4 * math.prod(out_shape)
-
-
-def _alignment(*_args: Any, out_shape: Sequence[int], **_kwargs: Any) -> int:  # noqa: ANN401
-    return 2 * 17 * math.prod(out_shape)
+def _each(macs: int) -> Any:  # noqa: ANN401
+    return lambda *_, out_shape, **__: 2 * macs * math.prod(out_shape)
 
 
 _SAMPLING = {
-    torch.ops.aten.upsample_bilinear2d: _upsampling,
-    torch.ops.torchvision.roi_align: _alignment,
+    torch.ops.aten.upsample_bilinear2d: _each(4),
+    torch.ops.torchvision.roi_align: _each(17),
 }
 
 
 @contextmanager
 def _element_wise(head: MaskHead, total: list[int]) -> Iterator[None]:
-    """Add the residual, scaling and fusion steps of the blocks that run."""
-
     def steps_of(steps: int) -> Any:  # noqa: ANN401
         def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
             total[0] += steps * output.numel()

@@ -36,16 +36,10 @@ class FineMask(nn.Module):
         nn.init.zeros_(self.query.bias)
 
     def forward(self, logits: Tensor, queries: Tensor, regions: Tensor, fine: Tensor) -> Tensor:
-        """Refine masks.
+        """Logits on the fine grid, (R, s, s), from those of the coarse mask, (R, r, r).
 
-        Args:
-            logits: Of the coarse mask, shape (R, r, r).
-            queries: Mapped queries, shape (R, d).
-            regions: Region features after the box encoder, shape (R, r, r, d).
-            fine: Region features on the fine grid, shape (R, s, s, d).
-
-        Returns:
-            Logits on the fine grid, shape (R, s, s).
+        With mapped queries (R, d), region features after the box encoder (R, r, r, d), and ``fine``
+        ones on the fine grid (R, s, s, d).
         """
         context = self.context(torch.cat((regions, logits[..., None]), dim=-1))
         cells = functional.relu(self.detail(fine) + _resized(context, fine.shape[1]))

@@ -38,16 +38,12 @@ class RunRecord:
     """The entries of a run's ``config.json`` beside the architecture of its head.
 
     Attributes:
-        recipe: Name of the recipe.
-        train: Training settings, as plain values.
-        detector: Identity of the detector.
         cache: Path, id and images of the training cache; None without a cache.
         annotations: Id and source of the annotations, with a cache.
         val_cache: Path of the validation cache.
-        joint: Settings of ``train-joint`` beside these.
+        joint: Settings of ``train-joint`` beside ``train``.
         categories: ``{"id", "name"}`` of the dataset's categories.
         label_categories: Category id of each of the detector's labels, -1 for none.
-        command: The command line.
         versions: Versions of the packages that results depend on.
         run: Hash of what decides the weights; every file of weights names it too.
         before: Training settings of the steps before a failure, where some were changed then.
@@ -252,7 +248,6 @@ def _read_weights(path: Path, document: Mapping[str, Any]) -> tuple[dict[str, Te
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, type, shape and values of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

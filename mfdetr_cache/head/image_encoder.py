@@ -15,12 +15,9 @@ class DeformableImageEncoder(nn.Module):
     paper's MAC column counts them.
 
     Args:
-        width: Channels of all levels.
         num_levels: Levels, finest first.
-        num_layers: Layers.
         fused_level: Index of the level that is returned.
         level_embed: The detector's frozen level embedding, shape (L, D); None learns one.
-        sine: The detector's position encoding of cells.
     """
 
     level_embed: Tensor

@@ -37,15 +37,9 @@ class PointMask(nn.Module):
         nn.init.normal_(self.last.weight, std=1e-3)
 
     def at(self, points: Tensor, logits: Tensor, fine: Tensor) -> Tensor:
-        """Logits of points.
+        """Logits (R, N) of points (R, N, 2), x and y in [0, 1] over each box.
 
-        Args:
-            points: x and y in [0, 1] over each box, shape (R, N, 2).
-            logits: Of the coarse mask, shape (R, r, r).
-            fine: Region features on the fine grid, shape (R, s, s, d).
-
-        Returns:
-            Shape (R, N).
+        With those of the coarse mask, (R, r, r), and ``fine`` region features (R, s, s, d).
         """
         # Losses are computed outside of mixed precision, and ask from there.
         logits, fine = logits.to(self.last.weight), fine.to(self.last.weight)

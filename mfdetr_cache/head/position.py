@@ -26,17 +26,10 @@ DINO_SINE = SineEncoding(temperature=20.0, shift=0.5)
 
 
 def sine_position(centres: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
-    """Position encoding of the cells of unpadded maps.
+    """Position encoding of the cells of unpadded maps, shape (S, width), y before x.
 
-    The official code divides by the size and 1e-6, a difference in the last bit of float32.
-
-    Args:
-        centres: Normalised x and y of each cell's centre, in (0, 1), shape (S, 2).
-        width: Channels, even; the first half encodes y, the second x.
-        temperature: Base of the frequencies.
-
-    Returns:
-        One row per cell, dtype of the centres, shape (S, width).
+    The centres (S, 2) are x and y in (0, 1). The official code divides by the size and 1e-6, a
+    difference in the last bit of float32.
     """
     half = width // 2
     frequency, phase = _frequencies(half, temperature, centres.device, centres.dtype)

@@ -108,13 +108,9 @@ class QueryEncoder(nn.Module):
         image_index: Tensor,
         context: QueryContext | None = None,
     ) -> Tensor:
-        """Refine queries.
+        """Refine queries (R, D) with region features (R, cells, d) and the image of each, (R,).
 
-        Args:
-            queries: Shape (R, D).
-            regions: Region features after the box encoder, shape (R, cells, d).
-            image_index: Image of each query, shape (R,).
-            context: The detected queries of the images; None if these are ``queries``.
+        ``context`` are the detected queries of the images; None if these are ``queries``.
         """
         if self.o2o is not None:
             seen = context or QueryContext(queries, image_index)

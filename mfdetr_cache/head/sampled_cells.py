@@ -118,7 +118,6 @@ class SampledCellsHead(MaskHead):
         ]
 
     def _crop_c1(self, grouped: RegionsByGroup) -> RegionsByGroup:
-        """Replace the C1 map by its crops and moments."""
         assert self.c1 is not None
         groups, crops = [], []
         for group, rois in zip(grouped.groups, grouped.rois(), strict=True):
@@ -160,14 +159,9 @@ def _refine_sampled(
 ) -> tuple[Tensor, "SampledCells"]:
     """Refine those cells of the fused level that regions read, of images of any sizes at once.
 
-    Args:
-        encoder: With one layer or more.
-        groups: For each group of equal-sized images their levels, finest first, (B, D, h, w).
-        grouped: The regions.
-        stride: Input pixels per cell of the fused level.
-
-    Returns:
-        The refined cells, shape (N, D), and which they are.
+    ``encoder`` has one layer or more, ``groups`` the levels of each group of equal-sized images,
+    finest first, (B, D, h, w); ``stride`` are input pixels per cell of the fused level. Returns the
+    refined cells, shape (N, D), and which they are.
     """
     packed = PackedImages.of(groups, encoder.level_embed, encoder.sine)
     memory = packed.tokens
@@ -214,14 +208,9 @@ def sampled_cells(
 ) -> SampledCells:
     """Cells of a level that up-sampling and RoIAlign read, computed on the CPU.
 
-    Their number decides the shapes of later operations; asking a GPU would wait for its queue.
-
-    Args:
-        image: Image of each box, shape (R,).
-        boxes_xyxy: In network input pixels, shape (R, 4).
-        sizes_hw: Height and width of each level, for each image.
-        level: Index of the level.
-        stride: Its input pixels per cell.
+    Their number decides the shapes of later operations; asking a GPU would wait for its queue. Of
+    the image of each box, (R,), and boxes (R, 4) in network input pixels; ``sizes_hw`` are those of
+    each level, for each image, ``stride`` the input pixels per cell of the level.
     """
     sizes = [size[level] for size in sizes_hw]
     low = np.floor(boxes_xyxy[:, :2] / stride) - _MARGIN

@@ -22,15 +22,10 @@ class WholeImageHead(MaskHead):
     def decode_image(
         self, fused: Tensor, queries: Tensor, context: QueryContext | None = None
     ) -> HeadOutput:
-        """The dot product of each query with every cell of one image.
+        """Mask logits (R, h, w): the dot product of each query with every cell of one image.
 
-        Args:
-            fused: The fused map, shape (1, d, h, w).
-            queries: Shape (R, query_dim).
-            context: The detected queries of the image; None where these are all.
-
-        Returns:
-            Mask logits over the whole image, shape (R, h, w).
+        Of the fused map (1, d, h, w) and queries (R, query_dim); ``context`` are the detected
+        queries of the image, None where these are all.
         """
         image = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         queries = self.map_query(self.query_encoder(queries, queries[:, None], image, context))

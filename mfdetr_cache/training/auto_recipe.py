@@ -7,9 +7,8 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.matching.objects import trainable_objects
-from mfdetr_cache.training.order import steps_per_epoch
+from mfdetr_cache.training.order import steps_per_epoch, trainable_rows
 from mfdetr_cache.training.recipes import Recipe, build_recipe
-from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.settings import settings_of_crops
 
 # From here on the paper's head and its six epochs, on a GPU.

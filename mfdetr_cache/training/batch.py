@@ -36,7 +36,6 @@ class TrainBatch:
     """A micro-batch of R regions on the training device.
 
     Attributes:
-        inputs: Input of the mask network.
         masks: Target coverage, shape (R, t, t), or (R, h, w) over one image.
         labels: Of the objects, shape (R,).
         outside: Area of each object outside its box, over the box's area, shape (R,).

@@ -1,22 +1,35 @@
-"""A detector that is trained on together with a head: its losses on boxes, its optimiser."""
+"""A detector that is trained on with a head (Table 16): its losses on boxes, its optimiser.
+
+The losses of Deformable DETR on the final output of any detector. Auxiliary and denoising losses
+need branches that do not exist at inference.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from mfdetr_cache.choices import Tune
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.errors import ConfigError, TrainingError
 from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.matching.matchers import (
+    CLASS_COST,
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    GIOU_COST,
+    L1_COST,
+    match_hungarian,
+)
 from mfdetr_cache.matching.objects import trainable_objects
-from mfdetr_cache.ops.boxes import xyxy_to_cxcywh
+from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.detection_loss import detection_loss
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.input.live import LiveBatch, LiveImage
 from mfdetr_cache.training.learner import Learner, StepReport
@@ -30,6 +43,8 @@ TUNED: dict[Tune, str] = {
 }
 # As Deformable DETR and its descendants are trained.
 _CLIP_NORM, _WEIGHT_DECAY = 0.1, 1e-4
+# DETR's weight of queries that match nothing, in its cross entropy.
+_NO_OBJECT_WEIGHT = 0.1
 # Losses of so many steps are averaged for display.
 _RECENT = 50
 
@@ -112,7 +127,6 @@ class DetectorTuner:
         self._loss += float(loss.detach())
 
     def _loss_of(self, output: DetectorOutput, image: LiveImage) -> Tensor:
-        """The summed loss of one image."""
         objects = trainable_objects(image.truth)
         height, width = image.geometry.original_hw
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -200,3 +214,49 @@ class JointLearner(Learner):
         """Load a state; KeyError, RuntimeError or ValueError if it is of another training."""
         super().restore(state["learner"])
         self._tuner.restore(state["tuner"])
+
+
+def detection_loss(
+    class_logits: Tensor,
+    boxes_cxcywh_norm: Tensor,
+    labels: Tensor,
+    object_cxcywh_norm: Tensor,
+    score_function: Literal["sigmoid", "softmax"],
+) -> Tensor:
+    """The summed loss of one image: classes, L1 and GIoU, matched one to one.
+
+    Of the logits (Q, K) and boxes (Q, 4) of the queries, and the labels (G,) and boxes (G, 4)
+    of the annotated objects; a scalar that is not yet divided by their number. With ``softmax``
+    the last label is "no object".
+    """
+    device = class_logits.device
+    matches = match_hungarian(
+        class_logits.detach().float().cpu().numpy(),
+        boxes_cxcywh_norm.detach().float().cpu().numpy(),
+        labels.cpu().numpy(),
+        object_cxcywh_norm.float().cpu().numpy(),
+    )
+    queries = torch.from_numpy(matches.query_index).to(device)
+    objects = torch.from_numpy(matches.object_index).to(device)
+    wanted = labels.to(device)[objects]
+    if score_function == "softmax":
+        nothing = class_logits.shape[-1] - 1
+        target = torch.full((len(class_logits),), nothing, device=device)
+        target[queries] = wanted
+        weight = class_logits.new_ones(nothing + 1)
+        weight[nothing] = _NO_OBJECT_WEIGHT
+        # DETR takes the mean over queries; here as a sum per object, like the others.
+        classes = functional.cross_entropy(class_logits, target, weight) * max(len(wanted), 1)
+    else:
+        one_hot = torch.zeros_like(class_logits)
+        one_hot[queries, wanted] = 1
+        classes = CLASS_COST * sigmoid_focal_loss(
+            class_logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum"
+        )
+    boxes, target_boxes = boxes_cxcywh_norm[queries], object_cxcywh_norm.to(device)[objects]
+    giou = generalized_box_iou_loss(
+        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), reduction="sum"
+    )
+    l1 = functional.l1_loss(boxes, target_boxes, reduction="sum")
+    total: Tensor = classes + L1_COST * l1 + GIOU_COST * giou
+    return total

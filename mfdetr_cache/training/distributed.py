@@ -21,16 +21,10 @@ class Processes:
 
     Gradients are summed by hand and not by ``DistributedDataParallel``: a process whose images have
     no region has no backward pass to hook into, and three million gradients fit into one message.
-
-    Attributes:
-        rank: From 0.
-        world: Number of processes.
-        local_rank: Rank on this machine, which is the index of its GPU.
     """
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -105,7 +99,6 @@ def training_processes(device: torch.device) -> Iterator[Processes]:
         )
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        yield Processes(distributed.get_rank(), world, local)
+        yield Processes(distributed.get_rank(), world)
     finally:
         distributed.destroy_process_group()

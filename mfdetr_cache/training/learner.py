@@ -30,8 +30,6 @@ class StepReport:
     """Numbers of one step.
 
     Attributes:
-        lr: Learning rate.
-        loss: Total loss.
         bce: Binary cross entropy, unweighted.
         dice: Dice loss, unweighted.
         scoring: Mask-IoU loss, unweighted.
@@ -116,16 +114,9 @@ class Learner:
     def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
         """One optimiser step; if it raises, no weight has changed.
 
-        Args:
-            batches: This process's micro-batches of the step.
-            first: Regions of the step in processes of lower rank.
-            total: Regions of the step over all processes.
-
-        Returns:
-            None for a step without regions, which is only counted.
-
-        Raises:
-            TrainingError: If the loss is not finite, naming the images.
+        ``batches`` are this process's micro-batches; ``first`` is the number of regions of the step
+        in processes of lower rank, ``total`` over all. A step without regions is only counted, and
+        returns None. TrainingError, which names the images, if the loss is not finite.
         """
         if not total:
             self.step += 1

@@ -206,7 +206,6 @@ class TrainingLoop:
             return None
 
     def _prepare(self, step: Step) -> None:
-        """Move a step to the device; out of memory, again in more micro-batches."""
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
                 step.prepare(self._micro_batches)
@@ -229,7 +228,6 @@ class TrainingLoop:
         )
 
     def _save(self, *, going_on: bool) -> None:
-        """Write checkpoints and wait for all processes."""
         self._write_checkpoints(going_on=going_on)
         # After a failure the others may be in the middle of a step; torchrun stops them.
         if all(run.problem is None for run in self._runs):

@@ -1,4 +1,7 @@
-"""Losses of the mask network: cross entropy and dice on points, and mask-IoU regression."""
+"""Losses of the mask network: cross entropy and dice on points, and mask-IoU regression.
+
+Points are PointRend's: many candidates, the least certain kept.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +13,8 @@ from torch.nn import functional
 
 from mfdetr_cache.head.batch import HeadOutput
 from mfdetr_cache.head.mask_embedding import MaskCodec
+from mfdetr_cache.ops.points import bilinear_at
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,8 @@ def code_distance(codes: Tensor, wanted: Tensor, kind: Literal["cosine", "l2"]) 
 def mask_iou_targets(mask_logits: Tensor, masks: Tensor, outside: Tensor) -> Tensor:
     """IoU of each predicted mask with its object, including the object's part outside the box.
 
-    Args:
-        mask_logits: Shape (R, r, r).
-        masks: Coverage of the object over the box, shape (R, t, t), t a multiple of r.
-        outside: Area of the object outside the box, over the box's area, shape (R,).
-
-    Returns:
-        In [0, 1], shape (R,); 0 for an empty prediction.
+    Of logits (R, r, r), the object's coverage of the box (R, t, t), t a multiple of r, and its area
+    outside over the box's, (R,). In [0, 1], shape (R,); 0 for an empty prediction.
     """
     side = int(mask_logits.shape[-1])
     predicted = (mask_logits >= 0).to(masks.dtype)
@@ -147,3 +145,38 @@ def _mask_losses(
     count = len(logits) if share is None else share[1]
     bce = functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="sum")
     return bce / (count * predicted.shape[1]), dice_loss(predicted.sigmoid(), wanted).sum() / count
+
+
+def sample_at(grids: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values (R, N) of grids (R, h, w) at points (R, N, 2), as :func:`bilinear_at`."""
+    return bilinear_at(grids[:, None], points)[:, 0]
+
+
+def uncertain_points(
+    mask_logits: Tensor,
+    num_points: int,
+    oversample_ratio: float,
+    importance_sample_ratio: float,
+    generator: torch.Generator,
+    share: tuple[int, int] | None = None,
+) -> Tensor:
+    """Points where a mask is least certain, filled up with uniform ones (section 3.5).
+
+    x and y in [0, 1], shape (R, N, 2), for mask logits (R, h, w): N from ``oversample_ratio`` * N
+    uniform candidates (k of the paper), a share of ``importance_sample_ratio`` (beta) of them the
+    least certain. ``share`` is that of :func:`head_losses`: micro-batches draw the points of the
+    whole step.
+    """
+    count, device = len(mask_logits), mask_logits.device
+    first, total = (0, count) if share is None else share
+
+    def uniform_points(number: int) -> Tensor:
+        drawn = torch.rand(total, number, 2, generator=generator, device=device)
+        return drawn[first : first + count]
+
+    candidates = uniform_points(int(num_points * oversample_ratio))
+    num_important = int(num_points * importance_sample_ratio)
+    uncertainty = -sample_at(mask_logits.detach().float(), candidates).abs()
+    best = uncertainty.topk(num_important, dim=1).indices
+    important = torch.take_along_dim(candidates, best[..., None], dim=1)
+    return torch.cat((important, uniform_points(num_points - num_important)), dim=1)

@@ -82,15 +82,9 @@ def orthogonal(
 ) -> Tensor:
     """Nearly orthogonal matrices with the same singular vectors, by Newton-Schulz iteration.
 
-    Args:
-        matrices: float32, shape (B, m, n).
-        coefficients: Of the odd quintic polynomial applied to singular values (Jordan et al.,
-            2024); the usual ones bring them into 0.7 to 1.2 rather than to 1.
-        rounds: Number of iterations.
-        least_norm: Matrices of a smaller norm are not scaled up to 1.
-
-    Returns:
-        float32, shape (B, m, n).
+    Of float32 matrices (B, m, n). ``coefficients`` are those of the odd quintic polynomial applied
+    to singular values (Jordan et al., 2024); the usual ones bring them into 0.7 to 1.2 rather than
+    to 1. Matrices of a norm below ``least_norm`` are not scaled up to 1.
     """
     linear, cubic, quintic = coefficients
     # The product with the transpose is smaller from the shorter side.

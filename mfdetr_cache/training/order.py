@@ -1,4 +1,4 @@
-"""The order of images and views in a training; it depends on the seed alone."""
+"""Which rows of a cache a training learns from, and their order, which its seed alone decides."""
 
 import functools
 from collections.abc import Sequence
@@ -7,10 +7,38 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.errors import ConfigError, TrainingError
+from mfdetr_cache.matching.objects import trainable_objects
+from mfdetr_cache.training.config import TrainConfig
 
 # Parts of the cache whose rows are mixed with one another when a training goes part by part.
 PARTS_MIXED = 8
+
+
+def trainable_rows(cache: FeatureCache, train: TrainConfig) -> list[int]:
+    """Rows with at least one object to learn from, in order; TrainingError if there is none.
+
+    Respects ``held_out``, ``val_split`` and ``label_fraction``.
+    """
+    if train.val_split:
+        cache, _ = cache.split(train.val_split)
+    rows = [
+        row for row in cache.rows if len(trainable_objects(cache.ground_truth(row), train.held_out))
+    ]
+    if not rows:
+        raise TrainingError(
+            f"no image of {cache.path} has an object to learn from (only crowds, categories the "
+            "detector does not know, or nothing); extract a split with instance masks"
+        )
+    return kept_rows(rows, train.label_fraction, train.seed)
+
+
+def kept_rows(rows: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """A random fraction of rows, at least one; with one seed, smaller fractions are subsets."""
+    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
+    kept = order[: max(1, round(fraction * len(rows)))]
+    return [rows[i] for i in sorted(kept)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +46,7 @@ class Order:
     """The rows of each step; every row once per epoch.
 
     Attributes:
-        rows: Rows of the cache.
         batch_size: Rows per step; the last step of an epoch may have fewer.
-        seed: Of the training.
         part_of_row: Part of each row, to shuffle within some parts at a time; None shuffles all.
     """
 

@@ -209,10 +209,7 @@ def build_recipe(name: str, assignments: Mapping[str, str], file: Path | None = 
 
 
 def asked_recipe(name: str, assignments: Mapping[str, str], file: Path | None = None) -> Recipe:
-    """:func:`build_recipe`, or ``AUTO`` with what was given: a cache says what becomes of it.
-
-    ConfigError as there.
-    """
+    """:func:`build_recipe`, or ``AUTO`` with what was given: a cache says what becomes of it."""
     if name != AUTO:
         return build_recipe(name, assignments, file)
     if file is not None:

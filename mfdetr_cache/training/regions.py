@@ -198,7 +198,6 @@ def _jitter(
     config: RegionSettings,
     random: np.random.Generator,
 ) -> NDArray[np.float32]:
-    """Replace some boxes by the object's own and shift the sides of all."""
     if config.gt_box_share:
         swap = random.random(len(boxes)) < config.gt_box_share
         boxes = np.where(swap[:, None], target, boxes)

@@ -15,17 +15,18 @@ from mfdetr_cache.errors import HeadError, OutputError, TrainingError
 from mfdetr_cache.head.folder import RunRecord, run_of_folder, save_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.checkpoint import (
+from mfdetr_cache.training.distributed import Processes
+from mfdetr_cache.training.learner import Learner, StepReport
+from mfdetr_cache.training.run_folder import (
     BEFORE_FILE,
     CHECKPOINT_FILE,
     FAILED_FILE,
+    SAME_FIELDS,
     keep_checkpoint,
     load_checkpoint,
+    prepare_folder,
     save_checkpoint,
 )
-from mfdetr_cache.training.distributed import Processes
-from mfdetr_cache.training.learner import Learner, StepReport
-from mfdetr_cache.training.run_folder import SAME_FIELDS, prepare_folder
 from mfdetr_cache.training.run_log import RunLog, read_log
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ class Validation:
     """How a run is measured.
 
     Attributes:
-        measure: Computes the metrics of a head.
         every: Steps between measurements; None measures at the end only.
         patience: Measurements in a row without a better AP that end the run; None for no end.
         keeps_best: Save the weights with the best AP.

@@ -1,8 +1,10 @@
-"""The folder of a run; it is resumed with the same settings only."""
+"""The folder of a run with its checkpoint; it is resumed with the same settings only."""
 
 import contextlib
 import platform
+import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import mfdetr_cache
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.config import completed, to_dict
 from mfdetr_cache.errors import HeadError
-from mfdetr_cache.files import is_taken, locked_file, make_folder, writing
+from mfdetr_cache.files import disk_error, is_taken, locked_file, make_folder, whole_file, writing
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import (
     CONFIG_FILE,
@@ -26,11 +28,17 @@ from mfdetr_cache.head.folder import (
     save_run_config,
 )
 from mfdetr_cache.identity import detector_identity, differences, identity_hash
-from mfdetr_cache.training.checkpoint import BEFORE_FILE, FAILED_FILE
+from mfdetr_cache.ops.plain_tensors import is_plain
 from mfdetr_cache.training.config import RESCUE_FIELDS, TrainConfig
 from mfdetr_cache.training.distributed import Processes
+from mfdetr_cache.types import DetectorSpec
 
 _LOCK_FILE = "writer.lock"
+CHECKPOINT_FILE = "checkpoint.pt"
+# The state of a run that cannot go on; the checkpoint is the one before.
+FAILED_FILE = "failed.pt"
+# The checkpoint from before the loss grew, as long as it has not fallen again.
+BEFORE_FILE = "checkpoint-before.pt"
 # Entries of config.json that decide the weights of a run from a cache.
 SAME_FIELDS = ("head", "train", "detector", "annotations", "initial")
 
@@ -43,35 +51,46 @@ def record_of_cache(
     initial: HeadFolder | None = None,
 ) -> RunRecord:
     """The record of a run that trains from a cache."""
-    identity = detector_identity(cache.spec)
-    return RunRecord(
-        recipe=recipe,
-        train=to_dict(train),
-        detector=identity,
+    return record_of(
+        recipe,
+        train,
+        cache.spec,
+        initial,
         cache={
             "path": cache.path,
             "cache_id": cache.cache_id,
-            "identity_of_detector": identity_hash(identity),
+            "identity_of_detector": identity_hash(detector_identity(cache.spec)),
             "images": cache.identity["images"],
         },
         annotations={"id": cache.annotations.annotations_id, **cache.annotations.source},
         val_cache=None if val_cache is None else val_cache.path,
         categories=cache.categories,
         label_categories=cache.label_categories,
-        command=sys.argv,
-        versions=versions(),
-        initial=None if initial is None else initial.as_initial,
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on, by name."""
-    return {
-        "mfdetr_cache": mfdetr_cache.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+def record_of(
+    recipe: str,
+    train: TrainConfig,
+    spec: DetectorSpec,
+    initial: HeadFolder | None,
+    **images: Any,  # noqa: ANN401  the fields that tell what it learns from
+) -> RunRecord:
+    """The record of a run of this process."""
+    return RunRecord(
+        recipe=recipe,
+        train=to_dict(train),
+        detector=detector_identity(spec),
+        command=sys.argv,
+        versions={
+            "mfdetr_cache": mfdetr_cache.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        initial=None if initial is None else initial.as_initial,
+        **images,
+    )
 
 
 @contextlib.contextmanager
@@ -174,3 +193,48 @@ def _run_to_resume(out: Path, run: RunRecord) -> dict[str, Any]:
             "that one, or another --out"
         )
     return before
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], name: str = CHECKPOINT_FILE) -> None:
+    """Replace the checkpoint by tensors and plain values; a full disk keeps the old one."""
+    # Through a file of Python's: torch's own does not say why a write failed.
+    with whole_file(folder / name) as partial, partial.open("wb") as file:
+        torch.save(state, file)
+
+
+def keep_checkpoint(folder: Path) -> None:
+    """Copy the checkpoint, which is going to be replaced, to ``BEFORE_FILE``; OutputError."""
+    with whole_file(folder / BEFORE_FILE) as partial:
+        shutil.copyfile(folder / CHECKPOINT_FILE, partial)
+
+
+def load_checkpoint(folder: Path, name: str = CHECKPOINT_FILE) -> dict[str, Any]:
+    """The state that :func:`save_checkpoint` wrote; HeadError if it is missing or damaged."""
+    path = folder / name
+    if not path.is_file():
+        raise HeadError(f"{folder} has no {name}: nothing to resume; leave --resume out")
+    try:
+        # torch writes checksums and does not look at them.
+        with zipfile.ZipFile(path) as packed:
+            # Nor does it compress: what unpacks to more than the file may be without end.
+            unpacked = sum(entry.file_size for entry in packed.infolist())
+            if unpacked > path.stat().st_size or packed.testzip() is not None:
+                raise ValueError("a wrong checksum")
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(map(is_plain, _tensors(state))):
+            raise TypeError("no dictionary of plain tensors")
+    except Exception as error:  # torch raises whatever its unpickler meets in damaged bytes
+        if isinstance(error, MemoryError) or disk_error(error):  # it may be whole all the same
+            raise HeadError(f"{path} cannot be read: {error}") from error
+        raise HeadError(
+            f"{path} is damaged; remove it to begin this run again with --resume"
+        ) from error
+    return state
+
+
+def _tensors(state: object) -> Iterator[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list)):
+        for inner in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(inner)

@@ -7,23 +7,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from mfdetr_cache.choices import Tracker
 from mfdetr_cache.errors import ConfigError, OutputError
 from mfdetr_cache.files import opened_regular, unlink_from_others, writing
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class _Sink(Protocol):
-    """A tracker."""
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record scalars of a step."""
-
-    def close(self) -> None:
-        """Flush and close."""
 
 
 class RunLog:
@@ -39,9 +29,8 @@ class RunLog:
         self._path = folder / METRICS_FILE
         unlink_from_others(self._path)
         self._pending: list[str] = []
-        made: dict[Tracker, Callable[[Path, Mapping[str, Any]], _Sink]]
-        made = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
-        self._sinks: list[_Sink] = [made[t](folder, settings) for t in trackers]
+        chosen = [_TRACKERS[tracker] for tracker in trackers]
+        self._sinks = {name: make(folder, settings) for name, make in chosen}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line with ``step``; trackers get nested numbers as ``outer/inner``.
@@ -57,20 +46,20 @@ class RunLog:
                 warnings.warn(f"{error}; training goes on", stacklevel=2)
         numbers = dict(_numbers(line))
         step = int(numbers.pop("step"))
-        for sink in list(self._sinks):
+        for name, (log, _) in list(self._sinks.items()):
             try:
                 with writing(self._path.parent):
-                    sink.log(step, numbers)
+                    log(step, numbers)
             except OutputError as error:
-                self._sinks.remove(sink)
-                warnings.warn(f"{type(sink).__name__.strip('_')} ends here: {error}", stacklevel=2)
+                del self._sinks[name]
+                warnings.warn(f"{name} ends here: {error}", stacklevel=2)
 
     def close(self) -> None:
         """Write pending lines and close the trackers; OutputError if the disk is full."""
         self._write_pending()
-        for sink in self._sinks:
+        for _, close in self._sinks.values():
             with writing(self._path.parent):
-                sink.close()
+                close()
 
     def _write_pending(self) -> None:
         with writing(self._path), open(self._path, "a", opener=opened_regular) as file:
@@ -121,48 +110,41 @@ def _numbers(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
     return found
 
 
-class _TensorBoard:
+# What records the numbers of a step, and what ends it.
+_Sink = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], object]]
+
+
+def _tensorboard(folder: Path, _settings: Mapping[str, Any]) -> _Sink:
     """Event files in the run folder."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, _settings: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer: Any = SummaryWriter(str(folder))
 
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return log, writer.close
 
 
-class _WandB:
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> _Sink:
     """A Weights & Biases run in the run folder; WANDB_MODE=offline is respected."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        wandb = importlib.import_module("wandb")
-        self._run: Any = wandb.init(
-            project="mfdetr", name=folder.name, dir=str(folder), config=dict(settings)
-        )
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    run: Any = importlib.import_module("wandb").init(
+        project="mfdetr", name=folder.name, dir=str(folder), config=dict(settings)
+    )
+    return lambda step, numbers: run.log(dict(numbers), step=step), run.finish
 
 
-class _MLflow:
+def _mlflow(folder: Path, settings: Mapping[str, Any]) -> _Sink:
     """An MLflow run at MLFLOW_TRACKING_URI."""
+    mlflow: Any = importlib.import_module("mlflow")
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_params({k: str(v)[:250] for k, v in settings.items()})
+    return lambda step, numbers: mlflow.log_metrics(dict(numbers), step=step), mlflow.end_run
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self._mlflow: Any = importlib.import_module("mlflow")
-        self._mlflow.start_run(run_name=folder.name)
-        self._mlflow.log_params({k: str(v)[:250] for k, v in settings.items()})
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+_TRACKERS: dict[Tracker, tuple[str, Callable[[Path, Mapping[str, Any]], _Sink]]] = {
+    "tensorboard": ("TensorBoard", _tensorboard),
+    "wandb": ("WandB", _wandb),
+    "mlflow": ("MLflow", _mlflow),
+}

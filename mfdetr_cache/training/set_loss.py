@@ -32,19 +32,11 @@ def set_losses(
 ) -> LossParts:
     """The losses of all stages: boxes (L1, GIoU), mask codes, and dice of the decoded masks.
 
-    Classes are the frozen detector's and have a cost but no loss.
-
-    Args:
-        stages: Boxes and codes of the R regions after each stage.
-        counts: Regions of each image; images without any have no objects.
-        objects: Those of each image that has some.
-        masks: Coverage of all objects over their boxes, shape (G, 28, 28).
-        codec: Encodes them.
-        config: Weights.
-        share: Regions of the whole step; None if these are all. Losses are divided by it.
-
-    Returns:
-        ``dice`` is that of the last stage; ``bce`` and ``scoring`` are 0.
+    Classes are the frozen detector's and have a cost but no loss. ``stages`` have the boxes and
+    codes of the R regions, ``counts`` the regions of each image, ``objects`` those of each image
+    that has some; ``masks`` are the coverage of all objects over their boxes, shape (G, 28, 28),
+    which ``codec`` encodes. Losses are divided by ``share``, the regions of the whole step; None if
+    these are all. ``dice`` is that of the last stage; ``bce`` and ``scoring`` are 0.
     """
     device = masks.device
     codes = codec.encode(masks)

@@ -73,12 +73,7 @@ def open_validation(
     """
     if location is not None:
         validation = FeatureCache.open(location)
-        require_same(
-            detector_identity(cache.spec),
-            f"--cache {cache.path}",
-            detector_identity(validation.spec),
-            f"--val-cache {validation.path}",
-        )
+        require_one_detector(cache, validation)
         validation.require_complete()
     elif val_split:
         validation = cache.split(val_split)[1]
@@ -87,6 +82,16 @@ def open_validation(
     if head.use_c1:
         validation.require_c1_map("validation")
     return validation
+
+
+def require_one_detector(cache: FeatureCache, validation: FeatureCache) -> None:
+    """Refuse a validation cache of another detector; the IdentityError says what differs."""
+    require_same(
+        detector_identity(cache.spec),
+        f"--cache {cache.path}",
+        detector_identity(validation.spec),
+        f"--val-cache {validation.path}",
+    )
 
 
 def require_validation(every: int | None, what: str, validation: object | None) -> None:

@@ -1,9 +1,8 @@
 """Compare: heads and results files on the same images, with intervals of their differences."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pycocotools.coco import COCO
 
@@ -40,8 +39,6 @@ class ComparedSubject:
 
     Attributes:
         name: As it was given.
-        mask: Mask AP.
-        boundary: Boundary AP.
         against_first: Difference of mask AP to the first with a 95 % interval; None for the first.
     """
 
@@ -49,10 +46,6 @@ class ComparedSubject:
     mask: CocoMetrics
     boundary: CocoMetrics
     against_first: PairedDifference | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, metrics in [0, 1]."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,38 +69,27 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
         split = load_coco_split(config.annotations, on_bad=config.on_bad_annotation)
         split.tell_faults(reporter)
     found = dict(_masks_of_runs(config, split, reporter))
-    truth = _common_ground_truth([cache for cache, _ in found.values()], split)
+    truth, file_names = _common_images([cache for cache, _ in found.values()], split)
     masks = {run: results for run, (_, results) in found.items()}
     for file in set(config.subjects) - set(config.runs):
         assert split is not None  # checked with the settings
         masks[file] = _masks_of_file(file, split, truth, config, reporter)
     ordered = [masks[subject] for subject in config.subjects]
     reporter.say(f"paired bootstrap over {len(truth.imgs)} images, {config.samples} samples")
-    _write_page(
-        config, truth, ordered, _file_names([c for c, _ in found.values()], split), reporter
-    )
+    _write_page(config, truth, ordered, file_names, reporter)
     aps = [[WeightedAP(truth, results)] for results in ordered]
     differences = [None, *differences_to_first(aps, config.samples)]
-    return CompareSummary(
-        len(truth.imgs),
-        tuple(
-            ComparedSubject(
-                str(subject),
-                evaluate_results(truth, results, "segm"),
-                evaluate_results(truth, results, "boundary"),
-                difference,
-            )
-            for subject, results, difference in zip(
-                config.subjects, ordered, differences, strict=True
-            )
-        ),
-    )
+    compared = []
+    for subject, results, difference in zip(config.subjects, ordered, differences, strict=True):
+        mask = evaluate_results(truth, results, "segm")
+        boundary = evaluate_results(truth, results, "boundary")
+        compared.append(ComparedSubject(str(subject), mask, boundary, difference))
+    return CompareSummary(len(truth.imgs), tuple(compared))
 
 
 def _masks_of_runs(
     config: CompareConfig, split: CocoSplit | None, reporter: Reporter
 ) -> Iterable[tuple[Path, tuple[FeatureCache, list[Result]]]]:
-    """The cache and the masks of every run folder."""
     device = torch_device(config.device)
     keep_freed_memory()
     locations = config.cache if len(config.cache) > 1 else config.cache * len(config.runs)
@@ -122,35 +104,29 @@ def _masks_of_runs(
         yield run, (cache, masks)
 
 
-def _common_ground_truth(caches: Sequence[FeatureCache], split: CocoSplit | None) -> COCO:
-    """The objects of the images that every subject is measured on."""
+def _common_images(
+    caches: Sequence[FeatureCache], split: CocoSplit | None
+) -> tuple[COCO, dict[int, str]]:
+    """The objects of the images that every subject is measured on, and the files of these."""
     if not caches:
         assert split is not None  # checked with the settings
-        return ground_truth_of_split(split)
+        files = {entry.image_id: entry.file_name for entry in split.images}
+        return ground_truth_of_split(split), files
     first, *others = caches
     for other in others:
         require_same_truth(first, other)
-    return ground_truth_of(first)
+    return ground_truth_of(first), {first.image_id(row): first.file_name(row) for row in first.rows}
 
 
 def _masks_of_file(
     path: Path, split: CocoSplit, truth: COCO, config: CompareConfig, reporter: Reporter
 ) -> list[Result]:
-    """The masks of a results file on the images of the ground truth."""
     found = load_results(path, split, config.on_bad_annotation)
     found.faults.tell(reporter)
     masks = [r for r in found.with_field("segmentation") if r["image_id"] in truth.imgs]
     if found.results and not masks:
         raise DatasetError(f"{path} has no masks of these images")
     return masks
-
-
-def _file_names(caches: Sequence[FeatureCache], split: CocoSplit | None) -> dict[int, str]:
-    if caches:
-        first = caches[0]
-        return {first.image_id(row): first.file_name(row) for row in first.rows}
-    assert split is not None  # checked with the settings
-    return {entry.image_id: entry.file_name for entry in split.images}
 
 
 def _write_page(

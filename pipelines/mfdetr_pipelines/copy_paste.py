@@ -133,8 +133,6 @@ def _write(
 
 
 class _Maker:
-    """Makes the images of the new dataset."""
-
     def __init__(self, config: CopyPasteConfig, split: CocoSplit) -> None:
         self._config = config
         self._files = config.files
@@ -151,7 +149,6 @@ class _Maker:
             )
 
     def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """An image unchanged."""
         target = self._config.out / _PENDING / entry.file_name
         make_folder(target.parent)
         with writing(target):

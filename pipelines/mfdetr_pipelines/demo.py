@@ -17,10 +17,7 @@ _VAL_SEED, _VAL_SCENES = 10_000, 80
 
 
 def run_demo(folder: Path, reporter: Reporter, length: Length | None = None) -> FitSummary:
-    """Draw a dataset and fit a head to it; the folder must be new or empty.
-
-    ``length`` stands in place of the recipe's.
-    """
+    """Draw a dataset and fit a head to it; the folder must be new or empty."""
     if is_taken(folder):
         raise MfdetrError(f"{folder} is not empty; nothing was touched, choose another --out")
     data = folder / "data"

@@ -104,10 +104,7 @@ def seen_and_unseen(
 
 
 class _Live:
-    """The detector of a cache, run again on its images.
-
-    IdentityError if ``weights`` are those of another one.
-    """
+    """The detector of a cache, run again on its images; IdentityError for other weights."""
 
     def __init__(
         self, cache: FeatureCache, weights: str, images: Path, device: torch.device
@@ -126,10 +123,7 @@ class _Live:
         return Latency.of(seconds)
 
     def own_masks(self, reporter: Reporter, evaluator: Evaluator) -> CocoMetrics | None:
-        """Metrics of the masks that the detector gives itself, scored by class as its authors do.
-
-        None where it gives none.
-        """
+        """Metrics of the masks that the detector gives itself, if any, scored by class."""
         masking = with_own_masks(self._detector)
         if masking is None:
             return None

@@ -11,7 +11,6 @@ from mfdetr_cache.coco.labelled import one_category
 from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.evaluation.coco_metrics import (
-    CocoMetrics,
     CocoReport,
     Kind,
     Result,
@@ -26,6 +25,7 @@ from mfdetr_cache.reporter import Reporter, SilentReporter
 # more it must be without categories.
 _IMPLAUSIBLE_AP, _NOTHING, _CLEARLY_BETTER = 0.1, 0.01, 5
 
+_NAMES: dict[Kind, str] = {"segm": "mask", "bbox": "box", "boundary": "boundary"}
 _FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
 
 
@@ -34,8 +34,6 @@ class ResultsSummary:
     """Metrics of a results file.
 
     Attributes:
-        num_images: Images in the annotation file.
-        num_results: Detections in the results file.
         reports: By kind; kinds that the file does not have are absent.
         confusion: What objects are taken for; empty without masks, or if not requested.
     """
@@ -45,37 +43,23 @@ class ResultsSummary:
     reports: dict[Kind, CocoReport]
     confusion: tuple[Confusion, ...] = ()
 
-    @property
-    def mask(self) -> CocoMetrics | None:
-        """Mask AP; None without masks."""
-        return self._metrics("segm")
-
-    @property
-    def box(self) -> CocoMetrics | None:
-        """Box AP; None without boxes."""
-        return self._metrics("bbox")
-
-    @property
-    def boundary(self) -> CocoMetrics | None:
-        """Boundary AP; None without masks, or if not requested."""
-        return self._metrics("boundary")
-
     def metrics(self) -> dict[str, dict[str, float] | None]:
         """Metrics by kind, in [0, 1]; None for kinds that the file does not have."""
-        found = {"mask": self.mask, "box": self.box, "boundary": self.boundary}
-        return {name: None if m is None else m.to_dict() for name, m in found.items()}
+        return {
+            name: self.reports[kind].metrics.to_dict() if kind in self.reports else None
+            for kind, name in _NAMES.items()
+        }
 
     def details(self) -> dict[str, Any]:
         """Recalls and per-category metrics, and the confusion."""
-        names: dict[Kind, str] = {"segm": "mask", "bbox": "box"}
-        found: dict[str, Any]
-        found = {n: self.reports[k].details() for k, n in names.items() if k in self.reports}
+        found: dict[str, Any] = {
+            _NAMES[kind]: report.details()
+            for kind, report in self.reports.items()
+            if kind != "boundary"
+        }
         if self.confusion:
             found["confusion"] = [asdict(c) for c in self.confusion]
         return found
-
-    def _metrics(self, kind: Kind) -> CocoMetrics | None:
-        return self.reports[kind].metrics if kind in self.reports else None
 
 
 def run_evaluate_results(
@@ -112,7 +96,7 @@ def run_evaluate_results(
         if kind in asked and (lacking := len(found.results) - len(asked[kind])):
             reporter.warn(
                 f"{results}: {lacking} of {len(found.results)} results have no {_FIELDS[kind]}; "
-                f"{'mask' if kind == 'segm' else 'box'} AP is that of the others"
+                f"{_NAMES[kind]} AP is that of the others"
             )
     reports = {
         kind: measure_results(truth, those, kind, evaluator) for kind, those in asked.items()
@@ -137,8 +121,7 @@ def _judge(
     whole = one_category(split)
     alike = [{**r, "category_id": whole.categories[0].category_id} for r in asked[kind]]
     alone = evaluate_results(ground_truth_of_split(whole), alike, kind).AP
-    what = "mask" if kind == "segm" else "box"
-    said = f"{file}: {what} AP is {100 * reports[kind].metrics.AP:.1f}"
+    said = f"{file}: {_NAMES[kind]} AP is {100 * reports[kind].metrics.AP:.1f}"
     if alone > _CLEARLY_BETTER * max(reports[kind].metrics.AP, _NOTHING):
         reporter.warn(
             f"{said}, but {100 * alone:.1f} where categories do not count: the category_id of "

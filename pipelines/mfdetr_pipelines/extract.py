@@ -14,11 +14,8 @@ class ExtractSummary:
     """What an extraction did.
 
     Attributes:
-        cache_id: Hash of the cache's identity.
-        num_images: Images in the cache.
         num_extracted: Images this run put there; the rest was there before.
         skipped: Row, image id and reason of what was left out.
-        stored_bytes: Bytes of the cache.
         raw_bytes: Bytes of the same values uncompressed.
         seconds: Time of this run, without the final check.
         detector_seconds: Part of it spent in the detector's forward.

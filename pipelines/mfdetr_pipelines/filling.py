@@ -4,7 +4,7 @@ import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.writer import CacheWriter, require_same_content
 from mfdetr_cache.coco.annotations import CocoSplit, load_to_extract
-from mfdetr_cache.coco.labelled import label_split
+from mfdetr_cache.coco.labelled import LabelledSplit, label_split
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
@@ -32,12 +32,9 @@ from mfdetr_pipelines.ray_engine import on_cluster
 
 def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> ExtractSummary:
     """Fill the cache of a split that was read, as :func:`~mfdetr_pipelines.extract.run_extract`."""
-    names = [category.name for category in split.categories]
-    detector = load_detector(config.detector, config.weights, config.options, names)
-    labelled = label_split(split, detector.spec, config.labels)
+    detector, labelled, content = _planned(config, split)
     for warning in labelled.match.warnings:
         reporter.warn(warning)
-    content = plan_cache(labelled, detector, config.maps, config.views)
     partition = config.work.part or WHOLE
     _announce(config, content, partition, reporter)
     started = time.perf_counter()
@@ -75,6 +72,15 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
     )
 
 
+def _planned(
+    config: ExtractConfig, split: CocoSplit
+) -> tuple[Detector, LabelledSplit, CacheContent]:
+    names = [category.name for category in split.categories]
+    detector = load_detector(config.detector, config.weights, config.options, names)
+    labelled = label_split(split, detector.spec, config.labels)
+    return detector, labelled, plan_cache(labelled, detector, config.maps, config.views)
+
+
 def _worker(
     config: ExtractConfig, detector: Detector, writer: CacheWriter, reporter: Reporter
 ) -> Extraction:
@@ -82,29 +88,19 @@ def _worker(
     return Extraction(config.files.images, detector, device, writer, reporter, skip_bad=skip_bad)
 
 
-@dataclass(frozen=True, slots=True)
-class _Filled:
-    """What a task on a cluster did: images extracted, bytes written, seconds in the detector."""
-
-    images: int
-    num_bytes: int
-    detector_seconds: float
-
-
 def _fill_on_cluster(
     config: ExtractConfig, writer: CacheWriter, reporter: Reporter
 ) -> tuple[int, float]:
-    """Every pending part as a task; images extracted and seconds in the detector."""
     pending = writer.pending_parts()
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
     total = writer.num_rows
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
     extracted, seconds = 0, 0.0
     fill = functools.partial(_fill_part, config)
-    for part, done in on_cluster(fill, pending, config.work):
-        extracted += done.images
-        seconds += done.detector_seconds
-        reporter.advance(sizes[part], num_bytes=done.num_bytes)
+    for part, (images, num_bytes, detector_seconds) in on_cluster(fill, pending, config.work):
+        extracted += images
+        seconds += detector_seconds
+        reporter.advance(sizes[part], num_bytes=num_bytes)
     reporter.finish()
     return extracted, seconds
 
@@ -114,33 +110,26 @@ _KEPT: dict[str, tuple[Detector, CacheContent]] = {}
 
 
 def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
-    """What all parts of an extraction need, kept by the worker process."""
-    if repr(config) not in _KEPT:
+    key = repr(config)
+    if key not in _KEPT:
         _KEPT.clear()
-        _KEPT[repr(config)] = _prepare(config)
-    return _KEPT[repr(config)]
+        split = load_to_extract(config.files, config.on_bad_annotation, config.limit)
+        detector, _, content = _planned(config, split)
+        # The cache keeps the parts it was created with, whatever this version would choose.
+        storage = open_storage(config.cache)
+        root = read_root(storage)
+        require_same_content(storage, root, content)
+        _KEPT[key] = detector, replace(content, root=root)
+    return _KEPT[key]
 
 
-def _prepare(config: ExtractConfig) -> tuple[Detector, CacheContent]:
-    split = load_to_extract(config.files, config.on_bad_annotation, config.limit)
-    names = [category.name for category in split.categories]
-    detector = load_detector(config.detector, config.weights, config.options, names)
-    labelled = label_split(split, detector.spec, config.labels)
-    content = plan_cache(labelled, detector, config.maps, config.views)
-    # The cache keeps the parts it was created with, whatever this version would choose.
-    storage = open_storage(config.cache)
-    root = read_root(storage)
-    require_same_content(storage, root, content)
-    return detector, replace(content, root=root)
-
-
-def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
-    """Fill one part; runs on a worker of a cluster."""
+def _fill_part(config: ExtractConfig, part: Part) -> tuple[int, int, float]:
+    """Fill one part, on a worker of a cluster; its images, bytes and seconds in the detector."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
     worker = _worker(config, detector, writer, SilentReporter())
     worker.run([part])
-    return _Filled(worker.num_extracted, worker.num_bytes, worker.detector_seconds)
+    return worker.num_extracted, worker.num_bytes, worker.detector_seconds
 
 
 def _announce(

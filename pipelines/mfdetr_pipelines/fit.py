@@ -28,11 +28,13 @@ from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
-from mfdetr_pipelines.pages.curves import curves
+from mfdetr_pipelines.numbers import percent
+from mfdetr_pipelines.pages.chart import curves
 from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 from mfdetr_pipelines.picture_files import require_ours, save_picture
 from mfdetr_pipelines.train_head import run_train_head
 
+ConfigT = TypeVar("ConfigT")
 ResultT = TypeVar("ResultT")
 
 _NUM_PICTURES = 10
@@ -49,16 +51,9 @@ class FitSummary:
     """What came of it.
 
     Attributes:
-        out: All files.
-        head: Run folder of the head.
-        page: Figures and pictures.
         pictures: Image, boxes, masks and annotation of some images that were not learned from.
         categories: The categories of what was learned from, and their labels.
         seconds: Time of each step, of this call.
-        cache_bytes: Size of the caches.
-        evaluation: The metrics.
-        commands: What was run, as typed.
-        next_commands: What to go on with.
     """
 
     out: Path
@@ -79,13 +74,19 @@ class _Steps:
     def __init__(self, reporter: Reporter) -> None:
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
-        self._reporter = reporter
+        self.reporter = reporter
 
-    def run(self, name: str, words: Iterable[str], action: Callable[[], ResultT]) -> ResultT:
+    def run(
+        self,
+        name: str,
+        words: Iterable[str],
+        command: Callable[[ConfigT, Reporter], ResultT],
+        config: ConfigT,
+    ) -> ResultT:
         self.commands.append(shlex.join(("mfdetr", *words)))
-        self._reporter.say(f"\n$ {self.commands[-1]}")
+        self.reporter.say(f"\n$ {self.commands[-1]}")
         started = time.perf_counter()
-        result = action()
+        result = command(config, self.reporter)
         self.seconds[name] = time.perf_counter() - started
         return result
 
@@ -113,22 +114,17 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     if val_split is not None:
         # First, as it is the shorter one: a wrong detector shows early.
         files: dict[str, Any] = {"dataset": config.dataset, "split": val_split}
-        caches[val_split] = _extract(config, steps, reporter, files, _VAL_CACHE)
+        caches[val_split] = _extract(config, steps, files, _VAL_CACHE)
     files = {"dataset": config.dataset, "split": config.train_split}
     if config.copies:
-        files = _copy_paste(config, steps, reporter)
-    learned = _extract(config, steps, reporter, files, _TRAIN_CACHE, config.num_views)
+        files = _copy_paste(config, steps)
+    learned = _extract(config, steps, files, _TRAIN_CACHE, config.num_views)
     caches[config.train_split] = learned
-    _train(config, steps, reporter, held_out=val_split is None)
+    _train(config, steps, held_out=val_split is None)
     measured_on = config.out / (_TRAIN_CACHE if val_split is None else _VAL_CACHE)
     words = ["evaluate", "--cache", str(measured_on), "--head", str(head), *_device(config)]
-    evaluation = steps.run(
-        "evaluate",
-        words,
-        lambda: run_evaluate(
-            EvaluateConfig(str(measured_on), head, device=config.device), reporter
-        ),
-    )
+    measure = EvaluateConfig(str(measured_on), head, device=config.device)
+    evaluation = steps.run("evaluate", words, run_evaluate, measure)
     images = find_split(config.dataset, val_split or config.train_split).images
     started = time.perf_counter()
     pictures = _pictures(config, measured_on, images)
@@ -149,8 +145,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     return summary
 
 
-def _copy_paste(config: FitConfig, steps: _Steps, reporter: Reporter) -> dict[str, Any]:
-    """Images and annotations with pasted objects."""
+def _copy_paste(config: FitConfig, steps: _Steps) -> dict[str, Any]:
     # A folder for each number: another one is another dataset.
     out = config.out / f"pasted-{config.copies}"
     files = {"images": out / IMAGES, "annotations": out / ANNOTATIONS}
@@ -164,18 +159,12 @@ def _copy_paste(config: FitConfig, steps: _Steps, reporter: Reporter) -> dict[st
         on_bad_annotation=config.on_bad_annotation,
         copies=config.copies,
     )
-
-    steps.run("paste objects", words, lambda: run_copy_paste(paste, reporter))
+    steps.run("paste objects", words, run_copy_paste, paste)
     return files
 
 
 def _extract(
-    config: FitConfig,
-    steps: _Steps,
-    reporter: Reporter,
-    files: Mapping[str, Any],
-    cache: str,
-    views: int = 0,
+    config: FitConfig, steps: _Steps, files: Mapping[str, Any], cache: str, views: int = 0
 ) -> ExtractSummary:
     options = DetectorOptions(
         num_queries=config.num_queries,
@@ -197,18 +186,18 @@ def _extract(
     words += [word for name, value in files.items() for word in (f"--{name}", str(value))]
     words += _skip(config)
     words += [*config.words_of_detector, *(["--views", str(views)] if views else [])]
-    found = steps.run(
-        f"extract {files.get('split', config.train_split)}",
-        [*words, *_device(config)],
-        lambda: run_extract(extract, reporter),
-    )
+    words += _device(config)
+    name = f"extract {files.get('split', config.train_split)}"
+    found = steps.run(name, words, run_extract, extract)
     if found.box is not None:
-        ap, ap50 = (_percent(value) for value in (found.box.AP, found.box.AP50))
-        reporter.say(f"box AP {ap}, AP50 {ap50}, to compare with what the detector's training said")
+        ap, ap50 = (percent(value) for value in (found.box.AP, found.box.AP50))
+        steps.reporter.say(
+            f"box AP {ap}, AP50 {ap50}, to compare with what the detector's training said"
+        )
     return found
 
 
-def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bool) -> None:
+def _train(config: FitConfig, steps: _Steps, *, held_out: bool) -> None:
     cache, out, length = config.out / _TRAIN_CACHE, config.out / _HEAD, config.length
     settings = {"val_split": str(_HELD_OUT)} if held_out else {}
     resume = (out / CONFIG_FILE).exists()
@@ -226,7 +215,7 @@ def _train(config: FitConfig, steps: _Steps, reporter: Reporter, *, held_out: bo
     words += ["--epochs", f"{length.epochs:g}"] if length.epochs else []
     words += [*(["--resume"] if resume else []), *_device(config)]
     try:
-        steps.run("train the head", words, lambda: run_train_head(train, reporter))
+        steps.run("train the head", words, run_train_head, train)
     except StoppedError as error:
         # What stopped says how to resume it alone.
         raise StoppedError(SAME_COMMAND) from error
@@ -307,7 +296,7 @@ def _page(
                 "How good they are",
                 charts=[curves(summary.head).to_svg()],
                 columns=["in percent", *next(iter(metrics.values()))],
-                cells=[[name, *map(_percent, found.values())] for name, found in metrics.items()],
+                cells=[[name, *map(percent, found.values())] for name, found in metrics.items()],
                 text="Floor: the box as mask. Ceiling: the annotated mask inside the predicted "
                 "box. A mask network lies between them.",
             ),
@@ -315,7 +304,7 @@ def _page(
                 "By category",
                 columns=["", "objects", "box AP", "mask AP"],
                 cells=[
-                    [m["name"], str(m["objects"]), _percent(b["AP"]), _percent(m["AP"])]
+                    [m["name"], str(m["objects"]), percent(b["AP"]), percent(m["AP"])]
                     for b, m in zip(boxes, masks, strict=True)
                     if m["objects"]
                 ],
@@ -325,7 +314,3 @@ def _page(
             Section("How to go on", notes=summary.next_commands),
         ],
     )
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if value >= 0 else "-"

@@ -74,10 +74,7 @@ def picture_paths(files: Sequence[Path], out: Path) -> list[Path]:
 
 
 def require_ours(folder: Path) -> None:
-    """Refuse a folder that is a link or holds what :func:`save_picture` did not write; OutputError.
-
-    So does a link to a folder in it.
-    """
+    """Refuse a folder that is a link, holds one, or what :func:`save_picture` did not write."""
     there = folder.exists() or folder.is_symlink()
     for file in (folder, *sorted(folder.rglob("*"))) if there else ():
         if file.is_dir():

@@ -43,10 +43,8 @@ class PresetPlan:
     """Cost of one preset.
 
     Attributes:
-        preset: Name.
         ratio: Uncompressed over stored bytes, measured.
         bytes_per_image: Stored bytes per image and view.
-        total_bytes: Of the cache.
         fits: Whether that much is free on the disk.
         encode_seconds: Mean time to quantise and compress an image on one thread.
         extract_hours: The slowest of detector, encoding threads and disk.
@@ -71,18 +69,13 @@ class Plan:
     """Measurements and the plans that follow from them.
 
     Attributes:
-        images: Images of the dataset.
         views: Passes per image.
-        sample: Images measured on.
         detector_seconds: Mean detector time per image, in the batches of an extraction.
         head_seconds: Mean time of a training step of the head per image.
-        disk: Folder of the cache.
-        free_bytes: Free space there.
         write_bytes_per_second: Sustained.
         read_bytes_per_second: From the disk, not from memory.
         epochs: Length of one training.
         live_hours: Of one training with the detector in the loop.
-        presets: One plan per preset.
     """
 
     images: int
@@ -227,11 +220,6 @@ def _head_seconds(
     return best
 
 
-def _row_bytes(spec: DetectorSpec) -> int:
-    """Bytes of queries, logits and boxes of one image."""
-    return spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
-
-
 def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
     """The maps that are stored whole: all, or all but C1."""
     return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
@@ -242,10 +230,11 @@ def _mean_bytes(
 ) -> float:
     """Mean uncompressed bytes of an image over the image sizes of the dataset."""
     spec = detector.spec
+    row_bytes = spec.num_queries * (2 * spec.query_dim + 4 * (spec.num_labels + 4))
     total = 0.0
     sizes = Counter(detector.input_geometry(entry.size_hw).input_hw for entry in split.images)
     for (height, width), count in sizes.items():
-        each = float(_row_bytes(spec))
+        each = float(row_bytes)
         for m in kept_maps(spec, maps.c1):
             tokens = -(-height // m.stride) * -(-width // m.stride)
             each += _map_bytes(tokens, m.channels, encoding)

@@ -45,9 +45,7 @@ class PredictedImage:
     """Predictions for one file.
 
     Attributes:
-        file: The image or video.
         picture: The file with masks drawn on it.
-        num_objects: Objects kept.
         detector_ms: Detector time in milliseconds.
         head_ms: Mask network time in milliseconds.
         frames: Number of frames; for a video, times are means over them.
@@ -68,7 +66,6 @@ class PredictSummary:
     Attributes:
         images: One entry per readable file.
         unreadable: One line per unreadable file.
-        results: COCO results.
     """
 
     images: tuple[PredictedImage, ...]
@@ -112,11 +109,11 @@ def run_predict(config: PredictConfig, reporter: Reporter) -> PredictSummary:
             # Of a full disk or a signal: what was found is kept, but not in place of more.
             if run.done and not results_path.exists():
                 with contextlib.suppress(OutputError):
-                    _write_results(results_path, run.results)
+                    run.write_results(results_path)
             raise
         if not run.done:
             raise DatasetError(f"none of {len(files)} images could be read: {run.unreadable[0]}")
-        _write_results(results_path, run.results)
+        run.write_results(results_path)
     reporter.finish()
     for what, count in run.oddities.items():
         reporter.warn(f"{count} of {len(files)}: {what}")
@@ -169,10 +166,10 @@ class _Run:
     def _draw(
         self, picture: Path, file: Path, found: TimedSegmentation
     ) -> tuple[Path, TimedSegmentation]:
-        drawn = _draw_into(picture, file, found)
+        save_picture(found.result.draw(found.picture), picture)
         if self.config.probabilities:
             _write_probabilities(picture, found.result)
-        return drawn
+        return file, found
 
     def videos(self, copies: dict[Path, Path]) -> None:
         """Segment videos, each into an annotated copy."""
@@ -210,16 +207,12 @@ class _Run:
     ) -> Iterator[_Pair[ItemT]]:
         return self.model.stream(items, load, self.config.threshold, self.config.top_k)
 
+    def write_results(self, path: Path) -> None:
+        write_atomically(path, json.dumps(self.results).encode())
+
     def _is_unreadable(self, error: ImageError) -> None:
         self.unreadable.append(str(error))
         self.reporter.warn(str(error))
-
-
-def _draw_into(
-    picture: Path, file: Path, found: TimedSegmentation
-) -> tuple[Path, TimedSegmentation]:
-    save_picture(found.result.draw(found.picture), picture)
-    return file, found
 
 
 def _probability_files(picture: Path, count: int) -> list[Path]:
@@ -266,10 +259,6 @@ def _require_ours(path: Path) -> None:
             f"{path} is there and was not written by predict; nothing was touched, choose another "
             "--out"
         )
-
-
-def _write_results(path: Path, results: Sequence[dict[str, object]]) -> None:
-    write_atomically(path, json.dumps(results).encode())
 
 
 def _results(file: Path, found: Segmentation) -> list[dict[str, object]]:

@@ -16,9 +16,8 @@ from mfdetr_cache.training.initial_head import new_head, with_weights_of
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import train_alone
-from mfdetr_cache.training.order import chosen_views
+from mfdetr_cache.training.order import chosen_views, trainable_rows
 from mfdetr_cache.training.recipes import AUTO, Recipe
-from mfdetr_cache.training.rows import trainable_rows
 from mfdetr_cache.training.run import Validation, begin_run
 from mfdetr_cache.training.run_folder import owned_run, record_of_cache
 from mfdetr_cache.training.run_log import require_trackers
@@ -32,7 +31,7 @@ from mfdetr_cache.training.settings import (
     with_length,
 )
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
-from mfdetr_pipelines.pages.curves import write_curves
+from mfdetr_pipelines.pages.chart import write_curves
 
 if TYPE_CHECKING:
     from mfdetr_cache.evaluation.measure import EvaluateSummary
@@ -43,18 +42,11 @@ class TrainSummary:
     """Result of a training.
 
     Attributes:
-        out: Run folder.
-        recipe: Name of the recipe.
-        parameters: Trained parameters of the head.
         steps: Optimiser steps, including those before a resume.
-        epochs: The same in epochs.
         seconds: Time of the steps, including those before a resume.
         waiting_seconds: Part of it spent waiting for data.
-        images_per_second: Mean over the training.
         loss: Mean total loss of the last 50 steps.
         validation: Metrics on the validation cache, if there is one.
-        best_AP: Best mask AP measured, if any.
-        best_step: Its step.
     """
 
     out: str
@@ -169,7 +161,6 @@ def _fitted(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Recipe, tuple
 
 
 def _settled(config: TrainHeadConfig, recipe: Recipe, cache: FeatureCache) -> TrainConfig:
-    """The recipe's training settings with the user's options applied."""
     train = with_batch_size(recipe.train, config.batch_size)
     if config.hold_out:
         train = replace(train, held_out=category_ids(config.hold_out, cache.categories))

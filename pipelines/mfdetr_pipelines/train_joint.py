@@ -17,11 +17,11 @@ from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.evaluation.measure import EvaluateSummary, measure
 from mfdetr_cache.extraction.options import MapOptions
-from mfdetr_cache.head.folder import HeadFolder, RunRecord, load_head, save_run_config
+from mfdetr_cache.head.folder import load_head, save_run_config
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.config import Length, TrainConfig
+from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import with_weights_of
@@ -41,7 +41,7 @@ from mfdetr_cache.training.settings import (
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.pages.curves import write_curves
+from mfdetr_pipelines.pages.chart import write_curves
 
 DETECTOR_FOLDER = "detector"
 VAL_CACHE = "val.zarr"
@@ -52,17 +52,12 @@ class TrainJointSummary:
     """Result of a joint training.
 
     Attributes:
-        out: Run folder.
         weights: The tuned detector, for ``--weights`` of ``mfdetr extract``.
-        tuned_parameters: Number of trained parameters of the detector.
         steps: Optimiser steps, including those before a resume.
         seconds: Time of the steps.
-        images_per_second: Mean over the training.
         mask_loss: Mean loss of the head over the last 50 steps.
         box_loss: The same of the detector; 0 where it is frozen.
         validation: Metrics on the validation split, if there is one.
-        best_AP: Best mask AP measured, if any.
-        best_step: Its step.
     """
 
     out: str
@@ -114,7 +109,12 @@ def run_train_joint(
         is_tuned = config.tune != "nothing"
         source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
 
-        record = _record(config, images, train, initial)
+        joint = {
+            "tune": config.tune,
+            "detector_lr": config.detector_lr,
+            "augment": _augment(config),
+        }
+        record = images.record(config.recipe.name, train, joint, initial)
         run = begin_run(
             learner,
             config.out,
@@ -156,18 +156,6 @@ def run_train_joint(
         best_AP=run.best_ap,
         best_step=run.best_step,
     )
-
-
-def _record(
-    config: TrainJointConfig, images: LiveImages, train: TrainConfig, initial: HeadFolder | None
-) -> RunRecord:
-    joint = {
-        "tune": config.tune,
-        "detector_lr": config.detector_lr,
-        "augment": _augment(config),
-    }
-    record = images.record(config.recipe.name, train, joint)
-    return replace(record, initial=None if initial is None else initial.as_initial)
 
 
 def _require_possible(config: TrainJointConfig) -> None:

@@ -5,6 +5,7 @@ caches verified and repaired. A dictionary says what must come out.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mfdetr_pipelines.cache import repair
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import RepairConfig
 
 from mfdetr_cache.cache.annotations import version_numbers, write_annotations
 from mfdetr_cache.cache.creation import create_cache
@@ -156,7 +158,8 @@ class Histories(RuleBasedStateMachine):
             patch.setattr(repair, "plan_cache", lambda *_: content)
             patch.setattr(repair, "Extraction", _Extraction)
             try:
-                summary = repair.run_repair(self.storage, "", None, None, SilentReporter())  # type: ignore[arg-type]
+                config = RepairConfig(self.storage, "", Path(), Path(), device="cpu")
+                summary = repair.run_repair(config, SilentReporter())
             except CacheError as error:
                 require_one_line(error)
                 assert self.storage.files == before

@@ -12,6 +12,7 @@ from pathlib import Path
 import mfdetr_cli
 import pytest
 from mfdetr_cli.console import print_evaluation, print_facts, print_table
+from mfdetr_cli.output import CommandOutput
 from mfdetr_cli.progress import ConsoleReporter
 from mfdetr_cli.recipes import recipes
 from mfdetr_pipelines.config.training import RecipesConfig
@@ -64,7 +65,7 @@ def test_a_width_that_is_none_ends_nothing(
 def test_every_setting_of_a_recipe_is_listed_with_its_meaning(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    recipes(RecipesConfig(name), tmp_path / "recipe.json")
+    recipes(RecipesConfig(name), CommandOutput(tmp_path / "recipe.json"))
     assert build_recipe("fast", {}, tmp_path / "recipe.json") == RECIPES[name]()
     printed = capsys.readouterr().out.splitlines()
     recipe = RECIPES[name]()
@@ -74,8 +75,8 @@ def test_every_setting_of_a_recipe_is_listed_with_its_meaning(
 
 
 def test_auto_is_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    recipes(RecipesConfig(), None)
-    recipes(RecipesConfig("auto"), None)
+    recipes(RecipesConfig(), CommandOutput(None))
+    recipes(RecipesConfig("auto"), CommandOutput(None))
     printed = capsys.readouterr().out
     assert "\nauto " in printed
     assert printed.splitlines()[-1].startswith("fast or paper")
@@ -187,7 +188,7 @@ def test_standard_error_ends_no_command(shell: str) -> None:
 def calls(function: ast.FunctionDef) -> list[str]:
     found = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
     ordered = sorted(found, key=lambda n: (n.lineno, n.col_offset))
-    return [n.func.id for n in ordered if isinstance(n.func, ast.Name)]
+    return [getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ordered]
 
 
 def test_json_is_written_before_anything_is_printed() -> None:
@@ -195,7 +196,7 @@ def test_json_is_written_before_anything_is_printed() -> None:
     commands = 0
     for path in sorted(Path(mfdetr_cli.__file__).parent.rglob("*.py")):
         for function in ast.parse(path.read_text()).body:
-            if isinstance(function, ast.FunctionDef) and "json" in [
+            if isinstance(function, ast.FunctionDef) and "out" in [
                 a.arg for a in function.args.args
             ]:
                 names = calls(function)

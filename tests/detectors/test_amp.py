@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 
@@ -49,7 +50,7 @@ def test_it_is_part_of_the_identity(
     assert cache.cache_id != FeatureCache.open(drawn_cache).cache_id
     again = load_same_detector("hf", str(rtdetr_folder), detector_identity(cache.spec), "cache")
     assert again.spec == cache.spec
-    source = LiveSource(str(rtdetr_folder), scenes_folder / "images", "cpu")
+    source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
     found = run_verify(path, SilentReporter(), full=False, live=2, source=source)
     assert not found.faults
     exact = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)

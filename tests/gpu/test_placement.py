@@ -13,11 +13,12 @@ import torch
 from mfdetr_pipelines.ablation.comparison import Comparison
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
@@ -106,9 +107,9 @@ def test_a_cache_is_made_and_learned_from(
     with pretend_gpu():
         extraction = scenes.extract_config(scenes_folder, weights, tmp_path / "c.zarr", limit=3)
         run_extract(dataclasses.replace(extraction, device="cuda"), SilentReporter())
-        live = LiveSource(weights, images, "cuda")
+        live = LiveDetector(weights, images)
         verified = run_verify(
-            tmp_path / "c.zarr", SilentReporter(), full=False, live=2, source=live
+            tmp_path / "c.zarr", SilentReporter(), full=False, live=2, source=live, device="cuda"
         )
         training = dataclasses.replace(training, out=tmp_path / "cuda", device="cuda")
         with stopped_after(1), pytest.raises(StoppedError):

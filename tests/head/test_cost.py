@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES, PaperRow
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES
+from mfdetr_pipelines.ablation.rows import AblationRow
 
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
@@ -30,17 +31,18 @@ def cost_with_h_detr(config: HeadConfig) -> HeadCost:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_parameters_and_macs_are_the_papers(row: PaperRow) -> None:
+def test_parameters_and_macs_are_the_papers(row: AblationRow) -> None:
     """Parameters to the printed decimals; multiply-adds to 1 %, as the rule's open points allow.
 
     The input stands for the images the authors counted on. The largest deviations are rows whose
     figure is printed with three digits (Table 1) and the RoIAlign sizes whose sampling adapts.
     """
     cost = cost_with_h_detr(row.recipe.head)
-    assert row.params_m is not None
-    assert row.macs_g is not None
-    assert round(cost.parameters / 1e6, 2) == row.params_m
-    assert cost.macs / 1e9 == pytest.approx(row.macs_g, rel=0.01)
+    assert row.paper is not None
+    assert row.paper.params_m is not None
+    assert row.paper.macs_g is not None
+    assert round(cost.parameters / 1e6, 2) == row.paper.params_m
+    assert cost.macs / 1e9 == pytest.approx(row.paper.macs_g, rel=0.01)
     assert cost.executed_macs <= cost.macs
 
 
@@ -70,9 +72,9 @@ def test_the_tables_are_the_papers(shared: Path) -> None:
         if number == 8:  # only the paper's own is ours to train
             theirs = [r for r in theirs if r["method"].startswith("Mask Frozen")]
         for row, wanted in zip(table.rows, theirs, strict=True):
-            assert row.params_m == wanted.get("params_m")
-            assert row.macs_g == wanted.get("flops_g")
-            for name, value in row.metrics.to_dict().items():
+            assert row.paper.params_m == wanted.get("params_m")
+            assert row.paper.macs_g == wanted.get("flops_g")
+            for name, value in row.paper.metrics.to_dict().items():
                 assert value == pytest.approx(wanted.get(name, -100) / 100)
 
 

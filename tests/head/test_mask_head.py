@@ -10,8 +10,7 @@ from mfdetr_cache.detectors.official.positions import map_position
 from mfdetr_cache.errors import HeadError
 from mfdetr_cache.head.batch import HeadBatch, MapGroup, QueryContext
 from mfdetr_cache.head.blocks.convnext import ConvNeXtBlock, init_convnext
-from mfdetr_cache.head.blocks.deformable import cell_centres
-from mfdetr_cache.head.blocks.ffn import FfnBlock
+from mfdetr_cache.head.blocks.deformable import FfnBlock, cell_centres
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.image_encoder import DeformableImageEncoder

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mfdetr_pipelines.ablation.caches import find_caches
-from mfdetr_pipelines.ablation.comparison import Comparison
-from mfdetr_pipelines.ablation.paper_tables import paper_table
+from mfdetr_pipelines.ablation.comparison import Comparison, paper_table
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
@@ -53,7 +52,7 @@ def test_rows_are_trained_measured_and_written(
 ) -> None:
     results = run_ablate(config(drawn_cache, done), SilentReporter())
     assert [len(r.seeds) for r in results] == [2, 2]
-    assert results[0].plan.cost != results[1].plan.cost
+    assert results[0].row.cost != results[1].row.cost
     files = write_report(tmp_path, "two heads", results)
     assert [f.suffix for f in files] == [".md", ".csv", ".json", ".pdf", ".html"]
     document = json.loads((tmp_path / "ablation.json").read_text())
@@ -182,7 +181,7 @@ def test_settings_are_chosen_on_images_left_out_of_training(
 
     monkeypatch.setattr(FeatureCache, "read", counted)
     monkeypatch.setattr(
-        "mfdetr_pipelines.ablation.group.measure",
+        "mfdetr_pipelines.ablation.training.measure",
         lambda *_, **__: pytest.fail("not before it is trained"),
     )
     split = with_settings(rows()[:1], {}, {"val_split": 4, "steps": 6, "num_threads": 1})

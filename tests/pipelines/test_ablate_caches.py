@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 from mfdetr_pipelines.ablation.caches import Choices, find_caches
-from mfdetr_pipelines.ablation.comparison import Comparison
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES, Comparison
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
     rows_of_file,
-    rows_of_table,
     varied_rows,
     with_settings,
 )
@@ -75,7 +73,7 @@ def config(
 
 
 def table(number: int) -> tuple[AblationRow, ...]:
-    return rows_of_table(PAPER_TABLES[number])
+    return PAPER_TABLES[number].rows
 
 
 def test_every_table_is_walked() -> None:

@@ -4,8 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from mfdetr_pipelines.ablation.charts import ap_bars, label_curves
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
-from mfdetr_pipelines.ablation.plan import RowPlan
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.rows import (
@@ -19,7 +18,7 @@ from tests.support.ablations import rows
 
 def result(row: AblationRow, *percent: float) -> RowResult:
     metrics = tuple(CocoMetrics(p / 100, *([0.0] * 5)) for p in percent)
-    return RowResult(RowPlan(row, None), metrics)
+    return RowResult(row, metrics)
 
 
 def texts_of(svg: str) -> list[str]:
@@ -30,8 +29,8 @@ def test_a_chart_holds_its_labels_and_a_bar_for_every_row() -> None:
     long = AblationRow(
         "a name that is much longer than a label was allowed to be", rows()[0].recipe
     )
-    published = AblationRow("12 epochs", rows()[0].recipe, PAPER_TABLES[10].rows[1])
-    failed = RowResult(RowPlan(published, None), problem="the loss is nan")
+    published = AblationRow("12 epochs", rows()[0].recipe, PAPER_TABLES[10].rows[1].paper)
+    failed = RowResult(published, problem="the loss is nan")
     chart = ap_bars([result(long, 20, 22), result(rows()[1], 10), failed])
     assert texts_of(chart.to_svg()) == [
         long.name, "without", "12 epochs", "21.0 ± 1.4", "10.0", "paper 46.0"

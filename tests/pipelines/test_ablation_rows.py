@@ -4,16 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mfdetr_pipelines.ablation.comparison import Comparison, comparison_of
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
-from mfdetr_pipelines.ablation.plan import RowPlan, plan_rows, seconds_per_step, shared_notes
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES, Comparison, comparison_of
+from mfdetr_pipelines.ablation.plan import plan_rows, seconds_per_step, shared_notes
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.rows import (
     AblationRow,
     baseline_rows,
     label_fraction_rows,
     rows_of_file,
-    rows_of_table,
     smaller_rows,
     with_settings,
 )
@@ -25,8 +23,8 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import stream_key
+from mfdetr_cache.training.order import trainable_rows
 from mfdetr_cache.training.recipes import RECIPES, build_recipe
-from mfdetr_cache.training.rows import trainable_rows
 from tests.support.ablations import config, rows
 
 
@@ -112,16 +110,16 @@ def test_a_row_with_nothing_to_train_stays_so_or_says_why(
     drawn_cache: Path, tmp_path: Path
 ) -> None:
     """Here the encoder is 32 wide and C1 16: only the rows without C1 can do without a neck."""
-    chosen = rows_of_table(PAPER_TABLES[1])
+    chosen = PAPER_TABLES[1].rows
     results = run_ablate(config(drawn_cache, tmp_path, rows=chosen, seeds=2), SilentReporter())
     wanted = "nothing to train in this row, but C1 has 16 channels and the encoder 32"
     assert [wanted in r.problem for r in results] == [False, False, True, True]
     for found in results[:2]:
-        assert found.plan.cost is not None
-        assert found.plan.cost.parameters == 0
+        assert found.row.cost is not None
+        assert found.row.cost.parameters == 0
         assert found.train_seconds == 0
         assert len(found.seeds) == 1
-        assert found.plan.row.note == "d=32, the detector's own width"
+        assert found.row.note == "d=32, the detector's own width"
     # Whoever asks for a width gets it, and with it a mapper to train.
     plans = plan_rows(
         with_settings(chosen[:1], {"hidden_dim": 64}, {}), FeatureCache.open(drawn_cache)
@@ -130,16 +128,16 @@ def test_a_row_with_nothing_to_train_stays_so_or_says_why(
 
 
 def test_rows_in_epochs_show_every_image_equally_often(drawn_cache: Path) -> None:
-    batches, lengths = (rows_of_table(PAPER_TABLES[n]) for n in (13, 10))
+    batches, lengths = (PAPER_TABLES[n].rows for n in (13, 10))
     plans = plan_rows(batches)
-    assert [p.row.recipe.train.batch_size for p in plans] == [2, 4, 8]
-    assert [p.epochs for p in plans] == [6, 6, 6]
+    assert [p.recipe.train.batch_size for p in plans] == [2, 4, 8]
+    assert [p.passes for p in plans] == [6, 6, 6]
     # The paper trains for 88,500 steps.
-    assert plans[2].row.recipe.train.steps == pytest.approx(88_500, rel=0.01)
-    assert [p.epochs for p in plan_rows(lengths)] == [6, 12]
+    assert plans[2].recipe.train.steps == pytest.approx(88_500, rel=0.01)
+    assert [p.passes for p in plan_rows(lengths)] == [6, 12]
 
-    def steps(plans: Sequence[RowPlan]) -> list[int]:
-        return [p.row.recipe.train.steps for p in plans]
+    def steps(plans: Sequence[AblationRow]) -> list[int]:
+        return [p.recipe.train.steps for p in plans]
 
     cache = FeatureCache.open(drawn_cache)  # of eight images
     assert steps(plan_rows(batches, cache)) == [24, 12, 6]
@@ -152,7 +150,7 @@ def test_rows_in_epochs_show_every_image_equally_often(drawn_cache: Path) -> Non
 
 
 def test_a_row_whose_settings_cannot_be_is_a_row_that_says_why() -> None:
-    chosen = with_settings(rows_of_table(PAPER_TABLES[1]), {"box_layers": 1}, {})
+    chosen = with_settings(PAPER_TABLES[1].rows, {"box_layers": 1}, {})
     plans = plan_rows(chosen)
     assert ["roialign=false leaves no regions" in p.problem for p in plans] == [True, False] * 2
 
@@ -170,7 +168,7 @@ def test_every_row_of_the_papers_tables_is_trained_and_measured(
     number: int, drawn_cache: Path, tmp_path: Path
 ) -> None:
     """On a detector whose widths are none of the paper's, a step each; cells as few as can be."""
-    chosen = rows_of_table(PAPER_TABLES[number])
+    chosen = PAPER_TABLES[number].rows
     small = {"hidden_dim": 16} if number == 9 else {"roi_size": 8}
     compared = Comparison("rows", with_settings(chosen, small, {}))
     settings = AblateConfig(
@@ -193,7 +191,7 @@ def test_a_branch_over_the_whole_image_is_trained_an_image_at_a_time(
     drawn_cache: Path, tmp_path: Path
 ) -> None:
     chosen = with_settings(
-        rows_of_table(PAPER_TABLES[1])[:1], {"hidden_dim": 64, "image_layers": 1}, {"batch_size": 2}
+        PAPER_TABLES[1].rows[:1], {"hidden_dim": 64, "image_layers": 1}, {"batch_size": 2}
     )
     (refused,) = run_ablate(
         config(drawn_cache, tmp_path / "a", rows=chosen, seeds=1), SilentReporter()
@@ -209,10 +207,10 @@ def test_a_branch_over_the_whole_image_is_trained_an_image_at_a_time(
 
 def test_rows_are_fitted_to_the_detector(drawn_cache: Path) -> None:
     cache = FeatureCache.open(drawn_cache)
-    plans = plan_rows(rows_of_table(PAPER_TABLES[5]), cache)
-    assert all("neck added: C1 has 16 channels, the encoder 32" in p.row.note for p in plans)
-    named = [(p.row.name, p.row.note) for p in plans]
-    assert shared_notes(named) == [f"all rows: {plans[0].row.note}"]
+    plans = plan_rows(PAPER_TABLES[5].rows, cache)
+    assert all("neck added: C1 has 16 channels, the encoder 32" in p.note for p in plans)
+    named = [(p.name, p.note) for p in plans]
+    assert shared_notes(named) == [f"all rows: {plans[0].note}"]
     mixed = [("a", "one"), ("b", ""), ("c", "one"), ("d", "two")]
     assert shared_notes(mixed) == ["a, c: one", "d: two"]
     assert all(p.cost is not None for p in plans)

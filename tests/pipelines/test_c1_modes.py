@@ -11,9 +11,10 @@ import zarr
 from mfdetr_pipelines.ablation.comparison import Comparison
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.config.train_head import TrainHeadConfig, Validation
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
@@ -195,7 +196,7 @@ def test_without_c1_a_head_must_do_without(caches: dict[str, Path], tmp_path: Pa
 def test_verify_and_resume_know_crops(
     caches: dict[str, Path], scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
 ) -> None:
-    source = LiveSource(str(rtdetr_folder), scenes_folder / "images")
+    source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
     found = run_verify(caches["roi"], SilentReporter(), full=True, live=4, source=source)
     assert found.faults == ()
     copy = Path(shutil.copytree(caches["roi"], tmp_path / "copy.zarr"))

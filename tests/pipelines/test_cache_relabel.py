@@ -13,7 +13,7 @@ from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.cache.relabel import RelabelSummary, run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RelabelConfig
+from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
@@ -282,12 +282,13 @@ def test_repair_mends_the_version_that_its_annotation_file_is_of(
     for number in (0, 1):
         (path / versions.folder_of(number) / "views/base/run_length/c/0").write_bytes(b"x")
     arguments = (str(rtdetr_folder), scenes_folder / "images")
-    found = run_repair(path, *arguments, better, SilentReporter())
+    found = run_repair(RepairConfig(path, *arguments, better, device="cpu"), SilentReporter())
     assert not found.whole
     assert found.num_images == 0
     # The file may be called otherwise by now.
     renamed = Path(shutil.copy(scenes_folder / "instances.json", tmp_path / "renamed.json"))
-    assert run_repair(path, *arguments, renamed, SilentReporter()).whole
+    again = RepairConfig(path, *arguments, renamed, device="cpu")
+    assert run_repair(again, SilentReporter()).whole
     assert files_of(path) == whole
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from mfdetr_pipelines.cache import repair
-from mfdetr_pipelines.cache.repair import run_repair
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.repair import RepairSummary, run_repair
+from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import RepairConfig
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.extract import run_extract
 
 from mfdetr_cache.cache import schema
@@ -23,6 +25,11 @@ from mfdetr_cache.reporter import SilentReporter
 from tests.support.caches import files_of
 from tests.support.detectors import save_rtdetr
 from tests.support.scenes import extract_config
+
+
+def repaired(cache: Path | str, weights: str, images: Path, annotations: Path) -> RepairSummary:
+    config = RepairConfig(cache, weights, images, annotations, device="cpu")
+    return run_repair(config, SilentReporter())
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +80,8 @@ def test_whatever_is_broken_is_found_and_mended(
 ) -> None:
     DAMAGES[damage](copy)
     assert run_verify(copy, SilentReporter(), full=True).faults
-    summary = run_repair(
-        copy,
-        str(rtdetr_folder),
-        scenes_folder / "images",
-        scenes_folder / "instances.json",
-        SilentReporter(),
+    summary = repaired(
+        copy, str(rtdetr_folder), scenes_folder / "images", scenes_folder / "instances.json"
     )
     assert summary.whole
     assert summary.faults
@@ -92,8 +95,8 @@ def test_whatever_is_broken_is_found_and_mended(
 def test_a_whole_cache_is_left_alone(
     copy: Path, whole: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
-    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
-    assert run_repair(copy, str(rtdetr_folder), *arguments).faults == ()
+    data = (scenes_folder / "images", scenes_folder / "instances.json")
+    assert repaired(copy, str(rtdetr_folder), *data).faults == ()
     assert files_of(copy) == files_of(whole)
 
 
@@ -104,12 +107,11 @@ def test_repair_with_another_detector_is_refused_and_changes_nothing(
     DAMAGES["no shard"](copy)
     before = files_of(copy)
     with pytest.raises(CacheError, match=r"another cache: detector\.weights_sha256"):
-        run_repair(
+        repaired(
             copy,
             str(tmp_path / "other"),
             scenes_folder / "images",
             scenes_folder / "instances.json",
-            SilentReporter(),
         )
     assert files_of(copy) == before
 
@@ -117,13 +119,13 @@ def test_repair_with_another_detector_is_refused_and_changes_nothing(
 def test_live_runs_the_detector_again(
     whole: Path, scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
 ) -> None:
-    source = LiveSource(str(rtdetr_folder), scenes_folder / "images")
+    source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
     summary = run_verify(whole, SilentReporter(), full=False, live=6, source=source)
     assert summary.faults == ()
     assert summary.live_images == 6
     assert summary.live_difference < 1e-3
     save_rtdetr(tmp_path / "other", seed=1)
-    other = LiveSource(str(tmp_path / "other"), scenes_folder / "images")
+    other = LiveDetector(str(tmp_path / "other"), scenes_folder / "images")
     found = run_verify(whole, SilentReporter(), full=False, live=2, source=other).faults
     assert "another detector: weights_sha256 is" in found[0]
     with pytest.raises(CacheError, match="--live runs the detector again: give --weights"):
@@ -139,7 +141,7 @@ def test_live_notices_other_images(
     images = Path(shutil.copytree(scenes_folder / "images", tmp_path / "images"))
     for file in images.iterdir():
         ImageOps.invert(Image.open(file).convert("RGB")).save(file)
-    source = LiveSource(str(rtdetr_folder), images)
+    source = LiveDetector(str(rtdetr_folder), images)
     summary = run_verify(whole, SilentReporter(), full=False, live=2, source=source)
     assert len(summary.faults) == 2
     assert "is off by" in summary.faults[0]
@@ -151,12 +153,12 @@ def test_repair_waits_for_nobody_and_destroys_nothing(
     """While another process writes, the parts it has not sealed yet look broken."""
     (copy / "views/base/status/manifest/000001.json").unlink()
     before = files_of(copy)
-    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
+    data = (scenes_folder / "images", scenes_folder / "instances.json")
     with (
         locked(LocalStorage(copy)),
         pytest.raises(CacheError, match="is being written by another process"),
     ):
-        run_repair(copy, str(rtdetr_folder), *arguments)
+        repaired(copy, str(rtdetr_folder), *data)
     assert files_of(copy) == before
 
 
@@ -180,8 +182,8 @@ def test_a_part_that_was_sealed_meanwhile_is_kept(
         return found
 
     monkeypatch.setattr(repair, "run_verify", meanwhile)
-    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
-    summary = run_repair(location, str(rtdetr_folder), *arguments)
+    data = (scenes_folder / "images", scenes_folder / "instances.json")
+    summary = repaired(location, str(rtdetr_folder), *data)
     assert len(summary.parts) == 2
     assert summary.num_images == len(FeatureCache.open(whole).layout.rows_of_part(0))
     assert {k: storage.read(k) for k in storage.sizes("")} == files
@@ -198,5 +200,5 @@ def test_a_whole_cache_on_a_read_only_disk(
         return real(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", read_only)
-    arguments = (scenes_folder / "images", scenes_folder / "instances.json", SilentReporter())
-    assert run_repair(copy, str(rtdetr_folder), *arguments).whole
+    data = (scenes_folder / "images", scenes_folder / "instances.json")
+    assert repaired(copy, str(rtdetr_folder), *data).whole

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfdetr_pipelines.cache.show import principal_colours, run_view
+from mfdetr_pipelines.cache.view import principal_colours, run_view
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache

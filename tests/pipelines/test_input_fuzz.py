@@ -29,10 +29,10 @@ from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import RunRecord, load_head, save_head, save_run_config
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run import Run
+from mfdetr_cache.training.run_folder import load_checkpoint, save_checkpoint
 from tests.support import small_checkpoints
 from tests.support.caches import require_one_line
 from tests.support.images import make_spec

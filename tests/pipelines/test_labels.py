@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
-from mfdetr_pipelines.config.cache import RelabelConfig
+from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig
+from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
 from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
@@ -87,7 +88,7 @@ def test_a_head_of_any_object_is_trained_measured_and_used(
     image = sorted((scenes_folder / "images").iterdir())[0]
     found = model(image, threshold=0.0, top_k=3)
     assert found.names == ("object",) * 3
-    live = LiveSource(str(rtdetr_folder), scenes_folder / "images", "cpu")
+    live = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
     assert not run_verify(agnostic, SilentReporter(), full=False, live=2, source=live).faults
     with pytest.raises(Exception, match="come from different detectors"):
         run_evaluate(EvaluateConfig(drawn_cache, head, device="cpu"), SilentReporter())
@@ -112,10 +113,8 @@ def test_a_cache_with_chosen_labels_is_mended_and_goes_on(
         extracted(scenes_folder, rtdetr_folder, path)
     next(f for f in path.glob("views/base/queries/c/**/*") if f.is_file()).unlink()
     images, annotations = scenes_folder / "images", scenes_folder / "instances.json"
-    repaired = run_repair(
-        path, str(rtdetr_folder), images, annotations, SilentReporter(), device="cpu"
-    )
-    assert repaired.whole
+    config = RepairConfig(path, str(rtdetr_folder), images, annotations, device="cpu")
+    assert run_repair(config, SilentReporter()).whole
 
 
 def test_what_has_no_label_is_said(

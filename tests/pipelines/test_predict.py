@@ -3,7 +3,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -28,7 +27,7 @@ from mfdetr_cache.errors import (
     OutputError,
     StoppedError,
 )
-from mfdetr_cache.evaluation.segmentation import Segmentation, TimedSegmentation
+from mfdetr_cache.evaluation.segmentation import Segmentation
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import detectors
@@ -146,14 +145,14 @@ def test_what_was_found_before_the_disk_was_full_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = sorted((scenes_folder / "images").glob("*.png"))[:3]
-    before = predict._draw_into
+    before = predict.save_picture
 
-    def draw(picture: Path, file: Path, found: TimedSegmentation) -> Any:
-        if file == files[1]:
+    def save(image: Image.Image, path: Path) -> None:
+        if path.stem == files[1].stem:
             raise OutputError("the disk is full")
-        return before(picture, file, found)
+        before(image, path)
 
-    monkeypatch.setattr(predict, "_draw_into", draw)
+    monkeypatch.setattr(predict, "save_picture", save)
     config = PredictConfig(tuple(map(str, files)), str(rtdetr_folder), head, tmp_path / "out")
     with pytest.raises(OutputError, match="the disk is full"):
         run_predict(config, SilentReporter())
@@ -161,10 +160,10 @@ def test_what_was_found_before_the_disk_was_full_is_kept(
     assert {r["file_name"] for r in json.loads(results.read_text())} == {str(files[0])}
     assert not list((tmp_path / "out").glob(".*"))
     # A later stop does not put less in its place.
-    monkeypatch.setattr(predict, "_draw_into", before)
+    monkeypatch.setattr(predict, "save_picture", before)
     run_predict(config, SilentReporter())
     whole = results.read_bytes()
-    monkeypatch.setattr(predict, "_draw_into", draw)
+    monkeypatch.setattr(predict, "save_picture", save)
     with pytest.raises(OutputError):
         run_predict(config, SilentReporter())
     assert results.read_bytes() == whole

@@ -21,9 +21,9 @@ from mfdetr_cache.errors import (
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
-from mfdetr_cache.training.checkpoint import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import Learner
+from mfdetr_cache.training.run_folder import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.run_log import read_log
 from tests.support.signals import stop_after
 from tests.support.training import small_recipe, train, weights_of

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.ablation.paper_tables import PAPER_TABLES
+from mfdetr_pipelines.ablation.comparison import PAPER_TABLES
 from mfdetr_pipelines.ablation.plan import fit_row
-from mfdetr_pipelines.ablation.rows import AblationRow, rows_of_table
+from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 
@@ -27,7 +27,7 @@ ROWS = {
         row, n == 4, id=f"table {n} {row.recipe.name}"
     )
     for n in (2, 3, 5, 6, 9, 12, 15, 4)
-    for row in rows_of_table(PAPER_TABLES[n])
+    for row in PAPER_TABLES[n].rows
     if row.paper is None or row.paper.params_m != 0  # the others have nothing to train
 }
 

@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from mfdetr_cache.training.input import staging
-
 _CUDA = torch.device("cuda", 0)
 _ATEN = torch.ops.aten
 # Operators that copy between memories, and those that take indices from either.
@@ -232,11 +230,11 @@ def pretend_gpu() -> Iterator[None]:
             "empty_cache": lambda: None,
             "Stream": _Stream,
             "current_stream": _Stream,
+            "stream": _beside,
         }.items():
             patch.setattr(torch.cuda, name, value)
         # Optimisers ask whether a graph is being captured.
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         patch.setattr(torch, "Generator", lambda *_: make_generator())
         patch.setattr(Tensor, "record_stream", lambda *_: None)
-        patch.setattr(staging, "_on", _beside)
         yield

@@ -5,7 +5,7 @@ import torch
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from mfdetr_cache.training.detection_loss import detection_loss
+from mfdetr_cache.training.detector_tuner import detection_loss
 
 CONFIG = SimpleNamespace(
     class_cost=2.0,

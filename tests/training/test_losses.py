@@ -14,9 +14,14 @@ from mfdetr_cache.ops.masks import (
     run_lengths_of_segmentation,
 )
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.losses import dice_loss, head_losses, mask_iou_targets
+from mfdetr_cache.training.losses import (
+    dice_loss,
+    head_losses,
+    mask_iou_targets,
+    sample_at,
+    uncertain_points,
+)
 from mfdetr_cache.training.optimisers import learning_rate
-from mfdetr_cache.training.point_sampling import sample_at, uncertain_points
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
 from mfdetr_cache.types import CachedImage
 from tests.support.images import make_ground_truth, make_image, make_spec

@@ -6,7 +6,7 @@ import pytest
 from mfdetr_cache.errors import (
     HeadError,
 )
-from mfdetr_cache.training.input.threads import read_in_threads
+from mfdetr_cache.training.input.readers import read_in_threads
 from mfdetr_cache.training.order import (
     Order,
     epoch_order,

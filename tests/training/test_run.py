@@ -12,12 +12,11 @@ from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.head.folder import RunRecord
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.training.checkpoint import BEFORE_FILE, load_checkpoint
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.learner import Learner, build_learner
 from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run import Run
-from mfdetr_cache.training.run_folder import prepare_folder
+from mfdetr_cache.training.run_folder import BEFORE_FILE, load_checkpoint, prepare_folder
 from tests.support.images import make_spec
 
 HEAD = HeadConfig(hidden_dim=8, roi_size=8, image_layers=1, box_layers=1, use_c1=False)

@@ -1,20 +1,16 @@
-"""``mfdetr cache bench``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.bench import run_bench
 from mfdetr_pipelines.config.cache import BenchConfig
 
 from mfdetr_cli.console import human_bytes, print_facts, print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def bench(config: BenchConfig, json: Path | None) -> None:
+def bench(config: BenchConfig, out: CommandOutput) -> None:
     """Show every way of reading, and the ratios."""
-    found = run_bench(config.cache, ConsoleReporter(), images=config.images)
-    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    found = run_bench(config.cache, out.reporter, images=config.images)
+    out.write_json({"cache": str(config.cache), **asdict(found)})
     rows = [
         [
             s.what,

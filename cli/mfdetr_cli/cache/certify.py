@@ -1,20 +1,17 @@
-"""``mfdetr cache certify``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.certify import run_certify
 from mfdetr_pipelines.config.cache import CertifyConfig
+from mfdetr_pipelines.numbers import percent
 
-from mfdetr_cli.console import percent, print_facts
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.console import print_facts
+from mfdetr_cli.output import CommandOutput
 
 
-def certify(config: CertifyConfig, json: Path | None) -> None:
+def certify(config: CertifyConfig, out: CommandOutput) -> None:
     """Show both APs and the interval of their difference."""
-    found = run_certify(config, ConsoleReporter())
-    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    found = run_certify(config, out.reporter)
+    out.write_json({"cache": str(config.cache), **asdict(found)})
     print_facts(
         f"Cache {config.cache}",
         {

@@ -1,21 +1,17 @@
-"""``mfdetr cache finish``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.config.cache import FinishConfig
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import metric_rows, print_lines, print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def finish(config: FinishConfig, json: Path | None) -> None:
+def finish(config: FinishConfig, out: CommandOutput) -> None:
     """Name the missing parts, or show the box AP."""
-    found = run_finish(config.cache, ConsoleReporter())
-    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    found = run_finish(config.cache, out.reporter)
+    out.write_json({"cache": str(config.cache), **asdict(found)})
     if found.missing:
         print_lines(*found.missing[:20])
         raise CheckFailedError(

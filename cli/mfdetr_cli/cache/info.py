@@ -1,18 +1,17 @@
-"""``mfdetr cache info``."""
-
-from pathlib import Path
+from dataclasses import asdict
 
 from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.config.cache import InfoConfig
+from mfdetr_pipelines.numbers import percent
 
-from mfdetr_cli.console import human_bytes, percent, print_facts, print_table
-from mfdetr_cli.json_file import write_json
+from mfdetr_cli.console import human_bytes, print_facts, print_table
+from mfdetr_cli.output import CommandOutput
 
 
-def info(config: InfoConfig, json: Path | None) -> None:
+def info(config: InfoConfig, out: CommandOutput) -> None:
     """Describe a cache, and list what is stored."""
     about = describe_cache(config.cache)
-    write_json(json, about.to_dict())
+    out.write_json(asdict(about))
     whole = (
         "complete" if about.complete else f"{about.parts_missing} of {about.parts} parts missing"
     )

@@ -1,20 +1,16 @@
-"""``mfdetr cache relabel``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.config.cache import RelabelConfig
 
 from mfdetr_cli.console import counted, human_bytes, print_facts
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def relabel(config: RelabelConfig, json: Path | None) -> None:
+def relabel(config: RelabelConfig, out: CommandOutput) -> None:
     """Say which version was written, and of what."""
-    found = run_relabel(config, ConsoleReporter())
-    write_json(json, {"cache": str(config.cache), **asdict(found)})
+    found = run_relabel(config, out.reporter)
+    out.write_json({"cache": str(config.cache), **asdict(found)})
     state = "written" if found.is_new else "there already"
     facts = {
         "annotations": f"version {found.version} ({found.annotations_id}), {state}",

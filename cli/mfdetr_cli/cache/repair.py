@@ -1,28 +1,17 @@
-"""``mfdetr cache repair``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.config.cache import RepairConfig
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import counted, print_facts, print_lines
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def repair(config: RepairConfig, json: Path | None) -> None:
+def repair(config: RepairConfig, out: CommandOutput) -> None:
     """Mend what is broken, and say what it was."""
-    summary = run_repair(
-        config.cache,
-        config.weights,
-        config.images,
-        config.annotations,
-        ConsoleReporter(),
-        device=config.device,
-    )
-    write_json(json, {"cache": str(config.cache), **asdict(summary)})
+    summary = run_repair(config, out.reporter)
+    out.write_json({"cache": str(config.cache), **asdict(summary)})
     print_lines(*summary.faults[:20])
     if not summary.whole:
         raise CheckFailedError(

@@ -1,20 +1,16 @@
-"""``mfdetr cache suggest``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
 from mfdetr_pipelines.cache.suggest import run_suggest
 from mfdetr_pipelines.config.cache import SuggestConfig
 
 from mfdetr_cli.console import counted, print_facts, print_table
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def suggest(config: SuggestConfig, json: Path | None) -> None:
+def suggest(config: SuggestConfig, out: CommandOutput) -> None:
     """List the images, the most worthwhile first."""
-    found = run_suggest(config, ConsoleReporter())
-    write_json(json, {"cache": str(config.cache), "head": str(config.head), **asdict(found)})
+    found = run_suggest(config, out.reporter)
+    out.write_json({"cache": str(config.cache), "head": str(config.head), **asdict(found)})
     rows = [
         [
             image.file_name,

@@ -1,26 +1,24 @@
-"""``mfdetr cache verify``."""
-
 from dataclasses import asdict
-from pathlib import Path
 
-from mfdetr_pipelines.cache.verify import LiveSource, run_verify
+from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.cache import VerifyConfig
 
 from mfdetr_cache.errors import CheckFailedError
 from mfdetr_cli.console import counted, human_bytes, print_facts, print_lines
-from mfdetr_cli.json_file import write_json
-from mfdetr_cli.progress import ConsoleReporter
+from mfdetr_cli.output import CommandOutput
 
 
-def verify(config: VerifyConfig, json: Path | None) -> None:
+def verify(config: VerifyConfig, out: CommandOutput) -> None:
     """Check a cache, and name its faults."""
-    live, source = config.detector, None
-    if live.weights is not None and live.images is not None:
-        source = LiveSource(live.weights, live.images, config.device)
     summary = run_verify(
-        config.cache, ConsoleReporter(), full=config.full, live=config.live, source=source
+        config.cache,
+        out.reporter,
+        full=config.full,
+        live=config.live,
+        source=config.detector,
+        device=config.device,
     )
-    write_json(json, {"cache": str(config.cache), **asdict(summary)})
+    out.write_json({"cache": str(config.cache), **asdict(summary)})
     print_lines(*summary.faults[:20])
     if summary.faults:
         raise CheckFailedError(

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention and its layer (Eq. 6), in plain PyTorch.
+"""Multi-scale deformable attention and its layer (Eq. 6), in plain PyTorch, with or without it.
 
 Shape letters: B batch, N query tokens, S tokens of all levels, D width, H heads, L levels,
 P sampling points. A batch is of images of one size, (B, N, D), or of any sizes, packed into one
@@ -139,4 +139,22 @@ class DeformableLayer(nn.Module):
         tokens = self.norm1(tokens + attended)
         hidden = functional.gelu(self.linear1(tokens))
         refined: Tensor = self.norm2(tokens + self.linear2(hidden))
+        return refined
+
+
+class FfnBlock(nn.Module):
+    """FFN four times as wide with GELU, residual and norm, over channels-last maps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, 4 * width)
+        self.linear2 = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Refine maps of shape (B, h, w, D), each cell by itself."""
+        refined: Tensor = self.norm(maps + self.linear2(functional.gelu(self.linear1(maps))))
         return refined

@@ -40,10 +40,7 @@ class SwinBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Refine maps of shape (B, h, w, D) of any size.
-
-        They are padded inside to whole windows; padding is never attended to.
-        """
+        """Refine maps (B, h, w, D), padded to whole windows; padding is never attended to."""
         maps = maps + self._attend(self.norm1(maps))
         refined: Tensor = maps + self.linear2(functional.gelu(self.linear1(self.norm2(maps))))
         return refined

@@ -1,15 +1,13 @@
 """Training steps from a live detector: images are decoded, augmented and detected in every step."""
 
 import contextlib
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mfdetr_cache.choices import Policy
@@ -21,30 +19,26 @@ from mfdetr_cache.coco.augmentation import (
     transform_image,
 )
 from mfdetr_cache.coco.categories import match_labels
-from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
 from mfdetr_cache.evaluation.detections import detected_queries
 from mfdetr_cache.head.batch import live_groups
-from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.config import HeadConfig
-from mfdetr_cache.head.folder import RunRecord
-from mfdetr_cache.head.mask_embedding import SIDE as MASK_SIDE
+from mfdetr_cache.head.folder import HeadFolder, RunRecord
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
-from mfdetr_cache.matching.objects import object_masks, trainable_objects
+from mfdetr_cache.matching.objects import trainable_objects
 from mfdetr_cache.training.batch import TrainBatch, collate
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, split
-from mfdetr_cache.training.initial_head import fit_codec
+from mfdetr_cache.training.initial_head import fitted_head
+from mfdetr_cache.training.input.readers import read_in_threads
 from mfdetr_cache.training.input.source import Step
-from mfdetr_cache.training.input.threads import read_in_threads
 from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.order import Order
+from mfdetr_cache.training.order import Order, kept_rows
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
-from mfdetr_cache.training.rows import kept_rows
-from mfdetr_cache.training.run_folder import versions
+from mfdetr_cache.training.run_folder import record_of
 from mfdetr_cache.types import CachedImage, DetectorOutput, GroundTruth, ImageGeometry
 
 
@@ -100,44 +94,41 @@ class LiveImages:
         self._folder = folder
         self._detector = detector
         self._augment = augment
-        self._seed = train.seed
-        self._held_out = train.held_out
+        self._train = train
         self._fixed = fixed_input_hw(detector) is not None
-        rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t, self._held_out))]
+        rows = [i for i, t in enumerate(self._truth) if len(trainable_objects(t, train.held_out))]
         if not rows:
             raise TrainingError(f"no image of {split.name} has an object to learn from")
         self.rows = kept_rows(rows, train.label_fraction, train.seed)
 
     def new_head(self, config: HeadConfig) -> MaskHead:
         """A head with fresh weights; a mask basis, if any, is fitted to the annotations."""
-        head = build_head(config, self._detector.spec)
-        if head.codec is not None:
+        return fitted_head(
+            config,
+            self._detector.spec,
+            lambda: self.rows,
+            lambda row: (self._truth[row], self._split.images[row].size_hw),
+            self._train,
+        )
 
-            def masks_of(row: int) -> NDArray[np.float32]:
-                size_hw = self._split.images[row].size_hw
-                return object_masks(self._truth[row], size_hw, self._held_out, MASK_SIDE)
-
-            fit_codec(head.codec, self.rows, masks_of)
-        return head
-
-    def record(self, recipe: str, train: TrainConfig, joint: dict[str, Any]) -> RunRecord:
+    def record(
+        self, recipe: str, train: TrainConfig, joint: dict[str, Any], initial: HeadFolder | None
+    ) -> RunRecord:
         """The record of a run on these images; ``joint`` holds its settings besides ``train``."""
-        identity = detector_identity(self._detector.spec)
         split = self._split
-        return RunRecord(
-            recipe=recipe,
-            train=to_dict(train),
-            detector=identity,
-            joint={
-                **joint,
-                "began_with": identity,
-                "dataset": {"name": split.name, "annotations_sha256": split.sha256},
-                "num_images": len(split.images),
-            },
+        joint = joint | {
+            "began_with": detector_identity(self._detector.spec),
+            "dataset": {"name": split.name, "annotations_sha256": split.sha256},
+            "num_images": len(split.images),
+        }
+        return record_of(
+            recipe,
+            train,
+            self._detector.spec,
+            initial,
+            joint=joint,
             categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
             label_categories=self.label_categories,
-            command=sys.argv,
-            versions=versions(),
         )
 
     def read(self, row: int, epoch: int) -> LiveImage:
@@ -147,7 +138,7 @@ class LiveImages:
         if self._augment is not None:
             transform = sample_transform(
                 self._augment,
-                self._seed,
+                self._train.seed,
                 f"epoch-{epoch}",
                 entry.image_id,
                 entry.size_hw,
@@ -238,7 +229,6 @@ class _LiveStep:
         self._regions: list[RegionTargets] = []
 
     def prepare(self, micro_batches: int) -> None:
-        """Detect and match, unless that is done for as many micro-batches."""
         if self._is_prepared and self.micro_batches == micro_batches:
             return
         self.release()
@@ -255,7 +245,6 @@ class _LiveStep:
         self._is_prepared = True
 
     def batches(self, regions: RegionSettings) -> Iterator[LiveBatch]:
-        """The micro-batches in order."""
         assert regions == self._source.learner.regions
         for part in filter(None, split(range(len(self._images)), self.micro_batches)):
             images = [self._images[i] for i in part]
@@ -266,7 +255,6 @@ class _LiveStep:
             yield self._collated(images, outputs, [self._regions[i] for i in part])
 
     def release(self) -> None:
-        """Free the detector's outputs."""
         self._outputs = []
         self._is_prepared = False
 
@@ -289,13 +277,9 @@ class _LiveStep:
             output.queries[0][torch.from_numpy(targets.query_index).to(learner.device)]
             for output, targets in zip(outputs, regions, strict=True)
         ]
+        whole = replace(batch, inputs=replace(batch.inputs, queries=torch.cat(queries)))
         return LiveBatch(
-            inputs=replace(batch.inputs, queries=torch.cat(queries)),
-            masks=batch.masks,
-            labels=batch.labels,
-            outside=batch.outside,
-            image_ids=batch.image_ids,
-            objects=batch.objects,
+            **{f.name: getattr(whole, f.name) for f in fields(whole)},
             outputs=tuple(outputs),
             images=tuple(images),
             num_objects=self._num_objects,

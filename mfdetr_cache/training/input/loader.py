@@ -15,14 +15,11 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.batch import TrainBatch, TrainSample, collate
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes, split
-from mfdetr_cache.training.input.processes import read_in_processes
-from mfdetr_cache.training.input.source import Step
-from mfdetr_cache.training.input.staging import staged
-from mfdetr_cache.training.input.threads import read_in_threads
+from mfdetr_cache.training.input.readers import read_in_processes, read_in_threads
+from mfdetr_cache.training.input.source import Step, staged
 from mfdetr_cache.training.learner import Learner
-from mfdetr_cache.training.order import Order, chosen_views, view_of_epoch
+from mfdetr_cache.training.order import Order, chosen_views, trainable_rows, view_of_epoch
 from mfdetr_cache.training.regions import RegionSettings, build_regions
-from mfdetr_cache.training.rows import trainable_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +157,6 @@ class CacheSource:
 
 
 class _CacheStep:
-    """A step of a :class:`CacheSource`."""
-
     def __init__(self, source: CacheSource, samples: list[TrainSample], num_images: int) -> None:
         self.num_images = num_images
         self.num_own_images = len(samples)
@@ -175,19 +170,16 @@ class _CacheStep:
         self._batches: dict[RegionSettings, list[TrainBatch]] | None = None
 
     def prepare(self, micro_batches: int) -> None:
-        """Copy the images to the device, unless they are there in as many micro-batches."""
         if self._batches is None or self.micro_batches != micro_batches:
             self.release()
             self._batches = self._source.collated(self._samples, micro_batches)
             self.micro_batches = micro_batches
 
     def batches(self, regions: RegionSettings) -> Iterable[TrainBatch]:
-        """The micro-batches with these regions."""
         assert self._batches is not None
         return self._batches[regions]
 
     def release(self) -> None:
-        """Free the memory on the device."""
         self._batches = None
 
 

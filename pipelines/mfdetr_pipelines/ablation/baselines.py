@@ -1,7 +1,6 @@
 """Baselines without a trained head, on a cache's detections."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +27,25 @@ from mfdetr_pipelines.ablation.rows import BASELINES
 Masks = tuple[list[dict[str, Any]], NDArray[np.float64]]
 
 
-@dataclass(frozen=True, slots=True)
-class SamSource:
-    """Weights (folder or hub id) and image folder for SAM."""
-
-    weights: str
-    images: Path
-
-
 def measure_baseline(
     cache: FeatureCache,
     baseline: Baseline,
     reporter: Reporter,
     *,
-    sam: SamSource | None = None,
     device: torch.device,
+    sam_weights: str | None,
+    images: Path | None,
 ) -> tuple[dict[str, CocoMetrics], list[Result]]:
-    """``mask``, ``boundary`` and ``box`` AP of a baseline on the detections of a complete cache.
+    """``mask``, ``boundary`` and ``box`` AP of a baseline on a complete cache, and its COCO masks.
 
-    And its COCO mask results.
-
-    ``sam`` and ``device`` are for SAM alone; ConfigError if it lacks weights or images.
+    The last three are for SAM alone; ConfigError if it lacks weights or images.
     """
-    masks_of = _maker(cache, baseline, sam, device)
+    if baseline != "sam":
+        masks_of = _simple_masks(cache, baseline)
+    elif sam_weights is None or images is None:
+        raise ConfigError("--baseline sam needs --sam-weights and --images")
+    else:
+        masks_of = _sam_masks(SamPrompter(sam_weights, device), images)
     results: list[Result] = []
     boxes: list[Result] = []
     reporter.start(BASELINES[baseline], len(cache), "images")
@@ -72,14 +67,9 @@ def measure_baseline(
     return metrics, results
 
 
-def _maker(
-    cache: FeatureCache, baseline: Baseline, sam: SamSource | None, device: torch.device
+def _simple_masks(
+    cache: FeatureCache, baseline: Baseline
 ) -> Callable[[CachedImage, Detections], Masks]:
-    if baseline == "sam":
-        if sam is None:
-            raise ConfigError("--baseline sam needs --sam-weights and --images")
-        return _sam_masks(sam, device)
-
     def simple(image: CachedImage, detections: Detections) -> Masks:
         size_hw = image.geometry.original_hw
         if baseline == "box":
@@ -94,14 +84,11 @@ def _maker(
     return simple
 
 
-def _sam_masks(
-    source: SamSource, device: torch.device
-) -> Callable[[CachedImage, Detections], Masks]:
+def _sam_masks(prompter: SamPrompter, images: Path) -> Callable[[CachedImage, Detections], Masks]:
     """SAM with one prompt per query; the score is the class score times SAM's IoU (as Eq. 13)."""
-    prompter = SamPrompter(source.weights, device)
 
     def prompted(image: CachedImage, detections: Detections) -> Masks:
-        picture = load_image(source.images / image.file_name, image.geometry.original_hw)
+        picture = load_image(images / image.file_name, image.geometry.original_hw)
         queries, first, place = np.unique(
             detections.query_index.numpy(), return_index=True, return_inverse=True
         )

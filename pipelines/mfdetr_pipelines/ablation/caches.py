@@ -1,4 +1,4 @@
-"""The caches that the rows of an ablation learn from and are measured on."""
+"""The caches that rows of an ablation learn from and are measured on: given, or extracted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,14 +8,18 @@ from typing import Any, get_args
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.choices import Policy
+from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
-from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError
+from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.measure import require_same_truth
 from mfdetr_cache.extraction.content import choices_of
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
-from mfdetr_cache.identity import detector_identity, require_same
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.settings import require_one_detector
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.extract import ExtractConfig
+from mfdetr_pipelines.extract import run_extract
 
 # Augmented views where --cache has none: with the plain one, as many as the paper has epochs.
 _VIEWS = 5
@@ -29,8 +33,6 @@ class Caches:
     """Two complete caches of one detector.
 
     Attributes:
-        training: Cache to train from.
-        validation: Cache to measure on.
         validation_id: Its cache id, or ``split`` for the ``val_split`` images of ``training``.
     """
 
@@ -169,8 +171,6 @@ def _require_known(row: AblationRow) -> None:
 
 
 class _Places:
-    """The given caches, opened, and those of rows."""
-
     def __init__(self, config: AblateConfig) -> None:
         self.config = config
         self.trainings = [self._open(location) for location in config.cache]
@@ -182,7 +182,6 @@ class _Places:
         return FeatureCache.open(self.config.local_cache.before(location))
 
     def find(self, row: AblationRow, found: RowCaches) -> None:
-        """Enter a row."""
         training = self._of(row, row.cache, self.trainings, row.extract, is_training=True)
         validation: FeatureCache | MissingCache | None = None
         if self.validations or row.val_cache:
@@ -234,9 +233,17 @@ class _Places:
     ) -> Caches:
         split = row.recipe.train.val_split
         key = (training.path, f"split {split}" if validation is None else validation.path)
-        if key not in self._pairs:
-            self._pairs[key] = _pair(training, validation, split)
-        return self._pairs[key]
+        if key in self._pairs:
+            return self._pairs[key]
+        training.require_complete()
+        if validation is None:
+            pair = Caches(training, training.split(split)[1], "split")
+        else:
+            require_one_detector(training, validation)
+            validation.require_complete()
+            pair = Caches(training, validation, validation.cache_id)
+        self._pairs[key] = pair
+        return pair
 
 
 def _alike(cache: FeatureCache, first: FeatureCache) -> bool:
@@ -245,20 +252,6 @@ def _alike(cache: FeatureCache, first: FeatureCache) -> bool:
         cache.spec.weights_sha256 == first.spec.weights_sha256
         and cache.identity["images"] == first.identity["images"]
     )
-
-
-def _pair(training: FeatureCache, validation: FeatureCache | None, val_split: int) -> Caches:
-    training.require_complete()
-    if validation is None:
-        return Caches(training, training.split(val_split)[1], "split")
-    require_same(
-        detector_identity(training.spec),
-        f"--cache {training.path}",
-        detector_identity(validation.spec),
-        f"--val-cache {validation.path}",
-    )
-    validation.require_complete()
-    return Caches(training, validation, validation.cache_id)
 
 
 def _require_one_truth(found: RowCaches) -> None:
@@ -273,3 +266,92 @@ def _require_one_truth(found: RowCaches) -> None:
         except MfdetrError as error:
             found.problems[name] = str(error)
             del found.by_row[name]
+
+
+def open_caches(config: AblateConfig, reporter: Reporter) -> RowCaches:
+    """The caches of every row; with ``--extract``, those that are missing are extracted first.
+
+    A row that cannot have its caches has a problem. StoppedError if a signal ended it; otherwise
+    raises as :func:`~mfdetr_pipelines.ablation.caches.find_caches`.
+    """
+    found = find_caches(config)
+    if config.extraction.extract and found.missing:
+        problems = _extract(config, found, reporter)
+        found = find_caches(config)
+        found.problems.update(problems)
+    for name, missing in found.missing.items():
+        lacks = "; ".join(cache.text for cache in missing)
+        found.problems.setdefault(
+            name, f"no given cache is as it asks; --extract would make {lacks}"
+        )
+    return found
+
+
+def wanted_caches(found: RowCaches) -> dict[Path, MissingCache]:
+    """What is missing, each once."""
+    return {cache.path: cache for missing in found.missing.values() for cache in missing}
+
+
+def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict[str, str]:
+    """Extract what is missing; the problems of rows, by name."""
+    wanted = wanted_caches(found)
+    total = sum(cache.num_bytes for cache in wanted.values())
+    extractions = [
+        like(config, c.like, c.path, is_training=c.is_training, settings=c.settings)
+        for c in wanted.values()
+    ]
+    reporter.say(f"{len(wanted)} caches to extract, about {total / 1e9:.2f} GB together:")
+    for cache in wanted.values():
+        reporter.say(cache.text)
+    failed: dict[Path, str] = {}
+    for path, extraction in zip(wanted, extractions, strict=True):
+        try:
+            run_extract(extraction, reporter)
+        except StoppedError:
+            raise
+        except MfdetrError as error:
+            failed[path] = str(error)
+    return {
+        name: failed[cache.path]
+        for name, missing in found.missing.items()
+        for cache in reversed(missing)
+        if cache.path in failed
+    }
+
+
+def like(
+    config: AblateConfig,
+    cache: FeatureCache,
+    path: Path,
+    *,
+    is_training: bool,
+    settings: Mapping[str, Any] | None = None,
+) -> ExtractConfig:
+    """The extraction of a cache once more, to ``path``, with a row's settings.
+
+    ConfigError if the detector's weights, the images or the annotations are not given.
+    """
+    chosen, given = Choices.of(cache).changed(settings or {}), config.extraction
+    images = given.train_images if is_training else config.images
+    annotations = given.train_annotations if is_training else given.val_annotations
+    if given.weights is None or images is None or annotations is None:
+        names = "--train-images and --train-annotations"
+        if not is_training:
+            names = "--images and --val-annotations"
+        raise ConfigError(f"{path} takes --weights, {names}: those of {cache.path}")
+    # What cannot be used was left out when the other was made.
+    return ExtractConfig(
+        weights=given.weights,
+        cache=path,
+        images=images,
+        annotations=annotations,
+        on_bad_annotation="skip",
+        detector=cache.spec.detector,
+        limit=cache.layout.num_rows,
+        on_bad_image="skip" if cache.skipped else "stop",
+        options=chosen.options,
+        labels=LabelOptions.of(cache.annotations.source),
+        maps=chosen.maps,
+        views=chosen.views,
+        device=config.device,
+    )

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from mfdetr_pipelines.ablation.paper_tables import PublishedSystem
+from mfdetr_pipelines.ablation.comparison import PublishedSystem
 from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.pages.chart import MEASURED, PUBLISHED, Chart, bars, draw
 
 
 def ap_bars(results: Sequence[RowResult]) -> Chart:
     """Mask AP of every row with one standard deviation over seeds; the paper's in grey below."""
-    names = [r.plan.row.name for r in results]
+    names = [r.row.name for r in results]
     means = [_percent(r.mean()) for r in results]
     spreads = [_percent(r.spread()) for r in results]
-    papers = [r.plan.row.paper for r in results]
+    papers = [r.row.paper for r in results]
     published = [math.nan if p is None or p.AP is None else 100 * p.AP for p in papers]
 
     def plot(axes: Axes) -> None:
@@ -43,7 +43,7 @@ def hours_chart(results: Sequence[RowResult], published: Sequence[PublishedSyste
         for result in results:
             hours = result.total_hours or result.train_seconds / 3600
             if result.seeds and hours:
-                _point(axes, hours, _percent(result.mean()), result.plan.row.name, MEASURED)
+                _point(axes, hours, _percent(result.mean()), result.row.name, MEASURED)
         axes.set_xscale("log")
         axes.set_xlabel("hours: published on a V100 (grey), measured here")
         axes.set_ylabel("mask AP")
@@ -63,10 +63,10 @@ def label_curves(results: Sequence[RowResult]) -> Chart | None:
     """
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for result in results:
-        if result.plan.row.curve and result.seeds:
+        if result.row.curve and result.seeds:
             spread = result.spread() or 0.0
-            point = (result.plan.row.recipe.train.label_fraction, _percent(result.mean()))
-            curves.setdefault(result.plan.row.curve, []).append((*point, 100 * spread))
+            point = (result.row.recipe.train.label_fraction, _percent(result.mean()))
+            curves.setdefault(result.row.curve, []).append((*point, 100 * spread))
     curves = {name: sorted(points) for name, points in curves.items() if len(points) > 1}
     if not curves:
         return None

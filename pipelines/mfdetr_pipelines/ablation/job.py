@@ -20,9 +20,7 @@ from mfdetr_cache.identity import differences
 from mfdetr_cache.sealed import seal, seal_of
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import stream_key
-from mfdetr_cache.training.recipes import Recipe
 from mfdetr_pipelines.ablation.caches import Caches
-from mfdetr_pipelines.ablation.plan import RowPlan
 from mfdetr_pipelines.ablation.rows import AblationRow
 
 _RESULT_FILE = "result.json"
@@ -34,27 +32,21 @@ class Job:
     """One row with one seed.
 
     Attributes:
-        plan: The row.
-        recipe: Its recipe with the seed.
-        folder: Its run folder, with its result.
+        row: The row, whose recipe has the seed.
         identity: Everything its result depends on; a stored result must have the same.
     """
 
-    plan: RowPlan
-    recipe: Recipe
+    row: AblationRow
     folder: Path
     identity: dict[str, Any]
 
     @property
     def name(self) -> str:
         """Name of its row."""
-        return self.plan.row.name
+        return self.row.name
 
     def read_result(self) -> dict[str, Any] | None:
-        """The stored result; None if the job is not done.
-
-        HeadError if the file is damaged or of another ablation.
-        """
+        """The stored result, if any; HeadError if it is damaged or of another ablation."""
         path = self.folder / _RESULT_FILE
         try:
             data = read_regular(path)
@@ -117,33 +109,33 @@ class Job:
 
 
 def plan_jobs(
-    plans: Sequence[RowPlan], num_seeds: int, out: Path, caches: Mapping[str, Caches]
+    rows: Sequence[AblationRow], num_seeds: int, out: Path, caches: Mapping[str, Caches]
 ) -> list[Job]:
-    """One job per row that can be trained and seed in 0 to N - 1, seed by seed.
+    """One job per planned row that can be trained and seed in 0 to N - 1, seed by seed.
 
     A row without trained weights has one job: its result depends on no seed.
     """
     return [
-        _job(plan, seed, out, caches[plan.row.name])
+        _job(row, seed, out, caches[row.name])
         for seed in range(num_seeds)
-        for plan in plans
-        if not plan.problem and (plan.is_trained or seed == 0)
+        for row in rows
+        if not row.problem and (row.is_trained or seed == 0)
     ]
 
 
-def _job(plan: RowPlan, seed: int, out: Path, caches: Caches) -> Job:
-    train = replace(plan.row.recipe.train, seed=seed)
-    recipe = replace(plan.row.recipe, train=train)
+def _job(row: AblationRow, seed: int, out: Path, caches: Caches) -> Job:
+    train = replace(row.recipe.train, seed=seed)
+    row = replace(row, recipe=replace(row.recipe, train=train))
     identity = {
-        "head": to_dict(recipe.head),
+        "head": to_dict(row.recipe.head),
         "train": to_dict(train),
         "cache": caches.training.cache_id,
         "val_cache": caches.validation_id,
-        "baseline": plan.row.baseline,
+        "baseline": row.baseline,
     }
-    if plan.row.tune:
-        identity["tune"] = plan.row.tune
-    return Job(plan, recipe, row_folder(out, plan.row) / f"seed-{seed}", identity)
+    if row.tune:
+        identity["tune"] = row.tune
+    return Job(row, row_folder(out, row) / f"seed-{seed}", identity)
 
 
 def row_folder(out: Path, row: AblationRow) -> Path:
@@ -168,6 +160,6 @@ def by_stream(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """Groups of jobs that can train on the same batches of the same cache."""
     groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        caches = (job.identity["cache"], job.identity["val_cache"], job.plan.row.tune)
-        groups.setdefault((*caches, *stream_key(job.recipe.train)), []).append(job)
+        caches = (job.identity["cache"], job.identity["val_cache"], job.row.tune)
+        groups.setdefault((*caches, *stream_key(job.row.recipe.train)), []).append(job)
     yield from groups.values()

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -16,12 +16,11 @@ from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.order import chosen_views, steps_per_epoch
-from mfdetr_cache.training.rows import trainable_rows
+from mfdetr_cache.training.order import chosen_views, steps_per_epoch, trainable_rows
 from mfdetr_cache.training.run import Run
 from mfdetr_cache.training.settings import training_device
+from mfdetr_cache.types import DetectorSpec
 from mfdetr_pipelines.ablation.caches import RowCaches
-from mfdetr_pipelines.ablation.fit import fit_row
 from mfdetr_pipelines.ablation.rows import AblationRow
 
 # Steps that are timed for a dry run, after one that is not.
@@ -32,52 +31,31 @@ _COCO_IMAGES = 117_266
 MACS_SIZE = "{}x{}".format(*MEAN_COCO_INPUT_HW)
 
 
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """Cost of a row.
-
-    Attributes:
-        row: The row.
-        cost: Parameters and multiply-adds; None if the head cannot be built.
-        epochs: Passes over the images; None without training.
-        problem: Why it cannot be trained or measured; empty if it can.
-    """
-
-    row: AblationRow
-    cost: HeadCost | None
-    epochs: float | None = None
-    problem: str = ""
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether it has trained weights, which depend on the seed."""
-        return self.cost is not None and self.cost.parameters > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values; metrics in [0, 1]."""
-        cost, paper, train = self.cost, self.row.paper, self.row.recipe.train
-        return {
-            "name": self.row.name,
-            "steps": train.steps if self.is_trained else None,
-            "batch_size": train.batch_size if self.is_trained else None,
-            "epochs": self.epochs,
-            "macs_input_hw": MEAN_COCO_INPUT_HW,
-            "params_m": None if cost is None else cost.parameters / 1e6,
-            "macs_g": None if cost is None else cost.macs / 1e9,
-            "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
-            "paper_params_m": None if paper is None else paper.params_m,
-            "paper_macs_g": None if paper is None else paper.macs_g,
-            "paper_AP": None if paper is None else paper.AP,
-            "extract": dict(self.row.extract),
-            "tune": self.row.tune,
-            "note": self.problem or self.row.note,
-        }
+def plan_of(row: AblationRow) -> dict[str, Any]:
+    """A planned row as plain values; metrics in [0, 1]."""
+    cost, paper, train = row.cost, row.paper, row.recipe.train
+    return {
+        "name": row.name,
+        "steps": train.steps if row.is_trained else None,
+        "batch_size": train.batch_size if row.is_trained else None,
+        "epochs": row.passes,
+        "macs_input_hw": MEAN_COCO_INPUT_HW,
+        "params_m": None if cost is None else cost.parameters / 1e6,
+        "macs_g": None if cost is None else cost.macs / 1e9,
+        "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
+        "paper_params_m": None if paper is None else paper.params_m,
+        "paper_macs_g": None if paper is None else paper.macs_g,
+        "paper_AP": None if paper is None else paper.AP,
+        "extract": dict(row.extract),
+        "tune": row.tune,
+        "note": row.problem or row.note,
+    }
 
 
 def plan_rows(
     rows: Sequence[AblationRow], cache: FeatureCache | None = None, max_steps: int | None = None
-) -> tuple[RowPlan, ...]:
-    """Costs of rows, fitted to the detector of a cache; a row that is not possible has a problem.
+) -> tuple[AblationRow, ...]:
+    """Rows fitted to the detector of a cache, with their cost; one that cannot be has a problem.
 
     Rows in epochs show every image equally often, whatever their batch size. ``max_steps`` shortens
     all rows by the factor that leaves so many steps to the longest; ConfigError if it is below 1.
@@ -90,7 +68,7 @@ def plan_rows(
     plans = []
     for row in _with_lengths(rows, count, max_steps):
         if row.baseline or row.problem:
-            plans.append(RowPlan(row, None, problem=row.problem))
+            plans.append(row)
             continue
         try:
             if cache is None:
@@ -104,27 +82,68 @@ def plan_rows(
             if key not in costs:
                 costs[key] = head_cost(fitted.recipe.head, spec)
         except (ConfigError, HeadError) as error:
-            plans.append(RowPlan(row, None, problem=str(error)))
+            plans.append(replace(row, problem=str(error)))
             continue
         train = fitted.recipe.train
-        epochs = train.steps / steps_per_epoch(count(train), train.batch_size)
-        plans.append(RowPlan(fitted, costs[key], epochs if costs[key].parameters else None))
+        passes = train.steps / steps_per_epoch(count(train), train.batch_size)
+        fitted = replace(fitted, cost=costs[key])
+        plans.append(replace(fitted, passes=passes if fitted.is_trained else None))
     return tuple(plans)
 
 
 def plan_with_caches(
     rows: Sequence[AblationRow], found: RowCaches, max_steps: int | None
-) -> tuple[RowPlan, ...]:
-    """Costs of rows, each fitted to its own cache; one that has none has a problem."""
-    plans: dict[str, RowPlan] = {}
+) -> tuple[AblationRow, ...]:
+    """Rows as :func:`plan_rows`, each fitted to its own cache; one that has none has a problem."""
+    plans: dict[str, AblationRow] = {}
     for cache in {id(c.training): c.training for c in found.by_row.values()}.values():
         ours = [
             r for r in rows if r.name in found.by_row and found.by_row[r.name].training is cache
         ]
-        plans |= {p.row.name: p for p in plan_rows(ours, cache, max_steps)}
+        plans |= {p.name: p for p in plan_rows(ours, cache, max_steps)}
     return tuple(
-        plans.get(r.name) or RowPlan(r, None, problem=found.problems.get(r.name, "")) for r in rows
+        plans.get(r.name) or replace(r, problem=found.problems.get(r.name, "")) for r in rows
     )
+
+
+def fit_row(row: AblationRow, spec: DetectorSpec) -> AblationRow:
+    """A row of the paper with the widths of another detector, and a note of what changed.
+
+    It gets the detector's width where it asks for that, and a neck where C1 and the encoder differ
+    in width. HeadError if a training-free row would need weights with this detector.
+    """
+    head, notes = row.recipe.head, []
+    c1 = next((m.channels for m in spec.maps if m.role == "c1"), None)
+    width = max((m.channels for m in spec.maps if m.role == "encoder"), default=0)
+    untrained = row.own_width and _has_no_part_to_train(head)
+    if row.own_width and width and head.hidden_dim != width:
+        head = replace(head, hidden_dim=width)
+        notes.append(f"d={width}, the detector's own width")
+    if untrained and head.use_c1 and c1 not in (None, width):
+        raise HeadError(
+            f"there is nothing to train in this row, but C1 has {c1} channels and the encoder "
+            f"{width}: adding them takes a neck"
+        )
+    if untrained and spec.query_dim != width:
+        raise HeadError(
+            f"there is nothing to train in this row, but queries have {spec.query_dim} channels "
+            f"and the encoder {width}: comparing them takes a mapper"
+        )
+    if untrained and any(m.role == "backbone" for m in spec.maps):
+        # Backbone levels need a projection, and without an image encoder nothing reads them.
+        head = replace(head, use_backbone_levels=False)
+    if head.use_c1 and not head.neck and c1 not in (None, width):
+        head = replace(head, neck=True)
+        notes.append(f"neck added: C1 has {c1} channels, the encoder {width}")
+    return replace(row, recipe=replace(row.recipe, head=head), note="; ".join(notes))
+
+
+def _has_no_part_to_train(head: HeadConfig) -> bool:
+    parts = (
+        head.image_layers, head.box_layers, head.query_ffn, head.query_o2o, head.query_b2o,
+        head.mask_scoring, head.neck and head.use_c1, head.mask_predictor != "dot",
+    )  # fmt: skip
+    return not any(parts)
 
 
 def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
@@ -147,7 +166,6 @@ def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
 def _with_lengths(
     rows: Sequence[AblationRow], count: Callable[[TrainConfig], int], max_steps: int | None
 ) -> list[AblationRow]:
-    """Rows with ``steps`` set."""
     in_epochs = {
         row.name: row.epochs * steps_per_epoch(count(row.recipe.train), row.recipe.train.batch_size)
         for row in rows
@@ -177,13 +195,13 @@ def shared_notes(named: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def seconds_per_step(
-    plans: Sequence[RowPlan], cache: FeatureCache, device_name: str
+    rows: Sequence[AblationRow], cache: FeatureCache, device_name: str
 ) -> dict[str, float]:
     """Measured seconds per training step from a complete cache, by row, on its first images."""
     found = {}
-    for plan in plans:
-        recipe = plan.row.recipe
-        if not plan.is_trained or plan.row.tune:
+    for row in rows:
+        recipe = row.recipe
+        if not row.is_trained or row.tune:
             continue
         device = training_device(device_name, recipe.train.amp)
         steps = 1 + _TIMED_STEPS
@@ -195,5 +213,5 @@ def seconds_per_step(
             started = time.perf_counter()
             loop.run(until=last)
             seconds.append(time.perf_counter() - started)
-        found[plan.row.name] = statistics.mean(seconds[1:])
+        found[row.name] = statistics.mean(seconds[1:])
     return found

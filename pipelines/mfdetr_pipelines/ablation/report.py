@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mfdetr_cache.files import require_free, write_atomically
 from mfdetr_pipelines.ablation.charts import ap_bars, hours_chart, label_curves
-from mfdetr_pipelines.ablation.paper_tables import PUBLISHED_COLUMNS, PublishedSystem
+from mfdetr_pipelines.ablation.comparison import PublishedSystem, published_table
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
 from mfdetr_pipelines.ablation.result import RowResult
+from mfdetr_pipelines.numbers import percent
 from mfdetr_pipelines.pages.page import PanelRow, Section, html_page, require_page_place
 
 _PAGE = "ablation.html"
@@ -19,60 +20,36 @@ _BESIDE = (
     *("ablation.md", "ablation.csv", "ablation.json", "ablation.pdf"),
     *("labels.svg", "labels.pdf", "hours.pdf"),
 )
-COLUMNS = (
-    "row",
-    "AP",
-    "vs first",
-    "AP50",
-    "AP75",
-    "APS",
-    "APM",
-    "APL",
-    "boundary AP",
-    "box AP",
-    "params M",
-    f"MACs G, {MACS_SIZE}",
-    "train min",
-    "images/s",
-    "head ms",
-    "total h",
-    "paper AP",
-    "paper params M",
-    f"paper MACs G, {MACS_SIZE}",
-)
 
 
-def report_cells(result: RowResult) -> list[str]:
-    """The cells of a row in the order of ``COLUMNS``; metrics in percent, a dash for none."""
+def report_cells(result: RowResult) -> dict[str, str]:
+    """The cells of a row by column; metrics in percent, a dash for none."""
 
     def number(value: float | None, digits: int = 2) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    def percent(name: str) -> str:
-        mean = result.mean(name)
-        return "-" if mean is None or mean < 0 else f"{100 * mean:.1f}"
-
-    mask_ap, spread = percent("AP"), result.spread()
+    mask_ap, spread = percent(result.mean()), result.spread()
     if spread is not None:
         mask_ap += f" ± {100 * spread:.1f}"
-    cost, paper = result.plan.cost, result.plan.row.paper
+    cost, paper = result.row.cost, result.row.paper
     trained = result.train_seconds
-    return [
-        result.plan.row.name,
-        mask_ap,
-        "-" if result.against_first is None else str(result.against_first),
-        *(percent(n) for n in ("AP50", "AP75", "APS", "APM", "APL")),
-        *(number(None if ap is None else 100 * ap, 1) for ap in (result.boundary, result.box)),
-        number(None if cost is None else cost.parameters / 1e6),
-        number(None if cost is None else cost.macs / 1e9),
-        f"{trained / 60:.1f}" if trained else "-",
-        number(result.images_per_second or None, 1),
-        number(result.head_ms or None, 0),
-        number(result.total_hours, 1),
-        number(None if paper is None or paper.AP is None else 100 * paper.AP, 1),
-        number(None if paper is None else paper.params_m),
-        number(None if paper is None else paper.macs_g),
-    ]
+    return {
+        "row": result.row.name,
+        "AP": mask_ap,
+        "vs first": "-" if result.against_first is None else str(result.against_first),
+        **{name: percent(result.mean(name)) for name in ("AP50", "AP75", "APS", "APM", "APL")},
+        "boundary AP": percent(result.boundary),
+        "box AP": percent(result.box),
+        "params M": number(None if cost is None else cost.parameters / 1e6),
+        f"MACs G, {MACS_SIZE}": number(None if cost is None else cost.macs / 1e9),
+        "train min": f"{trained / 60:.1f}" if trained else "-",
+        "images/s": number(result.images_per_second or None, 1),
+        "head ms": number(result.head_ms or None, 0),
+        "total h": number(result.total_hours, 1),
+        "paper AP": percent(None if paper is None else paper.AP),
+        "paper params M": number(None if paper is None else paper.params_m),
+        f"paper MACs G, {MACS_SIZE}": number(None if paper is None else paper.macs_g),
+    }
 
 
 def require_report_place(folder: Path) -> None:
@@ -98,6 +75,8 @@ def write_report(
     """
     bars, curves = ap_bars(results), label_curves(results)
     document = {"title": title, "rows": [r.to_dict() for r in results]}
+    if published:
+        document["published"] = [asdict(p) for p in published]
     charts = [bars.to_svg()]
     files = {
         "ablation.md": _markdown(title, results, with_curves=curves is not None).encode(),
@@ -112,9 +91,7 @@ def write_report(
         hours = hours_chart(results, published)
         charts.append(hours.to_svg())
         files["hours.pdf"] = hours.to_pdf()
-        files["ablation.md"] += _markdown_table(PUBLISHED_COLUMNS, _published(published)).encode()
-        document["published"] = [asdict(p) for p in published]
-        files["ablation.json"] = json.dumps(document, indent=2).encode()
+        files["ablation.md"] += _markdown_table(*published_table(published)).encode()
     # First: the others are taken for ours where it is there.
     write_atomically(folder / _PAGE, _page(title, results, charts, samples, published).encode())
     for name, content in files.items():
@@ -123,14 +100,14 @@ def write_report(
 
 
 def _problems(results: Sequence[RowResult]) -> list[str]:
-    return shared_notes([(r.plan.row.name, r.problem or r.plan.row.note) for r in results])
+    return shared_notes([(r.row.name, r.problem or r.row.note) for r in results])
 
 
 def _filled(results: Sequence[RowResult]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells without empty columns."""
+    """The columns that some row has, and the cells."""
     cells = [report_cells(r) for r in results]
-    kept = [i for i, name in enumerate(COLUMNS) if i < 2 or any(c[i] != "-" for c in cells)]
-    return [COLUMNS[i] for i in kept], [[c[i] for i in kept] for c in cells]
+    kept = [n for n in cells[0] if n in ("row", "AP") or any(c[n] != "-" for c in cells)]
+    return kept, [[c[n] for n in kept] for c in cells]
 
 
 def _markdown(title: str, results: Sequence[RowResult], *, with_curves: bool) -> str:
@@ -146,16 +123,12 @@ def _markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> s
     return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def _published(published: Sequence[PublishedSystem]) -> list[list[str]]:
-    """Cells, the best last."""
-    return [p.cells() for p in sorted(published, key=lambda p: p.AP)]
-
-
 def _csv(results: Sequence[RowResult]) -> str:
     out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(COLUMNS)
-    writer.writerows(report_cells(r) for r in results)
+    cells = [report_cells(r) for r in results]
+    writer = csv.DictWriter(out, cells[0])
+    writer.writeheader()
+    writer.writerows(cells)
     return out.getvalue()
 
 
@@ -177,12 +150,10 @@ def _page(
     table = Section(
         charts=charts[:1], columns=columns, cells=cells, text=_LEGEND, notes=_problems(results)
     )
-    masks = [Section("Masks of the first seed", rows=samples)] if samples else []
-    others = Section(
-        "Published, not measured here",
-        columns=PUBLISHED_COLUMNS if published else (),
-        cells=_published(published),
-    )
-    return html_page(
-        title, [table, Section(charts=charts[1:]), *([others] if published else []), *masks]
-    )
+    sections = [table, Section(charts=charts[1:])]
+    if published:
+        columns, cells = published_table(published)
+        sections.append(Section("Published, not measured here", columns=columns, cells=cells))
+    if samples:
+        sections.append(Section("Masks of the first seed", rows=samples))
+    return html_page(title, sections)

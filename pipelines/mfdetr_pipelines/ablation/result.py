@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from mfdetr_cache.evaluation.bootstrap import PairedDifference, WeightedAP, differences_to_first
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_pipelines.ablation.job import Job
-from mfdetr_pipelines.ablation.plan import RowPlan
+from mfdetr_pipelines.ablation.plan import plan_of
+from mfdetr_pipelines.ablation.rows import AblationRow
 
 # Draws of the paired bootstrap; the interval's ends move by a few hundredths of its width.
 _BOOTSTRAP_SAMPLES = 400
@@ -21,10 +22,7 @@ class RowResult:
     """Result of a row.
 
     Attributes:
-        plan: The row and its cost.
-        seeds: Mask metrics per seed.
         train_seconds: Mean training time of a seed.
-        images_per_second: Mean training speed.
         boundary: Boundary AP, mean over the seeds, in [0, 1]; None without a result.
         box: Box AP of the detector, likewise.
         head_ms: Median time of the mask network per evaluated image, in milliseconds.
@@ -33,7 +31,7 @@ class RowResult:
         total_hours: Hours of its training, detector training and extraction; None if unknown.
     """
 
-    plan: RowPlan
+    row: AblationRow
     seeds: tuple[CocoMetrics, ...] = ()
     train_seconds: float = 0.0
     images_per_second: float = 0.0
@@ -58,7 +56,7 @@ class RowResult:
         """As plain values; metrics in [0, 1]."""
         metrics = {n: self.mean(n) for n in ("AP", "AP50", "AP75", "APS", "APM", "APL")}
         return {
-            **self.plan.to_dict(),
+            **plan_of(self.row),
             **metrics,
             "AP_spread": self.spread(),
             "boundary_AP": self.boundary,
@@ -74,7 +72,7 @@ class RowResult:
 
 
 def collect(
-    plan: RowPlan, jobs: Sequence[Job], problem: str, detector_hours: float | None
+    row: AblationRow, jobs: Sequence[Job], problem: str, detector_hours: float | None
 ) -> RowResult:
     """The result of a row over its jobs, which are done unless there is a problem.
 
@@ -82,7 +80,7 @@ def collect(
     is filled in by :func:`compared_with_first`.
     """
     if problem:
-        return RowResult(plan, problem=problem)
+        return RowResult(row, problem=problem)
     done = [result for job in jobs if (result := job.read_result()) is not None]
 
     def mean(name: str) -> float:
@@ -95,7 +93,7 @@ def collect(
 
     seconds = mean("train_seconds")
     return RowResult(
-        plan,
+        row,
         seeds=tuple(CocoMetrics(**result["mask"]) for result in done),
         train_seconds=seconds,
         images_per_second=mean("images_per_second"),
@@ -110,11 +108,11 @@ def compared_with_first(
     results: Sequence[RowResult], jobs: Sequence[Job], ground_truth: COCO
 ) -> tuple[RowResult, ...]:
     """The results with the difference of AP to the first row that has a result."""
-    names = [r.plan.row.name for r in results if r.seeds]
+    names = [r.row.name for r in results if r.seeds]
     if len(names) < 2:
         return tuple(results)
     aps = [
         [WeightedAP(ground_truth, j.read_masks()) for j in jobs if j.name == name] for name in names
     ]
     found = dict(zip(names[1:], differences_to_first(aps, _BOOTSTRAP_SAMPLES), strict=True))
-    return tuple(replace(r, against_first=found.get(r.plan.row.name)) for r in results)
+    return tuple(replace(r, against_first=found.get(r.row.name)) for r in results)

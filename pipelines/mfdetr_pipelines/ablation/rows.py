@@ -1,16 +1,20 @@
-"""The rows of an ablation: from a table of the paper, recipes or a file."""
+"""The rows of an ablation, what they cost, and rows made of others or of a file."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mfdetr_cache.choices import Baseline, Tune
 from mfdetr_cache.errors import ConfigError
+from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.files import read_regular
 from mfdetr_cache.training.recipes import Recipe, build_recipe, split_settings
-from mfdetr_pipelines.ablation.paper_tables import PaperRow, PaperTable
+
+if TYPE_CHECKING:
+    # Torch takes seconds to import, and a mistake in a row is told without.
+    from mfdetr_cache.head.cost import HeadCost
 
 BASELINES: dict[Baseline, str] = {
     "box": "box as mask",
@@ -26,13 +30,33 @@ _KEYS = {"name", "recipe", "set", "cache", "val_cache", "extract"}
 
 
 @dataclass(frozen=True, slots=True)
-class AblationRow:
-    """A head and training, or a baseline, with the paper's numbers.
+class Printed:
+    """What the paper prints of a row.
 
     Attributes:
-        name: Label of the row.
-        recipe: Head and training settings.
-        paper: The paper's row, if it is one.
+        params_m: Parameters in millions; None if the table has no such column.
+        macs_g: "FLOPs" in 10^9, which are multiply-adds.
+        metrics: Mask AP in [0, 1], -1 for a part that is not; None if it has none.
+        detector: The detector whose geometry the paper counted.
+    """
+
+    params_m: float | None
+    macs_g: float | None
+    metrics: CocoMetrics | None
+    detector: str
+
+    @property
+    def AP(self) -> float | None:
+        """Mask AP in [0, 1]."""
+        return None if self.metrics is None else self.metrics.AP
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """A head and training, or a baseline, with the paper's numbers and what it costs.
+
+    Attributes:
+        paper: The paper's numbers, if it is one of its rows.
         note: What was changed to fit the detector; may be empty.
         baseline: Name of a baseline that needs no head; empty for a head.
         curve: Name without the label fraction, for rows that are points of a curve.
@@ -42,12 +66,14 @@ class AblationRow:
         val_cache: Where it is measured; empty for the ``--val-cache`` that fits the other.
         extract: How its caches are extracted, where that is not as it comes, by option.
         tune: What of the detector is trained too, from its images; empty for a head on a cache.
-        problem: Why the settings are invalid; empty if they are valid.
+        cost: Of its head, filled in by the plan; None if the head cannot be built.
+        passes: Over the images, filled in by the plan; None without training.
+        problem: Why it cannot be trained or measured; empty if it can.
     """
 
     name: str
     recipe: Recipe
-    paper: PaperRow | None = None
+    paper: Printed | None = None
     note: str = ""
     baseline: Baseline | Literal[""] = ""
     curve: str = ""
@@ -57,23 +83,14 @@ class AblationRow:
     val_cache: str = ""
     extract: Mapping[str, int | str] = field(default_factory=dict)
     tune: Tune | Literal[""] = ""
+    cost: "HeadCost | None" = None
+    passes: float | None = None
     problem: str = ""
 
-
-def rows_of_table(table: PaperTable) -> tuple[AblationRow, ...]:
-    """The rows of a table of the paper."""
-    return tuple(
-        AblationRow(
-            r.name,
-            r.recipe,
-            r,
-            epochs=r.epochs,
-            own_width=r.own_width,
-            extract=r.extract,
-            tune=r.tune,
-        )
-        for r in table.rows
-    )
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has trained weights, which depend on the seed; known once it is planned."""
+        return self.cost is not None and self.cost.parameters > 0
 
 
 def with_settings(

@@ -8,14 +8,11 @@ from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.run_folder import owned_folder
-from mfdetr_pipelines.ablation.baselines import SamSource
-from mfdetr_pipelines.ablation.caches import Caches, find_caches
-from mfdetr_pipelines.ablation.extraction import open_caches
-from mfdetr_pipelines.ablation.group import train_group
+from mfdetr_pipelines.ablation.caches import Caches, find_caches, open_caches
 from mfdetr_pipelines.ablation.job import Job, by_stream, plan_jobs, require_own_folders
-from mfdetr_pipelines.ablation.joint import train_jointly
 from mfdetr_pipelines.ablation.plan import plan_with_caches
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
+from mfdetr_pipelines.ablation.training import train_group
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.ray_engine import on_cluster
 
@@ -41,10 +38,10 @@ def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...
 def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
     found = open_caches(config, reporter)
     caches = found.by_row
-    plans = plan_with_caches(config.rows, found, config.max_steps)
-    jobs = plan_jobs(plans, config.seeds, config.out, caches)
+    rows = plan_with_caches(config.rows, found, config.max_steps)
+    jobs = plan_jobs(rows, config.seeds, config.out, caches)
     waiting, problems = _waiting(jobs)
-    problems |= {p.row.name: p.problem for p in plans if p.problem}
+    problems |= {row.name: row.problem for row in rows if row.problem}
     groups = list(by_stream([j for j in waiting if j.name not in problems]))
     if config.work.engine == "ray":
         problems |= _train_on_cluster(config, groups, reporter)
@@ -54,12 +51,12 @@ def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
         reporter.warn(f"row {name}: {problem}")
     results = [
         collect(
-            plan,
-            [j for j in jobs if j.plan is plan],
-            problems.get(plan.row.name, ""),
+            row,
+            [j for j in jobs if j.name == row.name],
+            problems.get(row.name, ""),
             config.detector_hours,
         )
-        for plan in plans
+        for row in rows
     ]
     if not caches:
         return tuple(results)
@@ -85,15 +82,12 @@ def _train_here(
     caches: Mapping[str, Caches],
     reporter: Reporter,
 ) -> dict[str, str]:
-    """Train groups in turn; returns problems by row."""
     problems: dict[str, str] = {}
     for group in groups:
-        names, seed = ", ".join(j.name for j in group), group[0].recipe.train.seed
-        what = (
-            "with the detector" if group[0].plan.row.tune else f"{len(group)} heads over one read"
-        )
+        names, seed = ", ".join(j.name for j in group), group[0].row.recipe.train.seed
+        what = "with the detector" if group[0].row.tune else f"{len(group)} heads over one read"
         reporter.say(f"seed {seed}, {what}: {names}")
-        problems |= _train(config, group, caches[group[0].name], reporter)
+        problems |= train_group(group, caches[group[0].name], config, reporter)
     return problems
 
 
@@ -119,19 +113,4 @@ def _train_on_cluster(
 def _train_there(config: AblateConfig, group: Sequence[Job]) -> dict[str, str]:
     """Train a group on a worker, which opens the caches itself and reports no progress."""
     caches = find_caches(config).by_row[group[0].name]
-    return _train(config, group, caches, SilentReporter())
-
-
-def _train(
-    config: AblateConfig, group: Sequence[Job], caches: Caches, reporter: Reporter
-) -> dict[str, str]:
-    """Train a group from its cache, or its jobs with the detector; problems by row."""
-    if group[0].plan.row.tune:
-        return train_jointly(group, caches, config, reporter)
-    return train_group(group, caches, config.device, _sam(config), reporter)
-
-
-def _sam(config: AblateConfig) -> SamSource | None:
-    if config.sam_weights is None or config.images is None:
-        return None
-    return SamSource(config.sam_weights, config.images)
+    return train_group(group, caches, config, SilentReporter())

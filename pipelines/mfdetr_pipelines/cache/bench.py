@@ -38,11 +38,9 @@ class BenchSummary:
     Attributes:
         images: Images read, in random order.
         bytes_per_image: Mean stored bytes.
-        speeds: Every measurement.
         ratio_decode: Warm speed of the cache over a plain read and decode, each with its best
             number of threads.
         ratio_cold: Cold speed of the cache over a cold plain read, likewise.
-        num_threads: Recommended ``num_threads`` of a training.
     """
 
     images: int
@@ -63,8 +61,6 @@ class _Range(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One image: its row, and what is read for it."""
-
     view: str
     row: int
     ranges: list[_Range]

@@ -12,10 +12,7 @@ from mfdetr_cache.reporter import Reporter
 
 @dataclass(frozen=True, slots=True)
 class FinishSummary:
-    """Parts of the complete cache, and those that lack, one line per view.
-
-    ``box`` is the box AP of the cached detections if none does.
-    """
+    """Parts of the cache; those that lack, one line per view, or the box AP of what is cached."""
 
     parts: int
     parts_missing: int

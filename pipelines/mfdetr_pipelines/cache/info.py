@@ -1,7 +1,7 @@
 """Cache info: a description of a cache from its metadata and manifests alone."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mfdetr_cache.cache.annotations import version_numbers
@@ -28,20 +28,15 @@ class CacheInfo:
     """Description of a cache.
 
     Attributes:
-        cache_id: Hash of the identity.
-        detector: Name.
         dataset: Name of the annotation file.
         annotations_sha256: Hash of that file.
         annotations_id: Identity of the labels, stored in heads too.
         annotations_version: The version described.
-        annotations_versions: All versions in the cache.
         rows: Images of the split.
         images: Images with features.
         objects: Annotated objects of these.
         skipped: Images left out, with the reason.
-        stored_bytes: Bytes of the sealed parts.
         ratio: Uncompressed bytes over stored bytes.
-        arrays: The large arrays.
         certificates: Measured cost of its preset in mask AP.
     """
 
@@ -70,10 +65,6 @@ class CacheInfo:
     arrays: tuple[ArrayInfo, ...]
     identity: dict[str, Any]
     certificates: tuple[Certificate, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
 
 
 def describe_cache(path: Location) -> CacheInfo:

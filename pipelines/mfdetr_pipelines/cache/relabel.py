@@ -131,7 +131,6 @@ def _extracted(
     config: RelabelConfig,
     reporter: Reporter,
 ) -> dict[str, dict[int, C1Crops]]:
-    """All crops of the rows that lack one, from the detector."""
     count = sum(map(len, missing.values()))
     if not count:
         return {}

@@ -13,7 +13,7 @@ from mfdetr_cache.cache.manifest import manifest_key, read_manifest
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import Part
 from mfdetr_cache.cache.storage.local import LocalStorage
-from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.verify import (
     annotation_versions,
@@ -34,6 +34,7 @@ from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import RepairConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,6 @@ class RepairSummary:
     """What was mended.
 
     Attributes:
-        faults: What was wrong, one line each.
         parts: Parts that were extracted again.
         foundation_files: Files from the creation of the cache that were written again.
         num_images: Images that went through the detector again.
@@ -55,21 +55,13 @@ class RepairSummary:
     whole: bool
 
 
-def run_repair(
-    path: Location,
-    weights: str,
-    images: Path,
-    annotations: Path,
-    reporter: Reporter,
-    *,
-    device: str = "cpu",
-) -> RepairSummary:
+def run_repair(config: RepairConfig, reporter: Reporter) -> RepairSummary:
     """Find every fault, then run the cache's own extraction for these parts.
 
     CacheError if weights or annotations are not those of the cache, or another process writes it;
     nothing was changed then.
     """
-    storage = open_storage(path)
+    storage = open_storage(config.cache)
     opened = read_opened(storage)
     root = opened.root
     # What another process seals meanwhile must not be taken for broken.
@@ -79,9 +71,11 @@ def run_repair(
             return RepairSummary((), (), 0, 0, whole=True)
         # What cannot be used was left out when the cache was made, or nothing had been extracted.
         rows = root.layout.num_rows
-        split = load_coco_split(annotations, images, on_bad="skip", limit=rows, needs="nothing")
+        split = load_coco_split(
+            config.annotations, config.images, on_bad="skip", limit=rows, needs="nothing"
+        )
         options = options_of(detector_identity(root.spec))
-        detector = load_detector(root.spec.detector, weights, options)
+        detector = load_detector(root.spec.detector, config.weights, options)
         known = _labels_of_file(storage, root, split.sha256)
         if known is not None:
             # The file may have been renamed since.
@@ -101,9 +95,9 @@ def run_repair(
             if check_part(storage, root, part, full=True).faults:
                 storage.delete(manifest_key(part))
         writer = CacheWriter(storage, content)
-        skip_bad = _has_skipped(storage, root)
+        device, skip_bad = torch_device(config.device), _has_skipped(storage, root)
         extraction = Extraction(
-            images, detector, torch_device(device), writer, reporter, skip_bad=skip_bad
+            config.images, detector, device, writer, reporter, skip_bad=skip_bad
         )
         extraction.run(writer.pending_parts())
         whole = not run_verify(storage, reporter, full=True).faults

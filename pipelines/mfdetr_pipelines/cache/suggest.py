@@ -24,8 +24,6 @@ class SuggestedImage:
     """An image whose masks are worth drawing.
 
     Attributes:
-        image_id: COCO image id.
-        file_name: Its file.
         uncertainty: Mean over its objects of 1 minus the expected IoU of their masks.
         objects: Confident objects on it by name of the category.
     """
@@ -41,8 +39,6 @@ class SuggestSummary:
     """The images to draw, the most worthwhile first.
 
     Attributes:
-        images: These.
-        looked_at: Images that were looked at.
         without_objects: How many of them have no confident object.
         drawn: Images of the cache that have all their masks, and were not looked at.
     """

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mfdetr_cache.cache.foundation import read_opened
 from mfdetr_cache.cache.reader import FeatureCache
@@ -25,6 +26,7 @@ from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.ops.quantisation import StoredMap, encode_map
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import DetectorOutput
+from mfdetr_pipelines.config.shared import LiveDetector
 
 # A stored map may differ from a new one by what another device or thread count makes of the sums:
 # float32 noise of 1e-5, at most one code or one float16 rounding of a few values. A wrong weight
@@ -33,24 +35,12 @@ LIVE_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class LiveSource:
-    """The detector to compare a cache with: weights and image folder."""
-
-    weights: str
-    images: Path
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, slots=True)
 class VerifySummary:
     """Result of a check.
 
     Attributes:
-        parts: Parts checked.
         bytes_checked: Bytes of their files.
         full: Whether every byte was read.
-        faults: One line per fault.
-        broken_parts: Parts with a fault.
         unknown_files: Files that do not belong to the cache; looked for with ``full``.
         live_images: Images compared with the detector.
         live_difference: Largest mean difference of a map, over the map's standard deviation.
@@ -72,7 +62,8 @@ def run_verify(
     *,
     full: bool,
     live: int = 0,
-    source: LiveSource | None = None,
+    source: LiveDetector | None = None,
+    device: str = "cpu",
 ) -> VerifySummary:
     """Check a cache without changing it.
 
@@ -98,10 +89,12 @@ def run_verify(
     reporter.finish()
     compared, difference = 0, 0.0
     if live and not faults:
-        if source is None:
+        if source is None or source.weights is None or source.images is None:
             raise CacheError("--live runs the detector again: give --weights and --images")
         cache = FeatureCache.open(path)
-        found, compared, difference = compare_live(cache, source, live, reporter)
+        found, compared, difference = _compare_live(
+            cache, source.weights, source.images, live, torch_device(device), reporter
+        )
         faults += found
     parts = len(root.layout.parts)
     return VerifySummary(
@@ -116,8 +109,13 @@ def run_verify(
     )
 
 
-def compare_live(
-    cache: FeatureCache, source: LiveSource, count: int, reporter: Reporter
+def _compare_live(
+    cache: FeatureCache,
+    weights: str,
+    images: Path,
+    count: int,
+    device: torch.device,
+    reporter: Reporter,
 ) -> tuple[list[str], int, float]:
     """Compare ``count`` images, spread evenly over all views, with the detector's output.
 
@@ -125,12 +123,11 @@ def compare_live(
     deviation.
     """
     identity = detector_identity(cache.spec)
-    detector = load_with_options_of(identity, source.weights)
+    detector = load_with_options_of(identity, weights)
     other = differences(identity, detector_identity(detector.spec))
     if other:
         field, stored, now = other[0]
         return [f"another detector: {field} is {stored!r} in the cache and {now!r} now"], 0, 0.0
-    device = torch_device(source.device)
     detector = detector.to(device)
     pairs = [(view, row) for view, opened in cache.views.items() for row in opened.rows]
     chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
@@ -139,7 +136,7 @@ def compare_live(
     reporter.start("compare", len(chosen), "images")
     for view in dict(chosen):
         rows = {row for name, row in chosen if name == view}
-        for row, output in extract_again(cache, detector, view, rows, source.images, device):
+        for row, output in extract_again(cache, detector, view, rows, images, device):
             gap, what = _largest_gap(cache, view, row, output.cpu())
             worst = max(worst, gap)
             if gap > LIVE_TOLERANCE:

@@ -1,7 +1,4 @@
-"""What ``mfdetr ablate`` is told."""
-
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +8,7 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Built, Only, Option, existing_file
 from mfdetr_cache.training.recipes import RECIPES
 from mfdetr_pipelines.config.shared import LocalCache, OnDevice, WorkOptions
-from mfdetr_pipelines.config.training import parse_assignments
+from mfdetr_pipelines.config.training import Assignments
 
 if TYPE_CHECKING:
     from mfdetr_pipelines.ablation.comparison import Comparison
@@ -47,10 +44,8 @@ class RowOptions:
     baseline: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
     label_fraction: Annotated[tuple[float, ...], Option(metavar="SHARE")] = ()
     smaller: bool = False
-    set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
-    vary: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(
-        default_factory=dict
-    )
+    set: Assignments = field(default_factory=dict)
+    vary: Assignments = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         chosen = (self.file is not None, self.table is not None, self.branches, bool(self.recipe))
@@ -104,7 +99,6 @@ class AblateConfig(OnDevice):
         --max-steps 2000 --seeds 3 --out ablations/table3
 
     Attributes:
-        comparison: The rows and their title.
         cache: Cache of the training split. Repeatable, for rows that ask for different ones.
         val_cache: Cache of the split to measure on. Repeatable, for different detector settings.
         val_split: Without --val-cache: leave every N-th image of --cache out of training and
@@ -116,9 +110,7 @@ class AblateConfig(OnDevice):
         images: Folder of the validation images, for sample masks and --baseline sam.
         detector_hours: Hours of the detector's training and the extraction, for a total.
         dry_run: Show rows, parameters and MACs; train nothing.
-        extraction: What rows ask for beside the given caches.
         work: Where groups of heads are trained; on a cluster its nodes share the folders.
-        local_cache: In front of an object store.
     """
 
     comparison: Annotated["Comparison", Built(RowOptions)]

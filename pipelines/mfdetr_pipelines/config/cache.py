@@ -4,12 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option, existing_cache
-from mfdetr_pipelines.config.shared import LiveDetector, OnDevice
+from mfdetr_pipelines.config.shared import CacheArgument, LiveDetector, OnBadAnnotation, OnDevice
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
@@ -23,12 +22,9 @@ class InfoConfig:
 
     Example:
         mfdetr cache info val2017.zarr
-
-    Attributes:
-        cache: The cache: a folder, or a URL.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +37,11 @@ class VerifyConfig(OnDevice):
         mfdetr cache verify val2017.zarr --full
 
     Attributes:
-        cache: The cache: a folder, or a URL.
         full: Read every byte and compare its checksum.
         live: Run the detector again on N images and compare.
-        detector: For --live.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     full: bool = False
     live: int = 0
     detector: LiveDetector = field(default_factory=LiveDetector)
@@ -61,13 +55,12 @@ class ViewConfig:
         mfdetr cache view val2017.zarr --images val2017 --out val2017.html
 
     Attributes:
-        cache: The cache: a folder, or a URL.
         out: The page.
         images: Folder with the images of the cache. Boxes are drawn on grey if omitted.
         count: How many images.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     out: Annotated[Path, Option(metavar="FILE")] = Path("cache.html")
     images: Annotated[Path | None, FOLDER] = None
     count: int = 6
@@ -82,12 +75,9 @@ class FinishConfig:
 
     Example:
         mfdetr cache finish train2017.zarr
-
-    Attributes:
-        cache: The cache: a folder, or a URL.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +89,12 @@ class RepairConfig(OnDevice):
         --annotations annotations/instances_val2017.json
 
     Attributes:
-        cache: The cache: a folder, or a URL.
         weights: The detector it was made with.
         images: Its image folder.
         annotations: Its annotation file.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     weights: Annotated[str, Option(metavar="NAME")]
     images: Annotated[Path, FOLDER]
     annotations: Annotated[Path, ANNOTATIONS]
@@ -122,16 +111,12 @@ class RelabelConfig(OnDevice):
         mfdetr cache relabel train2017.zarr --annotations better_masks.json
 
     Attributes:
-        cache: The cache: a folder, or a URL.
         annotations: Annotation file of the same images.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
-        labels: Which category stands for which label.
-        detector: For crops of C1.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     annotations: Annotated[Path, ANNOTATIONS]
-    on_bad_annotation: OnBad = "stop"
+    on_bad_annotation: OnBadAnnotation = "stop"
     labels: LabelOptions = field(default_factory=LabelOptions)
     detector: LiveDetector = field(default_factory=LiveDetector)
 
@@ -150,7 +135,6 @@ class CertifyConfig(OnDevice):
         head: Run folder of a trained head.
         reference: A cache of the same images with finer features.
         samples: Bootstrap samples.
-        detector: In place of a reference.
     """
 
     cache: Annotated["Location", _CACHE]
@@ -171,13 +155,12 @@ class SuggestConfig(OnDevice):
         mfdetr cache suggest train2017.zarr --head runs/first --count 20
 
     Attributes:
-        cache: The cache: a folder, or a URL.
         head: Run folder of a trained head.
         count: How many images.
         threshold: Lowest class score of the objects that are looked at.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     head: Annotated[Path, FOLDER]
     count: int = 20
     threshold: Annotated[float, Option(takes_zero=True)] = 0.3

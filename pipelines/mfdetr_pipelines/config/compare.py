@@ -1,5 +1,3 @@
-"""What ``mfdetr compare`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -54,8 +52,6 @@ class CompareConfig(OnDevice):
         which: Weights of the end of the training (last), or of its best validation.
         scoring: As evaluate has it.
         samples: Draws of the bootstrap.
-        pictures: To look at.
-        local_cache: In front of an object store.
     """
 
     subjects: Annotated[tuple[Path, ...], Option("SUBJECTS", metavar="RUN|FILE...")]

@@ -1,13 +1,11 @@
-"""What ``mfdetr copy-paste`` is told."""
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.layouts import ANNOTATIONS, DatasetFiles, dataset_files
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
+from mfdetr_pipelines.config.shared import DatasetFolder, OnBadAnnotation, SplitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +22,6 @@ class CopyPasteConfig:
         out: New folder for images and annotations.
         images: Image folder of the training split.
         annotations: Its COCO instances JSON.
-        dataset: Folder of a dataset in the layout of COCO, Roboflow or YOLO, in place of --images
-            and --annotations.
-        split: Split of --dataset, such as train or val2017.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         copies: Images to make of every image, beside itself.
         seed: Seed of what is pasted, and where.
     """
@@ -35,9 +29,9 @@ class CopyPasteConfig:
     out: Annotated[Path, Option(metavar="FOLDER")]
     images: Annotated[Path | None, FOLDER] = None
     annotations: Annotated[Path | None, ANNOTATIONS] = None
-    dataset: Annotated[Path | None, FOLDER] = None
-    split: Annotated[str | None, Option(metavar="NAME")] = None
-    on_bad_annotation: OnBad = "stop"
+    dataset: DatasetFolder = None
+    split: SplitName = None
+    on_bad_annotation: OnBadAnnotation = "stop"
     copies: int = 6
     seed: int = 0
 

@@ -1,8 +1,6 @@
-"""What ``mfdetr evaluate`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from mfdetr_cache.choices import Evaluator, Extra, OnBad, Scoring, Which
 from mfdetr_cache.coco.layouts import ANNOTATIONS
@@ -36,13 +34,8 @@ class ExtraOptions:
 
     def build(self) -> frozenset[Extra]:
         """The chosen ones."""
-        chosen: dict[Extra, bool] = {
-            "baselines": self.baselines,
-            "boundary": self.boundary,
-            "oracles": self.oracles,
-            "confusion": self.confusion,
-        }
-        return frozenset(name for name, wanted in chosen.items() if wanted)
+        names: tuple[Extra, ...] = get_args(Extra)
+        return frozenset(name for name in names if getattr(self, name))
 
 
 class TimedDetector(LiveDetector):
@@ -82,10 +75,6 @@ class EvaluateConfig(OnDevice):
         save_results: Write the masks as a COCO results file. A name that ends in .zip gives what
             COCO's evaluation server takes: detections_test-dev2017_NAME_results.zip.
         per_category: Show the AP of every category.
-        extras: What else is measured.
-        file: A results file, in place of cache and head.
-        live: The detector, to time it too, and to measure its own masks where it gives some.
-        local_cache: In front of an object store.
     """
 
     cache: Annotated["Location | None", CACHE] = None

@@ -1,11 +1,10 @@
-"""What ``mfdetr export`` is told."""
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
+from mfdetr_pipelines.config.shared import DetectorName
 
 # A token of the coarsest usual level.
 _LEAST_INPUT = 32
@@ -33,7 +32,6 @@ class ExportConfig:
         out: The ONNX file.
         input_hw: Network input in pixels, height first; the graph is for this size.
         weights: Put the detector into the graph too: its weights.
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         top_k: With the detector: masks for the N queries of highest class score.
     """
 
@@ -43,7 +41,7 @@ class ExportConfig:
         tuple[int, int] | None, Option("--input-size", metavar="HxW", parse=parse_size_hw)
     ] = None
     weights: Annotated[str | None, Option(metavar="NAME")] = None
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    detector: DetectorName = "auto"
     top_k: int = 100
 
     def __post_init__(self) -> None:

@@ -1,17 +1,21 @@
-"""What ``mfdetr extract`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.layouts import ANNOTATIONS, DatasetFiles, dataset_files
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.options import FOLDER, Option
-from mfdetr_pipelines.config.shared import OnDevice, WorkOptions
+from mfdetr_pipelines.config.shared import (
+    DatasetFolder,
+    DetectorName,
+    OnBadAnnotation,
+    OnDevice,
+    SplitName,
+    WorkOptions,
+)
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
@@ -33,29 +37,19 @@ class ExtractConfig(OnDevice):
         cache: Where the cache goes: a folder such as val2017.zarr, or a URL.
         images: Folder with the images.
         annotations: COCO instances JSON of these images, or data.yaml of YOLO's layout.
-        dataset: Folder of a dataset in the layout of COCO, Roboflow or YOLO, in place of --images
-            and --annotations.
-        split: Split of --dataset, such as train or val2017.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         limit: Only the first N images.
         on_bad_image: What to do with an image that cannot be read: stop, or leave it out.
         force: Start although the disk looks too small.
-        options: What the user chose about the detector.
-        labels: Which category stands for which label.
-        maps: How the maps are stored.
-        views: Augmented passes.
-        work: Which share of the work this process does, or where else it is done.
     """
 
     weights: Annotated[str, Option(metavar="NAME")]
     cache: Annotated["Location", Option(metavar="CACHE")]
     images: Annotated[Path | None, FOLDER] = None
     annotations: Annotated[Path | None, ANNOTATIONS] = None
-    dataset: Annotated[Path | None, FOLDER] = None
-    split: Annotated[str | None, Option(metavar="NAME")] = None
-    on_bad_annotation: OnBad = "stop"
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    dataset: DatasetFolder = None
+    split: SplitName = None
+    on_bad_annotation: OnBadAnnotation = "stop"
+    detector: DetectorName = "auto"
     limit: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     force: bool = False

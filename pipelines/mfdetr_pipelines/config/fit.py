@@ -1,17 +1,14 @@
-"""What ``mfdetr fit`` is told."""
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import sides_of
 from mfdetr_cache.options import FILE, FOLDER, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import AUTO
-from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.config.shared import DetectorName, OnBadAnnotation, OnDevice
 from mfdetr_pipelines.config.training import RECIPE_OR_AUTO
 
 _VIEWS, _VIEWS_OF_COPIES = 4, 1
@@ -34,21 +31,17 @@ class FitConfig(OnDevice):
         train_split: Split to learn from.
         val_split: Split to measure on; by default the one that is called val or valid, else test.
             Without any, every fifth training image is left out of training for it.
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         input_size: Size of the detector's input where its training had another than the weights
             tell: 640, or HEIGHTxWIDTH; of detectors that keep the shape of an image SHORTERxLONGER.
         num_queries: Queries per image, where the detector's training had another number than its
             weights tell.
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         copies: Copies of every training image with objects of others pasted onto it, which help
             with some hundred images (mfdetr copy-paste); 6 are usual.
         views: Augmented passes per training image, 4 by default and 1 beside --copies. Each adds to
             the cache what the plain pass takes.
         recipe: How the head is made and trained.
-        length: In place of the recipe's.
-        categories: Which category stands for which label.
     """
 
     dataset: Annotated[Path, FOLDER]
@@ -56,11 +49,11 @@ class FitConfig(OnDevice):
     out: Annotated[Path, Option(metavar="FOLDER")]
     train_split: Annotated[str, Option(metavar="NAME")] = "train"
     val_split: Annotated[str | None, Option(metavar="NAME")] = None
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    detector: DetectorName = "auto"
     input_size: Annotated[tuple[int, ...], Option(metavar="SIZE", parse=sides_of)] = ()
     num_queries: int | None = None
     labels: Annotated[Path | None, FILE] = None
-    on_bad_annotation: OnBad = "stop"
+    on_bad_annotation: OnBadAnnotation = "stop"
     copies: Annotated[int, Option(takes_zero=True)] = 0
     views: Annotated[int | None, Option(takes_zero=True)] = None
     recipe: Annotated[str, RECIPE_OR_AUTO] = AUTO

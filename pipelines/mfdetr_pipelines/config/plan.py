@@ -1,17 +1,14 @@
-"""What ``mfdetr plan`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.options import FOLDER, Built, Only, Option
 from mfdetr_cache.training.recipes import Recipe, fast
-from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.config.shared import DetectorName, OnBadAnnotation, OnDevice
 from mfdetr_pipelines.config.training import RecipeOptions
 
 
@@ -31,10 +28,8 @@ class PlanConfig(OnDevice):
     Attributes:
         weights: The detector: folder, hub id or checkpoint.
         annotations: COCO instances JSON of the dataset.
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         images: Folder of images to time the detector on. Random images if omitted, whose features
             compress less.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         disk: Where the cache would go; this folder if omitted.
         sample: Images to measure on.
         disk_seconds: Seconds to write; longer than the drive's write cache lasts.
@@ -43,9 +38,9 @@ class PlanConfig(OnDevice):
 
     weights: Annotated[str, Option(metavar="NAME")]
     annotations: Annotated[Path, ANNOTATIONS]
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    detector: DetectorName = "auto"
     images: Annotated[Path | None, FOLDER] = None
-    on_bad_annotation: OnBad = "stop"
+    on_bad_annotation: OnBadAnnotation = "stop"
     disk: Annotated[Path | None, Option(metavar="FOLDER")] = None
     sample: int = 8
     disk_seconds: float = 10.0

@@ -1,5 +1,3 @@
-"""What ``mfdetr predict`` is told."""
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +5,7 @@ from typing import Annotated
 from mfdetr_cache.detectors.options import phrases_of
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Option
-from mfdetr_pipelines.config.shared import OnDevice
+from mfdetr_pipelines.config.shared import DetectorName, OnDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +20,6 @@ class PredictConfig(OnDevice):
         weights: The detector the head was trained with.
         head: Run folder of train-head.
         out: Where the drawn images and predictions.json go.
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         threshold: Least confidence of what is kept.
         top_k: At most N objects per image.
         probabilities: Write how probable each pixel of each object's mask is too: a gray PNG for an
@@ -35,7 +32,7 @@ class PredictConfig(OnDevice):
     weights: Annotated[str, Option(metavar="NAME")]
     head: Annotated[Path, FOLDER]
     out: Annotated[Path, Option(metavar="FOLDER")]
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    detector: DetectorName = "auto"
     threshold: Annotated[float, Option(takes_zero=True)] = 0.25
     top_k: int = 100
     probabilities: bool = False

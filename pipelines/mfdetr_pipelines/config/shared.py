@@ -1,15 +1,45 @@
-"""Groups of options that several commands have."""
+"""Options and groups of options that several commands have."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mfdetr_cache.cache.partition import Partition, parse_partition
+from mfdetr_cache.choices import OnBad
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FOLDER, Option, writable_file
+from mfdetr_cache.options import FOLDER, Option, existing_cache, existing_folder, writable_file
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
+
+# Options that several commands have alike, each with its help.
+CacheArgument = Annotated[
+    "Location",
+    Option("CACHE", "CACHE", "The cache: a folder, or a URL.", existing_cache),
+]
+DetectorName = Annotated[
+    str,
+    Option(
+        metavar="NAME",
+        help="A name that mfdetr detectors lists; by default what the weights say.",
+    ),
+]
+DatasetFolder = Annotated[
+    Path | None,
+    Option(
+        metavar="FOLDER",
+        help="Folder of a dataset in the layout of COCO, Roboflow or YOLO, in place of --images "
+        "and --annotations.",
+        parse=existing_folder,
+    ),
+]
+SplitName = Annotated[
+    str | None, Option(metavar="NAME", help="Split of --dataset, such as train or val2017.")
+]
+OnBadAnnotation = Annotated[
+    OnBad,
+    Option(help="What to do with an annotation that cannot be used: stop, or leave it out."),
+]
 
 
 @dataclass(frozen=True, slots=True)

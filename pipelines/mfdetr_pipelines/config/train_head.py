@@ -1,5 +1,3 @@
-"""What ``mfdetr train-head`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -76,10 +74,6 @@ class TrainHeadConfig(TrainingRun):
         out: Run folder: head, settings, metrics, checkpoint.
         hold_out: Hide the masks of this category from training; evaluate then tells seen from
             unseen categories. Repeatable.
-        recipe: Head and training settings.
-        length: In place of the recipe's.
-        validation: What to measure on, and when.
-        local_cache: In front of an object store.
     """
 
     cache: Annotated["Location", CACHE]

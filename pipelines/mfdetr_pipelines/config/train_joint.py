@@ -1,16 +1,15 @@
-"""What ``mfdetr train-joint`` is told."""
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from mfdetr_cache.choices import Augmentation, OnBad, Tune
+from mfdetr_cache.choices import Augmentation, Tune
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.options import FOLDER, Built, Only, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import Recipe
+from mfdetr_pipelines.config.shared import DetectorName, OnBadAnnotation
 from mfdetr_pipelines.config.training import RecipeOptions, TrainingRun
 
 
@@ -49,7 +48,6 @@ class TrainJointConfig(TrainingRun):
         --annotations coco/annotations/instances_train2017.json --out runs/joint --tune all
 
     Attributes:
-        detector: A name that mfdetr detectors lists; by default what the weights say.
         weights: Its checkpoint file, folder or hub id.
         images: Image folder of the training split.
         annotations: Its COCO instances JSON.
@@ -58,12 +56,7 @@ class TrainJointConfig(TrainingRun):
         detector_lr: The detector's learning rate as a share of the head's.
         augment: Augment every image anew in every epoch: none, deformable-detr or
             large-scale-jitter.
-        on_bad_annotation: What to do with an annotation that cannot be used: stop, or leave it out.
         limit: Only the first N images.
-        recipe: Head and training settings.
-        length: In place of the recipe's.
-        validation: What to measure on at the end.
-        options: What the user chose about the detector.
     """
 
     weights: Annotated[str, Option(metavar="NAME")]
@@ -71,11 +64,11 @@ class TrainJointConfig(TrainingRun):
     annotations: Annotated[Path, ANNOTATIONS]
     out: Annotated[Path, Option(metavar="FOLDER")]
     recipe: Annotated[Recipe, Built(RecipeOptions)]
-    detector: Annotated[str, Option(metavar="NAME")] = "auto"
+    detector: DetectorName = "auto"
     tune: Annotated[Tune, Option(metavar="PART")] = "encoder-decoder"
     detector_lr: float = 0.1
     augment: Annotated[Augmentation, Option(metavar="POLICY")] = "none"
-    on_bad_annotation: OnBad = "stop"
+    on_bad_annotation: OnBadAnnotation = "stop"
     limit: int | None = None
     length: Length = field(default_factory=Length)
     validation: LiveValidation = field(default_factory=LiveValidation)

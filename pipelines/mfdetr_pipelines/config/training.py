@@ -19,6 +19,7 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+Assignments = Annotated[Mapping[str, str], Option(parse=parse_assignments)]
 RECIPE = Option(metavar="NAME", help=f"One of: {', '.join(RECIPES)}.")
 RECIPE_OR_AUTO = Option(
     metavar="NAME",
@@ -38,7 +39,7 @@ class RecipeOptions:
     """
 
     recipe: Annotated[str, RECIPE] = "fast"
-    set: Annotated[Mapping[str, str], Option(parse=parse_assignments)] = field(default_factory=dict)
+    set: Assignments = field(default_factory=dict)
     config: Annotated[Path | None, FILE] = None
 
     def build(self) -> Recipe:

@@ -29,8 +29,6 @@ class Panel:
     """An image with a short title.
 
     Attributes:
-        title: Caption.
-        image: Of any size.
         smooth: Interpolate when enlarged, as for photographs; cells of a map stay sharp.
     """
 
@@ -61,14 +59,8 @@ class Section:
     """A section of a page; its non-empty fields are shown in this order.
 
     Attributes:
-        heading: Plain text.
-        facts: Names and values.
         charts: SVG elements.
-        columns: Header of the table.
-        cells: Rows of the table.
-        text: A paragraph.
         notes: Bullet points.
-        rows: Images.
     """
 
     heading: str = ""

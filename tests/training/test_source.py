@@ -15,7 +15,7 @@ from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.sampled_cells import SampledCellsHead
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.input.loader import CacheSource
-from mfdetr_cache.training.input.staging import staged
+from mfdetr_cache.training.input.source import staged
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.recipes import build_recipe

@@ -1,8 +1,8 @@
-"""Reading samples ahead in processes, which leave the GIL to the training.
+"""Reading samples ahead, in threads, or in processes, which leave the GIL to the training.
 
 Reader threads release the GIL most of the time. Yet a training on a GPU, a thousand short calls per
-step, loses a third of its time to passing it back and forth. Arrays are returned in shared memory;
-only small messages are sent.
+step, loses a third of its time to passing it back and forth. Processes return arrays in shared
+memory; only small messages are sent.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,17 +25,42 @@ import torch
 from mfdetr_cache.errors import ConfigError, MfdetrError, TrainingError
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
-from mfdetr_cache.training.input.threads import READ_AHEAD, LoadedT, results_of
 
+LoadedT = TypeVar("LoadedT")
+
+# Steps being read when the next one is asked for; bounds the memory of the reader.
+READ_AHEAD = 3
 # Arrays shorter than this are sent as they are.
 _SHORT = 4096
 _ALIGNMENT = 64
 # Room for whatever is not maps: queries, targets. What does not fit is sent, only more slowly.
 _ROOM_BESIDE_MAPS = 8 * 2**20
 _START = (
-    "import sys; from mfdetr_cache.training.input.processes import serve; "
+    "import sys; from mfdetr_cache.training.input.readers import serve; "
     "serve(*map(int, sys.argv[1:]))"
 )
+
+
+def read_in_threads(
+    load: Callable[[int, int], LoadedT],
+    rows_of: Callable[[int], list[int]],
+    steps: range,
+    num_threads: int,
+) -> Generator[list[LoadedT], None, None]:
+    """Yield what ``load(row, step)``, in several threads, gives for each of ``rows_of(step)``."""
+    pool = ThreadPoolExecutor(num_threads, "reader")
+
+    def begin(step: int) -> Callable[[], list[LoadedT]]:
+        return _results_of([pool.submit(load, row, step) for row in rows_of(step)])
+
+    try:
+        yield from read_ahead(begin, steps, READ_AHEAD)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results_of(futures: list[Future[LoadedT]]) -> Callable[[], list[LoadedT]]:
+    return lambda: [future.result() for future in futures]
 
 
 def read_in_processes(
@@ -70,7 +95,7 @@ def read_in_processes(
             rows = rows_of(step)
             if readers.are_there():
                 return readers.ask(rows, step)
-            return results_of([threads.submit(load, row, step) for row in rows])
+            return _results_of([threads.submit(load, row, step) for row in rows])
 
         try:
             yield from read_ahead(begin, steps, READ_AHEAD)
@@ -116,15 +141,12 @@ class _Readers:
         return lambda: [answer() for answer in answers]
 
     def stop(self) -> None:
-        """Kill all processes."""
         for process in self._processes:
             process.stop()
         self._processes = []
 
 
 class _Reader:
-    """A reader process, and its view of the shared memory."""
-
     def __init__(
         self, descriptor: int, memory: memoryview, load: Callable[[int, int], Any]
     ) -> None:
@@ -141,7 +163,6 @@ class _Reader:
         self._send(load)
 
     def is_there(self) -> bool:
-        """Whether the process is ready."""
         if not self._has_begun and self._connection.poll():
             self._receive()
             self._has_begun = True
@@ -167,7 +188,6 @@ class _Reader:
         return answer
 
     def stop(self) -> None:
-        """Kill the process."""
         self._connection.close()
         self._process.kill()
         self._process.wait()

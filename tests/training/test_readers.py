@@ -19,9 +19,8 @@ from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.input import loader
-from mfdetr_cache.training.input import processes as reader_processes
-from mfdetr_cache.training.input.processes import read_in_processes
+from mfdetr_cache.training.input import loader, readers
+from mfdetr_cache.training.input.readers import read_in_processes
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support import loads, scenes
 
@@ -57,7 +56,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
             super().__init__(*arguments, **options)
             found.append(self)
 
-    monkeypatch.setattr(reader_processes.subprocess, "Popen", Kept)
+    monkeypatch.setattr(readers.subprocess, "Popen", Kept)
     return found
 
 

@@ -1,0 +1,205 @@
+"""Jobs of an ablation trained and measured: over one read of a cache, or with the detector."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.detectors.options import options_of
+from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError, TrainingError
+from mfdetr_cache.evaluation.measure import measure
+from mfdetr_cache.extraction.content import choices_of
+from mfdetr_cache.files import is_taken, make_folder
+from mfdetr_cache.head.build import build_head
+from mfdetr_cache.head.folder import load_head
+from mfdetr_cache.head.mask_head import MaskHead
+from mfdetr_cache.identity import detector_identity
+from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
+from mfdetr_cache.reporter import Reporter
+from mfdetr_cache.training.distributed import Processes
+from mfdetr_cache.training.initial_head import new_head
+from mfdetr_cache.training.input.loader import CacheSource
+from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.loop import TrainingLoop
+from mfdetr_cache.training.run import Run, begin_run
+from mfdetr_cache.training.run_folder import owned_folder, record_of_cache
+from mfdetr_cache.training.settings import require_c1, training_device
+from mfdetr_pipelines.ablation.baselines import measure_baseline
+from mfdetr_pipelines.ablation.caches import Caches, like
+from mfdetr_pipelines.ablation.job import Job
+from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.train_joint import TrainJointConfig
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.train_joint import VAL_CACHE, run_train_joint
+
+
+def train_group(
+    jobs: Sequence[Job], caches: Caches, config: AblateConfig, reporter: Reporter
+) -> dict[str, str]:
+    """Train jobs side by side and measure each; returns the problems of failed rows by name.
+
+    The jobs must share their batches; with the detector in every step (Table 16) they train one
+    after the other. StoppedError if a signal ended it.
+    """
+    if jobs[0].row.tune:
+        return _train_jointly(jobs, caches, config, reporter)
+    problems: dict[str, str] = {}
+    runs: dict[str, Run] = {}
+    with contextlib.ExitStack() as owned:
+        for job in jobs:
+            try:
+                if job.row.is_trained:
+                    owned.enter_context(owned_folder(job.folder))
+                    runs[job.name] = _begin(job, caches, config.device)
+            except MfdetrError as error:
+                problems[job.name] = str(error)
+        if runs:
+            problems |= _train(caches, runs, reporter)
+        for job in jobs:
+            if job.name in problems:
+                continue
+            try:
+                _measure(job, runs.get(job.name), caches, config, reporter)
+            except MfdetrError as error:
+                problems[job.name] = str(error)
+    return problems
+
+
+def _begin(job: Job, caches: Caches, device_name: str) -> Run:
+    """A new run in the job's folder, or the resumed one."""
+    train, cache = job.row.recipe.train, caches.training
+    device = training_device(device_name, train.amp)
+    keep_no_kernels()
+    learner = build_learner(train, lambda: new_head(job.row.recipe.head, cache, train), device)
+    require_c1(cache, learner.head, train)
+    if learner.head.c1 is not None:
+        # Not after it was trained.
+        caches.validation.require_c1_map("evaluation")
+    begun = is_taken(job.folder)
+    record = record_of_cache(job.row.recipe.name, train, cache)
+    return begin_run(
+        learner, job.folder, record, Processes(), track=(), validation=None, resume=begun
+    )
+
+
+def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str, str]:
+    try:
+        source = CacheSource(caches.training, [run.learner for run in runs.values()])
+        loop = TrainingLoop(source, list(runs.values()), reporter, split_when_full=True)
+        loop.run()
+    except (HeadError, TrainingError) as error:
+        return dict.fromkeys(runs, str(error))
+    return {name: str(run.problem) for name, run in runs.items() if run.problem is not None}
+
+
+def _measure(
+    job: Job,
+    run: Run | None,
+    caches: Caches,
+    config: AblateConfig,
+    reporter: Reporter,
+) -> None:
+    cache, baseline, device = caches.validation, job.row.baseline, torch_device(config.device)
+    if baseline:
+        measured, masks = measure_baseline(
+            cache,
+            baseline,
+            reporter,
+            device=device,
+            sam_weights=config.sam_weights,
+            images=config.images,
+        )
+        job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
+    elif run is None:
+        make_folder(job.folder)
+        head = build_head(job.row.recipe.head, caches.training.spec).to(device)
+        measure_head(job, cache, head, device, reporter)
+    else:
+        run.save_weights()
+        head = load_head(job.folder).head.to(device)
+        learner = run.learner
+        speed = learner.images_per_second
+        measure_head(job, cache, head, device, reporter, learner.seconds, speed)
+
+
+def measure_head(
+    job: Job,
+    cache: FeatureCache,
+    head: MaskHead,
+    device: torch.device,
+    reporter: Reporter,
+    seconds: float = 0.0,
+    speed: float = 0.0,
+) -> None:
+    """Measure a head and write the job's result; ``seconds`` and ``speed`` are of its training."""
+    measured, masks = measure(cache, head, device, reporter, ["boundary"])
+    metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
+    job.write_result(metrics, masks, seconds, speed, 1000 * measured.latency["head"].median)
+
+
+def _train_jointly(
+    jobs: Sequence[Job], caches: Caches, config: AblateConfig, reporter: Reporter
+) -> dict[str, str]:
+    problems: dict[str, str] = {}
+    for job in jobs:
+        try:
+            _train_with_detector(job, caches, config, reporter)
+        except StoppedError:
+            raise
+        except MfdetrError as error:
+            problems[job.name] = str(error)
+    return problems
+
+
+def validation_of(folder: Path, caches: Caches) -> FeatureCache:
+    """What the head in a run folder is measured on; a tuned detector has a cache of its own."""
+    own = folder / VAL_CACHE
+    return FeatureCache.open(own) if own.exists() else caches.validation
+
+
+def _train_with_detector(
+    job: Job, caches: Caches, config: AblateConfig, reporter: Reporter
+) -> None:
+    tune = job.row.tune
+    assert tune
+    if caches.validation_id == "split":
+        raise ConfigError("it runs the detector on all images: give --val-cache")
+    cache, given = caches.training, config.extraction
+    if not given.extract or given.train_annotations is None or given.train_images is None:
+        raise ConfigError(
+            "it runs the detector: give --extract with --weights, --train-images, "
+            "--train-annotations, --images and --val-annotations"
+        )
+    # Refused before a training that could not be measured.
+    measured_on = like(config, caches.validation, job.folder / VAL_CACHE, is_training=False)
+    if measured_on.labels.identity():
+        raise ConfigError("train-joint knows no --map, --only and --class-agnostic of a cache")
+    views = choices_of(cache.root)[1]
+    summary = run_train_joint(
+        TrainJointConfig(
+            weights=measured_on.weights,
+            images=given.train_images,
+            annotations=given.train_annotations,
+            out=job.folder,
+            recipe=job.row.recipe,
+            detector=cache.spec.detector,
+            tune=tune,
+            augment=views.policy if views.count else "none",
+            on_bad_annotation="skip",
+            limit=cache.layout.num_rows,
+            options=options_of(detector_identity(cache.spec)),
+            track=(),
+            resume=is_taken(job.folder),
+            device=config.device,
+        ),
+        reporter,
+    )
+    if tune != "nothing":
+        run_extract(replace(measured_on, weights=summary.weights), reporter)
+    device = torch_device(config.device)
+    head = load_head(job.folder).head.to(device)
+    own = validation_of(job.folder, caches)
+    measure_head(job, own, head, device, reporter, summary.seconds, summary.images_per_second)
