@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ _WEIGHT_KEYS = (
     ("model_ema",),
     ("module",),
 )
+# Where ultralytics keeps modules that were saved whole; its averaged one is there while it trains.
+_MODULE_KEYS = ("ema", "model")
 # Where training scripts keep their arguments.
 _SETTING_KEYS = [
     "args",
     "model_config",
     "hyper_parameters",
+    "train_args",
     "train_config",
     "config",
     "cfg",
@@ -51,6 +54,8 @@ _UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
 _FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
 _HUB_FILE = "model.safetensors"
 _BLOCK = 2**20
+# More than any detector has.
+_MOST_MODULES, _LONGEST_NAME, _MOST_CLASSES = 100_000, 1000, 100_000
 _NAME_KEYS = ("class_names", "classes", "names", "categories")
 # Nothing of these modules is configuration: a file that names them wants to do something.
 _REFUSED_MODULES = {
@@ -223,16 +228,19 @@ def _is_zip(path: Path) -> bool:
 
 def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     found = document
-    if isinstance(document, Mapping):
-        # mmengine puts the averaged weights into state_dict, and the others into ema_state_dict.
-        swapped = "state_dict" in document and "meta" in document
-        for keys in _WEIGHT_KEYS if not swapped else (("state_dict",),):
-            inner: object = document
-            for key in keys:
-                inner = inner.get(key) if isinstance(inner, Mapping) else None
-            if isinstance(inner, Mapping) and inner:
-                found = inner
-                break
+    try:
+        if isinstance(document, Mapping):
+            # mmengine puts the averaged weights into state_dict, and the others into
+            # ema_state_dict.
+            swapped = "state_dict" in document and "meta" in document
+            places = (("state_dict",),) if swapped else _WEIGHT_KEYS
+            modules = (_module_tensors(document.get(key)) for key in _MODULE_KEYS)
+            dicts = (_inner(document, keys) for keys in places)
+            found = next((inner for inner in (*modules, *dicts) if inner), found)
+        else:
+            found = _module_tensors(document)
+    except ValueError as error:
+        raise DetectorError(f"{path}: {error}") from error
     if not isinstance(found, Mapping) or not found:
         looked = ", ".join(".".join(keys) for keys in _WEIGHT_KEYS)
         raise DetectorError(f"{path} holds no state dict (looked for {looked})")
@@ -250,6 +258,41 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
         # Lightning keeps losses and metrics beside the model.
         tensors = {k: v for k, v in tensors.items() if k.startswith("model.")} or tensors
     return _without_wrappers(tensors)
+
+
+def _inner(document: Mapping[Any, object], keys: Sequence[str]) -> Mapping[Any, object]:
+    inner: object = document
+    for key in keys:
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _module_tensors(module: object) -> dict[str, object]:
+    """The state dict of a module that was saved whole; empty for anything else.
+
+    ValueError if it holds itself, or more modules than a detector has.
+    """
+    found: dict[str, object] = {}
+    waiting = [("", module)]
+    for _ in range(_MOST_MODULES):
+        if not waiting:
+            return found
+        prefix, inner = waiting.pop()
+        fields = vars(inner) if isinstance(inner, _Inert) else {}
+        not_kept = fields.get("_non_persistent_buffers_set")
+        not_kept = not_kept if isinstance(not_kept, set) else set()
+        for name, value in (*_named(fields, "_parameters"), *_named(fields, "_buffers")):
+            if value is not None and name not in not_kept:
+                found[f"{prefix}{name}"] = value
+        waiting += [(f"{prefix}{name}.", child) for name, child in _named(fields, "_modules")]
+        if len(prefix) > _LONGEST_NAME:
+            break
+    raise ValueError("its modules hold each other without an end")
+
+
+def _named(fields: Mapping[str, Any], kind: str) -> list[tuple[Any, object]]:
+    values = fields.get(kind)
+    return list(values.items()) if isinstance(values, Mapping) else []
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,10 +332,14 @@ def _class_names(document: object, settings: Mapping[str, Any]) -> tuple[str, ..
     if isinstance(document, Mapping):
         # mmengine has them in meta.dataset_meta, older files of mmdetection in meta itself.
         of_meta = {name.lower(): value for name, value in _fields(document.get("meta"))}
-        places = [*(document.get(key) for key in _NAME_KEYS), *places, of_meta.get("classes")]
+        modules = [document.get(key) for key in _MODULE_KEYS]
+        of_modules = [vars(m).get("names") for m in modules if isinstance(m, _Inert)]
+        of_file = [document.get(key) for key in _NAME_KEYS]
+        places = [*of_file, *of_modules, *places, of_meta.get("classes")]
     for names in places:
         if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
-            names = [names.get(i, "") for i in range(max(names, default=-1) + 1)]
+            count = min(max(names, default=-1) + 1, _MOST_CLASSES)
+            names = [names.get(i, "") for i in range(count)]
         if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
             return tuple(names)
     return ()

@@ -62,7 +62,9 @@ def test_from_images_to_mask_ap(
         assert found.box == extracted.box
 
 
-@pytest.mark.parametrize("name", ["rt-detr", "rt-detr-v2-dsp", "deim", "deimv2", "rf-detr"])
+@pytest.mark.parametrize(
+    "name", ["rt-detr-ultralytics", "rt-detr-v2-dsp", "deim", "deimv2", "rf-detr"]
+)
 def test_from_an_authors_checkpoint_to_masks(
     tmp_path: Path, scenes_folder: Path, name: str
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.authors import anchors
+from tests.support.ultralytics import ultralytics_weights
 
 LABELS = ("ellipse", "box", "other")
 _WIDTH = 32
@@ -336,8 +337,13 @@ def rf_detr(layout: Layout) -> None:
     layout.vector(f"{branch}.bias", 1)
 
 
+def ultralytics(layout: Layout) -> None:
+    layout.tensors |= ultralytics_weights()
+
+
 SMALL: dict[str, Callable[[Layout], None]] = {
     "rt-detr": rt_detr,
+    "rt-detr-ultralytics": ultralytics,
     "rt-detr-v2": rt_detr_v2,
     "rt-detr-v2-dsp": rt_detr_v2,
     "d-fine": d_fine,

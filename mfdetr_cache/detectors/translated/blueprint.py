@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Blueprint:
         unused: Names that the model ignores.
         input_hw: Height and width of the network input; None where it keeps the image's shape.
         normalise: Whether ImageNet's mean and deviation are applied (else the values are in 0..1).
+        resize: Whose code resizes an image, as of :class:`Preprocessing`.
         side_multiple: What the sides of an input must be multiples of.
         choices: Settings that the file lacks and that change the outputs; part of the identity.
     """
@@ -38,6 +39,7 @@ class Blueprint:
     tensors: Mapping[str, Tensor]
     input_hw: tuple[int, int] | None
     normalise: bool
+    resize: Literal["PIL", "mmcv"] = "PIL"
     side_multiple: int = 32
     unused: str = _UNUSED
     choices: Mapping[str, object] = field(default_factory=dict)

@@ -41,6 +41,7 @@ from mfdetr_cache.detectors.translated.rt_detr import (
     read_rt_detr,
     read_rt_detr_v2,
 )
+from mfdetr_cache.detectors.translated.ultralytics import is_ultralytics, read_ultralytics
 from mfdetr_cache.detectors.weights import require_complete, write_checkpoint
 from mfdetr_cache.errors import DetectorError
 
@@ -77,6 +78,13 @@ AUTHORS: dict[str, AuthorsDetector] = {
     detector.name: detector
     for detector in (
         AuthorsDetector("rt-detr", "RT-DETR", is_rt_detr, read_rt_detr, _GOLDENS),
+        AuthorsDetector(
+            "rt-detr-ultralytics",
+            "RT-DETR of ultralytics",
+            is_ultralytics,
+            read_ultralytics,
+            _BESIDE,
+        ),
         AuthorsDetector("rt-detr-v2", "RT-DETRv2", is_rt_detr_v2, read_rt_detr_v2, _BESIDE),
         AuthorsDetector(
             "rt-detr-v2-dsp",
@@ -142,6 +150,7 @@ def load_authors_detector(
         rescale=1 / 255,
         mean=_IMAGENET_MEAN if blueprint.normalise else None,
         std=_IMAGENET_STD if blueprint.normalise else None,
+        resize=blueprint.resize,
     ).with_size(options.input_size)
     _require_divisible(preprocessing, blueprint.side_multiple)
     made = (model, blueprint.family, origin, preprocessing, options)
@@ -233,8 +242,10 @@ def _count_no_batches(model: nn.Module) -> None:
 
 
 def _known_names(checkpoint: Checkpoint) -> dict[int, str]:
-    bias = checkpoint.tensors.get("class_embed.bias")
-    bias = checkpoint.tensors["decoder.enc_score_head.bias"] if bias is None else bias
+    tensors = checkpoint.tensors
+    bias = tensors.get("class_embed.bias")
+    if bias is None:
+        bias = next(v for key, v in tensors.items() if key.endswith(".enc_score_head.bias"))
     return names_of_checkpoint(len(bias), checkpoint.class_names)
 
 
