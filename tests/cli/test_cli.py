@@ -264,7 +264,7 @@ def test_a_results_file_is_measured(tmp_path: Path, scenes_folder: Path) -> None
 
 def test_detectors_lists_and_writes(tmp_path: Path) -> None:
     assert "DEIMv2" in run("detectors", "--json", tmp_path / "d.json").output
-    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 40
+    assert len(json.loads((tmp_path / "d.json").read_text())["detectors"]) == 41
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, scenes_folder: Path) -> None:
