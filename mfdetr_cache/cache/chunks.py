@@ -8,6 +8,7 @@ megabytes at a time.
 """
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,11 +82,8 @@ def read_chunks(
     end = 0
     for stretch in _stretches(ordered, total if pinned else _IN_CACHE):
         first, end = end, end + sum(run.num_bytes for run in stretch)
-        # A damaged copy in a mirror is no damage of the cache: the source is asked once more.
-        if not _filled(out[first:end], stretch, raw=raw) and not (
-            _forget_copies(stretch) and _filled(out[first:end], stretch, raw=raw)
-        ):
-            _fill_one_by_one(out[first:end], stretch, raw=raw)
+        if not _filled(out[first:end], stretch, raw=raw):
+            _fill_again(out[first:end], stretch, raw=raw)
     arrays: list[NDArray[Any]] = [out] * len(runs)
     end = 0
     for i in order:
@@ -171,10 +169,26 @@ def _frames_hold(encoded: memoryview, sizes: NDArray[Any], wanted: NDArray[Any])
     return all(frame_bytes(encoded, start) == size for start, size in pairs)
 
 
-def _forget_copies(runs: Sequence[ChunkRun]) -> bool:
-    """Whether there were copies of these files, dropped now."""
-    files = {run.shard.key: run.shard.storage for run in runs}
-    return sum(storage.forget(key) for key, storage in files.items()) > 0
+def _fill_again(out: NDArray[Any], runs: Sequence[ChunkRun], *, raw: bool) -> None:
+    """The same run by run: bytes may be damaged on their way, or a copy in a mirror may be."""
+    end, was_told = 0, False
+    for run in runs:
+        first, end = end, end + run.num_bytes
+        place, shard = out[first:end], run.shard
+        if _filled(place, [run], raw=raw):
+            continue
+        if shard.storage.forget(shard.key):
+            was_told = True
+            if _filled(place, [run], raw=raw):
+                continue
+        _fill_one_by_one(place, [run], raw=raw)
+    if not was_told:
+        warnings.warn(
+            f"{runs[0].shard.storage.name} gave wrong bytes, and the right ones when it was asked "
+            "again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _room_for(size: int) -> NDArray[np.uint8]:

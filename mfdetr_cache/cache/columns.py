@@ -18,7 +18,7 @@ from mfdetr_cache.cache.arrays import ColumnSpec
 from mfdetr_cache.cache.records import ColumnRecord
 from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.shards import decode_chunk
-from mfdetr_cache.cache.storage.protocol import Storage
+from mfdetr_cache.cache.storage.protocol import Storage, read_whole
 from mfdetr_cache.errors import MEND, CacheError
 
 # Chunks of run lengths kept decoded, 256 kB each.
@@ -107,7 +107,7 @@ def read_checked(storage: Storage, key: str, sha256: bytes) -> bytes:
     """A small file whose hash is known; CacheError if it is missing or another."""
     where = f"{storage.name}/{key}"
     try:
-        data = storage.read(key)
+        data = read_whole(storage, key, lambda data: hashlib.sha256(data).digest() == sha256)
     except FileNotFoundError:
         raise CacheError(f"{where} is missing from the cache; {MEND}") from None
     if hashlib.sha256(data).digest() != sha256:

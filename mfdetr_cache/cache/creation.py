@@ -26,6 +26,7 @@ from mfdetr_cache.cache.zarr_nodes import create_array, write_column
 from mfdetr_cache.coco.augmentation import ViewTransform
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import PARTIAL
 
 # What creation makes at the top of a cache.
 _AT_THE_TOP = {ROOT_KEY, "images", "views", ANNOTATIONS}
@@ -88,7 +89,7 @@ def _create_folder(path: Path, content: CacheContent) -> None:
             return
         if path.name in ("", ".."):
             raise CacheError(f"{path} is no new folder, which a cache becomes; name one: --cache")
-        partial = path.with_name(path.name + ".creating")
+        partial = path.with_name(path.name + PARTIAL)
         if (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir())):
             raise _not_free(LocalStorage(path))
         if _is_foreign(partial):
@@ -110,7 +111,9 @@ def _is_foreign(partial: Path) -> bool:
     """Whether this is anything but what a killed creation left: it is written over."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         return True
-    return partial.is_dir() and not {f.name for f in partial.iterdir()} <= _AT_THE_TOP
+    if not partial.is_dir():
+        return False
+    return not {f.name for f in partial.iterdir() if f.suffix != PARTIAL} <= _AT_THE_TOP
 
 
 def _fill(storage: LocalStorage, content: CacheContent) -> None:

@@ -3,7 +3,7 @@
 import json
 from typing import NoReturn
 
-from mfdetr_cache.cache.storage.protocol import Storage
+from mfdetr_cache.cache.storage.protocol import Storage, read_whole
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.sealed import seal_of
@@ -22,18 +22,27 @@ def read_document(storage: Storage, key: str, *, sealed: bool = False) -> Fields
         raise CacheError(
             f"{where} has {size} bytes, more than {_MOST_BYTES}: it is none of a cache"
         )
-    data = storage.read(key)
+    data = read_whole(storage, key, seal_of if sealed else _is_json)
     if sealed and not seal_of(data):
         raise CacheError(f"{where} is damaged: its bytes are not those that were written; {MEND}")
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)
-
     try:
-        document = json.loads(data, parse_constant=refuse)
+        document = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise CacheError(f"{where} is damaged: it is no JSON; {MEND}") from None
     return Fields(document, where, CacheError)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_sealed(storage: Storage, key: str) -> Fields:

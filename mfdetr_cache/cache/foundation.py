@@ -69,6 +69,8 @@ def read_opened(storage: Storage) -> Opened:
             raise  # such as a folder that may not be read
         fault = str(error)
     else:
+        if attributes and attributes.values != kept.attributes and storage.forget(ROOT_KEY):
+            attributes = _root_attributes(storage)
         if attributes is not None and attributes.values == kept.attributes:
             return Opened(kept, foundation, ())
         fault = f"{storage.name}/{ROOT_KEY} is not what the cache was created with; {MEND}"

@@ -119,7 +119,11 @@ def _fault_of(storage: Storage, key: str, expected: FileRecord, *, full: bool) -
         return "is missing"
     if size != expected.num_bytes:
         return f"has {size} bytes instead of {expected.num_bytes}"
-    if full and _sha256_of(storage, key, size) != expected.sha256:
+    if (
+        full
+        and _sha256_of(storage, key, size) != expected.sha256
+        and not (storage.forget(key) and _sha256_of(storage, key, size) == expected.sha256)
+    ):
         return "has a wrong checksum: it is not what was written"
     return None
 

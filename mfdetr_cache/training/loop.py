@@ -66,7 +66,8 @@ class TrainingLoop:
         stopped = self._run(range(first, last))
         self._reporter.finish()
         self._save(going_on=not stopped)
-        if stopped and any(run.is_active for run in self._runs):
+        # Also after the last step: a command of many steps must not begin with the next one.
+        if stopped and (self._processes.world == 1 or any(run.is_active for run in self._runs)):
             step = max(run.learner.step for run in self._runs)
             raise StoppedError(
                 f"stopped by a signal at step {step}; go on with the same command and --resume"

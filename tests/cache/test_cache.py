@@ -327,15 +327,15 @@ def test_a_folder_beside_the_cache_is_not_written_over(
     (photos / "holiday.jpg").write_bytes(b"x")
     path = tmp_path / "c.zarr"
     for make in (
-        lambda: (tmp_path / "c.zarr.creating").symlink_to(photos),
-        lambda: photos.rename(tmp_path / "c.zarr.creating"),
+        lambda: (tmp_path / "c.zarr.partial").symlink_to(photos),
+        lambda: photos.rename(tmp_path / "c.zarr.partial"),
     ):
         make()
-        with pytest.raises(CacheError, match=r"c\.zarr\.creating exists and is no cache"):
+        with pytest.raises(CacheError, match=r"c\.zarr\.partial exists and is no cache"):
             CacheWriter.open_or_create(path, content)
-        if (tmp_path / "c.zarr.creating").is_symlink():
-            (tmp_path / "c.zarr.creating").unlink()
-    assert files_of(tmp_path / "c.zarr.creating") == {"holiday.jpg": b"x"}
+        if (tmp_path / "c.zarr.partial").is_symlink():
+            (tmp_path / "c.zarr.partial").unlink()
+    assert files_of(tmp_path / "c.zarr.partial") == {"holiday.jpg": b"x"}
 
 
 def test_a_plain_zarr_is_no_cache(tmp_path: Path, content: CacheContent) -> None:

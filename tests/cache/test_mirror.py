@@ -4,6 +4,7 @@ import errno
 import json
 import tempfile
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,53 @@ def test_wrong_bytes_on_the_way_are_not_kept(tmp_path: Path, drawn_cache: Path) 
     wanted = FeatureCache.open(drawn_cache).read(0)
     assert (found.class_logits == wanted.class_logits).all()
     assert (found.maps["c1"].to_array() == wanted.maps["c1"].to_array()).all()
+
+
+class _LyingStorage(ObjectStorage):
+    """Answers one request, the ``wrong``-th, with what is not there."""
+
+    asked, wrong, kind = 0, -1, ""
+
+    def read(self, key: str) -> bytes:
+        return self._changed(super().read(key))
+
+    def read_ranges(self, key: str, ranges: Any) -> list[bytes]:
+        return [self._changed(piece) for piece in super().read_ranges(key, ranges)]
+
+    def _changed(self, data: bytes) -> bytes:
+        self.asked += 1
+        if self.asked != self.wrong or not data:
+            return data
+        flipped = data[:-1] + bytes([data[-1] ^ 1])
+        return {"flip": flipped, "short": data[:-1], "zeros": bytes(len(data))}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["flip", "short", "zeros"])
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_a_store_that_answers_wrong_once_is_asked_again(
+    tmp_path: Path, drawn_cache: Path, kind: str, *, is_mirrored: bool
+) -> None:
+    """Whichever answer it is: root, seals, columns, indexes, chunks. It is said once."""
+    url = f"memory://{uuid.uuid4()}"
+    for name, data in contents(drawn_cache).items():
+        ObjectStorage(url).write(name, [data])
+    wanted = FeatureCache.open(drawn_cache).read(0)
+
+    def read(wrong: int) -> int:
+        storage = _LyingStorage(url)
+        storage.wrong, storage.kind = wrong, kind
+        folder = tmp_path / str(wrong)
+        cache = FeatureCache.open(
+            MirroredStorage(storage, folder, 10**9) if is_mirrored else storage
+        )
+        found = cache.read(0)
+        assert (found.class_logits == wanted.class_logits).all()
+        assert (found.maps["c1"].to_array() == wanted.maps["c1"].to_array()).all()
+        assert cache.ground_truth(0).boxes_xyxy.shape == (2, 4)
+        return storage.asked
+
+    for wrong in range(1, read(-1) + 1):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read(wrong)
+        assert len(told) <= 1

@@ -128,12 +128,17 @@ def test_its_page_is_readable_in_a_browser(fresh: FitSummary, tmp_path: Path) ->
 
 def test_the_same_command_goes_on(data: Path, tmp_path: Path, fresh: FitSummary) -> None:
     out = tmp_path / "out"
+    # As a kill leaves it that comes while the first cache is created.
+    half_written = out / f"val.zarr{PARTIAL}" / f"zarr.0{PARTIAL}"
+    half_written.parent.mkdir(parents=True)
+    half_written.write_bytes(b"{")
     for before, said in (("train-head", "the same command goes on"), ("evaluate", "stopped")):
         with pytest.raises(StoppedError, match=said):
             fit(data, out, Stopping(before))
     again = fit(data, out)
     assert again.evaluation.mask == fresh.evaluation.mask
     assert again.cache_bytes == fresh.cache_bytes
+    assert not list(out.rglob(f"*{PARTIAL}"))
 
 
 def test_without_another_split_training_images_are_left_out(data: Path, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from tests.support.signals import stop_after
 from tests.support.training import small_recipe, train, weights_of
 
 
-@pytest.mark.parametrize(("stop_at", "optimiser"), [(1, "adamw"), (5, "adamw"), (5, "muon")])
+@pytest.mark.parametrize(
+    ("stop_at", "optimiser"), [(1, "adamw"), (5, "adamw"), (7, "adamw"), (5, "muon")]
+)
 def test_resumed_weights_are_bit_identical(
     tmp_path: Path,
     drawn_cache: Path,

@@ -65,7 +65,7 @@ class MirroredStorage(Storage):
     def forget(self, key: str) -> bool:
         folder = self._root / self._folder(key)
         if not folder.is_dir():
-            return False
+            return self._source.forget(key)
         shutil.rmtree(folder, ignore_errors=True)
         warnings.warn(
             f"copies of {self.name}/{key} in {self._root} were damaged; it is read again from "

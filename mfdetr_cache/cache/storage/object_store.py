@@ -62,6 +62,11 @@ class ObjectStorage(Storage):
         )
         return [bytes(piece) for piece in pieces]
 
+    def forget(self, key: str) -> bool:
+        # An answer may be damaged on its way where the object is whole.
+        self._tell(f"gave other bytes of {key} than were written; it is asked once more")
+        return True
+
     def size(self, key: str) -> int | None:
         try:
             return self._answer(lambda: int(obstore.head(self._store, key)["size"]))

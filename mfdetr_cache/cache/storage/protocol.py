@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -60,7 +60,7 @@ class Storage(Protocol):
     def forget(self, key: str) -> bool:  # noqa: ARG002
         """Drop copies of a file that turned out to be damaged.
 
-        True if there were any, so that the file is worth reading again.
+        True if it is worth reading again: there were copies, or it came over a network.
         """
         return False
 
@@ -75,6 +75,14 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a file; nothing happens where there is none."""
+
+
+def read_whole(storage: Storage, key: str, is_whole: Callable[[bytes], object]) -> bytes:
+    """A whole file, read again where that is worth it if it is not what it must be."""
+    data = storage.read(key)
+    if not is_whole(data) and storage.forget(key):
+        data = storage.read(key)
+    return data
 
 
 @contextlib.contextmanager
