@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from geometry import made_cache
 from mfdetr_pipelines.cache.bench import run_bench
+from mfdetr_pipelines.config.cache import BenchConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.reporter import SilentReporter
@@ -54,7 +55,9 @@ def main() -> None:
             path = folder / f"{preset}-{compression}.zarr"
             made_cache(path, preset, compression, options.images)  # type: ignore[arg-type]
             runs = [
-                run_bench(path, SilentReporter(), images=options.images, repeats=options.rounds)
+                run_bench(
+                    BenchConfig(path, options.images), SilentReporter(), repeats=options.rounds
+                )
                 for _ in range(options.repeats)
             ]
             fastest = max(s.images_per_second for r in runs for s in r.speeds if s.what == "cache")

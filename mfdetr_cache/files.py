@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mfdetr_cache.errors import MfdetrError, OutputError
 
@@ -246,3 +247,9 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"the folder {path} cannot be made: {error.strerror}") from error
     except RecursionError as error:
         raise OutputError(f"the folder {str(path)[:60]}... has too many above it") from error
+
+
+def forget_cached_pages(file: IO[bytes]) -> None:
+    """Make the next read of a file come from the disk; where the system cannot, it does not."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -24,6 +24,7 @@ from mfdetr_cache.errors import CacheError
 from mfdetr_cache.extraction.batches import batches_of_part
 from mfdetr_cache.extraction.options import MapOptions
 from mfdetr_cache.extraction.stream import num_encoders
+from mfdetr_cache.files import forget_cached_pages
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory, torch_device
@@ -299,8 +300,7 @@ def disk_speed(folder: Path, seconds: float) -> tuple[float, float]:
                 os.fsync(file.fileno())
                 written += 1
             write_seconds = time.perf_counter() - started
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_cached_pages(file)
             file.seek(0)
             started = time.perf_counter()
             read = 0

@@ -11,6 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import VerifyConfig
 
 from mfdetr_cache.cache.annotations import AnnotationContent
 from mfdetr_cache.cache.creation import CacheContent
@@ -433,7 +434,7 @@ def test_moving_a_cache_changes_nothing(tmp_path: Path, filled: Path) -> None:
 
 def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     def faults(*, full: bool) -> tuple[str, ...]:
-        return run_verify(filled, SilentReporter(), full=full).faults
+        return run_verify(VerifyConfig(filled, full=full), SilentReporter()).faults
 
     assert faults(full=False) == faults(full=True) == ()
     shard = filled / "views/base/maps/c1/values/c/1/0"
@@ -461,7 +462,7 @@ def test_verify_finds_every_kind_of_damage(filled: Path) -> None:
     assert "is missing" in faults(full=False)[0]
     shard.write_bytes(whole)
     (filled / manifest_key(Part("base", 2))).unlink()
-    summary = run_verify(filled, SilentReporter(), full=True)
+    summary = run_verify(VerifyConfig(filled, full=True), SilentReporter())
     assert summary.broken_parts == (Part("base", 2),)
     assert "part 2 of view base was never sealed" in summary.faults[0]
 
@@ -470,7 +471,7 @@ def test_links_that_leave_the_cache_are_named(tmp_path: Path, filled: Path) -> N
     shard = filled / "views/base/maps/c1/values/c/1/0"
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
-    (fault,) = run_verify(filled, SilentReporter(), full=True).faults
+    (fault,) = run_verify(VerifyConfig(filled, full=True), SilentReporter()).faults
     assert "views/base/maps/c1/values/c/1/0 is a link that leaves the cache" in fault
     # One inside of it is a file like any other; so is a cache behind a link.
     shard.unlink()
@@ -478,4 +479,4 @@ def test_links_that_leave_the_cache_are_named(tmp_path: Path, filled: Path) -> N
     shard.symlink_to("1")
     linked = tmp_path / "linked.zarr"
     linked.symlink_to(filled)
-    assert run_verify(linked, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(linked, full=True), SilentReporter()).faults == ()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import VerifyConfig
 
 from mfdetr_cache.cache.foundation import FOUNDATION_KEY
 from mfdetr_cache.errors import CacheError, MfdetrError
@@ -82,7 +83,7 @@ def outcome(files: dict[str, bytes]) -> dict[str, Any] | None:
 
 def faults_of(files: dict[str, bytes]) -> tuple[str, ...]:
     try:
-        return run_verify(DictStorage(files), SilentReporter(), full=True).faults
+        return run_verify(VerifyConfig(DictStorage(files), full=True), SilentReporter()).faults
     except CacheError as error:
         return (str(error),)
 
@@ -169,4 +170,4 @@ def test_documents_that_are_none(text: str) -> None:
         # The root or the foundation alone are enough to say what the cache is; both are needed.
         both = {**files, "zarr.json": text.encode("latin-1"), FOUNDATION_KEY: b"{}"}
         with pytest.raises(MfdetrError, match="is no feature cache"):
-            run_verify(DictStorage(both), SilentReporter(), full=False)
+            run_verify(VerifyConfig(DictStorage(both)), SilentReporter())

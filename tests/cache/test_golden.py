@@ -49,10 +49,11 @@ def expected(spec: DetectorSpec, size_hw: tuple[int, int], row: int) -> Detector
 @pytest.mark.parametrize("name", VERSIONS)
 def test_every_version_is_read_value_by_value(name: str) -> None:
     from mfdetr_pipelines.cache.verify import run_verify
+    from mfdetr_pipelines.config.cache import VerifyConfig
 
     cache = FeatureCache.open(GOLDEN / name)
     cache.require_complete()
-    assert run_verify(GOLDEN / name, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(GOLDEN / name, full=True), SilentReporter()).faults == ()
     assert cache.rows == (0, 2)
     assert cache.skipped[0]["reason"] == "left out"
     for row in cache.rows:
@@ -79,8 +80,12 @@ def test_every_version_is_read_value_by_value(name: str) -> None:
 def test_version_1_is_refused_with_what_to_do(name: str) -> None:
     """Its checksums are those of data followed by their checksum: one constant."""
     from mfdetr_pipelines.cache.verify import run_verify
+    from mfdetr_pipelines.config.cache import VerifyConfig
 
-    for attempt in (FeatureCache.open, lambda p: run_verify(p, SilentReporter(), full=True)):
+    for attempt in (
+        FeatureCache.open,
+        lambda p: run_verify(VerifyConfig(p, full=True), SilentReporter()),
+    ):
         with pytest.raises(CacheError, match=r"has cache format 1, .*: extract again into another"):
             attempt(GOLDEN / name)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mfdetr_pipelines.cache import repair
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RepairConfig
+from mfdetr_pipelines.config.cache import RepairConfig, VerifyConfig
 
 from mfdetr_cache.cache.annotations import version_numbers, write_annotations
 from mfdetr_cache.cache.creation import create_cache
@@ -171,7 +171,7 @@ class Histories(RuleBasedStateMachine):
     def verify(self) -> None:
         """It finds nothing where nothing is wrong, and what it calls whole is right."""
         try:
-            faults = run_verify(self.storage, SilentReporter(), full=True).faults
+            faults = run_verify(VerifyConfig(self.storage, full=True), SilentReporter()).faults
         except CacheError as error:
             faults = (str(error),)
         if not faults:

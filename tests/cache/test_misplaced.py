@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import VerifyConfig
 
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.reporter import SilentReporter
@@ -14,7 +15,7 @@ COMPRESSIONS = ("raw", "zstd")
 
 
 def faults_of(files: dict[str, bytes]) -> tuple[str, ...]:
-    return run_verify(DictStorage(files), SilentReporter(), full=True).faults
+    return run_verify(VerifyConfig(DictStorage(files), full=True), SilentReporter()).faults
 
 
 def require_noticed(files: dict[str, bytes], compression: str = "zstd") -> None:
@@ -158,6 +159,6 @@ def test_a_file_where_none_belongs_is_named() -> None:
         "views/base/status/.writer.lock": b"",
         "annotations/000001/zarr.json": b"{}",
     }
-    found = run_verify(DictStorage(files), SilentReporter(), full=True)
+    found = run_verify(VerifyConfig(DictStorage(files), full=True), SilentReporter())
     assert found.faults == ()
     assert found.unknown_files == ("annotations/000001/zarr.json", stranger)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import VerifyConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
@@ -182,7 +183,7 @@ def test_a_cache_in_s3_is_filled_trained_from_and_evaluated(
     summary = run_extract(config, SilentReporter())
     assert summary.num_extracted == summary.num_images == 8
     assert contents(location) == contents(drawn_cache)
-    assert run_verify(location, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(location, full=True), SilentReporter()).faults == ()
     # The same command finds everything done.
     assert run_extract(config, SilentReporter()).num_extracted == 0
     recipe = small_recipe(steps=3)
@@ -208,7 +209,7 @@ def test_a_lost_object_is_noticed(scenes_folder: Path, rtdetr_folder: Path) -> N
     key = next(k for k in storage.sizes("views/base/maps") if "/values/c/" in k)
     storage.delete(key)
     assert not FeatureCache.open(location).is_complete
-    faults = run_verify(location, SilentReporter(), full=False).faults
+    faults = run_verify(VerifyConfig(location), SilentReporter()).faults
     assert any("is missing" in f for f in faults)
     found = run_finish(location, SilentReporter())
     assert found.missing == ("view base: parts 0",)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.config.cache import VerifyConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
@@ -51,7 +52,7 @@ def test_it_is_part_of_the_identity(
     again = load_same_detector("hf", str(rtdetr_folder), detector_identity(cache.spec), "cache")
     assert again.spec == cache.spec
     source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
-    found = run_verify(path, SilentReporter(), full=False, live=2, source=source)
+    found = run_verify(VerifyConfig(path, live=2, detector=source), SilentReporter())
     assert not found.faults
     exact = scenes.extract_config(scenes_folder, str(rtdetr_folder), path)
     with pytest.raises(CacheError, match="already holds another cache: detector.settings"):

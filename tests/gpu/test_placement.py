@@ -15,6 +15,7 @@ from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.cache import VerifyConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
@@ -109,7 +110,8 @@ def test_a_cache_is_made_and_learned_from(
         run_extract(dataclasses.replace(extraction, device="cuda"), SilentReporter())
         live = LiveDetector(weights, images)
         verified = run_verify(
-            tmp_path / "c.zarr", SilentReporter(), full=False, live=2, source=live, device="cuda"
+            VerifyConfig(tmp_path / "c.zarr", live=2, detector=live, device="cuda"),
+            SilentReporter(),
         )
         training = dataclasses.replace(training, out=tmp_path / "cuda", device="cuda")
         with stopped_after(1), pytest.raises(StoppedError):

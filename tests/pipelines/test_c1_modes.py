@@ -13,6 +13,7 @@ from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.config.cache import VerifyConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.config.train_head import TrainHeadConfig, Validation
@@ -197,7 +198,9 @@ def test_verify_and_resume_know_crops(
     caches: dict[str, Path], scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
 ) -> None:
     source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
-    found = run_verify(caches["roi"], SilentReporter(), full=True, live=4, source=source)
+    found = run_verify(
+        VerifyConfig(caches["roi"], full=True, live=4, detector=source), SilentReporter()
+    )
     assert found.faults == ()
     copy = Path(shutil.copytree(caches["roi"], tmp_path / "copy.zarr"))
     next((copy / "views/base/status/manifest").glob("0*.json")).unlink()

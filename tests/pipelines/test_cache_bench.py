@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mfdetr_pipelines.cache.bench import run_bench
+from mfdetr_pipelines.config.cache import BenchConfig
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decode_chunk
@@ -11,7 +12,7 @@ from mfdetr_cache.reporter import SilentReporter
 
 
 def test_every_way_and_thread_count_is_measured(drawn_cache: Path) -> None:
-    found = run_bench(drawn_cache, SilentReporter(), images=5, repeats=1)
+    found = run_bench(BenchConfig(drawn_cache, 5), SilentReporter(), repeats=1)
     assert found.images == 5
     assert {s.what for s in found.speeds} == {"cache", "plain read and decode", "plain read"}
     assert {s.cold for s in found.speeds} == {True, False}
@@ -41,4 +42,4 @@ def test_the_floor_reads_the_bytes_the_reader_reads(drawn_cache: Path) -> None:
 
 def test_an_unfinished_cache_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="does not exist"):
-        run_bench(tmp_path / "absent.zarr", SilentReporter())
+        run_bench(BenchConfig(tmp_path / "absent.zarr"), SilentReporter())

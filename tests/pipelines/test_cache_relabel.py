@@ -13,7 +13,7 @@ from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.cache.relabel import RelabelSummary, run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig
+from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig, VerifyConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import run_extract
@@ -114,7 +114,7 @@ def test_relabelled_equals_extracted_anew(
     assert all((one[k] == other[k]).all() for k in one)
     assert metrics[0] == metrics[1]
     assert metrics[0]["box"]["AP"] > 0.5
-    assert run_verify(old, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(old, full=True), SilentReporter()).faults == ()
     # The same again is no new version.
     again = relabelled(old, better)
     assert (again.version, again.is_new, again.num_bytes) == (1, False, 0)
@@ -199,7 +199,7 @@ def test_crops_are_extracted_only_where_one_is_missing(
         run_train_head(TrainHeadConfig(cache, run, recipe, length=Length(2)), SilentReporter())
     one, other = weights_of(tmp_path / "run-old"), weights_of(tmp_path / "run-n")
     assert all((one[k] == other[k]).all() for k in one)
-    assert run_verify(old, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(old, full=True), SilentReporter()).faults == ()
     # Those of the first annotations are read as they were.
     first = FeatureCache.open(f"{old}@0").read(0).c1_crops
     assert first is not None
@@ -269,7 +269,7 @@ def test_a_relabelling_that_was_killed_is_no_version(
     (path / versions.folder_of(1) / "views/base/label/c").mkdir(parents=True, exist_ok=True)
     (path / versions.folder_of(1) / "views/base/label/c/9").write_bytes(b"left over")
     assert relabelled(path, better).version == 1
-    assert run_verify(path, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(path, full=True), SilentReporter()).faults == ()
     assert "views/base/label/c/9" not in columns_of(path, 1)
 
 
@@ -338,4 +338,4 @@ def test_label_a_few_train_and_label_more(
     assert name == "detections_test-dev2017_fast_results.json"
     assert {r["image_id"] for r in results} == {i["id"] for i in document["images"]}
     assert describe_cache(f"{path}@0").objects == 0
-    assert run_verify(path, SilentReporter(), full=True).faults == ()
+    assert run_verify(VerifyConfig(path, full=True), SilentReporter()).faults == ()

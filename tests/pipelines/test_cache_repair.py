@@ -11,7 +11,7 @@ import pytest
 from mfdetr_pipelines.cache import repair
 from mfdetr_pipelines.cache.repair import RepairSummary, run_repair
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RepairConfig
+from mfdetr_pipelines.config.cache import RepairConfig, VerifyConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.extract import run_extract
 
@@ -79,7 +79,7 @@ def test_whatever_is_broken_is_found_and_mended(
     copy: Path, whole: Path, scenes_folder: Path, rtdetr_folder: Path, damage: str
 ) -> None:
     DAMAGES[damage](copy)
-    assert run_verify(copy, SilentReporter(), full=True).faults
+    assert run_verify(VerifyConfig(copy, full=True), SilentReporter()).faults
     summary = repaired(
         copy, str(rtdetr_folder), scenes_folder / "images", scenes_folder / "instances.json"
     )
@@ -120,16 +120,16 @@ def test_live_runs_the_detector_again(
     whole: Path, scenes_folder: Path, rtdetr_folder: Path, tmp_path: Path
 ) -> None:
     source = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
-    summary = run_verify(whole, SilentReporter(), full=False, live=6, source=source)
+    summary = run_verify(VerifyConfig(whole, live=6, detector=source), SilentReporter())
     assert summary.faults == ()
     assert summary.live_images == 6
     assert summary.live_difference < 1e-3
     save_rtdetr(tmp_path / "other", seed=1)
     other = LiveDetector(str(tmp_path / "other"), scenes_folder / "images")
-    found = run_verify(whole, SilentReporter(), full=False, live=2, source=other).faults
+    found = run_verify(VerifyConfig(whole, live=2, detector=other), SilentReporter()).faults
     assert "another detector: weights_sha256 is" in found[0]
     with pytest.raises(CacheError, match="--live runs the detector again: give --weights"):
-        run_verify(whole, SilentReporter(), full=False, live=2)
+        run_verify(VerifyConfig(whole, live=2), SilentReporter())
 
 
 def test_live_notices_other_images(
@@ -142,7 +142,7 @@ def test_live_notices_other_images(
     for file in images.iterdir():
         ImageOps.invert(Image.open(file).convert("RGB")).save(file)
     source = LiveDetector(str(rtdetr_folder), images)
-    summary = run_verify(whole, SilentReporter(), full=False, live=2, source=source)
+    summary = run_verify(VerifyConfig(whole, live=2, detector=source), SilentReporter())
     assert len(summary.faults) == 2
     assert "is off by" in summary.faults[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mfdetr_pipelines.cache.view import principal_colours, run_view
+from mfdetr_pipelines.config.cache import ViewConfig
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
@@ -32,7 +33,7 @@ def test_the_page_shows_every_map_of_some_images(
 ) -> None:
     page = tmp_path / "page.html"
     images = scenes_folder / "images"
-    summary = run_view(drawn_cache, page, SilentReporter(), images=images, count=3)
+    summary = run_view(ViewConfig(drawn_cache, page, images, 3), SilentReporter())
     assert summary.images == 3
     text = page.read_text()
     pictures = re.findall(r'data:image/jpeg;base64,([^"]+)" alt="([^"]+)"', text)
@@ -46,9 +47,9 @@ def test_the_page_shows_every_map_of_some_images(
     assert text.count("<svg") >= 4
     assert "encoder" in text
     require_readable(text, tmp_path)
-    without = run_view(drawn_cache, tmp_path / "b.html", SilentReporter(), images=None, count=1)
+    without = run_view(ViewConfig(drawn_cache, tmp_path / "b.html", None, 1), SilentReporter())
     assert without.images == 1
     with pytest.raises(ConfigError, match="--count 0: give 1 or more"):
-        run_view(drawn_cache, page, SilentReporter(), images=None, count=0)
+        run_view(ViewConfig(drawn_cache, page, None, 0), SilentReporter())
     with pytest.raises(CacheError, match="does not exist"):
-        run_view(tmp_path / "absent", page, SilentReporter(), images=None, count=1)
+        run_view(ViewConfig(tmp_path / "absent", page, None, 1), SilentReporter())

@@ -9,7 +9,7 @@ import pytest
 from mfdetr_pipelines.cache.relabel import run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig
+from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig, VerifyConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
@@ -89,7 +89,7 @@ def test_a_head_of_any_object_is_trained_measured_and_used(
     found = model(image, threshold=0.0, top_k=3)
     assert found.names == ("object",) * 3
     live = LiveDetector(str(rtdetr_folder), scenes_folder / "images")
-    assert not run_verify(agnostic, SilentReporter(), full=False, live=2, source=live).faults
+    assert not run_verify(VerifyConfig(agnostic, live=2, detector=live), SilentReporter()).faults
     with pytest.raises(Exception, match="come from different detectors"):
         run_evaluate(EvaluateConfig(drawn_cache, head, device="cpu"), SilentReporter())
 

@@ -9,7 +9,7 @@ from mfdetr_cli.output import CommandOutput
 
 def bench(config: BenchConfig, out: CommandOutput) -> None:
     """Show every way of reading, and the ratios."""
-    found = run_bench(config.cache, out.reporter, images=config.images)
+    found = run_bench(config, out.reporter)
     out.write_json({"cache": str(config.cache), **asdict(found)})
     rows = [
         [

@@ -10,14 +10,7 @@ from mfdetr_cli.output import CommandOutput
 
 def verify(config: VerifyConfig, out: CommandOutput) -> None:
     """Check a cache, and name its faults."""
-    summary = run_verify(
-        config.cache,
-        out.reporter,
-        full=config.full,
-        live=config.live,
-        source=config.detector,
-        device=config.device,
-    )
+    summary = run_verify(config, out.reporter)
     out.write_json({"cache": str(config.cache), **asdict(summary)})
     print_lines(*summary.faults[:20])
     if summary.faults:

@@ -7,9 +7,7 @@ from mfdetr_cli.output import CommandOutput
 
 def view(config: ViewConfig, out: CommandOutput) -> None:
     """Draw the page."""
-    summary = run_view(
-        config.cache, config.out, out.reporter, images=config.images, count=config.count
-    )
+    summary = run_view(config, out.reporter)
     document = {"cache": str(config.cache), "page": str(summary.page), "images": summary.images}
     out.write_json(document)
     print_facts(f"Cache {config.cache}", {"page": str(summary.page), "images": str(summary.images)})

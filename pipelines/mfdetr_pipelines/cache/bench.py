@@ -1,6 +1,5 @@
 """Cache bench: how fast a cache is read on this disk, against a plain read of the same bytes."""
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +13,11 @@ import numpy as np
 from mfdetr_cache.cache.chunks import ChunkRun
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.shards import decompress
-from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.files import forget_cached_pages
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.reporter import Reporter
+from mfdetr_pipelines.config.cache import BenchConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +66,21 @@ class _Job(NamedTuple):
     ranges: list[_Range]
 
 
-def run_bench(
-    path: Location, reporter: Reporter, *, images: int = 64, repeats: int = 3
-) -> BenchSummary:
-    """Read ``images`` random images in several ways, interleaved, and compare the speeds.
+def run_bench(config: BenchConfig, reporter: Reporter, *, repeats: int = 3) -> BenchSummary:
+    """Read random images in several ways, interleaved, and compare the speeds.
 
     The fastest of ``repeats`` counts, since other work of the machine only slows a reader down.
     CacheError if the cache is missing, unfinished or damaged.
     """
     keep_freed_memory()  # as a training does
-    cache = FeatureCache.open(path)
+    cache = FeatureCache.open(config.cache)
     cache.require_complete()
     folder = cache.storage.folder
     if folder is None:
         raise CacheError(f"{cache.path}: bench compares with plain reads of a local disk")
     pairs = [(v, r) for v, opened in cache.views.items() for r in opened.rows]
     random = np.random.default_rng(0)
-    chosen = [pairs[int(i)] for i in random.permutation(len(pairs))[:images]]
+    chosen = [pairs[int(i)] for i in random.permutation(len(pairs))[: config.images]]
     jobs = [_Job(v, r, _ranges(cache.views[v].chunk_runs(r), folder)) for v, r in chosen]
     total = sum(b.size for job in jobs for b in job.ranges)
     ways = _ways(cache)
@@ -148,10 +146,10 @@ def _ways(cache: FeatureCache) -> dict[str, Callable[[_Job], None]]:
 def _measure(
     way: Callable[[_Job], None], jobs: Sequence[_Job], threads: int, *, cold: bool
 ) -> float:
-    files = {part.file for job in jobs for part in job.ranges}
     if cold:
-        for file in files:
-            _forget(file)
+        for path in {part.file for job in jobs for part in job.ranges}:
+            with path.open("rb") as file:
+                forget_cached_pages(file)
     started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(way, jobs):
@@ -162,9 +160,3 @@ def _measure(
 def _pread(part: _Range) -> bytes:
     with part.file.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), part.size, part.offset)
-
-
-def _forget(file: Path) -> None:
-    """Drop a file from the page cache; where the system cannot, "cold" is warm."""
-    with contextlib.suppress(AttributeError, OSError), file.open("rb") as opened:
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

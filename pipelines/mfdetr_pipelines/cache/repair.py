@@ -34,7 +34,7 @@ from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.cache.verify import run_verify
-from mfdetr_pipelines.config.cache import RepairConfig
+from mfdetr_pipelines.config.cache import RepairConfig, VerifyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def run_repair(config: RepairConfig, reporter: Reporter) -> RepairSummary:
     root = opened.root
     # What another process seals meanwhile must not be taken for broken.
     with locked(storage):
-        found = run_verify(storage, reporter, full=True)
+        found = run_verify(VerifyConfig(storage, full=True), reporter)
         if not found.faults:
             return RepairSummary((), (), 0, 0, whole=True)
         # What cannot be used was left out when the cache was made, or nothing had been extracted.
@@ -100,7 +100,7 @@ def run_repair(config: RepairConfig, reporter: Reporter) -> RepairSummary:
             config.images, detector, device, writer, reporter, skip_bad=skip_bad
         )
         extraction.run(writer.pending_parts())
-        whole = not run_verify(storage, reporter, full=True).faults
+        whole = not run_verify(VerifyConfig(storage, full=True), reporter).faults
     return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
 
 

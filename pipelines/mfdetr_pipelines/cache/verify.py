@@ -1,15 +1,13 @@
 """Cache verify: whether a cache is complete and intact, and agrees with the detector."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 
 from mfdetr_cache.cache.foundation import read_opened
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import Part
-from mfdetr_cache.cache.storage.open import Location, open_storage
+from mfdetr_cache.cache.storage.open import open_storage
 from mfdetr_cache.cache.verify import (
     annotation_versions,
     check_annotations,
@@ -26,7 +24,7 @@ from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.ops.quantisation import StoredMap, encode_map
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import DetectorOutput
-from mfdetr_pipelines.config.shared import LiveDetector
+from mfdetr_pipelines.config.cache import VerifyConfig
 
 # A stored map may differ from a new one by what another device or thread count makes of the sums:
 # float32 noise of 1e-5, at most one code or one float16 rounding of a few values. A wrong weight
@@ -56,31 +54,19 @@ class VerifySummary:
     live_difference: float = 0.0
 
 
-def run_verify(
-    path: Location,
-    reporter: Reporter,
-    *,
-    full: bool,
-    live: int = 0,
-    source: LiveDetector | None = None,
-    device: str = "cpu",
-) -> VerifySummary:
-    """Check a cache without changing it.
-
-    ``full`` reads every byte; ``live`` is a number of images to run the detector on again, which
-    needs ``source``. CacheError if there is no cache.
-    """
-    storage = open_storage(path)
+def run_verify(config: VerifyConfig, reporter: Reporter) -> VerifySummary:
+    """Check a cache without changing it; CacheError if there is no cache."""
+    storage = open_storage(config.cache)
     opened = read_opened(storage)
     root = opened.root
     reporter.start("verify", len(root.layout.parts), "parts")
-    faults = list(check_foundation(storage, opened, full=full))
+    faults = list(check_foundation(storage, opened, full=config.full))
     for number in annotation_versions(storage):
-        faults += check_annotations(storage, root, number, full=full)
+        faults += check_annotations(storage, root, number, full=config.full)
     broken: list[Part] = []
     total = 0
     for part in root.layout.parts:
-        check = check_part(storage, root, part, full=full)
+        check = check_part(storage, root, part, full=config.full)
         total += check.num_bytes
         faults += check.faults
         if check.faults:
@@ -88,40 +74,31 @@ def run_verify(
         reporter.advance(num_bytes=check.num_bytes)
     reporter.finish()
     compared, difference = 0, 0.0
-    if live and not faults:
-        if source is None or source.weights is None or source.images is None:
-            raise CacheError("--live runs the detector again: give --weights and --images")
-        cache = FeatureCache.open(path)
-        found, compared, difference = _compare_live(
-            cache, source.weights, source.images, live, torch_device(device), reporter
-        )
+    if config.live and not faults:
+        found, compared, difference = _compare_live(config, reporter)
         faults += found
-    parts = len(root.layout.parts)
     return VerifySummary(
-        parts,
+        len(root.layout.parts),
         total,
-        full,
+        config.full,
         tuple(faults),
         tuple(broken),
-        unknown_files(storage, opened) if full else (),
+        unknown_files(storage, opened) if config.full else (),
         compared,
         difference,
     )
 
 
-def _compare_live(
-    cache: FeatureCache,
-    weights: str,
-    images: Path,
-    count: int,
-    device: torch.device,
-    reporter: Reporter,
-) -> tuple[list[str], int, float]:
-    """Compare ``count`` images, spread evenly over all views, with the detector's output.
+def _compare_live(config: VerifyConfig, reporter: Reporter) -> tuple[list[str], int, float]:
+    """Compare images, spread evenly over all views, with the detector's output.
 
     Returns faults, images compared, and the largest mean difference of a map over its standard
     deviation.
     """
+    weights, images = config.detector.weights, config.detector.images
+    if weights is None or images is None:
+        raise CacheError("--live runs the detector again: give --weights and --images")
+    cache, device = FeatureCache.open(config.cache), torch_device(config.device)
     identity = detector_identity(cache.spec)
     detector = load_with_options_of(identity, weights)
     other = differences(identity, detector_identity(detector.spec))
@@ -130,7 +107,7 @@ def _compare_live(
         return [f"another detector: {field} is {stored!r} in the cache and {now!r} now"], 0, 0.0
     detector = detector.to(device)
     pairs = [(view, row) for view, opened in cache.views.items() for row in opened.rows]
-    chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
+    chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(config.live, len(pairs)))]
     faults: list[str] = []
     worst = 0.0
     reporter.start("compare", len(chosen), "images")

@@ -10,16 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.storage.open import Location
 from mfdetr_cache.coco.augmentation import transform_image
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.detectors.images import load_image
-from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.overlay import PANEL_SIDE, OverlayItem, draw_overlay
 from mfdetr_cache.files import write_atomically
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
+from mfdetr_pipelines.config.cache import ViewConfig
 from mfdetr_pipelines.pages.chart import bars, draw
 from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 
@@ -36,20 +35,17 @@ class ViewSummary:
     images: int
 
 
-def run_view(
-    location: Location, out: Path, reporter: Reporter, *, images: Path | None, count: int
-) -> ViewSummary:
+def run_view(config: ViewConfig, reporter: Reporter) -> ViewSummary:
     """Write an HTML page with images, detections, maps as colours, histograms and sizes.
 
-    ``count`` images are spread over the cache, each in its first views; without ``images`` they are
-    grey. CacheError if the cache is missing, unfinished or damaged.
+    The images are spread over the cache, each in its first views. CacheError if the cache is
+    missing, unfinished or damaged.
     """
-    if count < 1:
-        raise ConfigError(f"--count {count}: give 1 or more")
-    require_page_place(out, "--out")
-    cache = FeatureCache.open(location)
+    require_page_place(config.out, "--out")
+    cache = FeatureCache.open(config.cache)
     cache.require_complete()
-    rows = [cache.rows[int(i)] for i in np.linspace(0, len(cache) - 1, min(count, len(cache)))]
+    count = min(config.count, len(cache))
+    rows = [cache.rows[int(i)] for i in np.linspace(0, len(cache) - 1, count)]
     views = cache.layout.views[:2]
     reporter.start("draw", len(rows) * len(views), "images")
     shown: list[PanelRow] = []
@@ -60,12 +56,12 @@ def run_view(
             for name, stored in image.maps.items():
                 found = np.asarray(stored.to_array(), np.float32).reshape(-1)
                 values.setdefault(name, []).append(found[:: max(1, len(found) // 20_000)])
-            shown.append(_panel_row(cache, image, view, images))
+            shown.append(_panel_row(cache, image, view, config.images))
             reporter.advance()
     reporter.finish()
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
-    write_atomically(out, _page(cache, shown, joined).encode())
-    return ViewSummary(out, len(shown))
+    write_atomically(config.out, _page(cache, shown, joined).encode())
+    return ViewSummary(config.out, len(shown))
 
 
 def principal_colours(features: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -65,6 +65,10 @@ class ViewConfig:
     images: Annotated[Path | None, FOLDER] = None
     count: int = 6
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"--count {self.count}: give 1 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class FinishConfig:
