@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,12 +49,14 @@ class Validation:
         every: Steps between measurements; None measures at the end only.
         patience: Measurements in a row without a better AP that end the run; None for no end.
         keeps_best: Save the weights with the best AP.
+        measured_on: Which images and objects; measurements of others are no better or worse.
     """
 
     measure: "Callable[[MaskHead, Reporter], EvaluateSummary]"
     every: int | None = None
     patience: int | None = None
     keeps_best: bool = True
+    measured_on: str = ""
 
     @classmethod
     def on_cache(
@@ -67,7 +70,10 @@ class Validation:
         from mfdetr_cache.evaluation.measure import measure
 
         return cls(
-            lambda head, reporter: measure(cache, head, device, reporter)[0], every, patience
+            lambda head, reporter: measure(cache, head, device, reporter)[0],
+            every,
+            patience,
+            measured_on=f"{cache.cache_id} {cache.annotations.annotations_id}",
         )
 
 
@@ -225,7 +231,8 @@ class Run:
         if self._is_best(found.mask.AP, learner.step) and self._validation.keeps_best:
             save_head(self._folder, weights, which="best")
         metrics = {"mask": found.mask.to_dict(), "box": found.box.to_dict()}
-        self._log.add({"step": learner.step, "validation": metrics})
+        measured_on = self._validation.measured_on
+        self._log.add({"step": learner.step, "validation": metrics, "measured_on": measured_on})
         return found
 
     def end(self, reporter: Reporter, processes: Processes) -> "EvaluateSummary | None":
@@ -265,11 +272,22 @@ class Run:
             with contextlib.suppress(HeadError, KeyError, TypeError, ArithmeticError):
                 losses = load_checkpoint(self._folder, BEFORE_FILE)["losses"]
                 self._lowest_loss = min(self._lowest_loss, sum(losses) / len(losses))
-        for line in read_log(self._folder) if self._validation is not None else []:
-            # A measurement later than the checkpoint is made again.
-            if "validation" in line and line["step"] <= self.learner.step:
-                with contextlib.suppress(KeyError, TypeError, ValueError):
-                    self._is_best(float(line["validation"]["mask"]["AP"]), line["step"])
+        if self._validation is None:
+            return
+        measured_on = self._validation.measured_on
+        # A measurement later than the checkpoint is made again.
+        lines = [x for x in read_log(self._folder) if x["step"] <= self.learner.step]
+        for line in (x for x in lines if "validation" in x):
+            if line.get("measured_on", measured_on) != measured_on:
+                warnings.warn(
+                    f"{self._folder} was measured on other images or annotations before: its best "
+                    "weights are chosen anew",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                self._is_best(float(line["validation"]["mask"]["AP"]), line["step"])
 
 
 def begin_run(

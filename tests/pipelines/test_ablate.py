@@ -23,6 +23,8 @@ from mfdetr_pipelines.ablation.rows import (
 )
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
+from mfdetr_pipelines.cache.relabel import run_relabel
+from mfdetr_pipelines.config.cache import RelabelConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from PIL import Image
@@ -34,6 +36,7 @@ from mfdetr_cache.evaluation.baselines import ellipse_masks
 from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
+from tests.support import scenes
 from tests.support.ablations import SMALL, config, rows
 from tests.support.browser import require_readable
 from tests.support.sams import save_sam
@@ -160,6 +163,25 @@ def test_another_ablation_in_the_folder_is_refused(drawn_cache: Path, done: Path
     assert [r.problem for r in again] == ["", ""]
     results = run_ablate(config(drawn_cache, done, seeds=1, steps=3), SilentReporter())
     assert all("of another ablation: train.steps was 2 and is 3" in r.problem for r in results)
+
+
+def test_results_of_other_annotations_are_refused(
+    drawn_cache: Path, scenes_folder: Path, tmp_path: Path, done: Path
+) -> None:
+    """A cache that was relabelled is the same cache: its id does not change."""
+    document = scenes.load_annotations(scenes_folder)
+    del document["annotations"][0]
+    annotations = scenes.save_annotations(tmp_path, document)
+    cache = shutil.copytree(drawn_cache, tmp_path / "c.zarr")
+    run_relabel(RelabelConfig(str(cache), annotations), SilentReporter())
+    for training, measured in ((cache, drawn_cache), (drawn_cache, cache)):
+        changed = replace(
+            config(drawn_cache, done, seeds=1), cache=(str(training),), val_cache=(str(measured),)
+        )
+        results = run_ablate(changed, SilentReporter())
+        assert all("of another ablation: annotations was None" in r.problem for r in results)
+    before = replace(config(drawn_cache, done, seeds=1), cache=(f"{cache}@0",))
+    assert [r.problem for r in run_ablate(before, SilentReporter())] == ["", ""]
 
 
 def test_settings_are_chosen_on_images_left_out_of_training(

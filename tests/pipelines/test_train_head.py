@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mfdetr_pipelines.cache.relabel import run_relabel
+from mfdetr_pipelines.config.cache import RelabelConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.evaluate import run_evaluate
@@ -264,6 +267,24 @@ def test_the_best_weights_survive_a_stop(
     summary = train(drawn_cache, out, recipe, val_cache=drawn_cache, val_every=2, resume=True)
     assert (summary.best_AP, summary.best_step) == (0.5, 2)
     assert (out / "head-best.safetensors").read_bytes() == best
+
+
+def test_measurements_on_other_annotations_are_no_better(
+    tmp_path: Path, drawn_cache: Path, scenes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is easier to reach elsewhere does not keep the best weights from being saved."""
+    measure_as(monkeypatch, 0.5, 0.1, 0.2)
+    recipe, out = small_recipe(steps=6), tmp_path / "run"
+    with pytest.raises(StoppedError, match="at step 3"):
+        train(drawn_cache, out, recipe, stop_after(3), val_cache=drawn_cache, val_every=2)
+    document = scenes.load_annotations(scenes_folder)
+    del document["annotations"][0]
+    other = shutil.copytree(drawn_cache, tmp_path / "c.zarr")
+    annotations = scenes.save_annotations(tmp_path, document)
+    run_relabel(RelabelConfig(str(other), annotations), SilentReporter())
+    with pytest.warns(RuntimeWarning, match="was measured on other images or annotations before"):
+        summary = train(drawn_cache, out, recipe, val_cache=other, val_every=2, resume=True)
+    assert (summary.best_AP, summary.best_step) == (0.2, 6)
 
 
 def test_a_training_that_gets_no_better_stops(

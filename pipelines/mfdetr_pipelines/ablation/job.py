@@ -133,6 +133,11 @@ def _job(row: AblationRow, seed: int, out: Path, caches: Caches) -> Job:
         "val_cache": caches.validation_id,
         "baseline": row.baseline,
     }
+    opened = {"cache": caches.training, "val_cache": caches.validation}
+    # The ids of caches do not tell versions of the annotations apart.
+    later = {k: c.annotations.annotations_id for k, c in opened.items() if c.annotations.number}
+    if later:
+        identity["annotations"] = later
     if row.tune:
         identity["tune"] = row.tune
     return Job(row, row_folder(out, row) / f"seed-{seed}", identity)
