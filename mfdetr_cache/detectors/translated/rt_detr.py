@@ -73,20 +73,16 @@ is_rt_detr_v2 = Marks((_VALUES, _POINTS), (_THIRD_LAYER,))
 is_deim_on_rt_detr = Marks((_VALUES, _POINTS, _THIRD_LAYER))
 
 
-def read_rt_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
-    """Blueprint of a checkpoint of ``rtdetr_pytorch``."""
+def read_rt_detr(
+    checkpoint: Checkpoint, options: DetectorOptions, *, freeze_batch_norms: bool = True
+) -> Blueprint:
+    """Blueprint of a checkpoint of ``rtdetr_pytorch``; frozen batch norms have its epsilon."""
     tensors = checkpoint.tensors
-    config = rt_detr_config(tensors, options)
-    return _blueprint(
-        "rt_detr", tensors, partial(build_hybrid, RTDetrForObjectDetection, config, tensors), {}
+    config = RTDetrConfig(
+        **_common(tensors, options), freeze_backbone_batch_norms=freeze_batch_norms
     )
-
-
-def rt_detr_config(
-    tensors: Mapping[str, Tensor], options: DetectorOptions, *, freeze_batch_norms: bool = True
-) -> RTDetrConfig:
-    """Configuration of a state dict of RT-DETR; frozen batch norms have their authors' epsilon."""
-    return RTDetrConfig(**_common(tensors, options), freeze_backbone_batch_norms=freeze_batch_norms)
+    build = partial(build_hybrid, RTDetrForObjectDetection, config, tensors)
+    return _blueprint("rt_detr", tensors, build, {})
 
 
 def read_rt_detr_v2(

@@ -1,19 +1,18 @@
 """RT-DETR as ultralytics trains it: the layers of lyuwenyu/RT-DETR, numbered in one list."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.names import Rules, carry, translate
 from mfdetr_cache.detectors.options import DetectorOptions
-from mfdetr_cache.detectors.translated.blueprint import Blueprint, build_hybrid
-from mfdetr_cache.detectors.translated.rt_detr import read_rt_detr, rt_detr_config
+from mfdetr_cache.detectors.translated.blueprint import Blueprint
+from mfdetr_cache.detectors.translated.rt_detr import read_rt_detr
 from mfdetr_cache.errors import DetectorError
 
 # ultralytics sets it in every batch norm of a model; torch's own is 1e-5.
@@ -74,11 +73,10 @@ def read_ultralytics(checkpoint: Checkpoint, options: DetectorOptions) -> Bluepr
     own = _numbers(checkpoint)
     renamed = carry(checkpoint.tensors, translate(checkpoint.tensors, own))
     as_authors = replace(checkpoint, tensors=renamed)
-    blueprint = read_rt_detr(as_authors, options)
-    config = rt_detr_config(renamed, options, freeze_batch_norms=False)
+    blueprint = read_rt_detr(as_authors, options, freeze_batch_norms=False)
     return replace(
         blueprint,
-        build=partial(_build, config, renamed),
+        build=partial(_build, blueprint.build),
         rules=(*own, *blueprint.rules),
         tensors=checkpoint.tensors,
         input_hw=_input_hw(checkpoint.settings),
@@ -96,8 +94,8 @@ def _input_hw(settings: Mapping[str, Any]) -> tuple[int, int]:
     return _DEFAULT_SIDE, _DEFAULT_SIDE
 
 
-def _build(config: RTDetrConfig, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    model = build_hybrid(RTDetrForObjectDetection, config, tensors)
+def _build(build: Callable[[], Any]) -> Any:  # noqa: ANN401
+    model = build()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = _BATCH_NORM_EPS

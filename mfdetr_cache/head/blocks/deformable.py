@@ -101,6 +101,14 @@ class MultiScaleDeformableAttention(nn.Module):
         return mixed
 
 
+def _feed_forward(width: int) -> tuple[nn.Linear, nn.Linear]:
+    linears = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    for linear in linears:
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linears
+
+
 class DeformableLayer(nn.Module):
     """Post-norm layer: deformable attention, then an FFN four times as wide with GELU."""
 
@@ -108,12 +116,8 @@ class DeformableLayer(nn.Module):
         super().__init__()
         self.attention = MultiScaleDeformableAttention(width, num_levels)
         self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, 4 * width)
-        self.linear2 = nn.Linear(4 * width, width)
+        self.linear1, self.linear2 = _feed_forward(width)
         self.norm2 = nn.LayerNorm(width)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(
         self,
@@ -147,12 +151,8 @@ class FfnBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(width, 4 * width)
-        self.linear2 = nn.Linear(4 * width, width)
+        self.linear1, self.linear2 = _feed_forward(width)
         self.norm = nn.LayerNorm(width)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Refine maps of shape (B, h, w, D), each cell by itself."""
