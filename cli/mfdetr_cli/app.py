@@ -42,6 +42,13 @@ from mfdetr_cli.signature import command_of, help_of
 from mfdetr_cli.text import harmless, put
 
 _ABOUT = "Instance masks for any frozen DETR: extract once, train from the cache."
+# What the import of torch, its CPU and GPU allocators, and Python's threads say.
+_TOO_LITTLE = (
+    "failed to map segment",
+    "can't allocate memory",
+    "out of memory",
+    "can't start new thread",
+)
 _SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "cls": HelpfulGroup,
@@ -131,11 +138,13 @@ def main() -> None:
     except MfdetrError as error:
         _print_error(error)
         sys.exit(2)
-    except ImportError as error:
-        # torch under a limit of memory (ulimit -v); anything else that is not there is a bug.
-        if "failed to map segment" not in str(error):
+    except (ImportError, MemoryError, RuntimeError) as error:
+        # A limit (ulimit -v, ulimit -u) or a small machine; any other is a bug.
+        text = str(error)
+        if not (isinstance(error, MemoryError) or any(said in text for said in _TOO_LITTLE)):
             raise
-        _print_error(MfdetrError(f"the memory that may be used is too small: {error}"))
+        reason = f": {text.splitlines()[0]}" if text else ""
+        _print_error(MfdetrError(f"there is not enough memory, or too few threads{reason}"))
         sys.exit(2)
     except OSError as error:
         # A disk that is full or may not be written is nobody's bug, wherever it was noticed.

@@ -327,18 +327,41 @@ def test_errors_have_exit_codes(
     assert capsys.readouterr().err == "error: something wrong\n"
 
 
-def test_too_little_memory_for_torch_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtorch.so: failed to map segment"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nframe 0"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_too_little_memory_and_too_few_threads_are_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for said, kind in (("libtorch.so: failed to map segment", SystemExit), ("no x", ImportError)):
+    def fail(prog_name: str) -> None:
+        raise error
 
-        def fail(prog_name: str, said: str = said) -> None:
-            raise ImportError(said)
+    monkeypatch.setattr(app_module, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory, or too few threads")
+    assert str(error).partition("\n")[0] in said
+    assert said.count("\n") == 1
 
-        monkeypatch.setattr(app_module, "app", fail)
-        with pytest.raises(kind):
-            app_module.main()
-    assert capsys.readouterr().err.startswith("error: the memory that may be used is too small: ")
+
+@pytest.mark.parametrize("bug", [ImportError("no x"), RuntimeError("shapes differ")])
+def test_an_import_or_computation_that_fails_is_a_bug(
+    bug: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(prog_name: str) -> None:
+        raise bug
+
+    monkeypatch.setattr(app_module, "app", fail)
+    with pytest.raises(type(bug), match=str(bug)):
+        app_module.main()
 
 
 def test_a_bug_gets_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
