@@ -96,9 +96,12 @@ class CacheView:
         # Labels may say that the classes are one.
         if cache.spec is not cache.root.spec:
             # It imports torch, for which nobody waits who asks what a cache is.
-            from mfdetr_cache.ops.any_class import any_class_of_array
+            import torch
 
-            logits = any_class_of_array(logits, cache.root.spec.score_function)
+            from mfdetr_cache.ops.any_class import any_class
+
+            score_function = cache.root.spec.score_function
+            logits = any_class(torch.from_numpy(logits), score_function).numpy()
         return CachedImage(
             row=row,
             image_id=cache.image_id(row),

@@ -2,9 +2,7 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 ScoreFunction = Literal["sigmoid", "softmax"]
@@ -26,11 +24,3 @@ def any_class(class_logits: Tensor, score_function: ScoreFunction) -> Tensor:
         objects, nothing = class_logits[..., :-1], class_logits[..., -1]
         return torch.stack((objects.logsumexp(-1), nothing), dim=-1)
     return class_logits.amax(-1, keepdim=True)
-
-
-def any_class_of_array(
-    class_logits: NDArray[np.float32], score_function: ScoreFunction
-) -> NDArray[np.float32]:
-    """:func:`any_class` of an array."""
-    logits: NDArray[np.float32] = any_class(torch.from_numpy(class_logits), score_function).numpy()
-    return logits
