@@ -70,6 +70,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
 
 
+def ignore_signals() -> None:
+    """Nothing stops any more; for the end of the process."""
+    for number in _ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _note() -> None:
     global _came
     _came = True

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -50,6 +51,15 @@ def test_a_signal_ends_any_command(
     assert (shown.out, shown.err) == ("", expected)
     assert [signal.getsignal(s) for s in ASKING] == before
     assert not is_stopping()
+
+
+def test_a_signal_after_the_end_of_a_command_changes_nothing() -> None:
+    script = (
+        "import atexit, os, signal, sys; from mfdetr_cli.__main__ import main; "
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); "
+        "sys.argv = ['mfdetr', '--help']; main()"
+    )
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize("moment", ["importing", "parsing"])
