@@ -29,7 +29,7 @@ class WeightedAP:
     """Mask AP of COCO results as a function of the multiplicity of each image."""
 
     def __init__(self, ground_truth: COCO, results: Sequence[Result]) -> None:
-        ground_truth, plain = with_masks(ground_truth), plain_results(results, "segm")
+        ground_truth, plain = with_masks(ground_truth, plain_results(results, "segm"))
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(ground_truth, loaded(ground_truth, plain), "segm")
             evaluation.params.areaRng = evaluation.params.areaRng[:1]

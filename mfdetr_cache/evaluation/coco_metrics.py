@@ -153,15 +153,16 @@ def measure_results(
     Results have ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh) or ``segmentation``
     (RLE). Boundary AP (Cheng et al., 2021) takes the smaller of mask IoU and boundary IoU, the
     boundary being 2 % of the image's diagonal wide; it is always faster-coco-eval's, as pycocotools
-    has none. Objects without a mask do not count for masks. Without a result everything is 0 where
-    there is an object, else -1.
+    has none. Objects without a mask do not count for masks, nor do images on which none has one.
+    Without a result everything is 0 where there is an object, else -1.
     """
+    plain = plain_results(results, kind)
     if kind != "bbox":
-        ground_truth = with_masks(ground_truth)
+        ground_truth, plain = with_masks(ground_truth, plain)
     objects = [a for a in ground_truth.dataset["annotations"] if not a["iscrowd"]]
     counts = Counter(int(a["category_id"]) for a in objects)
     names = category_names(ground_truth.dataset["categories"])
-    evaluation = _evaluation(ground_truth, plain_results(results, kind), kind, evaluator)
+    evaluation = _evaluation(ground_truth, plain, kind, evaluator)
     stats = [float(v) for v in evaluation.stats[:12]]
     precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # (T, R, K): all areas, 100
     categories = tuple(
@@ -188,13 +189,39 @@ def plain_results(results: Sequence[Result], kind: Kind) -> list[Result]:
     return [{key: result[key] for key in fields} for result in results]
 
 
-def with_masks(ground_truth: COCO) -> COCO:
-    """The ground truth without the objects that have a box only."""
+def with_masks(ground_truth: COCO, plain: list[Result]) -> tuple[COCO, list[Result]]:
+    """What masks are measured on: no object that has a box only, and no image without a mask drawn.
+
+    An image is left out, with its results, where it has objects and all of them have boxes only:
+    its masks are not drawn yet, and what is found there is not wrong. One without any object stays.
+    """
     document = ground_truth.dataset
-    kept = [a for a in document["annotations"] if "segmentation" in a]
+    kept = [dict(a) for a in document["annotations"] if "segmentation" in a]
     if len(kept) == len(document["annotations"]):
-        return ground_truth
-    return _indexed(document["images"], [dict(a) for a in kept], document["categories"])
+        return ground_truth, plain
+    undrawn = _undrawn_images(ground_truth)
+    images = [i for i in document["images"] if i["id"] not in undrawn]
+    plain = [r for r in plain if r["image_id"] not in undrawn]
+    return _indexed(images, kept, document["categories"]), plain
+
+
+def told_of_no_mask(ground_truth: COCO) -> str | None:
+    """What mask AP leaves out, in a line; None where every object has a mask."""
+    annotations = ground_truth.dataset["annotations"]
+    without = sum("segmentation" not in a for a in annotations)
+    if not without:
+        return None
+    undrawn = _undrawn_images(ground_truth)
+    return (
+        f"{without} of {len(annotations)} objects have no mask and do not count for mask AP; of "
+        f"{len(ground_truth.imgs)} images {len(undrawn)} have boxes only and are left out of it"
+    )
+
+
+def _undrawn_images(ground_truth: COCO) -> set[int]:
+    annotations = ground_truth.dataset["annotations"]
+    drawn = {a["image_id"] for a in annotations if "segmentation" in a}
+    return {a["image_id"] for a in annotations} - drawn
 
 
 def _evaluation(ground_truth: COCO, plain: list[Result], kind: Kind, evaluator: Evaluator) -> Any:  # noqa: ANN401

@@ -24,6 +24,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     Result,
     coco_ground_truth,
     measure_results,
+    told_of_no_mask,
 )
 from mfdetr_cache.evaluation.confusion import confusions
 from mfdetr_cache.evaluation.inference import MaskPrediction, masks_in_image, predict_masks
@@ -150,6 +151,8 @@ def measure(
             reporter.advance()
     reporter.finish()
     truth = ground_truth_of(cache)
+    if told := told_of_no_mask(truth):
+        reporter.warn(told)
 
     def report(name: str, kind: Kind = "segm") -> CocoReport:
         return measure_results(truth, found[name], kind, evaluator)

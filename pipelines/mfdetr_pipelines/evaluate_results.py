@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pycocotools.coco import COCO
+
 from mfdetr_cache.choices import Evaluator, Extra, OnBad
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.coco.labelled import one_category
@@ -17,6 +19,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     evaluate_results,
     ground_truth_of_split,
     measure_results,
+    told_of_no_mask,
 )
 from mfdetr_cache.evaluation.confusion import Confusion, confusions
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -91,7 +94,7 @@ def run_evaluate_results(
     if len(found.results):
         # A kind that no result has is not measured; an empty list is an AP of 0.
         asked = {kind: those for kind, those in asked.items() if those}
-    asked = _without_masks_that_nobody_drew(split, asked, reporter)
+    asked = _without_masks_that_nobody_drew(truth, asked, reporter)
     for kind in ("segm", "bbox"):
         if kind in asked and (lacking := len(found.results) - len(asked[kind])):
             reporter.warn(
@@ -135,17 +138,14 @@ def _judge(
 
 
 def _without_masks_that_nobody_drew(
-    split: CocoSplit, asked: dict[Kind, list[Result]], reporter: Reporter
+    truth: COCO, asked: dict[Kind, list[Result]], reporter: Reporter
 ) -> dict[Kind, list[Result]]:
     """Only the box results if no annotation has a mask, else all; DatasetError if none are left."""
-    drawn = [bool(len(a.run_lengths)) for found in split.annotations.values() for a in found]
-    if all(drawn) or not asked.keys() - {"bbox"}:
+    told = told_of_no_mask(truth)
+    if told is None or not asked.keys() - {"bbox"}:
         return asked
-    if any(drawn):
-        reporter.warn(
-            f"{drawn.count(False)} of {len(drawn)} annotations have no mask; they do not count for "
-            "mask AP"
-        )
+    if any("segmentation" in a for a in truth.dataset["annotations"]):
+        reporter.warn(told)
         return asked
     boxes: dict[Kind, list[Result]] = {k: v for k, v in asked.items() if k == "bbox"}
     if not boxes:

@@ -348,6 +348,29 @@ def test_a_swapped_size_is_told(tmp_path: Path, plain: Documents) -> None:
         measured(tmp_path, written)
 
 
+def test_images_whose_masks_nobody_drew_are_left_out(tmp_path: Path, plain: Documents) -> None:
+    """Mask AP is that of a file without them, and without any other object that has no mask."""
+    truth, results = copied(plain)
+    first, second = (i["id"] for i in truth["images"][:2])
+    boxes_only = [a for a in truth["annotations"] if a["image_id"] == first]
+    boxes_only.append(next(a for a in truth["annotations"] if a["image_id"] == second))
+    for annotation in boxes_only:
+        annotation["segmentation"] = None
+    found, messages = measured(tmp_path, (truth, results))
+    assert found["box"] == measured(tmp_path, plain)[0]["box"]
+    number = f"{len(boxes_only)} of {len(truth['annotations'])} objects have no mask"
+    assert any(number in m and "images 1 have boxes only" in m for m in messages)
+    drawn = {
+        **truth,
+        "images": [i for i in truth["images"] if i["id"] != first],
+        "annotations": [a for a in truth["annotations"] if a["segmentation"]],
+    }
+    cleaned = (drawn, [r for r in results if r["image_id"] != first])
+    expected, _ = measured(tmp_path, cleaned)
+    assert len(cleaned[1]) < len(results)
+    assert (found["mask"], found["boundary"]) == (expected["mask"], expected["boundary"])
+
+
 def test_what_cannot_be_measured_is_said(tmp_path: Path, plain: Documents) -> None:
     whole, _ = measured(tmp_path, plain)
     boxes = copied(plain)
