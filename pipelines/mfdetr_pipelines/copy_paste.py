@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +56,38 @@ class CopyPasteSummary:
 def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSummary:
     """Write a dataset: every image unchanged, and copies with pasted objects.
 
-    One that the same settings made of the same annotations is left as it is. ConfigError if the
+    One that the same settings made of the same data is left as it is. ConfigError if the
     number of copies is invalid or the folder in use, DatasetError if the data cannot be used or has
     no object to paste, OutputError if the folder cannot be written.
     """
     files = config.files
     split = load_coco_split(files.annotations, files.images, on_bad=config.on_bad_annotation)
     split.tell_faults(reporter)
-    made_of = {"annotations": split.sha256, "copies": config.copies, "seed": config.seed}
+    require_images(files.images, split, "check --images")
+    made_of = {
+        "annotations": split.sha256,
+        "images": _names_and_bytes(files.images, split),
+        "copies": config.copies,
+        "seed": config.seed,
+    }
     made = _made_before(config.out, made_of)
     if made is None:
         _require_empty(config.out)
     elif (config.out / IMAGES).is_dir():
         return _summary(config.out, made)
-    require_images(files.images, split, "check --images")
     maker = _Maker(config, split)
     with owned_results(config.out):
         if made is None:
             _require_empty(config.out)
         return _write(config, split, made_of, maker, reporter)
+
+
+def _names_and_bytes(folder: Path, split: CocoSplit) -> str:
+    """What tells other images under the same annotations without reading them all."""
+    listed = "".join(
+        f"{e.file_name}\0{(folder / e.file_name).stat().st_size}\n" for e in split.images
+    )
+    return sha256(listed.encode()).hexdigest()
 
 
 def _made_before(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -100,6 +100,12 @@ def test_what_is_whole_is_not_made_again_and_what_is_stale_is_no_result(
     (out / "images").rename(out / "images.partial")
     assert run_copy_paste(config(folder, out, copies=1), SilentReporter()) == first
     assert len(list(first.images.iterdir())) == first.num_images
+    picture = folder / "images" / document["images"][0]["file_name"]
+    plain = picture.read_bytes()
+    Image.fromarray(np.asarray(Image.open(picture)) // 2).save(picture)
+    with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
+        run_copy_paste(config(folder, out, copies=1), SilentReporter())
+    picture.write_bytes(plain)
     document["annotations"].pop()
     (folder / "instances.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="is no empty folder; nothing was touched"):
