@@ -75,6 +75,9 @@ class CocoReport:
         return {"recall": self.recall, "categories": [asdict(c) for c in self.categories]}
 
 
+# The part of images without an object from which on it is told; 1 % in COCO.
+_MANY_EMPTY = 0.25
+
 # Category id, box in xywh, area, whether it is a crowd, and run lengths, none of them for no mask.
 _Object = tuple[int, list[float], float, bool, RunLengths]
 
@@ -215,6 +218,19 @@ def told_of_no_mask(ground_truth: COCO) -> str | None:
     return (
         f"{without} of {len(annotations)} objects have no mask and do not count for mask AP; of "
         f"{len(ground_truth.imgs)} images {len(undrawn)} have boxes only and are left out of it"
+    )
+
+
+def told_of_empty_images(ground_truth: COCO) -> str | None:
+    """A line where so many images have no object that perhaps nobody annotated them yet."""
+    annotations = ground_truth.dataset["annotations"]
+    images = len(ground_truth.imgs)
+    empty = images - len({a["image_id"] for a in annotations})
+    if not annotations or empty <= _MANY_EMPTY * images:
+        return None
+    return (
+        f"{empty} of {images} images have no object, and what is found on them counts as wrong; if "
+        "they are not annotated yet, measure without them"
     )
 
 

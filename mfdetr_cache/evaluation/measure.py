@@ -24,6 +24,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     Result,
     coco_ground_truth,
     measure_results,
+    told_of_empty_images,
     told_of_no_mask,
 )
 from mfdetr_cache.evaluation.confusion import confusions
@@ -151,8 +152,7 @@ def measure(
             reporter.advance()
     reporter.finish()
     truth = ground_truth_of(cache)
-    if told := told_of_no_mask(truth):
-        reporter.warn(told)
+    _tell_gaps(truth, reporter)
 
     def report(name: str, kind: Kind = "segm") -> CocoReport:
         return measure_results(truth, found[name], kind, evaluator)
@@ -185,6 +185,12 @@ def measure(
         oracles={name: report(name).metrics for name in ORACLES if with_oracles},
     )
     return summary, found["mask"]
+
+
+def _tell_gaps(truth: COCO, reporter: Reporter) -> None:
+    for told in (told_of_no_mask(truth), told_of_empty_images(truth)):
+        if told:
+            reporter.warn(told)
 
 
 def open_to_measure(

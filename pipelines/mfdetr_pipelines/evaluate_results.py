@@ -19,6 +19,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
     evaluate_results,
     ground_truth_of_split,
     measure_results,
+    told_of_empty_images,
     told_of_no_mask,
 )
 from mfdetr_cache.evaluation.confusion import Confusion, confusions
@@ -86,6 +87,8 @@ def run_evaluate_results(
     found = load_results(results, split, on_bad)
     found.faults.tell(reporter)
     truth = ground_truth_of_split(split)
+    if told := told_of_empty_images(truth):
+        reporter.warn(told)
     asked: dict[Kind, list[Result]] = {
         kind: found.with_field(field)
         for kind, field in _FIELDS.items()

@@ -371,6 +371,16 @@ def test_images_whose_masks_nobody_drew_are_left_out(tmp_path: Path, plain: Docu
     assert (found["mask"], found["boundary"]) == (expected["mask"], expected["boundary"])
 
 
+def test_many_images_without_an_object_are_told(tmp_path: Path, plain: Documents) -> None:
+    truth, results = copied(plain)
+    images = [i["id"] for i in truth["images"]]
+    some = len(images) // 3 + 1
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in images[some:]]
+    _, messages = measured(tmp_path, (truth, results))
+    assert any(f"{some} of {len(images)} images have no object" in m for m in messages)
+    assert not any("have no object" in m for m in measured(tmp_path, plain)[1])
+
+
 def test_what_cannot_be_measured_is_said(tmp_path: Path, plain: Documents) -> None:
     whole, _ = measured(tmp_path, plain)
     boxes = copied(plain)
