@@ -19,7 +19,7 @@ from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
 
-NOISY = 2
+NOISY = 0
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "categories": [{"id": i, "name": name} for i, name in enumerate(SHAPES, 1)],
     }
     for number in range(4):
-        picture, objects = draw_scene(900_001 + number)
+        picture, objects = draw_scene(900_001 + 2 * number)
         pixels = np.asarray(picture, np.float64)
         if number == NOISY:
             pixels = pixels + random.normal(0, 40, pixels.shape)
@@ -76,7 +76,7 @@ def test_the_image_the_head_is_unsure_of_comes_first_until_it_is_drawn(
     assert (found.looked_at, found.without_objects, found.drawn) == (4, 0, 0)
     # Its masks are drawn; the others still have boxes only, or nothing.
     document = scenes.load_annotations(folder)
-    drawn = [a for a in document["annotations"] if a["image_id"] != 1]
+    drawn = [a for a in document["annotations"] if a["image_id"] != 2]
     for annotation in drawn:
         x, y, w, h = annotation["bbox"]
         if annotation["image_id"] == NOISY + 1:
@@ -112,23 +112,24 @@ def test_where_every_mask_is_drawn_all_images_are_ranked(
     assert "every image of" in told[0]
 
 
-def test_categories_count_the_less_the_more_of_them_there_is() -> None:
+def test_images_of_many_uncertain_objects_of_rare_categories_come_first() -> None:
     class Objects:
-        def __init__(self, *pairs: tuple[int, float]) -> None:
-            self.categories = np.array([c for c, _ in pairs])
-            self.uncertainty = np.array([u for _, u in pairs])
+        def __init__(self, *objects: tuple[int, float, float]) -> None:
+            self.categories = np.array([c for c, _, _ in objects])
+            self.uncertainty = np.array([u for _, u, _ in objects])
+            self.scores = np.array([s for _, _, s in objects])
 
     images: list[Any] = [
-        Objects((1, 0.5), (1, 0.5)),
-        Objects((1, 0.4)),
-        Objects((2, 0.3)),
-        Objects((1, 0.1), (2, 0.6)),
+        Objects((1, 0.5, 1), (1, 0.5, 1)),
+        Objects((1, 0.7, 1)),
+        Objects((2, 0.4, 1)),
+        Objects((1, 0.1, 1), (2, 0.6, 0.5)),
     ]
-    # First 0.5; then the two of category 1 count 1 / sqrt(3): 0.23, 0.3 and 0.33; then category 1
-    # counts 1 / 2 and category 2 1 / sqrt(2): 0.2 and 0.21.
-    assert most_worthwhile(images, Counter(), 9) == [0, 3, 2, 1]
-    # A hundred masks of category 2 are there already.
-    assert most_worthwhile(images, Counter({2: 100}), 2) == [0, 1]
+    # First the sum 1.0; then category 1 counts 1 / sqrt(3): 0.404, 0.4 and 0.358; then 1 / 2 of
+    # it: 0.4 and 0.35.
+    assert most_worthwhile(images, Counter(), 9) == [0, 1, 2, 3]
+    # A hundred masks of category 1 are there already: 0.1, 0.07, 0.4 and 0.31.
+    assert most_worthwhile(images, Counter({1: 100}), 2) == [2, 3]
     assert most_worthwhile(images[1:], Counter(), 1) == [0]
 
 

@@ -51,10 +51,11 @@ class SuggestSummary:
 
 @dataclass(frozen=True, slots=True)
 class _Objects:
-    """Confident objects of an image: 1 minus the expected IoU of their masks, and categories."""
+    """Confident objects of an image: 1 minus the expected IoU of their masks, class scores."""
 
     row: int
     uncertainty: NDArray[np.float64]
+    scores: NDArray[np.float64]
     categories: NDArray[np.int64]
 
 
@@ -126,30 +127,33 @@ def _confident(
     """The best label of every query, where it has a category and a score above the threshold."""
     detections = prediction.detections
     categories = np.array(label_categories)[detections.labels.numpy()]
-    usable = (detections.class_scores.numpy() >= threshold) & (categories >= 0)
+    scores = detections.class_scores.double().numpy()
+    usable = (scores >= threshold) & (categories >= 0)
     # Detections fall in score, so the first of a mask has its best label.
     masks, first = np.unique(prediction.mask_index.numpy()[usable], return_index=True)
     uncertainty = 1 - expected_iou(prediction.mask_probs[torch.from_numpy(masks)].double()).numpy()
-    return _Objects(row, uncertainty, categories[usable][first])
+    return _Objects(row, uncertainty, scores[usable][first], categories[usable][first])
 
 
 def most_worthwhile(candidates: Sequence[_Objects], masks: Counter[int], count: int) -> list[int]:
     """Indices of the images to draw, one after the other.
 
-    Each time the image with the largest mean over its objects of (1 - expected IoU) / sqrt(1 + n)
-    is taken, n being the masks of the object's category that are there or in images taken before:
-    a category counts the less the more of it there is, as in the sampling of LVIS.
+    Each time the image with the largest sum over its objects of
+    class score * (1 - expected IoU) / sqrt(1 + n) is taken, n being the masks of the object's
+    category that are there or in images taken before: a category counts the less the more of it
+    there is, as in the sampling of LVIS. The class score stands for the chance that there is an
+    object to draw.
     """
     images = np.repeat(np.arange(len(candidates)), [len(o.categories) for o in candidates])
     names, categories = np.unique(
         np.concatenate([o.categories for o in candidates]), return_inverse=True
     )
-    shares = np.concatenate([o.uncertainty / len(o.uncertainty) for o in candidates])
+    gains = np.concatenate([o.scores * o.uncertainty for o in candidates])
     there = np.array([masks[int(c)] for c in names], dtype=np.float64)
     left = np.ones(len(candidates), dtype=bool)
     chosen: list[int] = []
     while len(chosen) < min(count, len(candidates)):
-        worth = np.bincount(images, shares / np.sqrt(1 + there[categories]), len(candidates))
+        worth = np.bincount(images, gains / np.sqrt(1 + there[categories]), len(candidates))
         best = int(np.where(left, worth, -1).argmax())
         chosen.append(best)
         left[best] = False
