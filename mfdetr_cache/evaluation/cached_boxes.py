@@ -1,6 +1,6 @@
 """Box AP of the detections in a cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -8,7 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, coco_ground_truth, evaluate_results
+from mfdetr_cache.evaluation.coco_metrics import (
+    CocoMetrics,
+    coco_ground_truth,
+    evaluate_results,
+    told_of_empty_images,
+)
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.evaluation.results import box_results
@@ -22,23 +27,28 @@ IMPLAUSIBLE_BOX_AP = 0.10
 _IMAGES_THAT_TELL, _CLEARLY_MORE = 64, 2
 
 
-def cached_box_metrics(cache: FeatureCache) -> CocoMetrics:
-    """Box AP of the detections in a complete cache."""
+def cached_box_metrics(cache: FeatureCache, rows: Sequence[int] | None = None) -> CocoMetrics:
+    """Box AP of the detections in a complete cache, or on some of its rows."""
+    rows = cache.rows if rows is None else rows
     results = []
-    for row in cache.rows:
+    for row in rows:
         image = cache.read(row, map_names=())
         detections = detections_of(image, cache.spec)
         results += box_results(image.image_id, detections, cache.label_categories)
-    return evaluate_results(ground_truth_of(cache), results, "bbox")
+    return evaluate_results(ground_truth_of(cache, rows), results, "bbox")
 
 
 def judged_box_metrics(cache: FeatureCache, reporter: Reporter) -> CocoMetrics:
     """Box AP of a complete cache, with a warning if it is implausibly low."""
-    box = cached_box_metrics(cache)
+    box = judged = cached_box_metrics(cache)
+    if told := told_of_empty_images(ground_truth_of(cache)):
+        reporter.warn(told)
+        # Images that nobody annotated yet tell nothing of the detector.
+        judged = cached_box_metrics(cache, [r for r in cache.rows if len(cache.ground_truth(r))])
     # Without an object to find there is no AP, which is -1 then.
-    if 0 <= box.AP < IMPLAUSIBLE_BOX_AP:
+    if 0 <= judged.AP < IMPLAUSIBLE_BOX_AP:
         reporter.warn(
-            f"box AP of the cached detections is {100 * box.AP:.1f}: implausibly low for a "
+            f"box AP of the cached detections is {100 * judged.AP:.1f}: implausibly low for a "
             "trained detector. Wrong weights, wrong preprocessing or another dataset are likely; "
             "a mask network cannot be better than its boxes"
         )

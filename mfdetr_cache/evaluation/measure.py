@@ -267,11 +267,11 @@ def _tell_images_in_both(cache: FeatureCache, run: RunRecord, reporter: Reporter
         )
 
 
-def ground_truth_of(cache: FeatureCache) -> COCO:
-    """The annotated objects of a complete cache as an indexed ``COCO``."""
+def ground_truth_of(cache: FeatureCache, rows: Sequence[int] | None = None) -> COCO:
+    """The annotated objects of a complete cache, or of some rows, as an indexed ``COCO``."""
     images = (
         (cache.image_id(r), cache.geometry(r).original_hw, cache.ground_truth(r))
-        for r in cache.rows
+        for r in (cache.rows if rows is None else rows)
     )
     return coco_ground_truth(images, cache.categories)
 
