@@ -196,7 +196,8 @@ def with_masks(ground_truth: COCO, plain: list[Result]) -> tuple[COCO, list[Resu
     """What masks are measured on: no object that has a box only, and no image without a mask drawn.
 
     An image is left out, with its results, where it has objects and all of them have boxes only:
-    its masks are not drawn yet, and what is found there is not wrong. One without any object stays.
+    its masks are not drawn yet, and what is found there is not wrong. One without any object stays,
+    and so do all where nobody drew anything, which has no AP.
     """
     document = ground_truth.dataset
     kept = [dict(a) for a in document["annotations"] if "segmentation" in a]
@@ -211,14 +212,20 @@ def with_masks(ground_truth: COCO, plain: list[Result]) -> tuple[COCO, list[Resu
 def told_of_no_mask(ground_truth: COCO) -> str | None:
     """What mask AP leaves out, in a line; None where every object has a mask."""
     annotations = ground_truth.dataset["annotations"]
-    without = sum("segmentation" not in a for a in annotations)
+    without = [a["image_id"] for a in annotations if "segmentation" not in a]
     if not without:
         return None
+    if len(without) == len(annotations):
+        return "no object has a mask, so there is no mask AP"
     undrawn = _undrawn_images(ground_truth)
-    return (
-        f"{without} of {len(annotations)} objects have no mask and do not count for mask AP; of "
-        f"{len(ground_truth.imgs)} images {len(undrawn)} have boxes only and are left out of it"
-    )
+    said = f"{len(without)} of {len(annotations)} objects have no mask and do not count for mask AP"
+    if undrawn:
+        said += (
+            f"; {len(undrawn)} of {len(ground_truth.imgs)} images have boxes only and are left out"
+        )
+    if stray := sum(i not in undrawn for i in without):
+        said += f"; what is found of {stray} of the objects, on other images, counts as wrong"
+    return said
 
 
 def told_of_empty_images(ground_truth: COCO) -> str | None:
@@ -235,9 +242,10 @@ def told_of_empty_images(ground_truth: COCO) -> str | None:
 
 
 def _undrawn_images(ground_truth: COCO) -> set[int]:
+    """Images that have boxes only, unless nobody drew a mask on any."""
     annotations = ground_truth.dataset["annotations"]
     drawn = {a["image_id"] for a in annotations if "segmentation" in a}
-    return {a["image_id"] for a in annotations} - drawn
+    return {a["image_id"] for a in annotations} - drawn if drawn else set()
 
 
 def _evaluation(ground_truth: COCO, plain: list[Result], kind: Kind, evaluator: Evaluator) -> Any:  # noqa: ANN401

@@ -75,16 +75,17 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
         assert split is not None  # checked with the settings
         masks[file] = _masks_of_file(file, split, truth, config, reporter)
     ordered = [masks[subject] for subject in config.subjects]
-    reporter.say(f"paired bootstrap over {len(truth.imgs)} images, {config.samples} samples")
-    _write_page(config, truth, ordered, file_names, reporter)
     aps = [[WeightedAP(truth, results)] for results in ordered]
+    num_images = len(aps[0][0].image_ids)
+    reporter.say(f"paired bootstrap over {num_images} images, {config.samples} samples")
+    _write_page(config, truth, ordered, file_names, reporter)
     differences = [None, *differences_to_first(aps, config.samples)]
     compared = []
     for subject, results, difference in zip(config.subjects, ordered, differences, strict=True):
         mask = evaluate_results(truth, results, "segm")
         boundary = evaluate_results(truth, results, "boundary")
         compared.append(ComparedSubject(str(subject), mask, boundary, difference))
-    return CompareSummary(len(truth.imgs), tuple(compared))
+    return CompareSummary(num_images, tuple(compared))
 
 
 def _masks_of_runs(

@@ -56,8 +56,9 @@ class CopyPasteSummary:
 def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSummary:
     """Write a dataset: every image unchanged, and copies with pasted objects.
 
-    One that the same settings made of the same data is left as it is. ConfigError if the
-    number of copies is invalid or the folder in use, DatasetError if the data cannot be used or has
+    One that the same settings made of the same annotations, and of images of the same names and
+    sizes in bytes, is left as it is. ConfigError if the number of copies is invalid or the folder
+    in use, ImageError if an image is missing, DatasetError if the data cannot be used or has
     no object to paste, OutputError if the folder cannot be written.
     """
     files = config.files
@@ -83,7 +84,7 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
 
 
 def _names_and_bytes(folder: Path, split: CocoSplit) -> str:
-    """What tells other images under the same annotations without reading them all."""
+    """A hash of names and sizes in bytes: other images under the same annotations have others."""
     listed = "".join(
         f"{e.file_name}\0{(folder / e.file_name).stat().st_size}\n" for e in split.images
     )

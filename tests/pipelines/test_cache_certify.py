@@ -74,6 +74,24 @@ def test_a_multiplicity_is_the_image_so_many_times() -> None:
     assert found == pytest.approx(evaluate_results(repeated, its_results, "segm").AP, abs=1e-12)
 
 
+@pytest.mark.parametrize("drawn", [0, 4])
+def test_intervals_are_of_the_images_that_are_drawn(drawn: int) -> None:
+    """Those of a dataset without the others; of one without any mask there is no AP."""
+    truth, results = split(list(range(6)), quality=3.0)
+    for annotation in truth.dataset["annotations"]:
+        if annotation["image_id"] > drawn:
+            del annotation["segmentation"]
+    found = WeightedAP(truth, results)
+    assert len(found.image_ids) == (drawn or 6)
+    alone, its_results = split(list(range(drawn or 6)), quality=3.0)
+    expected = WeightedAP(alone, its_results)(np.ones(drawn)) if drawn else -1.0
+    assert found(np.ones(drawn or 6)) == expected
+    measured = evaluate_results(truth, results, "segm")
+    assert np.isclose(measured.AP, expected, rtol=0, atol=1e-12)
+    (same,) = differences_to_first([[found], [found]], samples=5)
+    assert same.difference == 0.0
+
+
 def test_a_paired_interval_is_narrow_around_a_paired_difference() -> None:
     truth, good = split(list(range(12)), quality=1.5)
     _, bad = split(list(range(12)), quality=6.0)
