@@ -192,15 +192,6 @@ def test_what_cannot_be_asked_for_is_named(given: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"cache": ()}, "give --cache to train from, or --dry-run"),
         ({"cache": (str(given / "train.zarr"), str(given / "val.zarr"))}, "no row asks for it"),
-        (
-            {"rows": [replace(row, extract={"view_policy": "flip"})]},
-            "view_policy must be deformable-detr or large-scale-jitter, not 'flip'",
-        ),
-        (
-            {"rows": [replace(row, extract={"encoder_layer": "2"})]},
-            "encoder_layer must be a number from 1 on, not '2'",
-        ),
-        ({"rows": [replace(row, extract={"layers": 2})]}, "'encoder layer 2': extract has the unk"),
     ):
         chosen = {"rows": [replace(row, extract={})], "extract": False, **changes}
         with pytest.raises(ConfigError, match=message):

@@ -58,9 +58,17 @@ def test_rows_from_a_file(tmp_path: Path) -> None:
     for text, message in (
         ("[[row", "is not TOML"),
         ("x = 1", r"has no \[\[row\]\]"),
-        ("[[row]]\nrecipe = 'fast'", "row 1 has no name"),
-        ("[[row]]\nname = 'a'\nsets = {}", "row 1 has the unknown key 'sets'"),
-        ("[[row]]\nname = 'a'\nset = { lrr = 1 }", "row 'a': --set: unknown setting 'lrr'"),
+        ("row = [1]", r"row\[0\] is 1 and not an object"),
+        ("[row]\nname = 'a'", r"row is \{'name': 'a'\} and not a list"),
+        ("[[row]]\nrecipe = 'fast'", r"row\[0\] has no 'name'"),
+        ("[[row]]\nname = 'a'\nsets = {}", r"row\[0\] has the unknown key 'sets'"),
+        ("[[row]]\nname = 'a'\nset = { lrr = 1 }", r"\('a'\): --set: unknown setting 'lrr'"),
+        ("[[row]]\nname = 'a'\nset = 'lr=1'", r"\('a'\): set is 'lr=1' and not an object"),
+        ("[[row]]\nname = 'a'\nrecipe = 3", r"\('a'\): recipe is 3 and not text"),
+        ("[[row]]\nname = 'a'\ncache = ['c']", r"cache is \['c'\] and not text"),
+        ("[[row]]\nname = 'a'\nextract = { view = 2 }", "unknown setting 'view'; use encoder"),
+        ("[[row]]\nname = 'a'\nextract = { views = true }", "views is True and not a whole num"),
+        ("[[row]]\nname = 'a'\nextract = { view_policy = 'lsj' }", "'lsj' and not one of deform"),
         ("[[row]]\nname = 'a'\n[[row]]\nname = 'a'", "two rows are called 'a'"),
     ):
         path.write_text(text)

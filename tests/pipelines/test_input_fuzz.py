@@ -21,6 +21,7 @@ from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.options import parse_map
 from mfdetr_cache.coco.results import load_results
 from mfdetr_cache.coco.yolo import read_yolo, yolo_splits
+from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import names_in_file
 from mfdetr_cache.detectors.registry import load_detector
@@ -34,9 +35,9 @@ from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run import Run
 from mfdetr_cache.training.run_folder import load_checkpoint, save_checkpoint
 from tests.support import small_checkpoints
-from tests.support.caches import require_one_line
+from tests.support.caches import document_paths, require_one_line, with_value
 from tests.support.images import make_spec
-from tests.support.mutations import mutated_bytes, mutated_json
+from tests.support.mutations import HOSTILE, mutated_bytes, mutated_json
 
 EXAMPLES = int(os.environ.get("MFDETR_FUZZ", "25"))
 HEAD = HeadConfig(hidden_dim=8, roi_size=8, image_layers=1, box_layers=1, use_c1=False)
@@ -172,6 +173,36 @@ def test_files_of_names_and_rows(tmp_path: Path) -> None:
     path.write_text("path: .\ntrain: images\nnames:\n  0: cat\n  1: dog\n")
     fuzz_file(path, lambda: yolo_splits(path))
     fuzz_file(path, lambda: read_yolo(path, tmp_path / "images"))
+    # JSON is YAML too. A name that is too long is refused by the command line.
+    path.write_text(
+        '{"path": ".", "train": ["images"], "nc": 2, "names": {"0": "cat", "1": "dog"}}'
+    )
+    fuzz_file(path, lambda: yolo_splits(path), OSError, is_json=True)
+    fuzz_file(path, lambda: read_yolo(path, tmp_path / "images"), OSError, is_json=True)
+
+
+def test_files_of_settings(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    recipe = build_recipe("fast", {})
+    path.write_text(json.dumps({"recipe": "fast", **to_dict(recipe)}))
+    fuzz_file(path, lambda: build_recipe("fast", {}, path), is_json=True)
+    rows = [{"name": "a", "recipe": "fast", "set": {"lr": 0.1}, "extract": {"views": 2}}]
+
+    def read_rows(random: Random) -> None:
+        document = with_value(rows, random.choice(document_paths(rows)[1:]), random.choice(HOSTILE))
+        path.write_text(f"row = {as_toml(document)}")
+        rows_of_file(path)
+
+    fuzz(read_rows)
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, dict):
+        items = ", ".join(f"{json.dumps(k)} = {as_toml(v)}" for k, v in value.items())
+        return f"{{{items}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return {"NaN": "nan", "Infinity": "inf", "null": '"null"'}.get(text := json.dumps(value), text)
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
-from mfdetr_cache.choices import Policy
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError, StoppedError
@@ -16,16 +15,13 @@ from mfdetr_cache.extraction.content import choices_of
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.settings import require_one_detector
-from mfdetr_pipelines.ablation.rows import AblationRow
+from mfdetr_pipelines.ablation.rows import DETECTOR_SETTINGS, AblationRow
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
 
 # Augmented views where --cache has none: with the plain one, as many as the paper has epochs.
 _VIEWS = 5
-# What a row may say of its caches: options of extract.
-_OF_DETECTOR = ("encoder_layer", "num_queries")
-_OF_VIEWS = ("views", "view_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,7 @@ class Choices:
 
     def has(self, settings: Mapping[str, Any]) -> bool:
         """Whether all of a row's settings are so."""
-        found = {name: getattr(self.options, name) for name in _OF_DETECTOR}
+        found = {name: getattr(self.options, name) for name in DETECTOR_SETTINGS}
         found |= {"views": self.views.count}
         found |= {"view_policy": self.views.policy if self.views.count else None}
         return all(found[name] == value for name, value in settings.items())
@@ -68,7 +64,7 @@ class Choices:
             views = replace(views, count=views.count or _VIEWS, policy=settings["view_policy"])
         if "views" in settings:
             views = replace(views, count=settings["views"])
-        options = {k: v for k, v in settings.items() if k in _OF_DETECTOR}
+        options = {k: v for k, v in settings.items() if k in DETECTOR_SETTINGS}
         return Choices(replace(self.options, **options), self.maps, views)
 
 
@@ -127,8 +123,8 @@ def find_caches(config: AblateConfig) -> RowCaches:
 
     Without ``--val-cache``, rows are measured on the images that ``val_split`` leaves out. Raises
     CacheError (missing, unfinished, damaged, or too small to be split), IdentityError (different
-    detectors) or ConfigError (nothing to measure on, rows with different ``val_split``, settings
-    that are unknown, or a cache that no row asks for).
+    detectors) or ConfigError (nothing to measure on, rows with different ``val_split``, or a cache
+    that no row asks for).
     """
     if not config.cache:
         raise ConfigError("give --cache to train from, or --dry-run")
@@ -140,7 +136,6 @@ def find_caches(config: AblateConfig) -> RowCaches:
     places = _Places(config)
     found = RowCaches()
     for row in config.rows:
-        _require_known(row)
         try:
             places.find(row, found)
         except (CacheError, IdentityError) as error:
@@ -152,22 +147,6 @@ def find_caches(config: AblateConfig) -> RowCaches:
         if unused := [c.path for c in opened[1:] if (option, c.path) not in places.used]:
             raise ConfigError(f"{option} {unused[0]}: no row asks for it; leave it out")
     return found
-
-
-def _require_known(row: AblationRow) -> None:
-    """Refuse what ``extract`` of a row cannot be; the ConfigError names it."""
-    for name, value in row.extract.items():
-        known = (*_OF_DETECTOR, *_OF_VIEWS)
-        if name not in known:
-            raise ConfigError(
-                f"row {row.name!r}: extract has the unknown setting {name!r}; use "
-                + ", ".join(known)
-            )
-        is_wrong, wanted = type(value) is not int or value < 1, "a number from 1 on"
-        if name == "view_policy":
-            is_wrong, wanted = value not in get_args(Policy), " or ".join(get_args(Policy))
-        if is_wrong:
-            raise ConfigError(f"row {row.name!r}: extract: {name} must be {wanted}, not {value!r}")
 
 
 class _Places:
@@ -185,7 +164,7 @@ class _Places:
         training = self._of(row, row.cache, self.trainings, row.extract, is_training=True)
         validation: FeatureCache | MissingCache | None = None
         if self.validations or row.val_cache:
-            settings = {k: v for k, v in row.extract.items() if k in _OF_DETECTOR}
+            settings = {k: v for k, v in row.extract.items() if k in DETECTOR_SETTINGS}
             validation = self._of(row, row.val_cache, self.validations, settings, is_training=False)
         missing = [c for c in (training, validation) if isinstance(c, MissingCache)]
         if missing:

@@ -4,11 +4,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mfdetr_cache.choices import Baseline, Tune
+from mfdetr_cache.choices import Baseline, Policy, Tune
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
+from mfdetr_cache.fields import Fields
 from mfdetr_cache.files import read_regular
 from mfdetr_cache.training.recipes import Recipe, build_recipe, split_settings
 
@@ -25,8 +26,11 @@ BASELINES: dict[Baseline, str] = {
 # What reviewers ask for: how small the head may be.
 _SMALL_WIDTHS = (32, 16, 8)
 _SMALL_ROI = 8
-# What a row of a file may say.
-_KEYS = {"name", "recipe", "set", "cache", "val_cache", "extract"}
+# Options of extract that a row may have.
+DETECTOR_SETTINGS = ("encoder_layer", "num_queries")
+EXTRACT_SETTINGS = (*DETECTOR_SETTINGS, "views", "view_policy")
+# What a row of a file may say beside its name.
+_DEFAULTS = {"recipe": "fast", "set": {}, "cache": "", "val_cache": "", "extract": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,32 +143,40 @@ def rows_of_file(path: Path) -> tuple[AblationRow, ...]:
         raise ConfigError(f"ablation file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"ablation file {path} is not TOML ({error})") from error
-    entries = document.get("row")
-    if not isinstance(entries, list) or not entries:
+    if not document.get("row"):
         raise ConfigError(f"{path} has no [[row]]")
-    rows = []
-    for number, entry in enumerate(entries, 1):
-        unknown = sorted(set(entry) - _KEYS)
-        if unknown or not isinstance(entry.get("name"), str):
-            what = f"has the unknown key {unknown[0]!r}" if unknown else "has no name"
-            raise ConfigError(f"{path}: row {number} {what}; use {', '.join(sorted(_KEYS))}")
-        settings = {k: _as_typed(v) for k, v in entry.get("set", {}).items()}
-        try:
-            recipe = build_recipe(str(entry.get("recipe", "fast")), settings)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: row {entry['name']!r}: {error}") from error
-        cache, val_cache = (str(entry.get(key, "")) for key in ("cache", "val_cache"))
-        extract = entry.get("extract", {})
-        if not isinstance(extract, dict):
-            raise ConfigError(f"{path}: row {entry['name']!r}: extract is no table of options")
-        rows.append(
-            AblationRow(entry["name"], recipe, cache=cache, val_cache=val_cache, extract=extract)
-        )
+    rows = [_row(entry) for entry in Fields(document, str(path), ConfigError).each("row")]
     names = [r.name for r in rows]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ConfigError(f"{path}: two rows are called {twice[0]!r}")
     return tuple(rows)
+
+
+def _row(entry: Fields) -> AblationRow:
+    if unknown := sorted(set(entry.values) - set(_DEFAULTS) - {"name"}):
+        known = ", ".join(("name", *_DEFAULTS))
+        raise ConfigError(f"{entry.where} has the unknown key {unknown[0]!r}; use {known}")
+    where = f"{entry.where} ({entry.text('name')!r})"
+    entry = Fields({**_DEFAULTS, **entry.values}, where, ConfigError)
+    extract = entry.fields("extract")
+    for name in extract.values:
+        if name not in EXTRACT_SETTINGS:
+            known = ", ".join(EXTRACT_SETTINGS)
+            raise ConfigError(f"{where}: extract has the unknown setting {name!r}; use {known}")
+        if name == "view_policy":
+            extract.text(name, get_args(Policy))
+        else:
+            extract.integer(name, 1)
+    try:
+        settings = {k: _as_typed(v) for k, v in entry.fields("set").values.items()}
+        recipe = build_recipe(entry.text("recipe"), settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    cache, val_cache = entry.text("cache"), entry.text("val_cache")
+    return AblationRow(
+        entry.text("name"), recipe, cache=cache, val_cache=val_cache, extract=extract.values
+    )
 
 
 def label_fraction_rows(
