@@ -254,9 +254,11 @@ def test_a_stored_result_that_was_changed_is_no_result(
     settings = config(drawn_cache, tmp_path, seeds=1)
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
     first, second = sorted(tmp_path.rglob("seed-0/result.json"))
-    second.with_name("masks.json.gz").write_bytes(gzip.compress(b"[" * 200_000))
-    with pytest.raises(HeadError, match=r"masks\.json\.gz is damaged"):
-        run_ablate(settings, SilentReporter())
+    masks, of_other = (path.with_name("masks.json.gz") for path in (second, first))
+    for wrong in (of_other.read_bytes(), gzip.compress(b"[" * 200_000)):
+        masks.write_bytes(wrong)
+        with pytest.raises(HeadError, match=r"masks\.json\.gz is damaged"):
+            run_ablate(settings, SilentReporter())
     changed = first.read_bytes().replace(b'"AP": 0.', b'"AP": 9.', 1)
     assert changed != first.read_bytes()
     first.write_bytes(changed)

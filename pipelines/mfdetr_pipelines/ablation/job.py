@@ -1,6 +1,7 @@
 """A job of an ablation: one row with one seed, in its own folder."""
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,16 +93,21 @@ class Job:
             "images_per_second": speed,
             "head_ms": head_ms,
             **metrics,
+            "masks_sha256": hashlib.sha256(packed).hexdigest(),
             "identity": self.identity,
         }
         write_atomically(self.folder / _RESULT_FILE, seal(document))
 
     def read_masks(self) -> list[Result]:
-        """The stored COCO mask results."""
+        """The stored COCO mask results; HeadError if they are not those of its result."""
         path = self.folder / _MASKS_FILE
+        # Results of earlier versions carry no hash of them.
+        wanted = (self.read_result() or {}).get("masks_sha256")
         try:
+            if wanted and hashlib.sha256(read_regular(path)).hexdigest() != wanted:
+                raise ValueError("its bytes are not those that were written")
             masks: list[Result] = read_json(path, "results file", "").document
-        except DatasetError as error:
+        except (OSError, ValueError, DatasetError) as error:
             raise HeadError(
                 f"{path} is damaged; remove it and {_RESULT_FILE} to measure this row again"
             ) from error
