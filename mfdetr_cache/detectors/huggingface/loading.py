@@ -44,7 +44,7 @@ def load_huggingface_detector(
         raise DetectorError(f"{odd} is no regular file: it is none of a detector")
     try:
         return _loaded(weights, options, categories)
-    except MfdetrError:
+    except (MfdetrError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever its classes meet in the files
         reason = next(iter(str(error).strip().splitlines()), repr(error))[:300]
