@@ -105,6 +105,7 @@ def split_to_measure(folder: Path) -> str | None:
 
 def _is_meant(name: str, split: str) -> bool:
     """Whether a split is called so by another tool, or with a year behind it."""
+    name, split = name.lower(), split.lower()
     same = next((names for names in _SAME if split in names), {split})
     return any(name == other or name.rstrip("0123456789") == other for other in same)
 
@@ -114,6 +115,11 @@ def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
     # Imported late: settings name datasets, and a mistyped option need not wait for Pillow.
     from mfdetr_cache.coco.yolo import yolo_splits
 
+    for inner in sorted(f for f in folder.glob("*/") if any(f.name.lower() in s for s in _SAME)):
+        files = [*inner.glob("*.json"), *inner.glob("annotations/*.json")]
+        if len(files) == 1:  # of several, which is meant cannot be told
+            places = [inner / "images", inner / "data", inner]
+            yield inner.name, DatasetFiles(next(p for p in places if p.is_dir()), files[0])
     for path in sorted(folder.glob("*.y*ml")):
         for name, images in yolo_splits(path).items():
             yield name, DatasetFiles(images, path.with_name(f"{path.name}:{name}"))

@@ -59,6 +59,8 @@ def read_segmentation(
     parts of the image's sides. None where there is no mask: null, NaN, no text, no polygon, only
     empty ones. ValueError if there is something, and it is no mask of an image of this size.
     """
+    if isinstance(value, ValueError):  # what the reader of another layout found
+        raise value
     if in_parts:
         value = _in_pixels(value, size_hw)
     if isinstance(value, (str, bytes)):

@@ -19,6 +19,8 @@ from mfdetr_cache.files import read_regular
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SPLITS = ("train", "val", "valid", "test")
+# Objects at the border are drawn a little over it; what is farther is in another unit.
+_FARTHEST = 2
 
 
 def yolo_splits(path: Path) -> dict[str, Path]:
@@ -120,7 +122,8 @@ def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES
+    # A name that begins with a dot is a note of macOS beside a file, or of another program.
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
 
 
 def _image_of(line: str, places: Sequence[Path]) -> Path:
@@ -166,7 +169,13 @@ def read_yolo(path: Path, images: Path | None) -> JsonFile:
     digest = hashlib.sha256(repr(sorted(names.items(), key=str)).encode())
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, file in enumerate(files, 1):
+    texts = [_labels_of(file) for file in files]
+    if not any(text.is_file() for text in texts):
+        raise DatasetError(
+            f"no image of {sources[0]} has a text file of polygons; the first was looked for at "
+            f"{texts[0]}"
+        )
+    for number, (file, text) in enumerate(zip(files, texts, strict=True), 1):
         is_there = file.is_absolute()
         name = os.path.relpath(file, folder) if is_there else str(file)
         height = width = 0  # told with all others that cannot be used
@@ -174,7 +183,6 @@ def read_yolo(path: Path, images: Path | None) -> JsonFile:
             height, width = upright_size(file) if is_there else (0, 0)
         entry = {"id": number, "file_name": name, "height": height, "width": width}
         listed.append(entry)
-        text = _labels_of(file)
         # Without one there is nothing in the image.
         data = text.read_bytes() if is_there and text.is_file() else b""
         digest.update(name.encode(errors="surrogateescape") + b"\0" + data + b"\0")
@@ -215,12 +223,14 @@ def _names(path: Path) -> dict[int | str, str]:
 
 def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
     """One line: a category and a polygon, or a box, in parts of the image's sides."""
-    category, *words = line.split()
+    category, *words = line.replace(",", " ").split()
     width, height = image["width"], image["height"]
     try:
         values = [float(word) for word in words]
-    except ValueError:
-        return {"category_id": category, "segmentation": line}
+    except ValueError as error:
+        return {"category_id": category, "segmentation": error}
+    if fault := _fault_of_numbers(values):
+        return {"category_id": category, "segmentation": ValueError(fault)}
     scaled = [v * (height if i % 2 else width) for i, v in enumerate(values)]
     if len(scaled) == 4:
         x, y, w, h = scaled
@@ -228,10 +238,28 @@ def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
     return {"category_id": category, "segmentation": [scaled]}
 
 
+def _fault_of_numbers(values: Sequence[float]) -> str:
+    """What is wrong with the numbers of a line as a whole; empty if nothing is."""
+    if values and len(values) != 4 and (len(values) % 2 or len(values) < 6):
+        return (
+            f"{len(values)} numbers behind the class: x, y of three points or more, or x, y, "
+            "width, height, have another number"
+        )
+    if any(abs(v) > _FARTHEST for v in values):
+        return (
+            f"{max(values, key=abs):g} is no part of the image's sides, which are from 0 to 1; in "
+            "pixels they are not YOLO's"
+        )
+    return ""
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         # Everything as text: a class called "no" is no truth value, and nothing is made of a tag.
         document = yaml.load(read_regular(path), yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DatasetError(f"{path} is no YAML ({error.problem}{line})") from error
     except (yaml.YAMLError, RecursionError, OSError, ValueError) as error:
         raise DatasetError(f"{path} is no YAML ({short(str(error))})") from error
     return document if isinstance(document, Mapping) else {}

@@ -50,6 +50,10 @@ def moved(tmp_path: Path, images: str, annotations: str) -> Path:
         ("images", "annotations/instance_val.json", "val"),
         ("images", "result.json", None),
         ("data", "labels.json", None),
+        ("Train", "annotations/instances_Train.json", "train"),
+        ("train/data", "train/labels.json", "train"),
+        ("val/images", "val/annotations/instances.json", "val"),
+        ("Validation", "Validation/coco.json", "val"),
     ],
 )
 def test_splits_are_found_by_name(
@@ -136,7 +140,7 @@ def test_yolo_polygons_are_those_of_coco(tmp_path: Path, yaml: str, lists: dict[
         tmp_path,
         yaml,
         {
-            "a": ["\ufeff1 0.1 0.2 0.5 0.2 0.5 0.8 0.1 0.8", "", "0 0.6 0.6 0.9 0.6 0.9 0.9"],
+            "a": ["\ufeff1 0.1, 0.2 0.5 0.2, 0.5 0.8, 0.1 0.8", "", "0 0.6 0.6 0.9 0.6 0.9 0.9"],
             "b": [],
         },
     )
@@ -207,7 +211,9 @@ def test_a_yolo_list_of_several_folders(tmp_path: Path) -> None:
         ("0 0.5 0.5 0.2 0.2", r"annotation a.txt:2 of image 1 has no mask"),
         ("7 0.1 0.1 0.9 0.1 0.9 0.9", "annotation a.txt:2 of image 1 has category_id 7, which is"),
         ("0 0.1 x 0.9 0.1 0.9 0.9", "annotation a.txt:2 of image 1 cannot be understood"),
-        ("0 0.1 0.1 0.9 0.1 0.9", "a polygon needs at least three points"),
+        ("0 0.1 0.1 0.9 0.1 0.9", "5 numbers behind the class: x, y of three points or more, or"),
+        ("0 0.1 0.1 0.9 0.1 0.9 0.9 0.8", "7 numbers behind the class"),
+        ("0 10 10 90 10 90 90", "90 is no part of the image's sides, .* in pixels they are not"),
         ("0 0.1 0.1 nan 0.1 0.9 0.9", "is not finite"),
         ("0", "annotation a.txt:2 of image 1 has no mask"),
     ],
@@ -222,13 +228,18 @@ def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message:
 
 
 def test_no_dataset_is_one_line(tmp_path: Path) -> None:
-    folder = write_yolo(tmp_path, "a: [", {"a": []})
-    with pytest.raises(DatasetError, match="data.yaml is no YAML"):
+    folder = write_yolo(tmp_path, "a: 1\n\tb: 2\n", {"a": []})
+    with pytest.raises(DatasetError, match=r"data.yaml is no YAML \(found .* in line 2\)"):
         find_split(folder, "train")
     (folder / "data.yaml").write_text("train: train/images\nnames: 5\n")
     with pytest.raises(DatasetError, match="data.yaml has no list of names"):
         load_coco_split(folder / "data.yaml", folder / "train/images")
     (folder / "data.yaml").write_text(YAML)
+    looked = r"no image of .*images has a text file .* looked for at .*train/labels/a\.txt"
+    with pytest.raises(DatasetError, match=looked):
+        load_coco_split(folder / "data.yaml", folder / "train/images", needs="nothing")
+    (folder / "train/labels/a.txt").write_text("")
+    (folder / "train/images/._a.png").write_bytes(b"a note of macOS")
     with pytest.raises(DatasetError, match="has an empty list 'annotations'"):
         load_coco_split(folder / "data.yaml", folder / "train/images")
     with pytest.raises(DatasetError, match="its images are needed too"):
