@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mfdetr_cache.choices import OnBad
-from mfdetr_cache.coco.faults import Faults, keys_of
+from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
@@ -19,6 +19,8 @@ from mfdetr_cache.coco.yolo import read_yolo
 from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import GroundTruth
+
+_UNANNOTATED = " (Test images come without: nothing can be learned or measured with them.)"
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,11 @@ def load_coco_split(
 def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:
     """A document as COCO instances; there may be no annotations if ``unannotated``."""
     if not isinstance(document, dict):
-        what = "a list, as results are" if isinstance(document, list) else "no object"
+        what = short(document)
+        if isinstance(document, list):
+            first = document[0] if document else None
+            what = "a list, as results are"
+            what += f" (its first entry has {keys_of(first)})" if isinstance(first, dict) else ""
         raise DatasetError(
             f"annotation file {path} holds {what}; COCO instances are an object with the lists "
             "images, annotations and categories"
@@ -194,8 +200,8 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, An
         if not isinstance(document.get(key), list):
             raise DatasetError(
                 f"annotation file {path} has no list {key!r}, but "
-                f"{'null or another value' if key in document else keys_of(document)}; is it COCO "
-                "instances?"
+                f"{short(document[key]) if key in document else keys_of(document)}; is it COCO "
+                f"instances?{_UNANNOTATED if key == 'annotations' else ''}"
             )
         if not document[key]:
             raise DatasetError(f"annotation file {path} has an empty list {key!r}: nothing to do")

@@ -104,7 +104,7 @@ def _by_map(
 ) -> dict[int, int]:
     """Category id to label, as the user says."""
     found = {}
-    by_label = {_plain(name): label for label, name in reversed(list(enumerate(label_names)))}
+    by_label = {plain_name(name): label for label, name in reversed(list(enumerate(label_names)))}
     for name, target in mapped.items():
         chosen = called(categories, name)
         if not chosen:
@@ -112,12 +112,12 @@ def _by_map(
                 f"--map {name}={target}: the dataset has no category {name!r}; it has "
                 f"{named(c.name for c in categories)}"
             )
-        if _plain(target) not in by_label:
+        if plain_name(target) not in by_label:
             raise DatasetError(
                 f"--map {name}={target}: {detector} has no label {target!r}; it has "
                 f"{named(label_names)}"
             )
-        found.update({c.category_id: by_label[_plain(target)] for c in chosen})
+        found.update({c.category_id: by_label[plain_name(target)] for c in chosen})
     return found
 
 
@@ -131,10 +131,10 @@ def _by_name(
     of_name: dict[str, list[Category]] = defaultdict(list)
     for category in categories:
         if category.category_id not in done:
-            of_name[_plain(category.name)].append(category)
+            of_name[plain_name(category.name)].append(category)
     found: dict[int, int] = {}
     for label, name in enumerate(label_names):
-        same = of_name.pop(_plain(name), [])
+        same = of_name.pop(plain_name(name), [])
         annotated = [c for c in same if counts.get(c.category_id, 0)]
         if len(annotated) > 1:
             ids = " and ".join(str(c.written_id) for c in annotated)
@@ -158,7 +158,7 @@ def _by_number(
     ids = sorted(c.category_id for c in categories)
     annotated = [i for i in ids if counts.get(i, 0)]
     outputs = len(label_names)
-    real = [name for name in label_names if not re.fullmatch(_PLACEHOLDER, _plain(name))]
+    real = [name for name in label_names if not re.fullmatch(_PLACEHOLDER, plain_name(name))]
     if not real:
         # Roboflow's first category is the name of the dataset, and never annotated.
         without_root = ids[1:] if ids[0] == 0 and not counts.get(0, 0) else ids
@@ -212,13 +212,14 @@ def called(categories: Sequence[Category], name: str) -> list[Category]:
 
     Capitals and hyphens count only where several differ in them.
     """
-    of_name = [c for c in categories if _plain(c.name) == _plain(name)]
+    of_name = [c for c in categories if plain_name(c.name) == plain_name(name)]
     exact = [c for c in of_name if c.name == name]
     # Where names are numbers, as of digits, one may be the id of another.
     return exact or of_name or [c for c in categories if str(c.written_id) == name]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name as people compare it: without capitals, hyphens and underscores."""
     same = unicodedata.normalize("NFKC", name).casefold()
     return " ".join(same.replace("_", " ").replace("-", " ").split())
 

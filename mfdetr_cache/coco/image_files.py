@@ -1,5 +1,6 @@
 """Image files of a dataset: found under the name an annotation file gives them, opened safely."""
 
+import os
 import re
 import unicodedata
 import warnings
@@ -13,6 +14,8 @@ from mfdetr_cache.errors import DatasetError, ImageError
 
 # Decoders that read pixels and run nothing; Pillow alone would hand PostScript to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+# So their files end, the most frequent first.
+_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Pillow's own limit of an error. An image of this size takes half a gigabyte as RGB.
 MOST_PIXELS = 178_956_970
 # Half of it is worth a warning to Pillow, which would come in the middle of our own lines.
@@ -52,15 +55,17 @@ def fault_of_name(name: str) -> str:
 def find_file(folder: Path, name: str) -> str:
     """The name under which a file is in a folder; ``name`` itself if it is not there.
 
-    In annotation files names have the separators of Windows, %20 for a space, the ending in other
-    capitals, or letters composed in another way than on disk.
+    In annotation files names have the separators of Windows, %20 for a space, other capitals, or
+    letters composed in another way than on disk, or the ending that the image had before it was
+    converted.
     """
-    return next((n for n in _spellings(name) if (folder / n).is_file()), name)
+    # Unlike pathlib's, this one takes names that are too long for any file.
+    return next((n for n in _spellings(name) if os.path.isfile(folder / n)), name)  # noqa: PTH113
 
 
 def _spellings(name: str) -> Iterator[str]:
     """A name and what tools make of it."""
-    for decoded in dict.fromkeys((name, unquote(name))):
+    for decoded in dict.fromkeys((name, unquote(name), name.strip())):
         if fault_of_name(decoded):
             continue  # %2e%2e leads out of the folder, too
         for separated in dict.fromkeys((decoded, decoded.replace("\\", "/"))):
@@ -70,6 +75,15 @@ def _spellings(name: str) -> Iterator[str]:
                 yield spelled
                 for form in ("NFC", "NFD"):
                     yield unicodedata.normalize(form, spelled)
+    if fault_of_name(name):
+        return
+    path = PurePosixPath(name.replace("\\", "/"))
+    # What stands behind a dot may belong to the name: frame_0.25.
+    stem = path.stem if path.suffix.lower() in _ENDINGS else path.name
+    for changed in dict.fromkeys((stem, stem.lower(), stem.upper())):
+        for ending in (path.suffix, *_ENDINGS):
+            yield str(path.with_name(f"{changed}{ending.lower()}"))
+            yield str(path.with_name(f"{changed}{ending.upper()}"))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -86,7 +100,7 @@ def open_image(path: Path) -> Image.Image:
         raise ImageError(f"image {path} {_too_large(str(error))}") from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"image {path} cannot be decoded: it is none of {', '.join(_FORMATS)}"
+            f"image {path} cannot be decoded: it is none of {', '.join(_FORMATS)}{_instead(path)}"
         ) from error
     except (OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
         raise ImageError(f"image {path} cannot be decoded: {error}") from error
@@ -94,6 +108,24 @@ def open_image(path: Path) -> Image.Image:
         opened.close()
         raise ImageError(f"image {path} {_too_large(f'{opened.width * opened.height} pixels')}")
     return opened
+
+
+def _instead(path: Path) -> str:
+    """What a file is that is none of the formats, behind a message; nothing if that is unknown."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        return "; it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "; it is a pointer of Git LFS: run git lfs pull"
+    if head.lstrip().startswith(b"<"):
+        return "; it begins as HTML or SVG does"
+    if head[4:8] in (b"ftyp", b"jP  "):
+        kind = (
+            "JPEG 2000" if head[4:8] == b"jP  " else head[8:12].decode("ascii", "replace").upper()
+        )
+        return f"; it is {kind}: save it as PNG or JPEG"
+    return ""
 
 
 def orientation(image: Image.Image) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
-from mfdetr_cache.coco.faults import Faults, short
+from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_files import (
     check_file_name,
@@ -19,8 +20,8 @@ from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.ops.masks import check_size
 
 _SPELLED_OTHERWISE = (
-    "file_name is spelled otherwise on disk ('/' for backslashes, %20, capitals of its ending, or "
-    "accents)"
+    "file_name is spelled otherwise on disk ('/' for backslashes, %20, capitals, accents, or "
+    "another ending)"
 )
 _BY_LAST_PART = "file_name is a path of another place, found by its last part"
 _OF_URL = "file_name missing, taken from coco_url"
@@ -84,7 +85,8 @@ def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
         written = source_id(category.get("id")) if isinstance(category, dict) else None
         if written is None:
             raise DatasetError(
-                f"annotation file {path}: category {number} (counted from 0) lacks an 'id'"
+                f"annotation file {path}: category {number} (counted from 0) lacks an 'id'; it is "
+                f"{short(category)}"
             )
         name = category.get("name")
         text = f"category {written}" if name is None else str(name)
@@ -132,7 +134,8 @@ def read_images(
         elif folder is None and name is None:
             name = ""  # nobody is going to open it
         else:
-            faults.refuse(where, f"lacks a 'file_name' (it is {short(name)})")
+            said = f"it is {short(name)}" if "file_name" in image else f"it has {keys_of(image)}"
+            faults.refuse(where, f"lacks a 'file_name' ({said})")
             continue
         if name and str(PurePosixPath(name)) in names:
             faults.notice(where, "file_name is that of another image too, so it counts twice")
@@ -146,9 +149,17 @@ def read_images(
 def _last_parts(listed: Iterable[dict[str, Any]]) -> dict[str, str]:
     """File names with folders to their last parts, where no other image has the same."""
     names = {n for image in listed if isinstance(n := image.get("file_name"), str)}
-    lasts = {name: PurePosixPath(name.replace("\\", "/")).name for name in names}
+    lasts = {name: _last_part(name) for name in names}
     counts = Counter(lasts.values())
     return {n: last for n, last in lasts.items() if last not in ("", n) and counts[last] == 1}
+
+
+def _last_part(name: str) -> str:
+    """The name of the file in a path, a URL, or a URL of Label Studio."""
+    path, _, query = name.partition("?") if "/" in name else (name, "", "")
+    if query.startswith("d="):  # /data/local-files/?d=photos%2Fa.png
+        path = unquote(query[2:])
+    return PurePosixPath(path.replace("\\", "/")).name
 
 
 def _name_in(folder: Path | None, name: str, last: str, where: str, faults: Faults) -> str:

@@ -74,7 +74,12 @@ def _said(error: Exception, data: bytes) -> str:
         return f"{error}; several documents one behind the other, as in JSON Lines: write one list"
     if text[:1] not in ("{", "["):
         return f"it begins with {short(text[:200])}"
-    return str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    # Cut off behind a value, or within one.
+    if not error.doc[error.pos + 1 :].strip() or error.msg.startswith("Unterminated"):
+        return f"{error}; it ends before it is complete: was it written to its end?"
+    return f"{error}, behind {short(error.doc[: error.pos][-36:])}"
 
 
 def _of_zip(data: bytes, path: Path, kind: str) -> bytes:

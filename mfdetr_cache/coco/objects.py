@@ -20,6 +20,10 @@ from mfdetr_cache.coco.segmentation import (
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
 
 _FARTHEST = 10
+# Areas of polygons this small are not the number of their pixels.
+_FEW_PIXELS = 16
+_OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
+_IGNORED = "marked 'ignore', which changes nothing in COCO (iscrowd 1 does)"
 _NO_MASK = np.zeros(0, dtype=np.uint32)
 
 
@@ -83,7 +87,7 @@ def read_annotations(
             faults.refuse(draft.where, f"has no mask (segmentation {mask})")
         elif draft is not None:
             drafts.append(draft)
-            if in_parts:
+            if in_parts and isinstance(draft.raw.get("segmentation"), list):
                 faults.repair(draft.where, IN_PARTS)
     seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, faults.file)
@@ -187,6 +191,10 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
         source = "mask" if len(draft.run_lengths) else "box"
         area = float(pixels) if source == "mask" else box[2] * box[3]
         faults.repair(draft.where, f"area missing or not usable, taken from the {source}")
+    elif pixels > _FEW_PIXELS and not pixels / 4 < area < 4 * max(pixels, box[2] * box[3]):
+        faults.notice(draft.where, _OTHER_AREA)
+    if not draft.is_crowd and draft.raw.get("ignore") in (1, "1"):
+        faults.notice(draft.where, _IGNORED)
     return Annotation(
         own,
         draft.entry.image_id,

@@ -9,6 +9,7 @@ from typing import Any
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
+from mfdetr_cache.coco.categories import plain_name
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, known_id, named, number_of, source_id, with_numbers
 from mfdetr_cache.coco.image_list import ImageEntry
@@ -82,26 +83,32 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     )
     form = form_of_boxes(seen, str(path))
     results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
-    _notice_twins(drafts, faults)
+    _notice_together(drafts, faults)
     faults.stop_if_unusable(on_bad)
     return ResultsFile(results, faults)
 
 
-def _notice_twins(drafts: Sequence[_Draft], faults: Faults) -> None:
-    """Notice results that are there twice, as where files were joined."""
+def _notice_together(drafts: Sequence[_Draft], faults: Faults) -> None:
+    """Notice what no result tells alone: it is there twice, or all have one score."""
     seen: set[int] = set()
+    alike = len(drafts) > 1 and len({d.score for d in drafts}) == 1
     for d in drafts:
         runs = b"" if d.run_lengths is None else d.run_lengths.tobytes()
         same = hash((d.entry.image_id, d.category_id, d.score, d.box, runs))
         if same in seen:
             faults.notice(d.where, "score, box and mask are those of another, so one is wrong")
         seen.add(same)
+        if alike:
+            faults.notice(d.where, "score is that of all others, so their order decides the AP")
 
 
 def _instead(document: object) -> str:
     """What a file holds that is no list, behind a message."""
     if not isinstance(document, dict):
         return ""
+    scored = document.get("annotations")
+    if isinstance(scored, list) and scored and isinstance(scored[0], dict) and "score" in scored[0]:
+        return ": its list 'annotations' has scores; write that list alone"
     if "images" in document:
         return ": it is an annotation file; are --results and --annotations swapped?"
     return f" but an object with {keys_of(document)}"
@@ -131,11 +138,10 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
 
 
 def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
-    """Every id that can only mean one category: its own, and its name."""
-    counts = Counter(c.name for c in split.categories)
-    by_name: dict[SourceId, int] = {
-        c.name: c.category_id for c in split.categories if counts[c.name] == 1
-    }
+    """Every id that can only mean one category: its own, and its name in any capitals."""
+    names = [(n, c) for c in split.categories for n in {c.name, plain_name(c.name)}]
+    counts = Counter(name for name, _ in names)
+    by_name: dict[SourceId, int] = {n: c.category_id for n, c in names if counts[n] == 1}
     return with_numbers({**by_name, **{c.written_id: c.category_id for c in split.categories}})
 
 
@@ -152,12 +158,19 @@ class _Reading:
     known: str
 
     def image(self, written: SourceId) -> ImageEntry | None:
-        """An image by its id, its file's name, or a path that ends in it."""
+        """An image by its id, its file's name with any ending, or a path that ends in it."""
         if written in self.images or not isinstance(written, str):
             return self.images.get(written)
-        name = PurePosixPath(written.replace("\\", "/")).name
-        found = known_id(name, self.images)
-        return None if found is None else self.images.get(found)
+        path = PurePosixPath(written.replace("\\", "/"))
+        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+        found = (known_id(name, self.images) for name in (*ends, path.stem))
+        return next((self.images[i] for i in found if i is not None and i in self.images), None)
+
+    def category(self, value: object) -> SourceId | None:
+        """How a category is listed, by its id or its name in any capitals; else its id as it is."""
+        found = known_id(value, self.categories)
+        plain = plain_name(found) if isinstance(found, str) else found
+        return found if found in self.categories or plain not in self.categories else plain
 
 
 def _draft(
@@ -171,7 +184,7 @@ def _draft(
         faults.refuse(where, f"is {short(result)}")
         return None
     image_id = source_id(result.get("image_id"))
-    category_id = known_id(result.get("category_id"), reading.categories)
+    category_id = reading.category(result.get("category_id"))
     score = finite_number(result.get("score"))
     for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
         if value is None:
@@ -203,7 +216,7 @@ def _draft(
         faults.refuse(where, "has neither bbox nor segmentation")
         return None
     where = f"{where} of image {image_id}"
-    if reading.in_parts:
+    if reading.in_parts and isinstance(mask, list):
         faults.repair(where, IN_PARTS)
     return _Draft(where, entry, reading.categories[category_id], score, box, runs)
 

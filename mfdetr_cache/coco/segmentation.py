@@ -24,14 +24,15 @@ IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) an
 def polygons_in_parts(values: Iterable[object]) -> bool:
     """Whether every polygon of a file lies between 0 and 1: YOLO's parts of the image's sides.
 
-    ``values`` are the ``segmentation`` of every entry; those that are no lists say nothing.
+    ``values`` are the ``segmentation`` of every entry; those that are no lists say nothing, nor
+    do whole numbers: of a pixel, or of nothing.
     """
     seen = False
     for value in values:
         if isinstance(value, list) and (numbers := _flat(value)):
             if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in numbers):
                 return False
-            seen = True
+            seen = seen or any(isinstance(v, float) and v % 1 for v in numbers)
     return seen
 
 
@@ -72,10 +73,28 @@ def read_segmentation(
         return None
     if not isinstance(value, Sequence):
         raise ValueError(f"a segmentation is a list of polygons or an RLE, not {short(value)}")
+    if _is_of_points(value):
+        return run_lengths_of_polygons(_polygons([_plain_points(v) for v in value]), size_hw)
     if value and all(isinstance(item, Mapping) for item in value):
         return _of_rles(value, size_hw)
     polygons = _polygons(value)
     return run_lengths_of_polygons(polygons, size_hw) if polygons else None
+
+
+def _is_of_points(value: object) -> bool:
+    """Whether the first of all is a point ``{"x", "y"}``, whatever lists it is in."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, Mapping) and value.keys() == {"x", "y"}
+
+
+def _plain_points(value: object) -> object:
+    """Points ``{"x", "y"}``, in lists of any depth, as pairs; anything else as it is."""
+    if isinstance(value, list):
+        return [_plain_points(v) for v in value]
+    if isinstance(value, Mapping) and _is_of_points(value):
+        return [value["x"], value["y"]]
+    return value
 
 
 def _polygons(value: Sequence[Any]) -> list[list[float]]:
@@ -108,7 +127,7 @@ def _is_point(item: object) -> bool:
 
 def _numbers(values: Sequence[Any]) -> list[float]:
     if not set(map(type, values)) <= {int, float, str}:
-        raise ValueError("a polygon holds something that is no number")
+        raise ValueError(f"a polygon holds something that is no number: {short(values)}")
     try:
         return list(map(float, values))
     except (ValueError, OverflowError) as error:

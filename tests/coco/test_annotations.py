@@ -114,6 +114,11 @@ FAULTS = [
     (change("annotations", 2, segmentation=...), "annotation 1002 of image 105 has no mask"),
     (change("annotations", 2, segmentation=[[]]), "annotation 1002 of image 105 has no mask"),
     (change("annotations", 2, segmentation={"points": [[1, 2]]}), "is no RLE, which has size and"),
+    (change("annotations", 2, segmentation=[[{"x": 1}]]), "no number: .{'x': 1}."),
+    (change("images", 1, file_name=...), "image 105 lacks a 'file_name' .it has 'id', 'height'"),
+    (lambda d: d.update(categories=["cat"]), "category 0 .* lacks an 'id'; it is 'cat'"),
+    (lambda d: d.update(images={"1": 2}), "has no list 'images', but {'1': 2}; is it COCO"),
+    (lambda d: d.pop("annotations"), "'annotations', .*Test images come without: nothing"),
     (change("annotations", 2, segmentation=5), "a segmentation is a list of polygons or an RLE"),
     (change("annotations", 2, segmentation=[[5, 5, 2e8, 5, 2e8, 2e8]]), "1002 .* reaches x = 2e"),
     (change("annotations", 2, segmentation=[[5, 5, 1e300, 5, 9, 9]]), "reaches x = 1e"),
@@ -211,6 +216,14 @@ def test_sizes_and_names_come_from_the_files(tmp_path: Path, document: dict[str,
         ("a.png", "a.PNG"),
         ("a.JPG", "a.jpg"),
         ("sub\\a%20b.JPG", "sub/a b.jpg"),
+        ("a.png ", "a.png"),
+        ("sub/IMG_1.PNG", "sub/img_1.png"),
+        ("img_1.png", "IMG_1.JPG"),
+        ("sub\\a.bmp", "sub/a.jpeg"),
+        ("frame_0.25", "frame_0.25.jpg"),
+        ("frame_0.25", "frame_0.25"),
+        ("s3://bucket/a.png?X-Signature=a%2Fb", "a.png"),
+        ("/data/local-files/?d=photos%2Fmy%20a.png", "my a.png"),
     ],
 )
 def test_names_are_found_as_tools_write_them(
@@ -222,6 +235,16 @@ def test_names_are_found_as_tools_write_them(
     document["images"][0]["file_name"] = written_as
     split = load_coco_split(written(tmp_path, document), images)
     assert split.images[0].file_name == on_disk
+
+
+def test_a_dot_within_a_name_begins_no_ending(tmp_path: Path, document: dict[str, Any]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "frame_0.jpg").write_bytes(b"")
+    document["images"][0]["file_name"] = "frame_0.25"
+    document["images"][1]["file_name"] = "\u00e9" * 127  # too long in its other form
+    split = load_coco_split(written(tmp_path, document), images)
+    assert [e.file_name for e in split.images[:2]] == ["frame_0.25", "\u00e9" * 127]
 
 
 @pytest.mark.parametrize(
@@ -418,13 +441,39 @@ def test_one_polygon_in_pixels_tells_that_all_are(tmp_path: Path, document: dict
     ("content", "message"),
     [
         ([], "holds a list, as results are; COCO instances are an object with the lists"),
-        (5, "holds no object; COCO instances"),
+        (5, "holds 5; COCO instances"),
+        ([{"data": {}}], r"holds a list, as results are \(its first entry has 'data'\); COCO"),
         ({"items": [], "info": {}}, "has no list 'images', but 'items', 'info'; is it COCO"),
     ],
 )
 def test_files_of_other_kinds_are_told(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         load_coco_split(written(tmp_path, content))
+
+
+def test_whole_numbers_are_no_parts_of_sides(tmp_path: Path, document: dict[str, Any]) -> None:
+    """A polygon around one pixel, or of nothing, says nothing of others in the file."""
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = {"counts": [70, 30]}
+    for image in document["images"]:
+        image["height"] = image["width"] = 10
+    document["annotations"][0]["segmentation"] = [[0, 0, 1, 0, 1, 1, 0, 1]]
+    split = load_coco_split(written(tmp_path, document))
+    assert split.annotations[100][0].run_lengths[1::2].sum() == 1
+    assert not any("parts" in what for faults in split.faults for what in faults.repaired)
+
+
+def test_fields_that_mean_something_else_are_worth_a_word(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    for annotation in document["annotations"]:
+        annotation["area"] /= 5000
+    document["annotations"][1]["ignore"] = 1
+    reporter = SilentReporter()
+    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
+    area, ignore = reporter.messages
+    assert "16 of 16 annotations: area is not that of mask or bbox" in area
+    assert "1 of 16 annotations: marked 'ignore', which changes nothing" in ignore
 
 
 def test_a_panoptic_file_is_told(tmp_path: Path, document: dict[str, Any]) -> None:

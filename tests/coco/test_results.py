@@ -152,6 +152,25 @@ def in_paths(documents: Documents) -> None:
         result["image_id"] = path if number % 2 else path.replace("/", "\\")
 
 
+def by_converted_files(documents: Documents) -> None:
+    """Numbered anew in every folder, and results of them as another format in another place."""
+    for place, image in enumerate(documents[0]["images"]):
+        image["file_name"] = f"camera{place % 2}/{place // 2:04d}.png"
+    names = {i["id"]: i["file_name"] for i in documents[0]["images"]}
+    for result in documents[1]:
+        result["image_id"] = f"/data/{names[result['image_id']]}"
+    for image in documents[0]["images"][:1]:
+        image["file_name"] = image["file_name"].replace("0000.png", "first.tif")
+    for result in documents[1]:
+        result["image_id"] = result["image_id"].replace("camera0/0000.png", "x/first.jpg")
+
+
+def in_capitals(documents: Documents) -> None:
+    by_name(documents)
+    for result in documents[1]:
+        result["category_id"] = result["category_id"].upper()
+
+
 def by_name(documents: Documents) -> None:
     names = {c["id"]: c["name"] for c in documents[0]["categories"]}
     for result in documents[1]:
@@ -217,6 +236,8 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "results by a number in the file's name": in_numbers,
     "results by a path": in_paths,
     "results by the category's name": by_name,
+    "by its name in capitals": in_capitals,
+    "results by files that were converted": by_converted_files,
     "category ids as text": rename("category_id", "categories", str),
     "category ids as floats": rename("category_id", "categories", float),
     "category ids as text of floats": rename("category_id", "categories", lambda i: f"{i}.0"),
@@ -233,6 +254,16 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "boxes as text": rewrite("bbox", str, results=True),
     "corners": rewrite("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]], results=True),
     "flat polygons": rewrite("segmentation", of_polygons(lambda s: s[0]), results=False),
+    "points as dictionaries": rewrite(
+        "segmentation",
+        of_polygons(lambda s: [[{"x": x, "y": y} for x, y in p] for p in pairs(s)]),
+        results=False,
+    ),
+    "bare points as dictionaries": rewrite(
+        "segmentation",
+        of_polygons(lambda s: [{"y": y, "x": x} for x, y in pairs(s)[0]]),
+        results=False,
+    ),
     "points": rewrite("segmentation", pairs, results=False),
     "bare points": rewrite("segmentation", of_polygons(lambda s: pairs(s)[0]), results=False),
     "empty polygons beside": rewrite(
@@ -428,6 +459,15 @@ def test_results_of_other_categories_or_places_are_told(tmp_path: Path, plain: D
     assert any("box AP is 0.0, and no better where categories do not count" in m for m in messages)
 
 
+def test_one_score_for_all_is_told(tmp_path: Path, plain: Documents) -> None:
+    written = copied(plain)
+    for result in written[1]:
+        result["score"] = 1.0
+    found, messages = measured(tmp_path, written, extras=())
+    assert found["mask"]["AP"] == pytest.approx(pycocotools_reads(tmp_path, written)["segm"][0])
+    assert any("24 of 24 results: score is that of all others" in m for m in messages)
+
+
 def test_results_that_are_there_twice_are_told(tmp_path: Path, plain: Documents) -> None:
     _, messages = measured(tmp_path, (plain[0], plain[1] * 2), extras=())
     assert any("24 of 48 results: score, box and mask are those of another" in m for m in messages)
@@ -437,6 +477,7 @@ def test_results_that_are_there_twice_are_told(tmp_path: Path, plain: Documents)
     ("results", "message"),
     [
         ({"images": []}, "no list of results: it is an annotation file; are --results and"),
+        ({"images": [], "annotations": [{"score": 1}]}, "'annotations' has scores; write that li"),
         ({"predictions": []}, "no list of results but an object with 'predictions'"),
         ([{"image_id": 100, "category_id": 3, "confidence": 1}], "no number 'score' .it has 'imag"),
     ],

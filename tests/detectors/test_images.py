@@ -66,3 +66,20 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
             grey = np.asarray(loaded.image)[..., 0]
             np.testing.assert_array_equal(grey, (values & largest) >> 8)
             assert loaded.oddities == oddities
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
+        (b"<!DOCTYPE html><html>", "begins as HTML"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "it is HEIC: save it as PNG or JPEG"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "it is JPEG 2000: save it as PNG"),
+        (b"nothing known", "PPM$"),
+    ],
+)
+def test_what_is_no_image_is_called_by_its_name(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match=rf"a\.jpg cannot be decoded: it is none of JPEG.*{said}"):
+        load_with_oddities(tmp_path / "a.jpg", None)
