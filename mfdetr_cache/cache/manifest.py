@@ -37,11 +37,18 @@ def manifest_key(part: Part) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a sealed part is: its files by key; row, image id and reason of skipped images."""
+    """What a sealed part is.
+
+    Attributes:
+        skipped: Row, image id and reason of images that were left out.
+        files: Its files by key.
+        image_bytes: Size of the image file of each row when it was read; 0 where it is not known.
+    """
 
     part: Part
     skipped: tuple[dict[str, Any], ...]
     files: dict[str, FileRecord]
+    image_bytes: tuple[int, ...]
 
 
 def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
@@ -53,6 +60,7 @@ def write_manifest(storage: Storage, root: Root, manifest: Manifest) -> None:
         "part": manifest.part.number,
         "rows": [rows.start, rows.stop],
         "skipped": list(manifest.skipped),
+        "image_bytes": list(manifest.image_bytes),
         "files": plain_files(manifest.files),
     }
     storage.write(manifest_key(manifest.part), [seal(document)])
@@ -86,7 +94,12 @@ def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
         }
         for s in fields.each("skipped")
     )
-    return Manifest(part, skipped, files)
+    # Release 0.1.0 did not write them.
+    is_known = "image_bytes" in fields.values
+    image_bytes = fields.integers("image_bytes", 0, 2**53) if is_known else (0,) * len(rows)
+    if len(image_bytes) != len(rows):
+        raise CacheError(f"{where} has image_bytes of {len(image_bytes)} rows; {MEND}")
+    return Manifest(part, skipped, files, image_bytes)
 
 
 def require_names(fields: Fields, root: Root, where: str) -> None:

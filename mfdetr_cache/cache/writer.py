@@ -43,6 +43,7 @@ class _OpenPart:
     shards: dict[str, ShardBuilder] = field(default_factory=dict)
     next_chunk: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    image_bytes: dict[int, int] = field(default_factory=dict)
 
 
 class CacheWriter:
@@ -66,6 +67,8 @@ class CacheWriter:
         self.encoder = ImageEncoder(self._root)
         self._raw = self._root.layout.compression == "raw"
         self._open: _OpenPart | None = None
+        #: Rows of parts that :meth:`pending_parts` found whole, with the size of their image file.
+        self.image_bytes: list[tuple[int, int]] = []
 
     @classmethod
     def open_or_create(
@@ -110,6 +113,12 @@ class CacheWriter:
         """Its parts that are not whole: no manifest, or a file of another size than it says."""
         parts = self._partition.of(self._root.layout.parts)
         whole = whole_parts(self.storage, self._root, parts)
+        self.image_bytes = [
+            (row, size)
+            for part, manifest in whole.items()
+            for row, size in zip(self.rows_of_part(part), manifest.image_bytes, strict=True)
+            if size
+        ]
         return [p for p in parts if p not in whole]
 
     @property
@@ -135,13 +144,15 @@ class CacheWriter:
                     opened.next_chunk[name] = 0
         self._open = opened
 
-    def add(self, row: int, image: EncodedImage) -> int:
+    def add(self, row: int, image: EncodedImage, file_bytes: int = 0) -> int:
         """Add one image to the open part, which no reader sees yet, and return the bytes added.
 
+        ``file_bytes`` is the size of its file.
         ValueError if its maps are larger than planned.
         """
         part = self._require_open()
         index = row - part.rows.start
+        part.image_bytes[row] = file_bytes
         for name, values in image.tables.items():
             part.tables[name][index] = values
         for name, chunks in image.chunks.items():
@@ -183,7 +194,8 @@ class CacheWriter:
                 else:
                     pieces, files[key] = part.shards[name].finish()
                 self.storage.write(key, pieces)
-            manifest = Manifest(part.part, tuple(part.skipped), files)
+            image_bytes = tuple(part.image_bytes.get(row, 0) for row in part.rows)
+            manifest = Manifest(part.part, tuple(part.skipped), files, image_bytes)
             write_manifest(self.storage, self._root, manifest)
         self._open = None
         return sum(f.num_bytes for f in files.values())

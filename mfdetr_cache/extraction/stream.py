@@ -45,6 +45,7 @@ class _Decoded:
 
     geometry: ImageGeometry
     pixel_values: Tensor
+    file_bytes: int = 0
     problem: str = ""
     oddities: tuple[str, ...] = ()
     untold: int = 1
@@ -62,6 +63,7 @@ class _Item:
     row: int
     encoded: Future[EncodedImage] | None
     problem: str = ""
+    file_bytes: int = 0
 
 
 def num_encoders(device: torch.device) -> int:
@@ -108,6 +110,7 @@ class Extraction:
 
     def run(self, pending: Sequence[Part]) -> None:
         """Extract the parts that are pending."""
+        tell_changed_images(self._writer, self._images, self._reporter)
         total = self._writer.num_rows
         todo = sum(len(self._writer.rows_of_part(part)) for part in pending)
         self._reporter.start("extract", total, "images", done=total - todo)
@@ -142,13 +145,15 @@ class Extraction:
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._content.images[row]
         transform, geometry = self._content.transforms[view][row], self._geometry(view, row)
+        path = self._images / entry.file_name
         try:
-            loaded = load_with_oddities(self._images / entry.file_name, entry.size_hw)
+            loaded = load_with_oddities(path, entry.size_hw)
+            file_bytes = path.stat().st_size
         except ImageError as error:
-            return _Decoded(geometry, torch.zeros(3, *geometry.input_hw), str(error))
+            return _Decoded(geometry, torch.zeros(3, *geometry.input_hw), problem=str(error))
         picture = transform_image(loaded.image, transform)
         pixels = self._detector.preprocess(picture, transform.shortest_edge)
-        return _Decoded(geometry, pixels, "", loaded.oddities, loaded.untold)
+        return _Decoded(geometry, pixels, file_bytes, "", loaded.oddities, loaded.untold)
 
     def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
         """All rows of the parts in order; what a batch gives too early waits."""
@@ -203,7 +208,7 @@ class Extraction:
                 self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
             )
             self.num_extracted += 1
-            yield _Item(part, row, encoded)
+            yield _Item(part, row, encoded, file_bytes=image.file_bytes)
 
     def _note(self, row: int, oddities: tuple[str, ...]) -> None:
         """Count what is odd about a file; the first of a kind is told at once, not after hours."""
@@ -251,7 +256,7 @@ class Extraction:
             if item.encoded is None:
                 self._writer.skip(item.row, item.problem)
             else:
-                added = self._writer.add(item.row, item.encoded.result())
+                added = self._writer.add(item.row, item.encoded.result(), item.file_bytes)
             self.num_bytes += added
             self._reporter.advance(num_bytes=added)
         except BaseException:
@@ -263,3 +268,20 @@ class Extraction:
             self._writer.seal_part()
             self._num_sealed += len(self._writer.rows_of_part(self._part))
             self._part = None
+
+
+def tell_changed_images(writer: CacheWriter, images: Path, reporter: Reporter) -> None:
+    """Warn of image files that are no longer those whose features the writer found in its cache."""
+    changed = []
+    for row, size in writer.image_bytes:
+        path = images / writer.content.images[row].file_name
+        # One that is gone is told where it is needed.
+        if path.is_file() and path.stat().st_size != size:
+            changed.append(path)
+    if changed:
+        names = sorted(set(changed))
+        reporter.warn(
+            f"{len(names)} of {len(writer.content.images)} images have another size in bytes than "
+            f"when they were extracted, the first is {names[0]}: the cache keeps the features of "
+            "the files before; if these show something else, extract into another --cache"
+        )

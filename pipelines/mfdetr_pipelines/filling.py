@@ -22,7 +22,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.cached_boxes import judge_orientations, judged_box_metrics
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction
+from mfdetr_cache.extraction.stream import Extraction, tell_changed_images
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_pipelines.config.extract import ExtractConfig
@@ -92,6 +92,7 @@ def _fill_on_cluster(
     config: ExtractConfig, writer: CacheWriter, reporter: Reporter
 ) -> tuple[int, float]:
     pending = writer.pending_parts()
+    tell_changed_images(writer, config.files.images, reporter)
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
     total = writer.num_rows
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))

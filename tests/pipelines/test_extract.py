@@ -287,6 +287,26 @@ def test_the_same_cache_is_not_made_twice(
     assert files_of(cache) == before
 
 
+def test_images_that_were_replaced_are_told(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    folder, cache = tmp_path / "data", tmp_path / "c.zarr"
+    shutil.copytree(scenes_folder, folder)
+    run(folder, rtdetr_folder, cache, views=1)
+    before = files_of(cache)
+    assert not any("another size" in line for line in run(folder, rtdetr_folder, cache, views=1)[1])
+    replaced, gone, *_ = sorted((folder / "images").iterdir())
+    Image.open(replaced).convert("RGB").rotate(180).save(replaced, quality=60)
+    _, told = run(folder, rtdetr_folder, cache, views=1)
+    (said,) = (line for line in told if "another size" in line)
+    assert "1 of 8 images have another size in bytes than when they were" in said
+    assert str(replaced) in said
+    gone.unlink()
+    _, told = run(folder, rtdetr_folder, cache, views=1, on_bad_image="skip")
+    assert said in told
+    assert files_of(cache) == before
+
+
 def test_no_cuda_is_one_clear_line(
     tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
