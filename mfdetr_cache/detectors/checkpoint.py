@@ -3,7 +3,6 @@
 import argparse
 import builtins
 import contextlib
-import json
 import pickle
 import re
 import struct
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mfdetr_cache.detectors.other_files import has_model_type, told_of_file
 from mfdetr_cache.errors import DetectorError
-from mfdetr_cache.files import read_regular
 from mfdetr_cache.ops.plain_tensors import is_plain
 
 # Where the weights are, the first that is there. Averaged weights come before the last ones where
@@ -130,7 +129,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         try:
             return Checkpoint(path, _without_wrappers(load_file(path)))
         except (SafetensorError, OSError) as error:
-            raise DetectorError(f"{path} is no safetensors file ({error})") from error
+            raise _unreadable(path, f"is no safetensors file ({error})") from error
     document = _load_pickle(path)
     settings = _settings(document)
     return Checkpoint(path, _state_dict(document, path), _class_names(document, settings), settings)
@@ -138,13 +137,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def is_authors_folder(path: Path) -> bool:
     """Whether a folder holds weights but no configuration with a transformers model type."""
-    if not (path / _HUB_FILE).is_file():
-        return False
-    try:
-        config = json.loads(read_regular(path / "config.json"))
-    except (OSError, ValueError, RecursionError):
-        return True
-    return not (isinstance(config, dict) and config.get("model_type"))
+    return (path / _HUB_FILE).is_file() and not has_model_type(path)
 
 
 def _load_pickle(path: Path) -> object:
@@ -174,7 +167,9 @@ def _load_pickle(path: Path) -> object:
 
 
 def _unreadable(path: Path, what: str) -> DetectorError:
-    if path.suffix == ".pkl":
+    if told := told_of_file(path):
+        what = told
+    elif path.suffix == ".pkl":
         what = (
             "is a pickle of arrays, as detectron2 writes them, or damaged; load it with pickle "
             "where you trust it, and torch.save its state dict as tensors"
@@ -189,9 +184,8 @@ def _require_whole(path: Path) -> None:
             unpacked = sum(entry.file_size for entry in packed.infolist())
             for entry in packed.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or unpacked > path.stat().st_size:
-                    raise DetectorError(
-                        f"{path} was packed again with compression; load it with torch and save it"
-                    )
+                    again = "was packed again with compression; load it with torch and save it"
+                    raise _unreadable(path, again)
                 # torch can be told to write none.
                 with packed.open(entry) as file:
                     while entry.CRC and file.read(_BLOCK):
@@ -243,10 +237,10 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
         raise DetectorError(f"{path}: {error}") from error
     if not isinstance(found, Mapping) or not found:
         looked = ", ".join(".".join(keys) for keys in _WEIGHT_KEYS)
-        raise DetectorError(f"{path} holds no state dict (looked for {looked})")
+        raise _unreadable(path, f"holds no state dict (looked for {looked})")
     wrong = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if wrong:
-        raise DetectorError(f"{path}: {wrong[0]} is no tensor; this is no state dict of a detector")
+        raise _unreadable(path, f"is no state dict of a detector: {wrong[0]} in it is no tensor")
     odd = [k for k, v in found.items() if not is_plain(v)]
     if odd:
         raise DetectorError(

@@ -156,7 +156,7 @@ def damaged(tmp_path: Path, change: Any) -> str:
             "are shared in this detector, but differ here",
         ),
         (lambda m: m.pop("transformer.level_embed"), "is no checkpoint of .* has no transformer.l"),
-        (lambda m: m.update(extra=3), "extra is no tensor; this is no state dict"),
+        (lambda m: m.update(extra=3), "is no state dict of a detector: extra in it"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
@@ -179,7 +179,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(DetectorError, match=r"cut\.pth (cannot be read|is damaged)"):
         load_detector("dino", str(tmp_path / "cut.pth"))
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(DetectorError, match="epoch is no tensor"):
+    with pytest.raises(DetectorError, match="epoch in it is no tensor"):
         load_detector("dino", str(tmp_path / "empty.pth"))
 
 

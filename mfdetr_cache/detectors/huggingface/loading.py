@@ -19,9 +19,12 @@ from mfdetr_cache.detectors.huggingface.adapter import HuggingFaceDetector, Orig
 from mfdetr_cache.detectors.huggingface.families import FAMILIES, Family
 from mfdetr_cache.detectors.huggingface.prompt import read_prompt
 from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.other_files import told_of_file, told_of_folder
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.errors import DetectorError, MfdetrError
 from mfdetr_cache.files import write_atomically, writing
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_huggingface_detector(
@@ -35,13 +38,16 @@ def load_huggingface_detector(
     """
     folder = Path(weights)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DetectorError(f"{weights} is no detector: it has no config.json")
+        raise DetectorError(f"{weights} is no detector: {told_of_folder(folder)}")
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DetectorError(f"{weights} is a file; --detector hf takes a folder or a hub id")
     if not folder.exists() and (weights.count("/") != 1 or weights.startswith((".", "/"))):
         raise DetectorError(f"{weights} does not exist, and is no hub id (owner/name) either")
     if odd := next((f for f in folder.glob("*") if not (f.is_file() or f.is_dir())), None):
         raise DetectorError(f"{odd} is no regular file: it is none of a detector")
+    for file in folder.glob("*.safetensors"):
+        if told := told_of_file(file, of_folder=True):
+            raise DetectorError(f"{file} {told}")
     try:
         return _loaded(weights, options, categories)
     except (MfdetrError, MemoryError):
@@ -59,6 +65,16 @@ def _loaded(
         config, _ = transformers.PretrainedConfig.get_config_dict(weights)
         family = _family_of(str(config.get("model_type")), weights)
         _require_own_parts(config, weights)
+        if config.get("quantization_config"):
+            raise DetectorError(f"{weights} is quantised; give the model that it was made from")
+        names = [Path(weights) / name for name in _PROCESSOR_FILES]
+        if Path(weights).is_dir() and not any(name.is_file() for name in names):
+            raise DetectorError(
+                f"{weights} has no {_PROCESSOR_FILES[0]}, which says how its images are scaled; "
+                "copy that of the model that it was trained from"
+            )
+        if not options.labels:
+            _require_counted_labels(config.get("id2label"), weights)
         processor = transformers.AutoImageProcessor.from_pretrained(
             weights, trust_remote_code=False
         )
@@ -75,11 +91,13 @@ def _loaded(
         model, info = kind.from_pretrained(
             weights,
             output_loading_info=True,
-            use_safetensors=True,
+            # Their pickles are read by torch's loader of plain tensors, which runs nothing.
+            use_safetensors=not _has_pickles_alone(Path(weights)),
+            ignore_mismatched_sizes=True,  # named below
             dtype=torch.float32,
             trust_remote_code=False,
         )
-    _check_loaded(weights, info)
+    _check_loaded(weights, info, model.config.num_labels)
     into_own_memory(model)
     named_weights = model.state_dict(keep_vars=True)
     if family.correct is not None:
@@ -160,15 +178,41 @@ def _family_of(model_type: str, weights: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _check_loaded(weights: str, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+def _check_loaded(weights: str, info: dict[str, Any], num_classes: int) -> None:
+    for key, found, wanted in sorted(info.get("mismatched_keys") or ()):
+        raise DetectorError(
+            f"{weights}: {key} has shape {tuple(found)} in its weights and {tuple(wanted)} by its "
+            f"config.json, whose id2label names {num_classes} classes; they are not of one model"
+        )
+    for kind in ("missing_keys", "unexpected_keys"):
         keys = sorted(str(k) for k in info.get(kind) or ())
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            others = sorted(info.get("unexpected_keys") or ()) if kind == "missing_keys" else []
+            instead = f" (it has {others[0]} and such)" if others else ""
             raise DetectorError(
-                f"{weights}: {kind.replace('_', ' ')} in its weights: {shown}; "
+                f"{weights}: {kind.replace('_', ' ')} in its weights: {shown}{instead}; "
                 "the result would be partly random"
             )
+
+
+def _has_pickles_alone(folder: Path) -> bool:
+    """Whether a folder has its weights as transformers wrote them before safetensors."""
+    return any(folder.glob("pytorch_model*.bin*")) and not any(folder.glob("*.safetensors*"))
+
+
+def _require_counted_labels(id2label: object, weights: str) -> None:
+    """Refuse names that are of no output, or of another one than they say."""
+    try:
+        ids = sorted(int(i) for i in id2label)  # type: ignore[attr-defined]
+        is_wrong = ids != list(range(len(ids)))
+    except (TypeError, ValueError):
+        is_wrong = id2label is not None
+    if is_wrong or isinstance(id2label, list):
+        raise DetectorError(
+            f"{weights}: id2label of its config.json does not number its classes from 0 on; mend "
+            "it, or give their names with --labels"
+        )
 
 
 @contextlib.contextmanager

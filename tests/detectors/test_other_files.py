@@ -1,0 +1,137 @@
+"""What people give in place of a detector's weights is said, with what to give."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.errors import DetectorError
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.onnx", b"\x08\x08\x12\x07pytorch", "an ONNX model; give the checkpoint that it was"),
+        ("a.engine", b"ftrt", "a TensorRT engine; give the checkpoint that it was exported from"),
+        ("a.pth", POINTER, "a git-lfs pointer and not the file itself; run: git lfs pull"),
+        ("a.safetensors", POINTER, "a git-lfs pointer and not the file itself; run: git lfs pull"),
+        ("a.pth", b"<!DOCTYPE html><html>Virus scan warning", "a web page and no weights"),
+        ("a.pt", b"\x1f\x8b\x08", "packed; unpack it"),
+    ],
+)
+def test_files_of_something_else(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DetectorError, match=f"is {told}"):
+        load_detector("auto", str(tmp_path / name))
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as packed:
+        for name in ("a/data.pkl", "a/constants.pkl"):
+            packed.writestr(name, b"\x80\x02}.")
+    with pytest.raises(DetectorError, match="is TorchScript; give the state dict"):
+        load_detector("auto", str(tmp_path / "a.pt"))
+
+
+def test_files_of_a_transformers_folder(tmp_path: Path, rtdetr_folder: Path) -> None:
+    folder = tmp_path / "checkpoint-20"
+    shutil.copytree(rtdetr_folder, folder)
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    for name in ("model.safetensors", "config.json", "optimizer.pt"):
+        with pytest.raises(DetectorError, match=f"a transformers folder; give the folder {folder}"):
+            load_detector("auto", str(folder / name))
+    with pytest.raises(DetectorError, match=r"no config\.json, but checkpoint-20 inside it have"):
+        load_detector("auto", str(tmp_path))
+
+
+def test_folders_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(DetectorError, match=r"an adapter alone \(PEFT\): merge it"):
+        load_detector("auto", str(tmp_path / "adapter"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    zipfile.ZipFile(tmp_path / "a.pth").extractall(tmp_path / "unpacked")
+    with pytest.raises(DetectorError, match=r"an unpacked checkpoint: give the \.pth"):
+        load_detector("auto", str(tmp_path / "unpacked"))
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def without_processor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+def compiled(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+def fetched_without_lfs(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(POINTER)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (without_processor, r"has no preprocessor_config\.json, which says how its images"),
+        (fetched_without_lfs, r"model\.safetensors is a git-lfs pointer"),
+        (compiled, r"missing keys .* and \d+ more \(it has _orig_mod\.model\."),
+        (configured(quantization_config={"load_in_8bit": True}), "is quantised; give the model"),
+        (configured(id2label={"0": "a"}), r"\(3,\) in its weights and \(1,\) .* names 1 classes"),
+        (configured(id2label={str(i): "a" for i in range(6)}), "whose id2label names 6 classes"),
+        (configured(id2label={"1": "a", "2": "b", "3": "c"}), "not number its classes from 0 on"),
+        (configured(id2label=["a", "b", "c"]), "not number its classes from 0 on"),
+    ],
+)
+def test_folders_that_do_not_fit(
+    tmp_path: Path, rtdetr_folder: Path, change: Callable[[Path], None], told: str
+) -> None:
+    folder = tmp_path / "d"
+    shutil.copytree(rtdetr_folder, folder)
+    change(folder)
+    with pytest.raises(DetectorError, match=told):
+        load_detector("auto", str(folder))
+
+
+def test_names_that_are_given_need_none_in_the_folder(tmp_path: Path, rtdetr_folder: Path) -> None:
+    folder = tmp_path / "d"
+    shutil.copytree(rtdetr_folder, folder)
+    configured(id2label={"1": "a", "2": "b", "3": "c"})(folder)
+    given = load_detector("auto", str(folder), DetectorOptions(labels=("x", "y", "z")))
+    assert given.spec.label_names == ("x", "y", "z")
+
+
+def test_weights_from_before_safetensors(tmp_path: Path, rtdetr_folder: Path) -> None:
+    folder = tmp_path / "d"
+    shutil.copytree(rtdetr_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    before, after = (load_detector("auto", str(f)).spec for f in (rtdetr_folder, folder))
+    assert after == before
+
+    # One that wants to do something is not asked.
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "was-run",))
+
+    torch.save({"a": Runs()}, folder / "pytorch_model.bin")
+    with pytest.raises(DetectorError, match="cannot load the detector"):
+        load_detector("auto", str(folder))
+    assert not (tmp_path / "was-run").exists()
