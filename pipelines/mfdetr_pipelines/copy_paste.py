@@ -41,8 +41,6 @@ IMAGES, ANNOTATIONS = "images", "instances.json"
 _PENDING = IMAGES + PARTIAL
 # JPEG's own losses stay below those of COCO's images.
 _QUALITY = 95
-# As many as were measured to help, and the images that they made at most (docs/quality.md).
-_COPIES, _MOST_IMAGES = 6, 2500
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +81,6 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
         if made is None:
             _require_empty(config.out)
         return _write(config, split, made_of, maker, reporter)
-
-
-def worthwhile_copies(split: CocoSplit) -> int:
-    """Copies of every image that are worth their extraction; none if an object has no mask."""
-    drawn = all(len(a.run_lengths) for found in split.annotations.values() for a in found)
-    if not drawn or not any(_has_object_to_paste(split, entry) for entry in split.images):
-        return 0
-    return max(0, min(_COPIES, _MOST_IMAGES // len(split.images) - 1))
-
-
-def _has_object_to_paste(split: CocoSplit, entry: ImageEntry) -> bool:
-    truth = split.ground_truth(entry, {})
-    pixels = [int(runs[1::2].sum(dtype=np.int64)) for runs in truth.run_lengths]
-    return bool(can_be_pasted(np.array(pixels, np.int64), truth.is_crowd).any())
 
 
 def _names_and_bytes(folder: Path, split: CocoSplit) -> str:
@@ -172,7 +156,7 @@ class _Maker:
         self._written_category = {c.category_id: c.written_id for c in split.categories}
         written = [i for e in split.images for i in (e.image_id, e.written_id)]
         self._next_id = max(i for i in written if isinstance(i, int)) + 1
-        self._donors = [e for e in split.images if _has_object_to_paste(split, e)]
+        self._donors = [e for e in split.images if self._gives(e)]
         if not self._donors:
             raise DatasetError(
                 f"{self._files.annotations} has no object of {LEAST_PIXELS_TO_PASTE} pixels or "
@@ -220,6 +204,11 @@ class _Maker:
             name = name.with_name(f"_{name.name}")
         self._taken.add(_as_one_file(str(name)))
         return str(name)
+
+    def _gives(self, entry: ImageEntry) -> bool:
+        truth = self._split.ground_truth(entry, {})
+        pixels = [int(runs[1::2].sum(dtype=np.int64)) for runs in truth.run_lengths]
+        return bool(can_be_pasted(np.array(pixels, np.int64), truth.is_crowd).any())
 
     def _scene(self, entry: ImageEntry) -> Scene:
         image = load_image(self._files.images / entry.file_name, entry.size_hw)

@@ -28,7 +28,6 @@ def run_demo(folder: Path, reporter: Reporter, length: Length | None = None) -> 
         data,
         str(demo_detector()),
         folder / "run",
-        copies=0,
         views=0,
         recipe="demo",
         length=length or Length(),

@@ -3,11 +3,10 @@
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mfdetr_cache.coco.annotations import load_to_extract
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
 from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
@@ -20,13 +19,13 @@ from mfdetr_cache.files import is_taken, make_folder, write_atomically
 from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.recipes import asked_recipe
+from mfdetr_cache.training.recipes import AUTO, asked_recipe
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
-from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste, worthwhile_copies
+from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
 from mfdetr_pipelines.numbers import percent
@@ -39,6 +38,8 @@ ConfigT = TypeVar("ConfigT")
 ResultT = TypeVar("ResultT")
 
 _NUM_PICTURES = 10
+# Training images below which pasted objects may help (docs/quality.md).
+_FEW = 1000
 # Every so many-th training image is measured on where the dataset has no other split.
 _HELD_OUT = 5
 _TRAIN_CACHE, _VAL_CACHE, _HEAD, _PAGE = "train.zarr", "val.zarr", "head", "report.html"
@@ -104,11 +105,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     make_folder(config.out)
     steps, head = _Steps(reporter), config.out / _HEAD
     val_split = config.val_split or split_to_measure(config.dataset)
-    if config.copies is None and val_split is not None:
-        files_of_train = find_split(config.dataset, config.train_split)
-        split = load_to_extract(files_of_train, config.on_bad_annotation, None)
-        config = replace(config, copies=worthwhile_copies(split))
-    elif config.copies and val_split is None:
+    if config.copies and val_split is None:
         raise MfdetrError(
             f"--copies {config.copies}: {config.dataset} has no split to measure on, and objects "
             "of held-out training images would be pasted; make one, or leave out --copies"
@@ -120,7 +117,7 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
         caches[val_split] = _extract(config, steps, files, _VAL_CACHE)
     files = {"dataset": config.dataset, "split": config.train_split}
     if config.copies:
-        files = _copy_paste(config, steps, config.copies)
+        files = _copy_paste(config, steps)
     learned = _extract(config, steps, files, _TRAIN_CACHE, config.num_views)
     caches[config.train_split] = learned
     _train(config, steps, held_out=val_split is None)
@@ -142,25 +139,25 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
         cache_bytes=sum(c.stored_bytes for c in caches.values()),
         evaluation=evaluation,
         commands=tuple(steps.commands),
-        next_commands=_next_commands(config, measured_on),
+        next_commands=_next_commands(config, measured_on, learned.num_images),
     )
     write_atomically(summary.page, _page(config, caches, summary, pictures.values()).encode())
     return summary
 
 
-def _copy_paste(config: FitConfig, steps: _Steps, copies: int) -> dict[str, Any]:
+def _copy_paste(config: FitConfig, steps: _Steps) -> dict[str, Any]:
     # A folder for each number: another one is another dataset.
-    out = config.out / f"pasted-{copies}"
+    out = config.out / f"pasted-{config.copies}"
     files = {"images": out / IMAGES, "annotations": out / ANNOTATIONS}
     dataset, split = config.dataset, config.train_split
     words = ["copy-paste", "--dataset", str(dataset), "--split", split, "--out", str(out)]
-    words += ["--copies", str(copies), *_skip(config)]
+    words += ["--copies", str(config.copies), *_skip(config)]
     paste = CopyPasteConfig(
         out,
         dataset=dataset,
         split=split,
         on_bad_annotation=config.on_bad_annotation,
-        copies=copies,
+        copies=config.copies,
     )
     steps.run("paste objects", words, run_copy_paste, paste)
     return files
@@ -232,12 +229,19 @@ def _device(config: FitConfig) -> list[str]:
     return [] if config.device == "auto" else ["--device", config.device]
 
 
-def _next_commands(config: FitConfig, measured_on: Path) -> tuple[str, ...]:
+def _next_commands(config: FitConfig, measured_on: Path, num_learned: int) -> tuple[str, ...]:
     """Masks for other photos, what may make them better, and what they lack."""
     head, cache = str(config.out / _HEAD), str(config.out / _TRAIN_CACHE)
     detector = ["--detector", config.detector] if config.detector != "auto" else []
     better = ["train-head", "--cache", cache, "--out", str(config.out / "head-longer")]
     better += ["--recipe", config.recipe, "--max-steps", "N"]
+    if num_learned < _FEW and not config.copies and measured_on.name == _VAL_CACHE:
+        better = ["fit", "--dataset", str(config.dataset)]
+        better += ["--train-split", config.train_split] if config.train_split != "train" else []
+        better += ["--val-split", config.val_split] if config.val_split else []
+        better += ["--weights", config.weights, *config.words_of_detector, *_skip(config)]
+        better += ["--recipe", config.recipe] if config.recipe != AUTO else []
+        better += ["--copies", "6", "--out", f"{config.out}-pasted"]
     predict = ["predict", "PHOTOS", "--weights", config.weights, *detector, "--head", head]
     commands = (
         [*predict, "--out", "MASKS"],

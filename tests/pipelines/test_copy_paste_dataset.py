@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
-from mfdetr_pipelines.copy_paste import run_copy_paste, worthwhile_copies
+from mfdetr_pipelines.copy_paste import run_copy_paste
 from mfdetr_pipelines.extract import run_extract
 from PIL import Image
 from pycocotools.coco import COCO
@@ -167,25 +167,3 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path: Path, scenes_folder
     with pytest.raises(ImageError, match="images are not in"):
         run_copy_paste(config(crowds, tmp_path / "b"), SilentReporter())
     assert not (tmp_path / "b").exists()
-
-
-def test_copies_are_worth_it_for_some_hundred_images_whose_masks_are_drawn(
-    tmp_path: Path, scenes_folder: Path
-) -> None:
-    document = json.loads((scenes_folder / "instances.json").read_text())
-    first = document["images"][0]
-
-    def copies(images: int = 0, **changes: object) -> int:
-        more = [{**first, "id": 10_000 + i, "file_name": f"{i}.jpg"} for i in range(images)]
-        objects = [{**document["annotations"][0], **changes}, *document["annotations"][1:]]
-        path = tmp_path / "a.json"
-        changed = {**document, "images": [*document["images"], *more], "annotations": objects}
-        path.write_text(json.dumps(changed))
-        return worthwhile_copies(load_coco_split(path, needs="nothing"))
-
-    there = len(document["images"])
-    assert copies() == 6
-    assert copies(segmentation=None) == 0
-    assert [copies(n - there) for n in (357, 358, 833, 1250, 1251)] == [6, 5, 2, 1, 0]
-    document["annotations"] = [{**a, "iscrowd": 1} for a in document["annotations"]]
-    assert copies() == 0

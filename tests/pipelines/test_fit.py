@@ -35,8 +35,12 @@ KINDS: dict[str, Any] = {
 def fit(
     data: Path, out: Path, reporter: SilentReporter | None = None, **changes: Any
 ) -> FitSummary:
-    settings = {"recipe": "demo", "length": Length(4), "copies": 0, "views": 1, "device": "cpu"}
-    config = FitConfig(data, str(demo_detector()), out, **{**settings, **changes})
+    config = FitConfig(
+        data,
+        str(demo_detector()),
+        out,
+        **{"recipe": "demo", "length": Length(4), "views": 1, "device": "cpu", **changes},
+    )
     return run_fit(config, reporter or SilentReporter())
 
 
@@ -91,6 +95,7 @@ def test_the_printed_commands_are_what_was_run(
     assert any(line.startswith(told) for line in before_training)
     assert found.evaluation.num_images == 3
     assert found.evaluation.box.AP > 0.3
+    assert parsed(found.next_commands[1]).copies == 6
     assert found.page.read_text().count("<img ") == 5 * len(found.pictures) == 15
     run.clear()
     config = FitConfig(
@@ -149,12 +154,7 @@ def test_without_another_split_training_images_are_left_out(data: Path, tmp_path
 def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(StoppedError):
-        fit(
-            data,
-            out,
-            Stopping(f"copy-paste --dataset {data} --split train --out {out}/pasted-6"),
-            copies=None,
-        )
+        fit(data, out, Stopping("copy-paste"), copies=1)
     (out / f"pasted-1/images{PARTIAL}").mkdir(parents=True)  # as one that was killed while pasting
     found = fit(data, out, copies=1, views=None)
     assert [shlex.split(line)[1] for line in found.commands] == [
@@ -165,6 +165,7 @@ def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: P
     assert extract.views.count == 1
     assert len(list(extract.images.iterdir())) == 12
     assert found.evaluation.num_images == 3
+    assert "train-head" in found.next_commands[1]
     shutil.copytree(data, tmp_path / "alone", ignore=shutil.ignore_patterns("*valid*"))
     with pytest.raises(MfdetrError, match="no split to measure on"):
         fit(tmp_path / "alone", tmp_path / "again", copies=1)

@@ -38,9 +38,8 @@ class FitConfig(OnDevice):
         labels: Names of the detector's classes, one a line in the order of its outputs, where its
             weights have none or wrong ones.
         copies: Copies of every training image with objects of others pasted onto it (mfdetr
-            copy-paste). By default 6, or as many as make 2,500 images, where the dataset has
-            another split to measure on and masks for all objects; 0 for none.
-        views: Augmented passes per training image, 4 by default and 1 beside copies. Each adds to
+            copy-paste), which help where few images are learned by heart; 6 are usual.
+        views: Augmented passes per training image, 4 by default and 1 beside --copies. Each adds to
             the cache what the plain pass takes.
         recipe: How the head is made and trained.
     """
@@ -55,7 +54,7 @@ class FitConfig(OnDevice):
     num_queries: int | None = None
     labels: Annotated[Path | None, FILE] = None
     on_bad_annotation: OnBadAnnotation = "stop"
-    copies: Annotated[int | None, Option(takes_zero=True)] = None
+    copies: Annotated[int, Option(takes_zero=True)] = 0
     views: Annotated[int | None, Option(takes_zero=True)] = None
     recipe: Annotated[str, RECIPE_OR_AUTO] = AUTO
     length: Length = field(default_factory=Length)
