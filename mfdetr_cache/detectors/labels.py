@@ -24,12 +24,14 @@ def output_names(
     given: Sequence[str],
     where: str,
     spare_outputs: int = 0,
+    num_classes: int | None = None,
 ) -> tuple[str, ...]:
     """A name for every output of a detector; ``LABEL_i`` where none is known.
 
     ``num_outputs`` does not count "no object". The user's names, if ``given``, replace those
     ``known`` from the weights, which a message calls ``where``; DetectorError if there are not as
-    many as outputs, ``spare_outputs`` of which may have none, see :func:`names_of_checkpoint`.
+    many as outputs, ``spare_outputs`` of which may have none, see :func:`names_of_checkpoint`, which
+    takes ``num_classes`` too.
     """
     if given:
         if not 0 <= num_outputs - len(given) <= spare_outputs:
@@ -38,18 +40,21 @@ def output_names(
                 "give one name per output, in their order, also where one stands for no class (the "
                 "first, if category ids began at 1)"
             )
-        known = names_of_checkpoint(num_outputs, given)
+        known = names_of_checkpoint(num_outputs, given, num_classes)
     return tuple(known.get(i) or f"LABEL_{i}" for i in range(num_outputs))
 
 
-def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str]:
+def names_of_checkpoint(
+    num_outputs: int, names: Sequence[str], num_classes: int | None = None
+) -> dict[int, str]:
     """Class names of an authors' checkpoint by output; empty where it has none.
 
     So many names that they cannot be those of the outputs are of another training. Outputs are the
     classes in their order (RT-DETR and its descendants), or category ids, so that
     there is one output more than the largest id (LW-DETR, RF-DETR). A Roboflow dataset has a root
-    category 0 that is no class; its names begin at output 1 then. Published COCO checkpoints have
-    no names.
+    category 0 that is no class; its names begin at output 1 then. RF-DETR before 1.5 counts it in
+    ``num_classes`` of its training and makes as many outputs; later ones number their classes from
+    0 and have an output more. Published COCO checkpoints have no names.
     """
     coco = list(COCO_NAMES.values())
     if not names and num_outputs == len(coco):
@@ -59,4 +64,5 @@ def names_of_checkpoint(num_outputs: int, names: Sequence[str]) -> dict[int, str
     spare = num_outputs - len(names)
     if not 0 <= spare <= SPARE_OUTPUTS:
         return {}
-    return dict(enumerate(names, 1 if spare == SPARE_OUTPUTS else 0))
+    by_id = spare == SPARE_OUTPUTS or (spare == 1 and num_classes == num_outputs)
+    return dict(enumerate(names, int(by_id)))

@@ -319,6 +319,29 @@ def test_names_of_classes(tmp_path: Path) -> None:
     assert spare.spec.label_names == (*LABELS[:2], "LABEL_2")
 
 
+@pytest.mark.parametrize(
+    ("args", "first"),
+    [
+        # RF-DETR before 1.5: the root category counts, and ids are outputs.
+        (argparse.Namespace(num_classes=3, class_names=["a", "b"]), 1),
+        # Later ones number classes from 0 and make an output more.
+        ({"num_classes": 2, "class_names": ["a", "b"]}, 0),
+    ],
+    ids=["1.3", "1.6"],
+)
+def test_names_of_rf_detr_stand_where_its_version_trained_them(
+    tmp_path: Path, args: Any, first: int
+) -> None:
+    path = str(tmp_path / "checkpoint_best_total.pth")
+    torch.save({"model": state_dict("rf-detr"), "args": args}, path)
+    expected = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    expected[first : first + 2] = ["a", "b"]
+    assert load_detector("auto", path).spec.label_names == tuple(expected)
+    expected[first : first + 2] = ["c", "d"]
+    given = load_detector("auto", path, DetectorOptions(labels=("c", "d")))
+    assert given.spec.label_names == tuple(expected)
+
+
 def test_another_input_size(tmp_path: Path) -> None:
     """RT-DETR's files do not tell it; heads and caches keep it."""
     write_small(tmp_path / "best.pth", "rt-detr")

@@ -36,6 +36,7 @@ class Origin:
         settings: Settings beside the weights that change the outputs.
         save: Writes the current weights into a folder; returns the value for ``--weights``.
         spare_outputs: Maximum number of class outputs without a class.
+        num_classes: What its training counted as classes, where the weights tell.
         prompt: What it looks for, where it takes that.
     """
 
@@ -45,6 +46,7 @@ class Origin:
     settings: Mapping[str, object]
     save: Callable[[Path], str]
     spare_outputs: int = 0
+    num_classes: int | None = None
     prompt: Prompt | None = None
 
 
@@ -208,6 +210,7 @@ class HuggingFaceDetector(PreprocessedDetector):
             given,
             self._origin.where,
             self._origin.spare_outputs,
+            self._origin.num_classes,
         )
         embed = getattr(self.model.model, "level_embed", None)
         settings: dict[str, object] = {

@@ -131,13 +131,18 @@ def load_authors_detector(
     with quiet():
         model, names = build(blueprint, weights)
     into_own_memory(model)
+    by_id = name in ("rf-detr", "lw-detr")
+    num_classes = checkpoint.settings.get("num_classes") if by_id else None
     origin = Origin(
         name=name,
         where=weights,
-        known_names=dict(enumerate(prompt.phrases)) if prompt else _known_names(checkpoint),
+        known_names=dict(enumerate(prompt.phrases))
+        if prompt
+        else _known_names(checkpoint, num_classes),
         settings={"layout": "authors", **blueprint.choices},
         save=partial(_save_checkpoint, model, names, checkpoint),
-        spare_outputs=SPARE_OUTPUTS if name in ("rf-detr", "lw-detr") else 0,
+        spare_outputs=SPARE_OUTPUTS if by_id else 0,
+        num_classes=num_classes,
         prompt=prompt,
     )
     height, width = blueprint.input_hw or (None, None)
@@ -241,12 +246,12 @@ def _count_no_batches(model: nn.Module) -> None:
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
 
 
-def _known_names(checkpoint: Checkpoint) -> dict[int, str]:
+def _known_names(checkpoint: Checkpoint, num_classes: int | None) -> dict[int, str]:
     tensors = checkpoint.tensors
     bias = tensors.get("class_embed.bias")
     if bias is None:
         bias = next(v for key, v in tensors.items() if key.endswith(".enc_score_head.bias"))
-    return names_of_checkpoint(len(bias), checkpoint.class_names)
+    return names_of_checkpoint(len(bias), checkpoint.class_names, num_classes)
 
 
 def _save_checkpoint(
