@@ -95,6 +95,34 @@ def test_containers_of_every_kind_give_the_same_detector(tmp_path: Path) -> None
     assert len(hashes) == 1
 
 
+def test_arguments_in_the_file_say_what_no_tensor_does(tmp_path: Path) -> None:
+    """As IDEA-Research/DINO and HDETR/H-Deformable-DETR use them at test time."""
+
+    def load(name: str, **arguments: object) -> Any:
+        path = tmp_path / "checkpoint.pth"
+        document = write_checkpoint(path, SMALL[name])
+        torch.save({**document, "args": argparse.Namespace(**arguments)}, path)
+        return load_detector(name, str(path))
+
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    plain = load("dino", pe_temperatureH=20, pe_temperatureW=20, nheads=8)
+    assert plain.spec.settings == load("dino").spec.settings
+    warm = load("dino", pe_temperatureH=10000, pe_temperatureW=10000)
+    assert warm.spec.settings["temperature"] == 10000
+    assert not torch.equal(warm.forward(pixels).class_logits, plain.forward(pixels).class_logits)
+    again = load_detector("dino", warm.save_weights(tmp_path / "saved"))
+    assert again.spec == warm.spec
+    sizes = {"data_aug_scales": [480, 640], "data_aug_max_size": 1000}
+    assert load("dino", **sizes).input_geometry((480, 600)).resized_hw == (640, 800)
+    larger = load("dino", data_aug_scale_overlap=1.5)
+    assert larger.input_geometry((480, 640)).resized_hw == (1200, 1600)
+    assert load("h-detr-swin-t", num_queries_one2one=7, num_queries=300).spec.num_queries == 7
+    with pytest.raises(DetectorError, match=r"was trained with dilation=True, which is not read"):
+        load("dino", dilation=True)
+    with pytest.raises(DetectorError, match="pe_temperatureH and W differ"):
+        load("dino", pe_temperatureH=20, pe_temperatureW=10)
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("this ran",)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from mfdetr_cache.detectors.checkpoint import Checkpoint
 from mfdetr_cache.detectors.names import Rules, Translation, carry, carry_back, count, translate
-from mfdetr_cache.detectors.official.architecture import Arithmetic, Layout
+from mfdetr_cache.detectors.official.architecture import (
+    OFFICIAL_ARITHMETIC,
+    Arithmetic,
+    Layout,
+)
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.errors import DetectorError
 
@@ -34,6 +38,17 @@ _DETREX_PREPROCESSING = replace(
     mean=(123.675, 116.28, 103.53),
     std=(58.395, 57.12, 57.375),
 )
+# What changes numbers and no tensor tells, in the arguments that official trainings keep with their
+# weights: what is read, and is meant where an argument is left out.
+_ARGUMENTS: dict[str, object] = {
+    "nheads": 8,
+    "dilation": False,
+    "pre_norm": False,
+    "transformer_activation": "relu",
+    "num_patterns": 0,
+    "decoder_sa_type": "sa",
+    "decoder_module_seq": ["sa", "ca", "ffn"],
+}
 # A tensor that only a detector of the code base has.
 _MARKS: dict[str, Layout] = {
     "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
@@ -130,11 +145,11 @@ class Source:
 
     Attributes:
         tensors: Its state dict.
-        checkpoint: The file, under the names of its code base; None for an official one.
+        checkpoint: The file, under the names of its code base; None for untrained weights.
         preprocessing: What its code base does to an image at test time.
         arithmetic: What its code computes; None for that of the official code.
         names: Official name of each name in the file; empty where they are the same.
-        num_queries: Queries, where no table of the file tells.
+        num_queries: Queries, where the file tells them beside its tables.
     """
 
     layout: Layout
@@ -149,12 +164,16 @@ class Source:
         """What of this is part of a detector's identity, beside weights and preprocessing."""
         if self.arithmetic is None:
             return {}
+        if self.layout == "official":
+            return asdict(self.arithmetic)
         return {"layout": self.layout, **asdict(self.arithmetic)}
 
     def document(self, state: Mapping[str, Tensor]) -> dict[str, object]:
         """A checkpoint as the code base writes it, of a state dict under official names."""
         if self.checkpoint is None:
             return {"model": dict(state)}
+        if self.layout == "official":
+            return {"model": dict(state), "args": dict(self.checkpoint.settings)}
         written = carry_back(state, self.names, self.checkpoint.tensors)
         if self.layout == "detrex":
             return {"model": written}
@@ -179,7 +198,7 @@ def read_source(checkpoint: Checkpoint, temperature: float = 10000.0) -> Source:
     """
     tensors, layout = checkpoint.tensors, layout_of(checkpoint.tensors)
     if layout == "official":
-        return Source(layout, tensors)
+        return _of_official(checkpoint)
     used = [key for key in tensors if not re.search(_UNUSED, key)]
     convs = count(used, r"neck\.convs\.(\d+)\.")
     extra = [
@@ -197,6 +216,41 @@ def read_source(checkpoint: Checkpoint, temperature: float = 10000.0) -> Source:
         arithmetic = Arithmetic(temperature, offset, 1e-3, 1e-3)
         return Source(layout, renamed, checkpoint, _DETREX_PREPROCESSING, arithmetic, names)
     return _of_mmdetection(checkpoint, renamed, names)
+
+
+def _of_official(checkpoint: Checkpoint) -> Source:
+    """What the arguments in the file say; published files without any are as their code's defaults.
+
+    DINO's sizes at test time are those of its augmentation.
+    """
+    settings = checkpoint.settings
+    for name, read in _ARGUMENTS.items():
+        if settings.get(name, read) != read:
+            raise DetectorError(
+                f"{checkpoint.path} was trained with {name}={settings[name]}, which is not read; "
+                f"{name}={read} is"
+            )
+    scale = float(settings.get("data_aug_scale_overlap") or 1)
+    scales = settings.get("data_aug_scales") or [OFFICIAL_PREPROCESSING.shortest_edge]
+    longest = settings.get("data_aug_max_size") or OFFICIAL_PREPROCESSING.longest_edge
+    temperature = settings.get("pe_temperatureH")
+    if settings.get("pe_temperatureW", temperature) != temperature:
+        raise DetectorError(f"{checkpoint.path}: pe_temperatureH and W differ, which is not read")
+    dino = OFFICIAL_ARITHMETIC["dino"]
+    return Source(
+        "official",
+        checkpoint.tensors,
+        checkpoint,
+        preprocessing=replace(
+            OFFICIAL_PREPROCESSING,
+            shortest_edge=int(max(scales) * scale),
+            longest_edge=int(longest * scale),
+        ),
+        arithmetic=None
+        if temperature in (None, dino.temperature)
+        else replace(dino, temperature=float(temperature)),
+        num_queries=settings.get("num_queries_one2one", settings.get("num_queries")),
+    )
 
 
 def _of_mmdetection(
