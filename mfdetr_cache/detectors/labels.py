@@ -30,8 +30,8 @@ def output_names(
 
     ``num_outputs`` does not count "no object". The user's names, if ``given``, replace those
     ``known`` from the weights, which a message calls ``where``; DetectorError if there are not as
-    many as outputs, ``spare_outputs`` of which may have none, see :func:`names_of_checkpoint`, which
-    takes ``num_classes`` too.
+    many as outputs, ``spare_outputs`` of which may have none, see
+    :func:`names_of_checkpoint`, which takes ``num_classes`` too.
     """
     if given:
         if not 0 <= num_outputs - len(given) <= spare_outputs:
