@@ -232,7 +232,7 @@ def _of_official(checkpoint: Checkpoint) -> Source:
             )
     scale = float(settings.get("data_aug_scale_overlap") or 1)
     scales = settings.get("data_aug_scales") or [OFFICIAL_PREPROCESSING.shortest_edge]
-    longest = settings.get("data_aug_max_size") or OFFICIAL_PREPROCESSING.longest_edge
+    longest = float(settings.get("data_aug_max_size") or OFFICIAL_PREPROCESSING.longest_edge or 0)
     temperature = settings.get("pe_temperatureH")
     if settings.get("pe_temperatureW", temperature) != temperature:
         raise DetectorError(f"{checkpoint.path}: pe_temperatureH and W differ, which is not read")
