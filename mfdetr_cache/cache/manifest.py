@@ -102,6 +102,18 @@ def read_manifest(storage: Storage, root: Root, part: Part) -> Manifest | None:
     return Manifest(part, skipped, files, image_bytes)
 
 
+def sizes_of_images(root: Root, manifests: Mapping[Part, Manifest]) -> list[tuple[int, int]]:
+    """Rows of sealed parts with the size in bytes of their image file, where it is known."""
+    return [
+        (row, size)
+        for part, manifest in manifests.items()
+        for row, size in zip(
+            root.layout.rows_of_part(part.number), manifest.image_bytes, strict=True
+        )
+        if size
+    ]
+
+
 def require_names(fields: Fields, root: Root, where: str) -> None:
     """Refuse a sealed document of another cache; the CacheError names what it is of."""
     for name, value in root.names.items():

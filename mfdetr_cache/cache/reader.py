@@ -7,7 +7,7 @@ from typing import Any
 
 from mfdetr_cache.cache.annotations import Annotations, newest_version, read_annotations
 from mfdetr_cache.cache.foundation import Foundation, Opened, read_opened
-from mfdetr_cache.cache.manifest import Manifest, manifest_key, read_manifest
+from mfdetr_cache.cache.manifest import Manifest, manifest_key, read_manifest, sizes_of_images
 from mfdetr_cache.cache.schema import BASE_VIEW, Part
 from mfdetr_cache.cache.storage.open import Location, open_storage
 from mfdetr_cache.cache.storage.protocol import Storage
@@ -124,6 +124,11 @@ class FeatureCache(Foundation):
     def _manifests(self) -> dict[Part, Manifest]:
         manifests = {p: read_manifest(self.storage, self.root, p) for p in self.layout.parts}
         return {p: m for p, m in manifests.items() if m is not None}
+
+    @property
+    def sizes_of_images(self) -> list[tuple[int, int]]:
+        """Rows with the size in bytes of their image file when it was read, where it is known."""
+        return sizes_of_images(self.root, self._manifests)
 
     @property
     def skipped(self) -> tuple[dict[str, Any], ...]:

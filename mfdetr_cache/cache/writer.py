@@ -20,7 +20,7 @@ from mfdetr_cache.cache.creation import CacheContent, create_cache
 from mfdetr_cache.cache.encoder import EncodedImage, ImageEncoder
 from mfdetr_cache.cache.foundation import read_root
 from mfdetr_cache.cache.locks import locked
-from mfdetr_cache.cache.manifest import Manifest, whole_parts, write_manifest
+from mfdetr_cache.cache.manifest import Manifest, sizes_of_images, whole_parts, write_manifest
 from mfdetr_cache.cache.partition import WHOLE, Partition
 from mfdetr_cache.cache.records import FileRecord
 from mfdetr_cache.cache.root import Root
@@ -67,8 +67,8 @@ class CacheWriter:
         self.encoder = ImageEncoder(self._root)
         self._raw = self._root.layout.compression == "raw"
         self._open: _OpenPart | None = None
-        #: Rows of parts that :meth:`pending_parts` found whole, with the size of their image file.
-        self.image_bytes: list[tuple[int, int]] = []
+        # Of the parts that `pending_parts` found whole.
+        self.sizes_of_images: list[tuple[int, int]] = []
 
     @classmethod
     def open_or_create(
@@ -113,12 +113,7 @@ class CacheWriter:
         """Its parts that are not whole: no manifest, or a file of another size than it says."""
         parts = self._partition.of(self._root.layout.parts)
         whole = whole_parts(self.storage, self._root, parts)
-        self.image_bytes = [
-            (row, size)
-            for part, manifest in whole.items()
-            for row, size in zip(self.rows_of_part(part), manifest.image_bytes, strict=True)
-            if size
-        ]
+        self.sizes_of_images = sizes_of_images(self._root, whole)
         return [p for p in parts if p not in whole]
 
     @property

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,17 +271,24 @@ class Extraction:
 
 
 def tell_changed_images(writer: CacheWriter, images: Path, reporter: Reporter) -> None:
-    """Warn of image files that are no longer those whose features the writer found in its cache."""
-    changed = []
-    for row, size in writer.image_bytes:
-        path = images / writer.content.images[row].file_name
-        # One that is gone is told where it is needed.
-        if path.is_file() and path.stat().st_size != size:
-            changed.append(path)
-    if changed:
-        names = sorted(set(changed))
-        reporter.warn(
-            f"{len(names)} of {len(writer.content.images)} images have another size in bytes than "
-            f"when they were extracted, the first is {names[0]}: the cache keeps the features of "
-            "the files before; if these show something else, extract into another --cache"
-        )
+    """Warn of image files that are no longer those whose features a cache has already."""
+    entries = writer.content.images
+    sizes = writer.sizes_of_images
+    if told := told_of_changed_images(sizes, lambda row: entries[row].file_name, images):
+        reporter.warn(told)
+
+
+def told_of_changed_images(
+    sizes: Sequence[tuple[int, int]], name_of: Callable[[int], str], images: Path
+) -> str:
+    """What to say of image files that are not of the size in bytes they had; empty if all are."""
+    # One that is gone is told where it is needed.
+    paths = ((images / name_of(row), size) for row, size in sizes)
+    changed = sorted({p for p, size in paths if p.is_file() and p.stat().st_size != size})
+    if not changed:
+        return ""
+    return (
+        f"{len(changed)} images have another size in bytes than when they were extracted, the "
+        f"first is {changed[0]}: the cache keeps the features of the files before; if these show "
+        "something else, extract into another --cache"
+    )

@@ -18,6 +18,7 @@ from mfdetr_cache.cache.verify import (
 from mfdetr_cache.detectors.registry import load_with_options_of
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.extraction.again import extract_again
+from mfdetr_cache.extraction.stream import told_of_changed_images
 from mfdetr_cache.identity import detector_identity, differences
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.devices import torch_device
@@ -108,7 +109,8 @@ def _compare_live(config: VerifyConfig, reporter: Reporter) -> tuple[list[str], 
     detector = detector.to(device)
     pairs = [(view, row) for view, opened in cache.views.items() for row in opened.rows]
     chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(config.live, len(pairs)))]
-    faults: list[str] = []
+    changed = told_of_changed_images(cache.sizes_of_images, cache.file_name, images)
+    faults = [changed] if changed else []
     worst = 0.0
     reporter.start("compare", len(chosen), "images")
     for view in dict(chosen):
