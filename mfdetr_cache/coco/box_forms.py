@@ -92,7 +92,8 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
             f"{file}: every bbox lies between 0 and 1, as in parts of the image's sides; write x, "
             "y, width, height in pixels"
         )
-    return BoxForm("corners") if _are_corners([(box, size) for box, _, size in seen]) else COCO_FORM
+    plain = [(box, size) for box, _, size in seen]
+    return BoxForm("corners") if not others and _are_corners(plain) else COCO_FORM
 
 
 def _fits(form: BoxForm, one: _Masked) -> bool:

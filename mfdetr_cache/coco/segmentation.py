@@ -1,6 +1,7 @@
 """The ``segmentation`` of an annotation or a result, in every form that tools write it."""
 
 import ast
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -135,15 +136,12 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 
 
 def _of_text(value: str | bytes, size_hw: tuple[int, int]) -> RunLengths | None:
-    """A mask as text: JSON of another form, or the compressed counts of an RLE alone."""
+    """A mask as text: JSON or Python of another form, or the compressed counts of an RLE."""
     text = value.strip()
     if not text or text in ("null", "None", "nan", "NaN", b"null", b"None"):
         return None
-    try:
-        inner = json.loads(text)
-    except (ValueError, RecursionError):
-        inner = None
-    if isinstance(inner, (list, dict)):
+    inner = _unwritten(text)
+    if isinstance(inner, (list, tuple, dict)):
         return read_segmentation(inner, size_hw)
     try:
         return run_lengths_of_counts(_plain_counts(text), size_hw)
@@ -151,6 +149,14 @@ def _of_text(value: str | bytes, size_hw: tuple[int, int]) -> RunLengths | None:
         raise ValueError(
             f"the text {short(value)} is neither JSON nor the counts of an RLE ({error})"
         ) from error
+
+
+def _unwritten(text: str | bytes) -> object:
+    """What a text is as JSON, else as Python's ``str`` writes a list or dictionary; or None."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text.decode() if isinstance(text, bytes) else text)
+    return None
 
 
 def _of_rle(value: Mapping[str, Any], size_hw: tuple[int, int]) -> RunLengths | None:
@@ -179,6 +185,7 @@ def _of_rles(values: Sequence[Any], size_hw: tuple[int, int]) -> RunLengths | No
 
 def _plain_counts(counts: object) -> object:
     """Counts without what Python's ``str`` puts around bytes, as in ``"b'ab1'"``."""
+    counts = counts.strip() if isinstance(counts, str) else counts
     if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
         try:
             return ast.literal_eval(counts)

@@ -403,6 +403,17 @@ def test_boxes_beside_their_masks_are_worth_a_word(
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
 
 
+def test_boxes_as_large_as_their_images_are_no_corners(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    """Without masks they would be taken for such."""
+    sides = {i["id"]: [i["width"], i["height"]] for i in document["images"]}
+    for annotation in document["annotations"]:
+        annotation["bbox"][2:] = sides[annotation["image_id"]]
+    (_, faults) = load_coco_split(written(tmp_path, document)).faults
+    assert not faults.repaired
+
+
 def test_boxes_that_fit_no_form_stay_as_they_are(tmp_path: Path, document: dict[str, Any]) -> None:
     for annotation in document["annotations"]:
         x, y, w, h = annotation["bbox"]

@@ -282,6 +282,11 @@ WAYS: dict[str, Callable[[Documents], None]] = {
         "segmentation", of_polygons(lambda s: [*s, [400, 400, 500, 400, 500, 500]]), results=False
     ),
     "counts in a list": rewrite("segmentation", counts_list, results=True),
+    "Python as text": rewrite("segmentation", str, results=True),
+    "numpy's boxes as text": rewrite("bbox", lambda b: f"[{' '.join(map(str, b))}]", results=True),
+    "counts on a line": rewrite(
+        "segmentation", of_rles(lambda s: {**s, "counts": s["counts"] + "\n"}), results=True
+    ),
     "RLE as text": rewrite("segmentation", of_rles(json.dumps), results=True),
     "counts alone": rewrite("segmentation", of_rles(lambda s: s["counts"]), results=True),
     "bytes as text": rewrite(
