@@ -28,7 +28,9 @@ def relabelled(cache: FeatureCache, labelled: LabelledSplit) -> tuple[Annotation
         ]
 
     objects = {view: moved(view) for view in cache.views}
-    return AnnotationContent(*labelled.header, objects), len(entries)
+    moved_ids = any(e.image_id != cache.image_id(row) for row, e in entries.items())
+    header = labelled.header(renumbered=moved_ids)
+    return AnnotationContent(*header, objects), len(entries)
 
 
 def _entries_of_rows(cache: FeatureCache, split: CocoSplit) -> Mapping[int, ImageEntry]:

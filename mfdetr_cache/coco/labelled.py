@@ -7,7 +7,7 @@ from typing import Any
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.categories import LabelMatch, MatchedCategory, called, match_labels
 from mfdetr_cache.coco.image_list import Category, ImageEntry
-from mfdetr_cache.coco.options import OBJECT, LabelOptions
+from mfdetr_cache.coco.options import OBJECT, RENUMBERED, LabelOptions
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
@@ -26,15 +26,21 @@ class LabelledSplit:
     match: LabelMatch
     chosen: dict[str, Any]
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """What these labels are made from, as plain values."""
-        return {"name": self.split.name, "sha256": self.split.sha256, **self.chosen}
+    def header(
+        self, *, renumbered: bool = False
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[int, ...]]:
+        """Source, ``{"id", "name"}`` of each category, and category of each label, in a cache.
 
-    @property
-    def header(self) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[int, ...]]:
-        """Source, ``{"id", "name"}`` of each category, and category of each label, in a cache."""
-        return self.source, self.split.plain_categories, self.match.label_categories
+        The source is what these labels are made from. It also tells of what has other ids in the
+        cache than in the file: where these cannot be used, or the images of a cache that had ids
+        before, which are ``renumbered``.
+        """
+        images = renumbered or any(e.source_id is not None for e in self.split.images)
+        categories = any(c.source_id is not None for c in self.split.categories)
+        ours = ["images"] * images + ["categories"] * categories
+        told = {RENUMBERED: ours} if ours else {}
+        source = {"name": self.split.name, "sha256": self.split.sha256, **self.chosen, **told}
+        return source, self.split.plain_categories, self.match.label_categories
 
     def objects_of(self, entry: ImageEntry | None) -> GroundTruth:
         """The objects of an image, with their labels; none of an image that is not listed."""

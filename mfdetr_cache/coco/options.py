@@ -12,6 +12,8 @@ from mfdetr_cache.options import Option
 
 # A field below, in what a version of annotations is made from, and in a detector's settings.
 CLASS_AGNOSTIC = "class_agnostic"
+# Beside it in these: what has other ids in a cache than in the annotation file.
+RENUMBERED = "renumbered"
 # The label and the category of all.
 OBJECT = "object"
 

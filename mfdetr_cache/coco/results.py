@@ -139,9 +139,12 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
 
 def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
     """Every id that can only mean one category: its own, and its name in any capitals."""
-    names = [(n, c) for c in split.categories for n in {c.name, plain_name(c.name)}]
-    counts = Counter(name for name, _ in names)
-    by_name: dict[SourceId, int] = {n: c.category_id for n, c in names if counts[n] == 1}
+    by_name: dict[SourceId, int] = {}
+    for form in (plain_name, str):  # the names as they are written come first
+        counts = Counter(form(c.name) for c in split.categories)
+        for category in split.categories:
+            if counts[name := form(category.name)] == 1:
+                by_name[name] = category.category_id
     return with_numbers({**by_name, **{c.written_id: c.category_id for c in split.categories}})
 
 

@@ -70,7 +70,7 @@ def plan_cache(
         if c1_roi is None
         else {"roi_size": c1_roi.roi_size, "sampling_ratio": c1_roi.sampling_ratio},
     }
-    labels = AnnotationContent(*labelled.header, objects)
+    labels = AnnotationContent(*labelled.header(), objects)
     return CacheContent(Root(identity, spec, layout), split.images, transforms, labels)
 
 

@@ -73,7 +73,7 @@ def run_compare(config: CompareConfig, reporter: Reporter) -> CompareSummary:
     masks = {run: results for run, (_, results) in found.items()}
     for file in set(config.subjects) - set(config.runs):
         assert split is not None  # checked with the settings
-        masks[file] = _masks_of_file(file, split, truth, config, reporter)
+        masks[file] = _masks_of_file(file, split, truth, file_names, config, reporter)
     ordered = [masks[subject] for subject in config.subjects]
     aps = [[WeightedAP(truth, results)] for results in ordered]
     num_images = len(aps[0][0].image_ids)
@@ -120,11 +120,25 @@ def _common_images(
 
 
 def _masks_of_file(
-    path: Path, split: CocoSplit, truth: COCO, config: CompareConfig, reporter: Reporter
+    path: Path,
+    split: CocoSplit,
+    truth: COCO,
+    file_names: Mapping[int, str],
+    config: CompareConfig,
+    reporter: Reporter,
 ) -> list[Result]:
     found = load_results(path, split, config.on_bad_annotation)
     found.faults.tell(reporter)
-    masks = [r for r in found.with_field("segmentation") if r["image_id"] in truth.imgs]
+    # After a relabelling the ids of the cache's images may be those of another file.
+    by_name = {name: image_id for image_id, name in file_names.items()}
+    own = {
+        e.image_id: e.image_id
+        if file_names.get(e.image_id) == e.file_name
+        else by_name.get(e.file_name, e.image_id)
+        for e in split.images
+    }
+    masks = [{**r, "image_id": own[r["image_id"]]} for r in found.with_field("segmentation")]
+    masks = [r for r in masks if r["image_id"] in truth.imgs]
     if found.results and not masks:
         raise DatasetError(f"{path} has no masks of these images")
     return masks

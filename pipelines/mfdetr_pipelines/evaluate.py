@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Evaluator
+from mfdetr_cache.coco.categories import category_names
+from mfdetr_cache.coco.options import RENUMBERED
 from mfdetr_cache.detectors.wrapped import with_own_masks
 from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, measure_results
 from mfdetr_cache.evaluation.detections import detections_of
@@ -72,8 +74,28 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     if config.save_results is not None:
         # Somebody may have written one in these minutes.
         require_free(config.save_results, "--save-results")
-        write_atomically(config.save_results, _results_file(config.save_results, masks))
+        named = _with_names(cache, masks, reporter)
+        write_atomically(config.save_results, _results_file(config.save_results, named))
     return summary
+
+
+def _with_names(
+    cache: FeatureCache, masks: Sequence[Result], reporter: Reporter
+) -> Sequence[Result]:
+    """The results by names of files and categories where the cache has other ids than the user."""
+    renumbered = cache.annotations.source.get(RENUMBERED, ())
+    names: dict[str, dict[int, str]] = {}
+    if "images" in renumbered:
+        names["image_id"] = {cache.image_id(row): cache.file_name(row) for row in cache.rows}
+    if "categories" in renumbered:
+        names["category_id"] = category_names(cache.categories)
+    if not names:
+        return masks
+    reporter.warn(
+        f"ids of {' and '.join(renumbered)} are the cache's own, so the results have names in "
+        f"{' and '.join(names)}; evaluate --results reads them"
+    )
+    return [{**r, **{key: of_id[r[key]] for key, of_id in names.items()}} for r in masks]
 
 
 def _results_file(path: Path, masks: Sequence[Result]) -> bytes:

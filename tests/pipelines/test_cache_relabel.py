@@ -13,9 +13,12 @@ from mfdetr_pipelines.cache.info import describe_cache
 from mfdetr_pipelines.cache.relabel import RelabelSummary, run_relabel
 from mfdetr_pipelines.cache.repair import run_repair
 from mfdetr_pipelines.cache.verify import run_verify
+from mfdetr_pipelines.compare import run_compare
 from mfdetr_pipelines.config.cache import RelabelConfig, RepairConfig, VerifyConfig
+from mfdetr_pipelines.config.compare import CompareConfig
 from mfdetr_pipelines.config.shared import LiveDetector
 from mfdetr_pipelines.evaluate import EvaluateConfig, run_evaluate
+from mfdetr_pipelines.evaluate_results import run_evaluate_results
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import TrainHeadConfig, run_train_head
 
@@ -339,3 +342,35 @@ def test_label_a_few_train_and_label_more(
     assert {r["image_id"] for r in results} == {i["id"] for i in document["images"]}
     assert describe_cache(f"{path}@0").objects == 0
     assert run_verify(VerifyConfig(path, full=True), SilentReporter()).faults == ()
+
+
+def test_results_of_ids_that_are_not_the_caches_are_the_users(
+    tmp_path: Path, drawn_cache: Path, better: Path
+) -> None:
+    """Images exported anew under each other's ids, and categories that are text."""
+    document = json.loads(better.read_text())
+    ids = [i["id"] for i in document["images"]]
+    others = dict(zip(ids, reversed(ids), strict=True))
+    for entry in document["images"]:
+        entry["id"] = others[entry["id"]]
+    for entry in document["categories"]:
+        entry["id"] = f"{9 - entry['id']}"
+    for annotation in document["annotations"]:
+        annotation["image_id"] = others[annotation["image_id"]]
+        annotation["category_id"] = f"{9 - annotation['category_id']}"
+    exported, cache = tmp_path / "exported.json", tmp_path / "cache.zarr"
+    exported.write_text(json.dumps(document))
+    shutil.copytree(drawn_cache, cache)
+    relabelled(cache, exported)
+    run_train_head(TrainHeadConfig(cache, tmp_path / "run", small_recipe()), SilentReporter())
+    results, reporter = tmp_path / "results.json", SilentReporter()
+    wanted = run_evaluate(EvaluateConfig(cache, tmp_path / "run", save_results=results), reporter)
+    assert wanted.mask.AP > 0
+    assert any("ids of images and categories are the cache's own" in m for m in reporter.messages)
+    found = run_evaluate_results(results, exported)
+    assert found.metrics()["mask"] == wanted.mask.to_dict()
+    compared = run_compare(
+        CompareConfig((tmp_path / "run", results), (str(cache),), exported, samples=2),
+        SilentReporter(),
+    )
+    assert [s.mask for s in compared.subjects] == [wanted.mask] * 2
