@@ -115,7 +115,7 @@ def _instead(document: object) -> str:
 
 
 def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[SourceId, ImageEntry]:
-    """Every id that can only mean one image: its own, its file's name, the name without ending.
+    """Every id that can only mean one image: its own, its file's name, that without its ending.
 
     The numbers that files are named by are taken where all that are ``wanted`` are such, and not
     all are ids: so ultralytics writes results.
@@ -127,8 +127,10 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
         for file in [PurePosixPath(entry.file_name.replace("\\", "/"))]
         for name in {str(file), file.name, file.stem}
     ]
-    counts = Counter(name for name, _ in names)
-    by_name: dict[SourceId, ImageEntry] = {n: entry for n, entry in names if counts[n] == 1}
+    by_name: dict[SourceId, ImageEntry] = {}
+    for form in (str.lower, str):  # the names as they are written come first
+        counts = Counter(form(name) for name, _ in names)
+        by_name.update({n: entry for name, entry in names if counts[n := form(name)] == 1})
     by_id = {**by_name, **with_numbers({e.written_id: e for e in split.images})}
     numbers = [(number, e) for name, e in names if (number := number_of(name)) is not None]
     by_number: dict[SourceId, ImageEntry] = dict(numbers)
@@ -166,8 +168,10 @@ class _Reading:
             return self.images.get(written)
         path = PurePosixPath(written.replace("\\", "/"))
         ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        found = (known_id(name, self.images) for name in (*ends, path.stem))
-        return next((self.images[i] for i in found if i is not None and i in self.images), None)
+        # The number in a converted file's name is no id, unlike one that is the whole name.
+        found = (*(known_id(end, self.images) for end in ends), path.stem)
+        spelled = (n for e in found for n in ((e, e.lower()) if isinstance(e, str) else (e,)))
+        return next((self.images[i] for i in spelled if i is not None and i in self.images), None)
 
     def category(self, value: object) -> SourceId | None:
         """How a category is listed, by its id or its name in any capitals; else its id as it is."""

@@ -162,7 +162,7 @@ def by_converted_files(documents: Documents) -> None:
     for image in documents[0]["images"][:1]:
         image["file_name"] = image["file_name"].replace("0000.png", "first.tif")
     for result in documents[1]:
-        result["image_id"] = result["image_id"].replace("camera0/0000.png", "x/first.jpg")
+        result["image_id"] = result["image_id"].replace("camera0/0000.png", "x/First.JPG")
 
 
 def in_capitals(documents: Documents) -> None:
@@ -462,6 +462,15 @@ def test_results_of_other_categories_or_places_are_told(tmp_path: Path, plain: D
         result["bbox"] = [3 * v for v in result["bbox"]]
     found, messages = measured(tmp_path, moved)
     assert any("box AP is 0.0, and no better where categories do not count" in m for m in messages)
+
+
+def test_a_number_in_a_files_name_is_no_id(tmp_path: Path, plain: Documents) -> None:
+    written = copied(plain)
+    for image in written[0]["images"]:
+        image["file_name"] = f"photo-{image['id']}.png"
+    written[1][3]["image_id"] = f"/data/{written[1][3]['image_id']}.jpg"
+    with pytest.raises(DatasetError, match=r"result 3 is of image /data/\d+\.jpg, which is not in"):
+        measured(tmp_path, written)
 
 
 def test_one_score_for_all_is_told(tmp_path: Path, plain: Documents) -> None:
