@@ -22,6 +22,8 @@ _FARTHEST = 10
 # Areas of polygons this small are not the number of their pixels.
 _FEW_PIXELS = 16
 _OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
+_OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
+_IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
 _IGNORED = "marked 'ignore', which changes nothing in COCO (iscrowd 1 does)"
 _NO_MASK = np.zeros(0, dtype=np.uint32)
 
@@ -179,7 +181,7 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
             faults.refuse(draft.where, what)
             return None
     elif draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
-        faults.notice(draft.where, "bbox does not fit the mask (IoU below 0.5), kept as it is")
+        faults.notice(draft.where, _IN_ROWS if _fits_in_rows(box, draft) else _OTHER_BOX)
     elif not _overlap(box, (0, 0, draft.entry.size_hw[1], draft.entry.size_hw[0])):
         faults.notice(draft.where, "bbox lies outside its image, kept as it is")
     if len(draft.run_lengths) and draft.mask_box is None:
@@ -203,6 +205,18 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
         draft.is_crowd,
         draft.run_lengths,
     )
+
+
+def _fits_in_rows(box: Box, draft: _Draft) -> bool:
+    """Whether a box is that of an RLE, were its runs along the rows of the image."""
+    if not isinstance(draft.raw.get("segmentation"), Mapping):
+        return False
+    # Rows of the image are the columns of its transpose.
+    turned = box_of_run_lengths(draft.run_lengths, draft.entry.size_hw[::-1])
+    if turned is None:
+        return False
+    y0, x0, y1, x1 = turned
+    return _overlap(box, (x0, y0, x1, y1)) >= 0.5
 
 
 def is_crowd(value: object) -> bool:

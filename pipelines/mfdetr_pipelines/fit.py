@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mfdetr_cache.coco.annotations import load_to_extract
 from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cache.coco.layouts import find_split, split_to_measure
 from mfdetr_cache.detectors.options import DetectorOptions, names_in_file
-from mfdetr_cache.errors import SAME_COMMAND, MfdetrError, StoppedError
+from mfdetr_cache.errors import SAME_COMMAND, DatasetError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.measure import EvaluateSummary, open_to_measure
 from mfdetr_cache.evaluation.overlay import side_by_side
 from mfdetr_cache.evaluation.panels import prediction_panels
@@ -110,6 +111,8 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
             f"--copies {config.copies}: {config.dataset} has no split to measure on, and objects "
             "of held-out training images would be pasted; make one, or leave out --copies"
         )
+    if not (config.out / _TRAIN_CACHE).exists():
+        _require_masks(config)
     caches: dict[str, ExtractSummary] = {}
     if val_split is not None:
         # First, as it is the shorter one: a wrong detector shows early.
@@ -143,6 +146,18 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     )
     write_atomically(summary.page, _page(config, caches, summary, pictures.values()).encode())
     return summary
+
+
+def _require_masks(config: FitConfig) -> None:
+    """Refuse a training split that nothing can be learned from, before another is extracted."""
+    files = find_split(config.dataset, config.train_split)
+    split = load_to_extract(files, config.on_bad_annotation, None)
+    objects = (a for found in split.annotations.values() for a in found)
+    if not any(len(a.run_lengths) and not a.is_crowd for a in objects):
+        raise DatasetError(
+            f"{files.annotations} has no object with a mask, or crowds alone: nothing can be "
+            "learned from it; export the dataset with its polygons or masks"
+        )
 
 
 def _copy_paste(config: FitConfig, steps: _Steps) -> dict[str, Any]:

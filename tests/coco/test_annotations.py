@@ -403,6 +403,20 @@ def test_boxes_beside_their_masks_are_worth_a_word(
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
 
 
+def test_runs_along_rows_are_told(tmp_path: Path, document: dict[str, Any]) -> None:
+    plain = load_coco_split(written(tmp_path, document))
+    for entry in plain.images:
+        own = [a for a in document["annotations"] if a["image_id"] == entry.image_id]
+        for annotation, read in zip(own, plain.annotations[entry.image_id], strict=True):
+            flat = decode_run_lengths(read.run_lengths, entry.size_hw).flatten()
+            ends = np.flatnonzero(np.diff(flat, prepend=False))
+            counts = np.diff(ends, prepend=0, append=flat.size).tolist()
+            annotation["segmentation"] = {"size": list(entry.size_hw), "counts": counts}
+    reporter = SilentReporter()
+    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
+    assert "bbox fits the mask only if its runs went row by row" in reporter.messages[0]
+
+
 def test_boxes_as_large_as_their_images_are_no_corners(
     tmp_path: Path, document: dict[str, Any]
 ) -> None:

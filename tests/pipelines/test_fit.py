@@ -1,3 +1,4 @@
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from mfdetr_pipelines.fit import FitSummary, run_fit
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.coco.synthetic import write_synthetic_split
 from mfdetr_cache.demo import demo_detector
-from mfdetr_cache.errors import MfdetrError, StoppedError
+from mfdetr_cache.errors import DatasetError, MfdetrError, StoppedError
 from mfdetr_cache.files import PARTIAL
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import Length
@@ -149,6 +150,22 @@ def test_without_another_split_training_images_are_left_out(data: Path, tmp_path
     found = fit(alone, tmp_path / "out")
     assert found.evaluation.num_images == 1
     assert "--set val_split=5" in found.commands[1]
+
+
+def test_what_cannot_be_learned_from_is_said_first(data: Path, tmp_path: Path) -> None:
+    """Not after the split to measure on was extracted."""
+    boxes = tmp_path / "boxes"
+    shutil.copytree(data, boxes)
+    document = json.loads((boxes / "instances_train.json").read_text())
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    (boxes / "instances_train.json").write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=r"instances_train\.json has no object with a mask"):
+        fit(boxes, tmp_path / "out")
+    (boxes / "instances_train.json").unlink()
+    with pytest.raises(DatasetError, match="has no split 'train'; it has valid"):
+        fit(boxes, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_objects_are_pasted_where_there_is_another_split(data: Path, tmp_path: Path) -> None:
