@@ -16,6 +16,8 @@ from mfdetr_cache.errors import DatasetError, ImageError
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 # So their files end, the most frequent first.
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Files in a folder that are images; the last are none that can be read, which is better told.
+IMAGE_SUFFIXES = {*_ENDINGS, ".jfif", ".gif", ".ppm", ".heic", ".heif", ".avif", ".jp2"}
 # Pillow's own limit of an error. An image of this size takes half a gigabyte as RGB.
 MOST_PIXELS = 178_956_970
 # Half of it is worth a warning to Pillow, which would come in the middle of our own lines.

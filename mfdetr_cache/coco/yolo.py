@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 
 from mfdetr_cache.coco.faults import short
-from mfdetr_cache.coco.image_files import upright_size
+from mfdetr_cache.coco.image_files import IMAGE_SUFFIXES, upright_size
 from mfdetr_cache.coco.json_file import JsonFile
 from mfdetr_cache.coco.layouts import yaml_and_split
 from mfdetr_cache.errors import DatasetError, ImageError
 from mfdetr_cache.files import read_regular
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SPLITS = ("train", "val", "valid", "test")
 # Objects at the border are drawn a little over it; what is farther is in another unit.
 _FARTHEST = 2
@@ -123,7 +122,7 @@ def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
 
 def _is_image(file: Path) -> bool:
     # A name that begins with a dot is a note of macOS beside a file, or of another program.
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def _image_of(line: str, places: Sequence[Path]) -> Path:

@@ -8,14 +8,12 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mfdetr_cache.coco.image_files import open_image
+from mfdetr_cache.coco.image_files import IMAGE_SUFFIXES, open_image
 from mfdetr_cache.errors import DatasetError, ImageError, OutputError
 from mfdetr_cache.files import PARTIAL, whole_file
 from mfdetr_pipelines.predict_video import WRITTEN_BY, was_written_by_predict
 
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-
 
 _LONGEST_STEM = 220
 
@@ -39,7 +37,7 @@ def find_images(patterns: Sequence[str], out: Path) -> list[Path]:
             if not os.access(path, os.R_OK | os.X_OK):
                 raise DatasetError(f"{pattern} may not be read by this user")
             files = sorted(
-                f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES | _VIDEO_SUFFIXES
+                f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES | _VIDEO_SUFFIXES
             )
         elif path.is_file():
             files = [path]

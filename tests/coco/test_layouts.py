@@ -242,6 +242,9 @@ def test_no_dataset_is_one_line(tmp_path: Path) -> None:
     (folder / "train/images/._a.png").write_bytes(b"a note of macOS")
     with pytest.raises(DatasetError, match="has an empty list 'annotations'"):
         load_coco_split(folder / "data.yaml", folder / "train/images")
+    (folder / "train/images/b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(DatasetError, match=r"image 2 \(b\.HEIC\) .* it is HEIC: save it as PNG"):
+        load_coco_split(folder / "data.yaml", folder / "train/images", needs="nothing")
     with pytest.raises(DatasetError, match="its images are needed too"):
         load_coco_split(folder / "data.yaml")
 
