@@ -2,12 +2,12 @@
 
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mfdetr_cache.coco.ids import named
+from mfdetr_cache.coco.ids import SourceId, known_id, named, with_numbers
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
@@ -216,6 +216,22 @@ def called(categories: Sequence[Category], name: str) -> list[Category]:
     exact = [c for c in of_name if c.name == name]
     # Where names are numbers, as of digits, one may be the id of another.
     return exact or of_name or [c for c in categories if str(c.written_id) == name]
+
+
+def by_names_too(categories: Mapping[SourceId, Category]) -> dict[SourceId, Category]:
+    """Categories by everything that can only mean one: ids, and names in any capitals."""
+    found: dict[SourceId, Category] = {}
+    for form in (plain_name, str):  # the names as they are written come before other capitals
+        counts = Counter(form(c.name) for c in categories.values())
+        found |= {n: c for c in categories.values() if counts[n := form(c.name)] == 1}
+    return with_numbers({**found, **categories})
+
+
+def known_category(value: object, found: Container[SourceId]) -> SourceId | None:
+    """What of :func:`by_names_too` a ``category_id`` means; else its id as it is written."""
+    written = known_id(value, found)
+    plain = plain_name(written) if isinstance(written, str) else written
+    return plain if written not in found and plain in found else written
 
 
 def plain_name(name: str) -> str:

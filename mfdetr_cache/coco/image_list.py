@@ -25,6 +25,10 @@ _SPELLED_OTHERWISE = (
 )
 _BY_LAST_PART = "file_name is a path of another place, found by its last part"
 _OF_URL = "file_name missing, taken from coco_url"
+_FEDERATED = (
+    "neg_category_ids, as in LVIS: other categories are not annotated everywhere, and COCO's AP "
+    "counts what is found of them as wrong"
+)
 # V3Det has 13,204. COCO's measures take 200 kB for each of them.
 _MOST_CATEGORIES = 20_000
 
@@ -140,6 +144,8 @@ def read_images(
         if name and str(PurePosixPath(name)) in names:
             faults.notice(where, "file_name is that of another image too, so it counts twice")
         names.add(str(PurePosixPath(name)))
+        if image.get("neg_category_ids") is not None:
+            faults.notice(where, _FEDERATED)
         size = _size(image, where, name, folder, faults)
         if size is not None:
             found[written] = ImageEntry(own, name, size, None if own == written else written)

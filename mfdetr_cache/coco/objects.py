@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
+from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, known_id, source_id, with_numbers
 from mfdetr_cache.coco.image_list import Category, ImageEntry
@@ -21,6 +22,8 @@ from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
 _FARTHEST = 10
 # Areas of polygons this small are not the number of their pixels.
 _FEW_PIXELS = 16
+# COCO has 1 % of them.
+_MANY_CROWDS = 0.2
 _OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
 _OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
 _IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
@@ -76,7 +79,7 @@ def read_annotations(
     repaired.
     """
     in_parts = polygons_in_parts(a.get("segmentation") for a in raw if isinstance(a, dict))
-    images, categories = with_numbers(images), with_numbers(categories)
+    images, categories = with_numbers(images), by_names_too(categories)
     drafts = []
     for number, annotation in enumerate(raw):
         if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
@@ -107,9 +110,9 @@ def read_annotations(
 def _notice_together(
     drafts: Sequence[_Draft], annotations: Sequence[Annotation | None], faults: Faults
 ) -> None:
-    """Notice what no annotation tells alone: it is there twice, or most are crowds."""
+    """Notice what no annotation tells alone: it is there twice, or many are crowds."""
     seen: set[int] = set()
-    mostly_crowds = sum(d.is_crowd for d in drafts) > len(drafts) / 2
+    many_crowds = sum(d.is_crowd for d in drafts) > _MANY_CROWDS * len(drafts)
     for draft, a in zip(drafts, annotations, strict=True):
         if a is None:
             continue
@@ -117,7 +120,7 @@ def _notice_together(
         if same in seen:
             faults.notice(draft.where, "box and mask are those of another, so it counts twice")
         seen.add(same)
-        if mostly_crowds and a.is_crowd:
+        if many_crowds and a.is_crowd:
             faults.notice(draft.where, "a crowd (iscrowd 1), not learned from and not measured")
 
 
@@ -143,7 +146,7 @@ def _draft(
     assert image_id is not None
     entry = images[image_id]
     where = f"{where} of image {image_id}"
-    category_id = known_id(annotation.get("category_id"), categories)
+    category_id = known_category(annotation.get("category_id"), categories)
     if category_id not in categories:
         which = short(annotation.get("category_id")) if category_id is None else category_id
         faults.refuse(where, f"has category_id {which}, which is not in its list of categories")

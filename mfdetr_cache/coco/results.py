@@ -9,10 +9,10 @@ from typing import Any
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
-from mfdetr_cache.coco.categories import plain_name
+from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, known_id, named, number_of, source_id, with_numbers
-from mfdetr_cache.coco.image_list import ImageEntry
+from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import finite_number, four_numbers
 from mfdetr_cache.coco.segmentation import (
@@ -64,7 +64,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     entries = [result for result in document if isinstance(result, dict)]
     reading = _Reading(
         _images_by_id(split, {source_id(r.get("image_id")) for r in entries}),
-        _categories_by_id(split),
+        by_names_too({c.written_id: c for c in split.categories}),
         polygons_in_parts(r.get("segmentation") for r in entries),
         f" (it has {named(c.written_id for c in split.categories)}), so it matches nothing",
     )
@@ -139,17 +139,6 @@ def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[Source
     return by_id
 
 
-def _categories_by_id(split: CocoSplit) -> dict[SourceId, int]:
-    """Every id that can only mean one category: its own, and its name in any capitals."""
-    by_name: dict[SourceId, int] = {}
-    for form in (plain_name, str):  # the names as they are written come first
-        counts = Counter(form(c.name) for c in split.categories)
-        for category in split.categories:
-            if counts[name := form(category.name)] == 1:
-                by_name[name] = category.category_id
-    return with_numbers({**by_name, **{c.written_id: c.category_id for c in split.categories}})
-
-
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """What results are read by: images and categories by what names them, the unit of polygons.
@@ -158,7 +147,7 @@ class _Reading:
     """
 
     images: Mapping[SourceId, ImageEntry]
-    categories: Mapping[SourceId, int]
+    categories: Mapping[SourceId, Category]
     in_parts: bool
     known: str
 
@@ -173,12 +162,6 @@ class _Reading:
         spelled = (n for e in found for n in ((e, e.lower()) if isinstance(e, str) else (e,)))
         return next((self.images[i] for i in spelled if i is not None and i in self.images), None)
 
-    def category(self, value: object) -> SourceId | None:
-        """How a category is listed, by its id or its name in any capitals; else its id as it is."""
-        found = known_id(value, self.categories)
-        plain = plain_name(found) if isinstance(found, str) else found
-        return found if found in self.categories or plain not in self.categories else plain
-
 
 def _draft(
     number: int,
@@ -191,7 +174,7 @@ def _draft(
         faults.refuse(where, f"is {short(result)}")
         return None
     image_id = source_id(result.get("image_id"))
-    category_id = reading.category(result.get("category_id"))
+    category_id = known_category(result.get("category_id"), reading.categories)
     score = finite_number(result.get("score"))
     for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
         if value is None:
@@ -225,7 +208,7 @@ def _draft(
     where = f"{where} of image {image_id}"
     if reading.in_parts and isinstance(mask, list):
         faults.repair(where, IN_PARTS)
-    return _Draft(where, entry, reading.categories[category_id], score, box, runs)
+    return _Draft(where, entry, reading.categories[category_id].category_id, score, box, runs)
 
 
 def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:

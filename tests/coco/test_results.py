@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +171,14 @@ def in_capitals(documents: Documents) -> None:
         result["category_id"] = result["category_id"].upper()
 
 
-def by_name(documents: Documents) -> None:
+def names_for_ids(documents: Documents, those: Iterable[dict[str, Any]]) -> None:
     names = {c["id"]: c["name"] for c in documents[0]["categories"]}
-    for result in documents[1]:
-        result["category_id"] = names[result["category_id"]]
+    for entry in those:
+        entry["category_id"] = names[entry["category_id"]]
+
+
+def by_name(documents: Documents) -> None:
+    names_for_ids(documents, documents[1])
 
 
 def padded(documents: Documents) -> None:
@@ -237,6 +241,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "results by a path": in_paths,
     "results by the category's name": by_name,
     "by its name in capitals": in_capitals,
+    "all by the category's name": lambda d: names_for_ids(d, entries(d)),
     "results by files that were converted": by_converted_files,
     "category ids as text": rename("category_id", "categories", str),
     "category ids as floats": rename("category_id", "categories", float),
