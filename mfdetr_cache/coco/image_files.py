@@ -1,5 +1,6 @@
 """Image files of a dataset: found under the name an annotation file gives them, opened safely."""
 
+import contextlib
 import os
 import re
 import unicodedata
@@ -57,9 +58,8 @@ def fault_of_name(name: str) -> str:
 def find_file(folder: Path, name: str) -> str:
     """The name under which a file is in a folder; ``name`` itself if it is not there.
 
-    In annotation files names have the separators of Windows, %20 for a space, other capitals, or
-    letters composed in another way than on disk, or the ending that the image had before it was
-    converted.
+    In annotation files names have the separators of Windows, %20 for a space, the ending in other
+    capitals, or letters composed in another way than on disk.
     """
     # Unlike pathlib's, this one takes names that are too long for any file.
     return next((n for n in _spellings(name) if os.path.isfile(folder / n)), name)  # noqa: PTH113
@@ -77,15 +77,24 @@ def _spellings(name: str) -> Iterator[str]:
                 yield spelled
                 for form in ("NFC", "NFD"):
                     yield unicodedata.normalize(form, spelled)
-    if fault_of_name(name):
-        return
-    path = PurePosixPath(name.replace("\\", "/"))
-    # What stands behind a dot may belong to the name: frame_0.25.
-    stem = path.stem if path.suffix.lower() in _ENDINGS else path.name
-    for changed in dict.fromkeys((stem, stem.lower(), stem.upper())):
-        for ending in (path.suffix, *_ENDINGS):
-            yield str(path.with_name(f"{changed}{ending.lower()}"))
-            yield str(path.with_name(f"{changed}{ending.upper()}"))
+
+
+def files_by_stem(folder: Path) -> dict[str, list[str]]:
+    """The image files of a folder by their names in small letters without their ending."""
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError):  # it is not there
+        for name in sorted(os.listdir(folder)):  # noqa: PTH208
+            if PurePosixPath(name).suffix.lower() in _ENDINGS:
+                found.setdefault(plain_stem(PurePosixPath(name)), []).append(name)
+    return found
+
+
+def plain_stem(path: PurePosixPath) -> str:
+    """The name of an image in small letters without its ending.
+
+    What stands behind a dot may belong to the name, as in ``frame_0.25``.
+    """
+    return (path.stem if path.suffix.lower() in _ENDINGS else path.name).lower()
 
 
 def open_image(path: Path) -> Image.Image:

@@ -13,7 +13,9 @@ from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_files import (
     check_file_name,
     fault_of_name,
+    files_by_stem,
     find_file,
+    plain_stem,
     upright_size,
 )
 from mfdetr_cache.errors import DatasetError, ImageError
@@ -121,6 +123,7 @@ def read_images(
     found: dict[SourceId, ImageEntry] = {}
     names: set[str] = set()
     last_parts = _last_parts(listed.values())
+    place = None if folder is None else _Folder(folder, listed.values())
     for written, image in listed.items():
         if limit is not None and len(found) == limit:
             break
@@ -133,7 +136,7 @@ def read_images(
         if isinstance(name, str):
             where += f" ({name})"
             last = last_parts.get(name, "")
-            name = _name_in(folder, name, last, where, faults)
+            name = _name_in(place, name, last, where, faults)
             check_file_name(name, f"annotation file {path}: image {written}")
         elif folder is None and name is None:
             name = ""  # nobody is going to open it
@@ -168,18 +171,55 @@ def _last_part(name: str) -> str:
     return PurePosixPath(path.replace("\\", "/")).name
 
 
-def _name_in(folder: Path | None, name: str, last: str, where: str, faults: Faults) -> str:
+class _Folder:
+    """An image folder, and the names of the images that are listed."""
+
+    def __init__(self, path: Path, listed: Iterable[dict[str, Any]]) -> None:
+        self.path = path
+        self._names = {n for image in listed if isinstance(n := image.get("file_name"), str)}
+        self._there: dict[str, bool] = {}
+        self._files: dict[PurePosixPath, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> str | None:
+        """The name of a file on disk; None if it is not there under any spelling."""
+        there = find_file(self.path, name)
+        if (self.path / there).is_file():
+            return there
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.parent not in self._files:
+            self._files[path.parent] = files_by_stem(self.path / path.parent)
+        names = self._files[path.parent].get(plain_stem(path), ())
+        # Not the file of another image that is listed.
+        alike = [n for f in names if (n := str(path.parent / f)) not in self._names]
+        found = [n for n in alike if PurePosixPath(n).suffix.lower() == path.suffix.lower()]
+        # Beside photos of which some are gone, files with other endings are their masks.
+        if not found and not self._has_any(path.suffix):
+            found = alike
+        return found[0] if len(found) == 1 else None
+
+    def _has_any(self, ending: str) -> bool:
+        """Whether an image that is listed with an ending is there."""
+        if ending not in self._there:
+            own = (n for n in self._names if PurePosixPath(n).suffix == ending)
+            self._there[ending] = any(
+                not fault_of_name(n) and (self.path / find_file(self.path, n)).is_file()
+                for n in own
+            )
+        return self._there[ending]
+
+
+def _name_in(folder: _Folder | None, name: str, last: str, where: str, faults: Faults) -> str:
     """The name under which an image is in its folder, as it is spelled there.
 
     Its last part, where it cannot be used as it is and its last part can; else itself.
     """
     if folder is None:  # nobody is going to open it
         return last if last and fault_of_name(name) else name
-    if not fault_of_name(name) and (folder / (there := find_file(folder, name))).is_file():
+    if not fault_of_name(name) and (there := folder.find(name)) is not None:
         if there != name:
             faults.repair(where, _SPELLED_OTHERWISE)
         return there
-    if last and not fault_of_name(last) and (folder / (there := find_file(folder, last))).is_file():
+    if last and not fault_of_name(last) and (there := folder.find(last)) is not None:
         faults.repair(where, _BY_LAST_PART)
         return there
     return name

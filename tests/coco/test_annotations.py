@@ -237,6 +237,22 @@ def test_names_are_found_as_tools_write_them(
     assert split.images[0].file_name == on_disk
 
 
+def test_files_of_the_same_name_are_images_only_where_all_were_converted(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    """Masks lie beside photos, and other photos differ in their capitals."""
+    images = tmp_path / "images"
+    images.mkdir()
+    names = ["a.jpg", "b.jpg", "C.png", "c.png", "d.bmp"]
+    for image, name in zip(document["images"], names, strict=False):
+        image["file_name"] = name
+    for name in ("b.jpg", "a.png", "b.png", "c.png", "d.png"):
+        (images / name).write_bytes(b"")
+    split = load_coco_split(written(tmp_path, document), images)
+    found = [e.file_name for e in split.images[:5]]
+    assert found == ["a.jpg", "b.jpg", "C.png", "c.png", "d.png"]
+
+
 def test_a_dot_within_a_name_begins_no_ending(tmp_path: Path, document: dict[str, Any]) -> None:
     images = tmp_path / "images"
     images.mkdir()
