@@ -23,6 +23,9 @@ from mfdetr_cache.coco.segmentation import (
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
 
+# What other tools call a mask.
+_OTHER_KEYS = {"mask", "masks", "rle", "segmentations", "polygon", "polygons"}
+
 
 @dataclass(frozen=True, slots=True)
 class ResultsFile:
@@ -84,6 +87,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     form = form_of_boxes(seen, str(path))
     results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
     _notice_together(drafts, faults)
+    _notice_other_keys(document, faults)
     faults.stop_if_unusable(on_bad)
     return ResultsFile(results, faults)
 
@@ -100,6 +104,15 @@ def _notice_together(drafts: Sequence[_Draft], faults: Faults) -> None:
         seen.add(same)
         if alike:
             faults.notice(d.where, "score is that of all others, so their order decides the AP")
+
+
+def _notice_other_keys(document: Sequence[object], faults: Faults) -> None:
+    """Notice masks that stand where nobody looks for them."""
+    for number, result in enumerate(document):
+        if isinstance(result, dict) and not result.get("segmentation"):
+            for key in sorted(_OTHER_KEYS & result.keys())[:1]:
+                said = f"its mask is in {key!r}, not in 'segmentation', and not measured"
+                faults.notice(f"result {number}", said)
 
 
 def _instead(document: object) -> str:

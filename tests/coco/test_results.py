@@ -478,6 +478,17 @@ def test_a_number_in_a_files_name_is_no_id(tmp_path: Path, plain: Documents) -> 
         measured(tmp_path, written)
 
 
+def test_masks_under_another_key_are_told(tmp_path: Path, plain: Documents) -> None:
+    written = copied(plain)
+    for result in written[1]:
+        result["rle"] = result.pop("segmentation")
+    found, messages = measured(tmp_path, written)
+    assert found["mask"] is None
+    assert any(
+        "24 of 24 results: its mask is in 'rle', not in 'segmentation'" in m for m in messages
+    )
+
+
 def test_one_score_for_all_is_told(tmp_path: Path, plain: Documents) -> None:
     written = copied(plain)
     for result in written[1]:
