@@ -88,3 +88,10 @@ def extract_config(folder: Path, weights: str, cache: Path, **changes: Any) -> E
     if isinstance(settings.get("views"), int):
         settings["views"] = ViewOptions(settings["views"])
     return ExtractConfig(**settings)
+
+
+def written(tmp_path: Path, document: object) -> Path:
+    """The file of an annotation document."""
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(document))
+    return path
