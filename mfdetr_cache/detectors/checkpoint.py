@@ -48,6 +48,7 @@ _SETTING_KEYS = [
     "cfg",
     "meta",
 ]
+_LIGHTNING_KEYS = {"hyper_parameters", "pytorch-lightning_version"}
 # What torch says of a name that it does not know, and of a class that is filled like a dictionary.
 _UNKNOWN = r"(?:GLOBAL|global) ([\w.]+)"
 _FILLED = r"Can only SETITEMS? .* got <class '(?:\w+\.)*(\w+)'>"
@@ -55,7 +56,7 @@ _HUB_FILE = "model.safetensors"
 _BLOCK = 2**20
 # More than any detector has.
 _MOST_MODULES, _LONGEST_NAME, _MOST_CLASSES = 100_000, 1000, 100_000
-_NAME_KEYS = ("class_names", "classes", "names", "categories")
+_NAME_KEYS = ("class_names", "classes", "names", "categories", "id2label")
 # Nothing of these modules is configuration: a file that names them wants to do something.
 _REFUSED_MODULES = {
     *("ctypes", "importlib", "nt", "os", "posix"),
@@ -77,6 +78,18 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     class_names: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def require_settings(self, read: Mapping[str, object]) -> None:
+        """DetectorError if the training had another value of a setting that no tensor tells.
+
+        ``read`` are the values that are read; a setting that the file lacks is meant to be so.
+        """
+        for name, value in read.items():
+            if self.settings.get(name, value) != value:
+                raise DetectorError(
+                    f"{self.path} was trained with {name}={self.settings[name]}, which is not "
+                    f"read; {name}={value} is"
+                )
 
 
 class _Inert:
@@ -125,11 +138,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if not path.is_file():
         raise DetectorError(f"checkpoint {path} does not exist; check --weights")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         try:
-            return Checkpoint(path, _without_wrappers(load_file(path)))
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, f"is no safetensors file ({error})") from error
+        return Checkpoint(path, _without_wrappers(_floats(tensors, path)))
     document = _load_pickle(path)
     settings = _settings(document)
     return Checkpoint(path, _state_dict(document, path), _class_names(document, settings), settings)
@@ -214,6 +228,17 @@ def _inert(path: Path, name: str) -> type:
     return _InertList if name == "collections.deque" else type(kind, (_Inert,), {})
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, where they are those of one kind; else by its name."""
+    with path.open("rb") as file:
+        length, begins = int.from_bytes(file.read(8), "little"), file.read(1)
+    if begins == b"{" and length < path.stat().st_size:
+        return True
+    if path.suffix == ".safetensors" and _is_zip(path):
+        raise DetectorError(f"{path} is a checkpoint of torch; rename it to {path.stem}.pth")
+    return path.suffix == ".safetensors"
+
+
 def _is_zip(path: Path) -> bool:
     """Files of torch before 1.6 are plain pickles and cannot be mapped."""
     with path.open("rb") as file:
@@ -241,17 +266,23 @@ def _state_dict(document: object, path: Path) -> dict[str, Tensor]:
     wrong = [k for k, v in found.items() if not isinstance(v, Tensor)]
     if wrong:
         raise _unreadable(path, f"is no state dict of a detector: {wrong[0]} in it is no tensor")
-    odd = [k for k, v in found.items() if not is_plain(v)]
+    tensors = _floats({str(k): v.detach() for k, v in found.items()}, path)
+    if isinstance(document, Mapping) and document.keys() & _LIGHTNING_KEYS:
+        # Lightning keeps losses and metrics beside the model.
+        tensors = {k: v for k, v in tensors.items() if k.startswith("model.")} or tensors
+    return _without_wrappers(tensors)
+
+
+def _floats(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same; DetectorError if one is no plain tensor, or of numbers without their scale."""
+    quantised = (torch.int8, torch.uint8)
+    odd = [k for k, v in tensors.items() if v.dtype in quantised or not is_plain(v)]
     if odd:
         raise DetectorError(
             f"{path}: {odd[0]} is quantised, complex, sparse or without its numbers; save the "
             "state dict of the float model, with contiguous tensors"
         )
-    tensors = {str(k): v.detach() for k, v in found.items()}
-    if isinstance(document, Mapping) and "hyper_parameters" in document:
-        # Lightning keeps losses and metrics beside the model.
-        tensors = {k: v for k, v in tensors.items() if k.startswith("model.")} or tensors
-    return _without_wrappers(tensors)
+    return tensors
 
 
 def _inner(document: Mapping[Any, object], keys: Sequence[str]) -> Mapping[Any, object]:
@@ -291,10 +322,13 @@ def _named(fields: Mapping[str, Any], kind: str) -> list[tuple[Any, object]]:
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without what torch's wrappers, and modules that hold the detector, put before them."""
-    found = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in tensors.items()}
-    for prefix in ("model.", "module.", "detector."):
-        if found and all(name.startswith(prefix) for name in found):
-            return _without_wrappers({k.removeprefix(prefix): v for k, v in found.items()})
+    # torch's AveragedModel counts beside its module.
+    found = {k.replace("_orig_mod.", ""): v for k, v in tensors.items() if k != "n_averaged"}
+    found = {k.removeprefix("module."): v for k, v in found.items()}
+    prefixes = {name.partition(".")[0] for name in found}
+    # A number is a layer's.
+    if len(prefixes) == 1 and "." in min(found) and not (prefix := prefixes.pop()).isdecimal():
+        return _without_wrappers({k.removeprefix(f"{prefix}."): v for k, v in found.items()})
     return found
 
 
@@ -331,9 +365,10 @@ def _class_names(document: object, settings: Mapping[str, Any]) -> tuple[str, ..
         of_file = [document.get(key) for key in _NAME_KEYS]
         places = [*of_file, *of_modules, *places, of_meta.get("classes")]
     for names in places:
-        if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
-            count = min(max(names, default=-1) + 1, _MOST_CLASSES)
-            names = [names.get(i, "") for i in range(count)]
+        if isinstance(names, Mapping) and all(str(k).isdecimal() for k in names):
+            by_output = {int(k): name for k, name in names.items()}
+            count = min(max(by_output, default=-1) + 1, _MOST_CLASSES)
+            names = [by_output.get(i, "") for i in range(count)]
         if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
             return tuple(names)
     return ()

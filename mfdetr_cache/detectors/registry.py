@@ -21,7 +21,7 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH
 from mfdetr_cache.detectors.official.layouts import layout_of, read_source
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
-from mfdetr_cache.detectors.other_files import told_of_file
+from mfdetr_cache.detectors.other_files import told_of_file, told_of_tensors
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.torchvision.loading import (
     MODELS,
@@ -251,7 +251,8 @@ def _detector_of(weights: str | None) -> str:
             found.append(read_architecture(tensors, weights).scheme)
     if not found:
         nothing = "is no checkpoint of a known detector; 'mfdetr detectors' lists them"
-        raise DetectorError(f"{weights} {told_of_file(path) or nothing}")
+        told = told_of_file(path) or told_of_tensors(tensors)
+        raise DetectorError(f"{weights} {told or nothing}")
     if len(found) > 1:
         raise DetectorError(
             f"{weights} can be {' or '.join(found)}: the file does not say which, and the numbers "

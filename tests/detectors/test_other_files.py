@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import DetectorError
+from tests.support.small_checkpoints import state_dict
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
 
@@ -27,6 +28,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
         ("a.safetensors", POINTER, "a git-lfs pointer and not the file itself; run: git lfs pull"),
         ("a.pth", b"<!DOCTYPE html><html>Virus scan warning", "a web page and no weights"),
         ("a.pt", b"\x1f\x8b\x08", "packed; unpack it"),
+        ("a.pt", b"", "empty; download it again"),
     ],
 )
 def test_files_of_something_else(tmp_path: Path, name: str, content: bytes, told: str) -> None:
@@ -43,6 +45,67 @@ def test_torchscript(tmp_path: Path) -> None:
         load_detector("auto", str(tmp_path / "a.pt"))
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("0.conv.weight", "22.dfl.conv.weight"), "YOLO, which is not read"),
+        (("0.conv.weight", "24.m.0.weight"), "YOLO, which is not read"),
+        (
+            ("transformer.encoder.layers.0.self_attn.in_proj_weight", "class_embed.weight"),
+            "DETR; give a folder of transformers, or the model's id",
+        ),
+        (
+            (
+                "backbone.body.conv1.weight",
+                "roi_heads.box_head.fc6.weight",
+                "roi_heads.mask_head.mask_fcn1.weight",
+                "roi_heads.mask_predictor.conv5_mask.weight",
+            ),
+            "Mask R-CNN or Keypoint R-CNN",
+        ),
+        (("sem_seg_head.predictor.query_feat.weight", "backbone.stem.weight"), "Mask2Former or"),
+        (("backbone.stem.conv.weight", "bbox_head.cls.0.weight"), "another detector of mmdet"),
+        (("decoder.layers.0.self_attn.q_proj.weight", "bbox.weight"), "transformers; give a"),
+        (("conv1.weight", "layer4.0.conv1.weight", "fc.weight"), "a backbone alone"),
+    ],
+)
+def test_state_dicts_of_something_else(tmp_path: Path, names: list[str], told: str) -> None:
+    torch.save({"model": {f"model.{n}": torch.ones(2) for n in names}}, tmp_path / "best.pth")
+    with pytest.raises(DetectorError, match=rf"best\.pth is of {told}"):
+        load_detector("auto", str(tmp_path / "best.pth"))
+
+
+def test_what_a_file_is_decides_and_not_its_name(tmp_path: Path) -> None:
+    weights = state_dict("deimv2")
+    save_file(weights, tmp_path / "best.pth")
+    torch.save(weights, tmp_path / "best.safetensors")
+    assert load_detector("auto", str(tmp_path / "best.pth")).spec.name == "deimv2"
+    with pytest.raises(DetectorError, match=r"a checkpoint of torch; rename it to best\.pth"):
+        load_detector("auto", str(tmp_path / "best.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("weights/best.pt", r"it has no config\.json; give one of its files: weights/best\.pt"),
+        ("global_step9/mp_rank_00_model_states.pt", "DeepSpeed's parts: join them with its zero"),
+        ("__0_0.distcp", "parts of a distributed checkpoint"),
+    ],
+)
+def test_folders_of_trainings(tmp_path: Path, file: str, told: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"weights")
+    with pytest.raises(DetectorError, match=f"is no detector: {told}"):
+        load_detector("auto", str(tmp_path))
+
+
+def test_an_adapter_beside_its_model_is_not_left_out(tmp_path: Path, rtdetr_folder: Path) -> None:
+    shutil.copytree(rtdetr_folder, tmp_path / "tuned")
+    (tmp_path / "tuned/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(DetectorError, match=r"an adapter \(PEFT\): merge it"):
+        load_detector("auto", str(tmp_path / "tuned"))
+
+
 def test_files_of_a_transformers_folder(tmp_path: Path, rtdetr_folder: Path) -> None:
     folder = tmp_path / "checkpoint-20"
     shutil.copytree(rtdetr_folder, folder)
@@ -57,7 +120,7 @@ def test_files_of_a_transformers_folder(tmp_path: Path, rtdetr_folder: Path) -> 
 def test_folders_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(DetectorError, match=r"an adapter alone \(PEFT\): merge it"):
+    with pytest.raises(DetectorError, match=r"an adapter \(PEFT\): merge it"):
         load_detector("auto", str(tmp_path / "adapter"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     zipfile.ZipFile(tmp_path / "a.pth").extractall(tmp_path / "unpacked")

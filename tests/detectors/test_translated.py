@@ -83,6 +83,8 @@ def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
         lambda sd: {"model": _spoilt(sd), "ema": {"module": sd, "updates": 9}},
         lambda sd: {"model_state_dict": sd},
         lambda sd: {"ema_state_dict": sd},
+        lambda sd: {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in sd.items()}},
+        lambda sd: {"state_dict": {f"net.detr.{k}": v for k, v in sd.items()}},
         lambda sd: {"model": {f"module._orig_mod.{k}": v for k, v in sd.items()}},
         lambda sd: {"model": sd, "args": argparse.Namespace(lr=1e-4, path=Path("x"))},
         lambda sd: {"model": sd, "args": argparse.Namespace(**_SETTINGS)},
@@ -90,7 +92,6 @@ def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
         lambda sd: {
             "state_dict": {"criterion.weight": torch.ones(3)}
             | {f"model._orig_mod.{k}": v for k, v in sd.items()},
-            "hyper_parameters": {"lr": 1e-4},
             "pytorch-lightning_version": "2.5",
         },
     ],
@@ -100,6 +101,8 @@ def test_the_input_size_is_read_off_the_anchors(tmp_path: Path) -> None:
         "ema",
         "state",
         "ema-state",
+        "averaged",
+        "held",
         "wrapped",
         "namespace",
         "settings",
@@ -183,8 +186,9 @@ def test_a_damaged_download_is_noticed(tmp_path: Path) -> None:
         torch.empty(3, device="meta"),
         torch.zeros(3).to_sparse(),
         torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(3, dtype=torch.int8),
     ],
-    ids=["expanded", "meta", "sparse", "complex"],
+    ids=["expanded", "meta", "sparse", "complex", "int8"],
 )
 def test_tensors_that_are_not_what_they_say_are_no_weights(
     tmp_path: Path, odd: torch.Tensor
@@ -340,6 +344,34 @@ def test_names_of_rf_detr_stand_where_its_version_trained_them(
     expected[first : first + 2] = ["c", "d"]
     given = load_detector("auto", path, DetectorOptions(labels=("c", "d")))
     assert given.spec.label_names == tuple(expected)
+
+
+def test_names_by_output_are_read_whatever_they_are_keyed_by(tmp_path: Path) -> None:
+    path = str(tmp_path / "best.pth")
+    for key, names in (("names", {2: "c", 0: "a"}), ("id2label", {"2": "c", "0": "a"})):
+        torch.save({"model": state_dict("deimv2"), key: names}, path)
+        assert load_detector("auto", path).spec.label_names == ("a", "LABEL_1", "c")
+
+
+@pytest.mark.parametrize("share", [0.0, 3.0, float("nan")])
+def test_damaged_numbers_of_points_are_named(tmp_path: Path, share: float) -> None:
+    weights = state_dict("deimv2")
+    scale = "decoder.decoder.layers.0.cross_attn.num_points_scale"
+    weights[scale] = torch.full_like(weights[scale], share)
+    torch.save(weights, tmp_path / "best.pth")
+    with pytest.raises(DetectorError, match="num_points_scale has .*: these weights are damaged"):
+        load_detector("auto", str(tmp_path / "best.pth"))
+
+
+@pytest.mark.parametrize("name", ["rf-detr", "lw-detr"])
+def test_arguments_that_no_tensor_tells_are_those_that_are_read(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / "best.pth")
+    document = {"model": state_dict(name)}
+    torch.save({**document, "args": {"sa_nheads": 1, "ca_nheads": 2, "two_stage": True}}, path)
+    load_detector("auto", path)
+    torch.save({**document, "args": argparse.Namespace(lite_refpoint_refine=False)}, path)
+    with pytest.raises(DetectorError, match="lite_refpoint_refine=False, which is not read"):
+        load_detector("auto", path)
 
 
 def test_another_input_size(tmp_path: Path) -> None:

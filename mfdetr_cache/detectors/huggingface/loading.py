@@ -37,7 +37,9 @@ def load_huggingface_detector(
     DetectorError if it is no detector, is of an unknown family, or its weights do not fit.
     """
     folder = Path(weights)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    # transformers leaves an adapter beside a model out without a word, where peft is missing.
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if folder.is_dir() and (is_adapter or not (folder / "config.json").is_file()):
         raise DetectorError(f"{weights} is no detector: {told_of_folder(folder)}")
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DetectorError(f"{weights} is a file; --detector hf takes a folder or a hub id")

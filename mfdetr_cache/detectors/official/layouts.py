@@ -224,12 +224,7 @@ def _of_official(checkpoint: Checkpoint) -> Source:
     DINO's sizes at test time are those of its augmentation.
     """
     settings = checkpoint.settings
-    for name, read in _ARGUMENTS.items():
-        if settings.get(name, read) != read:
-            raise DetectorError(
-                f"{checkpoint.path} was trained with {name}={settings[name]}, which is not read; "
-                f"{name}={read} is"
-            )
+    checkpoint.require_settings(_ARGUMENTS)
     scale = float(settings.get("data_aug_scale_overlap") or 1)
     scales = settings.get("data_aug_scales") or [OFFICIAL_PREPROCESSING.shortest_edge]
     longest = float(settings.get("data_aug_max_size") or OFFICIAL_PREPROCESSING.longest_edge or 0)

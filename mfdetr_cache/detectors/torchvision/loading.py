@@ -55,6 +55,10 @@ _CENTRE = "head.regression_head.bbox_ctrness.weight"
 _GROUP_NORM = "head.classification_head.conv.0.1.weight"
 _MOBILE = "backbone.body.0.0.weight"
 _TWO_LAYERS = "roi_heads.box_head.fc6.weight"
+_MORE_THAN_BOXES = (
+    "roi_heads.mask_predictor.conv5_mask.weight",
+    "roi_heads.keypoint_predictor.kps_score_lowres.weight",
+)
 _CONVOLUTIONS = "roi_heads.box_head.0.0.weight"
 
 MODELS: dict[str, TorchvisionModel] = {
@@ -65,11 +69,11 @@ MODELS: dict[str, TorchvisionModel] = {
         1024,
         100,
         256,
-        Marks((_TWO_LAYERS,), (_MOBILE,)),
+        Marks((_TWO_LAYERS,), (_MOBILE, *_MORE_THAN_BOXES)),
         without_epsilon=True,
     ),
     f"{PREFIX}fasterrcnn_resnet50_fpn_v2": TorchvisionModel(
-        "Faster R-CNN v2", "R50", "8-32", 1024, 100, 256, Marks((_CONVOLUTIONS,))
+        "Faster R-CNN v2", "R50", "8-32", 1024, 100, 256, Marks((_CONVOLUTIONS,), _MORE_THAN_BOXES)
     ),
     f"{PREFIX}fasterrcnn_mobilenet_v3_large_fpn": TorchvisionModel(
         "Faster R-CNN", "MobileNetV3-L", "32", 1024, 100, 24, Marks((_MOBILE,))

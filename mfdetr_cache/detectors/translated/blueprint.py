@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mfdetr_cache.detectors.huggingface.families import Family
 from mfdetr_cache.detectors.names import Rules, count
+from mfdetr_cache.errors import DetectorError
 
 # Computed and not learned, used in training only, or left behind by a count of operations (thop).
 _UNUSED = (
@@ -145,13 +146,17 @@ def points_of_levels(scale: Tensor, levels: int) -> list[int]:
     """Sampling points of each level, inferred from their scale (1/n for each of n points).
 
     ``scale`` is ``num_points_scale``, shape (sum of points,); on the meta device points are equal.
+    DetectorError if it is none.
     """
     total = int(scale.shape[0])
     if scale.is_meta:
         return [total // levels] * (levels - 1) + [total - total // levels * (levels - 1)]
     points: list[int] = []
     while sum(points) < total:
-        points.append(round(1 / float(scale[sum(points)])))
+        share = float(scale[sum(points)])
+        if not 0.9 / total <= share <= 1:
+            raise DetectorError(f"num_points_scale has {share}: these weights are damaged")
+        points.append(round(1 / share))
     return points
 
 

@@ -87,7 +87,7 @@ def read_lw_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
         out_indices=[i + 1 for i in outputs],
     )
     config = LwDetrConfig(
-        backbone_config=backbone, **decoder_settings(tensors, scales(tensors), options)
+        backbone_config=backbone, **decoder_settings(checkpoint, scales(tensors), options)
     )
     return Blueprint(
         family=FAMILIES["lw_detr"],
@@ -116,13 +116,14 @@ def scales(tensors: Mapping[str, Tensor]) -> list[float]:
 
 
 def decoder_settings(
-    tensors: Mapping[str, Tensor], factors: Sequence[float], options: DetectorOptions
+    checkpoint: Checkpoint, factors: Sequence[float], options: DetectorOptions
 ) -> dict[str, Any]:
-    """Configuration of decoder and projector; DetectorError for more queries than the table has.
+    """Configuration of decoder and projector.
 
     ``factors`` are the scales of the projector's maps. Queries beyond the first group are for
-    training.
+    training. DetectorError for more queries than the table has, or arguments that are not read.
     """
+    tensors = checkpoint.tensors
     rows, width = tensors["query_feat.weight"].shape
     groups = count(tensors, r"transformer\.enc_output\.(\d+)\.")
     own = rows // groups
@@ -132,6 +133,8 @@ def decoder_settings(
     # Every published size has self-attention heads of 32 channels and cross-attention heads of 16.
     samples = tensors["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0]
     cross = width // 16
+    flags = dict.fromkeys(("two_stage", "bbox_reparam", "lite_refpoint_refine"), True)
+    checkpoint.require_settings({"sa_nheads": width // 32, "ca_nheads": cross, **flags})
     block = f"{_PROJECTOR}stages.0.0"
     return {
         "projector_scale_factors": list(factors),

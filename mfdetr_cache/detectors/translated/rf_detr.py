@@ -78,7 +78,7 @@ def read_rf_detr(checkpoint: Checkpoint, options: DetectorOptions) -> Blueprint:
     config = LwDetrConfig(
         # Stands for the backbone until it is put in its place.
         backbone_config=VIT_CONFIG(hidden_size=12, num_hidden_layers=1, out_indices=[1]),
-        **decoder_settings(tensors, factors, options),
+        **decoder_settings(checkpoint, factors, options),
     )
     return Blueprint(
         family=FAMILIES["rf_detr"],
