@@ -36,6 +36,12 @@ class ImageGeometry:
         if any(r > i for r, i in zip(self.resized_hw, self.input_hw, strict=True)):
             raise ValueError(f"resized image {self.resized_hw} does not fit input {self.input_hw}")
 
+    @property
+    def input_xyxy_norm(self) -> tuple[float, float, float, float]:
+        """The network input as a box relative to the image; larger than it where it is padded."""
+        (height, width), (all_height, all_width) = self.resized_hw, self.input_hw
+        return 0.0, 0.0, all_width / width, all_height / height
+
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:

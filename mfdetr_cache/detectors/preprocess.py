@@ -34,6 +34,7 @@ class Preprocessing:
         std: Divided by per channel.
         resize: Whose code resizes. PIL with the sizes of the DETRs' authors, PIL with detectron2's
             sizes, or mmcv: OpenCV's bilinear interpolation.
+        pads: The image keeps its shape inside height and width, and is padded to them.
     """
 
     height: int | None
@@ -45,6 +46,7 @@ class Preprocessing:
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
     resize: Literal["PIL", "detectron2", "mmcv"] = "PIL"
+    pads: bool = False
 
     @classmethod
     def from_processor(cls, processor: dict[str, Any], where: str) -> "Preprocessing":
@@ -54,10 +56,17 @@ class Preprocessing:
         edges = (
             processor.get("do_resize", True) and {"shortest_edge", "longest_edge"} <= size.keys()
         )
-        if not (fixed or edges):
-            raise DetectorError(f"{where}: cannot follow its image processor's resize {size}")
-        if processor.get("do_pad") and processor.get("pad_size"):
-            raise DetectorError(f"{where}: its image processor pads to a fixed size, not supported")
+        padded = processor.get("do_pad") and processor.get("pad_size")
+        # As transformers' own example of fine-tuning writes it.
+        pads = processor.get("do_resize", True) and padded == {
+            "height": size.get("max_height"),
+            "width": size.get("max_width"),
+        }
+        if pads:
+            size, fixed = dict(padded), True
+        elif not (fixed or edges) or padded:
+            to = f" and padding to {padded}" if padded else ""
+            raise DetectorError(f"{where}: cannot follow its image processor's resize {size}{to}")
         normalise = bool(processor.get("do_normalize", False))
         mean = tuple(float(v) for v in processor["image_mean"]) if normalise else None
         std = tuple(float(v) for v in processor["image_std"]) if normalise else None
@@ -72,6 +81,7 @@ class Preprocessing:
             else 1.0,
             mean=mean,  # type: ignore[arg-type]  # three channels
             std=std,  # type: ignore[arg-type]
+            pads=pads,
         )
 
     def with_size(self, sides: Sequence[int]) -> "Preprocessing":
@@ -85,16 +95,22 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values, for a cache's identity."""
-        return {"resize": self.resize, **asdict(self)}
+        found = {"resize": self.resize, **asdict(self)}
+        if not self.pads:  # as before there was such a setting
+            del found["pads"]
+        return found
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
-        """Sizes of an image; nothing is padded, since images run one by one.
+        """Sizes of an image; padded only where the detector's training did that with all images.
 
         ``shortest_edge`` replaces the target of the shorter side unless it is 0 or the input size
         is fixed.
         """
         if self.height is not None and self.width is not None:
             resized = (self.height, self.width)
+            if self.pads:
+                fitted = size_that_fits(original_hw, resized)
+                return ImageGeometry(original_hw, fitted, resized)
         else:
             assert self.shortest_edge is not None
             assert self.longest_edge is not None
@@ -103,8 +119,9 @@ class Preprocessing:
         return ImageGeometry(original_hw, resized, resized)
 
     def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
-        """The network input of one RGB image, float32, shape (3, H, W)."""
-        height, width = self.input_geometry((image.height, image.width), shortest_edge).resized_hw
+        """The network input of one RGB image, float32, shape (3, H, W); NaN stands for padding."""
+        geometry = self.input_geometry((image.height, image.width), shortest_edge)
+        height, width = geometry.resized_hw
         if self.resize == "mmcv" and (image.height, image.width) != (height, width):
             array = opencv_bilinear(np.asarray(image), (height, width))
         else:
@@ -123,6 +140,10 @@ class Preprocessing:
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             values.sub_(mean[:, None, None]).div_(std[:, None, None])
+        if self.pads:
+            padded = torch.full((3, *geometry.input_hw), float("nan"))
+            padded[:, :height, :width] = values
+            return padded
         return values
 
 
@@ -176,6 +197,16 @@ def shortest_edge_size(size_hw: tuple[int, int], shortest: int, longest: int) ->
     target = max(target, 1)
     other = max(int(target * large / small), 1)
     return (other, target) if width < height else (target, other)
+
+
+def size_that_fits(size_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) of an image's shape inside another, as transformers has it.
+
+    >>> size_that_fits((480, 640), (512, 512))
+    (384, 512)
+    """
+    scale = min(most / side for most, side in zip(most_hw, size_hw, strict=True))
+    return max(int(size_hw[0] * scale), 1), max(int(size_hw[1] * scale), 1)
 
 
 def detectron2_size(size_hw: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:

@@ -138,8 +138,8 @@ def _predict(
         iou = iou[position, column]
         confidences = mask_iou_confidence(kept.class_scores, iou)
     if not head.config.roialign:
-        # These masks lie over the whole image.
-        corners = corners.new_tensor([0, 0, 1, 1]).expand_as(corners)
+        # These masks lie over the whole input.
+        corners = corners.new_tensor(geometry.input_xyxy_norm).expand_as(corners)
     original = scale_boxes(corners, geometry.original_hw)
     return MaskPrediction(kept, confidences.double().numpy(), position, probs, original)
 

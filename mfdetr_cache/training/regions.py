@@ -22,8 +22,6 @@ from mfdetr_cache.ops.masks import rasterise_in_boxes
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.types import ABSENT_LOGIT, CachedImage
 
-_WHOLE_IMAGE = np.array([0, 0, 1, 1], dtype=np.float32)
-
 
 @dataclass(frozen=True, slots=True)
 class RegionSettings:
@@ -135,7 +133,8 @@ def build_regions(
     boxes = _corners(image.boxes_cxcywh_norm[matches.query_index])
     boxes = _jitter(boxes, truth_xyxy[matches.object_index], config, random)
     runs = [image.ground_truth.run_lengths[i] for i in objects[matches.object_index]]
-    seen = boxes if config.roialign else np.tile(_WHOLE_IMAGE, (len(boxes), 1))
+    whole = np.array(image.geometry.input_xyxy_norm, dtype=np.float32)
+    seen = boxes if config.roialign else np.tile(whole, (len(boxes), 1))
     in_pixels = (seen * scale).astype(np.float64)
     masks, outside = rasterise_in_boxes(runs, (height, width), in_pixels, grid_hw)
     return RegionTargets(matches.query_index, boxes, labels[matches.object_index], masks, outside)

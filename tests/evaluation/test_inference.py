@@ -1,5 +1,6 @@
 """Masks of detections: what is left out before the head runs is nothing that would be shown."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,20 @@ def test_detections_below_the_threshold_need_no_mask(
         assert np.array_equal(got.boxes_xyxy, wanted.boxes_xyxy)
         for ours, theirs in zip(got.run_lengths, wanted.run_lengths, strict=True):
             assert np.array_equal(ours, theirs)
+
+
+def test_masks_over_a_padded_input_reach_as_far_as_it_does() -> None:
+    torch.manual_seed(0)
+    whole = HeadConfig(
+        **SMALL | {"box_layers": 0}, roialign=False, query_b2o=False, mask_scoring=False
+    )
+    geometry = replace(IMAGE.geometry, resized_hw=(48, 64))
+    found = predict_masks(
+        build_head(whole, SPEC).eval(), replace(IMAGE, geometry=geometry), SPEC, CPU
+    )
+    (height, width), (all_height, all_width) = geometry.original_hw, geometry.input_hw
+    expected = [0, 0, width * all_width / 64, height * all_height / 48]
+    assert (found.boxes_xyxy == torch.tensor(expected)).all()
 
 
 def test_nothing_above_the_threshold_is_no_mask() -> None:

@@ -176,12 +176,17 @@ def test_a_perfect_mask_over_the_whole_image_has_no_loss() -> None:
     truth = dataclasses.replace(truth, run_lengths=tuple(runs for _ in truth.run_lengths))
     train = TrainConfig(points="grid")
     head = HeadConfig(roialign=False, box_layers=0, query_b2o=False, mask_scoring=False)
-    regions = build_regions(
-        dataclasses.replace(image, ground_truth=truth),
-        RegionSettings.of(train, head),
-        np.random.default_rng(0),
-    )
+    drawn = dataclasses.replace(image, ground_truth=truth)
+    settings = RegionSettings.of(train, head)
+    regions = build_regions(drawn, settings, np.random.default_rng(0))
     assert regions.masks.shape == (len(regions), 24, 32)
+    # Padding has cells, too, which are of nothing.
+    geometry = dataclasses.replace(image.geometry, input_hw=(128, 192))
+    padded = dataclasses.replace(drawn, geometry=geometry)
+    more = build_regions(padded, settings, np.random.default_rng(0)).masks
+    assert more.shape == (len(regions), 32, 48)
+    assert (more[:, :24, :32] == regions.masks).all()
+    assert more.sum() == regions.masks.sum()
     assert (regions.masks == bitmap.reshape(24, 5, 32, 5).mean(axis=(1, 3))).all()
     assert (regions.outside == 0).all()
     masks, labels, outside = (

@@ -95,6 +95,7 @@ def _loaded(
             output_loading_info=True,
             # Their pickles are read by torch's loader of plain tensors, which runs nothing.
             use_safetensors=not _has_pickles_alone(Path(weights)),
+            weights_only=True,
             ignore_mismatched_sizes=True,  # named below
             dtype=torch.float32,
             trust_remote_code=False,
