@@ -68,8 +68,8 @@ class Preprocessing:
             to = f" and padding to {padded}" if padded else ""
             raise DetectorError(f"{where}: cannot follow its image processor's resize {size}{to}")
         normalise = bool(processor.get("do_normalize", False))
-        mean = tuple(float(v) for v in processor["image_mean"]) if normalise else None
-        std = tuple(float(v) for v in processor["image_std"]) if normalise else None
+        mean = _of_channels(processor["image_mean"]) if normalise else None
+        std = _of_channels(processor["image_std"]) if normalise else None
         return cls(
             height=int(size["height"]) if fixed else None,
             width=int(size["width"]) if fixed else None,
@@ -79,8 +79,8 @@ class Preprocessing:
             rescale=float(processor.get("rescale_factor", 1 / 255))
             if processor.get("do_rescale", True)
             else 1.0,
-            mean=mean,  # type: ignore[arg-type]  # three channels
-            std=std,  # type: ignore[arg-type]
+            mean=mean,
+            std=std,
             pads=pads,
         )
 
@@ -161,6 +161,12 @@ class PreprocessedDetector(nn.Module):
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """See :meth:`Detector.preprocess`."""
         return self._preprocessing(image, shortest_edge)
+
+
+def _of_channels(values: float | Sequence[float]) -> tuple[float, float, float]:
+    """One value for all channels, or one for each."""
+    red, green, blue = values if isinstance(values, Sequence) else (values,) * 3
+    return float(red), float(green), float(blue)
 
 
 def sides_to_fit(sides: Sequence[int], longest: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from torch import nn
+
 from mfdetr_cache.coco.class_agnostic import as_prompted
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
 from mfdetr_cache.config import nearest
@@ -194,7 +196,18 @@ def load_detector(
     exact_float32()
     options = options or DetectorOptions()
     detector = _load(name, weights, options, categories)
+    _require_finite(detector, weights)
     return detector if options.amp == "off" else AmpDetector(detector)
+
+
+def _require_finite(detector: Detector, weights: str | None) -> None:
+    """Refuse what a training that diverged leaves: nothing would be found, without a word."""
+    named = detector.named_parameters() if isinstance(detector, nn.Module) else ()
+    if lost := next((name for name, weight in named if not weight.isfinite().all()), None):
+        raise DetectorError(
+            f"{weights}: {lost} holds numbers that are not finite; did its training diverge? "
+            "Give an earlier checkpoint"
+        )
 
 
 def _load(

@@ -146,6 +146,12 @@ def compiled(folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
+def diverged(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[max(weights)][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def fetched_without_lfs(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(POINTER)
 
@@ -154,6 +160,7 @@ def fetched_without_lfs(folder: Path) -> None:
     ("change", "told"),
     [
         (without_processor, r"has no preprocessor_config\.json, which says how its images"),
+        (diverged, "holds numbers that are not finite; did its training diverge"),
         (fetched_without_lfs, r"model\.safetensors is a git-lfs pointer"),
         (compiled, r"missing keys .* and \d+ more \(it has _orig_mod\.model\."),
         (configured(quantization_config={"load_in_8bit": True}), "is quantised; give the model"),

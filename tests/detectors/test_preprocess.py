@@ -56,6 +56,15 @@ def test_fixed_size_ignores_the_aspect() -> None:
     assert values[1].max() == 0
 
 
+def test_one_mean_is_that_of_all_channels() -> None:
+    size = {"size": {"height": 8, "width": 8}, "do_normalize": True}
+    one, three = (
+        Preprocessing.from_processor({**size, "image_mean": m, "image_std": s}, "test")
+        for m, s in ((0.5, 0.25), ([0.5] * 3, [0.25] * 3))
+    )
+    assert one == three
+
+
 def test_processors_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(DetectorError, match="cannot follow its image processor's resize"):
         Preprocessing.from_processor({"size": {"shortest_edge": 800}}, "some model")
