@@ -56,14 +56,14 @@ class Preprocessing:
         edges = (
             processor.get("do_resize", True) and {"shortest_edge", "longest_edge"} <= size.keys()
         )
-        padded = processor.get("do_pad") and processor.get("pad_size")
+        padded = dict(processor.get("pad_size") or {}) if processor.get("do_pad") else {}
         # As transformers' own example of fine-tuning writes it.
         pads = processor.get("do_resize", True) and padded == {
             "height": size.get("max_height"),
             "width": size.get("max_width"),
         }
         if pads:
-            size, fixed = dict(padded), True
+            size, fixed = padded, True
         elif not (fixed or edges) or padded:
             to = f" and padding to {padded}" if padded else ""
             raise DetectorError(f"{where}: cannot follow its image processor's resize {size}{to}")
