@@ -64,7 +64,7 @@ class Preprocessing:
         }
         if pads:
             size, fixed = padded, True
-        elif not (fixed or edges) or padded:
+        elif not (fixed or edges) or padded not in ({}, size):
             to = f" and padding to {padded}" if padded else ""
             raise DetectorError(f"{where}: cannot follow its image processor's resize {size}{to}")
         normalise = bool(processor.get("do_normalize", False))

@@ -74,6 +74,13 @@ def test_another_padding_is_refused(tmp_path: Path) -> None:
         load_detector("auto", str(folder))
 
 
+def test_padding_to_the_size_that_all_have_is_none(tmp_path: Path, rtdetr_folder: Path) -> None:
+    plain = load_detector("auto", str(rtdetr_folder)).spec.preprocessing
+    size = {"height": plain["height"], "width": plain["width"]}
+    folder = padded_folder(tmp_path, detectors.save_rtdetr, size=size, pad_size=size)
+    assert load_detector("auto", str(folder)).spec.preprocessing == plain
+
+
 def test_the_setting_is_no_part_of_other_identities(rtdetr_folder: Path, tmp_path: Path) -> None:
     padded = load_detector("auto", str(padded_folder(tmp_path, detectors.save_rtdetr)))
     assert padded.spec.preprocessing["pads"] is True
