@@ -121,6 +121,10 @@ def test_arguments_in_the_file_say_what_no_tensor_does(tmp_path: Path) -> None:
         load("dino", dilation=True)
     with pytest.raises(DetectorError, match="pe_temperatureH and W differ"):
         load("dino", pe_temperatureH=20, pe_temperatureW=10)
+    damaged = {"data_aug_scales": ["a"], "data_aug_max_size": float("inf"), "num_queries": "many"}
+    for name, value in damaged.items():
+        with pytest.raises(DetectorError, match="its arguments are damaged"):
+            load("dino", **{name: value})
 
 
 class _Evil:

@@ -225,10 +225,17 @@ def _of_official(checkpoint: Checkpoint) -> Source:
     """
     settings = checkpoint.settings
     checkpoint.require_settings(_ARGUMENTS)
-    scale = float(settings.get("data_aug_scale_overlap") or 1)
-    scales = settings.get("data_aug_scales") or [OFFICIAL_PREPROCESSING.shortest_edge]
-    longest = float(settings.get("data_aug_max_size") or OFFICIAL_PREPROCESSING.longest_edge or 0)
+    plain = OFFICIAL_PREPROCESSING
     temperature = settings.get("pe_temperatureH")
+    queries = settings.get("num_queries_one2one", settings.get("num_queries"))
+    try:
+        scale = float(settings.get("data_aug_scale_overlap") or 1)
+        shortest = int(max(settings.get("data_aug_scales") or [plain.shortest_edge]) * scale)
+        longest = int(float(settings.get("data_aug_max_size") or plain.longest_edge or 0) * scale)
+        temperature = None if temperature is None else float(temperature)
+        queries = None if queries is None else int(queries)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DetectorError(f"{checkpoint.path}: its arguments are damaged ({error})") from error
     if settings.get("pe_temperatureW", temperature) != temperature:
         raise DetectorError(f"{checkpoint.path}: pe_temperatureH and W differ, which is not read")
     dino = OFFICIAL_ARITHMETIC["dino"]
@@ -236,15 +243,11 @@ def _of_official(checkpoint: Checkpoint) -> Source:
         "official",
         checkpoint.tensors,
         checkpoint,
-        preprocessing=replace(
-            OFFICIAL_PREPROCESSING,
-            shortest_edge=int(max(scales) * scale),
-            longest_edge=int(longest * scale),
-        ),
+        preprocessing=replace(plain, shortest_edge=shortest, longest_edge=longest),
         arithmetic=None
         if temperature in (None, dino.temperature)
-        else replace(dino, temperature=float(temperature)),
-        num_queries=settings.get("num_queries_one2one", settings.get("num_queries")),
+        else replace(dino, temperature=temperature),
+        num_queries=queries,
     )
 
 
