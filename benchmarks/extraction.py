@@ -6,7 +6,7 @@ the other. Rounds take turns. By the clock and, of a shared machine, in CPU seco
 cache, a second whatever its size, is no part of it.
 
 python benchmarks/extraction.py [--images 6] [--rounds 3] [--detector h-detr-r50] [--weights PATH]
-    [--dtype int8] [--device cpu] [--pictures FOLDER --annotations FILE]
+    [--dtype int8] [--device cpu] [--amp off] [--pictures FOLDER --annotations FILE]
 """
 
 import argparse
@@ -20,16 +20,19 @@ from pathlib import Path
 import torch
 from geometry import COCO_SIZES
 from PIL import Image
+from torch import Tensor
 
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.labelled import label_split
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.extraction import batches
 from mfdetr_cache.extraction.content import plan_cache
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.extraction.stream import Extraction
-from mfdetr_cache.ops.devices import keep_freed_memory
+from mfdetr_cache.ops.devices import keep_freed_memory, to_device
 from mfdetr_cache.reporter import SilentReporter
 
 
@@ -82,6 +85,12 @@ def first_pictures(folder: Path, count: int, annotations: Path) -> Path:
     return path
 
 
+def preprocessed(detector: Detector, picture: Path, device: torch.device) -> Tensor:
+    """A detector's input as extraction's threads make it: ready to be copied."""
+    pixels = detector.preprocess(Image.open(picture).convert("RGB"))
+    return pixels.pin_memory() if device.type == "cuda" else pixels
+
+
 def tell(images: int, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> None:
     """Print rates and their ratios."""
     for name, each in seconds.items():
@@ -108,12 +117,14 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--dtype", default="int8")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", default="off", choices=["off", "bf16"])
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--annotations", type=Path)
     options = parser.parse_args()
     keep_freed_memory()  # as extract does, so that the bare forward has it too
     device = torch.device(options.device)
-    detector = load_detector(options.detector, options.weights).to(device)
+    frozen = DetectorOptions(amp=options.amp)
+    detector = load_detector(options.detector, options.weights, frozen).to(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pictures = options.pictures or folder / "images"
@@ -125,10 +136,7 @@ def main() -> None:
         content = plan_cache(
             label_split(split, detector.spec), detector, MapOptions(options.dtype), ViewOptions()
         )
-        pixels = [
-            detector.preprocess(Image.open(pictures / e.file_name).convert("RGB"))
-            for e in split.images
-        ]
+        pixels = [preprocessed(detector, pictures / e.file_name, device) for e in split.images]
         sizes = [(p.shape[-2], p.shape[-1]) for p in pixels]
 
         def bare() -> tuple[float, float]:
@@ -136,7 +144,8 @@ def main() -> None:
             for part in content.root.layout.parts:
                 rows = content.root.layout.rows_of_part(part.number)
                 for batch in batches.batches_of_part(rows, [sizes[r] for r in rows], device):
-                    detector.forward(torch.stack([pixels[r] for r in batch]).to(device))
+                    inputs = [to_device(pixels[r], device) for r in batch]
+                    detector.forward(torch.stack(inputs))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return since(started)
@@ -150,20 +159,20 @@ def main() -> None:
 
         seconds: dict[str, list[float]] = {}
         cpu: dict[str, list[float]] = {}
-        together = batches._MOST
+        together = dict(batches._MOST)
         bare()
         whole("warm.zarr")  # kernels are loaded
         for number in range(options.rounds):
-            for way, most in (("one by one", 1), ("in batches", together)):
-                batches._MOST = most
+            for way in ("one by one", "in batches"):
+                batches._MOST = together if way == "in batches" else dict.fromkeys(together, 1)
                 # The machine may change its speed meanwhile: the forward is timed on both sides.
-                before, took, after = bare(), whole(f"{number}-{most}.zarr"), bare()
+                before, took, after = bare(), whole(f"{number}-{way}.zarr"), bare()
                 for kept, i in ((seconds, 0), (cpu, 1)):
                     around = (before[i] + after[i]) / 2
                     kept.setdefault(f"bare forward, {way}", []).append(around)
                     kept.setdefault(f"extraction, {way}", []).append(took[i])
-    title = f"{options.detector}, {options.images} images, {options.dtype}, {device}"
-    print(f"{title}, {torch.get_num_threads()} threads")
+    title = f"{options.detector}, {options.images} images, {options.dtype}, amp {options.amp}"
+    print(f"{title}, {device}, {torch.get_num_threads()} threads")
     tell(options.images, seconds, cpu)
 
 

@@ -1,7 +1,8 @@
 """One image as it will stand in a cache: quantised, cut into chunks, compressed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,11 @@ from mfdetr_cache.cache.root import Root
 from mfdetr_cache.cache.schema import BASE_VIEW, C1_ROI, ROW_OK, stored_maps
 from mfdetr_cache.cache.shards import encode_chunk
 from mfdetr_cache.errors import CacheError
-from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
+from mfdetr_cache.ops.quantisation import ENCODINGS, StoredMap, encode_map
 from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
+
+if TYPE_CHECKING:
+    from mfdetr_cache.ops.quantisation_torch import EncodedMaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,13 @@ class ImageEncoder:
         geometry: ImageGeometry,
         output: DetectorOutput,
         crops: C1Crops | None = None,
+        maps: "Mapping[str, EncodedMaps] | None" = None,
     ) -> EncodedImage:
         """Quantise and compress the output for one image, a batch of one on the CPU.
 
-        With ``crops`` of C1 where the layout keeps these in place of the map. ValueError if
-        an array has another shape than declared, CacheError if a value is not finite, in
-        the detector or after rounding to float16.
+        With ``crops`` of C1 where the layout keeps these in place of the map, and ``maps`` in place
+        of the output's where a GPU quantised them. ValueError if an array has another shape than
+        declared, CacheError if a value is not finite, in the detector or after rounding to float16.
         """
         image = EncodedImage({}, {})
         image.tables["status"] = ROW_OK
@@ -57,8 +62,17 @@ class ImageEncoder:
         for name in ("class_logits", "boxes_cxcywh_norm", "queries"):
             self._encode_row(image, name, getattr(output, name)[0].numpy(), row)
         for spec in stored_maps(self._spec, self._layout):
-            if spec.role != "c1_roi":
-                self._encode_map(image, spec.name, output.maps[spec.name][0].numpy(), row)
+            name = spec.name
+            if spec.role == "c1_roi":
+                continue
+            if maps is None:
+                stored = self._quantised(name, output.maps[name][0].numpy(), row)
+            else:
+                largest = float(maps[name].largest)
+                if not largest <= np.finfo(np.float16).max:  # nor NaN
+                    raise _not_finite(largest, row, f"map {name}", np.dtype(np.float16))
+                stored = maps[name].stored()
+            self._add_map(image, name, stored, row)
         if self._layout.c1_roi is not None:
             if crops is None:
                 raise ValueError(f"row {row} has no crops of C1, which the layout asks for")
@@ -73,7 +87,7 @@ class ImageEncoder:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(values[None], dtype=spec.dtype)
         if not np.isfinite(stored).all():
-            raise _not_finite(values, row, name, stored.dtype)
+            raise _not_finite(float(np.nanmax(np.abs(values))), row, name, stored.dtype)
         image.chunks[name] = [self._encode_chunk(name, stored)]
 
     def _encode_chunk(self, name: str, values: NDArray[np.generic]) -> bytes:
@@ -93,28 +107,34 @@ class ImageEncoder:
         self._encode_row(image, f"{C1_ROI}/query_index", queries, row)
         self._encode_row(image, f"{C1_ROI}/moments", crops.moments, row)
         values = np.asarray(crops.crops.to_array(), dtype=np.float32).transpose(2, 0, 1)
-        self._encode_map(image, C1_ROI, values, row)
+        self._add_map(image, C1_ROI, self._quantised(C1_ROI, values, row), row)
 
-    def _encode_map(self, image: EncodedImage, name: str, values: NDArray[Any], row: int) -> None:
-        """Cut a (C, h, w) map into chunks of tokens; the last chunk is padded with zeros."""
-        base = f"maps/{name}"
-        spec = self._specs[f"{base}/values"]
+    def _quantised(self, name: str, values: NDArray[Any], row: int) -> StoredMap:
+        """A (C, h, w) map in the layout's encoding."""
         channels, height, width = values.shape
-        if channels != spec.attributes["channels"]:
-            raise ValueError(
-                f"map {name} of row {row} has {channels} channels, "
-                f"not {spec.attributes['channels']}"
-            )
         planes = np.ascontiguousarray(values, dtype=np.float32).reshape(channels, height * width)
         try:
-            stored, affine = encode_map(planes.T, self._encoding)
+            encoded = encode_map(planes.T, self._encoding)
         except CacheError:
-            raise _not_finite(values, row, f"map {name}", np.dtype(np.float16)) from None
+            largest = float(np.nanmax(np.abs(values)))
+            raise _not_finite(largest, row, f"map {name}", np.dtype(np.float16)) from None
+        return StoredMap((height, width), channels, self._encoding, *encoded)
+
+    def _add_map(self, image: EncodedImage, name: str, stored: StoredMap, row: int) -> None:
+        """Cut a map into chunks of tokens; the last chunk is padded with zeros."""
+        base = f"maps/{name}"
+        spec = self._specs[f"{base}/values"]
+        if stored.channels != spec.attributes["channels"]:
+            raise ValueError(
+                f"map {name} of row {row} has {stored.channels} channels, "
+                f"not {spec.attributes['channels']}"
+            )
+        values, affine = stored.values, stored.affine
         step = spec.chunk[0]
-        starts = range(0, len(stored), step)
-        image.tables[f"{base}/hw"] = (height, width)
+        starts = range(0, len(values), step)
+        image.tables[f"{base}/hw"] = stored.hw
         image.chunks[f"{base}/values"] = [
-            self._encode_chunk(f"{base}/values", stored[i : i + step]) for i in starts
+            self._encode_chunk(f"{base}/values", values[i : i + step]) for i in starts
         ]
         if affine is not None:
             # Of every chunk; where a map has one scale, of the image.
@@ -127,10 +147,7 @@ class ImageEncoder:
             ]
 
 
-def _not_finite(
-    values: NDArray[Any], row: int, name: str, dtype: np.dtype[np.generic]
-) -> CacheError:
-    largest = float(np.nanmax(np.abs(values)))
+def _not_finite(largest: float, row: int, name: str, dtype: np.dtype[np.generic]) -> CacheError:
     return CacheError(
         f"{name} of row {row} is not finite as {dtype} (largest value {largest:.3g}); "
         "the detector or its input is broken"

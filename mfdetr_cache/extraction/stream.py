@@ -1,7 +1,6 @@
 """Extraction pipeline: decoding, the detector, encoding and writing run concurrently."""
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +19,12 @@ from mfdetr_cache.detectors.images import load_with_oddities
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.errors import ImageError, StoppedError
 from mfdetr_cache.extraction.batches import batches_of_part
+from mfdetr_cache.extraction.host_copy import HostCopy
 from mfdetr_cache.matching.crops import c1_crops
 from mfdetr_cache.ops.any_class import any_class
 from mfdetr_cache.ops.cores import threads_beside_gpu
-from mfdetr_cache.ops.devices import keep_freed_memory, to_device
+from mfdetr_cache.ops.devices import DeviceTime, keep_freed_memory, to_device
+from mfdetr_cache.ops.quantisation import ENCODINGS
 from mfdetr_cache.read_ahead import read_ahead
 from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import C1Crops, DetectorOutput, ImageGeometry
@@ -102,7 +103,11 @@ class Extraction:
         self._has_failed = False
         self.num_extracted = 0
         self.num_bytes = 0
-        self.detector_seconds = 0.0
+        self._busy = DeviceTime(device)
+        root = self._content.root
+        kept = stored_maps(root.spec, root.layout)
+        self._kept = [m.name for m in kept if m.role != "c1_roi"]
+        self._encoding = ENCODINGS[root.layout.preset]
         self._oddities: Counter[str] = Counter()
         # Row to EXIF orientation, of images that were perhaps annotated before it was applied.
         self.untold: dict[int, int] = {}
@@ -115,10 +120,14 @@ class Extraction:
         todo = sum(len(self._writer.rows_of_part(part)) for part in pending)
         self._reporter.start("extract", total, "images", done=total - todo)
         writing = ThreadPoolExecutor(1, "cache-writer")
+        batches = [(part, rows) for part in pending for rows in self._batches_of(part)]
+        # A GPU computes a batch while the one before is encoded and the next one is decoded.
+        ahead = 1 if self._device.type == "cpu" else 2
+        depth = _PREFETCH + ahead * max((len(rows) for _, rows in batches), default=0)
         written = read_ahead(
             lambda item: writing.submit(self._write, item).result,
-            self._in_order(pending),
-            _PREFETCH,
+            self._in_order(batches, depth),
+            _PREFETCH if self._device.type == "cpu" else depth,
         )
         try:
             for _ in written:
@@ -137,6 +146,11 @@ class Extraction:
             self._encoders.shutdown(cancel_futures=True)
             self._reporter.finish()
 
+    @property
+    def detector_seconds(self) -> float:
+        """Time in which the device computed."""
+        return self._busy.seconds
+
     def tell_oddities(self) -> None:
         """Warn of image files that can be read and perhaps are not what they seem."""
         for what, count in self._oddities.items():
@@ -153,15 +167,18 @@ class Extraction:
             return _Decoded(geometry, torch.zeros(3, *geometry.input_hw), problem=str(error))
         picture = transform_image(loaded.image, transform)
         pixels = self._detector.preprocess(picture, transform.shortest_edge)
+        if self._device.type == "cuda":
+            # From here a GPU copies by itself.
+            pixels = pixels.pin_memory()
         return _Decoded(geometry, pixels, file_bytes, "", loaded.oddities, loaded.untold)
 
-    def _in_order(self, pending: Sequence[Part]) -> Iterator[_Item]:
-        """All rows of the parts in order; what a batch gives too early waits."""
-        batches = [(part, rows) for part in pending for rows in self._batches_of(part)]
-        expected = (row for part in pending for row in self._writer.rows_of_part(part))
+    def _in_order(self, batches: Sequence[_Batch], depth: int) -> Iterator[_Item]:
+        """All rows of the batches' parts in order; what a batch gives too early waits."""
+        parts = dict.fromkeys(part for part, _ in batches)
+        expected = (row for part in parts for row in self._writer.rows_of_part(part))
         early: dict[int, _Item] = {}
         row = next(expected, None)
-        for batch, decoded in zip(batches, self._decode_ahead(batches), strict=True):
+        for batch, decoded in zip(batches, self._decode_ahead(batches, depth), strict=True):
             early |= {item.row: item for item in self._items_of(batch, decoded)}
             while row in early:
                 yield early.pop(row)
@@ -176,10 +193,9 @@ class Extraction:
         transform = self._content.transforms[view][row]
         return self._detector.input_geometry(transform.size_hw, transform.shortest_edge)
 
-    def _decode_ahead(self, batches: Sequence[_Batch]) -> Iterator[list[_Decoded]]:
-        """The images of each batch."""
+    def _decode_ahead(self, batches: Sequence[_Batch], depth: int) -> Iterator[list[_Decoded]]:
+        """The images of each batch, ``depth`` images at a time."""
         ordered = [(part.view, row) for part, rows in batches for row in rows]
-        depth = _PREFETCH + max((len(rows) for _, rows in batches), default=0)
         with ThreadPoolExecutor(num_decoders(self._device), "decode") as pool:
             decoded = read_ahead(
                 lambda item: pool.submit(self._decode, *item).result, ordered, depth
@@ -193,7 +209,8 @@ class Extraction:
             if image.problem and not self._skip_bad:
                 raise ImageError(f"{image.problem} (--on-bad-image skip leaves such images out)")
         part, rows = batch
-        output, on_cpu = self._outputs_of(images)
+        output = self._output_of(images)
+        copy = HostCopy(output, self._kept, self._encoding)
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             if image.problem:
                 self._reporter.warn(f"skipped: {image.problem}")
@@ -204,9 +221,7 @@ class Extraction:
                 if image.untold > 1:
                     self.untold[row] = image.untold
             crops = self._crops_of(part.view, row, image.geometry, output.of_image(index))
-            encoded = self._encoders.submit(
-                self._writer.encoder.encode, row, image.geometry, on_cpu.of_image(index), crops
-            )
+            encoded = self._encoders.submit(self._encode, row, image.geometry, copy, index, crops)
             self.num_extracted += 1
             yield _Item(part, row, encoded, file_bytes=image.file_bytes)
 
@@ -218,15 +233,17 @@ class Extraction:
                 self._reporter.warn(f"{name} is the first of {what}")
         self._oddities.update(oddities)
 
-    def _outputs_of(self, images: list[_Decoded]) -> tuple[DetectorOutput, DetectorOutput]:
-        """What the detector gives for a batch, and what of it is stored, on the CPU."""
-        started = time.perf_counter()
-        pixels = torch.stack([image.pixel_values for image in images])
-        output = self._detector.forward(to_device(pixels, self._device))
-        kept = {m.name for m in stored_maps(self._content.root.spec, self._content.root.layout)}
-        on_cpu = output.cpu(kept)
-        self.detector_seconds += time.perf_counter() - started
-        return output, on_cpu
+    def _output_of(self, images: list[_Decoded]) -> DetectorOutput:
+        """What the detector gives for a batch; a GPU may still be computing it."""
+        with self._busy.measured():
+            pixels = [to_device(image.pixel_values, self._device) for image in images]
+            return self._detector.forward(torch.stack(pixels))
+
+    def _encode(
+        self, row: int, geometry: ImageGeometry, copy: HostCopy, index: int, crops: C1Crops | None
+    ) -> EncodedImage:
+        output, maps = copy.of_image(index)
+        return self._writer.encoder.encode(row, geometry, output, crops, maps)
 
     def _crops_of(
         self, view: str, row: int, geometry: ImageGeometry, output: DetectorOutput
@@ -235,13 +252,11 @@ class Extraction:
         layout = self._content.root.layout.c1_roi
         if layout is None:
             return None
-        started = time.perf_counter()
-        if self._content.labels.source.get(CLASS_AGNOSTIC):
-            logits = any_class(output.class_logits, self._content.root.spec.score_function)
-            output = replace(output, class_logits=logits)
-        crops = c1_crops(output, self._content.labels.objects[view][row], geometry, layout)
-        self.detector_seconds += time.perf_counter() - started
-        return crops
+        with self._busy.measured():
+            if self._content.labels.source.get(CLASS_AGNOSTIC):
+                logits = any_class(output.class_logits, self._content.root.spec.score_function)
+                output = replace(output, class_logits=logits)
+            return c1_crops(output, self._content.labels.objects[view][row], geometry, layout)
 
     def _write(self, item: _Item) -> None:
         """In the writer's thread: one part after the other, sealed when its last row is in."""

@@ -1,10 +1,12 @@
 """Devices by name, and transfers that do not block."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -59,18 +61,79 @@ def start_copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
 
     It waits only for work queued before the copy.
     """
-    if numbers.device.type != "cuda":
-        return numbers.tolist
-    # torch takes pinned memory for this by itself.
-    here = numbers.to("cpu", non_blocking=True)
-    event = torch.cuda.current_stream(numbers.device).record_event()
+    wait = start_copies_to_host([numbers])
 
-    def wait() -> list[float]:
-        event.synchronize()
-        values: list[float] = here.tolist()
-        return values
+    def values() -> list[float]:
+        found: list[float] = wait()[0].tolist()
+        return found
+
+    return values
+
+
+def start_copies_to_host(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start asynchronous copies of tensors of one device, on a stream of their own.
+
+    The function returned waits for them, in any thread; work that is queued later goes on beside
+    them. On a CPU the tensors themselves are returned.
+    """
+    device = tensors[0].device
+    if device.type != "cuda":
+        return lambda: list(tensors)
+    side = torch.cuda.Stream(device)
+    side.wait_event(torch.cuda.current_stream(device).record_event())
+    # Threads that wait sleep: their cores have other work.
+    arrived = torch.cuda.Event(blocking=True)
+    with torch.cuda.stream(side):
+        # torch takes pinned memory for this by itself.
+        here = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        arrived.record(side)
+    for tensor in tensors:
+        # Its memory must not be given to other work while it is still read.
+        tensor.record_stream(side)
+
+    def wait() -> list[Tensor]:
+        arrived.synchronize()
+        return here
 
     return wait
+
+
+class DeviceTime:
+    """Adds up the seconds in which a device is at some work, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """What is started here is the work."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self._spans.append((begin, end))
+        while self._spans and self._spans[0][1].query():
+            self._close(*self._spans.pop(0))
+
+    @property
+    def seconds(self) -> float:
+        """Of the work so far; waits for it."""
+        for begin, end in self._spans:
+            end.synchronize()
+            self._close(begin, end)
+        self._spans = []
+        return self._seconds
+
+    def _close(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._seconds += begin.elapsed_time(end) / 1e3
 
 
 def pinned_array(count: int, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

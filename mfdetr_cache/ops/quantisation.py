@@ -141,7 +141,7 @@ def _affine(
     """float16 ``low`` and ``step`` whose codes 0 .. levels cover [lowest, highest]."""
     # Which zero is the least of 0 and -0 is up to the machine; the bytes of a cache are not.
     low = _rounded(lowest + np.float32(0), down=True)
-    spread = highest - low.astype(np.float32)
+    spread = highest + np.float32(0) - low.astype(np.float32)
     step = _rounded(spread / np.float32(levels), down=False)
     # A spread so small that the division underflows still needs a step above zero.
     step[(spread > 0) & (step == 0)] = np.finfo(np.float16).smallest_normal

@@ -71,7 +71,7 @@ def test_rows_of_mixed_sizes_are_written_in_their_order(
     folder, weights = mixed_scenes(tmp_path / "scenes"), tmp_path / "detector"
     detectors.save_deformable_detr(weights)
     together = extract(folder, weights, tmp_path / "together.zarr")
-    monkeypatch.setattr(batches, "_MOST", 1)
+    monkeypatch.setitem(batches._MOST, "cpu", 1)
     alone = extract(folder, weights, tmp_path / "alone.zarr")
     assert len({image.geometry.input_hw for image in together}) == 2
     for ours, theirs in zip(together, alone, strict=True):

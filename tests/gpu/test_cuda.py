@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,11 +18,16 @@ from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_pipelines.train_joint import run_train_joint
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.choices import Preset
+from mfdetr_cache.detectors.options import DetectorOptions
+from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.model import MaskFrozenDETR
 from mfdetr_cache.ops.deformable_attention import deformable_attention, sampled_attention
 from mfdetr_cache.ops.dequantisation import decode_maps
+from mfdetr_cache.ops.quantisation import ENCODINGS
+from mfdetr_cache.ops.quantisation_torch import encode_maps
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.initial_head import new_head
@@ -45,8 +50,8 @@ def recipe(name: str = "fast", **changes: Any) -> Recipe:
 
 
 def cache_of(folder: Path, detector: Path, path: Path, **changes: Any) -> FeatureCache:
-    config = scenes.extract_config(folder, str(detector), path)
-    run_extract(dataclasses.replace(config, **changes), SilentReporter())
+    config = scenes.extract_config(folder, str(detector), path, **changes)
+    run_extract(config, SilentReporter())
     return FeatureCache.open(path)
 
 
@@ -87,6 +92,33 @@ def test_codes_are_decoded_alike(
             there, here = decode_maps([stored], DEVICE), decode_maps([stored])
             # A product and a sum, which a GPU may contract to one rounding.
             torch.testing.assert_close(there.cpu(), here, rtol=2**-22, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ENCODINGS)
+def test_maps_are_quantised_as_on_a_cpu(preset: Preset) -> None:
+    """Down to float16's smallest numbers, where a fast kernel would flush or multiply instead."""
+    sizes = torch.logspace(-9, 4, 7)[None, :, None, None]
+    maps = torch.randn(3, 7, 21, 13) * sizes
+    there, here = (encode_maps(m, ENCODINGS[preset]).tensors for m in (maps.to(DEVICE), maps))
+    for ours, theirs in zip(there, here, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("name", ["h-detr-r50", "h-detr-swin-t", "dino-r50"])
+def test_a_detector_never_waits_for_the_gpu(name: str, amp: Literal["off", "bf16"]) -> None:
+    """The next batch is started while one is computed."""
+    if DEVICE == "cpu":
+        pytest.skip("a CPU waits for itself")
+    detector = load_detector(name, None, DetectorOptions(amp=amp)).to(DEVICE)
+    pixels = torch.randn(2, 3, 256, 320, device=DEVICE)
+    try:
+        # The first time kernels are built and constants copied, which may wait.
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            detector.forward(pixels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def double(batch: TrainBatch) -> TrainBatch:

@@ -13,6 +13,7 @@ from mfdetr_cache.ops.quantisation import (
     StoredMap,
     encode_map,
 )
+from mfdetr_cache.ops.quantisation_torch import encode_maps
 
 TOKENS = arrays(
     np.float32,
@@ -133,3 +134,32 @@ def test_what_float16_cannot_hold_is_refused(preset: Preset, value: float) -> No
         broken[place] = value
         with pytest.raises(CacheError, match="not finite as float16"):
             encode_map(broken, ENCODINGS[preset])
+
+
+MAPS = arrays(
+    np.float32,
+    st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 14), st.integers(1, 14)),
+    elements=st.floats(-65504, 65504, width=32)
+    | st.floats(-(2.0**-20), 2.0**-20, width=32)
+    | st.sampled_from([0.0, -0.0, 65504.0, -65504.0, 2.0**-24, 2.0**-130]),
+)
+
+
+@given(MAPS)
+@pytest.mark.parametrize("preset", ENCODINGS)
+def test_a_batch_on_its_device_has_the_bytes_of_each_image_on_a_cpu(
+    preset: Preset, maps: np.ndarray
+) -> None:
+    encoding = ENCODINGS[preset]
+    batch = encode_maps(torch.from_numpy(maps), encoding)
+    assert batch.largest.tolist() == np.abs(maps).max((1, 2, 3)).tolist()
+    for index, image in enumerate(maps):
+        found = batch.of_image(index).stored()
+        values, affine = encode_map(image.reshape(len(image), -1).T, encoding)
+        assert found.hw == image.shape[1:]
+        assert found.values.tobytes() == values.tobytes()
+        assert found.values.shape == values.shape
+        assert (found.affine is None) == (affine is None)
+        if found.affine is not None and affine is not None:
+            assert found.affine.tobytes() == affine.tobytes()
+            assert found.affine.shape == affine.shape

@@ -186,7 +186,19 @@ class _Functions(TorchFunctionMode):
 
 
 class _Event:
-    """What it stands for has happened."""
+    """What it stands for has happened, at once."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def record(self, _: object = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: object) -> float:
+        return 0.0
 
     def synchronize(self) -> None:
         pass
@@ -228,6 +240,7 @@ def pretend_gpu() -> Iterator[None]:
             "is_bf16_supported": lambda *_: True,
             "synchronize": lambda *_: None,
             "empty_cache": lambda: None,
+            "Event": _Event,
             "Stream": _Stream,
             "current_stream": _Stream,
             "stream": _beside,
@@ -237,4 +250,6 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         patch.setattr(torch, "Generator", lambda *_: make_generator())
         patch.setattr(Tensor, "record_stream", lambda *_: None)
+        # Also in the threads that decode.
+        patch.setattr(Tensor, "pin_memory", lambda t: t)
         yield

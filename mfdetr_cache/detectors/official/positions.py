@@ -39,7 +39,8 @@ def box_position(boxes_norm: Tensor, order: tuple[int, int, int, int]) -> Tensor
 
     ``order`` of the coordinates is (0, 1, 2, 3), or (1, 0, 2, 3) for DINO.
     """
-    angles = boxes_norm[..., list(order)] * (2 * math.pi)
+    # Not indexed by a list, which would be copied to a GPU and waited for.
+    angles = torch.stack([boxes_norm[..., i] for i in order], dim=-1) * (2 * math.pi)
     return interleaved_sine(angles, 128, 10000).flatten(-2)
 
 

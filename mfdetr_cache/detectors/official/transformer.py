@@ -142,13 +142,19 @@ def _cell_centres(size_hw: tuple[int, int], like: Tensor) -> Tensor:
     return torch.stack((grid_x, grid_y), -1).flatten(0, 1)[None]
 
 
+def _valid_cells(ratios: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Cells along x and y that are not padding, shape (B, 1, 2), from shares (B, 2)."""
+    # Not a tensor of both sizes: a GPU would be waited for while it is copied.
+    height, width = size_hw
+    return torch.stack((ratios[:, 0] * width, ratios[:, 1] * height), dim=-1)[:, None]
+
+
 def encoder_references(memory: Memory) -> Tensor:
     """Cell centres x, y relative to valid area, times each level's valid ratio, (B, S, L, 2)."""
     ratios, points = memory.valid_ratios, []
     for level, (height, width) in enumerate(memory.sizes_hw):
         cells = _cell_centres((height, width), ratios)
-        share = ratios[:, None, level] * ratios.new_tensor([width, height])
-        points.append(cells / share)
+        points.append(cells / _valid_cells(ratios[:, level], (height, width)))
     return torch.cat(points, dim=1)[:, :, None] * ratios[:, None]
 
 
@@ -163,8 +169,7 @@ def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tu
     for level, (height, width) in enumerate(memory.sizes_hw):
         cells = _cell_centres((height, width), ratios)
         # Counted cells, as the official code has them: ratios times sizes are whole numbers.
-        valid = (ratios[:, None, level] * ratios.new_tensor([width, height])).round()
-        centre = cells / valid
+        centre = cells / _valid_cells(ratios[:, level], (height, width)).round()
         parts.append(torch.cat((centre, torch.full_like(centre, 0.05 * 2**level)), dim=-1))
     boxes = torch.cat(parts, dim=1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
