@@ -26,13 +26,13 @@ def extract(config: ExtractConfig, out: CommandOutput) -> None:
         config = replace(config, work=replace(config.work, part=partition_of_environment()))
     summary = run_extract(config, out.reporter)
     out.write_json({**asdict(summary), "cache": str(config.cache)})
-    share = summary.detector_seconds / summary.seconds if summary.num_extracted else 0.0
     facts = {
         "cache id": summary.cache_id,
         "images": f"{summary.num_images} ({summary.num_extracted} extracted now)",
         "size": f"{human_bytes(summary.stored_bytes)} "
         f"({summary.raw_bytes / max(summary.stored_bytes, 1):.2f} x smaller than float16)",
-        "time": f"{human_time(summary.seconds)}, {100 * share:.0f} % of it in the detector",
+        "time": f"{human_time(summary.seconds)}; in the detector "
+        f"{human_time(summary.detector_seconds)}",
     }
     facts |= {f"{noun} left out": str(n) for noun, n in summary.left_out.items() if n}
     if summary.skipped:

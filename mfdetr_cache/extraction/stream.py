@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +108,8 @@ class Extraction:
         kept = stored_maps(root.spec, root.layout)
         self._kept = [m.name for m in kept if m.role != "c1_roi"]
         self._encoding = ENCODINGS[root.layout.preset]
-        self._oddities: Counter[str] = Counter()
+        # Image files that can be read and perhaps are not what they seem.
+        self.oddities: Counter[str] = Counter()
         # Row to EXIF orientation, of images that were perhaps annotated before it was applied.
         self.untold: dict[int, int] = {}
         self._num_sealed = 0
@@ -150,11 +151,6 @@ class Extraction:
     def detector_seconds(self) -> float:
         """Time in which the device computed."""
         return self._busy.seconds
-
-    def tell_oddities(self) -> None:
-        """Warn of image files that can be read and perhaps are not what they seem."""
-        for what, count in self._oddities.items():
-            self._reporter.warn(f"{count} {what}")
 
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._content.images[row]
@@ -228,10 +224,10 @@ class Extraction:
     def _note(self, row: int, oddities: tuple[str, ...]) -> None:
         """Count what is odd about a file; the first of a kind is told at once, not after hours."""
         for what in oddities:
-            if not self._oddities[what]:
+            if not self.oddities[what]:
                 name = self._content.images[row].file_name
                 self._reporter.warn(f"{name} is the first of {what}")
-        self._oddities.update(oddities)
+        self.oddities.update(oddities)
 
     def _output_of(self, images: list[_Decoded]) -> DetectorOutput:
         """What the detector gives for a batch; a GPU may still be computing it."""
@@ -283,6 +279,12 @@ class Extraction:
             self._writer.seal_part()
             self._num_sealed += len(self._writer.rows_of_part(self._part))
             self._part = None
+
+
+def tell_oddities(oddities: Mapping[str, int], reporter: Reporter) -> None:
+    """Warn of image files that can be read and perhaps are not what they seem."""
+    for what, count in oddities.items():
+        reporter.warn(f"{count} {what}")
 
 
 def tell_changed_images(writer: CacheWriter, images: Path, reporter: Reporter) -> None:

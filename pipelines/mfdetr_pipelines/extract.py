@@ -18,7 +18,7 @@ class ExtractSummary:
         skipped: Row, image id and reason of what was left out.
         raw_bytes: Bytes of the same values uncompressed.
         seconds: Time of this run, without the final check.
-        detector_seconds: Part of it spent in the detector's forward.
+        detector_seconds: Time in the detector's forward, of all processes.
         box: Box AP of what is cached; None while other processes still fill the cache.
         parts_missing: Parts that other processes have not filled yet.
         categories: The dataset's categories and their labels.

@@ -4,9 +4,12 @@ import functools
 import math
 import shutil
 import time
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from mfdetr_cache.cache.creation import CacheContent
 from mfdetr_cache.cache.foundation import read_root
@@ -22,11 +25,13 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.cached_boxes import judge_orientations, judged_box_metrics
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction, tell_changed_images
+from mfdetr_cache.extraction.stream import Extraction, tell_changed_images, tell_oddities
+from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import ExtractSummary
+from mfdetr_pipelines.process_engine import in_processes
 from mfdetr_pipelines.ray_engine import on_cluster
 
 
@@ -39,32 +44,31 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
     _announce(config, content, partition, reporter)
     started = time.perf_counter()
     with CacheWriter.open_or_create(config.cache, content, partition) as writer:
-        untold: dict[int, int] = {}
-        if config.work.engine == "ray":
-            extracted, detector_seconds = _fill_on_cluster(config, writer, reporter)
+        pending = writer.pending_parts()
+        num_pending = sum(len(writer.rows_of_part(part)) for part in pending)
+        workers = 1 if config.work.engine == "ray" else _num_processes(config, num_pending)
+        if config.work.engine == "ray" or workers > 1:
+            filled = _fill_in_tasks(config, writer, pending, workers, reporter)
         else:
-            worker = _worker(config, detector, writer, reporter)
-            worker.run(writer.pending_parts())
-            worker.tell_oddities()
-            extracted, detector_seconds = worker.num_extracted, worker.detector_seconds
-            untold = worker.untold
+            filled = _filled(_worker(config, detector, writer, reporter), pending)
+        tell_oddities(filled.oddities, reporter)
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
     box = None
     if partition == WHOLE:
         cache.require_complete()
     if cache.is_complete:
-        judge_orientations(cache, untold, reporter)
+        judge_orientations(cache, filled.untold, reporter)
         box = judged_box_metrics(cache, reporter)
     return ExtractSummary(
         cache_id=cache.cache_id,
         num_images=len(cache),
-        num_extracted=extracted,
+        num_extracted=filled.num_images,
         skipped=cache.skipped,
         stored_bytes=cache.stored_bytes,
         raw_bytes=cache.raw_bytes,
         seconds=seconds,
-        detector_seconds=detector_seconds,
+        detector_seconds=filled.detector_seconds,
         box=box,
         parts_missing=len(cache.missing_parts),
         categories=labelled.match.table,
@@ -88,22 +92,81 @@ def _worker(
     return Extraction(config.files.images, detector, device, writer, reporter, skip_bad=skip_bad)
 
 
-def _fill_on_cluster(
-    config: ExtractConfig, writer: CacheWriter, reporter: Reporter
-) -> tuple[int, float]:
-    pending = writer.pending_parts()
+@dataclass
+class _Filled:
+    """What filling parts of a cache came to.
+
+    Attributes:
+        detector_seconds: Of all processes.
+        oddities: Kinds of odd image files, and how many there were.
+        untold: EXIF orientation of rows that were perhaps annotated before it was applied.
+    """
+
+    num_images: int = 0
+    num_bytes: int = 0
+    detector_seconds: float = 0.0
+    oddities: Counter[str] = field(default_factory=Counter)
+    untold: dict[int, int] = field(default_factory=dict)
+
+    def add(self, other: "_Filled") -> None:
+        self.num_images += other.num_images
+        self.num_bytes += other.num_bytes
+        self.detector_seconds += other.detector_seconds
+        self.oddities += other.oddities
+        self.untold |= other.untold
+
+
+def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
+    worker.run(parts)
+    return _Filled(
+        worker.num_extracted,
+        worker.num_bytes,
+        worker.detector_seconds,
+        worker.oddities,
+        worker.untold,
+    )
+
+
+# A process takes some ten seconds to start and, with its activations, some gigabytes of the GPU.
+_WORTH_A_PROCESS = 500
+_MOST_PROCESSES = 4
+_GPU_BYTES = 6 * 2**30
+
+
+def _num_processes(config: ExtractConfig, num_pending: int) -> int:
+    """Processes on this machine: as many as were asked for, or as a GPU has work for."""
+    device = torch_device(config.device)
+    if config.work.workers or device.type != "cuda":
+        return max(1, config.work.workers)
+    free, _ = torch.cuda.mem_get_info(device)
+    room = min(_MOST_PROCESSES, threads_beside_gpu(32) // 2, free // _GPU_BYTES)
+    return max(1, min(room, num_pending // _WORTH_A_PROCESS))
+
+
+def _fill_in_tasks(
+    config: ExtractConfig,
+    writer: CacheWriter,
+    pending: Sequence[Part],
+    workers: int,
+    reporter: Reporter,
+) -> _Filled:
+    """Fill parts on a cluster, or in several processes here."""
     tell_changed_images(writer, config.files.images, reporter)
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
     total = writer.num_rows
-    reporter.start("extract", total, "images", done=total - sum(sizes.values()))
-    extracted, seconds = 0, 0.0
     fill = functools.partial(_fill_part, config)
-    for part, (images, num_bytes, detector_seconds) in on_cluster(fill, pending, config.work):
-        extracted += images
-        seconds += detector_seconds
-        reporter.advance(sizes[part], num_bytes=num_bytes)
+    if config.work.engine == "ray":
+        tasks = on_cluster(fill, pending, config.work)
+    else:
+        reporter.say(f"in {workers} processes")
+        tasks = in_processes(fill, pending, workers)
+    reporter.start("extract", total, "images", done=total - sum(sizes.values()))
+    filled = _Filled()
+    for part, found in tasks:
+        filled.add(found)
+        reporter.advance(sizes[part], num_bytes=found.num_bytes)
     reporter.finish()
-    return extracted, seconds
+    return filled
 
 
 # What the last extraction of this worker process needs, by its settings; these have no hash.
@@ -124,13 +187,11 @@ def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     return _KEPT[key]
 
 
-def _fill_part(config: ExtractConfig, part: Part) -> tuple[int, int, float]:
-    """Fill one part, on a worker of a cluster; its images, bytes and seconds in the detector."""
+def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
+    """Fill one part, in a process of its own; what it warns of is told when all are done."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
-    worker = _worker(config, detector, writer, SilentReporter())
-    worker.run([part])
-    return worker.num_extracted, worker.num_bytes, worker.detector_seconds
+    return _filled(_worker(config, detector, writer, SilentReporter()), [part])
 
 
 def _announce(

@@ -14,6 +14,7 @@ from mfdetr_pipelines.ablation.plan import plan_with_caches
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
 from mfdetr_pipelines.ablation.training import train_group
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.process_engine import in_processes
 from mfdetr_pipelines.ray_engine import on_cluster
 
 
@@ -43,8 +44,8 @@ def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
     waiting, problems = _waiting(jobs)
     problems |= {row.name: row.problem for row in rows if row.problem}
     groups = list(by_stream([j for j in waiting if j.name not in problems]))
-    if config.work.engine == "ray":
-        problems |= _train_on_cluster(config, groups, reporter)
+    if config.work.engine == "ray" or config.work.workers > 1:
+        problems |= _train_in_tasks(config, groups, reporter)
     else:
         problems |= _train_here(config, groups, caches, reporter)
     for name, problem in problems.items():
@@ -91,7 +92,7 @@ def _train_here(
     return problems
 
 
-def _train_on_cluster(
+def _train_in_tasks(
     config: AblateConfig, groups: Sequence[Sequence[Job]], reporter: Reporter
 ) -> dict[str, str]:
     """Train groups as tasks, the largest split until every worker has one; problems by row."""
@@ -102,8 +103,13 @@ def _train_on_cluster(
             break
         tasks += split(tasks.pop(), 2)
     problems: dict[str, str] = {}
+    train = functools.partial(_train_there, config)
+    if config.work.engine == "ray":
+        trained = on_cluster(train, tasks, config.work)
+    else:
+        trained = in_processes(train, tasks, config.work.workers)
     reporter.start("ablate", sum(map(len, tasks)), "heads")
-    for group, found in on_cluster(functools.partial(_train_there, config), tasks, config.work):
+    for group, found in trained:
         problems |= found
         reporter.advance(len(group))
     reporter.finish()

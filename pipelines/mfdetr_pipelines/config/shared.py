@@ -73,13 +73,18 @@ class WorkOptions:
             Without it, torchrun's or a Slurm array's variables decide.
         engine: Here, or as tasks on a Ray cluster.
         address: Ray cluster, such as auto or ray://host:10001.
-        workers: Ray tasks at a time; 0 for one per GPU, or per two CPUs.
+        workers: Processes on this machine (0 for one, and for up to four of an extraction on a
+            GPU), or Ray tasks at a time (0 for one per GPU, or per two CPUs).
     """
 
     part: Annotated[Partition | None, Option(metavar="K/N", parse=parse_partition)] = None
     engine: Literal["local", "ray"] = "local"
     address: Annotated[str | None, Option(metavar="URL")] = None
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: give 1 or more, or 0 for the usual")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,98 @@
+"""Several processes on this machine: the same results, and one line where they end."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mfdetr_pipelines.ablation.run import run_ablate
+from mfdetr_pipelines.config.shared import WorkOptions
+from mfdetr_pipelines.extract import run_extract
+from mfdetr_pipelines.process_engine import in_processes
+
+from mfdetr_cache.cache import schema
+from mfdetr_cache.errors import ConfigError, DatasetError, ImageError, StoppedError
+from mfdetr_cache.reporter import SilentReporter
+from tests.support import scenes
+from tests.support.ablations import config as ablation
+from tests.support.acts import act
+from tests.support.caches import contents
+
+TWO = WorkOptions(workers=2)
+
+
+def test_every_item_comes_back_with_its_result() -> None:
+    found = list(in_processes(act, list("abcdef"), 2))
+    assert {item: text for item, (text, _) in found} == {x: x.upper() for x in "abcdef"}
+    numbers = {number for _, (_, number) in found}
+    assert 1 <= len(numbers) <= 2
+    assert os.getpid() not in numbers
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "said"),
+    [
+        ("refuse", DatasetError, "^cannot be used$"),
+        ("die", ConfigError, "ended by signal 9"),
+        ("fail", RuntimeError, "exit code 1"),
+    ],
+)
+def test_an_end_in_a_process_is_told(
+    item: str, error: type[Exception], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(error, match=said):
+        list(in_processes(act, [item, "a"], 2))
+    assert ("ZeroDivisionError: a bug" in capfd.readouterr().err) == (item == "fail")
+
+
+def test_ctrl_c_ends_the_processes() -> None:
+    results = in_processes(act, list("abcd"), 2)
+    _, (_, number) = next(results)
+    with pytest.raises(StoppedError, match="goes on from there"):
+        results.throw(KeyboardInterrupt())
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def test_processes_fill_the_cache_that_one_fills(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "PART_BYTES", 1)  # an image a part
+
+    def extract(name: str, **changes: Any) -> Any:
+        config = scenes.extract_config(
+            scenes_folder, str(rtdetr_folder), tmp_path / name, limit=4, **changes
+        )
+        reporter = SilentReporter()
+        return run_extract(config, reporter), reporter
+
+    whole, _ = extract("one.zarr")
+    summary, reporter = extract("two.zarr", work=TWO)
+    assert "in 2 processes" in reporter.messages
+    assert summary.num_extracted == whole.num_extracted == 4
+    assert summary.box == whole.box
+    assert contents(tmp_path / "two.zarr") == contents(tmp_path / "one.zarr")
+
+
+def test_a_bad_image_is_named_by_the_command(
+    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+) -> None:
+    scenes.write_scenes(tmp_path / "scenes", count=2, seed=5)
+    min((tmp_path / "scenes/images").iterdir()).write_bytes(b"no image")
+    config = scenes.extract_config(
+        tmp_path / "scenes", str(rtdetr_folder), tmp_path / "a.zarr", work=TWO
+    )
+    with pytest.raises(ImageError, match="on-bad-image skip leaves such images out"):
+        run_extract(config, SilentReporter())
+
+
+def test_processes_train_the_heads_that_one_trains(tmp_path: Path, drawn_cache: Path) -> None:
+    there = run_ablate(ablation(drawn_cache, tmp_path / "two", work=TWO), SilentReporter())
+    here = run_ablate(ablation(drawn_cache, tmp_path / "one"), SilentReporter())
+    assert [r.seeds for r in there] == [r.seeds for r in here]
+    assert all(r.problem == "" for r in there)
+
+
+def test_a_negative_number_of_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--workers -1: give 1 or more"):
+        WorkOptions(workers=-1)
