@@ -33,8 +33,8 @@ from mfdetr_cache.identity import differences
 
 
 @dataclass
-class _OpenPart:
-    """The arrays of the part that is being filled."""
+class OpenPart:
+    """The arrays of a part that is being filled, or waits to be published."""
 
     part: Part
     rows: range
@@ -66,7 +66,7 @@ class CacheWriter:
         self._root = content.root
         self.encoder = ImageEncoder(self._root)
         self._raw = self._root.layout.compression == "raw"
-        self._open: _OpenPart | None = None
+        self._open: OpenPart | None = None
         # Of the parts that `pending_parts` found whole.
         self.sizes_of_images: list[tuple[int, int]] = []
 
@@ -128,7 +128,7 @@ class CacheWriter:
 
     def begin_part(self, part: Part) -> None:
         """Start filling a part; every one of its rows is then appended or skipped."""
-        opened = _OpenPart(part, self.rows_of_part(part), self._root.arrays[part.view])
+        opened = OpenPart(part, self.rows_of_part(part), self._root.arrays[part.view])
         for name, spec in opened.arrays.items():
             if spec.shard is None:
                 opened.tables[name] = np.zeros(spec.chunk, dtype=spec.dtype)
@@ -174,11 +174,19 @@ class CacheWriter:
         part.skipped.append({"row": row, "image_id": image_id, "reason": reason})
 
     def seal_part(self) -> int:
-        """Publish the open part: its files, then its manifest; returns the bytes written.
+        """End the open part and :meth:`publish` it; returns the bytes written."""
+        return self.publish(self.end_part())
+
+    def end_part(self) -> OpenPart:
+        """The open part, filled; another one can be begun before it is published."""
+        part, self._open = self._require_open(), None
+        return part
+
+    def publish(self, part: OpenPart) -> int:
+        """Write a part's files, then its manifest, in any thread; returns the bytes written.
 
         CacheError if the disk is full or cannot be written; what was sealed before stays.
         """
-        part = self._require_open()
         files: dict[str, FileRecord] = {}
         with explained(self.storage):
             for name, spec in part.arrays.items():
@@ -192,10 +200,9 @@ class CacheWriter:
             image_bytes = tuple(part.image_bytes.get(row, 0) for row in part.rows)
             manifest = Manifest(part.part, tuple(part.skipped), files, image_bytes)
             write_manifest(self.storage, self._root, manifest)
-        self._open = None
         return sum(f.num_bytes for f in files.values())
 
-    def _require_open(self) -> _OpenPart:
+    def _require_open(self) -> OpenPart:
         if self._open is None:
             raise ValueError("no part is open; call begin_part first")
         return self._open

@@ -1,7 +1,7 @@
 """Extraction pipeline: decoding, the detector, encoding and writing run concurrently."""
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,6 +35,8 @@ _PREFETCH = 8
 _DECODERS = 2
 # Threads that quantise and compress while a GPU computes.
 _MOST_ENCODERS = 8
+# Parts that are written to disk while the next one is filled.
+_PUBLISHED_AT_ONCE = 2
 
 
 @dataclass
@@ -99,6 +101,8 @@ class Extraction:
         self._writer, self._content = writer, writer.content
         self._reporter = reporter
         self._encoders = ThreadPoolExecutor(num_encoders(device), "encode")
+        self._publishers = ThreadPoolExecutor(_PUBLISHED_AT_ONCE, "publish")
+        self._publishing: deque[tuple[Part, Future[int]]] = deque()
         self._part: Part | None = None
         self._has_failed = False
         self.num_extracted = 0
@@ -134,8 +138,10 @@ class Extraction:
             for _ in written:
                 pass
             writing.submit(self._seal).result()
+            self._await_published(0)
         except KeyboardInterrupt:
             writing.shutdown(cancel_futures=True)
+            self._await_published(0)
             kept = total - todo + self._num_sealed
             raise StoppedError(
                 f"stopped: {kept} of {total} images are kept in sealed parts, the same command "
@@ -145,6 +151,7 @@ class Extraction:
             # What is queued belongs to a part that cannot be finished.
             writing.shutdown(cancel_futures=True)
             self._encoders.shutdown(cancel_futures=True)
+            self._publishers.shutdown()
             self._reporter.finish()
 
     @property
@@ -275,10 +282,19 @@ class Extraction:
             raise
 
     def _seal(self) -> None:
+        """Publish the part that is filled, beside the next one."""
         if self._part is not None:
-            self._writer.seal_part()
-            self._num_sealed += len(self._writer.rows_of_part(self._part))
+            self._await_published(_PUBLISHED_AT_ONCE - 1)
+            publishing = self._publishers.submit(self._writer.publish, self._writer.end_part())
+            self._publishing.append((self._part, publishing))
             self._part = None
+
+    def _await_published(self, most: int) -> None:
+        """Wait until ``most`` parts are being published; raises what went wrong with one."""
+        while len(self._publishing) > most:
+            part, publishing = self._publishing.popleft()
+            publishing.result()
+            self._num_sealed += len(self._writer.rows_of_part(part))
 
 
 def tell_oddities(oddities: Mapping[str, int], reporter: Reporter) -> None:

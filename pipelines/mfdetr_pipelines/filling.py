@@ -130,6 +130,7 @@ def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
 # A process takes some ten seconds to start and, with its activations, some gigabytes of the GPU.
 _WORTH_A_PROCESS = 500
 _MOST_PROCESSES = 4
+_PARTS_OF_A_TASK = 8
 _GPU_BYTES = 6 * 2**30
 
 
@@ -138,9 +139,11 @@ def _num_processes(config: ExtractConfig, num_pending: int) -> int:
     device = torch_device(config.device)
     if config.work.workers or device.type != "cuda":
         return max(1, config.work.workers)
+    most = min(_MOST_PROCESSES, threads_beside_gpu(32) // 2, num_pending // _WORTH_A_PROCESS)
+    if most <= 1:
+        return 1
     free, _ = torch.cuda.mem_get_info(device)
-    room = min(_MOST_PROCESSES, threads_beside_gpu(32) // 2, free // _GPU_BYTES)
-    return max(1, min(room, num_pending // _WORTH_A_PROCESS))
+    return max(1, min(most, free // _GPU_BYTES))
 
 
 def _fill_in_tasks(
@@ -154,17 +157,19 @@ def _fill_in_tasks(
     tell_changed_images(writer, config.files.images, reporter)
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
     total = writer.num_rows
-    fill = functools.partial(_fill_part, config)
+    fill = functools.partial(_fill_parts, config)
     if config.work.engine == "ray":
-        tasks = on_cluster(fill, pending, config.work)
+        tasks = on_cluster(fill, _shares(pending, 1), config.work)
     else:
         reporter.say(f"in {workers} processes")
-        tasks = in_processes(fill, pending, workers)
+        # Several parts, so that one is computed while the one before is written to disk.
+        most = max(1, min(_PARTS_OF_A_TASK, len(pending) // (4 * workers)))
+        tasks = in_processes(fill, _shares(pending, most), workers)
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
     filled = _Filled()
-    for part, found in tasks:
+    for parts, found in tasks:
         filled.add(found)
-        reporter.advance(sizes[part], num_bytes=found.num_bytes)
+        reporter.advance(sum(sizes[part] for part in parts), num_bytes=found.num_bytes)
     reporter.finish()
     return filled
 
@@ -187,11 +192,15 @@ def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     return _KEPT[key]
 
 
-def _fill_part(config: ExtractConfig, part: Part) -> _Filled:
-    """Fill one part, in a process of its own; what it warns of is told when all are done."""
+def _shares(parts: Sequence[Part], most: int) -> list[tuple[Part, ...]]:
+    return [tuple(parts[i : i + most]) for i in range(0, len(parts), most)]
+
+
+def _fill_parts(config: ExtractConfig, parts: Sequence[Part]) -> _Filled:
+    """Fill some parts, in a process of its own; what it warns of is told when all are done."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
-    return _filled(_worker(config, detector, writer, SilentReporter()), [part])
+    return _filled(_worker(config, detector, writer, SilentReporter()), parts)
 
 
 def _announce(
