@@ -127,9 +127,11 @@ def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
     )
 
 
-# A process takes some ten seconds to start and, with its activations, some gigabytes of the GPU.
-_WORTH_A_PROCESS = 500
-_MOST_PROCESSES = 4
+# A process takes some twenty seconds to start, in which one alone does thousands of small images;
+# with its activations it takes some gigabytes of the GPU.
+_WORTH_A_PROCESS = 2500
+_MOST_PROCESSES = 6
+_GPU_BYTES = 6 * 2**30
 _PARTS_OF_A_TASK = 8
 _GPU_BYTES = 6 * 2**30
 
@@ -139,7 +141,8 @@ def _num_processes(config: ExtractConfig, num_pending: int) -> int:
     device = torch_device(config.device)
     if config.work.workers or device.type != "cuda":
         return max(1, config.work.workers)
-    most = min(_MOST_PROCESSES, threads_beside_gpu(32) // 2, num_pending // _WORTH_A_PROCESS)
+    cores = threads_beside_gpu(_MOST_PROCESSES)
+    most = min(cores, num_pending // _WORTH_A_PROCESS)
     if most <= 1:
         return 1
     free, _ = torch.cuda.mem_get_info(device)

@@ -73,7 +73,7 @@ class WorkOptions:
             Without it, torchrun's or a Slurm array's variables decide.
         engine: Here, or as tasks on a Ray cluster.
         address: Ray cluster, such as auto or ray://host:10001.
-        workers: Processes on this machine (0 for one, and for up to four of an extraction on a
+        workers: Processes on this machine (0 for one, and for up to six of a long extraction on a
             GPU), or Ray tasks at a time (0 for one per GPU, or per two CPUs).
     """
 
