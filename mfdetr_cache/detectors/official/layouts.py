@@ -1,11 +1,8 @@
 """Checkpoints of detrex and mmdetection under the names of the official code."""
 
-import ast
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +13,7 @@ from mfdetr_cache.detectors.official.architecture import (
     Arithmetic,
     Layout,
 )
+from mfdetr_cache.detectors.official.mmdetection import read_configuration
 from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.errors import DetectorError
 
@@ -107,37 +105,6 @@ _MMDETECTION: Rules = (
     (r"^(encoder|decoder|level_embed|enc_output|pos_trans|reference_points)", r"transformer.\1"),
 )
 
-_ATTEND, _REFINE = ("self_attn", "norm"), ("ffn", "norm")
-# What changes numbers and no tensor tells, in a configuration of mmdetection: its value where it is
-# left out, and those that are read.
-_SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
-    "positional_encoding.normalize": (False, (True,)),
-    "positional_encoding.scale": (math.tau, (math.tau,)),
-    "positional_encoding.eps": (1e-6, (1e-6,)),
-    "data_preprocessor.bgr_to_rgb": (False, (True,)),
-    "data_preprocessor.pad_size_divisor": (1, (1,)),
-    "backbone.type": (None, ("ResNet", "SwinTransformer")),
-    "backbone.style": ("pytorch", ("pytorch",)),
-    "backbone.strides": (None, (None, [1, 2, 2, 2], [4, 2, 2, 2])),
-    "backbone.dilations": (None, (None, [1, 1, 1, 1])),
-    "backbone.qk_scale": (None, (None,)),
-    "backbone.act_cfg.type": ("GELU", ("GELU",)),
-    "neck.type": (None, ("ChannelMapper",)),
-    "neck.act_cfg": ("ReLU", (None,)),
-    "neck.norm_cfg.num_groups": (None, (32,)),
-    "encoder.layer_cfg.self_attn_cfg.num_heads": (8, (8,)),
-    "encoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
-    "decoder.layer_cfg.self_attn_cfg.num_heads": (8, (8,)),
-    "decoder.layer_cfg.cross_attn_cfg.num_heads": (8, (8,)),
-    "decoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
-    "encoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, *_REFINE])),
-    "decoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, "cross_attn", "norm", *_REFINE])),
-    "bbox_head.type": (None, ("DINOHead", "DeformableDETRHead")),
-    "bbox_head.transformer.type": (None, (None, "DeformableDetrTransformer")),
-    "bbox_head.loss_cls.use_sigmoid": (False, (True,)),
-}
-_STEPS = ("LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs")
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -215,7 +182,8 @@ def read_source(checkpoint: Checkpoint, temperature: float = 10000.0) -> Source:
         offset = 0.5 if temperature == 10000 else 0.0
         arithmetic = Arithmetic(temperature, offset, 1e-3, 1e-3)
         return Source(layout, renamed, checkpoint, _DETREX_PREPROCESSING, arithmetic, names)
-    return _of_mmdetection(checkpoint, renamed, names)
+    # Two of DINO have equal tensors and other numbers.
+    return Source(layout, renamed, checkpoint, names=names, **read_configuration(checkpoint))
 
 
 def _of_official(checkpoint: Checkpoint) -> Source:
@@ -249,164 +217,3 @@ def _of_official(checkpoint: Checkpoint) -> Source:
         else replace(dino, temperature=temperature),
         num_queries=queries,
     )
-
-
-def _of_mmdetection(
-    checkpoint: Checkpoint, renamed: dict[str, Tensor], names: Translation
-) -> Source:
-    """What the configuration in the file says; two of DINO have equal tensors and other numbers."""
-    where = str(checkpoint.path)
-    settings = checkpoint.settings
-    config = _configuration(settings.get("cfg", settings.get("config")), where)
-    try:
-        followed = _follow(config if "cfg" in settings else _as_version_3(config), where)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DetectorError(
-            f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
-            f"mmdetection ({error})"
-        ) from error
-    return Source("mmdetection", renamed, checkpoint, names=names, **followed)
-
-
-def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Preprocessing, arithmetic and number of queries of a configuration."""
-    model = config["model"]
-    kind = str(model["type"]).rpartition(".")[2]
-    encoding, pixels = model["positional_encoding"], model["data_preprocessor"]
-    steps = {
-        str(step["type"]).rpartition(".")[2]: step
-        for step in config["test_dataloader"]["dataset"]["pipeline"]
-    }
-    resize = steps["Resize"]
-    unknown = next((name for name in steps if name not in _STEPS), None)
-    found = {
-        "model.type": (kind, ("DINO", "DeformableDETR")),
-        "test pipeline's step": (unknown, (None,)),
-        "Resize.backend": (resize.get("backend", "cv2"), ("cv2",)),
-        "Resize.interpolation": (resize.get("interpolation", "bilinear"), ("bilinear",)),
-        **{name: (_setting(model, name, left), read) for name, (left, read) in _SETTINGS.items()},
-    }
-    for name, (value, read) in found.items():
-        if value not in read:
-            raise DetectorError(
-                f"{where}: mmdetection's {name} = {value} is not read; DINO and Deformable DETR "
-                "with RGB input, without padding and a torchvision ResNet or a Swin are"
-            )
-    width, height = map(int, resize["scale"])
-    sizes: dict[str, Any] = {
-        "shortest_edge": min(width, height),
-        "longest_edge": max(width, height),
-    }
-    if not resize.get("keep_ratio", False):
-        sizes = {"height": height, "width": width, "shortest_edge": None, "longest_edge": None}
-    return {
-        "preprocessing": replace(
-            _DETREX_PREPROCESSING,
-            resize="mmcv",
-            mean=_three(pixels["mean"]),
-            std=_three(pixels["std"]),
-            **sizes,
-        ),
-        "arithmetic": Arithmetic(
-            float(encoding.get("temperature", 10000)),
-            0.0 - float(encoding.get("offset", 0.0)),
-            1e-3 if kind == "DINO" else 1e-5,
-            1e-5,
-        ),
-        "num_queries": int(model.get("num_queries", 300)),
-    }
-
-
-def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`_follow` reads, of a configuration of mmdetection 2."""
-    model = config["model"]
-    head = model["bbox_head"]
-    transformer = head["transformer"]
-    outer = {step["type"]: step for step in config["data"]["test"]["pipeline"]}
-    augment = outer.pop("MultiScaleFlipAug")
-    steps = {step["type"]: step for step in augment["transforms"]}
-    normalize, pad = steps.pop("Normalize"), steps.get("Pad", {})
-    resize = {"keep_ratio": True, **steps.pop("Resize"), "scale": augment["img_scale"]}
-    done = {"ImageToTensor", "DefaultFormatBundle", "Collect"}
-    done |= set() if augment.get("flip") else {"RandomFlip"}
-    done |= {"Pad"} if pad.keys() <= {"type", "size_divisor"} else set()
-    left = [step for name, step in steps.items() if name not in done]
-    parts = {}
-    for part in ("encoder", "decoder"):
-        layer = transformer[part]["transformerlayers"]
-        attention = layer["attn_cfgs"]
-        attention = attention if isinstance(attention, list) else [attention]
-        parts[part] = {
-            "layer_cfg": {
-                "operation_order": layer["operation_order"],
-                "self_attn_cfg": attention[0],
-                "cross_attn_cfg": attention[-1],
-                "ffn_cfg": {**layer, **layer.get("ffn_cfgs", {})},
-            }
-        }
-    two_stage = head.get("as_two_stage", False)
-    queries = transformer.get("two_stage_num_proposals", 300) if two_stage else head["num_query"]
-    return {
-        "model": {
-            **model,
-            **parts,
-            "positional_encoding": head["positional_encoding"],
-            "num_queries": queries,
-            "data_preprocessor": {
-                "mean": normalize["mean"],
-                "std": normalize["std"],
-                "bgr_to_rgb": normalize.get("to_rgb", True),
-                "pad_size_divisor": pad.get("size_divisor", 1),
-            },
-        },
-        "test_dataloader": {"dataset": {"pipeline": [*outer.values(), resize, *left]}},
-    }
-
-
-def _setting(model: Mapping[str, Any], name: str, left_out: object) -> object:
-    """A value of the configuration's model, of a type the last part of its name."""
-    value: Any = model
-    *outer, last = name.split(".")
-    for key in outer:
-        value = value.get(key) or {}
-    value = value.get(last, left_out)
-    return value.rpartition(".")[2] if last == "type" and isinstance(value, str) else value
-
-
-def _three(values: list[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
-
-
-def _configuration(text: object, where: str) -> dict[str, Any]:
-    """The assignments of a configuration of mmengine; nothing of it is run."""
-    if not isinstance(text, str):
-        raise DetectorError(
-            f"{where} is of mmdetection and does not hold its configuration (meta.cfg), without "
-            "which its position encoding is not known; keep 'meta' beside the 'state_dict'"
-        )
-    found: dict[str, Any] = {}
-    try:
-        for line in ast.parse(text).body:
-            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                found[line.targets[0].id] = _plain(line.value)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise DetectorError(f"{where}: its configuration (meta.cfg) cannot be read") from error
-    return found
-
-
-def _plain(node: ast.expr) -> Any:  # noqa: ANN401  any value of a configuration
-    """A value of literals and ``dict(...)``; None for any other expression."""
-    match node:
-        case ast.Call(func=ast.Name(id="dict")):
-            inner = [_plain(mapping) for mapping in node.args]
-            named = {k.arg: _plain(k.value) for k in node.keywords}
-            return {k: v for given in (*inner, named) for k, v in given.items()}
-        case ast.List() | ast.Tuple():
-            return [_plain(item) for item in node.elts]
-        case ast.Dict():
-            return {_plain(k): _plain(v) for k, v in zip(node.keys, node.values, strict=True) if k}
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
