@@ -140,10 +140,15 @@ def without_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
 
 
-def compiled(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    renamed = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+def below(prefix: str) -> Callable[[Path], None]:
+    """All weights under another name."""
+
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        renamed = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+    return change
 
 
 def diverged(folder: Path) -> None:
@@ -156,13 +161,24 @@ def fetched_without_lfs(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(POINTER)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_a_model_that_was_saved_compiled_is_itself(
+    tmp_path: Path, rtdetr_folder: Path, prefix: str
+) -> None:
+    folder = tmp_path / "d"
+    shutil.copytree(rtdetr_folder, folder)
+    below(prefix)(folder)
+    plain, found = (load_detector("hf", str(f)).spec for f in (rtdetr_folder, folder))
+    assert found == plain
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (without_processor, r"has no preprocessor_config\.json, which says how its images"),
         (diverged, "holds numbers that are not finite; did its training diverge"),
         (fetched_without_lfs, r"model\.safetensors is a git-lfs pointer"),
-        (compiled, r"missing keys .* and \d+ more \(it has _orig_mod\.model\."),
+        (below("student."), r"missing keys .* and \d+ more \(it has student\.model\."),
         (configured(quantization_config={"load_in_8bit": True}), "is quantised; give the model"),
         (configured(id2label={"0": "a"}), r"\(3,\) in its weights and \(1,\) .* names 1 classes"),
         (configured(id2label={str(i): "a" for i in range(6)}), "whose id2label names 6 classes"),

@@ -99,6 +99,8 @@ def _loaded(
             ignore_mismatched_sizes=True,  # named below
             dtype=torch.float32,
             trust_remote_code=False,
+            # Of models that were saved compiled or wrapped.
+            key_mapping={r"^(_orig_mod\.|module\.)+": ""},
         )
     _check_loaded(weights, info, model.config.num_labels)
     into_own_memory(model)
