@@ -1,6 +1,7 @@
 """What a detector gave for a batch, on its way from the device to this machine's memory."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from mfdetr_cache.ops.devices import start_copies_to_host
 from mfdetr_cache.ops.quantisation import Encoding
@@ -15,24 +16,27 @@ class HostCopy:
     """
 
     def __init__(self, output: DetectorOutput, names: Collection[str], encoding: Encoding) -> None:
-        self._output = output
+        self._maps: dict[str, EncodedMaps] | None = None
+        maps = {name: output.maps[name] for name in names}
         if output.class_logits.device.type == "cpu":
-            self._wait = None
+            self._output = replace(output, maps=maps)
             return
-        self._encoded = {name: encode_maps(output.maps[name], encoding) for name in names}
+        encoded = {name: encode_maps(values, encoding) for name, values in maps.items()}
         tensors = [output.class_logits, output.boxes_cxcywh_norm, output.queries]
-        for encoded in self._encoded.values():
-            tensors += encoded.tensors
-        self._wait = start_copies_to_host(tensors)
+        for each in encoded.values():
+            tensors += each.tensors
+        copies, self._wait = start_copies_to_host(tensors)
+        here = iter(copies)
+        self._output = DetectorOutput(next(here), next(here), next(here), {})
+        self._maps = {name: each.with_tensors(here) for name, each in encoded.items()}
 
     def of_image(self, index: int) -> tuple[DetectorOutput, dict[str, EncodedMaps] | None]:
         """The outputs of one image, in any thread; waits for them.
 
         Its maps are in the second where a GPU quantised them.
         """
-        if self._wait is None:
+        if self._maps is None:
             return self._output.of_image(index), None
-        tensors = iter(self._wait())
-        heads = DetectorOutput(next(tensors), next(tensors), next(tensors), {})
-        maps = {name: e.with_tensors(tensors) for name, e in self._encoded.items()}
-        return heads.of_image(index), {name: e.of_image(index) for name, e in maps.items()}
+        self._wait()
+        maps = {name: each.of_image(index) for name, each in self._maps.items()}
+        return self._output.of_image(index), maps

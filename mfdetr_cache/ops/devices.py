@@ -61,24 +61,27 @@ def start_copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
 
     It waits only for work queued before the copy.
     """
-    wait = start_copies_to_host([numbers])
+    (here,), wait = start_copies_to_host([numbers])
 
     def values() -> list[float]:
-        found: list[float] = wait()[0].tolist()
+        wait()
+        found: list[float] = here.tolist()
         return found
 
     return values
 
 
-def start_copies_to_host(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+def start_copies_to_host(
+    tensors: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], Callable[[], object]]:
     """Start asynchronous copies of tensors of one device, on a stream of their own.
 
-    The function returned waits for them, in any thread; work that is queued later goes on beside
-    them. On a CPU the tensors themselves are returned.
+    Returns them, and what waits in any thread until they hold their values; work that is queued
+    later goes on beside them. Of a CPU the tensors themselves.
     """
     device = tensors[0].device
     if device.type != "cuda":
-        return lambda: list(tensors)
+        return tensors, lambda: None
     side = torch.cuda.Stream(device)
     side.wait_event(torch.cuda.current_stream(device).record_event())
     # Threads that wait sleep: their cores have other work.
@@ -90,12 +93,7 @@ def start_copies_to_host(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]
     for tensor in tensors:
         # Its memory must not be given to other work while it is still read.
         tensor.record_stream(side)
-
-    def wait() -> list[Tensor]:
-        arrived.synchronize()
-        return here
-
-    return wait
+    return here, arrived.synchronize
 
 
 class DeviceTime:
