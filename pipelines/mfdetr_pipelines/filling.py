@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -131,8 +132,8 @@ def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
 # with its activations it takes some gigabytes of the GPU.
 _WORTH_A_PROCESS = 2500
 _MOST_PROCESSES = 6
-_GPU_BYTES = 6 * 2**30
-_PARTS_OF_A_TASK = 8
+_GPU_BYTES, _HOST_BYTES = 6 * 2**30, 2 * 2**30
+_PARTS_OF_A_TASK = 4
 _GPU_BYTES = 6 * 2**30
 
 
@@ -141,8 +142,10 @@ def _num_processes(config: ExtractConfig, num_pending: int) -> int:
     device = torch_device(config.device)
     if config.work.workers or device.type != "cuda":
         return max(1, config.work.workers)
-    cores = threads_beside_gpu(_MOST_PROCESSES)
-    most = min(cores, num_pending // _WORTH_A_PROCESS)
+    # Each holds the annotations: 8 bytes for one of the file were measured, 12 with three views.
+    each = _HOST_BYTES + (8 + 2 * config.views.count) * config.files.annotations.stat().st_size
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    most = min(threads_beside_gpu(_MOST_PROCESSES), num_pending // _WORTH_A_PROCESS, half // each)
     if most <= 1:
         return 1
     free, _ = torch.cuda.mem_get_info(device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mfdetr_pipelines import filling
 from mfdetr_pipelines.ablation.comparison import Comparison
 from mfdetr_pipelines.ablation.rows import AblationRow
 from mfdetr_pipelines.ablation.run import run_ablate
@@ -19,7 +20,7 @@ from mfdetr_pipelines.config.cache import VerifyConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.plan import PlanConfig
 from mfdetr_pipelines.config.predict import PredictConfig
-from mfdetr_pipelines.config.shared import LiveDetector
+from mfdetr_pipelines.config.shared import LiveDetector, WorkOptions
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
@@ -204,3 +205,29 @@ def test_detectors_with_tensors_of_their_own(
         assert all(isinstance(m, GpuTensor) for m in output.maps.values())
         output = output.cpu()
     assert torch.equal(output.class_logits, on_cpu.class_logits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pending", "free", "found"),
+    [(3, 1, 0, 3), (0, 4_999, 99, 1), (0, 5_000, 99, 2), (0, 10**6, 99, 6), (0, 10**6, 13, 2)],
+)
+def test_a_long_extraction_takes_several_processes(
+    tmp_path: Path,
+    scenes_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+    pending: int,
+    free: int,
+    found: int,
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 2**30, 0))
+    config = scenes.extract_config(
+        scenes_folder, "x", tmp_path / "c.zarr", device="cuda", work=WorkOptions(workers=asked)
+    )
+    with pretend_gpu():
+        assert filling._num_processes(config, pending) == found
+    on_cpu = dataclasses.replace(config, device="cpu")
+    assert filling._num_processes(on_cpu, pending) == max(1, asked)
