@@ -1,8 +1,9 @@
 """A training step from the cache against the same head with the detector in the loop.
 
 A detector with untrained weights at COCO sizes (800 x 1066 and the like), maps made up for the
-cache, which threads read ahead as they do in a training. The live step runs the detector and trains
-on its features; both train the same head.
+cache, which threads read ahead as they do in a training. The live step runs the detector, on
+pictures of one size together as an extraction does, and trains on its features; both train the same
+head.
 
 python benchmarks/training_step.py [--batch 2] [--steps 2] [--device cpu] [--amp off]
     [--detector h-detr-r50]
@@ -22,6 +23,7 @@ from PIL import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.registry import load_detector
+from mfdetr_cache.extraction.batches import batches_of_part
 from mfdetr_cache.head.batch import MapGroup, live_groups
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.devices import keep_freed_memory
@@ -101,15 +103,17 @@ def main() -> None:
 
         def live() -> float:
             started = time.perf_counter()
+            pixels = [detector.preprocess(picture) for picture in pictures]
+            inputs_hw = [(p.shape[1], p.shape[2]) for p in pixels]
+            found = {}
             with torch.inference_mode(), autocast(options.amp, device):
-                outputs = [
-                    detector.forward(detector.preprocess(picture)[None].to(device))
-                    for picture in pictures
-                ]
+                for rows in batches_of_part(range(len(pixels)), inputs_hw, device):
+                    output = detector.forward(torch.stack([pixels[r] for r in rows]).to(device))
+                    found |= {row: output.of_image(i) for i, row in enumerate(rows)}
             # Tensors of inference mode cannot be learned from.
             outputs = [
                 replace(o, maps={name: m.float().clone() for name, m in o.maps.items()})
-                for o in outputs
+                for _, o in sorted(found.items())
             ]
             geometries = [image.geometry for image in kept]
             groups = live_groups(outputs, geometries, head.map_names)
