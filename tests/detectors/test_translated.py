@@ -16,14 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mfdetr_cache.detectors.checkpoint import Checkpoint, read_checkpoint
+from mfdetr_cache.detectors.checkpoint import read_checkpoint
 from mfdetr_cache.detectors.conformance import DetectorConformance
-from mfdetr_cache.detectors.huggingface.loading import quiet
-from mfdetr_cache.detectors.labels import COCO_NAMES, names_of_checkpoint
-from mfdetr_cache.detectors.options import DetectorOptions, options_of
+from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector, TunableDetector
 from mfdetr_cache.detectors.registry import load_detector, load_with_options_of
-from mfdetr_cache.detectors.translated.loading import build, read_blueprint, recognised
 from mfdetr_cache.detectors.translated.rf_detr_masks import PREFIX
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.identity import detector_identity
@@ -300,59 +297,6 @@ def test_tuned_weights_come_back_in_the_authors_layout(tmp_path: Path, name: str
     assert all(torch.equal(before.maps[n], after.maps[n]) for n in before.maps)
 
 
-def test_names_of_classes(tmp_path: Path) -> None:
-    assert names_of_checkpoint(80, ())[79] == "toothbrush"
-    assert names_of_checkpoint(91, ()) == COCO_NAMES
-    assert names_of_checkpoint(366, ()) == {}
-    # Roboflow's root category; one class output that is never used; names by label.
-    assert names_of_checkpoint(4, ("a", "b")) == {1: "a", 2: "b"}
-    assert names_of_checkpoint(3, ("a", "b")) == {0: "a", 1: "b"}
-    # Of the training before: they name none of the outputs.
-    assert names_of_checkpoint(2, ("a", "b", "c")) == {}
-    assert names_of_checkpoint(7, ("a", "b")) == {}
-    torch.save({"model": state_dict("deimv2")}, tmp_path / "best.pth")
-    path = str(tmp_path / "best.pth")
-    assert load_detector("deimv2", path).spec.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
-    named = load_detector("deimv2", path, DetectorOptions(labels=LABELS))
-    assert named.spec.label_names == LABELS
-    assert options_of(detector_identity(named.spec)).labels == LABELS
-    with pytest.raises(DetectorError, match="--labels has 2 names and .* has 3 class outputs"):
-        load_detector("deimv2", path, DetectorOptions(labels=LABELS[:2]))
-    write_small(tmp_path / "rf.pth", "rf-detr")
-    spare = load_detector("rf-detr", str(tmp_path / "rf.pth"), DetectorOptions(labels=LABELS[:2]))
-    assert spare.spec.label_names == (*LABELS[:2], "LABEL_2")
-
-
-@pytest.mark.parametrize(
-    ("args", "first"),
-    [
-        # RF-DETR before 1.5: the root category counts, and ids are outputs.
-        (argparse.Namespace(num_classes=3, class_names=["a", "b"]), 1),
-        # Later ones number classes from 0 and make an output more.
-        ({"num_classes": 2, "class_names": ["a", "b"]}, 0),
-    ],
-    ids=["1.3", "1.6"],
-)
-def test_names_of_rf_detr_stand_where_its_version_trained_them(
-    tmp_path: Path, args: Any, first: int
-) -> None:
-    path = str(tmp_path / "checkpoint_best_total.pth")
-    torch.save({"model": state_dict("rf-detr"), "args": args}, path)
-    expected = ["LABEL_0", "LABEL_1", "LABEL_2"]
-    expected[first : first + 2] = ["a", "b"]
-    assert load_detector("auto", path).spec.label_names == tuple(expected)
-    expected[first : first + 2] = ["c", "d"]
-    given = load_detector("auto", path, DetectorOptions(labels=("c", "d")))
-    assert given.spec.label_names == tuple(expected)
-
-
-def test_names_by_output_are_read_whatever_they_are_keyed_by(tmp_path: Path) -> None:
-    path = str(tmp_path / "best.pth")
-    for key, names in (("names", {2: "c", 0: "a"}), ("id2label", {"2": "c", "0": "a"})):
-        torch.save({"model": state_dict("deimv2"), key: names}, path)
-        assert load_detector("auto", path).spec.label_names == ("a", "LABEL_1", "c")
-
-
 @pytest.mark.parametrize("share", [0.0, 3.0, float("nan")])
 def test_damaged_numbers_of_points_are_named(tmp_path: Path, share: float) -> None:
     weights = state_dict("deimv2")
@@ -429,57 +373,3 @@ def test_queries_are_as_many_as_asked_for(tmp_path: Path) -> None:
     write_small(tmp_path / "best.pth", "lw-detr")
     with pytest.raises(DetectorError, match="--num-queries 21: this detector has 1 to 20"):
         load_detector("lw-detr", str(tmp_path / "best.pth"), DetectorOptions(num_queries=21))
-
-
-_TABLES = {
-    "rtdetr": "rt-detr",
-    "rtdetrv2": "rt-detr-v2",
-    "dfine": "d-fine",
-    "deim": "deim",
-    "deimv2": "deimv2",
-    "rfdetr": "rf-detr",
-    "lwdetr": "lw-detr",
-}
-
-
-@pytest.mark.parametrize("family", list(_TABLES))
-def test_every_published_key_has_its_place(shared: Path, family: str) -> None:
-    """All published sizes by their shapes alone: nothing is left over, nothing stays empty."""
-    tables = sorted((shared / "goldens-2/key_tables" / family).glob("*.json"))
-    if not tables:
-        pytest.skip("../shared/goldens-2 is not there")
-    name = _TABLES[family]
-    for table in tables:
-        about = json.loads(table.read_text())
-        with torch.device("meta"):
-            weights = {
-                key: torch.empty(shape, dtype=getattr(torch, kind))
-                for key, (kind, shape) in about["keys"].items()
-            }
-        assert name in recognised(weights), table.stem
-        blueprint = read_blueprint(name, Checkpoint(table, weights), DetectorOptions())
-        with quiet():
-            model, _ = build(blueprint, table.stem)
-        assert not [n for n, p in model.named_parameters() if not p.is_meta], table.stem
-        extra = about["extra"]
-        assert model.config.num_queries == extra.get("num_queries", 300), table.stem
-        if "resolution" in extra:
-            assert blueprint.input_hw == (extra["resolution"],) * 2, table.stem
-
-
-def test_every_key_of_grounding_dino_has_its_place(shared: Path) -> None:
-    """Its numbers take half a minute: tests/real/test_grounding_goldens.py, with -m large."""
-    table = shared / "goldens-2/groundingdino_swint/state_dict_keys.json"
-    if not table.is_file():
-        pytest.skip("../shared/goldens-2 is not there")
-    with torch.device("meta"):
-        weights = {
-            key: torch.empty(about["shape"], dtype=getattr(torch, about["dtype"]))
-            for key, about in json.loads(table.read_text()).items()
-        }
-        assert recognised(weights) == ["grounding-dino"]
-        found = read_blueprint("grounding-dino", Checkpoint(table, weights), DetectorOptions())
-        with quiet():
-            model, _ = build(found, table.stem)
-    assert all(p.is_meta for p in model.parameters())
-    assert found.input_hw is None
