@@ -4,10 +4,11 @@ import contextlib
 import io
 import sys
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from mfdetr_cli.app import main
+from mfdetr_cli.app import app, main
+from typer.testing import CliRunner
 
 
 class Finished(NamedTuple):
@@ -32,3 +33,11 @@ def mfdetr(*arguments: object, columns: str = "80") -> Finished:
         with pytest.raises(SystemExit) as ended:
             main()
     return Finished(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def run(*arguments: object) -> Any:
+    """Run a command through Typer alone, without the entry point and its errors."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
