@@ -114,6 +114,8 @@ class Extraction:
         self._encoding = ENCODINGS[root.layout.preset]
         # Image files that can be read and perhaps are not what they seem.
         self.oddities: Counter[str] = Counter()
+        # What was said of images meanwhile: the first of each oddity, and what was left out.
+        self.told: dict[str, str] = {}
         # Row to EXIF orientation, of images that were perhaps annotated before it was applied.
         self.untold: dict[int, int] = {}
         self._num_sealed = 0
@@ -216,7 +218,7 @@ class Extraction:
         copy = HostCopy(output, self._kept, self._encoding)
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             if image.problem:
-                self._reporter.warn(f"skipped: {image.problem}")
+                self._tell(image.problem, f"skipped: {image.problem}")
                 yield _Item(part, row, None, image.problem)
                 continue
             if part.view == BASE_VIEW:
@@ -231,10 +233,13 @@ class Extraction:
     def _note(self, row: int, oddities: tuple[str, ...]) -> None:
         """Count what is odd about a file; the first of a kind is told at once, not after hours."""
         for what in oddities:
-            if not self.oddities[what]:
-                name = self._content.images[row].file_name
-                self._reporter.warn(f"{name} is the first of {what}")
+            self._tell(what, f"{self._content.images[row].file_name} is the first of {what}")
         self.oddities.update(oddities)
+
+    def _tell(self, what: str, warning: str) -> None:
+        if what not in self.told:
+            self.told[what] = warning
+            self._reporter.warn(warning)
 
     def _output_of(self, images: list[_Decoded]) -> DetectorOutput:
         """What the detector gives for a batch; a GPU may still be computing it."""

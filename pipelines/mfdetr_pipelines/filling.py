@@ -47,7 +47,7 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
     with CacheWriter.open_or_create(config.cache, content, partition) as writer:
         pending = writer.pending_parts()
         num_pending = sum(len(writer.rows_of_part(part)) for part in pending)
-        workers = 1 if config.work.engine == "ray" else _num_processes(config, num_pending)
+        workers = min(_num_processes(config, num_pending), len(pending))
         if config.work.engine == "ray" or workers > 1:
             filled = _fill_in_tasks(config, writer, pending, workers, reporter)
         else:
@@ -100,6 +100,7 @@ class _Filled:
     Attributes:
         detector_seconds: Of all processes.
         oddities: Kinds of odd image files, and how many there were.
+        told: The warning of the first image of each kind, and of each that was left out.
         untold: EXIF orientation of rows that were perhaps annotated before it was applied.
     """
 
@@ -107,6 +108,7 @@ class _Filled:
     num_bytes: int = 0
     detector_seconds: float = 0.0
     oddities: Counter[str] = field(default_factory=Counter)
+    told: dict[str, str] = field(default_factory=dict)
     untold: dict[int, int] = field(default_factory=dict)
 
     def add(self, other: "_Filled") -> None:
@@ -114,6 +116,7 @@ class _Filled:
         self.num_bytes += other.num_bytes
         self.detector_seconds += other.detector_seconds
         self.oddities += other.oddities
+        self.told = other.told | self.told
         self.untold |= other.untold
 
 
@@ -124,6 +127,7 @@ def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
         worker.num_bytes,
         worker.detector_seconds,
         worker.oddities,
+        worker.told,
         worker.untold,
     )
 
@@ -134,13 +138,12 @@ _WORTH_A_PROCESS = 2500
 _MOST_PROCESSES = 6
 _GPU_BYTES, _HOST_BYTES = 6 * 2**30, 2 * 2**30
 _PARTS_OF_A_TASK = 4
-_GPU_BYTES = 6 * 2**30
 
 
 def _num_processes(config: ExtractConfig, num_pending: int) -> int:
     """Processes on this machine: as many as were asked for, or as a GPU has work for."""
     device = torch_device(config.device)
-    if config.work.workers or device.type != "cuda":
+    if config.work.workers or config.work.engine == "ray" or device.type != "cuda":
         return max(1, config.work.workers)
     # Each holds the annotations: 8 bytes for one of the file were measured, 12 with three views.
     each = _HOST_BYTES + (8 + 2 * config.views.count) * config.files.annotations.stat().st_size
@@ -174,6 +177,9 @@ def _fill_in_tasks(
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
     filled = _Filled()
     for parts, found in tasks:
+        for what, warning in found.told.items():
+            if what not in filled.told:
+                reporter.warn(warning)
         filled.add(found)
         reporter.advance(sum(sizes[part] for part in parts), num_bytes=found.num_bytes)
     reporter.finish()
@@ -203,7 +209,7 @@ def _shares(parts: Sequence[Part], most: int) -> list[tuple[Part, ...]]:
 
 
 def _fill_parts(config: ExtractConfig, parts: Sequence[Part]) -> _Filled:
-    """Fill some parts, in a process of its own; what it warns of is told when all are done."""
+    """Fill some parts, in a process of its own; what it warns of is told when they are done."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
     return _filled(_worker(config, detector, writer, SilentReporter()), parts)

@@ -5,30 +5,39 @@ next one, and its threads for each other.
 """
 
 import contextlib
-import multiprocessing
 import os
+import select
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeVar
 
+from mfdetr_cache.child_process import start_child
 from mfdetr_cache.errors import ConfigError, MfdetrError, StoppedError
+from mfdetr_cache.signals import is_stopping
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+_START = (
+    "import sys; from mfdetr_pipelines.process_engine import serve; serve(*map(int, sys.argv[1:]))"
+)
 
 
 def in_processes(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], count: int
 ) -> Iterator[tuple[ItemT, ResultT]]:
-    """Run a function for every item in ``count`` processes; yields both as they finish.
+    """Run a function for every item in at most ``count`` processes; yields both as they finish.
 
-    ConfigError if a process is ended from outside, StoppedError on Ctrl-C: each process then gets
-    SIGTERM. A script of a user's that calls this needs a main guard.
+    ConfigError if a process is ended from outside, StoppedError on Ctrl-C. Each process then gets
+    SIGTERM, also where this one was killed.
     """
-    waiting = list(reversed(items))
-    workers = [_Worker(function, count) for _ in range(min(count, len(items)))]
+    waiting, count = list(reversed(items)), min(count, len(items))
+    workers: list[_Worker] = []
     try:
+        for _ in range(count):
+            workers.append(_Worker(function, count))  # noqa: PERF401  those before are stopped
         running: dict[object, tuple[_Worker, ItemT]] = {}
         idle = list(workers)
         while waiting or running:
@@ -46,17 +55,17 @@ def in_processes(
         ) from None
     finally:
         for worker in workers:
-            worker.stop()
+            worker.connection.close()
+        for worker in workers:
+            worker.process.wait()
 
 
 class _Worker:
     def __init__(self, function: Callable[[Any], Any], count: int) -> None:
-        # A copy of this process would share its threads' locks and its GPU.
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, function, count), daemon=True)
-        self._process.start()
-        theirs.close()
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = start_child(_START, [theirs.fileno()], count)
+        self.ask(function)
 
     def ask(self, item: object) -> None:
         with contextlib.suppress(ConnectionError):  # `result` tells
@@ -66,9 +75,8 @@ class _Worker:
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode or 0
-            if code > 0:  # its traceback has been printed
+            code = self.process.wait()
+            if code >= 0:  # its traceback has been printed
                 raise RuntimeError(f"a process of --workers failed (exit code {code})") from None
             raise ConfigError(
                 f"a process of --workers was ended by signal {-code} (9 is mostly a lack of "
@@ -79,23 +87,18 @@ class _Worker:
             raise answer
         return answer
 
-    def stop(self) -> None:
-        # A process that waits for work ends with its connection.
-        self.connection.close()
-        self._process.terminate()
-        self._process.join()
 
-
-def _serve(connection: Connection, function: Callable[[Any], Any], count: int) -> None:
+def serve(descriptor: int, count: int) -> None:
     """In the process: results for items, until nobody asks any more."""
-    # Ctrl-C reaches every process of a terminal; who asked for the work ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection: Connection[Any, Any] = Connection(descriptor)
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     # As torchrun tells it: cores are shared.
     os.environ["LOCAL_WORLD_SIZE"] = str(count)
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     with contextlib.suppress(EOFError, ConnectionError):
+        function = connection.recv()
         while True:
             item = connection.recv()
             try:
@@ -103,3 +106,13 @@ def _serve(connection: Connection, function: Callable[[Any], Any], count: int) -
             except MfdetrError as error:
                 answer = error
             connection.send(answer)
+
+
+def _end_with(connection: Connection) -> None:
+    """Stop this process when the one that asks hangs up or is gone: it no longer owns the work."""
+    hung_up = select.poll()
+    hung_up.register(connection.fileno(), select.POLLHUP)
+    hung_up.poll()
+    # Whoever is asked twice does not finish what is begun.
+    if not is_stopping():
+        os.kill(os.getpid(), signal.SIGTERM)

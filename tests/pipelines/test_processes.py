@@ -1,6 +1,10 @@
 """Several processes on this machine: the same results, and one line where they end."""
 
 import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.process_engine import in_processes
+from PIL import Image
 
 from mfdetr_cache.cache import schema
 from mfdetr_cache.errors import ConfigError, DatasetError, ImageError, StoppedError
@@ -54,29 +59,83 @@ def test_ctrl_c_ends_the_processes() -> None:
         os.kill(number, 0)
 
 
-def test_processes_fill_the_cache_that_one_fills(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_asked_by_others_too_finishes_what_is_begun(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    results = in_processes(act, ["a", str(path)], 2)
+    next(results)
+    while not path.exists():
+        time.sleep(0.01)
+    results.close()  # type: ignore[attr-defined]
+    assert path.read_text() == "finished"
+
+
+def test_a_killed_command_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"  # without a main guard
+    script.write_text(
+        "from mfdetr_pipelines.process_engine import in_processes\n"
+        "from tests.support.acts import act\n"
+        "for _, (_, number) in in_processes(act, ['hang up', 'wait'], 1):\n"
+        "    print(number, flush=True)\n"
+    )
+    command = [sys.executable, str(script)]
+    path = os.pathsep.join(p or os.curdir for p in sys.path)
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        number = int(process.stdout.readline())
+        process.kill()
+    until = time.monotonic() + 10
+    while _is_there(number) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not _is_there(number)
+
+
+def _is_there(number: int) -> bool:
+    """Whether a process runs; one that has ended may wait for somebody to take note."""
+    try:
+        return ") Z " not in Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_processes_fill_the_cache_that_one_fills_and_warn_as_it_does(
+    tmp_path: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema, "PART_BYTES", 1)  # an image a part
+    scenes.write_scenes(tmp_path, count=5, seed=5)
+    bad, *odd = sorted((tmp_path / "images").iterdir())
+    bad.write_bytes(b"no image")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in odd:
+        Image.open(path).save(path, exif=exif)
 
     def extract(name: str, **changes: Any) -> Any:
         config = scenes.extract_config(
-            scenes_folder, str(rtdetr_folder), tmp_path / name, limit=4, **changes
+            tmp_path, str(rtdetr_folder), tmp_path / name, on_bad_image="skip", views=1, **changes
         )
         reporter = SilentReporter()
-        return run_extract(config, reporter), reporter
+        return run_extract(config, reporter), sorted(reporter.messages)
 
-    whole, _ = extract("one.zarr")
-    summary, reporter = extract("two.zarr", work=TWO)
-    assert "in 2 processes" in reporter.messages
-    assert summary.num_extracted == whole.num_extracted == 4
+    whole, messages = extract("one.zarr")
+    summary, told = extract("two.zarr", work=TWO)
+    told.remove("in 2 processes")
+    assert summary.num_extracted == whole.num_extracted == 8
     assert summary.box == whole.box
     assert contents(tmp_path / "two.zarr") == contents(tmp_path / "one.zarr")
+    # Whichever was there first.
+    assert [re.sub(r"\S+ is the first of", "first", m) for m in told] == [
+        re.sub(r"\S+ is the first of", "first", m) for m in messages
+    ]
+    assert sum(f"skipped: image {bad}" in m for m in told) == 1
+    assert sum("is the first of" in m for m in told) == 1
 
 
 def test_a_bad_image_is_named_by_the_command(
-    tmp_path: Path, scenes_folder: Path, rtdetr_folder: Path
+    tmp_path: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(schema, "PART_BYTES", 1)
     scenes.write_scenes(tmp_path / "scenes", count=2, seed=5)
     min((tmp_path / "scenes/images").iterdir()).write_bytes(b"no image")
     config = scenes.extract_config(

@@ -15,6 +15,7 @@ from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
+from mfdetr_cache.child_process import start_child
 from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
@@ -51,12 +52,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """Every process that was started."""
     found: list[subprocess.Popen[bytes]] = []
 
-    class Kept(subprocess.Popen[bytes]):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            found.append(self)
+    def start(*arguments: Any) -> subprocess.Popen[bytes]:
+        found.append(start_child(*arguments))
+        return found[-1]
 
-    monkeypatch.setattr(readers.subprocess, "Popen", Kept)
+    monkeypatch.setattr(readers, "start_child", start)
     return found
 
 

@@ -9,9 +9,6 @@ import contextlib
 import mmap
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from mfdetr_cache.child_process import start_child
 from mfdetr_cache.errors import ConfigError, MfdetrError, TrainingError
 from mfdetr_cache.ops.devices import keep_freed_memory
 from mfdetr_cache.read_ahead import read_ahead
@@ -154,11 +152,7 @@ class _Reader:
         self._memory = memory
         self._has_begun = False
         numbers = [theirs.fileno(), descriptor]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, [*numbers, len(memory)])],
-            pass_fds=numbers,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
+        self._process = start_child(_START, numbers, len(memory))
         theirs.close()
         self._send(load)
 
@@ -238,8 +232,6 @@ def _shared_memory(size: int, device: torch.device) -> Iterator[tuple[int, memor
 
 def serve(connection_descriptor: int, memory_descriptor: int, size: int) -> None:
     """The main function of a reader process; ends with the connection. Takes two descriptors."""
-    # Ctrl-C reaches every process of a terminal; the one that trains ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     keep_freed_memory()
     connection: Connection[Any, Any] = Connection(connection_descriptor)
