@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeVar
@@ -30,8 +31,8 @@ def in_processes(
 ) -> Iterator[tuple[ItemT, ResultT]]:
     """Run a function for every item in at most ``count`` processes; yields both as they finish.
 
-    ConfigError if a process is ended from outside, StoppedError on Ctrl-C. Each process then gets
-    SIGTERM, also where this one was killed.
+    What the function raises is raised. ConfigError if a process is ended from outside,
+    StoppedError on Ctrl-C. Each process then gets SIGTERM, also where this one was killed.
     """
     waiting, count = list(reversed(items)), min(count, len(items))
     workers: list[_Worker] = []
@@ -83,7 +84,7 @@ class _Worker:
                 "memory); what is done is kept, the same command goes on, perhaps with fewer "
                 "--workers"
             ) from None
-        if isinstance(answer, MfdetrError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
@@ -93,7 +94,8 @@ def serve(descriptor: int, count: int) -> None:
     connection: Connection[Any, Any] = Connection(descriptor)
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     # As torchrun tells it: cores are shared.
-    os.environ["LOCAL_WORLD_SIZE"] = str(count)
+    shared_by = count * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ["LOCAL_WORLD_SIZE"] = str(shared_by)
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
@@ -104,6 +106,9 @@ def serve(descriptor: int, count: int) -> None:
             try:
                 answer = function(item)
             except MfdetrError as error:
+                answer = error
+            except Exception as error:  # a bug gets its traceback, a full GPU its line
+                error.add_note(f"in a process of --workers:\n{traceback.format_exc()}")
                 answer = error
             connection.send(answer)
 

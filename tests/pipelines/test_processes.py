@@ -39,15 +39,18 @@ def test_every_item_comes_back_with_its_result() -> None:
     [
         ("refuse", DatasetError, "^cannot be used$"),
         ("die", ConfigError, "ended by signal 9"),
-        ("fail", RuntimeError, "exit code 1"),
+        ("exit", RuntimeError, "exit code 3"),
     ],
 )
-def test_an_end_in_a_process_is_told(
-    item: str, error: type[Exception], said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_end_in_a_process_is_told(item: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         list(in_processes(act, [item, "a"], 2))
-    assert ("ZeroDivisionError: a bug" in capfd.readouterr().err) == (item == "fail")
+
+
+def test_what_a_process_cannot_do_is_raised_as_it_was_there() -> None:
+    with pytest.raises(ConnectionError, match="no network") as caught:
+        list(in_processes(act, ["fail"], 1))
+    assert "acts.py" in caught.value.__notes__[0]
 
 
 def test_ctrl_c_ends_the_processes() -> None:

@@ -14,7 +14,9 @@ def act(what: str) -> tuple[str, int]:
     if what == "refuse":
         raise DatasetError("cannot be used")
     if what == "fail":
-        raise ZeroDivisionError("a bug")
+        raise ConnectionError("no network")
+    if what == "exit":
+        os._exit(3)
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang up":
