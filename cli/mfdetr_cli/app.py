@@ -68,7 +68,11 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
 
         module, _, function = where.partition(":")
         out = CommandOutput(json)
-        getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, out)
+        try:
+            getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, out)
+        finally:
+            # Where a task was stopped the cursor of the terminal is still hidden.
+            out.reporter.finish()
         out.require_written()
 
     summary, about = help_of(kind)

@@ -94,12 +94,13 @@ class ConsoleReporter:
             self.say(self._line())
 
     def finish(self) -> None:
-        """End the task."""
+        """End the task, if it has not ended."""
         if self._live is not None:
             self._live.stop()
             self._live = None
         elif self._done > self._shown:
             self.say(self._line())
+        self._shown = self._done
 
     def _shown_line(self) -> Table:
         """The line on a terminal: a note that is too long for it is cut, and no bar comes first."""

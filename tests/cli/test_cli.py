@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from mfdetr_cli import recipes
 from mfdetr_cli.app import app
+from mfdetr_cli.output import CommandOutput
 from typer.testing import CliRunner
 
-from mfdetr_cache.errors import (
-    ConfigError,
-)
+from mfdetr_cache.errors import ConfigError, StoppedError
 from tests.support.command import mfdetr, run
 from tests.support.training import SMALL
 
@@ -278,3 +278,25 @@ def test_idle_threads_of_openmp_sleep_unless_told_otherwise(
     )
     # OpenMP reads it once, when torch loads it.
     assert found.stdout.split() == [wanted, "False"]
+
+
+def test_what_stops_a_task_ends_its_progress_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the cursor would stay hidden, and the bar be drawn over the error."""
+
+    def stopped(_config: object, out: CommandOutput) -> None:
+        for _ in range(2):
+            out.reporter.start("read", 2, "images")
+            out.reporter.advance()
+            out.reporter.finish()
+            out.reporter.finish()
+        out.reporter.start("learn", 4, "images")
+        out.reporter.advance()
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr(recipes, "recipes", stopped)
+    lines = mfdetr("recipes").stderr.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        *["read 50 %"] * 2,
+        "learn 25 %",
+        "error: stopped",
+    ]
