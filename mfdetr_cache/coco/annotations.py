@@ -12,6 +12,7 @@ from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
+from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.layouts import DatasetFiles, yaml_and_split
 from mfdetr_cache.coco.objects import Annotation, read_annotations
@@ -154,13 +155,11 @@ def load_coco_split(
     faults.stop_if_unusable(on_bad)
     if not listed:
         raise DatasetError(f"annotation file {path} has no image that can be used")
-    known = {source_id(i.get("id")) for i in document["images"] if isinstance(i, dict)}
-    left_out: set[SourceId] = {i for i in known if i is not None and i not in listed}
     of_annotations = Faults(str(path), "annotation")
     annotations = read_annotations(
         document["annotations"],
         listed,
-        left_out,
+        _by_names(document),
         categories,
         of_annotations,
         needs_mask=needs == "masks",
@@ -179,6 +178,18 @@ def load_coco_split(
         grouped,
         (faults, of_annotations),
     )
+
+
+def _by_names(document: Mapping[str, Any]) -> NamedImages[SourceId]:
+    """The ids of all images of a document, by what its annotations may call them."""
+    listed = [
+        (written, image)
+        for image in document["images"]
+        if isinstance(image, dict) and (written := source_id(image.get("id"))) is not None
+    ]
+    wanted = {source_id(a.get("image_id")) for a in document["annotations"] if isinstance(a, dict)}
+    files = ((n, i) for i, image in listed if isinstance(n := image.get("file_name"), str))
+    return NamedImages.of({i: i for i, _ in listed}, files, wanted)
 
 
 def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:

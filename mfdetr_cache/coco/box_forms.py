@@ -76,7 +76,7 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
     others: list[_Masked] = []
     for box, mask, size in seen:
         if mask is not None:
-            (fitting if _is_close(box, mask) else others).append((box, mask, size))
+            (fitting if is_close(box, mask) else others).append((box, mask, size))
     if fitting or others:
         fits = {form: sum(_fits(form, one) for one in others) for form in _OTHERS}
         best = max(_OTHERS, key=fits.__getitem__)
@@ -98,7 +98,7 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
 
 def _fits(form: BoxForm, one: _Masked) -> bool:
     box, mask, size_hw = one
-    return _is_close(form.to_xywh(box, size_hw), mask)
+    return is_close(form.to_xywh(box, size_hw), mask)
 
 
 def _is_in_parts(box: Box, size_hw: Size) -> bool:
@@ -116,7 +116,7 @@ def _are_corners(boxes: Sequence[tuple[Box, Size]]) -> bool:
     return bool(boxes) and leaving >= max(1, _LEAVING_SHARE * len(boxes))
 
 
-def _is_close(box: Box, mask: Corners) -> bool:
+def is_close(box: Box, mask: tuple[float, float, float, float]) -> bool:
     """Whether x, y, width, height are those of a mask's corners, but for some slack."""
     side = max(mask[2] - mask[0], mask[3] - mask[1])
     corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])

@@ -9,11 +9,14 @@ import numpy as np
 
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.categories import by_names_too, known_category
-from mfdetr_cache.coco.faults import Faults, short
-from mfdetr_cache.coco.ids import SourceId, internal_ids, known_id, source_id, with_numbers
+from mfdetr_cache.coco.faults import Faults, keys_of, short
+from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
+from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
+    InParts,
+    is_in_parts,
     polygons_in_parts,
     read_segmentation,
 )
@@ -26,6 +29,7 @@ _FEW_PIXELS = 16
 _MANY_CROWDS = 0.2
 _OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
 _OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
+_FIRST_PIXEL = "bbox lies in the first pixel, as in parts of the image's sides, kept as it is"
 _IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
 _IGNORED = "marked 'ignore', which changes nothing in COCO (iscrowd 1 does)"
 _NO_MASK = np.zeros(0, dtype=np.uint32)
@@ -66,7 +70,7 @@ class _Draft:
 def read_annotations(
     raw: Sequence[Any],
     images: Mapping[SourceId, ImageEntry],
-    left_out: set[SourceId],
+    named: NamedImages[SourceId],
     categories: Mapping[SourceId, Category],
     faults: Faults,
     *,
@@ -74,25 +78,27 @@ def read_annotations(
 ) -> list[Annotation]:
     """The annotations of some images that can be used, in the order of the file.
 
-    Images and categories are found by their ids as written; of the images ``left_out`` nothing is
-    wanted. ``faults`` takes down what cannot be used, also for want of a mask, and what is
-    repaired.
+    Images and categories have their ids as written. ``named`` has those of all images of the file;
+    of the ones that are not in ``images`` nothing is wanted. ``faults`` takes down what cannot be
+    used, also for want of a mask, and what is repaired.
     """
-    in_parts = polygons_in_parts(a.get("segmentation") for a in raw if isinstance(a, dict))
-    images, categories = with_numbers(images), by_names_too(categories)
+    in_parts = polygons_in_parts([a.get("segmentation") for a in raw if isinstance(a, dict)])
+    categories = by_names_too(categories)
     drafts = []
     for number, annotation in enumerate(raw):
-        if isinstance(annotation, dict) and source_id(annotation.get("image_id")) in left_out:
+        image_id = None
+        if isinstance(annotation, dict):
+            image_id = named.find(source_id(annotation.get("image_id")))
+        if image_id is not None and image_id not in images:
             continue
         faults.total += 1
-        draft = _draft(number, annotation, images, categories, faults, in_parts=in_parts)
+        entry = None if image_id is None else images[image_id]
+        draft = _draft(number, annotation, entry, categories, faults, in_parts=in_parts)
         if draft is not None and needs_mask and not len(draft.run_lengths):
             mask = short(draft.raw.get("segmentation"))
             faults.refuse(draft.where, f"has no mask (segmentation {mask})")
         elif draft is not None:
             drafts.append(draft)
-            if in_parts and isinstance(draft.raw.get("segmentation"), list):
-                faults.repair(draft.where, IN_PARTS)
     seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, faults.file)
     if form.said:
@@ -127,38 +133,40 @@ def _notice_together(
 def _draft(
     number: int,
     annotation: object,
-    images: Mapping[SourceId, ImageEntry],
+    entry: ImageEntry | None,
     categories: Mapping[SourceId, Category],
     faults: Faults,
     *,
-    in_parts: bool,
+    in_parts: InParts,
 ) -> _Draft | None:
     if not isinstance(annotation, dict):
         faults.refuse(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
         return None
     own = source_id(annotation.get("id"))
     where = f"annotation {number} (counted from 0)" if own is None else f"annotation {own}"
-    image_id = known_id(annotation.get("image_id"), images)
-    if image_id not in images:
-        which = short(annotation.get("image_id")) if image_id is None else image_id
+    if entry is None:
+        which = _written(annotation, "image_id")
         faults.refuse(where, f"is of image {which}, which is not in its list of images")
         return None
-    assert image_id is not None
-    entry = images[image_id]
-    where = f"{where} of image {image_id}"
+    where = f"{where} of image {entry.written_id}"
     category_id = known_category(annotation.get("category_id"), categories)
     if category_id not in categories:
-        which = short(annotation.get("category_id")) if category_id is None else category_id
+        which = _written(annotation, "category_id")
         faults.refuse(where, f"has category_id {which}, which is not in its list of categories")
         return None
     assert category_id is not None
     try:
         crowd = is_crowd(annotation.get("iscrowd", annotation.get("is_crowd")))
-        segmentation = annotation.get("segmentation")
-        runs = read_segmentation(segmentation, entry.size_hw, in_parts=in_parts)
+        segmentation, box = annotation.get("segmentation"), four_numbers(annotation.get("bbox"))
+        parts = is_in_parts(segmentation, in_parts, box, entry.size_hw)
+        runs = read_segmentation(segmentation, entry.size_hw, in_parts=parts)
     except ValueError as error:
         faults.refuse(where, f"cannot be understood: {error}")
         return None
+    if parts:
+        faults.repair(where, IN_PARTS)
+        # Beside others in pixels, boxes in parts are of no one form.
+        box = box if in_parts == "all" or box is None or max(box) > 1 else None
     return _Draft(
         where,
         own,
@@ -167,9 +175,16 @@ def _draft(
         crowd,
         _NO_MASK if runs is None else runs,
         None if runs is None else box_of_run_lengths(runs, entry.size_hw),
-        four_numbers(annotation.get("bbox")),
+        box,
         annotation,
     )
+
+
+def _written(annotation: Mapping[str, Any], key: str) -> str:
+    """An id as it is written, for a message; what there is in its place, if there is none."""
+    if key not in annotation:
+        return f"None (it has {keys_of(annotation)})"
+    return str(annotation[key]) if isinstance(annotation[key], str) else short(annotation[key])
 
 
 def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotation | None:
@@ -183,10 +198,8 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
             what = f"has no usable bbox ({short(draft.raw.get('bbox'))}) and no pixel in its mask"
             faults.refuse(draft.where, what)
             return None
-    elif draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
-        faults.notice(draft.where, _IN_ROWS if _fits_in_rows(box, draft) else _OTHER_BOX)
-    elif not _overlap(box, (0, 0, draft.entry.size_hw[1], draft.entry.size_hw[0])):
-        faults.notice(draft.where, "bbox lies outside its image, kept as it is")
+    else:
+        _notice_box(box, draft, faults)
     if len(draft.run_lengths) and draft.mask_box is None:
         faults.notice(draft.where, "no pixel in the mask, nothing to learn from")
     area = finite_number(draft.raw.get("area"))
@@ -208,6 +221,17 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
         draft.is_crowd,
         draft.run_lengths,
     )
+
+
+def _notice_box(box: Box, draft: _Draft, faults: Faults) -> None:
+    """Notice a box that is not that of its mask, or of nothing in its image."""
+    height, width = draft.entry.size_hw
+    if draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
+        faults.notice(draft.where, _IN_ROWS if _fits_in_rows(box, draft) else _OTHER_BOX)
+    elif not _overlap(box, (0, 0, width, height)):
+        faults.notice(draft.where, "bbox lies outside its image, kept as it is")
+    elif draft.mask_box is None and min(box) >= 0 and max(box) <= 1 < min(height, width):
+        faults.notice(draft.where, _FIRST_PIXEL)
 
 
 def _fits_in_rows(box: Box, draft: _Draft) -> bool:

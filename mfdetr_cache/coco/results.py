@@ -1,9 +1,8 @@
 """COCO results files of any tool, checked against the annotation file they speak of."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.choices import OnBad
@@ -11,12 +10,15 @@ from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
-from mfdetr_cache.coco.ids import SourceId, known_id, named, number_of, source_id, with_numbers
+from mfdetr_cache.coco.ids import SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
+from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import finite_number, four_numbers
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
+    InParts,
+    is_in_parts,
     polygons_in_parts,
     read_segmentation,
 )
@@ -66,9 +68,13 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     faults = Faults(str(path), "result", total=len(document))
     entries = [result for result in document if isinstance(result, dict)]
     reading = _Reading(
-        _images_by_id(split, {source_id(r.get("image_id")) for r in entries}),
+        NamedImages.of(
+            {e.written_id: e for e in split.images},
+            ((e.file_name, e) for e in split.images),
+            {source_id(r.get("image_id")) for r in entries},
+        ),
         by_names_too({c.written_id: c for c in split.categories}),
-        polygons_in_parts(r.get("segmentation") for r in entries),
+        polygons_in_parts([r.get("segmentation") for r in entries]),
         f" (it has {named(c.written_id for c in split.categories)}), so it matches nothing",
     )
     drafts = [
@@ -127,31 +133,6 @@ def _instead(document: object) -> str:
     return f" but an object with {keys_of(document)}"
 
 
-def _images_by_id(split: CocoSplit, wanted: set[SourceId | None]) -> dict[SourceId, ImageEntry]:
-    """Every id that can only mean one image: its own, its file's name, that without its ending.
-
-    The numbers that files are named by are taken where all that are ``wanted`` are such, and not
-    all are ids: so ultralytics writes results.
-    """
-    names = [
-        (name, entry)
-        for entry in split.images
-        if entry.file_name
-        for file in [PurePosixPath(entry.file_name.replace("\\", "/"))]
-        for name in {str(file), file.name, file.stem}
-    ]
-    by_name: dict[SourceId, ImageEntry] = {}
-    for form in (str.lower, str):  # the names as they are written come first
-        counts = Counter(form(name) for name, _ in names)
-        by_name.update({n: entry for name, entry in names if counts[n := form(name)] == 1})
-    by_id = {**by_name, **with_numbers({e.written_id: e for e in split.images})}
-    numbers = [(number, e) for name, e in names if (number := number_of(name)) is not None]
-    by_number: dict[SourceId, ImageEntry] = dict(numbers)
-    if not wanted <= by_id.keys() and wanted <= by_number.keys() and len(by_number) == len(numbers):
-        return by_number
-    return by_id
-
-
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """What results are read by: images and categories by what names them, the unit of polygons.
@@ -159,21 +140,10 @@ class _Reading:
     ``known`` ends the message about an unknown category.
     """
 
-    images: Mapping[SourceId, ImageEntry]
+    images: NamedImages[ImageEntry]
     categories: Mapping[SourceId, Category]
-    in_parts: bool
+    in_parts: InParts
     known: str
-
-    def image(self, written: SourceId) -> ImageEntry | None:
-        """An image by its id, its file's name with any ending, or a path that ends in it."""
-        if written in self.images or not isinstance(written, str):
-            return self.images.get(written)
-        path = PurePosixPath(written.replace("\\", "/"))
-        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        # The number in a converted file's name is no id, unlike one that is the whole name.
-        found = (*(known_id(end, self.images) for end in ends), path.stem)
-        spelled = (n for e in found for n in ((e, e.lower()) if isinstance(e, str) else (e,)))
-        return next((self.images[i] for i in spelled if i is not None and i in self.images), None)
 
 
 def _draft(
@@ -198,7 +168,7 @@ def _draft(
     assert image_id is not None
     assert category_id is not None
     assert score is not None
-    entry = reading.image(image_id)
+    entry = reading.images.find(image_id)
     if entry is None:
         faults.refuse(where, f"is of image {image_id}, which is not in the annotation file")
         return None
@@ -211,7 +181,8 @@ def _draft(
         return None
     try:
         mask = result.get("segmentation")
-        runs = read_segmentation(mask, entry.size_hw, in_parts=reading.in_parts)
+        parts = is_in_parts(mask, reading.in_parts, box, entry.size_hw)
+        runs = read_segmentation(mask, entry.size_hw, in_parts=parts)
     except ValueError as error:
         faults.refuse(where, f"has no usable segmentation: {error}")
         return None
@@ -219,7 +190,7 @@ def _draft(
         faults.refuse(where, "has neither bbox nor segmentation")
         return None
     where = f"{where} of image {image_id}"
-    if reading.in_parts and isinstance(mask, list):
+    if parts:
         faults.repair(where, IN_PARTS)
     return _Draft(where, entry, reading.categories[category_id].category_id, score, box, runs)
 

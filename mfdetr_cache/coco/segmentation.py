@@ -4,11 +4,13 @@ import ast
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
+from mfdetr_cache.coco.box_forms import Box, is_close
 from mfdetr_cache.coco.faults import short
 from mfdetr_cache.ops.masks import (
     RunLengths,
@@ -22,19 +24,52 @@ from mfdetr_cache.ops.masks import (
 IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) and read so"
 
 
-def polygons_in_parts(values: Iterable[object]) -> bool:
-    """Whether every polygon of a file lies between 0 and 1: YOLO's parts of the image's sides.
+InParts = Literal["all", "some", "none"]
+# Annotators draw this far beyond an image, in parts of its sides.
+_BEYOND = 0.1
+# From this share on, polygons within the first pixel are no accident.
+_SOME = 0.02
+
+
+def polygons_in_parts(values: Sequence[object]) -> InParts:
+    """Whether the polygons of a file lie between 0 and 1: YOLO's parts of the image's sides.
 
     ``values`` are the ``segmentation`` of every entry; those that are no lists say nothing, nor
     do whole numbers: of a pixel, or of nothing.
     """
-    seen = False
-    for value in values:
-        if isinstance(value, list) and (numbers := _flat(value)):
-            if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in numbers):
-                return False
-            seen = seen or any(isinstance(v, float) and v % 1 for v in numbers)
-    return seen
+    units = Counter(map(_unit, values))
+    if not units["parts"] or not units["pixels"]:
+        return "all" if units["parts"] else "none"
+    return "some" if units["parts"] > max(1, _SOME * units["pixels"]) else "none"
+
+
+def is_in_parts(value: object, those: InParts, box: Box | None, size_hw: tuple[int, int]) -> bool:
+    """Whether a ``segmentation`` is polygons in parts of the sides, in a file where ``those`` are.
+
+    Where some are, it must lie in the first pixel, and its ``bbox``, if it has one, not say
+    otherwise.
+    """
+    if those != "some" or _unit(value) != "parts":
+        return those == "all" and isinstance(value, list)
+    numbers: list[Any] = _flat(_in_pixels(value, size_hw))
+    x, y = numbers[::2], numbers[1::2]
+    return box is None or max(box) <= 1 or is_close(box, (min(x), min(y), max(x), max(y)))
+
+
+def _unit(value: object) -> Literal["parts", "pixels", ""]:
+    """The unit of polygons; empty where nothing tells it."""
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    if not isinstance(value, list) or first == []:
+        return ""
+    # Most need no more than a look at the first number.
+    numbers = _flat(value) if isinstance(first, (int, float)) and first <= 1 + _BEYOND else []
+    if not numbers or not all(
+        isinstance(v, (int, float)) and -_BEYOND <= v <= 1 + _BEYOND for v in numbers
+    ):
+        return "pixels"
+    return "parts" if any(isinstance(v, float) and v % 1 for v in numbers) else ""
 
 
 def _flat(value: object) -> list[object]:

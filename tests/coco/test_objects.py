@@ -170,6 +170,47 @@ def test_one_polygon_in_pixels_tells_that_all_are(tmp_path: Path, document: dict
     assert split.annotations[100][1].run_lengths[1::2].sum() <= 1
 
 
+@pytest.mark.parametrize("boxes", ["pixels", "parts", "none"])
+def test_some_in_parts_and_some_in_pixels(
+    tmp_path: Path, document: dict[str, Any], boxes: str
+) -> None:
+    """As where two exports were put into one file, one of them drawn beyond the image."""
+    plain = load_coco_split(written(tmp_path, document))
+    sides = {i["id"]: (i["width"], i["height"]) for i in document["images"]}
+    for annotation in document["annotations"][::2]:
+        own = sides[annotation["image_id"]]
+        scaled = [[v / own[i % 2] for i, v in enumerate(p)] for p in annotation["segmentation"]]
+        annotation["segmentation"] = scaled
+        if boxes != "pixels":
+            box = [v / own[i % 2] for i, v in enumerate(annotation["bbox"])]
+            annotation["bbox"] = box if boxes == "parts" else None
+    split = load_coco_split(written(tmp_path, document))
+    for entry in split.images:
+        ours, theirs = (s.ground_truth(entry, {}) for s in (split, plain))
+        np.testing.assert_array_equal(ours.run_lengths[0], theirs.run_lengths[0])
+        np.testing.assert_allclose(ours.boxes_xyxy, theirs.boxes_xyxy, atol=1)
+    assert [n for what, n in split.faults[1].repaired.items() if "read so" in what] == [8]
+
+
+def test_polygons_a_little_beyond_the_image_are_in_parts_too(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = [[-0.01, 0.1, 0.9, 0.1, 0.9, 1.004]]
+    split = load_coco_split(written(tmp_path, document))
+    assert split.annotations[100][0].run_lengths[1::2].sum() > 1000
+
+
+def test_boxes_in_the_first_pixel_are_worth_a_word(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    for annotation in document["annotations"]:
+        del annotation["segmentation"]
+    document["annotations"][1]["bbox"] = [0.2, 0.2, 0.5, 0.5]
+    (_, faults) = load_coco_split(written(tmp_path, document), needs="boxes").faults
+    assert [what[:29] for what in faults.noticed] == ["bbox lies in the first pixel,"]
+
+
 def test_whole_numbers_are_no_parts_of_sides(tmp_path: Path, document: dict[str, Any]) -> None:
     """A polygon around one pixel, or of nothing, says nothing of others in the file."""
     for annotation in document["annotations"]:

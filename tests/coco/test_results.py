@@ -129,12 +129,22 @@ def drop(key: str) -> Callable[[Documents], None]:
     return apply
 
 
-def in_files(documents: Documents) -> None:
-    """Results that name images by their files, as tools do that have no ids."""
+def files_for_ids(documents: Documents, those: Iterable[dict[str, Any]]) -> None:
+    """Images named by their files, as tools do that have no ids."""
     names = {i["id"]: i["file_name"] for i in documents[0]["images"]}
-    for number, result in enumerate(documents[1]):
-        name = names[result["image_id"]]
-        result["image_id"] = name if number % 2 else name.removesuffix(".png")
+    for number, entry in enumerate(those):
+        name = names[entry["image_id"]]
+        entry["image_id"] = name if number % 2 else name.removesuffix(".png")
+
+
+def by_files_named_as_others(documents: Documents) -> None:
+    """Annotations by files whose names are other images' ids."""
+    ids = [i["id"] for i in documents[0]["images"]]
+    for image, other in zip(documents[0]["images"], ids[1:] + ids, strict=False):
+        image["file_name"] = f"photos/{other}.png"
+    names = {i["id"]: i["file_name"] for i in documents[0]["images"]}
+    for annotation in documents[0]["annotations"]:
+        annotation["image_id"] = names[annotation["image_id"]].removeprefix("photos/")
 
 
 def in_numbers(documents: Documents) -> None:
@@ -186,10 +196,10 @@ def padded(documents: Documents) -> None:
         entry["id"] = f"{entry['id']:06d}"
 
 
-def in_parts(documents: Documents) -> None:
-    """Polygons in parts of the sides of the image; powers of two, so that no digit is lost."""
+def in_parts(documents: Documents, every: int = 1) -> None:
+    """Polygons in parts of the sides of the image, of every so many annotations."""
     sizes = {i["id"]: (i["width"], i["height"]) for i in documents[0]["images"]}
-    for annotation in documents[0]["annotations"]:
+    for annotation in documents[0]["annotations"][::every]:
         sides = sizes[annotation["image_id"]]
         annotation["segmentation"] = of_polygons(
             lambda s, sides=sides: [[v / sides[i % 2] for i, v in enumerate(p)] for p in s]
@@ -236,7 +246,9 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "image ids with zeros before them": rename("image_id", "images", lambda i: f"{i:06d}"),
     "zeros in the images alone": padded,
     "image names as ids": rename("image_id", "images", lambda i: f"f{i}"),
-    "results by file name": in_files,
+    "results by file name": lambda d: files_for_ids(d, d[1]),
+    "annotations by file name": lambda d: files_for_ids(d, d[0]["annotations"]),
+    "annotations by files named as other ids": by_files_named_as_others,
     "results by a number in the file's name": in_numbers,
     "results by a path": in_paths,
     "results by the category's name": by_name,
@@ -282,6 +294,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
         "segmentation", of_polygons(lambda s: [None, *s]), results=False
     ),
     "polygons in parts of the sides": in_parts,
+    "polygons in parts of the sides beside others in pixels": lambda d: in_parts(d, every=3),
     "polygons as text": rewrite("segmentation", of_polygons(json.dumps), results=False),
     "a polygon far outside beside": rewrite(
         "segmentation", of_polygons(lambda s: [*s, [400, 400, 500, 400, 500, 500]]), results=False
