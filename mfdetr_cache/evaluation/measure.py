@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mfdetr_cache.evaluation.oracles import (
     oracle_results,
     with_perfect_boxes,
 )
+from mfdetr_cache.evaluation.overlap import tell_images_in_both
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.cost import head_cost
 from mfdetr_cache.head.folder import HeadFolder, RunRecord, load_head
@@ -45,11 +47,6 @@ from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.types import CachedImage
 
 _READ_AHEAD = 5
-# So many images of one name in two caches are looked at. Where an image is in both, the detector's
-# boxes differ in the last bits, and in the order of queries that are nearly equal.
-_LOOKED_AT, _SAME_BOXES, _MOSTLY = 64, 1e-4, 0.9
-
-
 # Threads that paste and encode masks while the head is at the next image.
 _WORKERS = 2
 
@@ -225,7 +222,7 @@ def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureC
     """The ``val_split`` images of a cache that the head learned from; any other one unchanged."""
     val_split = run.learned_from.get(cache.cache_id)
     if val_split is None:
-        _tell_images_in_both(cache, run, reporter)
+        _tell_seen(cache, run, reporter)
         return cache
     if not val_split:
         reporter.warn(f"the head was trained on the images of {cache.path}: this is no validation")
@@ -235,36 +232,13 @@ def _unseen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> FeatureC
     return unseen
 
 
-def _tell_images_in_both(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> None:
-    """Warn of images that the head has learned from in another cache, if that is still there.
-
-    They have one name in both caches, and the detector found the same in them.
-    """
+def _tell_seen(cache: FeatureCache, run: RunRecord, reporter: Reporter) -> None:
+    """Warn of images that the head has learned from in another cache, if that is still there."""
     path = (run.cache or {}).get("path")
     if path is None or not Path(path).is_dir():
         return
-    same = []
-    try:
-        learned = FeatureCache.open(path)
-        theirs = {learned.file_name(row): row for row in learned.rows}
-        both = [(row, theirs[n]) for row in cache.rows if (n := cache.file_name(row)) in theirs]
-        for row, other in both[:_LOOKED_AT]:
-            ours, earlier = (
-                c.read(r, ()).boxes_cxcywh_norm for c, r in ((cache, row), (learned, other))
-            )
-            alike = cache.original_hw(row) == learned.original_hw(other)
-            if alike and ours.shape == earlier.shape:
-                close = np.isclose(ours, earlier, rtol=0, atol=_SAME_BOXES)
-                if close.sum() > _MOSTLY * close.size:
-                    same.append(cache.file_name(row))
-    except MfdetrError:
-        return  # damaged or unfinished: nothing can be told of it
-    if same:
-        least = "at least " if len(both) > _LOOKED_AT else ""
-        reporter.warn(
-            f"{least}{len(same)} of {len(cache)} images of {cache.path} are also in {path}, which "
-            f"the head learned from, such as {same[0]}: this is no validation of these"
-        )
+    with suppress(MfdetrError):
+        tell_images_in_both(cache, FeatureCache.open(path), reporter)
 
 
 def ground_truth_of(cache: FeatureCache, rows: Sequence[int] | None = None) -> COCO:

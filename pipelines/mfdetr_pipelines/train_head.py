@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import TrainingError
+from mfdetr_cache.evaluation.overlap import tell_images_in_both
 from mfdetr_cache.head.folder import HeadFolder, load_head
 from mfdetr_cache.ops.devices import keep_no_kernels, torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -111,6 +112,8 @@ def run_train_head(
             validation=validation,
             resume="longer" if config.resume and config.length != Length() else config.resume,
         )
+        if val_cache is not None and location is not None:
+            tell_images_in_both(val_cache, cache, reporter)
         if why:
             reporter.say("recipe auto: " + "; ".join(why))
         parameters = sum(p.numel() for p in learner.head.parameters())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
-from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.train_head import TrainHeadConfig, Validation
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import run_extract
@@ -20,6 +20,7 @@ from mfdetr_cache.errors import HeadError, TrainingError
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
+from tests.support import scenes
 from tests.support.scenes import extract_config
 
 # A step of Muon is as long as its learning rate, whatever the gradient: this one is no step.
@@ -106,20 +107,30 @@ def test_evaluate_knows_what_the_start_has_learned_from(
 def test_evaluate_knows_images_of_another_cache_that_were_learned_from(
     tmp_path: Path, drawn_cache: Path, scenes_folder: Path, rtdetr_folder: Path
 ) -> None:
-    """An image that is in both, and another one under the name of one in both."""
+    """An image that is in both, another one under the name of one in both, and a renamed one."""
     folder = tmp_path / "scenes"
     shutil.copytree(scenes_folder, folder)
-    first, second = sorted((folder / "images").iterdir())[:2]
+    _, second, third = sorted((folder / "images").iterdir())[:3]
     with Image.open(second) as image:
         other_image = Image.effect_noise(image.size, 90).convert("RGB")
     other_image.save(second)
-    other = tmp_path / "other.zarr"
-    run_extract(extract_config(folder, str(rtdetr_folder), other, limit=2), SilentReporter())
-    head, reporter = train(drawn_cache, tmp_path / "head"), SilentReporter()
-    run_evaluate(EvaluateConfig(str(other), head), reporter)
-    (said,) = [m for m in reporter.messages if "no validation" in m]
-    assert f"warning: 1 of 2 images of {other} are also in {drawn_cache}" in said
-    assert f"such as {first.name}:" in said
+    document = scenes.load_annotations(folder)
+    document["images"][2]["file_name"] = third.rename(third.with_name("renamed.png")).name
+    document["images"] = document["images"][2:] + document["images"][:2]
+    scenes.save_annotations(folder, document)
+    others = [tmp_path / "other.zarr", tmp_path / "all.zarr"]
+    config = TrainHeadConfig(drawn_cache, tmp_path / "head", build_recipe("fast", SMALL))
+    for other, limit in zip(others, (1, None), strict=True):
+        extract = extract_config(folder, str(rtdetr_folder), other, limit=limit)
+        run_extract(extract, SilentReporter())
+    reporter = SilentReporter()
+    run_train_head(replace(config, validation=Validation(val_cache=others[0])), reporter)
+    run_evaluate(EvaluateConfig(str(others[1]), config.out), reporter)
+    one, all_but_one = [m for m in reporter.messages if "no validation" in m]
+    assert f"warning: 1 of 1 images of {others[0]} are also in {drawn_cache}" in one
+    assert f"such as renamed.png ({third.name} there):" in one
+    total = len(document["images"])
+    assert f"{total - 1} of {total} images of {others[1]} are also in {drawn_cache}" in all_but_one
 
 
 def test_a_joint_training_starts_there_too(
