@@ -51,7 +51,10 @@ class Only:
 def existing_file(text: str) -> Path:
     """A file that must be there before anything else is done."""
     if not Path(text).is_file():
-        raise ValueError("there is no such file")
+        is_folder = Path(text).is_dir()
+        raise ValueError(
+            "a folder, where a file is wanted" if is_folder else "there is no such file"
+        )
     return Path(text)
 
 

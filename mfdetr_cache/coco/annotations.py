@@ -10,6 +10,7 @@ import numpy as np
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.faults import Faults, keys_of, short
+from mfdetr_cache.coco.formats import told_of_format
 from mfdetr_cache.coco.ids import SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.image_names import NamedImages
@@ -194,6 +195,10 @@ def _by_names(document: Mapping[str, Any]) -> NamedImages[SourceId]:
 
 def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:
     """A document as COCO instances; there may be no annotations if ``unannotated``."""
+    required = ["images", "annotations", "categories"]
+    lists = isinstance(document, dict) and [isinstance(document.get(k), list) for k in required]
+    if not (lists and all(lists)) and (told := told_of_format(document)):
+        raise DatasetError(f"annotation file {path} {told}")
     if not isinstance(document, dict):
         what = short(document)
         if isinstance(document, list):
@@ -204,7 +209,6 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, An
             f"annotation file {path} holds {what}; COCO instances are an object with the lists "
             "images, annotations and categories"
         )
-    required = ["images", "annotations", "categories"]
     if unannotated and not document.get("annotations"):
         required.remove("annotations")
     for key in required:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdetr_cache.coco.faults import short
+from mfdetr_cache.coco.formats import told_of_xml
 from mfdetr_cache.errors import DatasetError
 
 # Plain files are as large as they are; a compressed one must not unpack to anything.
@@ -73,7 +74,7 @@ def _said(error: Exception, data: bytes) -> str:
     if str(error).startswith("Extra data"):
         return f"{error}; several documents one behind the other, as in JSON Lines: write one list"
     if text[:1] not in ("{", "["):
-        return f"it begins with {short(text[:200])}"
+        return told_of_xml(text[:2000]) or f"it begins with {short(text[:200])}"
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     # Cut off behind a value, or within one.
