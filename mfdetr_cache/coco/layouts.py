@@ -2,15 +2,20 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mfdetr_cache.coco.formats import told_of_format
+from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.errors import ConfigError, DatasetError
 from mfdetr_cache.options import Option, existing_file
 
 _ROBOFLOW = "_annotations.coco.json"
 # Names of files of a whole dataset, as Label Studio, FiftyOne and labelme2coco export it.
 _WHOLE = {"", "result", "labels", "dataset", "annotations"}
+# Files that COCO has beside its instances.
+_OTHER_KINDS = ("captions", "image_info", "panoptic", "person_keypoints", "stuff")
 # Names of one split in different tools.
 _SAME = ({"val", "valid", "validation"}, {"train", "training"}, {"test", "testing"})
 
@@ -68,12 +73,12 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
 
     DatasetError, naming the splits there are, if it is none of them.
     """
-    splits = dict(_splits(folder))
+    splits = _splits(folder)
     if not splits:
         raise DatasetError(
             f"--dataset {folder} has no split in a layout that is known: COCO "
-            f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml); "
-            f"use --images and --annotations{_faults(folder)}"
+            f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml)"
+            f"{_instead(folder)}{_faults(folder)}"
         )
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
@@ -96,9 +101,22 @@ def _faults(folder: Path) -> str:
     return f"; {faults[0]}" if faults else ""
 
 
+def _instead(folder: Path) -> str:
+    """What a folder without a split has instead, behind a message."""
+    for inner in sorted(folder.glob("*/")):
+        if splits := _splits(inner):
+            return f"; {inner} has {', '.join(sorted(splits))}"
+    for pattern in ("*.json", "*/*.json", "*/*/*.json"):
+        if path := next(iter(sorted(folder.glob(pattern))), None):
+            with suppress(DatasetError):
+                if told := told_of_format(read_json(path, "file", "").document):
+                    return f"; {path} {told}"
+    return "; put it in one of these, or use extract with --images and --annotations"
+
+
 def split_to_measure(folder: Path) -> str | None:
     """The split of a dataset that is there for measuring, ``val`` before ``test``; or None."""
-    names = sorted(dict(_splits(folder)))
+    names = sorted(_splits(folder))
     meant = (n for split in ("val", "test") for n in names if _is_meant(n, split))
     return next(meant, None)
 
@@ -110,16 +128,21 @@ def _is_meant(name: str, split: str) -> bool:
     return any(name == other or name.rstrip("0123456789") == other for other in same)
 
 
-def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
+def _splits(folder: Path) -> dict[str, DatasetFiles]:
     """Every split with its files; of one in several layouts, the last is taken."""
+    found = dict(_of_layouts(folder))
+    return {**_of_other_names(folder, set(found)), **found}
+
+
+def _of_layouts(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
+    """Splits in the layouts of COCO, Roboflow and YOLO, and in a folder for each."""
     # Imported late: settings name datasets, and a mistyped option need not wait for Pillow.
     from mfdetr_cache.coco.yolo import yolo_splits
 
     for inner in sorted(f for f in folder.glob("*/") if any(f.name.lower() in s for s in _SAME)):
         files = [*inner.glob("*.json"), *inner.glob("annotations/*.json")]
         if len(files) == 1:  # of several, which is meant cannot be told
-            places = [inner / "images", inner / "data", inner]
-            yield inner.name, DatasetFiles(next(p for p in places if p.is_dir()), files[0])
+            yield inner.name, DatasetFiles(_images_in(inner), files[0])
     for path in sorted(folder.glob("*.y*ml")):
         for name, images in yolo_splits(path).items():
             yield name, DatasetFiles(images, path.with_name(f"{path.name}:{name}"))
@@ -132,4 +155,46 @@ def _splits(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
         if there:
             yield "all" if name in _WHOLE else name, DatasetFiles(there[0], path)
     for path in sorted([*folder.glob(_ROBOFLOW), *folder.glob(f"*/{_ROBOFLOW}")]):
-        yield path.parent.name, DatasetFiles(path.parent, path)
+        yield path.parent.name, DatasetFiles(_images_in(path.parent), path)
+
+
+def _images_in(folder: Path) -> Path:
+    """The image folder of a split that has a folder of its own."""
+    return next(p for p in (folder / "images", folder / "data", folder) if p.is_dir())
+
+
+def _of_other_names(folder: Path, known: set[str]) -> dict[str, DatasetFiles]:
+    """Splits besides the ``known`` ones, of JSON files with their name in theirs.
+
+    As in ``coco_train.json``, or ``train_labels.json`` beside ``train_images``. The only file
+    beside images is of the whole dataset. Which of several is meant cannot be told.
+    """
+    from mfdetr_cache.coco.yolo import is_image
+
+    patterns = ("*.json", "annotations/*.json", "annotations/*/*.json")
+    every = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    files = [path for path in every if not path.name.startswith(_OTHER_KINDS)]
+    names = [_split_in(str(path.relative_to(folder).with_suffix(""))) for path in files]
+    folders = sorted([*folder.glob("*/"), *folder.glob("images/*/")])
+    shared = [p for p in (folder / "images", folder / "data") if p.is_dir()]
+    found, taken = {}, {_split_in(name) for name in known}
+    for path, name in zip(files, names, strict=True):
+        own = [p for p in folders if _split_in(p.name) == name and p != path.parent]
+        if name and name not in taken and names.count(name) == 1 and own + shared:
+            found[name] = DatasetFiles((own + shared)[0], path)
+    shared += [folder] if any(map(is_image, folder.glob("*"))) else []
+    if shared and len(files) == len(every) == 1 and not found and not known:
+        found["all"] = DatasetFiles(shared[0], files[0])
+    return found
+
+
+def _split_in(text: str) -> str:
+    """The one split that a name or path speaks of; empty if there is none.
+
+    Examples:
+        >>> [_split_in(name) for name in ("coco_train", "val2017/labels", "train-val", "trains")]
+        ['train', 'val', '', '']
+    """
+    words = {word.rstrip("0123456789") for word in re.split("[^a-z0-9]+", text.lower())}
+    meant = [same for same in _SAME if same & words]
+    return min(meant[0] & words) if len(meant) == 1 else ""

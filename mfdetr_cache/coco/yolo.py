@@ -109,7 +109,7 @@ def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            files += sorted(f for f in source.absolute().rglob("*") if _is_image(f))
+            files += sorted(f for f in source.absolute().rglob("*") if is_image(f))
             continue
         try:
             text = os.fsdecode(read_regular(source).removeprefix(codecs.BOM_UTF8))
@@ -120,7 +120,8 @@ def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Whether a file is called as images are."""
     # A name that begins with a dot is a note of macOS beside a file, or of another program.
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 

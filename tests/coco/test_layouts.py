@@ -54,6 +54,13 @@ def moved(tmp_path: Path, images: str, annotations: str) -> Path:
         ("train/data", "train/labels.json", "train"),
         ("val/images", "val/annotations/instances.json", "val"),
         ("Validation", "Validation/coco.json", "val"),
+        ("images", "annotations/coco_val.json", "val"),
+        ("train_images", "train_labels.json", "train"),
+        ("train2017", "lvis_v1_train.json", "train"),
+        ("images/val", "annotations/val/instances.json", "val"),
+        ("images", "my.json", None),
+        ("", "my.json", None),
+        ("train/images", "train/_annotations.coco.json", "train"),
     ],
 )
 def test_splits_are_found_by_name(
@@ -74,6 +81,27 @@ def test_json_of_something_else_is_no_split(tmp_path: Path, plain: CocoSplit) ->
         find_split(folder, None)
     (folder / "annotations.json").write_text("{}")
     assert find_split(folder, None).images == folder / "images"
+
+
+def test_other_names_are_splits_only_where_one_is_meant(tmp_path: Path, plain: CocoSplit) -> None:
+    """Files of YOLO's layout or of another split take nothing from those that are known."""
+    folder = moved(tmp_path, "train", "annotations/instances_train.json")
+    for name in ("old_train.json", "a_val.json", "b_val.json", "train_val.json", "notes.json"):
+        (folder / name).write_text("{}")
+    assert find_split(folder, None).annotations == folder / "annotations/instances_train.json"
+
+
+def test_what_a_folder_has_instead_of_splits_is_said(tmp_path: Path, plain: CocoSplit) -> None:
+    folder = moved(tmp_path, "train", "train/_annotations.coco.json")
+    with pytest.raises(DatasetError, match=rf"; {folder} has train"):
+        find_split(tmp_path, "train")
+    shutil.rmtree(folder)
+    with pytest.raises(DatasetError, match="or use extract with --images and --annotations"):
+        find_split(tmp_path / "plain/images", "train")
+    for name in "ab":
+        (tmp_path / f"plain/images/{name}.json").write_text('{"shapes": []}')
+    with pytest.raises(DatasetError, match=r"; .*/a\.json looks like labelme, not COCO instances"):
+        find_split(tmp_path / "plain/images", "train")
 
 
 def test_what_is_not_there_is_named_with_what_is(tmp_path: Path, plain: CocoSplit) -> None:
@@ -271,7 +299,7 @@ def test_a_yolo_split_is_found_where_it_is(tmp_path: Path, value: str) -> None:
         ),
         ("train: train/images\nnc: 3\n", r"data\.yaml has no names of its classes"),
         ("names: [dog]\n", r"data\.yaml names no folder as train, val or test"),
-        ("other: 1\n", r"use --images and --annotations$"),
+        ("other: 1\n", r"use extract with --images and --annotations$"),
         ("val: train/images\ntrain: no\nnames: [dog]\n", "it has val; .* train is 'no', no folder"),
     ],
 )
