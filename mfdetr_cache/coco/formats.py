@@ -18,7 +18,7 @@ _TELLING = {
     "Labeled Data": "Labelbox",
     "data_row": "Labelbox",
     "task_id": "Scale",
-    "items": "Datumaro",
+    "z_order": "Datumaro",
     "samples": "FiftyOne",
     "features": "GeoJSON",
     "poly2d": "BDD100K",
@@ -27,7 +27,8 @@ _TELLING = {
     "data_list": "MMDetection",
     "coordinates": "CreateML",
     "annotator": "Label Studio",
-    "data": "Label Studio",
+    "from_name": "Label Studio",
+    "completed_by": "Label Studio",
 }
 _EXPORT = "export COCO instances from its tool, or convert it (datumaro and fiftyone do)"
 _DEEPEST, _BROADEST = 6, 20

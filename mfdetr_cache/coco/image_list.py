@@ -27,9 +27,10 @@ _SPELLED_OTHERWISE = (
 )
 _BY_LAST_PART = "file_name is a path of another place, found by its last part"
 _OF_URL = "file_name missing, taken from coco_url"
+_OF_LVIS = ("neg_category_ids", "not_exhaustive_category_ids")
 _FEDERATED = (
     "neg_category_ids, as in LVIS: other categories are not annotated everywhere, and COCO's AP "
-    "counts what is found of them as wrong"
+    "counts what is found of them as wrong (LVIS's own does not)"
 )
 # V3Det has 13,204. COCO's measures take 200 kB for each of them.
 _MOST_CATEGORIES = 20_000
@@ -147,7 +148,7 @@ def read_images(
         if name and str(PurePosixPath(name)) in names:
             faults.notice(where, "file_name is that of another image too, so it counts twice")
         names.add(str(PurePosixPath(name)))
-        if image.get("neg_category_ids") is not None:
+        if any(image.get(key) is not None for key in _OF_LVIS):
             faults.notice(where, _FEDERATED)
         size = _size(image, where, name, folder, faults)
         if size is not None:

@@ -30,7 +30,7 @@ _MANY_CROWDS = 0.2
 _OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
 _OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
 _FIRST_PIXEL = "bbox lies in the first pixel, as in parts of the image's sides, kept as it is"
-_IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
+IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
 _IGNORED = "marked 'ignore', which changes nothing in COCO (iscrowd 1 does)"
 _NO_MASK = np.zeros(0, dtype=np.uint32)
 
@@ -227,20 +227,20 @@ def _notice_box(box: Box, draft: _Draft, faults: Faults) -> None:
     """Notice a box that is not that of its mask, or of nothing in its image."""
     height, width = draft.entry.size_hw
     if draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
-        faults.notice(draft.where, _IN_ROWS if _fits_in_rows(box, draft) else _OTHER_BOX)
+        is_rle = isinstance(draft.raw.get("segmentation"), Mapping)
+        in_rows = is_rle and fits_in_rows(box, draft.run_lengths, draft.entry.size_hw)
+        faults.notice(draft.where, IN_ROWS if in_rows else _OTHER_BOX)
     elif not _overlap(box, (0, 0, width, height)):
         faults.notice(draft.where, "bbox lies outside its image, kept as it is")
     elif draft.mask_box is None and min(box) >= 0 and max(box) <= 1 < min(height, width):
         faults.notice(draft.where, _FIRST_PIXEL)
 
 
-def _fits_in_rows(box: Box, draft: _Draft) -> bool:
-    """Whether a box is that of an RLE, were its runs along the rows of the image."""
-    if not isinstance(draft.raw.get("segmentation"), Mapping):
-        return False
+def fits_in_rows(box: Box, runs: RunLengths, size_hw: tuple[int, int]) -> bool:
+    """Whether a box is that of an RLE only if its runs are along the rows of the image."""
     # Rows of the image are the columns of its transpose.
-    turned = box_of_run_lengths(draft.run_lengths, draft.entry.size_hw[::-1])
-    if turned is None:
+    mask, turned = box_of_run_lengths(runs, size_hw), box_of_run_lengths(runs, size_hw[::-1])
+    if mask is None or turned is None or _overlap(box, mask) >= 0.5:
         return False
     y0, x0, y1, x1 = turned
     return _overlap(box, (x0, y0, x1, y1)) >= 0.5

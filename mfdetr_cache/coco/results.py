@@ -14,7 +14,7 @@ from mfdetr_cache.coco.ids import SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import finite_number, four_numbers
+from mfdetr_cache.coco.objects import IN_ROWS, finite_number, fits_in_rows, four_numbers
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
     InParts,
@@ -210,5 +210,8 @@ def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | 
             return None
         result["bbox"] = [x, y, w, h]
     if draft.run_lengths is not None:
-        result["segmentation"] = compress_run_lengths(draft.run_lengths, draft.entry.size_hw)
+        box, size_hw = result.get("bbox"), draft.entry.size_hw
+        if box and min(box[2:]) > 0 and fits_in_rows(tuple(box), draft.run_lengths, size_hw):
+            faults.notice(draft.where, IN_ROWS)
+        result["segmentation"] = compress_run_lengths(draft.run_lengths, size_hw)
     return result

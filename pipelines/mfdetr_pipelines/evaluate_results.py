@@ -29,6 +29,9 @@ from mfdetr_cache.reporter import Reporter, SilentReporter
 # more it must be without categories.
 _IMPLAUSIBLE_AP, _NOTHING, _CLEARLY_BETTER = 0.1, 0.01, 5
 
+# From this share of the images on, results are perhaps of some images only.
+_MANY_MISSED = 0.2
+
 _NAMES: dict[Kind, str] = {"segm": "mask", "bbox": "box", "boundary": "boundary"}
 _FIELDS: dict[Kind, str] = {"segm": "segmentation", "bbox": "bbox", "boundary": "segmentation"}
 
@@ -89,6 +92,14 @@ def run_evaluate_results(
     truth = ground_truth_of_split(split)
     if told := told_of_empty_images(truth):
         reporter.warn(told)
+    annotated = {a["image_id"] for a in truth.dataset["annotations"]}
+    missed = annotated - {r["image_id"] for r in found.results}
+    if found.results and len(missed) > _MANY_MISSED * len(annotated):
+        reporter.warn(
+            f"{results}: {len(missed)} of {len(annotated)} images with objects have no result, so "
+            "all their objects count as missed; if only the others were looked at, pass "
+            "annotations of these"
+        )
     asked: dict[Kind, list[Result]] = {
         kind: found.with_field(field)
         for kind, field in _FIELDS.items()
@@ -136,7 +147,7 @@ def _judge(
     elif alone < _NOTHING:
         reporter.warn(
             f"{said}, and no better where categories do not count: results are of other images, in "
-            "another image size, or their numbers are in another order"
+            "another image size, or their numbers or runs are in another order"
         )
 
 

@@ -26,7 +26,7 @@ POLYGON = {"label": "a", "points": [[1, 2], [3, 4], [5, 6]]}
         ([{"task_id": "a", "response": {"annotations": [POLYGON]}}], "Scale"),
         ([{"ID": "a", "Labeled Data": "http://x/a.jpg"}], "Labelbox"),
         ([{"name": "a.jpg", "labels": [{"category": "car", "poly2d": []}]}], "BDD100K"),
-        ([{"data": {"image": "a.jpg"}, "annotations": [{"result": []}]}], "Label Studio"),
+        ([{"data": {"image": "a.jpg"}, "annotations": [{"completed_by": 1}]}], "Label Studio"),
         ([{"image": "a.jpg", "label": [POLYGON], "annotator": 1}], "Label Studio"),
         ("<?xml version='1.0'?>\n<annotations><image id='0'/></annotations>", "CVAT's XML"),
         ("<annotation><filename>a.jpg</filename></annotation>", "Pascal VOC's XML, which has box"),

@@ -440,6 +440,30 @@ def test_many_images_without_an_object_are_told(tmp_path: Path, plain: Documents
     assert not any("have no object" in m for m in measured(tmp_path, plain)[1])
 
 
+def test_many_images_without_a_result_are_told(tmp_path: Path, plain: Documents) -> None:
+    truth, results = copied(plain)
+    images = [i["id"] for i in truth["images"]]
+    some = [r for r in results if r["image_id"] in images[:3]]
+    found, messages = measured(tmp_path, (truth, some))
+    assert found["mask"]["AP"] == pytest.approx(
+        pycocotools_reads(tmp_path, (truth, some))["segm"][0]
+    )
+    assert any("3 of 6 images with objects have no result, so all their obj" in m for m in messages)
+    assert not any("have no result" in m for m in measured(tmp_path, (truth, results[4:]))[1])
+    assert not any("have no result" in m for m in measured(tmp_path, (truth, []))[1])
+
+
+def test_results_whose_runs_go_along_rows_are_told(tmp_path: Path, plain: Documents) -> None:
+    written = copied(plain)
+    for result in written[1]:
+        flat = coco_mask.decode(result["segmentation"]).flatten()
+        ends = np.flatnonzero(np.diff(flat, prepend=0))
+        counts = np.diff(ends, prepend=0, append=flat.size).tolist()
+        result["segmentation"]["counts"] = counts
+    _, messages = measured(tmp_path, written)
+    assert any("bbox fits the mask only if its runs went row by row" in m for m in messages)
+
+
 def test_what_cannot_be_measured_is_said(tmp_path: Path, plain: Documents) -> None:
     whole, _ = measured(tmp_path, plain)
     boxes = copied(plain)
