@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -101,9 +102,11 @@ def require_images(folder: Path, split: CocoSplit, advice: str) -> None:
         raise DatasetError(f"image folder {folder} does not exist; {advice}")
     missing = [e for e in split.images if not (folder / e.file_name).is_file()]
     if missing:
+        name = missing[0].file_name
+        below = next(folder.rglob(escape(PurePosixPath(name.replace("\\", "/")).name)), None)
         raise ImageError(
             f"{len(missing)} of {len(split.images)} images are not in {folder}, the first is "
-            f"{missing[0].file_name}; {advice}"
+            f"{name}{f' ({below} is there)' if below else ''}; {advice}"
         )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split, require_images
 from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.coco.layouts import dataset_files, existing_annotations, find_split
-from mfdetr_cache.errors import ConfigError, DatasetError
+from mfdetr_cache.errors import ConfigError, DatasetError, ImageError
 from tests.support import scenes
 
 
@@ -72,6 +72,15 @@ def test_splits_are_found_by_name(
     found = load_coco_split(files.annotations, files.images)
     require_images(files.images, found, "")
     assert found.images == plain.images
+
+
+def test_images_in_a_folder_below_are_told(tmp_path: Path, plain: CocoSplit) -> None:
+    folder = moved(tmp_path, "images/[1]", "instances.json")
+    with pytest.raises(ImageError, match=r"2 of 2 images .* \(.*/images/\[1\]/.*\.png is there\)"):
+        require_images(folder / "images", plain, "")
+    shutil.rmtree(folder / "images/[1]")
+    with pytest.raises(ImageError, match=r"the first is 0*100\.png; check"):
+        require_images(folder / "images", plain, "check")
 
 
 def test_json_of_something_else_is_no_split(tmp_path: Path, plain: CocoSplit) -> None:
