@@ -27,6 +27,10 @@ _FARTHEST = 10
 _FEW_PIXELS = 16
 # COCO has 1 % of them.
 _MANY_CROWDS = 0.2
+_MANY_RECTANGLES = 0.9
+_RECTANGLE = (
+    "the mask is a whole rectangle, as where boxes were exported as polygons: not its shape"
+)
 _OTHER_AREA = "area is not that of mask or bbox; APS, APM and APL go by it, kept as it is"
 _OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
 _FIRST_PIXEL = "bbox lies in the first pixel, as in parts of the image's sides, kept as it is"
@@ -116,8 +120,12 @@ def read_annotations(
 def _notice_together(
     drafts: Sequence[_Draft], annotations: Sequence[Annotation | None], faults: Faults
 ) -> None:
-    """Notice what no annotation tells alone: it is there twice, or many are crowds."""
+    """Notice what no annotation tells alone: it is there twice, many are crowds, or no shapes."""
     seen: set[int] = set()
+    filled = [d for d in drafts if _fills_its_box(d)]
+    if len(filled) > _MANY_RECTANGLES * sum(d.mask_box is not None for d in drafts):
+        for draft in filled:
+            faults.notice(draft.where, _RECTANGLE)
     many_crowds = sum(d.is_crowd for d in drafts) > _MANY_CROWDS * len(drafts)
     for draft, a in zip(drafts, annotations, strict=True):
         if a is None:
@@ -128,6 +136,13 @@ def _notice_together(
         seen.add(same)
         if many_crowds and a.is_crowd:
             faults.notice(draft.where, "a crowd (iscrowd 1), not learned from and not measured")
+
+
+def _fills_its_box(draft: _Draft) -> bool:
+    if draft.mask_box is None:
+        return False
+    x0, y0, x1, y1 = draft.mask_box
+    return int(draft.run_lengths[1::2].sum(dtype=np.int64)) == (x1 - x0) * (y1 - y0)
 
 
 def _draft(

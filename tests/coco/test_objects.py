@@ -111,6 +111,16 @@ def test_boxes_beside_their_masks_are_worth_a_word(
     assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
 
 
+def test_boxes_as_polygons_are_worth_a_word(tmp_path: Path, document: dict[str, Any]) -> None:
+    for annotation in document["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    reporter = SilentReporter()
+    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
+    (said,) = reporter.messages
+    assert "16 of 16 annotations: the mask is a whole rectangle, as where boxes were" in said
+
+
 def test_runs_along_rows_are_told(tmp_path: Path, document: dict[str, Any]) -> None:
     plain = load_coco_split(written(tmp_path, document))
     for entry in plain.images:
