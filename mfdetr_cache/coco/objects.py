@@ -241,24 +241,24 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
 def _notice_box(box: Box, draft: _Draft, faults: Faults) -> None:
     """Notice a box that is not that of its mask, or of nothing in its image."""
     height, width = draft.entry.size_hw
-    if draft.mask_box is not None and not draft.is_crowd and _overlap(box, draft.mask_box) < 0.5:
+    if draft.mask_box is not None and not draft.is_crowd and overlap(box, draft.mask_box) < 0.5:
         is_rle = isinstance(draft.raw.get("segmentation"), Mapping)
-        in_rows = is_rle and fits_in_rows(box, draft.run_lengths, draft.entry.size_hw)
+        in_rows = is_rle and fits_in_rows(box, draft.run_lengths, (height, width))
         faults.notice(draft.where, IN_ROWS if in_rows else _OTHER_BOX)
-    elif not _overlap(box, (0, 0, width, height)):
+    elif not overlap(box, (0, 0, width, height)):
         faults.notice(draft.where, "bbox lies outside its image, kept as it is")
     elif draft.mask_box is None and min(box) >= 0 and max(box) <= 1 < min(height, width):
         faults.notice(draft.where, _FIRST_PIXEL)
 
 
 def fits_in_rows(box: Box, runs: RunLengths, size_hw: tuple[int, int]) -> bool:
-    """Whether a box is that of an RLE only if its runs are along the rows of the image."""
+    """Whether a box is that of an RLE, were its runs along the rows of the image."""
     # Rows of the image are the columns of its transpose.
-    mask, turned = box_of_run_lengths(runs, size_hw), box_of_run_lengths(runs, size_hw[::-1])
-    if mask is None or turned is None or _overlap(box, mask) >= 0.5:
+    turned = box_of_run_lengths(runs, size_hw[::-1])
+    if turned is None:
         return False
     y0, x0, y1, x1 = turned
-    return _overlap(box, (x0, y0, x1, y1)) >= 0.5
+    return overlap(box, (x0, y0, x1, y1)) >= 0.5
 
 
 def is_crowd(value: object) -> bool:
@@ -313,7 +313,8 @@ def _is_usable(box: Box, size_hw: tuple[int, int]) -> bool:
     return w > 0 and h > 0 and near
 
 
-def _overlap(box: Box, mask: tuple[int, int, int, int]) -> float:
+def overlap(box: Box, mask: tuple[int, int, int, int]) -> float:
+    """The IoU of x, y, width, height and of corners."""
     x, y, w, h = box
     x0, y0, x1, y1 = mask
     across = max(0.0, min(x + w, x1) - max(x, x0))

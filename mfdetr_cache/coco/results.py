@@ -14,7 +14,7 @@ from mfdetr_cache.coco.ids import SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import IN_ROWS, finite_number, fits_in_rows, four_numbers
+from mfdetr_cache.coco.objects import IN_ROWS, finite_number, fits_in_rows, four_numbers, overlap
 from mfdetr_cache.coco.segmentation import (
     IN_PARTS,
     InParts,
@@ -53,6 +53,7 @@ class _Draft:
     score: float
     box: Box | None
     run_lengths: RunLengths | None
+    mask_box: tuple[int, int, int, int] | None
 
 
 def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> ResultsFile:
@@ -82,14 +83,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         for number, result in enumerate(document)
         if (draft := _draft(number, result, reading, faults)) is not None
     ]
-    seen = (
-        (
-            d.box,
-            None if d.run_lengths is None else box_of_run_lengths(d.run_lengths, d.entry.size_hw),
-            d.entry.size_hw,
-        )
-        for d in drafts
-    )
+    seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, str(path))
     results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
     _notice_together(drafts, faults)
@@ -192,7 +186,9 @@ def _draft(
     where = f"{where} of image {image_id}"
     if parts:
         faults.repair(where, IN_PARTS)
-    return _Draft(where, entry, reading.categories[category_id].category_id, score, box, runs)
+    mask_box = None if runs is None else box_of_run_lengths(runs, entry.size_hw)
+    own = reading.categories[category_id].category_id
+    return _Draft(where, entry, own, score, box, runs, mask_box)
 
 
 def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:
@@ -209,9 +205,10 @@ def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | 
             faults.refuse(draft.where, f"has a bbox of width {w:g} and height {h:g}")
             return None
         result["bbox"] = [x, y, w, h]
+        if draft.run_lengths is not None and draft.mask_box is not None:
+            other = overlap((x, y, w, h), draft.mask_box) < 0.5
+            if other and fits_in_rows((x, y, w, h), draft.run_lengths, draft.entry.size_hw):
+                faults.notice(draft.where, IN_ROWS)
     if draft.run_lengths is not None:
-        box, size_hw = result.get("bbox"), draft.entry.size_hw
-        if box and min(box[2:]) > 0 and fits_in_rows(tuple(box), draft.run_lengths, size_hw):
-            faults.notice(draft.where, IN_ROWS)
-        result["segmentation"] = compress_run_lengths(draft.run_lengths, size_hw)
+        result["segmentation"] = compress_run_lengths(draft.run_lengths, draft.entry.size_hw)
     return result

@@ -58,16 +58,15 @@ def is_in_parts(value: object, those: InParts, box: Box | None, size_hw: tuple[i
 
 def _unit(value: object) -> Literal["parts", "pixels", ""]:
     """The unit of polygons; empty where nothing tells it."""
-    first = value
+    if not isinstance(value, list):
+        return ""
+    first: object = value
     while isinstance(first, list) and first:
         first = first[0]
-    if not isinstance(value, list) or first == []:
-        return ""
-    # Most need no more than a look at the first number.
-    numbers = _flat(value) if isinstance(first, (int, float)) and first <= 1 + _BEYOND else []
-    if not numbers or not all(
-        isinstance(v, (int, float)) and -_BEYOND <= v <= 1 + _BEYOND for v in numbers
-    ):
+    if isinstance(first, (int, float)) and first > 1 + _BEYOND:
+        return "pixels"  # most need no look at the others
+    numbers = _flat(value)
+    if not all(isinstance(v, (int, float)) and -_BEYOND <= v <= 1 + _BEYOND for v in numbers):
         return "pixels"
     return "parts" if any(isinstance(v, float) and v % 1 for v in numbers) else ""
 

@@ -206,6 +206,12 @@ def in_parts(documents: Documents, every: int = 1) -> None:
         )(annotation["segmentation"])
 
 
+def in_parts_beside_nothing(documents: Documents) -> None:
+    in_parts(documents)
+    for annotation in documents[0]["annotations"]:
+        annotation["segmentation"].insert(0, [])
+
+
 def counts_list(segmentation: Any) -> Any:
     if isinstance(segmentation, list):
         return segmentation
@@ -295,6 +301,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     ),
     "polygons in parts of the sides": in_parts,
     "polygons in parts of the sides beside others in pixels": lambda d: in_parts(d, every=3),
+    "empty polygons beside parts of the sides": in_parts_beside_nothing,
     "polygons as text": rewrite("segmentation", of_polygons(json.dumps), results=False),
     "a polygon far outside beside": rewrite(
         "segmentation", of_polygons(lambda s: [*s, [400, 400, 500, 400, 500, 500]]), results=False
