@@ -199,8 +199,10 @@ def _by_names(document: Mapping[str, Any]) -> NamedImages[SourceId]:
 def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:
     """A document as COCO instances; there may be no annotations if ``unannotated``."""
     required = ["images", "annotations", "categories"]
-    lists = isinstance(document, dict) and [isinstance(document.get(k), list) for k in required]
-    if not (lists and all(lists)) and (told := told_of_format(document)):
+    if unannotated and isinstance(document, dict) and not document.get("annotations"):
+        required.remove("annotations")
+    whole = isinstance(document, dict) and all(isinstance(document.get(k), list) for k in required)
+    if not whole and (told := told_of_format(document)):
         raise DatasetError(f"annotation file {path} {told}")
     if not isinstance(document, dict):
         what = short(document)
@@ -212,8 +214,6 @@ def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, An
             f"annotation file {path} holds {what}; COCO instances are an object with the lists "
             "images, annotations and categories"
         )
-    if unannotated and not document.get("annotations"):
-        required.remove("annotations")
     for key in required:
         if not isinstance(document.get(key), list):
             raise DatasetError(
