@@ -72,6 +72,8 @@ class HelpfulGroup(TyperGroup):
 def _stopping_in_one_line() -> Iterator[None]:
     try:
         yield
+    except StoppedError:
+        raise  # it says what is kept
     except BaseException as error:
         if (stopped := _signal_behind(error)) is None:
             raise

@@ -14,6 +14,7 @@ from mfdetr_cli import __main__ as entry
 from mfdetr_cli import app as app_module
 from mfdetr_cli.help import HelpfulCommand
 
+from mfdetr_cache.errors import StoppedError
 from mfdetr_cache.signals import StoppedBySignal, is_stopping, stop_on_signals
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -51,6 +52,20 @@ def test_a_signal_ends_any_command(
     assert (shown.out, shown.err) == ("", expected)
     assert [signal.getsignal(s) for s in ASKING] == before
     assert not is_stopping()
+
+
+def test_what_a_command_says_of_its_work_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        except KeyboardInterrupt:
+            raise StoppedError("stopped: 64 of 149 images are kept") from None
+
+    assert main_with(monkeypatch, command) == 130
+    assert capsys.readouterr().err == "error: stopped: 64 of 149 images are kept\n"
 
 
 def test_a_signal_after_the_end_of_a_command_changes_nothing() -> None:
