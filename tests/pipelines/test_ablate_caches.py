@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mfdetr_pipelines.ablation.caches import Choices, find_caches
+from mfdetr_pipelines.ablation.caches import Choices, find_caches, open_caches
 from mfdetr_pipelines.ablation.comparison import PAPER_TABLES, Comparison
 from mfdetr_pipelines.ablation.report import write_report
 from mfdetr_pipelines.ablation.rows import (
@@ -27,6 +27,7 @@ from mfdetr_cache.extraction.options import ViewOptions
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from tests.pipelines.test_ablation_rows import ONE_CACHE
+from tests.support.ablations import config as ablation
 from tests.support.detectors import save_deformable_detr
 from tests.support.scenes import extract_config, write_scenes
 
@@ -220,3 +221,10 @@ def test_a_setting_is_varied_over_views(given: Path, tmp_path: Path) -> None:
         varied_rows([base], {"vieuws": "1"})
     with pytest.raises(ConfigError, match="--vary: views must be all, base or a number"):
         varied_rows([base], {"views": "0"})
+
+
+def test_images_that_rows_learn_from_are_told_once(drawn_cache: Path, tmp_path: Path) -> None:
+    reporter = SilentReporter()
+    open_caches(ablation(drawn_cache, tmp_path), reporter)
+    assert [m for m in reporter.messages if "this is no validation" in m] == reporter.messages
+    assert len(reporter.messages) == 1

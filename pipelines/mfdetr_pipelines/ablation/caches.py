@@ -11,6 +11,7 @@ from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.detectors.options import DetectorOptions, options_of
 from mfdetr_cache.errors import CacheError, ConfigError, IdentityError, MfdetrError, StoppedError
 from mfdetr_cache.evaluation.measure import require_same_truth
+from mfdetr_cache.evaluation.overlap import tell_images_in_both
 from mfdetr_cache.extraction.content import choices_of
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.reporter import Reporter
@@ -263,6 +264,9 @@ def open_caches(config: AblateConfig, reporter: Reporter) -> RowCaches:
         found.problems.setdefault(
             name, f"no given cache is as it asks; --extract would make {lacks}"
         )
+    for pair in {id(caches): caches for caches in found.by_row.values()}.values():
+        if pair.validation_id != "split":
+            tell_images_in_both(pair.validation, pair.training, reporter)
     return found
 
 
