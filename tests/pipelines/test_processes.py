@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.extract import run_extract
@@ -24,6 +26,16 @@ from tests.support.acts import act
 from tests.support.caches import contents
 
 TWO = WorkOptions(workers=2)
+
+
+@pytest.fixture
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here as in each process: sums in another order have other last bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_every_item_comes_back_with_its_result() -> None:
@@ -102,6 +114,7 @@ def _is_there(number: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_processes_fill_the_cache_that_one_fills_and_warn_as_it_does(
     tmp_path: Path, rtdetr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +161,7 @@ def test_a_bad_image_is_named_by_the_command(
         run_extract(config, SilentReporter())
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_processes_train_the_heads_that_one_trains(tmp_path: Path, drawn_cache: Path) -> None:
     there = run_ablate(ablation(drawn_cache, tmp_path / "two", work=TWO), SilentReporter())
     here = run_ablate(ablation(drawn_cache, tmp_path / "one"), SilentReporter())
