@@ -132,7 +132,9 @@ def test_processes_fill_the_cache_that_one_fills_and_warn_as_it_does(
             tmp_path, str(rtdetr_folder), tmp_path / name, on_bad_image="skip", views=1, **changes
         )
         reporter = SilentReporter()
-        return run_extract(config, reporter), sorted(reporter.messages)
+        summary = run_extract(config, reporter)
+        # What is said of free space changes from minute to minute.
+        return summary, sorted(m for m in reporter.messages if "GB free" not in m)
 
     whole, messages = extract("one.zarr")
     summary, told = extract("two.zarr", work=TWO)
