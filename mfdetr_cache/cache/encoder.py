@@ -69,7 +69,7 @@ class ImageEncoder:
                 stored = self._quantised(name, output.maps[name][0].numpy(), row)
             else:
                 largest = float(maps[name].largest)
-                if not largest <= np.finfo(np.float16).max:  # nor NaN
+                if not largest <= self._encoding.largest:  # nor NaN
                     raise _not_finite(largest, row, f"map {name}", np.dtype(np.float16))
                 stored = maps[name].stored()
             self._add_map(image, name, stored, row)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 # Input pixels of a batch, and images of one. On one CPU thread DEIMv2-femto at 416 x 416 takes a
-# tenth less time for an image among four or eight than alone. On an H200 24 of them take as long as
-# one, 29 ms; H-DETR R50 takes 22 ms for one image and 18 ms an image among four.
+# tenth less time for an image among four or eight than alone. On an H200 16 or 64 of them take as
+# long as one, 29 ms; H-DETR R50 takes 22 ms for one image and 18 ms an image among four.
 _PIXELS = {"cpu": 2**20, "cuda": 2**22}
 _MOST = {"cpu": 16, "cuda": 64}
 

@@ -37,6 +37,11 @@ class Encoding:
         """Whether there are codes with ``low`` and ``step``, not plain float16."""
         return self.bits < 16
 
+    @property
+    def largest(self) -> float:
+        """Largest absolute value in float32: float16's own, or of plain ones what rounds to it."""
+        return 65504.0 if self.is_affine else 65520 - 2**-8
+
     def columns(self, channels: int) -> int:
         """Stored values per token."""
         return -(-channels // 2) if self.bits == 4 else channels

@@ -163,3 +163,16 @@ def test_a_batch_on_its_device_has_the_bytes_of_each_image_on_a_cpu(
         if found.affine is not None and affine is not None:
             assert found.affine.tobytes() == affine.tobytes()
             assert found.affine.shape == affine.shape
+
+
+@pytest.mark.parametrize("value", [65504, 65504 + 2**-8, 65520 - 2**-8, 65520, np.inf, np.nan])
+@pytest.mark.parametrize("preset", ENCODINGS)
+def test_what_is_too_large_is_the_same_for_a_batch(preset: Preset, value: float) -> None:
+    encoding = ENCODINGS[preset]
+    maps = torch.tensor([1.0, -value]).reshape(1, 1, 1, 2)
+    fits = bool(encode_maps(maps, encoding).largest <= encoding.largest)
+    if fits:
+        encode_map(maps.reshape(2, 1).numpy(), encoding)
+    else:
+        with pytest.raises(CacheError, match="not finite as float16"):
+            encode_map(maps.reshape(2, 1).numpy(), encoding)

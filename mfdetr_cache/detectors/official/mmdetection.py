@@ -84,10 +84,7 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "with RGB input, without padding and a torchvision ResNet or a Swin are"
             )
     width, height = map(int, resize["scale"])
-    names = ("shortest_edge", "longest_edge", "height", "width")
-    sides: tuple[int | None, ...] = (min(width, height), max(width, height), None, None)
-    if not resize.get("keep_ratio", False):
-        sides = (None, None, height, width)
+    keeps = bool(resize.get("keep_ratio", False))
     return {
         "preprocessing": Preprocessing(
             resize="mmcv",
@@ -95,7 +92,10 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             rescale=1.0,
             mean=_three(pixels["mean"]),
             std=_three(pixels["std"]),
-            **dict(zip(names, sides, strict=True)),  # type: ignore[arg-type]
+            height=None if keeps else height,
+            width=None if keeps else width,
+            shortest_edge=min(width, height) if keeps else None,
+            longest_edge=max(width, height) if keeps else None,
         ),
         "arithmetic": Arithmetic(
             float(encoding.get("temperature", 10000)),
