@@ -35,6 +35,9 @@ class Preprocessing:
         resize: Whose code resizes. PIL with the sizes of the DETRs' authors, PIL with detectron2's
             sizes, or mmcv: OpenCV's bilinear interpolation.
         pads: The image keeps its shape inside height and width, and is padded to them.
+        pad_value: Grey of the padding, on the 8-bit values, where the detector attends to it; None
+            where it is masked.
+        pad_multiple: What the sides are padded to a multiple of where the aspect ratio is kept.
     """
 
     height: int | None
@@ -47,6 +50,8 @@ class Preprocessing:
     std: tuple[float, float, float] | None
     resize: Literal["PIL", "detectron2", "mmcv"] = "PIL"
     pads: bool = False
+    pad_value: float | None = None
+    pad_multiple: int = 1
 
     @classmethod
     def from_processor(cls, processor: dict[str, Any], where: str) -> "Preprocessing":
@@ -96,8 +101,13 @@ class Preprocessing:
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values, for a cache's identity."""
         found = {"resize": self.resize, **asdict(self)}
-        if not self.pads:  # as before there was such a setting
+        # As before there were such settings.
+        if not self.pads:
             del found["pads"]
+        if self.pad_value is None:
+            del found["pad_value"]
+        if self.pad_multiple == 1:
+            del found["pad_multiple"]
         return found
 
     def input_geometry(self, original_hw: tuple[int, int], shortest_edge: int = 0) -> ImageGeometry:
@@ -110,13 +120,16 @@ class Preprocessing:
             resized = (self.height, self.width)
             if self.pads:
                 fitted = size_that_fits(original_hw, resized)
+                if self.resize == "mmcv":
+                    fitted = mmcv_size(original_hw, *resized)
                 return ImageGeometry(original_hw, fitted, resized)
         else:
             assert self.shortest_edge is not None
             assert self.longest_edge is not None
             edge = shortest_edge or self.shortest_edge
             resized = _SIZES[self.resize](original_hw, edge, self.longest_edge)
-        return ImageGeometry(original_hw, resized, resized)
+        height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in resized)
+        return ImageGeometry(original_hw, resized, (height, width))
 
     def __call__(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """The network input of one RGB image, float32, shape (3, H, W); NaN stands for padding."""
@@ -131,6 +144,15 @@ class Preprocessing:
         # Planes before arithmetic, which then goes over memory in order.
         values = torch.empty(3, height, width)
         values.copy_(torch.from_numpy(array).permute(2, 0, 1))
+        self.normalised(values)
+        if self.pads or self.pad_multiple > 1:
+            padded = torch.full((3, *geometry.input_hw), float("nan"))
+            padded[:, :height, :width] = values
+            return padded
+        return values
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """8-bit values, shape (3, H, W), rescaled and normalised in place; returns them."""
         # Division, not multiplication by the reciprocal, where the factor is 1/255: that is what
         # the detectors' own code does, and the two differ in the last bit.
         if abs(self.rescale * 255 - 1) < 1e-6:
@@ -138,12 +160,8 @@ class Preprocessing:
         else:
             values.mul_(self.rescale)
         if self.mean is not None and self.std is not None:
-            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
             values.sub_(mean[:, None, None]).div_(std[:, None, None])
-        if self.pads:
-            padded = torch.full((3, *geometry.input_hw), float("nan"))
-            padded[:, :height, :width] = values
-            return padded
         return values
 
 
@@ -161,6 +179,27 @@ class PreprocessedDetector(nn.Module):
     def preprocess(self, image: Image.Image, shortest_edge: int = 0) -> Tensor:
         """See :meth:`Detector.preprocess`."""
         return self._preprocessing(image, shortest_edge)
+
+    def _filled(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs (B, 3, H, W) with their padding filled, and where it is, (B, H, W), if any."""
+        steps = self._preprocessing
+        if not steps.pads and steps.pad_multiple == 1:
+            return pixel_values, None
+        padding = pixel_values[:, 0].isnan()
+        fill = pixel_values.new_zeros(3, 1, 1)
+        if steps.pad_value is not None:
+            fill = steps.normalised(fill.fill_(steps.pad_value))
+        return fill.where(padding[:, None], pixel_values), padding
+
+
+def scale_to_image(padding: Tensor) -> Tensor:
+    """What brings boxes that are relative to a padded input to the image, shape (B, 1, 4).
+
+    ``padding`` (B, H, W) is True where a pixel is not of the image.
+    """
+    inside, (height, width) = ~padding, padding.shape[1:]
+    scale = torch.stack((width / inside[:, 0].sum(1), height / inside[:, :, 0].sum(1)), dim=1)
+    return scale.repeat(1, 2)[:, None]
 
 
 def _of_channels(values: float | Sequence[float]) -> tuple[float, float, float]:

@@ -48,8 +48,8 @@ _SCHEME_NAMES = {
 # The same detectors as other code bases write them.
 _ELSEWHERE = {
     "deformable-detr": ("Deformable DETR", "detrex, mmdetection"),
-    "h-detr": ("H-DETR", "detrex"),
-    "dino": ("DINO", "detrex, mmdetection"),
+    "h-detr": ("H-DETR, Co-Deformable-DETR", "detrex, Co-DETR"),
+    "dino": ("DINO, Co-DINO", "detrex, mmdetection, Co-DETR"),
     DINO_T20: ("DINO, position temperature 20", "detrex"),
 }
 _BOUNDS = "1e-4 in logits, 1e-5 in boxes"

@@ -57,6 +57,14 @@ PUBLISHED = {
     "detrex/h_deformable_detr_swin_large_two_stage_12ep": (192, 18, 7, 4, 300, 1800),
     "detrex/h_deformable_detr_swin_large_two_stage_12ep_900queries": (192, 18, 7, 4, 900, 2400),
     "mmdet/dino-5scale_swin-l_8xb2-12e_coco": (192, 18, 12, 5, 900, 900),
+    "co-detr/co_dino_5scale_r50_1x_coco": (256, 6, 0, 5, 900, 900),
+    "co-detr/co_dino_5scale_9encoder_lsj_r50_1x_coco": (256, 6, 0, 5, 900, 900),
+    "co-detr/co_dino_5scale_swin_large_16e_o365tococo": (192, 18, 12, 5, 900, 900),
+    "co-detr/co_deformable_detr_r50_1x_coco": (256, 6, 0, 4, 300, 300),
+    "co-detr/co_deformable_detr_swin_tiny_1x_coco": (96, 6, 7, 4, 300, 300),
+    "co-detr/co_deformable_detr_swin_small_1x_coco": (96, 18, 7, 4, 300, 300),
+    "co-detr/co_deformable_detr_swin_base_3x_coco": (128, 18, 12, 4, 300, 300),
+    "co-detr/co_deformable_detr_swin_large_900q_3x_coco": (192, 18, 12, 4, 900, 900),
 }
 
 
@@ -156,7 +164,7 @@ def test_two_dinos_of_mmdetection_differ_in_their_configuration_alone(tmp_path: 
     ("change", "message"),
     [
         (("bgr_to_rgb=True", "bgr_to_rgb=False"), "data_preprocessor.bgr_to_rgb = False is not re"),
-        (("pad_size_divisor=1", "pad_size_divisor=32"), "pad_size_divisor = 32 is not read"),
+        (("pad_size_divisor=1", "pad_value=9"), "pad_value = 9 is not read"),
         (("type='SwinT", "style='caffe', type='SwinT"), "backbone.style = caffe is not read"),
         (
             ("type='SwinT", "type='mmpretrain.ConvNeXt', t='"),
@@ -167,8 +175,8 @@ def test_two_dinos_of_mmdetection_differ_in_their_configuration_alone(tmp_path: 
         (("num_heads=8", "num_heads=4"), "decoder.layer_cfg.self_attn_cfg.num_heads = 4 is not re"),
         (("ffn_drop=0.0", "act_cfg=dict(type='GELU')"), "ffn_cfg.act_cfg.type = GELU is not read"),
         (("dict(keep_r", "dict(prob=1.0, type='RandomFlip'), dict(keep_r"), "step = RandomFlip is"),
-        (("type='DINO'", "type='DDQDETR'"), "model.type = DDQDETR is not read; DINO and Def"),
-        (("positional_encoding", "other"), r"is not that of a DINO .*'positional_encoding'"),
+        (("type='DINO'", "type='DDQDETR'"), "model.type = DDQDETR is not read; DINO, Def"),
+        (("positional_encoding", "other"), r"is not that of a DINO, .*'positional_encoding'"),
         (("model = dict(", "model = dict(("), r"its configuration \(meta.cfg\) cannot be read"),
     ],
 )
@@ -189,7 +197,8 @@ class _Log:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("size_divisor=1", "size_divisor=32"), "pad_size_divisor = 32 is not read"),
+        (("size_divisor=1", "size_divisor=32, pad_val=9"), "step = Pad after Normalize is not"),
+        (("dict(type='RandomFlip')", "dict(type='Pad', size_divisor=8)"), "step = Pad is not read"),
         (("to_rgb=True", "to_rgb=False"), "bgr_to_rgb = False is not read"),
         (("flip=False", "flip=True"), "step = RandomFlip is not read"),
         (("num_heads=8", "num_heads=4"), "decoder.layer_cfg.self_attn_cfg.num_heads = 4 is not re"),
@@ -197,8 +206,8 @@ class _Log:
             ("('self_attn', 'norm', 'ffn'", "('norm', 'self_attn', 'ffn'"),
             r"operation_order = \['no",
         ),
-        (("DeformableDetrTransformer", "CoDeformableDetrTransformer"), "= CoDeformableDetrTransf"),
-        (("MultiScaleFlipAug", "Compose"), r"not that of a DINO or .* mmdetection \('MultiScaleF"),
+        (("DeformableDetrTransformer", "OtherTransformer"), "= OtherTransformer is not read"),
+        (("MultiScaleFlipAug", "Compose"), r"not that of a DINO, .* mmdetection \('MultiScaleF"),
     ],
 )
 def test_configurations_of_version_2_that_are_not_followed(

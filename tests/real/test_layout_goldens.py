@@ -94,10 +94,11 @@ def test_their_checkpoints_give_their_numbers(shared: Path, tmp_path: Path, name
 
 
 @pytest.mark.parametrize(
-    "name", ["detrex_dino", "detrex_h_detr", "mmdet_dino", "mmdet_deformable_two_stage"]
+    "name",
+    ["detrex_dino", "detrex_h_detr", "mmdet_dino", "mmdet_deformable_two_stage", "mmdet2_co_dino"],
 )
 def test_boxes_smaller_than_their_epsilon(shared: Path, tmp_path: Path, name: str) -> None:
-    """detrex cuts at 1e-3 everywhere; mmdetection's DINO there between layers, at 1e-5 at last."""
+    """detrex and Co-DINO cut at 1e-3 everywhere; mmdetection's DINO at 1e-5 at last."""
     rule = _write(shared, name, tmp_path / "c.pth", tiny=True)
     expected = np.load(FOLDER / f"{name}.npz")
     options = DetectorOptions(num_queries=12)

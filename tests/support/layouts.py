@@ -17,7 +17,9 @@ CLASSES = tuple(f"kind {i}" for i in range(6))
 
 
 def detector_of(name: str) -> str:
-    """Value for --detector."""
+    """Value for --detector; Co-Deformable-DETR is H-DETR's one-to-one branch."""
+    if "co_deformable" in name:
+        return "h-detr"
     if "deformable" in name:
         return "deformable-detr"
     if "h_detr" in name:
@@ -74,10 +76,36 @@ data = dict(
 """
 
 
+def _co_detr(name: str) -> str:
+    """A configuration of Co-DETR: its heads and its steps beside those of ``_VERSION_2``."""
+    dino = "dino" in name
+    kinds = {
+        "'DeformableDETR'": "'CoDETR', bbox_head=[dict(type='CoATSSHead', num_classes=6)]",
+        "bbox_head=dict(": "query_head=dict(",
+        "AS_TWO_STAGE": "True",
+        "two_stage_num_proposals=12,": "num_co_heads=2,",
+        "'DeformableDETRHead'": "'CoDINOHead'" if dino else "'CoDeformDETRHead'",
+        "'DeformableDetrTransformer'": "'CoDinoTransformer'"
+        if dino
+        else "'CoDeformableDetrTransformer'",
+        "offset=-0.5": "temperature=20" if dino else "offset=-0.5",
+        "'FocalLoss'": "'QualityFocalLoss'",
+    }
+    if "swin" in name:
+        kinds["type='ResNet', depth=50, style='pytorch'"] = "type='SwinTransformerV1', embed_dim=16"
+    text = _VERSION_2
+    for old, new in kinds.items():
+        assert old in text
+        text = text.replace(old, new, 1)
+    return text
+
+
 def config(name: str, change: tuple[str, str] = ("", "")) -> str:
     """What mmengine or mmcv writes into a file, in part; ``change`` replaces a piece of it."""
     if name.startswith("mmdet2"):
         text = _VERSION_2.replace("AS_TWO_STAGE", str("two_stage" in name))
+        if "_co_" in name:
+            text = _co_detr(name)
         assert change[0] in text
         return text.replace(*change)
     kind = "DINO" if "dino" in name else "DeformableDETR"

@@ -18,7 +18,7 @@ _FOCAL = BackboneArchitecture(
 _FOCAL3 = BackboneArchitecture("focalnet", (1, 1, 1, 1), 16, kernels=(5, 7, 9), first_stage=1)
 _SWIN = BackboneArchitecture("swin", (2, 1, 1, 2), 16, (2, 2, 4, 4), 3)
 _SWIN5 = BackboneArchitecture("swin", (1, 1, 1, 1), 16, (2, 2, 4, 4), 4, first_stage=0)
-_SMALL: dict[str, Any] = {"num_labels": 6, "hidden": 32, "num_layers": 2}
+_SMALL: dict[str, Any] = {"num_labels": 6, "hidden": 32, "encoder_layers": 2, "decoder_layers": 2}
 
 SMALL: dict[str, Architecture] = {
     "dino-focalnet-l": Architecture(

@@ -18,7 +18,7 @@ from mfdetr_cache.detectors.huggingface.families import (
 from mfdetr_cache.detectors.huggingface.prompt import Prompt
 from mfdetr_cache.detectors.labels import output_names
 from mfdetr_cache.detectors.options import NO_OBJECT, DetectorOptions
-from mfdetr_cache.detectors.preprocess import PreprocessedDetector, Preprocessing
+from mfdetr_cache.detectors.preprocess import PreprocessedDetector, Preprocessing, scale_to_image
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.ops.packed_levels import SizesHw, tokens_to_maps
@@ -82,10 +82,8 @@ class HuggingFaceDetector(PreprocessedDetector):
 
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; ValueError for padding that the model ignores."""
-        scale = None
-        if self._preprocessing.pads:
-            padding = pixel_values[:, 0].isnan()
-            pixel_values, scale = pixel_values.nan_to_num(), _scale_to_image(~padding)
+        pixel_values, padding = self._filled(pixel_values)
+        if padding is not None:
             padding_mask = padding if self._family.takes_mask else None
         outputs, encoder_maps = self._run(pixel_values, padding_mask)
         maps = {
@@ -93,8 +91,8 @@ class HuggingFaceDetector(PreprocessedDetector):
             for spec, role, index in self._map_keys
         }
         logits, boxes = self._class_logits(outputs), outputs.pred_boxes
-        if scale is not None:
-            boxes = boxes * scale
+        if padding is not None:  # transformers trains them to the padded input
+            boxes = boxes * scale_to_image(padding)
         queries = outputs.last_hidden_state
         if self.spec.num_queries < logits.shape[1]:
             best = logits.max(-1).values.topk(self.spec.num_queries, dim=1).indices
@@ -276,13 +274,3 @@ class HuggingFaceDetector(PreprocessedDetector):
                 spec = MapSpec("backbone8", "backbone", stride, feature.shape[1], source)
                 chosen.append((spec, "stage", index))
         return sorted(chosen, key=lambda item: (item[0].stride, item[0].role))
-
-
-def _scale_to_image(inside: Tensor) -> Tensor:
-    """What brings boxes to an image from the padded input, to which transformers trains them.
-
-    ``inside`` (B, H, W) is True where a pixel is of the image; the factors have shape (B, 1, 4).
-    """
-    height, width = inside.shape[1:]
-    scale = torch.stack((width / inside[:, 0].sum(1), height / inside[:, :, 0].sum(1)), dim=1)
-    return scale.repeat(1, 2)[:, None]

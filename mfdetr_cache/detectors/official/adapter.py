@@ -18,7 +18,7 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.official.layouts import Source, read_source
 from mfdetr_cache.detectors.options import DetectorOptions
-from mfdetr_cache.detectors.preprocess import PreprocessedDetector
+from mfdetr_cache.detectors.preprocess import PreprocessedDetector, scale_to_image
 from mfdetr_cache.detectors.weights import (
     TunedPart,
     freeze,
@@ -57,10 +57,10 @@ class OfficialDetector(PreprocessedDetector):
         self.model = model
         freeze(model)
         architecture = model.architecture
-        layer = options.encoder_layer or min(4, architecture.num_layers)
-        if not 1 <= layer <= architecture.num_layers:
+        layer = options.encoder_layer or min(4, architecture.encoder_layers)
+        if not 1 <= layer <= architecture.encoder_layers:
             raise DetectorError(
-                f"--encoder-layer {layer}: {name} has 1 to {architecture.num_layers}"
+                f"--encoder-layer {layer}: {name} has 1 to {architecture.encoder_layers}"
             )
         queries = options.num_queries or source.num_queries or architecture.num_queries
         most = architecture.table_rows or 900
@@ -103,11 +103,18 @@ class OfficialDetector(PreprocessedDetector):
 
         Pixels of the padding are zero.
         """
+        pixel_values, padding = self._filled(pixel_values)
+        attended = self._preprocessing.pad_value is not None
+        if padding is not None:
+            padding_mask = None if attended else padding
         output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
         levels = tokens_to_maps(output.encoder_tokens[self._layer], output.sizes_hw)
         encoder = [m.name for m in self.spec.maps if m.role == "encoder"]
         maps = {"c1": output.stages[0], **dict(zip(encoder, levels, strict=True))}
-        return DetectorOutput(output.class_logits, output.boxes_cxcywh_norm, output.queries, maps)
+        boxes = output.boxes_cxcywh_norm
+        if padding is not None and attended:  # relative to what it attends to
+            boxes = boxes * scale_to_image(padding)
+        return DetectorOutput(output.class_logits, boxes, output.queries, maps)
 
     def tunable_parameters(self, part: TunedPart) -> list[nn.Parameter]:
         """Parameters of a part; see :class:`~mfdetr_cache.detectors.protocol.TunableDetector`."""
@@ -147,7 +154,9 @@ def load_official_detector(
         return OfficialDetector(name, OfficialDetr(ARCHITECTURES[name]), options)
     checkpoint = read_checkpoint(Path(weights))
     source = read_source(checkpoint, 20.0 if name == DINO_T20 else 10000.0)
-    architecture = read_architecture(source.tensors, weights, source.layout, source.arithmetic)
+    architecture = read_architecture(
+        source.tensors, weights, source.layout, source.arithmetic, by_channel=source.by_channel
+    )
     if name == DINO_T20 and source.layout != "detrex":
         raise DetectorError(f"{weights} says its position encoding; pass --detector dino")
     _require_named(name.removesuffix("-t20"), architecture, weights)
@@ -194,7 +203,9 @@ def _window_indices(architecture: Architecture) -> dict[str, Tensor]:
     """Swin's integer tables, computed: they are not weights, and may be damaged in a file."""
     if architecture.backbone.kind != "swin":
         return {}
-    full = OfficialDetr(replace(architecture, num_layers=0, num_labels=1, table_rows=1))
+    full = OfficialDetr(
+        replace(architecture, encoder_layers=0, decoder_layers=0, num_labels=1, table_rows=1)
+    )
     return {k: v for k, v in full.state_dict().items() if k.endswith("relative_position_index")}
 
 

@@ -66,7 +66,8 @@ class Architecture:
     num_queries: int = 300
     table_rows: int = 0
     hidden: int = 2048
-    num_layers: int = 6
+    encoder_layers: int = 6
+    decoder_layers: int = 6
     two_stage: bool = True
     box_refine: bool = True
     layout: Layout = "official"
@@ -105,10 +106,13 @@ def read_architecture(
     where: str,
     layout: Layout = "official",
     arithmetic: Arithmetic | None = None,
+    *,
+    by_channel: bool = False,
 ) -> Architecture:
     """Infer the architecture from a state dict; DetectorError if it is no known detector.
 
-    Its names are the official ones, whatever the ``layout`` of the file.
+    Its names are the official ones, whatever the ``layout`` of the file. A Swin may merge its
+    patches ``by_channel``.
     """
     try:
         encoder = "transformer.encoder.layers.0"
@@ -128,7 +132,7 @@ def read_architecture(
         backbone = read_backbone(weights)
         backbone = replace(
             backbone,
-            by_channel=layout == "mmdetection" and backbone.kind == "swin",
+            by_channel=by_channel,
             # The official FocalNet-DINO with four focal levels divides, and no other.
             divides=layout == "official" and len(backbone.kernels) == 4,
         )
@@ -141,7 +145,8 @@ def read_architecture(
             num_queries=queries or 300,
             table_rows=rows,
             hidden=weights[f"{encoder}.linear1.bias"].shape[0],
-            num_layers=count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
+            encoder_layers=count(weights, r"transformer\.encoder\.layers\.(\d+)\."),
+            decoder_layers=count(weights, r"transformer\.decoder\.layers\.(\d+)\."),
             two_stage=two_stage,
             box_refine=_refines(weights, layout),
             layout=layout,

@@ -85,9 +85,9 @@ class _Transformer(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         shape = (WIDTH, architecture.hidden, architecture.num_levels, architecture.num_points)
-        count = architecture.num_layers
-        self.encoder = Encoder([EncoderLayer(*shape) for _ in range(count)])
-        self.decoder = _Decoder([DecoderLayer(*shape) for _ in range(count)], architecture)
+        self.encoder = Encoder([EncoderLayer(*shape) for _ in range(architecture.encoder_layers)])
+        decoder = [DecoderLayer(*shape) for _ in range(architecture.decoder_layers)]
+        self.decoder = _Decoder(decoder, architecture)
         self.level_embed = nn.Parameter(torch.randn(architecture.num_levels, WIDTH))
         if architecture.two_stage:
             self.enc_output = nn.Linear(WIDTH, WIDTH)
@@ -144,7 +144,7 @@ class OfficialDetr(nn.Module):
         a = self.architecture
         label, box = nn.Linear(WIDTH, a.num_labels), Mlp(WIDTH, WIDTH, WIDTH, 4)
         own = a.box_refine and not a.shares_heads
-        count = a.num_layers + (a.two_stage and not a.shares_heads)
+        count = a.decoder_layers + (a.two_stage and not a.shares_heads)
 
         def heads(head: nn.Module) -> nn.ModuleList:
             return nn.ModuleList(copy.deepcopy(head) if own else head for _ in range(count))

@@ -52,9 +52,16 @@ _MARKS: dict[str, Layout] = {
     "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "detrex",
     "encoder.layers.0.self_attn.sampling_offsets.weight": "mmdetection",
     "bbox_head.transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "mmdetection",
+    "query_head.transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": "mmdetection",
 }
 # Of a training only, or computed.
-_UNUSED = r"num_batches_tracked$|^label_enc\.|^dn_query_generator\.|^ema_"
+_UNUSED = (
+    r"num_batches_tracked$|^label_enc\.|^dn_query_generator\.|^ema_"
+    # Co-DETR's other heads, and what ties them to its decoder.
+    r"|^(rpn_head|roi_head|mask_head|mask_iou_head|bbox_head\.\d+)\."
+    r"|^query_head\.(downsample|label_embedding|dn_generator)\."
+    r"|^query_head\.transformer\.(head_pos_embed|aux_pos_trans|pos_feats)(_\w+)?\."
+)
 
 _LAYERS: Rules = (
     (r"^neck\.convs\.(\d+)\.conv\.", r"input_proj.\1.0."),
@@ -82,9 +89,13 @@ _DETREX: Rules = (
     (r"^query_embedding\.", "query_embed."),
 )
 _MMDETECTION: Rules = (
-    # Version 2 has all of it below its head.
+    # Version 2 and Co-DETR have all of it below the head.
+    (r"^query_head\.transformer\.query_embed\.", "query_embedding."),
+    (r"^query_head\.", "bbox_head."),
     (r"^bbox_head\.transformer\.level_embeds$", "level_embed"),
     (r"^bbox_head\.(?:transformer\.|(?=query_embedding\.))", ""),
+    (r"^(decoder\.ref_point_head)\.0\.", r"\1.layers.0."),
+    (r"^(decoder\.ref_point_head)\.2\.", r"\1.layers.1."),
     (r"^((?:en|de)coder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
     (r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn."),
     (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
@@ -126,6 +137,12 @@ class Source:
     arithmetic: Arithmetic | None = None
     names: Translation = field(default_factory=dict)
     num_queries: int | None = None
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether patches of a Swin are merged channel by channel, as in mmdetection's own."""
+        own = any(key.startswith("backbone.stages.") for key in self.names)
+        return own and self.layout == "mmdetection"
 
     def settings(self) -> dict[str, object]:
         """What of this is part of a detector's identity, beside weights and preprocessing."""
@@ -173,7 +190,7 @@ def read_source(checkpoint: Checkpoint, temperature: float = 10000.0) -> Source:
         for i in range(count(used, r"neck\.extra_convs\.(\d+)\."))
     ]
     rules = _DETREX if layout == "detrex" else _MMDETECTION
-    if "decoder.norm.weight" in tensors:
+    if any(re.fullmatch(r"(query_head\.transformer\.)?decoder\.norm\.weight", k) for k in used):
         rules = (*rules, (r"^query_embedding\.", "transformer.tgt_embed."))
     rules = (*extra, *_LAYERS, *rules, (r"^query_embedding\.", "query_embed."))
     names = translate(used, rules)

@@ -11,6 +11,9 @@ from mfdetr_cache.detectors.preprocess import Preprocessing
 from mfdetr_cache.errors import DetectorError
 
 _ATTEND, _REFINE = ("self_attn", "norm"), ("ffn", "norm")
+# Of Co-DETR, whose heads beside the DETR's are for its training.
+_CO_HEADS = ("CoDINOHead", "CoDeformDETRHead")
+_CO_TRANSFORMERS = ("CoDinoTransformer", "CoDeformableDetrTransformer")
 # What changes numbers and no tensor tells, in a configuration of mmdetection: its value where it is
 # left out, and those that are read.
 _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -18,8 +21,9 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "positional_encoding.scale": (math.tau, (math.tau,)),
     "positional_encoding.eps": (1e-6, (1e-6,)),
     "data_preprocessor.bgr_to_rgb": (False, (True,)),
-    "data_preprocessor.pad_size_divisor": (1, (1,)),
-    "backbone.type": (None, ("ResNet", "SwinTransformer")),
+    "data_preprocessor.pad_value": (0, (0,)),
+    "eval_module": ("detr", ("detr",)),
+    "backbone.type": (None, ("ResNet", "SwinTransformer", "SwinTransformerV1")),
     "backbone.style": ("pytorch", ("pytorch",)),
     "backbone.strides": (None, (None, [1, 2, 2, 2], [4, 2, 2, 2])),
     "backbone.dilations": (None, (None, [1, 1, 1, 1])),
@@ -35,11 +39,11 @@ _SETTINGS: dict[str, tuple[object, tuple[object, ...]]] = {
     "decoder.layer_cfg.ffn_cfg.act_cfg.type": ("ReLU", ("ReLU",)),
     "encoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, *_REFINE])),
     "decoder.layer_cfg.operation_order": (None, (None, [*_ATTEND, "cross_attn", "norm", *_REFINE])),
-    "bbox_head.type": (None, ("DINOHead", "DeformableDETRHead")),
-    "bbox_head.transformer.type": (None, (None, "DeformableDetrTransformer")),
+    "bbox_head.type": (None, ("DINOHead", "DeformableDETRHead", *_CO_HEADS)),
+    "bbox_head.transformer.type": (None, (None, "DeformableDetrTransformer", *_CO_TRANSFORMERS)),
     "bbox_head.loss_cls.use_sigmoid": (False, (True,)),
 }
-_STEPS = ("LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs")
+_STEPS = {"LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs"}
 
 
 def read_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -51,27 +55,34 @@ def read_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     settings = checkpoint.settings
     config = _configuration(settings.get("cfg", settings.get("config")), where)
     try:
-        return _follow(config if "cfg" in settings else _as_version_3(config), where)
+        if "cfg" not in settings:
+            config = _as_version_3(config)
+        return _follow({**config, "model": _with_parts(config["model"])}, where)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DetectorError(
-            f"{where}: its configuration (meta.cfg) is not that of a DINO or Deformable DETR of "
-            f"mmdetection ({error})"
+            f"{where}: its configuration (meta.cfg) is not that of a DINO, Deformable DETR or "
+            f"Co-DETR of mmdetection ({error})"
         ) from error
 
 
 def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Preprocessing, arithmetic and number of queries of a configuration."""
     model = config["model"]
-    kind = str(model["type"]).rpartition(".")[2]
+    kind = _setting(model, "type", None)
+    dino = "DINO" in str(_setting(model, "bbox_head.type", kind))
     encoding, pixels = model["positional_encoding"], model["data_preprocessor"]
     steps = {
         str(step["type"]).rpartition(".")[2]: step
         for step in config["test_dataloader"]["dataset"]["pipeline"]
     }
     resize = steps["Resize"]
-    unknown = next((name for name in steps if name not in _STEPS), None)
+    width, height = map(int, resize["scale"])
+    keeps = bool(resize.get("keep_ratio", False))
+    pad_value = _pad_value(steps, model, (width, height)) if keeps else None
+    followed = _STEPS if pad_value is None else _STEPS | {"Pad"}
+    unknown = next((name for name in steps if name not in followed), None)
     found = {
-        "model.type": (kind, ("DINO", "DeformableDETR")),
+        "model.type": (kind, ("DINO", "DeformableDETR", "CoDETR")),
         "test pipeline's step": (unknown, (None,)),
         "Resize.backend": (resize.get("backend", "cv2"), ("cv2",)),
         "Resize.interpolation": (resize.get("interpolation", "bilinear"), ("bilinear",)),
@@ -80,11 +91,10 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, (value, read) in found.items():
         if value not in read:
             raise DetectorError(
-                f"{where}: mmdetection's {name} = {value} is not read; DINO and Deformable DETR "
-                "with RGB input, without padding and a torchvision ResNet or a Swin are"
+                f"{where}: mmdetection's {name} = {value} is not read; DINO, Deformable DETR "
+                "and Co-DETR with RGB input and a torchvision ResNet or a Swin are"
             )
-    width, height = map(int, resize["scale"])
-    keeps = bool(resize.get("keep_ratio", False))
+    fixed = pad_value is not None or not keeps
     return {
         "preprocessing": Preprocessing(
             resize="mmcv",
@@ -92,35 +102,75 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             rescale=1.0,
             mean=_three(pixels["mean"]),
             std=_three(pixels["std"]),
-            height=None if keeps else height,
-            width=None if keeps else width,
-            shortest_edge=min(width, height) if keeps else None,
-            longest_edge=max(width, height) if keeps else None,
+            height=height if fixed else None,
+            width=width if fixed else None,
+            shortest_edge=None if fixed else min(width, height),
+            longest_edge=None if fixed else max(width, height),
+            pads=pad_value is not None,
+            pad_value=pad_value,
+            pad_multiple=1 if fixed else int(pixels.get("pad_size_divisor", 1)),
         ),
         "arithmetic": Arithmetic(
             float(encoding.get("temperature", 10000)),
             0.0 - float(encoding.get("offset", 0.0)),
-            1e-3 if kind == "DINO" else 1e-5,
-            1e-5,
+            1e-3 if dino else 1e-5,
+            1e-3 if dino and kind == "CoDETR" else 1e-5,
         ),
         "num_queries": int(model.get("num_queries", 300)),
     }
 
 
+def _pad_value(
+    steps: Mapping[str, Any], model: Mapping[str, Any], sides: tuple[int, int]
+) -> float | None:
+    """The grey of images that are padded to a square; None where it is not done so.
+
+    Co-DETR's large-scale jittering does, and attends to the padding.
+    """
+    pad = steps.get("Pad", {})
+    value = pad.get("pad_val", 0)
+    channels = value.get("img", 0) if isinstance(value, dict) else value
+    values = set(channels) if isinstance(channels, list) else {channels}
+    square = list(sides) == pad.get("size") and len(set(sides)) == 1
+    masked = not model.get("use_lsj", not model.get("with_attn_mask", True))
+    return float(values.pop()) if square and len(values) == 1 and not masked else None
+
+
 def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`_follow` reads, of a configuration of mmdetection 2."""
-    model = config["model"]
-    head = model["bbox_head"]
-    transformer = head["transformer"]
+    """A configuration of mmdetection 2 with the steps of a test as version 3 has them."""
     outer = {step["type"]: step for step in config["data"]["test"]["pipeline"]}
     augment = outer.pop("MultiScaleFlipAug")
     steps = {step["type"]: step for step in augment["transforms"]}
+    order = list(steps)
     normalize, pad = steps.pop("Normalize"), steps.get("Pad", {})
     resize = {"keep_ratio": True, **steps.pop("Resize"), "scale": augment["img_scale"]}
     done = {"ImageToTensor", "DefaultFormatBundle", "Collect"}
     done |= set() if augment.get("flip") else {"RandomFlip"}
-    done |= {"Pad"} if pad.keys() <= {"type", "size_divisor"} else set()
+    # Version 3 pads to a multiple after the values are normalised, to a size before.
+    after = "Pad" in order and order.index("Pad") > order.index("Normalize")
+    if after and pad.keys() <= {"type", "size_divisor"}:
+        done.add("Pad")
+    elif after:
+        steps["Pad"] = {"type": "Pad after Normalize"}
     left = [step for name, step in steps.items() if name not in done]
+    pixels = {
+        "mean": normalize["mean"],
+        "std": normalize["std"],
+        "bgr_to_rgb": normalize.get("to_rgb", True),
+        "pad_size_divisor": pad.get("size_divisor", 1),
+    }
+    return {
+        "model": {**config["model"], "data_preprocessor": pixels},
+        "test_dataloader": {"dataset": {"pipeline": [*outer.values(), resize, *left]}},
+    }
+
+
+def _with_parts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model with its parts where DINO of version 3 has them; others have them in their head."""
+    head = model.get("query_head", model.get("bbox_head"))
+    if "transformer" not in head:
+        return dict(model)
+    transformer = head["transformer"]
     parts = {}
     for part in ("encoder", "decoder"):
         layer = transformer[part]["transformerlayers"]
@@ -134,22 +184,15 @@ def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
                 "ffn_cfg": {**layer, **layer.get("ffn_cfgs", {})},
             }
         }
-    two_stage = head.get("as_two_stage", False)
-    queries = transformer.get("two_stage_num_proposals", 300) if two_stage else head["num_query"]
+    queries = head.get("num_query", 900)
+    if "query_head" not in model and head.get("as_two_stage", False):
+        queries = transformer.get("two_stage_num_proposals", 300)
     return {
-        "model": {
-            **model,
-            **parts,
-            "positional_encoding": head["positional_encoding"],
-            "num_queries": queries,
-            "data_preprocessor": {
-                "mean": normalize["mean"],
-                "std": normalize["std"],
-                "bgr_to_rgb": normalize.get("to_rgb", True),
-                "pad_size_divisor": pad.get("size_divisor", 1),
-            },
-        },
-        "test_dataloader": {"dataset": {"pipeline": [*outer.values(), resize, *left]}},
+        **model,
+        **parts,
+        "bbox_head": head,
+        "positional_encoding": head["positional_encoding"],
+        "num_queries": queries,
     }
 
 
