@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from mfdetr_pipelines.config.export import ExportConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.export import run_export
+from mfdetr_pipelines.extract import run_extract
 from mfdetr_pipelines.train_head import run_train_head
 from PIL import Image
 
@@ -22,6 +25,9 @@ from mfdetr_cache.errors import ConfigError, HeadError
 from mfdetr_cache.evaluation.inference import predict_live
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
+from tests.support import detectors
+from tests.support.official import SMALL, write_checkpoint
+from tests.support.scenes import extract_config
 from tests.support.training import small_recipe
 
 # float32 has 24 bits; a graph of some hundred operations, each rounding once, stays within some
@@ -110,6 +116,28 @@ def test_a_trained_deformable_detr_is_exported(
     found = np.asarray(whole) > 0
     overlaps = [(found & o["mask"]).sum() / (found | o["mask"]).sum() for o in objects]
     assert max(overlaps) > 0.5
+
+
+def save_official(path: Path) -> None:
+    write_checkpoint(path, replace(SMALL["h-detr-swin-t"], num_labels=3))
+
+
+@pytest.mark.parametrize("save", [detectors.save_rf_detr, save_official])
+def test_what_the_exporter_lacks_is_traced_otherwise(
+    tmp_path: Path, scenes_folder: Path, save: Callable[[Path], None]
+) -> None:
+    """RF-DETR interpolates its position table in a trace, H-DETR takes proposals by index."""
+    weights = str(tmp_path / "detector")
+    save(Path(weights))
+    config = extract_config(scenes_folder, weights, tmp_path / "c.zarr")
+    labels = ("ellipse", "box", "other")
+    options = replace(config.options, labels=labels, input_size=(96,), encoder_layer=None)
+    run_extract(replace(config, limit=2, options=options), SilentReporter())
+    head = trained(tmp_path / "c.zarr", tmp_path / "head")
+    summary = run_export(
+        ExportConfig(head, tmp_path / "m.onnx", (96, 128), weights=weights), SilentReporter()
+    )
+    assert summary.largest_difference < TOLERANCE
 
 
 def test_wrong_input_is_named(

@@ -77,6 +77,7 @@ class HuggingFaceDetector(PreprocessedDetector):
         self._projected: list[Tensor] = []
         self._encoder_layer = self._hook_encoder()
         self._hook_backbone()
+        _keep_position_tables(self.model)
         self._map_keys: list[tuple[MapSpec, str, int]] = []
         self.spec = self._probe()
 
@@ -100,7 +101,8 @@ class HuggingFaceDetector(PreprocessedDetector):
             # differ in what is missing and in nothing else.
             best = best.sort(dim=1).values
             logits, boxes, queries = (
-                torch.take_along_dim(t, best[..., None], dim=1) for t in (logits, boxes, queries)
+                t.gather(1, best[..., None].expand(-1, -1, t.shape[-1]))
+                for t in (logits, boxes, queries)
             )
         self._stage_maps = {}
         self._layer_tokens = None
@@ -274,3 +276,30 @@ class HuggingFaceDetector(PreprocessedDetector):
                 spec = MapSpec("backbone8", "backbone", stride, feature.shape[1], source)
                 chosen.append((spec, "stage", index))
         return sorted(chosen, key=lambda item: (item[0].stride, item[0].role))
+
+
+def _keep_position_tables(model: nn.Module) -> None:
+    """Trace the position table of a ViT as the constant that it is at one input size.
+
+    transformers interpolates it in every trace, with a filter that ONNX does not have.
+    """
+    for module in model.modules():
+        interpolate = getattr(module, "interpolate_pos_encoding", None)
+        if callable(interpolate):
+            module.interpolate_pos_encoding = _PositionTables(interpolate)
+
+
+class _PositionTables:
+    """Position tables by input size; those of sizes that ran before are constants in a trace."""
+
+    def __init__(self, interpolate: Callable[..., Tensor]) -> None:
+        self._interpolate = interpolate
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        size = (int(height), int(width))
+        if torch.onnx.is_in_onnx_export() and size in self._known:
+            return self._known[size]
+        table = self._interpolate(embeddings, height, width)
+        self._known[size] = table.detach()
+        return table

@@ -239,7 +239,8 @@ class OfficialDetr(nn.Module):
         scores = scores.max(-1).values if a.scheme == "dino" else scores[..., 0]
         logits = box(features) + proposals
         index = scores.topk(self.num_queries, dim=1).indices
-        reference = torch.take_along_dim(logits, index[..., None], dim=1).sigmoid()
+        # ONNX has no take_along_dim.
+        reference = logits.gather(1, index[..., None].expand(-1, -1, 4)).sigmoid()
         if a.scheme == "dino":
             table = t.tgt_embed.weight[: self.num_queries]
             return _Start(table.expand(batch, -1, -1), reference, None, scores, index)

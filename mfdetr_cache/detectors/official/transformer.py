@@ -173,7 +173,7 @@ def encoder_proposals(memory: Memory, project: Callable[[Tensor], Tensor]) -> tu
         parts.append(torch.cat((centre, torch.full_like(centre, 0.05 * 2**level)), dim=-1))
     boxes = torch.cat(parts, dim=1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
-    usable &= ~memory.padding_mask[..., None]
+    usable = usable & ~memory.padding_mask[..., None]
     logits = torch.log(boxes / (1 - boxes)).masked_fill(~usable, torch.inf)
     return project(memory.tokens.masked_fill(~usable, 0.0)), logits
 
