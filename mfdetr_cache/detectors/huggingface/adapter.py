@@ -278,7 +278,7 @@ class HuggingFaceDetector(PreprocessedDetector):
         return sorted(chosen, key=lambda item: (item[0].stride, item[0].role))
 
 
-def _keep_position_tables(model: nn.Module) -> None:
+def _keep_position_tables(model: Any) -> None:  # noqa: ANN401
     """Trace the position table of a ViT as the constant that it is at one input size.
 
     transformers interpolates it in every trace, with a filter that ONNX does not have.
