@@ -5,7 +5,8 @@ with the other. PIL is the resize of all but mmdetection's, which is OpenCV's; t
 detectors bring their own.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -163,6 +164,22 @@ class Preprocessing:
             mean, std = values.new_tensor(self.mean), values.new_tensor(self.std)
             values.sub_(mean[:, None, None]).div_(std[:, None, None])
         return values
+
+
+@contextlib.contextmanager
+def with_enough_cells(pixel_values: Tensor) -> Iterator[None]:
+    """DetectorError where a detector chooses more queries than its maps of an input have cells."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "selected index k" not in str(error):
+            raise
+        height, width = pixel_values.shape[-2:]
+        raise DetectorError(
+            f"an input of {height} x {width} pixels has fewer cells in its maps than this detector "
+            "has queries: give a larger --input-size or fewer --num-queries, and leave images out "
+            "that are much longer than wide"
+        ) from error
 
 
 class PreprocessedDetector(nn.Module):

@@ -165,7 +165,8 @@ def prepare_folder(
                 where = f"{name}.{key}" if key else name
                 raise HeadError(
                     f"cannot resume {out}: {where} was {theirs!r} and is {ours!r} now; "
-                    "give the same settings, or another --out"
+                    f"give the same settings, which are in --config {out / CONFIG_FILE}, or another "
+                    "--out"
                 )
         noted = (*RESCUE_FIELDS, "steps")
         if {k: earlier_train.get(k) for k in noted} != {k: run.train[k] for k in noted}:

@@ -236,6 +236,10 @@ def test_options_are_checked(tmp_path: Path) -> None:
     output = fewer.forward(torch.randn(1, 3, 64, 96))
     assert output.queries.shape == (1, 5, 256)
     assert fewer.spec.settings["encoder_layer"] == 1
+    with pytest.raises(
+        DetectorError, match="16 x 16 pixels has fewer cells .* larger --input-size"
+    ):
+        load_detector("dino", path).forward(torch.randn(1, 3, 16, 16))
 
 
 def test_weights_may_be_left_out_to_look_at_a_detector() -> None:

@@ -18,7 +18,12 @@ from mfdetr_cache.detectors.huggingface.families import (
 from mfdetr_cache.detectors.huggingface.prompt import Prompt
 from mfdetr_cache.detectors.labels import output_names
 from mfdetr_cache.detectors.options import NO_OBJECT, DetectorOptions
-from mfdetr_cache.detectors.preprocess import PreprocessedDetector, Preprocessing, scale_to_image
+from mfdetr_cache.detectors.preprocess import (
+    PreprocessedDetector,
+    Preprocessing,
+    scale_to_image,
+    with_enough_cells,
+)
 from mfdetr_cache.detectors.weights import TunedPart, freeze, parameters_of_part, weights_sha256
 from mfdetr_cache.errors import DetectorError
 from mfdetr_cache.ops.packed_levels import SizesHw, tokens_to_maps
@@ -86,7 +91,8 @@ class HuggingFaceDetector(PreprocessedDetector):
         pixel_values, padding = self._filled(pixel_values)
         if padding is not None:
             padding_mask = padding if self._family.takes_mask else None
-        outputs, encoder_maps = self._run(pixel_values, padding_mask)
+        with with_enough_cells(pixel_values):
+            outputs, encoder_maps = self._run(pixel_values, padding_mask)
         maps = {
             spec.name: encoder_maps[index] if role == "encoder" else self._stage_maps[index]
             for spec, role, index in self._map_keys

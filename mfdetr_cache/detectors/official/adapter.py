@@ -18,7 +18,11 @@ from mfdetr_cache.detectors.official.architecture import (
 from mfdetr_cache.detectors.official.detr import WIDTH, OfficialDetr
 from mfdetr_cache.detectors.official.layouts import Source, read_source
 from mfdetr_cache.detectors.options import DetectorOptions
-from mfdetr_cache.detectors.preprocess import PreprocessedDetector, scale_to_image
+from mfdetr_cache.detectors.preprocess import (
+    PreprocessedDetector,
+    scale_to_image,
+    with_enough_cells,
+)
 from mfdetr_cache.detectors.weights import (
     TunedPart,
     freeze,
@@ -107,7 +111,8 @@ class OfficialDetector(PreprocessedDetector):
         attended = self._preprocessing.pad_value is not None
         if padding is not None:
             padding_mask = None if attended else padding
-        output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
+        with with_enough_cells(pixel_values):
+            output = self.model(pixel_values, padding_mask, keep_layers=(self._layer,))
         levels = tokens_to_maps(output.encoder_tokens[self._layer], output.sizes_hw)
         encoder = [m.name for m in self.spec.maps if m.role == "encoder"]
         maps = {"c1": output.stages[0], **dict(zip(encoder, levels, strict=True))}
