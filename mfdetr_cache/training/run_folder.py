@@ -165,7 +165,7 @@ def prepare_folder(
                 where = f"{name}.{key}" if key else name
                 raise HeadError(
                     f"cannot resume {out}: {where} was {theirs!r} and is {ours!r} now; "
-                    f"give the same settings, which are in --config {out / CONFIG_FILE}, or another "
+                    f"give the same settings (--config {out / CONFIG_FILE} has them), or another "
                     "--out"
                 )
         noted = (*RESCUE_FIELDS, "steps")
