@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from mfdetr_cache.cache.storage.protocol import Storage
 from mfdetr_cache.cache.view import CacheView
 from mfdetr_cache.coco.class_agnostic import class_agnostic_spec
 from mfdetr_cache.coco.options import CLASS_AGNOSTIC
+from mfdetr_cache.coco.versions import picture_of
 from mfdetr_cache.errors import MEND, CacheError
 from mfdetr_cache.types import CachedImage, GroundTruth, ImageGeometry
 
@@ -105,16 +107,19 @@ class FeatureCache(Foundation):
         return tuple(row for row in self.base.rows if row in self._chosen)
 
     def split(self, every: int) -> tuple["FeatureCache", "FeatureCache"]:
-        """Two caches over the same files: all rows but every N-th, to learn from, and these.
+        """Two caches over the same files: all images but every N-th, to learn from, and these.
 
-        CacheError if there are too few images for one in each.
+        Versions of one picture stay together. CacheError if there are too few for one in each.
         """
-        if not 2 <= every <= len(self.rows):
+        pictures: dict[str, list[int]] = {}
+        for row in self.rows:
+            pictures.setdefault(picture_of(self.file_name(row)), []).append(row)
+        if not 2 <= every <= len(pictures):
             raise CacheError(
-                f"{self.path} has {len(self.rows)} images: it cannot keep every {every}th for "
+                f"{self.path} has {len(pictures)} images: it cannot keep every {every}th for "
                 "measuring"
             )
-        chosen = frozenset(self.rows[every - 1 :: every])
+        chosen = frozenset(itertools.chain(*list(pictures.values())[every - 1 :: every]))
         halves = copy.copy(self), copy.copy(self)
         halves[0]._chosen = frozenset(self.rows) - chosen
         halves[1]._chosen = chosen
