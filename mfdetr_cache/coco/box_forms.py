@@ -46,7 +46,7 @@ class BoxForm:
             "read so"
         )
 
-    def to_xywh(self, box: Box, size_hw: tuple[int, int]) -> Box:
+    def to_xywh(self, box: Box, size_hw: Size) -> Box:
         """A box in this form as x, y, width, height in pixels."""
         if self.kind == "rows":
             box = (box[1], box[0], box[3], box[2])
@@ -116,9 +116,18 @@ def _are_corners(boxes: Sequence[tuple[Box, Size]]) -> bool:
     return bool(boxes) and leaving >= max(1, _LEAVING_SHARE * len(boxes))
 
 
-def is_close(box: Box, mask: tuple[float, float, float, float]) -> bool:
+def is_close(box: Box, mask: Box) -> bool:
     """Whether x, y, width, height are those of a mask's corners, but for some slack."""
     side = max(mask[2] - mask[0], mask[3] - mask[1])
     corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     apart = max(abs(a - b) for a, b in zip(corners, mask, strict=True))
     return apart <= _SLACK_PIXELS + _SLACK_SHARE * side
+
+
+def overlap(box: Box, corners: Corners) -> float:
+    """The IoU of x, y, width, height and of corners."""
+    x, y, w, h = box
+    x0, y0, x1, y1 = corners
+    across = max(0.0, min(x + w, x1) - max(x, x0))
+    down = max(0.0, min(y + h, y1) - max(y, y0))
+    return across * down / (w * h + (x1 - x0) * (y1 - y0) - across * down)

@@ -55,14 +55,14 @@ def fault_of_name(name: str) -> str:
     return ""
 
 
-def find_file(folder: Path, name: str) -> str:
-    """The name under which a file is in a folder; ``name`` itself if it is not there.
+def find_file(folder: Path, name: str) -> str | None:
+    """The name under which a file is in a folder; None if it is not there.
 
     In annotation files names have the separators of Windows, %20 for a space, the ending in other
     capitals, or letters composed in another way than on disk.
     """
     # Unlike pathlib's, this one takes names that are too long for any file.
-    return next((n for n in _spellings(name) if os.path.isfile(folder / n)), name)  # noqa: PTH113
+    return next((n for n in _spellings(name) if os.path.isfile(folder / n)), None)  # noqa: PTH113
 
 
 def _spellings(name: str) -> Iterator[str]:

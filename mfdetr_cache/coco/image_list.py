@@ -120,15 +120,12 @@ def read_images(
     leads out of the folder.
     """
     listed = _listed(path, raw, faults)
-    ids = dict(zip(listed, internal_ids(list(listed)), strict=True))
     found: dict[SourceId, ImageEntry] = {}
-    names: set[str] = set()
-    last_parts = _last_parts(listed.values())
-    place = None if folder is None else _Folder(folder, listed.values())
-    for written, image in listed.items():
+    taken: set[str] = set()
+    names = _Names(folder, listed.values())
+    for own, (written, image) in zip(internal_ids(list(listed)), listed.items(), strict=True):
         if limit is not None and len(found) == limit:
             break
-        own = ids[written]
         where = f"image {written}"
         name = image.get("file_name")
         if name is None and isinstance(url := image.get("coco_url"), str):  # as LVIS has it
@@ -136,8 +133,7 @@ def read_images(
             faults.repair(where, _OF_URL)
         if isinstance(name, str):
             where += f" ({name})"
-            last = last_parts.get(name, "")
-            name = _name_in(place, name, last, where, faults)
+            name = names.on_disk(name, where, faults)
             check_file_name(name, f"annotation file {path}: image {written}")
         elif folder is None and name is None:
             name = ""  # nobody is going to open it
@@ -145,23 +141,16 @@ def read_images(
             said = f"it is {short(name)}" if "file_name" in image else f"it has {keys_of(image)}"
             faults.refuse(where, f"lacks a 'file_name' ({said})")
             continue
-        if name and str(PurePosixPath(name)) in names:
+        plain = str(PurePosixPath(name))
+        if name and plain in taken:
             faults.notice(where, "file_name is that of another image too, so it counts twice")
-        names.add(str(PurePosixPath(name)))
+        taken.add(plain)
         if any(image.get(key) is not None for key in _OF_LVIS):
             faults.notice(where, _FEDERATED)
         size = _size(image, where, name, folder, faults)
         if size is not None:
             found[written] = ImageEntry(own, name, size, None if own == written else written)
     return found
-
-
-def _last_parts(listed: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """File names with folders to their last parts, where no other image has the same."""
-    names = {n for image in listed if isinstance(n := image.get("file_name"), str)}
-    lasts = {name: _last_part(name) for name in names}
-    counts = Counter(lasts.values())
-    return {n: last for n, last in lasts.items() if last not in ("", n) and counts[last] == 1}
 
 
 def _last_part(name: str) -> str:
@@ -172,58 +161,62 @@ def _last_part(name: str) -> str:
     return PurePosixPath(path.replace("\\", "/")).name
 
 
-class _Folder:
-    """An image folder, and the names of the images that are listed."""
+class _Names:
+    """Names of the images that are listed, and of the files in their folder, if there is one."""
 
-    def __init__(self, path: Path, listed: Iterable[dict[str, Any]]) -> None:
-        self.path = path
-        self._names = {n for image in listed if isinstance(n := image.get("file_name"), str)}
+    def __init__(self, folder: Path | None, listed: Iterable[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._listed = {n for image in listed if isinstance(n := image.get("file_name"), str)}
         self._there: dict[str, bool] = {}
         self._files: dict[PurePosixPath, dict[str, list[str]]] = {}
+        lasts = {name: _last_part(name) for name in self._listed}
+        counts = Counter(lasts.values())
+        # Only where no other image has the same.
+        self._last_parts = {
+            n: last for n, last in lasts.items() if last not in ("", n) and counts[last] == 1
+        }
 
-    def find(self, name: str) -> str | None:
+    def on_disk(self, name: str, where: str, faults: Faults) -> str:
+        """The name under which an image is in its folder, as it is spelled there.
+
+        Its last part, where it cannot be used as it is and its last part can; else itself.
+        """
+        last = self._last_parts.get(name, "")
+        if self._folder is None:  # nobody is going to open it
+            return last if last and fault_of_name(name) else name
+        if (there := self._find(self._folder, name)) is not None:
+            if there != name:
+                faults.repair(where, _SPELLED_OTHERWISE)
+            return there
+        if last and (there := self._find(self._folder, last)) is not None:
+            faults.repair(where, _BY_LAST_PART)
+            return there
+        return name
+
+    def _find(self, folder: Path, name: str) -> str | None:
         """The name of a file on disk; None if it is not there under any spelling."""
-        there = find_file(self.path, name)
-        if (self.path / there).is_file():
+        if fault_of_name(name):
+            return None
+        if (there := find_file(folder, name)) is not None:
             return there
         path = PurePosixPath(name.replace("\\", "/"))
         if path.parent not in self._files:
-            self._files[path.parent] = files_by_stem(self.path / path.parent)
+            self._files[path.parent] = files_by_stem(folder / path.parent)
         names = self._files[path.parent].get(plain_stem(path), ())
         # Not the file of another image that is listed.
-        alike = [n for f in names if (n := str(path.parent / f)) not in self._names]
+        alike = [n for f in names if (n := str(path.parent / f)) not in self._listed]
         found = [n for n in alike if PurePosixPath(n).suffix.lower() == path.suffix.lower()]
         # Beside photos of which some are gone, files with other endings are their masks.
-        if not found and not self._has_any(path.suffix):
+        if not found and not self._has_any(folder, path.suffix):
             found = alike
         return found[0] if len(found) == 1 else None
 
-    def _has_any(self, ending: str) -> bool:
+    def _has_any(self, folder: Path, ending: str) -> bool:
         """Whether an image that is listed with an ending is there."""
         if ending not in self._there:
-            own = (n for n in self._names if PurePosixPath(n).suffix == ending)
-            self._there[ending] = any(
-                not fault_of_name(n) and (self.path / find_file(self.path, n)).is_file()
-                for n in own
-            )
+            own = (n for n in self._listed if PurePosixPath(n).suffix == ending)
+            self._there[ending] = any(find_file(folder, n) is not None for n in own)
         return self._there[ending]
-
-
-def _name_in(folder: _Folder | None, name: str, last: str, where: str, faults: Faults) -> str:
-    """The name under which an image is in its folder, as it is spelled there.
-
-    Its last part, where it cannot be used as it is and its last part can; else itself.
-    """
-    if folder is None:  # nobody is going to open it
-        return last if last and fault_of_name(name) else name
-    if not fault_of_name(name) and (there := folder.find(name)) is not None:
-        if there != name:
-            faults.repair(where, _SPELLED_OTHERWISE)
-        return there
-    if last and not fault_of_name(last) and (there := folder.find(last)) is not None:
-        faults.repair(where, _BY_LAST_PART)
-        return there
-    return name
 
 
 def _listed(path: Path, raw: Sequence[Any], faults: Faults) -> dict[SourceId, dict[str, Any]]:

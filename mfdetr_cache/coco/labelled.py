@@ -1,11 +1,12 @@
 """A split as a detector is trained on it: its categories matched with the detector's labels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.categories import LabelMatch, MatchedCategory, called, match_labels
+from mfdetr_cache.coco.ids import named
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.options import OBJECT, RENUMBERED, LabelOptions
 from mfdetr_cache.errors import DatasetError
@@ -60,7 +61,9 @@ def label_split(
         split = _only(split, options.only)
     counts = split.objects_per_category()
     if options.class_agnostic:
-        return LabelledSplit(one_category(split), _one_label(split, spec), options.identity())
+        return LabelledSplit(
+            one_category(split), _one_label(split, spec, counts), options.identity()
+        )
     match = match_labels(spec.label_names, split.categories, spec.name, counts, options.map)
     if match.same_as:
         kept = tuple(c for c in split.categories if c.category_id not in match.same_as)
@@ -76,20 +79,27 @@ def one_category(split: CocoSplit) -> CocoSplit:
 def _with_categories(
     split: CocoSplit, categories: tuple[Category, ...], category_of: Callable[[int], int]
 ) -> CocoSplit:
-    """The split with other categories, and the id of its object's category in place of each."""
+    """The split with other categories, and the objects whose new category is one of them."""
+    ids = {c.category_id for c in categories}
     annotations = {
-        image_id: [replace(a, category_id=category_of(a.category_id)) for a in objects]
+        image_id: [
+            replace(a, category_id=new)
+            for a in objects
+            if (new := category_of(a.category_id)) in ids
+        ]
         for image_id, objects in split.annotations.items()
     }
     return replace(split, categories=categories, annotations=annotations)
 
 
-def _one_label(split: CocoSplit, spec: DetectorSpec) -> LabelMatch:
-    counts = split.objects_per_category()
+def _one_label(split: CocoSplit, spec: DetectorSpec, counts: Mapping[int, int]) -> LabelMatch:
     nothing = spec.score_function == "softmax"
     classes = spec.num_labels - nothing
     labels = (_ANY.category_id,) * classes + (-1,) * nothing
-    rows = [MatchedCategory(c.name, OBJECT, counts[c.category_id], "any") for c in split.categories]
+    rows = [
+        MatchedCategory(c.name, OBJECT, counts.get(c.category_id, 0), "any")
+        for c in split.categories
+    ]
     return LabelMatch(labels, table=tuple(rows))
 
 
@@ -97,14 +107,10 @@ def _only(split: CocoSplit, names: Sequence[str]) -> CocoSplit:
     chosen = {name: called(split.categories, name) for name in names}
     unknown = [name for name, found in chosen.items() if not found]
     if unknown:
-        listed = ", ".join(c.name for c in split.categories[:10])
+        listed = named(c.name for c in split.categories)
         raise DatasetError(
             f"--only {unknown[0]}: the dataset has no such category; it has {listed}"
         )
     ids = {c.category_id for found in chosen.values() for c in found}
     kept = tuple(c for c in split.categories if c.category_id in ids)
-    annotations = {
-        image_id: [a for a in objects if a.category_id in ids]
-        for image_id, objects in split.annotations.items()
-    }
-    return replace(split, categories=kept, annotations=annotations)
+    return _with_categories(split, kept, lambda own: own)

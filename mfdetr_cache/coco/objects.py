@@ -5,22 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
+from mfdetr_cache.coco.box_forms import Box, BoxForm, Size, form_of_boxes, overlap
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.image_names import NamedImages
-from mfdetr_cache.coco.segmentation import (
-    IN_PARTS,
-    InParts,
-    is_in_parts,
-    polygons_in_parts,
-    read_segmentation,
-)
-from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths
+from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
+from mfdetr_cache.ops.masks import RunLengths
 
 _FARTHEST = 10
 # Areas of polygons this small are not the number of their pixels.
@@ -36,7 +28,6 @@ _OTHER_BOX = "bbox does not fit the mask (IoU below 0.5), kept as it is"
 _FIRST_PIXEL = "bbox lies in the first pixel, as in parts of the image's sides, kept as it is"
 IN_ROWS = "bbox fits the mask only if its runs went row by row (COCO's go down the columns), kept"
 _IGNORED = "marked 'ignore', which changes nothing in COCO (iscrowd 1 does)"
-_NO_MASK = np.zeros(0, dtype=np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +56,7 @@ class _Draft:
     entry: ImageEntry
     category: Category
     is_crowd: bool
-    run_lengths: RunLengths
-    mask_box: tuple[int, int, int, int] | None
+    mask: Mask
     box: Box | None
     raw: Mapping[str, Any]
 
@@ -86,7 +76,7 @@ def read_annotations(
     of the ones that are not in ``images`` nothing is wanted. ``faults`` takes down what cannot be
     used, also for want of a mask, and what is repaired.
     """
-    in_parts = polygons_in_parts([a.get("segmentation") for a in raw if isinstance(a, dict)])
+    masks = Segmentations(a.get("segmentation") for a in raw if isinstance(a, dict))
     categories = by_names_too(categories)
     drafts = []
     for number, annotation in enumerate(raw):
@@ -97,13 +87,13 @@ def read_annotations(
             continue
         faults.total += 1
         entry = None if image_id is None else images[image_id]
-        draft = _draft(number, annotation, entry, categories, faults, in_parts=in_parts)
-        if draft is not None and needs_mask and not len(draft.run_lengths):
-            mask = short(draft.raw.get("segmentation"))
-            faults.refuse(draft.where, f"has no mask (segmentation {mask})")
+        draft = _draft(number, annotation, entry, categories, faults, masks)
+        if draft is not None and needs_mask and not draft.mask:
+            written = short(draft.raw.get("segmentation"))
+            faults.refuse(draft.where, f"has no mask (segmentation {written})")
         elif draft is not None:
             drafts.append(draft)
-    seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
+    seen = ((d.box, d.mask.box_xyxy, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, faults.file)
     if form.said:
         for draft in drafts:
@@ -122,8 +112,9 @@ def _notice_together(
 ) -> None:
     """Notice what no annotation tells alone: it is there twice, many are crowds, or no shapes."""
     seen: set[int] = set()
-    filled = [d for d in drafts if _fills_its_box(d)]
-    if len(filled) > _MANY_RECTANGLES * sum(d.mask_box is not None for d in drafts):
+    drawn = [(d, box) for d in drafts if (box := d.mask.box_xyxy) is not None]
+    filled = [d for d, (x0, y0, x1, y1) in drawn if d.mask.num_pixels == (x1 - x0) * (y1 - y0)]
+    if len(filled) > _MANY_RECTANGLES * len(drawn):
         for draft in filled:
             faults.notice(draft.where, _RECTANGLE)
     many_crowds = sum(d.is_crowd for d in drafts) > _MANY_CROWDS * len(drafts)
@@ -138,21 +129,13 @@ def _notice_together(
             faults.notice(draft.where, "a crowd (iscrowd 1), not learned from and not measured")
 
 
-def _fills_its_box(draft: _Draft) -> bool:
-    if draft.mask_box is None:
-        return False
-    x0, y0, x1, y1 = draft.mask_box
-    return int(draft.run_lengths[1::2].sum(dtype=np.int64)) == (x1 - x0) * (y1 - y0)
-
-
 def _draft(
     number: int,
     annotation: object,
     entry: ImageEntry | None,
     categories: Mapping[SourceId, Category],
     faults: Faults,
-    *,
-    in_parts: InParts,
+    masks: Segmentations,
 ) -> _Draft | None:
     if not isinstance(annotation, dict):
         faults.refuse(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
@@ -172,27 +155,16 @@ def _draft(
     assert category_id is not None
     try:
         crowd = is_crowd(annotation.get("iscrowd", annotation.get("is_crowd")))
-        segmentation, box = annotation.get("segmentation"), four_numbers(annotation.get("bbox"))
-        parts = is_in_parts(segmentation, in_parts, box, entry.size_hw)
-        runs = read_segmentation(segmentation, entry.size_hw, in_parts=parts)
+        box = four_numbers(annotation.get("bbox"))
+        mask = masks.read(annotation.get("segmentation"), box, entry.size_hw)
     except ValueError as error:
         faults.refuse(where, f"cannot be understood: {error}")
         return None
-    if parts:
+    if mask.in_parts:
         faults.repair(where, IN_PARTS)
         # Beside others in pixels, boxes in parts are of no one form.
-        box = box if in_parts == "all" or box is None or max(box) > 1 else None
-    return _Draft(
-        where,
-        own,
-        entry,
-        categories[category_id],
-        crowd,
-        _NO_MASK if runs is None else runs,
-        None if runs is None else box_of_run_lengths(runs, entry.size_hw),
-        box,
-        annotation,
-    )
+        box = box if masks.all_in_parts or box is None or max(box) > 1 else None
+    return _Draft(where, own, entry, categories[category_id], crowd, mask, box, annotation)
 
 
 def _written(annotation: Mapping[str, Any], key: str) -> str:
@@ -203,62 +175,46 @@ def _written(annotation: Mapping[str, Any], key: str) -> str:
 
 
 def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotation | None:
-    box = None if draft.box is None else form.to_xywh(draft.box, draft.entry.size_hw)
-    if box is None or not _is_usable(box, draft.entry.size_hw):
-        if draft.mask_box is not None:
-            x0, y0, x1, y1 = draft.mask_box
+    mask, size_hw = draft.mask, draft.entry.size_hw
+    box = None if draft.box is None else form.to_xywh(draft.box, size_hw)
+    if box is None or not _is_usable(box, size_hw):
+        if mask.box_xyxy is not None:
+            x0, y0, x1, y1 = mask.box_xyxy
             box = (x0, y0, x1 - x0, y1 - y0)
             faults.repair(draft.where, "bbox missing or not usable, taken from the mask")
-        elif box is None or not len(draft.run_lengths) or min(box[2:]) < 0:
+        elif box is None or not mask or min(box[2:]) < 0:
             what = f"has no usable bbox ({short(draft.raw.get('bbox'))}) and no pixel in its mask"
             faults.refuse(draft.where, what)
             return None
     else:
         _notice_box(box, draft, faults)
-    if len(draft.run_lengths) and draft.mask_box is None:
+    if mask and mask.box_xyxy is None:
         faults.notice(draft.where, "no pixel in the mask, nothing to learn from")
     area = finite_number(draft.raw.get("area"))
-    pixels = int(draft.run_lengths[1::2].sum(dtype=np.int64))
+    pixels = mask.num_pixels
     if area is None or area < 0 or (area == 0 and pixels):
-        source = "mask" if len(draft.run_lengths) else "box"
-        area = float(pixels) if source == "mask" else box[2] * box[3]
+        source = "mask" if mask else "box"
+        area = float(pixels) if mask else box[2] * box[3]
         faults.repair(draft.where, f"area missing or not usable, taken from the {source}")
     elif pixels > _FEW_PIXELS and not pixels / 4 < area < 4 * max(pixels, box[2] * box[3]):
         faults.notice(draft.where, _OTHER_AREA)
     if not draft.is_crowd and draft.raw.get("ignore") in (1, "1"):
         faults.notice(draft.where, _IGNORED)
-    return Annotation(
-        own,
-        draft.entry.image_id,
-        draft.category.category_id,
-        box,
-        area,
-        draft.is_crowd,
-        draft.run_lengths,
-    )
+    ids = own, draft.entry.image_id, draft.category.category_id
+    return Annotation(*ids, box, area, draft.is_crowd, mask.run_lengths)
 
 
 def _notice_box(box: Box, draft: _Draft, faults: Faults) -> None:
     """Notice a box that is not that of its mask, or of nothing in its image."""
-    height, width = draft.entry.size_hw
-    if draft.mask_box is not None and not draft.is_crowd and overlap(box, draft.mask_box) < 0.5:
+    mask, (height, width) = draft.mask, draft.entry.size_hw
+    if mask.box_xyxy is not None and not draft.is_crowd and overlap(box, mask.box_xyxy) < 0.5:
         is_rle = isinstance(draft.raw.get("segmentation"), Mapping)
-        in_rows = is_rle and fits_in_rows(box, draft.run_lengths, (height, width))
+        in_rows = is_rle and mask.fits_in_rows(box, (height, width))
         faults.notice(draft.where, IN_ROWS if in_rows else _OTHER_BOX)
     elif not overlap(box, (0, 0, width, height)):
         faults.notice(draft.where, "bbox lies outside its image, kept as it is")
-    elif draft.mask_box is None and min(box) >= 0 and max(box) <= 1 < min(height, width):
+    elif mask.box_xyxy is None and min(box) >= 0 and max(box) <= 1 < min(height, width):
         faults.notice(draft.where, _FIRST_PIXEL)
-
-
-def fits_in_rows(box: Box, runs: RunLengths, size_hw: tuple[int, int]) -> bool:
-    """Whether a box is that of an RLE, were its runs along the rows of the image."""
-    # Rows of the image are the columns of its transpose.
-    turned = box_of_run_lengths(runs, size_hw[::-1])
-    if turned is None:
-        return False
-    y0, x0, y1, x1 = turned
-    return overlap(box, (x0, y0, x1, y1)) >= 0.5
 
 
 def is_crowd(value: object) -> bool:
@@ -305,18 +261,9 @@ def finite_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _is_usable(box: Box, size_hw: tuple[int, int]) -> bool:
+def _is_usable(box: Box, size_hw: Size) -> bool:
     x, y, w, h = box
     height, width = size_hw
     near = x >= -_FARTHEST * width and y >= -_FARTHEST * height
     near = near and x + w <= (1 + _FARTHEST) * width and y + h <= (1 + _FARTHEST) * height
     return w > 0 and h > 0 and near
-
-
-def overlap(box: Box, mask: tuple[int, int, int, int]) -> float:
-    """The IoU of x, y, width, height and of corners."""
-    x, y, w, h = box
-    x0, y0, x1, y1 = mask
-    across = max(0.0, min(x + w, x1) - max(x, x0))
-    down = max(0.0, min(y + h, y1) - max(y, y0))
-    return across * down / (w * h + (x1 - x0) * (y1 - y0) - across * down)

@@ -7,23 +7,17 @@ from typing import Any
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
-from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes
+from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes, overlap
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import IN_ROWS, finite_number, fits_in_rows, four_numbers, overlap
-from mfdetr_cache.coco.segmentation import (
-    IN_PARTS,
-    InParts,
-    is_in_parts,
-    polygons_in_parts,
-    read_segmentation,
-)
+from mfdetr_cache.coco.objects import IN_ROWS, finite_number, four_numbers
+from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.ops.masks import RunLengths, box_of_run_lengths, compress_run_lengths
+from mfdetr_cache.ops.masks import compress_run_lengths
 
 # What other tools call a mask.
 _OTHER_KEYS = {"mask", "masks", "rle", "segmentations", "polygon", "polygons"}
@@ -52,8 +46,7 @@ class _Draft:
     category_id: int
     score: float
     box: Box | None
-    run_lengths: RunLengths | None
-    mask_box: tuple[int, int, int, int] | None
+    mask: Mask
 
 
 def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> ResultsFile:
@@ -75,7 +68,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
             {source_id(r.get("image_id")) for r in entries},
         ),
         by_names_too({c.written_id: c for c in split.categories}),
-        polygons_in_parts([r.get("segmentation") for r in entries]),
+        Segmentations(r.get("segmentation") for r in entries),
         f" (it has {named(c.written_id for c in split.categories)}), so it matches nothing",
     )
     drafts = [
@@ -83,7 +76,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         for number, result in enumerate(document)
         if (draft := _draft(number, result, reading, faults)) is not None
     ]
-    seen = ((d.box, d.mask_box, d.entry.size_hw) for d in drafts)
+    seen = ((d.box, d.mask.box_xyxy, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, str(path))
     results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
     _notice_together(drafts, faults)
@@ -97,7 +90,7 @@ def _notice_together(drafts: Sequence[_Draft], faults: Faults) -> None:
     seen: set[int] = set()
     alike = len(drafts) > 1 and len({d.score for d in drafts}) == 1
     for d in drafts:
-        runs = b"" if d.run_lengths is None else d.run_lengths.tobytes()
+        runs = d.mask.run_lengths.tobytes()
         same = hash((d.entry.image_id, d.category_id, d.score, d.box, runs))
         if same in seen:
             faults.notice(d.where, "score, box and mask are those of another, so one is wrong")
@@ -129,23 +122,18 @@ def _instead(document: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What results are read by: images and categories by what names them, the unit of polygons.
+    """What results are read by: images and categories by what names them, and their masks.
 
     ``known`` ends the message about an unknown category.
     """
 
     images: NamedImages[ImageEntry]
     categories: Mapping[SourceId, Category]
-    in_parts: InParts
+    masks: Segmentations
     known: str
 
 
-def _draft(
-    number: int,
-    result: object,
-    reading: _Reading,
-    faults: Faults,
-) -> _Draft | None:
+def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _Draft | None:
     where = f"result {number}"
     if not isinstance(result, dict):
         faults.refuse(where, f"is {short(result)}")
@@ -174,41 +162,38 @@ def _draft(
         faults.refuse(where, f"has the bbox {short(result['bbox'])}; it is four numbers")
         return None
     try:
-        mask = result.get("segmentation")
-        parts = is_in_parts(mask, reading.in_parts, box, entry.size_hw)
-        runs = read_segmentation(mask, entry.size_hw, in_parts=parts)
+        mask = reading.masks.read(result.get("segmentation"), box, entry.size_hw)
     except ValueError as error:
         faults.refuse(where, f"has no usable segmentation: {error}")
         return None
-    if box is None and runs is None:
+    if box is None and not mask:
         faults.refuse(where, "has neither bbox nor segmentation")
         return None
     where = f"{where} of image {image_id}"
-    if parts:
+    if mask.in_parts:
         faults.repair(where, IN_PARTS)
-    mask_box = None if runs is None else box_of_run_lengths(runs, entry.size_hw)
     own = reading.categories[category_id].category_id
-    return _Draft(where, entry, own, score, box, runs, mask_box)
+    return _Draft(where, entry, own, score, box, mask)
 
 
 def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:
+    mask, size_hw = draft.mask, draft.entry.size_hw
     result: dict[str, Any] = {
         "image_id": draft.entry.image_id,
         "category_id": draft.category_id,
         "score": draft.score,
     }
     if draft.box is not None:
-        x, y, w, h = form.to_xywh(draft.box, draft.entry.size_hw)
+        box = form.to_xywh(draft.box, size_hw)
         if form.said:
             faults.repair(draft.where, form.said)
-        if w < 0 or h < 0:
-            faults.refuse(draft.where, f"has a bbox of width {w:g} and height {h:g}")
+        if min(box[2:]) < 0:
+            faults.refuse(draft.where, f"has a bbox of width {box[2]:g} and height {box[3]:g}")
             return None
-        result["bbox"] = [x, y, w, h]
-        if draft.run_lengths is not None and draft.mask_box is not None:
-            other = overlap((x, y, w, h), draft.mask_box) < 0.5
-            if other and fits_in_rows((x, y, w, h), draft.run_lengths, draft.entry.size_hw):
-                faults.notice(draft.where, IN_ROWS)
-    if draft.run_lengths is not None:
-        result["segmentation"] = compress_run_lengths(draft.run_lengths, draft.entry.size_hw)
+        result["bbox"] = list(box)
+        other = mask.box_xyxy is not None and overlap(box, mask.box_xyxy) < 0.5
+        if other and mask.fits_in_rows(box, size_hw):
+            faults.notice(draft.where, IN_ROWS)
+    if mask:
+        result["segmentation"] = compress_run_lengths(mask.run_lengths, size_hw)
     return result

@@ -5,15 +5,18 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
-from mfdetr_cache.coco.box_forms import Box, is_close
+from mfdetr_cache.coco.box_forms import Box, Corners, Size, is_close, overlap
 from mfdetr_cache.coco.faults import short
 from mfdetr_cache.ops.masks import (
     RunLengths,
+    box_of_run_lengths,
     compress_run_lengths,
     run_lengths_of_counts,
     run_lengths_of_polygons,
@@ -22,38 +25,70 @@ from mfdetr_cache.ops.masks import (
 
 # What is said of polygons in parts of the image's sides.
 IN_PARTS = "polygons are in parts of the image's sides (COCO's are in pixels) and read so"
-
-
-InParts = Literal["all", "some", "none"]
 # Annotators draw this far beyond an image, in parts of its sides.
 _BEYOND = 0.1
 # From this share on, polygons within the first pixel are no accident.
 _SOME = 0.02
+_NO_RUNS = np.zeros(0, dtype=np.uint32)
 
 
-def polygons_in_parts(values: Sequence[object]) -> InParts:
-    """Whether the polygons of a file lie between 0 and 1: YOLO's parts of the image's sides.
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The mask of an entry: run lengths, of length 0 where there is none, and corners around it.
 
-    ``values`` are the ``segmentation`` of every entry; those that are no lists say nothing, nor
-    do whole numbers: of a pixel, or of nothing.
+    ``in_parts``: it was written in parts of the image's sides.
     """
-    units = Counter(map(_unit, values))
-    if not units["parts"] or not units["pixels"]:
-        return "all" if units["parts"] else "none"
-    return "some" if units["parts"] > max(1, _SOME * units["pixels"]) else "none"
+
+    run_lengths: RunLengths
+    box_xyxy: Corners | None
+    in_parts: bool
+
+    def __bool__(self) -> bool:
+        return len(self.run_lengths) > 0
+
+    @property
+    def num_pixels(self) -> int:
+        """Its area."""
+        return int(self.run_lengths[1::2].sum(dtype=np.int64))
+
+    def fits_in_rows(self, box: Box, size_hw: Size) -> bool:
+        """Whether a box, in xywh, is that of an RLE, were its runs along the rows of the image."""
+        # Rows of the image are the columns of its transpose.
+        turned = box_of_run_lengths(self.run_lengths, size_hw[::-1])
+        if turned is None:
+            return False
+        y0, x0, y1, x1 = turned
+        return overlap(box, (x0, y0, x1, y1)) >= 0.5
 
 
-def is_in_parts(value: object, those: InParts, box: Box | None, size_hw: tuple[int, int]) -> bool:
-    """Whether a ``segmentation`` is polygons in parts of the sides, in a file where ``those`` are.
+class Segmentations:
+    """Reads the ``segmentation`` of each entry of a file, of which all ``values`` are given.
 
-    Where some are, it must lie in the first pixel, and its ``bbox``, if it has one, not say
-    otherwise.
+    Its polygons may be YOLO's, in parts of the image's sides, all or some of them: they lie between
+    0 and 1. What is no list does not tell, nor do whole numbers: of a pixel, or of nothing.
     """
-    if those != "some" or _unit(value) != "parts":
-        return those == "all" and isinstance(value, list)
-    numbers: list[Any] = _flat(_in_pixels(value, size_hw))
-    x, y = numbers[::2], numbers[1::2]
-    return box is None or max(box) <= 1 or is_close(box, (min(x), min(y), max(x), max(y)))
+
+    def __init__(self, values: Iterable[object]) -> None:
+        units = Counter(map(_unit, values))
+        parts, pixels = units["parts"], units["pixels"]
+        self.all_in_parts = parts > 0 and not pixels
+        self._some_in_parts = parts > max(1, _SOME * pixels)
+
+    def read(self, value: object, box: Box | None, size_hw: Size) -> Mask:
+        """The mask of an entry beside its ``bbox``; ValueError if it cannot be understood."""
+        in_parts = self._is_in_parts(value, box, size_hw)
+        runs = _run_lengths(_in_pixels(value, size_hw) if in_parts else value, size_hw)
+        if runs is None:
+            return Mask(_NO_RUNS, None, in_parts)
+        return Mask(runs, box_of_run_lengths(runs, size_hw), in_parts)
+
+    def _is_in_parts(self, value: object, box: Box | None, size_hw: Size) -> bool:
+        """Whether polygons are; beside others in pixels, a ``bbox`` must not say otherwise."""
+        if self.all_in_parts or not self._some_in_parts or _unit(value) != "parts":
+            return self.all_in_parts and isinstance(value, list)
+        numbers: list[Any] = _flat(_in_pixels(value, size_hw))
+        x, y = numbers[::2], numbers[1::2]
+        return box is None or max(box) <= 1 or is_close(box, (min(x), min(y), max(x), max(y)))
 
 
 def _unit(value: object) -> Literal["parts", "pixels", ""]:
@@ -75,7 +110,7 @@ def _flat(value: object) -> list[object]:
     return [v for item in value for v in _flat(item)] if isinstance(value, list) else [value]
 
 
-def _in_pixels(value: object, size_hw: tuple[int, int]) -> object:
+def _in_pixels(value: object, size_hw: Size) -> object:
     """Polygons in parts of the image's sides, in pixels; anything else as it is."""
     if not isinstance(value, list):
         return value
@@ -85,20 +120,16 @@ def _in_pixels(value: object, size_hw: tuple[int, int]) -> object:
     ]
 
 
-def read_segmentation(
-    value: object, size_hw: tuple[int, int], *, in_parts: bool = False
-) -> RunLengths | None:
+def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
     """The mask of a ``segmentation`` field, as in a JSON file.
 
     Besides COCO's own forms: one polygon that is not in a list or in one list too many, points as
-    pairs, RLE dictionaries in a list, and any of these as text. ``in_parts`` takes polygons for
-    parts of the image's sides. None where there is no mask: null, NaN, no text, no polygon, only
-    empty ones. ValueError if there is something, and it is no mask of an image of this size.
+    pairs, RLE dictionaries in a list, and any of these as text. None where there is no mask: null,
+    NaN, no text, no polygon, only empty ones. ValueError if there is something, and it is no mask
+    of an image of this size.
     """
     if isinstance(value, ValueError):  # what the reader of another layout found
         raise value
-    if in_parts:
-        value = _in_pixels(value, size_hw)
     if isinstance(value, (str, bytes)):
         return _of_text(value, size_hw)
     if isinstance(value, Mapping):
@@ -169,14 +200,14 @@ def _numbers(values: Sequence[Any]) -> list[float]:
         raise ValueError("a polygon holds something that is no number") from error
 
 
-def _of_text(value: str | bytes, size_hw: tuple[int, int]) -> RunLengths | None:
+def _of_text(value: str | bytes, size_hw: Size) -> RunLengths | None:
     """A mask as text: JSON or Python of another form, or the compressed counts of an RLE."""
     text = value.strip()
     if not text or text in ("null", "None", "nan", "NaN", b"null", b"None"):
         return None
     inner = _unwritten(text)
     if isinstance(inner, (list, tuple, dict)):
-        return read_segmentation(inner, size_hw)
+        return _run_lengths(inner, size_hw)
     try:
         return run_lengths_of_counts(_plain_counts(text), size_hw)
     except ValueError as error:
@@ -193,7 +224,7 @@ def _unwritten(text: str | bytes) -> object:
     return None
 
 
-def _of_rle(value: Mapping[str, Any], size_hw: tuple[int, int]) -> RunLengths | None:
+def _of_rle(value: Mapping[str, Any], size_hw: Size) -> RunLengths | None:
     counts = value.get("counts")
     if value.keys() - {"size", "counts"} and counts is None:
         raise ValueError(f"{short(value)} is no RLE, which has size and counts")
@@ -208,7 +239,7 @@ def _of_rle(value: Mapping[str, Any], size_hw: tuple[int, int]) -> RunLengths | 
     return run_lengths_of_segmentation(rle, size_hw)
 
 
-def _of_rles(values: Sequence[Any], size_hw: tuple[int, int]) -> RunLengths | None:
+def _of_rles(values: Sequence[Any], size_hw: Size) -> RunLengths | None:
     """The union of RLE dictionaries in a list."""
     parts = [runs for v in values if (runs := _of_rle(v, size_hw)) is not None]
     if len(parts) <= 1:

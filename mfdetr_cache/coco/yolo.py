@@ -27,63 +27,103 @@ def yolo_splits(path: Path) -> dict[str, Path]:
 
     None for a YAML file of something else; DatasetError if it is no YAML.
     """
-    document = _read(path)
-    if "names" not in document:
-        return {}
-    found = {split: _sources(path, document, split) for split in _SPLITS}
-    return {
-        split: folder
-        for split, sources in found.items()
-        if (folder := _folder_of(sources, _places(path, document))) is not None
-    }
+    return _DataYaml(path).folders()
 
 
 def yolo_fault(path: Path) -> str:
     """What of the splits of a ``data.yaml`` cannot be read; empty for another YAML file too."""
-    document = _read(path)
-    named = [split for split in _SPLITS if document.get(split)]
-    if "names" not in document:
+    file = _DataYaml(path)
+    named = [split for split in _SPLITS if file.document.get(split)]
+    if "names" not in file.document:
         return f"{path} has no names of its classes" if named else ""
-    lacking = [split for split in named if split not in yolo_splits(path)]
+    folders = file.folders()
+    lacking = [split for split in named if split not in folders]
     if lacking:
-        return _fault_of(path, document, lacking[0])
+        return file.fault_of(lacking[0])
     return "" if named else f"{path} names no folder as train, val or test"
 
 
-def _fault_of(path: Path, document: Mapping[str, Any], split: str) -> str:
-    """Why a split has no images."""
-    if not document.get(split):
-        return f"{path} names no {split}"
-    said = f"{path}: {split} is {short(document[split])}"
-    if sources := _sources(path, document, split):
-        return f"{said}, and no image of {sources[0]} is there"
-    return f"{said}, no folder or list of images that is there"
+class _DataYaml:
+    """A ``data.yaml``; its folders may lie in any of ``places``. DatasetError if it is no YAML."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.document = _read(path)
+        root = self.document.get("path")
+        self.places = (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
 
-def _places(path: Path, document: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Where the folders of a ``data.yaml`` may lie."""
-    root = document.get("path")
-    return (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
+    def folders(self) -> dict[str, Path]:
+        """The folder of the images of each split, where these are there."""
+        if "names" not in self.document:
+            return {}
+        found = {split: self.folder_of(self.sources(split)) for split in _SPLITS}
+        return {split: folder for split, folder in found.items() if folder is not None}
 
+    def fault_of(self, split: str) -> str:
+        """Why a split has no images."""
+        if not self.document.get(split):
+            return f"{self.path} names no {split}"
+        said = f"{self.path}: {split} is {short(self.document[split])}"
+        if sources := self.sources(split):
+            return f"{said}, and no image of {sources[0]} is there"
+        return f"{said}, no folder or list of images that is there"
 
-def _sources(path: Path, document: Mapping[str, Any], split: str) -> list[Path]:
-    """The folders and text files of a split; none unless all are there."""
-    value = document.get(split)
-    places = _places(path, document)
-    found = [_source(places, v) for v in (value if isinstance(value, list) else [value])]
-    return [source for source in found if source is not None] if all(found) else []
+    def sources(self, split: str) -> list[Path]:
+        """The folders and text files of a split; none unless all are there."""
+        value = self.document.get(split)
+        found = [self._source(v) for v in (value if isinstance(value, list) else [value])]
+        return [source for source in found if source is not None] if all(found) else []
 
+    def _source(self, value: object) -> Path | None:
+        """A folder, or a text file, below one of the places."""
+        if not isinstance(value, str) or not value:
+            return None
+        # Roboflow writes ../train/images beside the folder that it means; others where they had it.
+        names = [value, value.removeprefix("../"), *_ends(value)]
+        if is_list := value.lower().endswith(".txt"):
+            names.append(PurePosixPath(value).name)
+        files = (place / name for place in self.places for name in names)
+        return next((f for f in files if f.is_dir() or (is_list and f.is_file())), None)
 
-def _source(places: Sequence[Path], value: object) -> Path | None:
-    """A folder, or a text file, below one of some places."""
-    if not isinstance(value, str) or not value:
-        return None
-    # Roboflow writes ../train/images beside the folder that it means; others where they had it.
-    names = [value, value.removeprefix("../"), *_ends(value)]
-    if is_list := value.lower().endswith(".txt"):
-        names.append(PurePosixPath(value).name)
-    files = (place / name for place in places for name in names)
-    return next((f for f in files if f.is_dir() or (is_list and f.is_file())), None)
+    def folder_of(self, sources: Sequence[Path]) -> Path | None:
+        """The folder that the images of a split have in common; None if none is there."""
+        if len(sources) == 1 and sources[0].is_dir():
+            return sources[0]
+        parents = {file.parent for file in self.images_of(sources) if file.is_absolute()}
+        return Path(os.path.commonpath(parents)) if parents else None
+
+    def images_of(self, sources: Sequence[Path]) -> list[Path]:
+        """The images of folders by name, and those of text files in order, as absolute paths.
+
+        One that is not there stays relative.
+        """
+        files: list[Path] = []
+        for source in sources:
+            if source.is_dir():
+                files += sorted(f for f in source.absolute().rglob("*") if is_image(f))
+                continue
+            try:
+                text = os.fsdecode(read_regular(source).removeprefix(codecs.BOM_UTF8))
+            except OSError as error:
+                raise DatasetError(f"{source} cannot be read: {error.strerror}") from error
+            here = [place.absolute() for place in (source.parent, *self.places)]
+            files += [_image_of(line.strip(), here) for line in text.split("\n") if line.strip()]
+        return files
+
+    def names(self) -> dict[int | str, str]:
+        """The names of the classes by their number; DatasetError if they are none."""
+        names = self.document.get("names")
+        if isinstance(names, list):
+            names = dict(enumerate(names))
+        if not isinstance(names, Mapping) or not names:
+            raise DatasetError(
+                f"{self.path} has no list of names; is it the data.yaml of a dataset?"
+            )
+        # A name that is a list of lists of aliases would be written out for hours.
+        odd = next((name for name in names.values() if not isinstance(name, str)), None)
+        if odd is not None:
+            raise DatasetError(f"{self.path}: one of its names is {short(odd)}")
+        return {int(k) if str(k).isdecimal() else str(k): name for k, name in names.items()}
 
 
 def _ends(value: str) -> Iterator[str]:
@@ -91,33 +131,6 @@ def _ends(value: str) -> Iterator[str]:
     parts = [part for part in PurePosixPath(value.replace("\\", "/")).parts if part not in "/.."]
     # One part alone, as images, could be of all splits.
     return ("/".join(parts[i:]) for i in range(len(parts) - 1))
-
-
-def _folder_of(sources: Sequence[Path], places: Sequence[Path]) -> Path | None:
-    """The folder that the images of a split have in common; None if none is there."""
-    if len(sources) == 1 and sources[0].is_dir():
-        return sources[0]
-    parents = {file.parent for file in _images_of(sources, places) if file.is_absolute()}
-    return Path(os.path.commonpath(parents)) if parents else None
-
-
-def _images_of(sources: Sequence[Path], places: Sequence[Path]) -> list[Path]:
-    """The images of folders by name, and those of text files in their order, as absolute paths.
-
-    One that is not there stays relative.
-    """
-    files: list[Path] = []
-    for source in sources:
-        if source.is_dir():
-            files += sorted(f for f in source.absolute().rglob("*") if is_image(f))
-            continue
-        try:
-            text = os.fsdecode(read_regular(source).removeprefix(codecs.BOM_UTF8))
-        except OSError as error:
-            raise DatasetError(f"{source} cannot be read: {error.strerror}") from error
-        here = [place.absolute() for place in (source.parent, *places)]
-        files += [_image_of(line.strip(), here) for line in text.split("\n") if line.strip()]
-    return files
 
 
 def is_image(file: Path) -> bool:
@@ -152,18 +165,17 @@ def read_yolo(path: Path, images: Path | None) -> JsonFile:
         ImageError: If an image is none.
     """
     path, split = yaml_and_split(path)
-    names = _names(path)
-    document = _read(path)
-    sources = [images] if images and not split else _sources(path, document, split)
+    yaml_file = _DataYaml(path)
+    names = yaml_file.names()
+    sources = [images] if images and not split else yaml_file.sources(split)
     if not sources and split:
-        raise DatasetError(_fault_of(path, document, split))
+        raise DatasetError(yaml_file.fault_of(split))
     if not sources:
         raise DatasetError(
             f"{path} is a dataset in YOLO's layout: its images are needed too, or the split behind "
             f"its name, as in {path.name}:train"
         )
-    places = _places(path, document)
-    files, folder = _images_of(sources, places), _folder_of(sources, places)
+    files, folder = yaml_file.images_of(sources), yaml_file.folder_of(sources)
     if not files or folder is None:
         raise DatasetError(f"{sources[0]} has no image")
     digest = hashlib.sha256(repr(sorted(names.items(), key=str)).encode())
@@ -178,10 +190,9 @@ def read_yolo(path: Path, images: Path | None) -> JsonFile:
     for number, (file, text) in enumerate(zip(files, texts, strict=True), 1):
         is_there = file.is_absolute()
         name = os.path.relpath(file, folder) if is_there else str(file)
-        height = width = 0  # told with all others that cannot be used
-        with contextlib.suppress(ImageError):
-            height, width = upright_size(file) if is_there else (0, 0)
-        entry = {"id": number, "file_name": name, "height": height, "width": width}
+        entry = {"id": number, "file_name": name, "height": 0, "width": 0}
+        with contextlib.suppress(ImageError):  # told with all others that cannot be used
+            entry["height"], entry["width"] = upright_size(file) if is_there else (0, 0)
         listed.append(entry)
         # Without one there is nothing in the image.
         data = text.read_bytes() if is_there and text.is_file() else b""
@@ -205,20 +216,6 @@ def _labels_of(image: Path) -> Path:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     plain, capitals = (Path(*parts, image.stem + ending) for ending in (".txt", ".TXT"))
     return capitals if capitals.is_file() and not plain.is_file() else plain
-
-
-def _names(path: Path) -> dict[int | str, str]:
-    """The names of a ``data.yaml`` by their number."""
-    names = _read(path).get("names")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, Mapping) or not names:
-        raise DatasetError(f"{path} has no list of names; is it the data.yaml of a dataset?")
-    # A name that is a list of lists of aliases would be written out for hours.
-    odd = next((name for name in names.values() if not isinstance(name, str)), None)
-    if odd is not None:
-        raise DatasetError(f"{path}: one of its names is {short(odd)}")
-    return {int(k) if str(k).isdecimal() else str(k): name for k, name in names.items()}
 
 
 def _object(line: str, image: Mapping[str, Any]) -> dict[str, Any]:
