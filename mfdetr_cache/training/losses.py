@@ -93,12 +93,11 @@ def head_losses(
     total = config.bce_weight * bce + config.dice_weight * dice
     if output.refine is not None:
         # The coarse mask and its refined points count alike (PointRend, section 3.4).
-        of_points = _mask_losses(logits, masks, config, generator, share, output.refine)
-        total = total + config.bce_weight * of_points[0] + config.dice_weight * of_points[1]
+        points = _mask_losses(logits, masks, config, generator, share, output.refine)
+        total = total + config.bce_weight * points[0] + config.dice_weight * points[1]
     if output.coarse_logits is not None and config.coarse_weight:
-        coarse = output.coarse_logits.float()
-        of_coarse = _mask_losses(coarse, masks, config, generator, share)
-        weighted = config.bce_weight * of_coarse[0] + config.dice_weight * of_coarse[1]
+        coarse = _mask_losses(output.coarse_logits.float(), masks, config, generator, share)
+        weighted = config.bce_weight * coarse[0] + config.dice_weight * coarse[1]
         total = total + config.coarse_weight * weighted
     count = len(logits) if share is None else share[1]
     scoring = logits.new_zeros(())

@@ -27,6 +27,10 @@ class Recipe:
     train: TrainConfig
     given: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    def changed(self, name: str, train: Mapping[str, Any] = {}, **head: Any) -> "Recipe":  # noqa: ANN401
+        """Another recipe: this one with other settings of training and head."""
+        return Recipe(name, replace(self.head, **head), replace(self.train, **train))
+
 
 def paper() -> Recipe:
     """The paper's final model: Table 6, row 4 (82.09 G, 3.26 M, 45.7 AP with H-DETR R50).
@@ -48,9 +52,7 @@ def fast() -> Recipe:
     hundred images are too few for it. All chosen on a fifth of the training images (the steps,
     and what each was worth: benchmarks/history.md, docs/quality.md). Made for a cache with views.
     """
-    recipe = _coarse()
-    head = replace(recipe.head, fine_size=64, roi_sampling_ratio=1)
-    return Recipe("fast", head, replace(recipe.train, num_points=1024))
+    return _coarse().changed("fast", {"num_points": 1024}, fine_size=64, roi_sampling_ratio=1)
 
 
 def _coarse() -> Recipe:
@@ -84,11 +86,9 @@ def _coarse() -> Recipe:
 
 def fcn() -> Recipe:
     """A baseline: Mask R-CNN's FCN head on the coarse grid's features, trained as ``fast``."""
-    recipe = _coarse()
-    head = replace(
-        recipe.head, box_layers=0, query_ffn=False, query_b2o=False, mask_predictor="fcn"
+    return _coarse().changed(
+        "fcn", box_layers=0, query_ffn=False, query_b2o=False, mask_predictor="fcn"
     )
-    return Recipe("fcn", head, recipe.train)
 
 
 def pointrend() -> Recipe:
@@ -107,28 +107,24 @@ def _with_points(name: str, coarse: Recipe) -> Recipe:
     Three hidden layers as wide as the features, 784 points per subdivision (its section 3.4). The
     mask gets 64 x 64 cells, as ``fast``'s, where PointRend goes to 224 x 224.
     """
-    head = replace(
-        coarse.head,
+    return coarse.changed(
+        name,
         fine_size=64,
         fine_block="points",
         fine_dim=coarse.head.hidden_dim,
         fine_layers=3,
         roi_sampling_ratio=1,
     )
-    return Recipe(name, head, coarse.train)
 
 
 def ffn() -> Recipe:
     """A baseline: a two-layer FFN on the query, nothing learned inside the box (Table 5)."""
-    recipe = _coarse()
-    head = replace(recipe.head, box_layers=0, query_ffn=True, query_b2o=False)
-    return Recipe("ffn", head, recipe.train)
+    return _coarse().changed("ffn", box_layers=0, query_ffn=True, query_b2o=False)
 
 
 def istr() -> Recipe:
     """A baseline: a 64-number code of the whole mask from query and region, as ISTR predicts it."""
-    recipe = ffn()
-    return Recipe("istr", replace(recipe.head, mask_predictor="embedding"), recipe.train)
+    return ffn().changed("istr", mask_predictor="embedding")
 
 
 def istr_stages() -> Recipe:
@@ -136,22 +132,14 @@ def istr_stages() -> Recipe:
 
     Weights of the losses are ISTR's. Its classes are the detector's, which are frozen.
     """
-    recipe = fcn()
-    head = replace(recipe.head, roi_size=8, mask_predictor="refined", mask_embedding_dim=60)
-    train = replace(
-        recipe.train,
-        match="set",
-        dice_weight=2.0,
-        embedding_weight=2.0,
-        embedding_loss="l2",
-    )
-    return Recipe("istr_stages", head, train)
+    losses = {"dice_weight": 2.0, "embedding_weight": 2.0, "embedding_loss": "l2"}
+    head = {"roi_size": 8, "mask_predictor": "refined", "mask_embedding_dim": 60}
+    return fcn().changed("istr_stages", {"match": "set", **losses}, **head)
 
 
 def queryinst() -> Recipe:
     """A baseline: QueryInst's dynamic mask head on the same regions, trained as ``fast``."""
-    recipe = fcn()
-    return Recipe("queryinst", replace(recipe.head, mask_predictor="dynamic"), recipe.train)
+    return fcn().changed("queryinst", mask_predictor="dynamic")
 
 
 def mask2former() -> Recipe:
@@ -161,17 +149,12 @@ def mask2former() -> Recipe:
     at a time.
     """
     recipe = ffn()
-    head = replace(recipe.head, roialign=False)
-    train = replace(recipe.train, accumulate=recipe.train.batch_size)
-    return Recipe("mask2former", head, train)
+    return recipe.changed("mask2former", {"accumulate": recipe.train.batch_size}, roialign=False)
 
 
 def demo() -> Recipe:
     """The head of ``mfdetr demo``: ``fast`` on the coarse grid alone, for scenes of 160 pixels."""
-    recipe = _coarse()
-    head = replace(recipe.head, box_layers=2)
-    train = replace(recipe.train, steps=900)
-    return Recipe("demo", head, train)
+    return _coarse().changed("demo", {"steps": 900}, box_layers=2)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -241,9 +224,7 @@ def _of_file(path: Path, name: str) -> Recipe:
     is_run = "detector" in document
     unknown = sorted(set(document) - {"recipe", "written_by", *parts})
     if unknown and not is_run:
-        raise ConfigError(
-            f"--config {path}: unknown key {unknown[0]!r}; use recipe, head and train"
-        )
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; use recipe, head and train")
     # A run names all settings of its time; those that came later are off by default.
     base = Recipe(recipe, HeadConfig(), TrainConfig()) if is_run else _named(recipe)
     head = from_dict(HeadConfig, {**to_dict(base.head), **parts["head"]}, where)
@@ -261,10 +242,7 @@ def split_settings(
     head, train = _split(assignments, where)
     full_head = override(HeadConfig(), head, where)
     full_train = override(TrainConfig(), train, where)
-    return (
-        {name: getattr(full_head, name) for name in head},
-        {name: getattr(full_train, name) for name in train},
-    )
+    return {n: getattr(full_head, n) for n in head}, {n: getattr(full_train, n) for n in train}
 
 
 def _split(

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class LiveImages:
             self._detector.spec,
             initial,
             joint=joint,
-            categories=[{"id": c.category_id, "name": c.name} for c in split.categories],
+            categories=split.plain_categories,
             label_categories=self.label_categories,
         )
 
@@ -191,7 +191,8 @@ class LiveSource:
                 objects = sum(len(trainable_objects(image.truth)) for image in images)
                 objects_of = self._processes.gather([objects], device)
                 num_objects = sum(count for (count,) in objects_of)
-                yield _LiveStep(self, number, images, len(self.order.rows_of(number)), num_objects)
+                num_images = len(self.order.rows_of(number))
+                yield _LiveStep(self, number, images, num_images, len(images), num_objects)
 
     def detect(self, images: Sequence[LiveImage], *, gradients: bool) -> list[DetectorOutput]:
         """The detector's output for each image, with or without gradients."""
@@ -200,6 +201,7 @@ class LiveSource:
             return [self._detector.forward(i.pixel_values[None].to(device)) for i in images]
 
 
+@dataclass
 class _LiveStep:
     """A step of a :class:`LiveSource`.
 
@@ -208,55 +210,47 @@ class _LiveStep:
     loss is divided, and with gradients for their own micro-batch.
     """
 
-    def __init__(
-        self,
-        source: LiveSource,
-        number: int,
-        images: list[LiveImage],
-        num_images: int,
-        num_objects: int,
-    ) -> None:
-        self.num_images = num_images
-        self.num_own_images = len(images)
-        self.micro_batches = 0
-        self.counts: Mapping[RegionSettings, int] = {}
-        self._source = source
-        self._number = number
-        self._images = images
-        self._num_objects = num_objects
-        self._is_prepared = False
-        self._outputs: list[DetectorOutput] = []
-        self._regions: list[RegionTargets] = []
+    source: LiveSource
+    number: int
+    images: list[LiveImage]
+    num_images: int
+    num_own_images: int
+    num_objects: int
+    micro_batches: int = 0
+    counts: Mapping[RegionSettings, int] = field(default_factory=dict)
+    is_prepared: bool = False
+    outputs: list[DetectorOutput] = field(default_factory=list)
+    regions: list[RegionTargets] = field(default_factory=list)
 
     def prepare(self, micro_batches: int) -> None:
-        if self._is_prepared and self.micro_batches == micro_batches:
+        if self.is_prepared and self.micro_batches == micro_batches:
             return
         self.release()
-        source, settings = self._source, self._source.learner.regions
+        source, settings = self.source, self.source.learner.regions
         twice = source.is_tuned and micro_batches > 1
-        outputs = source.detect(self._images, gradients=not twice)
-        self._regions = []
-        for image, output in zip(self._images, outputs, strict=True):
-            random = np.random.default_rng((source.learner.train.seed, self._number, image.row))
-            self._regions.append(build_regions(_without_maps(image, output), settings, random))
-        self.counts = {settings: sum(len(targets) for targets in self._regions)}
-        self._outputs = [] if twice else outputs
+        outputs = source.detect(self.images, gradients=not twice)
+        self.regions = []
+        for image, output in zip(self.images, outputs, strict=True):
+            random = np.random.default_rng((source.learner.train.seed, self.number, image.row))
+            self.regions.append(build_regions(_without_maps(image, output), settings, random))
+        self.counts = {settings: sum(len(targets) for targets in self.regions)}
+        self.outputs = [] if twice else outputs
         self.micro_batches = micro_batches
-        self._is_prepared = True
+        self.is_prepared = True
 
     def batches(self, regions: RegionSettings) -> Iterator[LiveBatch]:
-        assert regions == self._source.learner.regions
-        for part in filter(None, split(range(len(self._images)), self.micro_batches)):
-            images = [self._images[i] for i in part]
-            if self._outputs:
-                outputs = [self._outputs[i] for i in part]
+        assert regions == self.source.learner.regions
+        for part in filter(None, split(range(len(self.images)), self.micro_batches)):
+            images = [self.images[i] for i in part]
+            if self.outputs:
+                outputs = [self.outputs[i] for i in part]
             else:
-                outputs = self._source.detect(images, gradients=True)
-            yield self._collated(images, outputs, [self._regions[i] for i in part])
+                outputs = self.source.detect(images, gradients=True)
+            yield self._collated(images, outputs, [self.regions[i] for i in part])
 
     def release(self) -> None:
-        self._outputs = []
-        self._is_prepared = False
+        self.outputs = []
+        self.is_prepared = False
 
     def _collated(
         self,
@@ -265,13 +259,13 @@ class _LiveStep:
         regions: Sequence[RegionTargets],
     ) -> LiveBatch:
         """The batch a cache would give, but with gradients into maps and queries."""
-        learner = self._source.learner
+        learner = self.source.learner
         names = learner.head.map_names
         groups = live_groups(outputs, [image.geometry for image in images], names)
         cached = [_without_maps(i, o) for i, o in zip(images, outputs, strict=True)]
         detected = None
         if learner.head.config.query_o2o:
-            detected = [detected_queries(image, self._source.spec) for image in cached]
+            detected = [detected_queries(image, self.source.spec) for image in cached]
         batch = collate(cached, regions, names, learner.device, groups, detected)
         queries = [
             output.queries[0][torch.from_numpy(targets.query_index).to(learner.device)]
@@ -282,7 +276,7 @@ class _LiveStep:
             **{f.name: getattr(whole, f.name) for f in fields(whole)},
             outputs=tuple(outputs),
             images=tuple(images),
-            num_objects=self._num_objects,
+            num_objects=self.num_objects,
         )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,11 @@ class CacheSource:
             self._heads.setdefault(learner.regions, learner.head)
         self._detected = any(learner.head.config.query_o2o for learner in learners)
         self.regions = tuple(self._heads)
-        self.order = order_of(cache, self._train)
+        rows = tuple(trainable_rows(cache, self._train))
+        parts = None
+        if self._train.shuffle == "parts":
+            parts = tuple(row // cache.layout.images_per_part for row in rows)
+        self.order = Order(rows, self._train.batch_size, self._train.seed, parts)
 
     def steps(self, numbers: range) -> Generator[Step, None, None]:
         """Steps in order, read ahead and, beside a GPU, copied to it ahead."""
@@ -132,7 +136,8 @@ class CacheSource:
             samples = read_in_threads(load, self._own_rows, numbers, num_threads)
         with contextlib.closing(samples):
             for number, own in zip(numbers, samples, strict=True):
-                yield _CacheStep(self, own, len(self.order.rows_of(number)))
+                counts = {r: sum(len(sample.regions[r]) for sample in own) for r in self.regions}
+                yield _CacheStep(self, own, len(self.order.rows_of(number)), len(own), counts)
 
     def _own_rows(self, step: int) -> list[int]:
         return self._processes.share_of(self.order.rows_of(step))
@@ -156,40 +161,27 @@ class CacheSource:
         return batches
 
 
+@dataclass
 class _CacheStep:
-    def __init__(self, source: CacheSource, samples: list[TrainSample], num_images: int) -> None:
-        self.num_images = num_images
-        self.num_own_images = len(samples)
-        self.micro_batches = 0
-        self.counts: Mapping[RegionSettings, int] = {
-            regions: sum(len(sample.regions[regions]) for sample in samples)
-            for regions in source.regions
-        }
-        self._source = source
-        self._samples = samples
-        self._batches: dict[RegionSettings, list[TrainBatch]] | None = None
+    source: CacheSource
+    samples: list[TrainSample]
+    num_images: int
+    num_own_images: int
+    counts: Mapping[RegionSettings, int]
+    micro_batches: int = 0
+    prepared: Mapping[RegionSettings, list[TrainBatch]] = field(default_factory=dict)
 
     def prepare(self, micro_batches: int) -> None:
-        if self._batches is None or self.micro_batches != micro_batches:
+        if not self.prepared or self.micro_batches != micro_batches:
             self.release()
-            self._batches = self._source.collated(self._samples, micro_batches)
+            self.prepared = self.source.collated(self.samples, micro_batches)
             self.micro_batches = micro_batches
 
     def batches(self, regions: RegionSettings) -> Iterable[TrainBatch]:
-        assert self._batches is not None
-        return self._batches[regions]
+        return self.prepared[regions]
 
     def release(self) -> None:
-        self._batches = None
-
-
-def order_of(cache: FeatureCache, train: TrainConfig) -> Order:
-    """The order of a training over a complete cache."""
-    rows = tuple(trainable_rows(cache, train))
-    parts = None
-    if train.shuffle == "parts":
-        parts = tuple(row // cache.layout.images_per_part for row in rows)
-    return Order(rows, train.batch_size, train.seed, parts)
+        self.prepared = {}
 
 
 def stream_key(train: TrainConfig) -> tuple[object, ...]:
