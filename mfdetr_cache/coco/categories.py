@@ -2,12 +2,12 @@
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mfdetr_cache.coco.ids import SourceId, known_id, named, with_numbers
+from mfdetr_cache.coco.ids import SourceId, by_unique_name, known_id, named, with_numbers
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
@@ -69,14 +69,13 @@ def match_labels(
     annotated categories have the name of one label, or no rule gives a single category.
     """
     counts = {c.category_id: 1 for c in categories} if objects is None else dict(objects)
-    rules: dict[int, Rule] = {}
-    labels = _by_map(label_names, categories, mapped or {}, detector)
-    rules.update(dict.fromkeys(labels, "map"))
-    for category_id, label in _by_name(label_names, categories, counts, set(labels)).items():
-        labels[category_id], rules[category_id] = label, "name"
+    as_told = _by_map(label_names, categories, mapped or {}, detector)
+    by_name = _by_name(label_names, categories, counts, as_told)
+    labels = as_told | by_name
+    rules: dict[int, Rule] = {**dict.fromkeys(by_name, "name"), **dict.fromkeys(as_told, "map")}
     if not labels:
         labels, rule = _by_number(label_names, categories, counts, detector)
-        rules.update(dict.fromkeys(labels, rule))
+        rules = dict.fromkeys(labels, rule)
     label_categories, same_as = [-1] * len(label_names), {}
     for category in categories:
         label = labels.get(category.category_id, -1)
@@ -125,7 +124,7 @@ def _by_name(
     label_names: Sequence[str],
     categories: Sequence[Category],
     counts: Mapping[int, int],
-    done: set[int],
+    done: Container[int],
 ) -> dict[int, int]:
     """Category id to label of the same name, where the detector has real names."""
     of_name: dict[str, list[Category]] = defaultdict(list)
@@ -220,11 +219,8 @@ def called(categories: Sequence[Category], name: str) -> list[Category]:
 
 def by_names_too(categories: Mapping[SourceId, Category]) -> dict[SourceId, Category]:
     """Categories by everything that can only mean one: ids, and names in any capitals."""
-    found: dict[SourceId, Category] = {}
-    for form in (plain_name, str):  # the names as they are written come before other capitals
-        counts = Counter(form(c.name) for c in categories.values())
-        found |= {n: c for c in categories.values() if counts[n := form(c.name)] == 1}
-    return with_numbers({**found, **categories})
+    names = [(c.name, c) for c in categories.values()]
+    return with_numbers({**by_unique_name(names, plain_name), **categories})
 
 
 def known_category(value: object, found: Container[SourceId]) -> SourceId | None:

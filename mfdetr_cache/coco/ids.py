@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 SourceId = int | str
@@ -57,6 +57,17 @@ def with_numbers(found: Mapping[SourceId, _Found]) -> dict[SourceId, _Found]:
         n: v for k, v in found.items() if (n := number_of(k)) is not None and counts[n] == 1
     }
     return {**numbers, **found}
+
+
+def by_unique_name(
+    named: Sequence[tuple[str, _Found]], plain: Callable[[str], str]
+) -> dict[SourceId, _Found]:
+    """What has names, by those that mean one thing alone: as written, or in the ``plain`` form."""
+    found: dict[SourceId, _Found] = {}
+    for form in (plain, str):  # the names as they are written come first
+        counts = Counter(form(name) for name, _ in named)
+        found.update({n: item for name, item in named if counts[n := form(name)] == 1})
+    return found
 
 
 def known_id(value: object, found: Container[SourceId]) -> SourceId | None:

@@ -1,12 +1,11 @@
 """Images as annotations and results name them: by id, by file, or by the number in its name."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Generic, TypeVar
 
-from mfdetr_cache.coco.ids import SourceId, known_id, number_of, with_numbers
+from mfdetr_cache.coco.ids import SourceId, by_unique_name, known_id, number_of, with_numbers
 
 _Image = TypeVar("_Image")
 
@@ -40,11 +39,7 @@ class NamedImages(Generic[_Image]):
             for file in [PurePosixPath(file_name.replace("\\", "/"))]
             for name in {str(file), file.name, file.stem}
         ]
-        by_name: dict[SourceId, _Image] = {}
-        for form in (str.lower, str):  # the names as they are written come first
-            counts = Counter(form(name) for name, _ in names)
-            by_name.update({n: image for name, image in names if counts[n := form(name)] == 1})
-        by_name.update(ids)
+        by_name = {**by_unique_name(names, str.lower), **ids}
         numbers = [(number, i) for name, i in names if (number := number_of(name)) is not None]
         by_number: dict[SourceId, _Image] = dict(numbers)
         only_one = len(by_number) == len(numbers)

@@ -30,12 +30,7 @@ from mfdetr_cache.evaluation.coco_metrics import (
 )
 from mfdetr_cache.evaluation.confusion import confusions
 from mfdetr_cache.evaluation.inference import MaskPrediction, masks_in_image, predict_masks
-from mfdetr_cache.evaluation.oracles import (
-    ORACLES,
-    Oracle,
-    oracle_results,
-    with_perfect_boxes,
-)
+from mfdetr_cache.evaluation.oracles import ORACLES, Oracle, oracle_results, with_perfect_boxes
 from mfdetr_cache.evaluation.overlap import tell_images_in_both
 from mfdetr_cache.evaluation.results import box_results, mask_results
 from mfdetr_cache.head.cost import head_cost
@@ -149,7 +144,9 @@ def measure(
             reporter.advance()
     reporter.finish()
     truth = ground_truth_of(cache)
-    _tell_gaps(truth, reporter)
+    for told in (told_of_no_mask(truth), told_of_empty_images(truth)):
+        if told:
+            reporter.warn(told)
 
     def report(name: str, kind: Kind = "segm") -> CocoReport:
         return measure_results(truth, found[name], kind, evaluator)
@@ -159,9 +156,7 @@ def measure(
     details: dict[str, Any] = {"mask": mask.details(), "box": box.details()}
     if "confusion" in extras:
         details["confusion"] = [asdict(c) for c in confusions(truth, found["mask"])]
-    used = scoring
-    if scoring == "auto":
-        used = "iou" if head.config.mask_scoring else "mean"
+    by_itself: Scoring = "iou" if head.config.mask_scoring else "mean"
     cost = head_cost(head.config, cache.spec)
     summary = EvaluateSummary(
         num_images=len(cache),
@@ -172,22 +167,13 @@ def measure(
         boundary=report("mask", "boundary").metrics if "boundary" in extras else None,
         details=details,
         seconds=time.perf_counter() - started,
-        latency={
-            "head": Latency.of(head_seconds),
-            "post_processing": Latency.of(pasting_seconds),
-        },
-        scoring=used,
+        latency={"head": Latency.of(head_seconds), "post_processing": Latency.of(pasting_seconds)},
+        scoring=by_itself if scoring == "auto" else scoring,
         parameters=cost.parameters,
         macs=cost.macs,
         oracles={name: report(name).metrics for name in ORACLES if with_oracles},
     )
     return summary, found["mask"]
-
-
-def _tell_gaps(truth: COCO, reporter: Reporter) -> None:
-    for told in (told_of_no_mask(truth), told_of_empty_images(truth)):
-        if told:
-            reporter.warn(told)
 
 
 def open_to_measure(

@@ -19,18 +19,17 @@ def box_results(
 
     ``label_categories`` are the category ids of each label, -1 for none.
     """
-    results = []
-    for index, category_id in _with_category(detections, label_categories):
-        x0, y0, x1, y1 = (float(v) for v in detections.boxes_xyxy[index])
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": float(detections.class_scores[index]),
-            }
-        )
-    return results
+    boxes, scores = detections.boxes_xyxy.tolist(), detections.class_scores.tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_id,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": scores[index],
+        }
+        for index, category_id in _with_category(detections, label_categories)
+        for x0, y0, x1, y1 in [boxes[index]]
+    ]
 
 
 def mask_result(image_id: int, category_id: int, rle: dict[str, Any], confidence: float) -> Result:
