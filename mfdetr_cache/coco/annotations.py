@@ -12,9 +12,8 @@ import numpy as np
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.formats import told_of_format
-from mfdetr_cache.coco.ids import SourceId, source_id
+from mfdetr_cache.coco.ids import NamedImages, SourceId, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
-from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.layouts import DatasetFiles, yaml_and_split
 from mfdetr_cache.coco.objects import Annotation, read_annotations

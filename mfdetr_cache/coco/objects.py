@@ -8,9 +8,8 @@ from typing import Any
 from mfdetr_cache.coco.box_forms import Box, BoxForm, Size, form_of_boxes, overlap
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
-from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
+from mfdetr_cache.coco.ids import NamedImages, SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
-from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
 from mfdetr_cache.ops.masks import RunLengths
 

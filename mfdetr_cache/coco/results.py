@@ -10,9 +10,8 @@ from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes, overlap
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
-from mfdetr_cache.coco.ids import SourceId, named, source_id
+from mfdetr_cache.coco.ids import NamedImages, SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
-from mfdetr_cache.coco.image_names import NamedImages
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import IN_ROWS, finite_number, four_numbers
 from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations

@@ -19,7 +19,7 @@ from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.evaluation.results import mask_result, mask_results
 from mfdetr_cache.ops.boxes import box_iou, cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
 from mfdetr_cache.ops.masks import compress_run_lengths, rle_iou
-from mfdetr_cache.types import CachedImage, GroundTruth
+from mfdetr_cache.types import CachedImage
 
 Oracle = Literal["masks", "scores", "boxes", "labels", "found"]
 ORACLES: dict[Oracle, str] = {
@@ -71,7 +71,9 @@ def oracle_results(
     """
     truth, size_hw, image_id = image.ground_truth, image.geometry.original_hw, image.image_id
     categories = np.array([label_categories[int(v)] for v in detections.labels], dtype=np.int64)
-    overlap, objects = _mask_iou(rles, truth, size_hw)
+    objects = np.flatnonzero(~truth.is_crowd & truth.has_mask)
+    drawn = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]
+    overlap = rle_iou(rles, drawn)
     of_objects = truth.category_ids[objects]
     same = categories[:, None] == of_objects[None]
     annotated = oracle_masks(detections, truth, label_categories, size_hw)
@@ -80,16 +82,8 @@ def oracle_results(
         return mask_results(image_id, detections, label_categories, masks, scores)
 
     results = listed(rles, confidences)
-    missed = objects[~((overlap >= SAME_OBJECT_IOU) & same).any(axis=0)]
-    added = [
-        mask_result(
-            image_id,
-            int(truth.category_ids[index]),
-            compress_run_lengths(truth.run_lengths[index], size_hw),
-            1.0,
-        )
-        for index in missed
-    ]
+    missed = np.flatnonzero(~((overlap >= SAME_OBJECT_IOU) & same).any(axis=0))
+    added = [mask_result(image_id, int(of_objects[i]), drawn[i], 1.0) for i in missed]
     if len(objects):
         covered = overlap.max(axis=1) >= SAME_OBJECT_IOU
         categories = np.where(covered, of_objects[overlap.argmax(axis=1)], categories)
@@ -99,15 +93,6 @@ def oracle_results(
         "labels": _one_per_query(image_id, detections, categories, rles, confidences),
         "found": results + added,
     }
-
-
-def _mask_iou(
-    rles: Sequence[dict[str, Any]], truth: GroundTruth, size_hw: tuple[int, int]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """IoU of each mask with each object, shape (D, G'), and which objects these are."""
-    objects = np.flatnonzero(~truth.is_crowd & truth.has_mask)
-    wanted = [compress_run_lengths(truth.run_lengths[i], size_hw) for i in objects]
-    return rle_iou(rles, wanted), objects
 
 
 def _true_scores(overlap: NDArray[np.float64]) -> NDArray[np.float64]:
