@@ -148,21 +148,12 @@ def _image_of(line: str, places: Sequence[Path]) -> Path:
 
 
 def read_yolo(path: Path, images: Path | None) -> JsonFile:
-    """A split in YOLO's layout as a COCO document.
+    """A split in YOLO's layout as a COCO document; DatasetError if names or images are missing.
 
-    Args:
-        path: Its ``data.yaml``, perhaps with the split behind its name: ``data.yaml:train``.
-        images: The image folder, where no split is named. ``images`` in the path of an image
-            becomes ``labels`` for its polygons.
-
-    Returns:
-        The document: images in the order of their names, or of the text file that lists them, with
-        their size after EXIF rotation, one annotation per line of the text files. A line of a box
-        alone has no mask.
-
-    Raises:
-        DatasetError: If names or images are missing.
-        ImageError: If an image is none.
+    Of a ``data.yaml``, perhaps with the split behind its name: ``data.yaml:train``; ``images`` is
+    the image folder, where no split is named. Images are in the order of their names, or of the
+    text file that lists them, with their size after EXIF rotation; one that cannot be read has
+    size 0. There is one annotation per line of their text files; a line of a box alone has no mask.
     """
     path, split = yaml_and_split(path)
     yaml_file = _DataYaml(path)

@@ -141,11 +141,9 @@ def _indexed(
     return coco
 
 
-def evaluate_results(
-    ground_truth: COCO, results: Sequence[Result], kind: Kind, evaluator: Evaluator = "fast"
-) -> CocoMetrics:
+def evaluate_results(ground_truth: COCO, results: Sequence[Result], kind: Kind) -> CocoMetrics:
     """The summary of :func:`measure_results`."""
-    return measure_results(ground_truth, results, kind, evaluator).metrics
+    return measure_results(ground_truth, results, kind).metrics
 
 
 def measure_results(

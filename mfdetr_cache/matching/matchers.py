@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -44,16 +43,10 @@ def match_hungarian(
 ) -> Matches:
     """One query for each object, as the detectors themselves train (focal class, L1 and GIoU cost).
 
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh_norm: Predicted boxes, shape (Q, 4).
-        object_labels: All >= 0, shape (G,).
-        object_cxcywh_norm: Annotated boxes, shape (G, 4).
-        preferred: Queries whose crops a cache holds; chosen wherever the cost differs by rounding
-            alone, since another release or machine may swap two queries of equal cost.
-
-    Returns:
-        min(G, Q) pairs, sorted by query; absent queries are in none and do not count.
+    Logits are (Q, K), boxes (Q, 4) and (G, 4), labels (G,), none below 0. ``preferred`` are the
+    queries whose crops a cache holds: they are chosen wherever the cost differs by rounding alone,
+    since another release or machine may swap two queries of equal cost. min(G, Q) pairs, sorted by
+    query; absent queries are in none and do not count.
     """
     present = np.flatnonzero((class_logits > ABSENT_LOGIT).any(axis=1))
     if len(present) < len(class_logits):
@@ -65,22 +58,15 @@ def match_hungarian(
     from mfdetr_cache.matching.pair_costs_numba import pair_costs
 
     class_weights, box_weights = (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
-    cost, iou = pair_costs(
-        class_logits,
-        boxes_cxcywh_norm,
-        object_labels,
-        object_cxcywh_norm,
-        class_weights,
-        box_weights,
-    )
+    predicted, objects = (class_logits, boxes_cxcywh_norm), (object_labels, object_cxcywh_norm)
+    cost, iou = pair_costs(*predicted, *objects, class_weights, box_weights)
     query_index, object_index = linear_sum_assignment(cost)
     if preferred is not None and not np.isin(query_index, preferred).all():
         rows, columns = linear_sum_assignment(cost[preferred])
         extra = cost[preferred][rows, columns].sum() - cost[query_index, object_index].sum()
         if len(columns) == len(object_index) and extra <= TIE * len(columns):
             query_index, object_index = preferred[rows], columns
-    matches = iou[query_index, object_index].astype(np.float32)
-    return Matches(query_index, object_index, matches)
+    return Matches(query_index, object_index, iou[query_index, object_index].astype(np.float32))
 
 
 def focal_cost(class_logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -102,17 +88,9 @@ def match_by_iou(
 ) -> Matches:
     """Pairs each confident query that overlaps an object with the object of highest IoU.
 
-    Several queries may share an object and labels do not matter, as for Mask R-CNN's proposals.
-
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_xyxy_norm: Predicted boxes, shape (Q, 4).
-        object_xyxy_norm: Annotated boxes, shape (G, 4).
-        candidates: Number of queries considered, by best class score.
-        min_iou: Lowest IoU of a pair.
-
-    Returns:
-        The pairs, sorted by query.
+    Several queries may share an object and labels do not matter, as for Mask R-CNN's proposals. Of
+    logits (Q, K) and boxes (Q, 4) and (G, 4); only the ``candidates`` queries of best class score
+    are considered. The pairs are sorted by query.
     """
     score, best = class_logits.max(-1).values.topk(min(candidates, len(class_logits)))
     query_index = best[score > ABSENT_LOGIT].sort().values
@@ -127,8 +105,8 @@ _MIN_SIDE_NORM = 1e-4
 
 
 def hungarian_queries(
-    class_logits: torch.Tensor,
-    boxes_cxcywh_norm: torch.Tensor,
+    class_logits: Tensor,
+    boxes_cxcywh_norm: Tensor,
     truth: GroundTruth,
     original_hw: tuple[int, int],
 ) -> NDArray[np.int64]:

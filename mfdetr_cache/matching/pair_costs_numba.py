@@ -44,18 +44,11 @@ def pair_costs(
     class_weights: tuple[float, float, float],
     box_weights: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Deformable DETR's matching cost (focal class, L1 and GIoU) and IoU of every pair.
+    """Deformable DETR's matching cost (focal class, L1 and GIoU) and IoU of every pair, (Q, G).
 
-    Args:
-        class_logits: Shape (Q, K).
-        boxes_cxcywh: Predicted boxes, shape (Q, 4).
-        labels: Label of each object, shape (G,).
-        objects_cxcywh: Annotated boxes, same unit, shape (G, 4).
-        class_weights: Weight of the class cost, alpha and gamma of the focal loss.
-        box_weights: Weights of L1 and of generalised IoU.
-
-    Returns:
-        Cost and IoU, both of shape (Q, G).
+    Logits are (Q, K), labels (G,), boxes (Q, 4) and (G, 4) in one unit. ``class_weights`` are the
+    weight of the class cost, alpha and gamma of the focal loss; ``box_weights`` those of L1 and of
+    generalised IoU.
     """
     weight, alpha, gamma = class_weights
     cost = np.empty((len(boxes_cxcywh), len(labels)))

@@ -8,6 +8,9 @@ from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.options import Option
 
+# The least that a number may be, where that is not 0.
+_LEAST = {"steps": 1, "batch_size": 1, "target_scale": 1, "accumulate": 1, "num_processes": -1}
+_SHARES = ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio")
 # Settings that a run that failed may go on with otherwise.
 RESCUE_FIELDS = ("lr", "clip_norm", "amp")
 
@@ -161,28 +164,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and value < 0 and name != "num_processes":
-                raise ValueError(f"{name} must not be negative")
-        for name in ("steps", "batch_size", "target_scale", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more")
+            least = _LEAST.get(name, 0)
+            if isinstance(value, int | float) and value < least:
+                said = f"be {least} or more" if least else "not be negative"
+                raise ValueError(f"{name} must {said}")
+            if name in _SHARES and value > 1:
+                raise ValueError(f"{name} must be within 0 and 1")
         if self.val_split == 1:
             raise ValueError("val_split must be 0, or 2 or more")
-        if self.num_processes < -1:
-            raise ValueError("num_processes must be -1 or more")
         if self.lr <= 0 or self.oversample_ratio < 1:
             raise ValueError("lr must be above 0 and oversample_ratio 1 or more")
         if self.views not in ("all", "base") and not (self.views.isdecimal() and int(self.views)):
             raise ValueError(f"views must be all, base or a number from 1 on, not {self.views!r}")
-        self._require_shares()
-
-    def _require_shares(self) -> None:
-        for name in ("ema_decay", "min_match_iou", "gt_box_share", "importance_sample_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be within 0 and 1")
         if self.beta1 >= 1 or self.beta2 >= 1:
             raise ValueError("beta1 and beta2 must be below 1")
         if not 0 < self.label_fraction <= 1:
             raise ValueError("label_fraction must be above 0 and at most 1")
-        if not 0 <= self.box_jitter < 0.5:
+        if self.box_jitter >= 0.5:
             raise ValueError("box_jitter must be within 0 and 0.5")

@@ -74,17 +74,10 @@ def head_losses(
 ) -> LossParts:
     """The losses of R > 0 regions; ValueError for none.
 
-    Args:
-        output: Of the mask network.
-        masks: Coverage of the object over each box, shape (R, t, t), or over the whole image where
-            the output's masks are, (R, h, w).
-        labels: Label of each object, -1 for none, shape (R,).
-        outside: Area of each object outside the box, over the box's area, shape (R,).
-        config: Points and weights.
-        generator: Of the sampled points.
-        share: Index of the first region within its step, and the number of regions of the step.
-            Means are then over the step, so that losses and gradients of micro-batches add up.
-        codec: Encodes the annotated masks where the output has codes.
+    ``masks``, ``labels`` and ``outside`` are those of a ``TrainBatch``. ``share`` is the index of
+    the first region within its step, and the number of regions of the step: means are then over the
+    step, so that losses and gradients of micro-batches add up. ``codec`` encodes the annotated
+    masks where the output has codes.
     """
     logits = output.mask_logits.float()
     if not len(logits):
