@@ -1,5 +1,6 @@
 """What the four numbers of a ``bbox`` mean: COCO's x, y, width, height, or another tool's."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -131,3 +132,32 @@ def overlap(box: Box, corners: Corners) -> float:
     across = max(0.0, min(x + w, x1) - max(x, x0))
     down = max(0.0, min(y + h, y1) - max(y, y0))
     return across * down / (w * h + (x1 - x0) * (y1 - y0) - across * down)
+
+
+def four_numbers(value: object) -> Box | None:
+    """A ``bbox`` field, a list or one as text, as four finite numbers; None for anything else.
+
+    Examples:
+        >>> four_numbers("[1, 2.5, 3, 4]") == four_numbers("1. 2.5 3. 4.") == (1, 2.5, 3, 4)
+        True
+    """
+    if isinstance(value, str):
+        value = value.strip("[]() ").replace(",", " ").split()
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        return None
+    numbers = [finite_number(v) for v in value]
+    if any(n is None for n in numbers):
+        return None
+    x, y, w, h = (float(n or 0) for n in numbers)
+    return x, y, w, h
+
+
+def finite_number(value: object) -> float | None:
+    """A number, also one as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

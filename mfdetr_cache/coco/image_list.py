@@ -1,6 +1,5 @@
 """The ``images`` and ``categories`` of a COCO document."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from mfdetr_cache.coco.box_forms import finite_number
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_files import (
@@ -264,8 +264,5 @@ def _size(
 
 def _whole(value: object) -> int | None:
     """A side in pixels; None for what stands where it is not known: nothing, 0, -1."""
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        return None
-    return int(number) if math.isfinite(number) and number.is_integer() and number > 0 else None
+    number = finite_number(value)
+    return int(number) if number is not None and number > 0 and number.is_integer() else None

@@ -1,11 +1,18 @@
 """The ``annotations`` of a COCO document, checked, repaired where that is certain."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mfdetr_cache.coco.box_forms import Box, BoxForm, Size, form_of_boxes, overlap
+from mfdetr_cache.coco.box_forms import (
+    Box,
+    BoxForm,
+    Size,
+    finite_number,
+    form_of_boxes,
+    four_numbers,
+    overlap,
+)
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import NamedImages, SourceId, internal_ids, source_id
@@ -229,35 +236,6 @@ def is_crowd(value: object) -> bool:
     if text in ("1", "1.0", "true", "yes"):
         return True
     raise ValueError(f"iscrowd {short(value)}; it is 0 or 1")
-
-
-def four_numbers(value: object) -> Box | None:
-    """A ``bbox`` field, a list or one as text, as four finite numbers; None for anything else.
-
-    Examples:
-        >>> four_numbers("[1, 2.5, 3, 4]") == four_numbers("1. 2.5 3. 4.") == (1, 2.5, 3, 4)
-        True
-    """
-    if isinstance(value, str):
-        value = value.strip("[]() ").replace(",", " ").split()
-    if not isinstance(value, (list, tuple)) or len(value) != 4:
-        return None
-    numbers = [finite_number(v) for v in value]
-    if any(n is None for n in numbers):
-        return None
-    x, y, w, h = (float(n or 0) for n in numbers)
-    return x, y, w, h
-
-
-def finite_number(value: object) -> float | None:
-    """A number, also one as text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _is_usable(box: Box, size_hw: Size) -> bool:

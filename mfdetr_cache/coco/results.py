@@ -7,13 +7,20 @@ from typing import Any
 
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.annotations import CocoSplit
-from mfdetr_cache.coco.box_forms import Box, BoxForm, form_of_boxes, overlap
+from mfdetr_cache.coco.box_forms import (
+    Box,
+    BoxForm,
+    finite_number,
+    form_of_boxes,
+    four_numbers,
+    overlap,
+)
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.ids import NamedImages, SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.json_file import read_json
-from mfdetr_cache.coco.objects import IN_ROWS, finite_number, four_numbers
+from mfdetr_cache.coco.objects import IN_ROWS
 from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import compress_run_lengths

@@ -9,6 +9,8 @@ import torch
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.schema import C1RoiLayout
 from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.coco.categories import called, category_names, plain_name
+from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.config import nearest, to_dict
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.head.config import HeadConfig
@@ -52,15 +54,14 @@ def with_length(train: TrainConfig, length: Length, num_rows: int) -> TrainConfi
 
 def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> tuple[int, ...]:
     """Ids, in rising order, of the categories that ``--hold-out`` names or numbers."""
-    by_name = {str(c["name"]).lower(): int(c["id"]) for c in categories}
-    known = set(by_name.values())
-    ids = set()
+    known = [Category(number, name) for number, name in category_names(categories).items()]
+    ids: set[int] = set()
     for name in names:
-        plain = name.strip().lower()
-        number = by_name.get(plain, int(plain) if plain.isdecimal() and len(plain) < 20 else None)
-        if number not in known:
-            raise ConfigError(f"--hold-out {name}: no such category{nearest(plain, list(by_name))}")
-        ids.add(number)
+        found = called(known, name.strip())
+        if not found:
+            like = nearest(plain_name(name), [plain_name(c.name) for c in known])
+            raise ConfigError(f"--hold-out {name}: no such category{like}")
+        ids.update(c.category_id for c in found)
     return tuple(sorted(ids))
 
 

@@ -18,7 +18,7 @@ from mfdetr_cache.coco.augmentation import (
     transform_ground_truth,
     transform_image,
 )
-from mfdetr_cache.coco.categories import match_labels
+from mfdetr_cache.coco.labelled import label_split
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector, fixed_input_hw
 from mfdetr_cache.errors import TrainingError
@@ -85,11 +85,9 @@ class LiveImages:
         train: TrainConfig,
         augment: Policy | None,
     ) -> None:
-        spec = detector.spec
-        found = match_labels(spec.label_names, split.categories, spec.name)
-        self.label_categories = found.label_categories
-        label_of = {c: label for label, c in enumerate(self.label_categories) if c >= 0}
-        self._truth = [split.ground_truth(e, label_of) for e in split.images]
+        labelled = label_split(split, detector.spec)
+        self.label_categories = labelled.match.label_categories
+        self._truth = [labelled.objects_of(e) for e in split.images]
         self._split = split
         self._folder = folder
         self._detector = detector
