@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.reporter import SilentReporter
 from tests.support import scenes
-from tests.support.scenes import written
+from tests.support.scenes import told, written
 
 
 def test_ground_truth_is_complete(scenes_folder: Path, document: dict[str, Any]) -> None:
@@ -139,9 +138,7 @@ def test_all_faults_are_named_at_once_and_can_be_left_out(
     assert said.endswith("; and 3 more; --on-bad-annotation skip leaves them out")
     split = load_coco_split(path, on_bad="skip")
     assert [len(split.annotations[e.image_id]) for e in split.images] == [2, 1, *[0] * 6]
-    reporter = SilentReporter()
-    split.tell_faults(reporter)
-    assert "left out: 13 of 16 annotations cannot be used" in reporter.messages[0]
+    assert "left out: 13 of 16 annotations cannot be used" in told(split)[0]
     kept = load_coco_split(path, needs="boxes")
     assert sum(len(a) for a in kept.annotations.values()) == 16
     assert len(kept.ground_truth(kept.images[-1], {}).run_lengths[0]) == 0

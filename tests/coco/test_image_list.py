@@ -9,8 +9,7 @@ from PIL import Image
 
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import DatasetError
-from mfdetr_cache.reporter import SilentReporter
-from tests.support.scenes import written
+from tests.support.scenes import told, written
 
 
 def test_sizes_and_names_come_from_the_files(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -35,10 +34,8 @@ def test_sizes_and_names_come_from_the_files(tmp_path: Path, document: dict[str,
     split = load_coco_split(path, images)
     assert {e.image_id: e.size_hw for e in split.images} == sizes
     assert all((images / e.file_name).is_file() for e in split.images)
-    reporter = SilentReporter()
-    split.tell_faults(reporter)
-    assert any("3 of 3 images: height and width missing" in m for m in reporter.messages)
-    assert any("of 3 images: file_name is spelled otherwise" in m for m in reporter.messages)
+    assert any("3 of 3 images: height and width missing" in m for m in told(split))
+    assert any("of 3 images: file_name is spelled otherwise" in m for m in told(split))
     with pytest.raises(DatasetError, match="has height -1 and width None in place of its size"):
         load_coco_split(path)
 
@@ -165,9 +162,7 @@ def test_a_file_that_is_listed_twice_is_worth_a_word(
     tmp_path: Path, document: dict[str, Any]
 ) -> None:
     document["images"].append({**document["images"][0], "id": 7})
-    reporter = SilentReporter()
-    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
     name = document["images"][0]["file_name"]
-    (said,) = reporter.messages
+    (said,) = told(load_coco_split(written(tmp_path, document)))
     assert "1 of 9 images: file_name is that of another image too, so it counts twice" in said
     assert f"(image 7 ({name}))" in said

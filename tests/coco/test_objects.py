@@ -10,8 +10,7 @@ import pytest
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.ops.masks import decode_run_lengths
-from mfdetr_cache.reporter import SilentReporter
-from tests.support.scenes import written
+from tests.support.scenes import told, written
 
 
 def test_boxes_are_taken_from_masks_and_areas_too(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -40,11 +39,8 @@ def test_boxes_are_taken_from_masks_and_areas_too(tmp_path: Path, document: dict
             assert ours.box_xywh == (x, y, columns[-1] + 1 - x, rows[-1] + 1 - y)
     assert [p[0].area for p in pairs[:8]] == [p[0].run_lengths[1::2].sum() for p in pairs[:8]]
     assert [p[0].area for p in pairs[8:]] == [p[1].area for p in pairs[8:]]
-    reporter = SilentReporter()
-    split.tell_faults(reporter)
-    assert "8 of 16 annotations: bbox missing or not usable, taken from the mask" in "".join(
-        reporter.messages
-    )
+    said = "".join(told(split))
+    assert "8 of 16 annotations: bbox missing or not usable, taken from the mask" in said
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -63,9 +59,7 @@ def test_boxes_written_as_corners_are_read_as_corners(
     for entry in split.images:
         ours, theirs = (s.ground_truth(entry, {}).boxes_xyxy for s in (split, plain))
         np.testing.assert_array_equal(ours, theirs)
-    reporter = SilentReporter()
-    split.tell_faults(reporter)
-    assert "16 of 16 annotations: bbox is x0, y0, x1, y1 (COCO's is" in reporter.messages[0]
+    assert "16 of 16 annotations: bbox is x0, y0, x1, y1 (COCO's is" in told(split)[0]
 
 
 @pytest.mark.parametrize("in_parts", [True, False])
@@ -106,18 +100,17 @@ def test_boxes_beside_their_masks_are_worth_a_word(
 ) -> None:
     for annotation in document["annotations"]:
         annotation["bbox"] = [v / 7 for v in annotation["bbox"]]
-    reporter = SilentReporter()
-    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
-    assert "16 of 16 annotations: bbox does not fit the mask" in reporter.messages[0]
+    assert (
+        "16 of 16 annotations: bbox does not fit the mask"
+        in told(load_coco_split(written(tmp_path, document)))[0]
+    )
 
 
 def test_boxes_as_polygons_are_worth_a_word(tmp_path: Path, document: dict[str, Any]) -> None:
     for annotation in document["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    reporter = SilentReporter()
-    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
-    (said,) = reporter.messages
+    (said,) = told(load_coco_split(written(tmp_path, document)))
     assert "16 of 16 annotations: the mask is a whole rectangle, as where boxes were" in said
 
 
@@ -130,9 +123,10 @@ def test_runs_along_rows_are_told(tmp_path: Path, document: dict[str, Any]) -> N
             ends = np.flatnonzero(np.diff(flat, prepend=False))
             counts = np.diff(ends, prepend=0, append=flat.size).tolist()
             annotation["segmentation"] = {"size": list(entry.size_hw), "counts": counts}
-    reporter = SilentReporter()
-    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
-    assert "bbox fits the mask only if its runs went row by row" in reporter.messages[0]
+    assert (
+        "bbox fits the mask only if its runs went row by row"
+        in told(load_coco_split(written(tmp_path, document)))[0]
+    )
 
 
 def test_boxes_as_large_as_their_images_are_no_corners(
@@ -239,8 +233,6 @@ def test_fields_that_mean_something_else_are_worth_a_word(
     for annotation in document["annotations"]:
         annotation["area"] /= 5000
     document["annotations"][1]["ignore"] = 1
-    reporter = SilentReporter()
-    load_coco_split(written(tmp_path, document)).tell_faults(reporter)
-    area, ignore = reporter.messages
+    area, ignore = told(load_coco_split(written(tmp_path, document)))
     assert "16 of 16 annotations: area is not that of mask or bbox" in area
     assert "1 of 16 annotations: marked 'ignore', which changes nothing" in ignore

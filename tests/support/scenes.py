@@ -9,7 +9,9 @@ import numpy as np
 from mfdetr_pipelines.config.extract import ExtractConfig
 from PIL import Image, ImageDraw
 
+from mfdetr_cache.coco.annotations import CocoSplit
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
+from mfdetr_cache.reporter import SilentReporter
 
 CATEGORIES = [{"id": 3, "name": "ellipse"}, {"id": 7, "name": "box"}, {"id": 11, "name": "crowd"}]
 
@@ -95,3 +97,10 @@ def written(tmp_path: Path, document: object) -> Path:
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(document))
     return path
+
+
+def told(split: CocoSplit) -> list[str]:
+    """What is said of a file that was read."""
+    reporter = SilentReporter()
+    split.tell_faults(reporter)
+    return reporter.messages

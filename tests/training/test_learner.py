@@ -5,22 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.config.train_head import TrainHeadConfig
-from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.registry import load_detector
-from mfdetr_cache.errors import (
-    ConfigError,
-    TrainingError,
-)
+from mfdetr_cache.errors import ConfigError, TrainingError
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training import learner as learner_module
-from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.learner import build_learner, loss_of_batch
@@ -118,22 +112,13 @@ def test_a_loss_that_is_not_finite_names_the_images(
 
 
 def test_half_precision_trains_and_says_where_it_cannot(drawn_cache: Path, tmp_path: Path) -> None:
-    whole = run_train_head(
-        TrainHeadConfig(drawn_cache, tmp_path / "whole", small_recipe(), length=Length(2)),
-        SilentReporter(),
-    )
-    half = run_train_head(
-        TrainHeadConfig(drawn_cache, tmp_path / "half", small_recipe(amp="bf16"), length=Length(2)),
-        SilentReporter(),
-    )
+    whole = train(drawn_cache, tmp_path / "whole", max_steps=2)
+    half = train(drawn_cache, tmp_path / "half", small_recipe(amp="bf16"), max_steps=2)
     # bfloat16 has 8 bits: the loss of two steps moves by a few per cent at most, but it moves.
     assert half.loss != whole.loss
     assert half.loss == pytest.approx(whole.loss, rel=0.05)
     with pytest.raises(ConfigError, match="amp=fp16 needs a GPU"):
-        run_train_head(
-            TrainHeadConfig(drawn_cache, tmp_path / "fp16", small_recipe(amp="fp16")),
-            SilentReporter(),
-        )
+        train(drawn_cache, tmp_path / "fp16", small_recipe(amp="fp16"))
 
 
 @pytest.mark.parametrize("name", ["fast", "paper"])

@@ -10,20 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_head import run_train_head
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.child_process import start_child
 from mfdetr_cache.errors import CacheError, ConfigError, TrainingError
-from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.input import loader, readers
 from mfdetr_cache.training.input.readers import read_in_processes
-from mfdetr_cache.training.recipes import build_recipe
 from tests.support import loads, scenes
+from tests.support.training import small_recipe, train, weights_of
 
 needs_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 
@@ -203,15 +200,9 @@ def test_a_head_ends_with_the_weights_that_threads_give(
         "read_in_processes",
         lambda *a, **k: read_in_processes(*a, **{**k, "threads_meanwhile": 0}),
     )
-    small = {"hidden_dim": 16, "roi_size": 8, "steps": 7, "batch_size": 3, "box_jitter": 0.1}
-    small["fine_size"] = 16
     weights = []
     for processes in (0, 2):
-        settings = {k: str(v) for k, v in {**small, "num_processes": processes}.items()}
-        out = tmp_path / str(processes)
-        run_train_head(
-            TrainHeadConfig(int8_cache, out, build_recipe("fast", settings)),
-            SilentReporter(),
-        )
-        weights.append(load_head(out).head.state_dict())
+        recipe = small_recipe(steps=7, box_jitter=0.1, fine_size=16, num_processes=processes)
+        train(int8_cache, tmp_path / str(processes), recipe)
+        weights.append(weights_of(tmp_path / str(processes)))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -18,8 +18,8 @@ from mfdetr_cache.training.input.loader import CacheSource
 from mfdetr_cache.training.input.source import staged
 from mfdetr_cache.training.learner import build_learner
 from mfdetr_cache.training.loop import TrainingLoop
-from mfdetr_cache.training.recipes import build_recipe
 from mfdetr_cache.training.run import Run
+from tests.support.training import small_recipe
 
 CPU = torch.device("cpu")
 
@@ -114,11 +114,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_outside() -> None:
 def test_staging_changes_no_weight(
     drawn_cache: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    settings = {"hidden_dim": 16, "roi_size": 8, "steps": 5, "batch_size": 3, "min_match_iou": 0}
-    settings["fine_size"] = 0
-    recipe = build_recipe(
-        "fast", {k: str(v) for k, v in {**settings, "accumulate": accumulate}.items()}
-    )
+    recipe = small_recipe(steps=5, accumulate=accumulate)
     cache = FeatureCache.open(drawn_cache)
 
     def train(*, stage: bool) -> dict[str, torch.Tensor]:
