@@ -31,9 +31,13 @@ def keys_of(entry: Mapping[Any, object]) -> str:
     return ", ".join(short(key) for key in list(entry)[:_NAMED]) + more
 
 
+class Unusable(Exception):
+    """An entry that cannot be used: where it is, and what it is or has."""
+
+
 @dataclass
 class Faults:
-    """The faults of one file.
+    """The faults of one file; ``with faults:`` takes down an :class:`Unusable` entry.
 
     Attributes:
         noun: What its entries are, such as ``annotation``.
@@ -52,11 +56,16 @@ class Faults:
     _named: list[str] = field(default_factory=list)
     _examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def refuse(self, where: str, what: str) -> None:
-        """An entry cannot be used."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, Unusable):
+            return False
         self.unusable += 1
         if len(self._named) < _NAMED:
-            self._named.append(f"{where} {what}")
+            self._named.append(" ".join(error.args))
+        return True
 
     def repair(self, where: str, what: str) -> None:
         """An entry is used, though not as it stands; ``what`` is one text for all of a kind."""

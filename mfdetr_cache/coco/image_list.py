@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mfdetr_cache.coco.box_forms import finite_number
-from mfdetr_cache.coco.faults import Faults, keys_of, short
+from mfdetr_cache.coco.faults import Faults, Unusable, keys_of, short
 from mfdetr_cache.coco.ids import SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_files import (
     check_file_name,
@@ -126,29 +126,28 @@ def read_images(
     for own, (written, image) in zip(internal_ids(list(listed)), listed.items(), strict=True):
         if limit is not None and len(found) == limit:
             break
-        where = f"image {written}"
-        name = image.get("file_name")
-        if name is None and isinstance(url := image.get("coco_url"), str):  # as LVIS has it
-            name = PurePosixPath(url).name
-            faults.repair(where, _OF_URL)
-        if isinstance(name, str):
-            where += f" ({name})"
-            name = names.on_disk(name, where, faults)
-            check_file_name(name, f"annotation file {path}: image {written}")
-        elif folder is None and name is None:
-            name = ""  # nobody is going to open it
-        else:
-            said = f"it is {short(name)}" if "file_name" in image else f"it has {keys_of(image)}"
-            faults.refuse(where, f"lacks a 'file_name' ({said})")
-            continue
-        plain = str(PurePosixPath(name))
-        if name and plain in taken:
-            faults.notice(where, "file_name is that of another image too, so it counts twice")
-        taken.add(plain)
-        if any(image.get(key) is not None for key in _OF_LVIS):
-            faults.notice(where, _FEDERATED)
-        size = _size(image, where, name, folder, faults)
-        if size is not None:
+        with faults:
+            where = f"image {written}"
+            name = image.get("file_name")
+            if name is None and isinstance(url := image.get("coco_url"), str):  # as LVIS has it
+                name = PurePosixPath(url).name
+                faults.repair(where, _OF_URL)
+            if isinstance(name, str):
+                where += f" ({name})"
+                name = names.on_disk(name, where, faults)
+                check_file_name(name, f"annotation file {path}: image {written}")
+            elif folder is None and name is None:
+                name = ""  # nobody is going to open it
+            else:
+                what = f"is {short(name)}" if "file_name" in image else f"has {keys_of(image)}"
+                raise Unusable(where, f"lacks a 'file_name' (it {what})")
+            plain = str(PurePosixPath(name))
+            if name and plain in taken:
+                faults.notice(where, "file_name is that of another image too, so it counts twice")
+            taken.add(plain)
+            if any(image.get(key) is not None for key in _OF_LVIS):
+                faults.notice(where, _FEDERATED)
+            size = _size(image, where, name, folder, faults)
             found[written] = ImageEntry(own, name, size, None if own == written else written)
     return found
 
@@ -223,23 +222,22 @@ def _listed(path: Path, raw: Sequence[Any], faults: Faults) -> dict[SourceId, di
     """The images that have an id, each once."""
     listed: dict[SourceId, dict[str, Any]] = {}
     for number, image in enumerate(raw):
-        written = source_id(image.get("id")) if isinstance(image, dict) else None
-        if written is None:
-            faults.refuse(f"image {number} (counted from 0)", "lacks an 'id'")
-            continue
-        if written in listed and image.get("file_name") != listed[written].get("file_name"):
-            raise DatasetError(
-                f"annotation file {path} lists an image id twice: {written} is "
-                f"{short(listed[written].get('file_name'))} and {short(image.get('file_name'))}; "
-                "give every image its own id"
-            )
-        listed.setdefault(written, image)
+        with faults:
+            written = source_id(image.get("id")) if isinstance(image, dict) else None
+            if written is None:
+                raise Unusable(f"image {number} (counted from 0)", "lacks an 'id'")
+            earlier = listed.setdefault(written, image).get("file_name")
+            if (name := image.get("file_name")) != earlier:
+                raise DatasetError(
+                    f"annotation file {path} lists an image id twice: {written} is "
+                    f"{short(earlier)} and {short(name)}; give every image its own id"
+                )
     return listed
 
 
 def _size(
     image: dict[str, Any], where: str, name: str, folder: Path | None, faults: Faults
-) -> tuple[int, int] | None:
+) -> tuple[int, int]:
     """Height and width as written, else as the file has them."""
     sides = [image.get(key) for key in ("height", "width")]
     height, width = (_whole(side) for side in sides)
@@ -247,17 +245,14 @@ def _size(
         try:
             return check_size((height, width))
         except ValueError as error:
-            faults.refuse(where, f"is {error}")
-            return None
+            raise Unusable(where, f"is {error}") from error
     said = f"height {short(sides[0])} and width {short(sides[1])}"
     if folder is None:
-        faults.refuse(where, f"has {said} in place of its size in pixels")
-        return None
+        raise Unusable(where, f"has {said} in place of its size in pixels")
     try:
         size = upright_size(folder / name)
     except ImageError as error:
-        faults.refuse(where, f"has {said}, and {error}")
-        return None
+        raise Unusable(where, f"has {said}, and {error}") from error
     faults.repair(where, "height and width missing, taken from the file")
     return size
 

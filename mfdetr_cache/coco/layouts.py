@@ -80,17 +80,15 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
             f"(annotations/instances_*.json), Roboflow (train/{_ROBOFLOW}) or YOLO (data.yaml)"
             f"{_instead(folder)}{_faults(folder)}"
         )
-    if split is None and len(splits) == 1:
-        return next(iter(splits.values()))
-    names = [name for name in splits if split is not None and _is_meant(name, split)]
     if split in splits:
         return splits[split]
-    if len(names) != 1:
+    meant = [files for name, files in splits.items() if split is None or _is_meant(name, split)]
+    if len(meant) != 1:
         lacking = "give --split" if split is None else f"has no split {split!r}"
         raise DatasetError(
             f"--dataset {folder} {lacking}; it has {', '.join(sorted(splits))}{_faults(folder)}"
         )
-    return splits[names[0]]
+    return meant[0]
 
 
 def _faults(folder: Path) -> str:

@@ -14,7 +14,7 @@ from mfdetr_cache.coco.box_forms import (
     overlap,
 )
 from mfdetr_cache.coco.categories import by_names_too, known_category
-from mfdetr_cache.coco.faults import Faults, keys_of, short
+from mfdetr_cache.coco.faults import Faults, Unusable, keys_of, short
 from mfdetr_cache.coco.ids import NamedImages, SourceId, internal_ids, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
@@ -93,11 +93,11 @@ def read_annotations(
             continue
         faults.total += 1
         entry = None if image_id is None else images[image_id]
-        draft = _draft(number, annotation, entry, categories, faults, masks)
-        if draft is not None and needs_mask and not draft.mask:
-            written = short(draft.raw.get("segmentation"))
-            faults.refuse(draft.where, f"has no mask (segmentation {written})")
-        elif draft is not None:
+        with faults:
+            draft = _draft(number, annotation, entry, categories, faults, masks)
+            if needs_mask and not draft.mask:
+                written = short(draft.raw.get("segmentation"))
+                raise Unusable(draft.where, f"has no mask (segmentation {written})")
             drafts.append(draft)
     seen = ((d.box, d.mask.box_xyxy, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, faults.file)
@@ -105,28 +105,25 @@ def read_annotations(
         for draft in drafts:
             if draft.box is not None:
                 faults.repair(draft.where, form.said)
-    ids = internal_ids([d.number for d in drafts])
-    annotations = [
-        _finished(draft, own, faults, form) for draft, own in zip(drafts, ids, strict=True)
-    ]
-    _notice_together(drafts, annotations, faults)
-    return [a for a in annotations if a is not None]
+    finished = []
+    for draft, own in zip(drafts, internal_ids([d.number for d in drafts]), strict=True):
+        with faults:
+            finished.append((draft, _finished(draft, own, faults, form)))
+    _notice_together(finished, faults)
+    return [annotation for _, annotation in finished]
 
 
-def _notice_together(
-    drafts: Sequence[_Draft], annotations: Sequence[Annotation | None], faults: Faults
-) -> None:
+def _notice_together(finished: Sequence[tuple[_Draft, Annotation]], faults: Faults) -> None:
     """Notice what no annotation tells alone: it is there twice, many are crowds, or no shapes."""
     seen: set[int] = set()
+    drafts = [draft for draft, _ in finished]
     drawn = [(d, box) for d in drafts if (box := d.mask.box_xyxy) is not None]
     filled = [d for d, (x0, y0, x1, y1) in drawn if d.mask.num_pixels == (x1 - x0) * (y1 - y0)]
     if len(filled) > _MANY_RECTANGLES * len(drawn):
         for draft in filled:
             faults.notice(draft.where, _RECTANGLE)
     many_crowds = sum(d.is_crowd for d in drafts) > _MANY_CROWDS * len(drafts)
-    for draft, a in zip(drafts, annotations, strict=True):
-        if a is None:
-            continue
+    for draft, a in finished:
         same = hash((a.image_id, a.category_id, a.box_xywh, a.run_lengths.tobytes()))
         if same in seen:
             faults.notice(draft.where, "box and mask are those of another, so it counts twice")
@@ -142,30 +139,25 @@ def _draft(
     categories: Mapping[SourceId, Category],
     faults: Faults,
     masks: Segmentations,
-) -> _Draft | None:
+) -> _Draft:
     if not isinstance(annotation, dict):
-        faults.refuse(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
-        return None
+        raise Unusable(f"annotation {number} (counted from 0)", f"is {short(annotation)}")
     own = source_id(annotation.get("id"))
     where = f"annotation {number} (counted from 0)" if own is None else f"annotation {own}"
     if entry is None:
         which = _written(annotation, "image_id")
-        faults.refuse(where, f"is of image {which}, which is not in its list of images")
-        return None
+        raise Unusable(where, f"is of image {which}, which is not in its list of images")
     where = f"{where} of image {entry.written_id}"
     category_id = known_category(annotation.get("category_id"), categories)
-    if category_id not in categories:
+    if category_id is None or category_id not in categories:
         which = _written(annotation, "category_id")
-        faults.refuse(where, f"has category_id {which}, which is not in its list of categories")
-        return None
-    assert category_id is not None
+        raise Unusable(where, f"has category_id {which}, which is not in its list of categories")
     try:
         crowd = is_crowd(annotation.get("iscrowd", annotation.get("is_crowd")))
         box = four_numbers(annotation.get("bbox"))
         mask = masks.read(annotation.get("segmentation"), box, entry.size_hw)
     except ValueError as error:
-        faults.refuse(where, f"cannot be understood: {error}")
-        return None
+        raise Unusable(where, f"cannot be understood: {error}") from error
     if mask.in_parts:
         faults.repair(where, IN_PARTS)
         # Beside others in pixels, boxes in parts are of no one form.
@@ -180,7 +172,7 @@ def _written(annotation: Mapping[str, Any], key: str) -> str:
     return str(annotation[key]) if isinstance(annotation[key], str) else short(annotation[key])
 
 
-def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotation | None:
+def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotation:
     mask, size_hw = draft.mask, draft.entry.size_hw
     box = None if draft.box is None else form.to_xywh(draft.box, size_hw)
     if box is None or not _is_usable(box, size_hw):
@@ -189,9 +181,8 @@ def _finished(draft: _Draft, own: int, faults: Faults, form: BoxForm) -> Annotat
             box = (x0, y0, x1 - x0, y1 - y0)
             faults.repair(draft.where, "bbox missing or not usable, taken from the mask")
         elif box is None or not mask or min(box[2:]) < 0:
-            what = f"has no usable bbox ({short(draft.raw.get('bbox'))}) and no pixel in its mask"
-            faults.refuse(draft.where, what)
-            return None
+            written = short(draft.raw.get("bbox"))
+            raise Unusable(draft.where, f"has no usable bbox ({written}) and no pixel in its mask")
     else:
         _notice_box(box, draft, faults)
     if mask and mask.box_xyxy is None:

@@ -16,7 +16,7 @@ from mfdetr_cache.coco.box_forms import (
     overlap,
 )
 from mfdetr_cache.coco.categories import by_names_too, known_category
-from mfdetr_cache.coco.faults import Faults, keys_of, short
+from mfdetr_cache.coco.faults import Faults, Unusable, keys_of, short
 from mfdetr_cache.coco.ids import NamedImages, SourceId, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.json_file import read_json
@@ -77,14 +77,17 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
         Segmentations(r.get("segmentation") for r in entries),
         f" (it has {named(c.written_id for c in split.categories)}), so it matches nothing",
     )
-    drafts = [
-        draft
-        for number, result in enumerate(document)
-        if (draft := _draft(number, result, reading, faults)) is not None
-    ]
+    drafts: list[_Draft] = []
+    for number, result in enumerate(document):
+        with faults:
+            if (draft := _draft(number, result, reading, faults)) is not None:
+                drafts.append(draft)
     seen = ((d.box, d.mask.box_xyxy, d.entry.size_hw) for d in drafts)
     form = form_of_boxes(seen, str(path))
-    results = [r for d in drafts if (r := _finished(d, faults, form)) is not None]
+    results = []
+    for draft in drafts:
+        with faults:
+            results.append(_finished(draft, faults, form))
     _notice_together(drafts, faults)
     _notice_other_keys(document, faults)
     faults.stop_if_unusable(on_bad)
@@ -140,10 +143,10 @@ class _Reading:
 
 
 def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _Draft | None:
+    """A result; None of a category that is not annotated, which matches nothing."""
     where = f"result {number}"
     if not isinstance(result, dict):
-        faults.refuse(where, f"is {short(result)}")
-        return None
+        raise Unusable(where, f"is {short(result)}")
     image_id = source_id(result.get("image_id"))
     category_id = known_category(result.get("category_id"), reading.categories)
     score = finite_number(result.get("score"))
@@ -151,30 +154,25 @@ def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _D
         if value is None:
             kind = "number" if key == "score" else "id"
             said = f"it is {short(result[key])}" if key in result else f"it has {keys_of(result)}"
-            faults.refuse(where, f"has no {kind} {key!r} ({said})")
-            return None
+            raise Unusable(where, f"has no {kind} {key!r} ({said})")
     assert image_id is not None
     assert category_id is not None
     assert score is not None
     entry = reading.images.find(image_id)
     if entry is None:
-        faults.refuse(where, f"is of image {image_id}, which is not in the annotation file")
-        return None
+        raise Unusable(where, f"is of image {image_id}, which is not in the annotation file")
     if category_id not in reading.categories:
         faults.repair(where, f"category_id is not in the annotation file{reading.known}")
         return None
     box = four_numbers(result.get("bbox"))
     if box is None and result.get("bbox") not in (None, []):
-        faults.refuse(where, f"has the bbox {short(result['bbox'])}; it is four numbers")
-        return None
+        raise Unusable(where, f"has the bbox {short(result['bbox'])}; it is four numbers")
     try:
         mask = reading.masks.read(result.get("segmentation"), box, entry.size_hw)
     except ValueError as error:
-        faults.refuse(where, f"has no usable segmentation: {error}")
-        return None
+        raise Unusable(where, f"has no usable segmentation: {error}") from error
     if box is None and not mask:
-        faults.refuse(where, "has neither bbox nor segmentation")
-        return None
+        raise Unusable(where, "has neither bbox nor segmentation")
     where = f"{where} of image {image_id}"
     if mask.in_parts:
         faults.repair(where, IN_PARTS)
@@ -182,7 +180,7 @@ def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _D
     return _Draft(where, entry, own, score, box, mask)
 
 
-def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | None:
+def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any]:
     mask, size_hw = draft.mask, draft.entry.size_hw
     result: dict[str, Any] = {
         "image_id": draft.entry.image_id,
@@ -194,8 +192,8 @@ def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any] | 
         if form.said:
             faults.repair(draft.where, form.said)
         if min(box[2:]) < 0:
-            faults.refuse(draft.where, f"has a bbox of width {box[2]:g} and height {box[3]:g}")
-            return None
+            width, height = box[2:]
+            raise Unusable(draft.where, f"has a bbox of width {width:g} and height {height:g}")
         result["bbox"] = list(box)
         other = mask.box_xyxy is not None and overlap(box, mask.box_xyxy) < 0.5
         if other and mask.fits_in_rows(box, size_hw):

@@ -1,6 +1,6 @@
 """A detector's final detections, selected as in its own post-processing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,12 +35,7 @@ class Detections:
 
     def subset(self, chosen: Tensor) -> "Detections":
         """Those that a mask (D,) or indices choose."""
-        return Detections(
-            self.query_index[chosen],
-            self.labels[chosen],
-            self.class_scores[chosen],
-            self.boxes_xyxy[chosen],
-        )
+        return Detections(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def class_probabilities(class_logits: Tensor, spec: DetectorSpec) -> Tensor:
