@@ -107,7 +107,7 @@ def made_content(
     layout = plan_layout(spec, set(map(input_size, sizes)), images, preset, compression)
     return CacheContent(
         root=Root(identity, spec, layout),
-        images=[ImageEntry(i + 1, f"{i}.jpg", size) for i, size in enumerate(sizes)],
+        images=[ImageEntry(i + 1, f"{i}.jpg", size, i) for i, size in enumerate(sizes)],
         transforms={"base": [identity_transform(s) for s in sizes]},
         labels=AnnotationContent(
             {"name": "made", "sha256": ""},

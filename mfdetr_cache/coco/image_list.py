@@ -41,18 +41,12 @@ class Category:
     """A COCO category.
 
     Its id is the annotation file's where that can be used, else its number from 1; ids may have
-    gaps. ``source_id`` is its id in the annotation file, for files that we write; None is the same
-    id.
+    gaps. ``written_id`` is its id in the annotation file, as the user knows it.
     """
 
     category_id: int
     name: str
-    source_id: SourceId | None = None
-
-    @property
-    def written_id(self) -> SourceId:
-        """Its id as the user knows it."""
-        return self.category_id if self.source_id is None else self.source_id
+    written_id: SourceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +59,7 @@ class ImageEntry:
     image_id: int
     file_name: str
     size_hw: tuple[int, int]
-    source_id: SourceId | None = None
-
-    @property
-    def written_id(self) -> SourceId:
-        """Its id as the user knows it."""
-        return self.image_id if self.source_id is None else self.source_id
+    written_id: SourceId
 
     def __str__(self) -> str:
         name = f" ({self.file_name})" if self.file_name else ""
@@ -105,7 +94,7 @@ def read_categories(path: Path, raw: Sequence[Any]) -> dict[SourceId, Category]:
             )
     ids = internal_ids(list(names))
     return {
-        written: Category(own, name, None if own == written else written)
+        written: Category(own, name, written)
         for (written, name), own in zip(names.items(), ids, strict=True)
     }
 
@@ -148,7 +137,7 @@ def read_images(
             if any(image.get(key) is not None for key in _OF_LVIS):
                 faults.notice(where, _FEDERATED)
             size = _size(image, where, name, folder, faults)
-            found[written] = ImageEntry(own, name, size, None if own == written else written)
+            found[written] = ImageEntry(own, name, size, written)
     return found
 
 

@@ -13,7 +13,7 @@ from mfdetr_cache.errors import DatasetError
 from mfdetr_cache.types import DetectorSpec, GroundTruth
 
 # The category of --class-agnostic.
-_ANY = Category(1, OBJECT)
+_ANY = Category(1, OBJECT, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class LabelledSplit:
         cache than in the file: where these cannot be used, or the images of a cache that had ids
         before, which are ``renumbered``.
         """
-        images = renumbered or any(e.source_id is not None for e in self.split.images)
-        categories = any(c.source_id is not None for c in self.split.categories)
+        images = renumbered or any(e.written_id != e.image_id for e in self.split.images)
+        categories = any(c.written_id != c.category_id for c in self.split.categories)
         ours = ["images"] * images + ["categories"] * categories
         told = {RENUMBERED: ours} if ours else {}
         source = {"name": self.split.name, "sha256": self.split.sha256, **self.chosen, **told}

@@ -54,7 +54,7 @@ def with_length(train: TrainConfig, length: Length, num_rows: int) -> TrainConfi
 
 def category_ids(names: Sequence[str], categories: Sequence[dict[str, Any]]) -> tuple[int, ...]:
     """Ids, in rising order, of the categories that ``--hold-out`` names or numbers."""
-    known = [Category(number, name) for number, name in category_names(categories).items()]
+    known = [Category(i, name, i) for i, name in category_names(categories).items()]
     ids: set[int] = set()
     for name in names:
         found = called(known, name.strip())

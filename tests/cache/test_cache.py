@@ -67,7 +67,9 @@ def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: An
     }
     return CacheContent(
         root=Root(spec=spec, **settings),
-        images=[ImageEntry(10 * i + 1, f"folder/ü{i}.jpg", hw) for i, hw in enumerate(originals)],
+        images=[
+            ImageEntry(10 * i + 1, f"folder/ü{i}.jpg", hw, i) for i, hw in enumerate(originals)
+        ],
         transforms={view: [identity_transform(hw) for hw in originals] for view in VIEWS},
         labels=AnnotationContent(
             {"name": "test", "sha256": ""}, [{"id": 1, "name": "thing"}], (1, -1, -1), objects

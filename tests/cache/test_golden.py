@@ -122,7 +122,7 @@ def write_golden(name: str) -> None:
     objects = [make_ground_truth(hw, count=i, seed=i) for i, hw in enumerate(originals)]
     content = CacheContent(
         root=Root(identity, spec, layout),
-        images=[ImageEntry(7 + i, f"bild-{i}-ü.jpg", hw) for i, hw in enumerate(originals)],
+        images=[ImageEntry(7 + i, f"bild-{i}-ü.jpg", hw, i) for i, hw in enumerate(originals)],
         transforms={BASE_VIEW: [identity_transform(hw) for hw in originals]},
         labels=AnnotationContent(
             {"name": "golden", "sha256": "0" * 64},

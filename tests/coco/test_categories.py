@@ -4,7 +4,7 @@ from mfdetr_cache.coco.categories import called, match_labels
 from mfdetr_cache.coco.image_list import Category
 from mfdetr_cache.errors import DatasetError
 
-CATEGORIES = [Category(1, "person"), Category(44, "bottle"), Category(90, "tooth-brush")]
+CATEGORIES = [Category(1, "person", 1), Category(44, "bottle", 44), Category(90, "tooth-brush", 90)]
 PLACEHOLDERS = [f"LABEL_{i}" for i in range(91)]
 
 
@@ -16,9 +16,9 @@ def test_names_decide() -> None:
 def test_names_are_compared_as_people_read_them() -> None:
     """Accents composed or not, letters of full width, a space that does not break."""
     categories = [
-        Category(1, "cafe\u0301"),
-        Category(2, "\uff23\uff21\uff32"),
-        Category(3, "fire\xa0truck"),
+        Category(1, "cafe\u0301", 1),
+        Category(2, "\uff23\uff21\uff32", 2),
+        Category(3, "fire\xa0truck", 3),
     ]
     found = match_labels(["fire truck", "car", "caf\xe9"], categories, "d")
     assert found.label_categories == (3, 2, 1)
@@ -26,10 +26,10 @@ def test_names_are_compared_as_people_read_them() -> None:
 
 def test_a_name_that_is_a_number_is_no_id() -> None:
     """As digits have them: the category 3 is that of the name, and not that of the id."""
-    digits = [Category(i + 1, str(i)) for i in range(10)]
+    digits = [Category(i + 1, str(i), i + 1) for i in range(10)]
     assert called(digits, "3") == [digits[3]]
     assert called(digits, "10") == [digits[9]]
-    assert called([Category(1, "Car"), Category(2, "car")], "car") == [Category(2, "car")]
+    assert called([Category(1, "Car", 1), Category(2, "car", 2)], "car") == [Category(2, "car", 2)]
     found = match_labels(["x", "three"], digits, "d", mapped={"3": "three"})
     assert found.label_categories == (-1, 4)
 
@@ -47,7 +47,7 @@ def test_equal_counts_follow_ascending_ids() -> None:
 
 
 def test_a_root_category_that_nothing_is_annotated_with_does_not_count() -> None:
-    roots = [Category(0, "things"), *CATEGORIES]
+    roots = [Category(0, "things", 0), *CATEGORIES]
     found = match_labels(PLACEHOLDERS[:3], roots, "d", {1: 4, 44: 1, 90: 2})
     assert found.label_categories == (1, 44, 90)
     # Nor where a split has no object of another one either.
@@ -70,7 +70,7 @@ def test_no_rule_is_an_error(labels: list[str], advice: str) -> None:
 
 
 def test_of_two_categories_of_one_name_the_annotated_one_is_meant() -> None:
-    twice = [*CATEGORIES, Category(99, "Person")]
+    twice = [*CATEGORIES, Category(99, "Person", 99)]
     assert match_labels(["person"], twice, "d", {1: 3}).label_categories == (1,)
     assert match_labels(["person"], twice, "d", {99: 3}).label_categories == (99,)
     with pytest.raises(DatasetError, match="1 and 99 are both called 'person' and both annotated"):

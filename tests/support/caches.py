@@ -85,7 +85,7 @@ def tiny_content(
     ]
     return CacheContent(
         root=Root(identity, spec, layout),
-        images=[ImageEntry(100 * seed + i, f"{seed}-{i}.jpg", hw) for i, hw in enumerate(SIZES)],
+        images=[ImageEntry(100 * seed + i, f"{seed}-{i}.jpg", hw, i) for i, hw in enumerate(SIZES)],
         transforms=transforms,
         labels=AnnotationContent(
             {"name": f"made-{labels}", "sha256": f"{seed} {labels}"},
