@@ -33,18 +33,6 @@ def test_categories_the_detector_lacks_have_label_minus_one(scenes_folder: Path)
     assert split.ground_truth(split.images[0], {7: 1}).labels.tolist() == [-1, 1]
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="absent.json does not exist"):
-        load_coco_split(tmp_path / "absent.json")
-
-
-def test_no_json_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "text.json"
-    path.write_text("hello")
-    with pytest.raises(DatasetError, match="is not JSON"):
-        load_coco_split(path)
-
-
 def change(where: str, position: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
     """Replace fields of an entry of a document; ``...`` removes one."""
 

@@ -13,13 +13,9 @@ from mfdetr_cache.coco.augmentation import (
     transform_ground_truth,
     transform_image,
 )
-from mfdetr_cache.ops.masks import (
-    crop_run_lengths,
-    decode_run_lengths,
-    encode_mask,
-    run_lengths_of_segmentation,
-)
+from mfdetr_cache.ops.masks import crop_run_lengths, decode_run_lengths
 from mfdetr_cache.types import GroundTruth
+from tests.support.rectangles import runs_of
 
 
 def truth_of(masks: list[np.ndarray]) -> GroundTruth:
@@ -27,7 +23,7 @@ def truth_of(masks: list[np.ndarray]) -> GroundTruth:
     for mask in masks:
         y, x = np.nonzero(mask)
         boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1))
-        runs.append(run_lengths_of_segmentation(encode_mask(mask), mask.shape))
+        runs.append(runs_of(mask))
     count = len(masks)
     return GroundTruth(
         np.arange(count),
@@ -51,11 +47,10 @@ def test_a_window_of_a_mask_is_the_window_of_its_bitmap(data: st.DataObject) -> 
     canvas[20 : 20 + height, 20 : 20 + width] = mask
     wanted = canvas[20 + y0 : 20 + y1, 20 + x0 : 20 + x1]
     wanted = wanted[:, ::-1] if flip else wanted
-    runs = run_lengths_of_segmentation(encode_mask(mask), (height, width))
-    found = crop_run_lengths(runs, (height, width), (x0, y0, x1, y1), flip=flip)
+    found = crop_run_lengths(runs_of(mask), (height, width), (x0, y0, x1, y1), flip=flip)
     assert (decode_run_lengths(found, wanted.shape) == wanted).all()
     # Canonical, as pycocotools writes them.
-    assert found.tolist() == run_lengths_of_segmentation(encode_mask(wanted), wanted.shape).tolist()
+    assert found.tolist() == runs_of(wanted).tolist()
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mfdetr_cache.evaluation.close_ups import close_ups, selections
+from tests.support.rectangles import rectangle
 
 SIZE_HW = (40, 60)
-
-
-def rectangle(x0: int, y0: int, x1: int, y1: int) -> dict[str, Any]:
-    mask = np.zeros(SIZE_HW, dtype=np.uint8, order="F")
-    mask[y0:y1, x0:x1] = 1
-    rle: dict[str, Any] = coco_mask.encode(mask)
-    return rle
 
 
 def result(segmentation: dict[str, Any], category_id: int = 1) -> dict[str, Any]:
@@ -31,7 +24,7 @@ def result(segmentation: dict[str, Any], category_id: int = 1) -> dict[str, Any]
 def ground_truth() -> COCO:
     """Two objects, a crowd and one with a box only."""
     coco = COCO()
-    objects = ((1, rectangle(10, 10, 30, 30)), (2, rectangle(40, 20, 50, 30)))
+    objects = ((1, rectangle(SIZE_HW, (10, 10, 30, 30))), (2, rectangle(SIZE_HW, (40, 20, 50, 30))))
     annotation = {"image_id": 7, "iscrowd": 0, "bbox": [10, 10, 20, 20]}
     coco.dataset = {
         "images": [{"id": 7, "height": SIZE_HW[0], "width": SIZE_HW[1]}],
@@ -49,9 +42,9 @@ def ground_truth() -> COCO:
 
 
 def test_every_subject_shows_its_best_mask(ground_truth: COCO) -> None:
-    half = rectangle(10, 10, 30, 20)
-    far = rectangle(0, 0, 5, 5)
-    first = [result(far), result(half), result(rectangle(10, 10, 30, 30), 2)]
+    half = rectangle(SIZE_HW, (10, 10, 30, 20))
+    far = rectangle(SIZE_HW, (0, 0, 5, 5))
+    first = [result(far), result(half), result(rectangle(SIZE_HW, (10, 10, 30, 30)), 2)]
     whole = ground_truth.dataset["annotations"][0]["segmentation"]
     shown = close_ups(ground_truth, [first, [result(whole)], []])
     # Nobody finds the second object: a mask of another category is none.
@@ -73,7 +66,7 @@ def test_every_subject_shows_its_best_mask(ground_truth: COCO) -> None:
 
 def test_objects_are_chosen_by_difference_and_quality_and_none_twice(ground_truth: COCO) -> None:
     whole, other = (a["segmentation"] for a in ground_truth.dataset["annotations"][:2])
-    part = rectangle(40, 20, 50, 25)
+    part = rectangle(SIZE_HW, (40, 20, 50, 25))
     subjects = [[result(whole), result(part, 2)], [result(whole), result(other, 2)]]
     shown = close_ups(ground_truth, subjects)
     chosen = {name: [o.category_id for o in found] for name, found in selections(shown, 1).items()}

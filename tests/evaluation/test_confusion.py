@@ -2,50 +2,29 @@
 
 from typing import Any
 
-import numpy as np
-
 from mfdetr_cache.evaluation.coco_metrics import coco_ground_truth
 from mfdetr_cache.evaluation.confusion import Confusion, confusions
-from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
-from mfdetr_cache.types import GroundTruth
+from tests.support.rectangles import rectangle, rectangles
 
 SIZE_HW = (80, 120)
 CAT, DOG, FOX = 3, 5, 9
 CATEGORIES = [{"id": CAT, "name": "cat"}, {"id": DOG, "name": "dog"}, {"id": FOX, "name": "fox"}]
 
 
-def box_mask(x0: int, y0: int, x1: int, y1: int) -> dict[str, Any]:
-    mask = np.zeros(SIZE_HW, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return encode_mask(mask)
-
-
-def objects(*listed: tuple[tuple[int, int, int, int], int, bool]) -> GroundTruth:
-    runs = [run_lengths_of_segmentation(box_mask(*box), SIZE_HW) for box, _, _ in listed]
-    return GroundTruth(
-        annotation_ids=np.arange(1, len(listed) + 1),
-        category_ids=np.array([c for _, c, _ in listed]),
-        labels=np.zeros(len(listed), dtype=np.int64),
-        boxes_xyxy=np.array([b for b, _, _ in listed], dtype=np.float32),
-        areas=np.array([1.0] * len(listed)),
-        is_crowd=np.array([crowd for _, _, crowd in listed]),
-        run_lengths=tuple(runs),
-    )
-
-
-def result(image_id: int, category: int, score: float, *box: int) -> dict[str, Any]:
-    mask = box_mask(*box)
+def result(image_id: int, category: int, score: float, *box: Any) -> dict[str, Any]:
+    mask = rectangle(SIZE_HW, box)
     return {"image_id": image_id, "category_id": category, "score": score, "segmentation": mask}
 
 
 def test_an_object_is_what_its_most_confident_mask_says() -> None:
-    first = objects(
+    first = rectangles(
+        SIZE_HW,
         ((0, 0, 20, 20), CAT, False),
         ((30, 0, 50, 20), CAT, False),
         ((60, 0, 80, 20), DOG, False),
         ((0, 40, 40, 80), FOX, True),
     )
-    second = objects(((0, 0, 20, 20), DOG, False))
+    second = rectangles(SIZE_HW, ((0, 0, 20, 20), DOG, False))
     truth = coco_ground_truth([(1, SIZE_HW, first), (2, SIZE_HW, second)], CATEGORIES)
     found = [
         result(1, CAT, 0.3, 0, 0, 20, 20),

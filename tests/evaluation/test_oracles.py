@@ -12,9 +12,9 @@ from mfdetr_cache.evaluation.detections import Detections
 from mfdetr_cache.evaluation.oracles import ORACLES, oracle_results, with_perfect_boxes
 from mfdetr_cache.evaluation.results import mask_results
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy, scale_boxes
-from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
 from mfdetr_cache.types import CachedImage, GroundTruth
 from tests.support.images import make_image, make_spec
+from tests.support.rectangles import rectangle, rectangles
 
 SIZE_HW = (80, 120)
 # x0, y0, x1, y1 and category: two that are found, one that is missed, a crowd.
@@ -29,23 +29,12 @@ CATEGORIES = [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}]
 
 
 def rle_of(box: tuple[int, int, int, int]) -> dict[str, Any]:
-    x0, y0, x1, y1 = box
-    mask = np.zeros(SIZE_HW, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return encode_mask(mask)
+    return rectangle(SIZE_HW, box)
 
 
 @pytest.fixture
 def image() -> CachedImage:
-    truth = GroundTruth(
-        annotation_ids=np.arange(1, 5),
-        category_ids=np.array([c for _, c, _ in OBJECTS]),
-        labels=np.array([c - 1 for _, c, _ in OBJECTS]),
-        boxes_xyxy=np.array([b for b, _, _ in OBJECTS], dtype=np.float32),
-        areas=np.array([float((b[2] - b[0]) * (b[3] - b[1])) for b, _, _ in OBJECTS]),
-        is_crowd=np.array([c for _, _, c in OBJECTS]),
-        run_lengths=tuple(run_lengths_of_segmentation(rle_of(b), SIZE_HW) for b, _, _ in OBJECTS),
-    )
+    truth = rectangles(SIZE_HW, *OBJECTS)
     return make_image(make_spec(), original_hw=SIZE_HW, ground_truth=truth)
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from mfdetr_cache.head.batch import HeadBatch, MapGroup
-from mfdetr_cache.ops.masks import encode_mask, run_lengths_of_segmentation
 from mfdetr_cache.ops.quantisation import StoredMap
 from mfdetr_cache.types import (
     CachedImage,
@@ -13,6 +12,7 @@ from mfdetr_cache.types import (
     ImageGeometry,
     MapSpec,
 )
+from tests.support.rectangles import runs_of
 
 
 def make_spec(
@@ -91,7 +91,7 @@ def make_ground_truth(size_hw: tuple[int, int], count: int = 2, seed: int = 0) -
         mask[y : y + h, x : x + w] = True
         mask[y : y + h // 2, x : x + w // 2] = False
         boxes.append((x, y, x + w, y + h))
-        runs.append(run_lengths_of_segmentation(encode_mask(mask), size_hw))
+        runs.append(runs_of(mask))
         areas.append(mask.sum())
     return GroundTruth(
         annotation_ids=np.arange(1, count + 1, dtype=np.int64),

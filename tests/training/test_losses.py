@@ -8,11 +8,7 @@ import torch
 from mfdetr_cache.head.batch import HeadOutput
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.matching.objects import trainable_objects
-from mfdetr_cache.ops.masks import (
-    decode_run_lengths,
-    encode_mask,
-    run_lengths_of_segmentation,
-)
+from mfdetr_cache.ops.masks import decode_run_lengths
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.losses import (
     dice_loss,
@@ -25,6 +21,7 @@ from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.training.regions import RegionSettings, RegionTargets, build_regions
 from mfdetr_cache.types import CachedImage
 from tests.support.images import make_ground_truth, make_image, make_spec
+from tests.support.rectangles import runs_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -172,8 +169,7 @@ def test_a_perfect_mask_over_the_whole_image_has_no_loss() -> None:
     # A rectangle of whole cells, which are five pixels wide here: each is inside or outside.
     bitmap = np.zeros((height, width), dtype=bool)
     bitmap[20:80, 30:120] = True
-    runs = run_lengths_of_segmentation(encode_mask(bitmap), bitmap.shape)
-    truth = dataclasses.replace(truth, run_lengths=tuple(runs for _ in truth.run_lengths))
+    truth = dataclasses.replace(truth, run_lengths=(runs_of(bitmap),) * len(truth))
     train = TrainConfig(points="grid")
     head = HeadConfig(roialign=False, box_layers=0, query_b2o=False, mask_scoring=False)
     drawn = dataclasses.replace(image, ground_truth=truth)

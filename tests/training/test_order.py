@@ -3,16 +3,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfdetr_cache.errors import (
-    HeadError,
-)
+from mfdetr_cache.errors import HeadError
 from mfdetr_cache.training.input.readers import read_in_threads
-from mfdetr_cache.training.order import (
-    Order,
-    epoch_order,
-    epoch_order_by_parts,
-    view_of_epoch,
-)
+from mfdetr_cache.training.order import Order, epoch_order, epoch_order_by_parts, view_of_epoch
 
 
 def test_every_image_once_per_epoch() -> None:
