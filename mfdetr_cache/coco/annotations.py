@@ -151,9 +151,8 @@ def load_coco_split(
     document = _checked(file.document, path, unannotated=needs == "nothing")
     # Roboflow's files all have one name; their folder has that of the split.
     name = path.parent.name if file.name.startswith("_annotations") else file.name
-    faults = Faults(str(path), "image")
+    faults = Faults(str(path), "image", total=len(document["images"]))
     listed = read_images(path, document["images"], images, faults, limit)
-    faults.total = len(document["images"])
     categories = read_categories(path, document["categories"])
     faults.stop_if_unusable(on_bad)
     if not listed:

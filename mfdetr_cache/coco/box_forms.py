@@ -88,7 +88,8 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
                 return best
         if fitting or fits[best]:
             return COCO_FORM
-    if seen and all(_is_in_parts(box, size) for box, _, size in seen):
+    within = (min(box) >= 0 and max(box) <= 1 and min(hw) >= _LEAST_SIDE for box, _, hw in seen)
+    if seen and all(within):
         raise DatasetError(
             f"{file}: every bbox lies between 0 and 1, as in parts of the image's sides; write x, "
             "y, width, height in pixels"
@@ -100,10 +101,6 @@ def form_of_boxes(boxes: Iterable[tuple[Box | None, Corners | None, Size]], file
 def _fits(form: BoxForm, one: _Masked) -> bool:
     box, mask, size_hw = one
     return is_close(form.to_xywh(box, size_hw), mask)
-
-
-def _is_in_parts(box: Box, size_hw: Size) -> bool:
-    return min(box) >= 0 and max(box) <= 1 and min(size_hw) >= _LEAST_SIDE
 
 
 def _are_corners(boxes: Sequence[tuple[Box, Size]]) -> bool:

@@ -37,7 +37,7 @@ class TrainBatch:
 
     Attributes:
         masks: Target coverage, shape (R, t, t), or (R, h, w) over one image.
-        labels: Of the objects, shape (R,).
+        labels: Of the objects, -1 for none, shape (R,).
         outside: Area of each object outside its box, over the box's area, shape (R,).
         image_ids: COCO ids, for error messages.
         objects: With ``match="set"``, those of each image that has some; labels and masks are then

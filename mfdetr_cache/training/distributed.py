@@ -1,12 +1,12 @@
 """Data-parallel training in several processes."""
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -73,11 +73,7 @@ def split(items: Sequence[Item], count: int) -> list[list[Item]]:
     >>> split([1, 2, 3, 4, 5], 2)
     [[1, 2, 3], [4, 5]]
     """
-    length, longer = divmod(len(items), count)
-    bounds = [0]
-    for piece in range(count):
-        bounds.append(bounds[-1] + length + (piece < longer))
-    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
+    return [[items[i] for i in piece] for piece in np.array_split(np.arange(len(items)), count)]
 
 
 @contextmanager

@@ -27,14 +27,10 @@ _RECENT = 50
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Numbers of one step.
+    """Numbers of one step; parts of the loss are those of :class:`LossParts`.
 
-    Attributes:
-        bce: Binary cross entropy, unweighted.
-        dice: Dice loss, unweighted.
-        scoring: Mask-IoU loss, unweighted.
-        regions: Regions trained on, over all processes.
-        box_loss: Loss of the detector; None where it is frozen.
+    ``regions`` are those trained on, over all processes; ``box_loss`` is the detector's, None where
+    it is frozen.
     """
 
     lr: float
