@@ -223,11 +223,12 @@ def by_names_too(categories: Mapping[SourceId, Category]) -> dict[SourceId, Cate
     return with_numbers({**by_unique_name(names, plain_name), **categories})
 
 
-def known_category(value: object, found: Container[SourceId]) -> SourceId | None:
-    """What of :func:`by_names_too` a ``category_id`` means; else its id as it is written."""
+def known_category(value: object, found: Mapping[SourceId, Category]) -> Category | None:
+    """Which of :func:`by_names_too` a ``category_id`` means."""
     written = known_id(value, found)
-    plain = plain_name(written) if isinstance(written, str) else written
-    return plain if written not in found and plain in found else written
+    if isinstance(written, str) and written not in found:
+        written = plain_name(written)
+    return None if written is None else found.get(written)
 
 
 def plain_name(name: str) -> str:

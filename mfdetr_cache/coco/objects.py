@@ -148,8 +148,8 @@ def _draft(
         which = _written(annotation, "image_id")
         raise Unusable(where, f"is of image {which}, which is not in its list of images")
     where = f"{where} of image {entry.written_id}"
-    category_id = known_category(annotation.get("category_id"), categories)
-    if category_id is None or category_id not in categories:
+    category = known_category(annotation.get("category_id"), categories)
+    if category is None:
         which = _written(annotation, "category_id")
         raise Unusable(where, f"has category_id {which}, which is not in its list of categories")
     try:
@@ -162,7 +162,7 @@ def _draft(
         faults.repair(where, IN_PARTS)
         # Beside others in pixels, boxes in parts are of no one form.
         box = box if masks.all_in_parts or box is None or max(box) > 1 else None
-    return _Draft(where, own, entry, categories[category_id], crowd, mask, box, annotation)
+    return _Draft(where, own, entry, category, crowd, mask, box, annotation)
 
 
 def _written(annotation: Mapping[str, Any], key: str) -> str:

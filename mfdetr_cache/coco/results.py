@@ -148,20 +148,19 @@ def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _D
     if not isinstance(result, dict):
         raise Unusable(where, f"is {short(result)}")
     image_id = source_id(result.get("image_id"))
-    category_id = known_category(result.get("category_id"), reading.categories)
+    category_id = source_id(result.get("category_id"))
     score = finite_number(result.get("score"))
-    for key, value in (("image_id", image_id), ("category_id", category_id), ("score", score)):
-        if value is None:
-            kind = "number" if key == "score" else "id"
-            said = f"it is {short(result[key])}" if key in result else f"it has {keys_of(result)}"
-            raise Unusable(where, f"has no {kind} {key!r} ({said})")
-    assert image_id is not None
-    assert category_id is not None
-    assert score is not None
+    if image_id is None or category_id is None or score is None:
+        given = {"image_id": image_id, "category_id": category_id, "score": score}
+        key = next(key for key, value in given.items() if value is None)
+        kind = "number" if key == "score" else "id"
+        said = f"it is {short(result[key])}" if key in result else f"it has {keys_of(result)}"
+        raise Unusable(where, f"has no {kind} {key!r} ({said})")
     entry = reading.images.find(image_id)
     if entry is None:
         raise Unusable(where, f"is of image {image_id}, which is not in the annotation file")
-    if category_id not in reading.categories:
+    category = known_category(category_id, reading.categories)
+    if category is None:
         faults.repair(where, f"category_id is not in the annotation file{reading.known}")
         return None
     box = four_numbers(result.get("bbox"))
@@ -176,8 +175,7 @@ def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _D
     where = f"{where} of image {image_id}"
     if mask.in_parts:
         faults.repair(where, IN_PARTS)
-    own = reading.categories[category_id].category_id
-    return _Draft(where, entry, own, score, box, mask)
+    return _Draft(where, entry, category.category_id, score, box, mask)
 
 
 def _finished(draft: _Draft, faults: Faults, form: BoxForm) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
     """
     if isinstance(value, ValueError):  # what the reader of another layout found
         raise value
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, str):
         return _of_text(value, size_hw)
     if isinstance(value, Mapping):
         return _of_rle(value, size_hw)
@@ -200,10 +200,10 @@ def _numbers(values: Sequence[Any]) -> list[float]:
         raise ValueError("a polygon holds something that is no number") from error
 
 
-def _of_text(value: str | bytes, size_hw: Size) -> RunLengths | None:
+def _of_text(value: str, size_hw: Size) -> RunLengths | None:
     """A mask as text: JSON or Python of another form, or the compressed counts of an RLE."""
     text = value.strip()
-    if not text or text in ("null", "None", "nan", "NaN", b"null", b"None"):
+    if text in ("", "null", "None", "nan", "NaN"):
         return None
     inner = _unwritten(text)
     if isinstance(inner, (list, tuple, dict)):
@@ -216,11 +216,11 @@ def _of_text(value: str | bytes, size_hw: Size) -> RunLengths | None:
         ) from error
 
 
-def _unwritten(text: str | bytes) -> object:
+def _unwritten(text: str) -> object:
     """What a text is as JSON, else as Python's ``str`` writes a list or dictionary; or None."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            return read(text.decode() if isinstance(text, bytes) else text)
+            return read(text)
     return None
 
 

@@ -114,7 +114,7 @@ def build_regions(
     truth_xyxy = image.ground_truth.boxes_xyxy[objects] / scale
     labels = image.ground_truth.labels[objects]
     if config.match == "set":
-        return _set_regions(image, truth_xyxy.astype(np.float32), labels, config)
+        return _set_regions(image, truth_xyxy, labels, config)
     if config.match == "iou":
         logits = torch.from_numpy(image.class_logits)
         predicted = cxcywh_to_xyxy(torch.from_numpy(image.boxes_cxcywh_norm))
