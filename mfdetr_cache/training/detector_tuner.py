@@ -4,7 +4,7 @@ The losses of Deformable DETR on the final output of any detector. Auxiliary and
 need branches that do not exist at inference.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -49,8 +49,8 @@ _NO_OBJECT_WEIGHT = 0.1
 _RECENT = 50
 
 
-class DetectorTuner:
-    """Trains a part of a detector (Table 16), or nothing.
+class JointLearner(Learner):
+    """A head together with the detector it is trained on, of which a part is trained, or nothing.
 
     ``lr_ratio`` is the detector's learning rate over the head's; both share schedule and betas.
     ConfigError if the detector cannot be tuned.
@@ -58,73 +58,79 @@ class DetectorTuner:
 
     def __init__(
         self,
+        head: MaskHead,
+        train: TrainConfig,
         detector: Detector,
         tune: Tune,
-        train: TrainConfig,
         lr_ratio: float,
         processes: Processes | None = None,
     ) -> None:
-        self._parameters: list[nn.Parameter] = []
+        super().__init__(head, train, processes)
+        self._tuned: list[nn.Parameter] = []
         if tune != "nothing":
             if not isinstance(detector, TunableDetector):
                 raise ConfigError(
                     f"{detector.spec.name} cannot be tuned (it has no tunable_parameters); pass "
                     "--tune nothing"
                 )
-            self._parameters = detector.tunable_parameters(tune)
-        for parameter in self._parameters:
+            self._tuned = detector.tunable_parameters(tune)
+        for parameter in self._tuned:
             parameter.requires_grad_(True)
-        self.num_parameters = sum(p.numel() for p in self._parameters)
+        self.num_tuned = sum(p.numel() for p in self._tuned)
         self._score_function = detector.spec.score_function
-        self._train = train
         self._lr_ratio = lr_ratio
-        self._processes = processes or Processes()
-        self._losses: list[float] = []
-        self._loss = 0.0
-        self._optimiser: torch.optim.AdamW | None = None
-        if self._parameters:
-            self._optimiser = torch.optim.AdamW(
-                self._parameters,
-                lr=train.lr,
-                weight_decay=_WEIGHT_DECAY,
-                betas=(train.beta1, train.beta2),
+        self._box_losses: list[float] = []
+        self._box_loss = 0.0
+        self._tuner: torch.optim.AdamW | None = None
+        if self._tuned:
+            betas = (train.beta1, train.beta2)
+            self._tuner = torch.optim.AdamW(
+                self._tuned, lr=train.lr, weight_decay=_WEIGHT_DECAY, betas=betas
             )
 
-    def recent_loss(self) -> float:
-        """Mean loss of the last 50 steps; 0 where nothing is trained."""
-        return float(np.mean(self._losses)) if self._losses else 0.0
+    def recent_box_loss(self) -> float:
+        """Mean loss of the detector in the last 50 steps; 0 where nothing of it is trained."""
+        return float(np.mean(self._box_losses)) if self._box_losses else 0.0
 
-    def begin_step(self) -> None:
-        """Clear the gradients."""
-        self._loss = 0.0
-        if self._optimiser is not None:
-            self._optimiser.zero_grad(set_to_none=True)
+    def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
+        """One step of both, from ``LiveBatch`` micro-batches; see :meth:`Learner.learn`.
 
-    def add_gradients(
-        self,
-        outputs: Sequence[DetectorOutput],
-        images: Sequence[LiveImage],
-        num_objects: int,
-    ) -> None:
-        """Add the gradients of the box losses of a micro-batch; TrainingError if one is not finite.
-
-        The loss is divided by ``num_objects``, the objects of the whole step. The graph is kept for
-        the backward pass of the mask losses.
+        A step without regions still trains the detector, and returns None. TrainingError also if
+        the detector's loss is not finite.
         """
-        if self._optimiser is None:
-            return
-        total = outputs[0].class_logits.sum() * 0
-        for output, image in zip(outputs, images, strict=True):
+        step = self.step
+        self._box_loss = 0.0
+        if self._tuner is not None:
+            self._tuner.zero_grad(set_to_none=True)
+        batches = self._with_box_losses(batches)
+        if not total:
+            batches = list(batches)
+        report = super().learn(batches, first, total)
+        box_loss = self._update_detector(step)
+        return None if report is None else replace(report, box_loss=box_loss)
+
+    def _with_box_losses(self, batches: Iterable[TrainBatch]) -> Iterator[TrainBatch]:
+        """The same micro-batches, each yielded after its box losses have been back-propagated."""
+        for batch in batches:
+            assert isinstance(batch, LiveBatch)
+            if self._tuner is not None:
+                self._add_box_gradients(batch)
+            yield batch
+
+    def _add_box_gradients(self, batch: LiveBatch) -> None:
+        """Add those of the mean box loss; the graph is kept for those of the mask losses."""
+        total = batch.outputs[0].class_logits.sum() * 0
+        for output, image in zip(batch.outputs, batch.images, strict=True):
             total = total + self._loss_of(output, image)
-        loss = total / max(num_objects, 1)
+        loss = total / max(batch.num_objects, 1)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the detector's loss is {float(loss)}; images "
-                f"{[image.image_id for image in images]}. Lower --detector-lr, or look at these "
-                "images"
+                f"{[image.image_id for image in batch.images]}. Lower --detector-lr, or look at "
+                "these images"
             )
         loss.backward(retain_graph=True)
-        self._loss += float(loss.detach())
+        self._box_loss += float(loss.detach())
 
     def _loss_of(self, output: DetectorOutput, image: LiveImage) -> Tensor:
         objects = trainable_objects(image.truth)
@@ -139,81 +145,39 @@ class DetectorTuner:
             self._score_function,
         )
 
-    def end_step(self, step: int) -> float | None:
-        """Update the weights; returns the loss of the step, None where nothing is trained."""
-        if self._optimiser is None:
+    def _update_detector(self, step: int) -> float | None:
+        """Update its weights; returns the loss of the step, None where nothing is trained."""
+        if self._tuner is None:
             return None
-        device = self._parameters[0].device
         loss = self._processes.sum_gradients(
-            self._parameters, torch.tensor([self._loss], device=device)
+            self._tuned, torch.tensor([self._box_loss], device=self._tuned[0].device)
         )
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._lr_ratio * learning_rate(self._train, step)
-        nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
-        self._optimiser.step()
-        self._losses = [*self._losses[1 - _RECENT :], float(loss)]
-        return self._losses[-1]
+        for group in self._tuner.param_groups:
+            group["lr"] = self._lr_ratio * learning_rate(self.train, step)
+        nn.utils.clip_grad_norm_(self._tuned, _CLIP_NORM)
+        self._tuner.step()
+        self._box_losses = [*self._box_losses[1 - _RECENT :], float(loss)]
+        return self._box_losses[-1]
 
     def state(self) -> dict[str, Any]:
-        """Parameters, optimiser state and recent losses."""
-        return {
-            "parameters": [p.detach() for p in self._parameters],
-            "optimiser": None if self._optimiser is None else self._optimiser.state_dict(),
-            "losses": self._losses,
+        """State of learner and detector, as tensors and plain values."""
+        detector = {
+            "parameters": [p.detach() for p in self._tuned],
+            "optimiser": None if self._tuner is None else self._tuner.state_dict(),
+            "losses": self._box_losses,
         }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state` returned."""
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        if self._optimiser is not None:
-            self._optimiser.load_state_dict(state["optimiser"])
-        self._losses = list(state["losses"])
-
-
-class JointLearner(Learner):
-    """A head together with the detector it is trained on."""
-
-    def __init__(
-        self,
-        head: MaskHead,
-        train: TrainConfig,
-        tuner: DetectorTuner,
-        processes: Processes | None = None,
-    ) -> None:
-        super().__init__(head, train, processes)
-        self._tuner = tuner
-
-    def learn(self, batches: Iterable[TrainBatch], first: int, total: int) -> StepReport | None:
-        """One step of both, from ``LiveBatch`` micro-batches; see :meth:`Learner.learn`.
-
-        A step without regions still trains the detector, and returns None.
-        """
-        step = self.step
-        self._tuner.begin_step()
-        batches = self._with_box_losses(batches)
-        if not total:
-            batches = list(batches)
-        report = super().learn(batches, first, total)
-        box_loss = self._tuner.end_step(step)
-        return None if report is None else replace(report, box_loss=box_loss)
-
-    def _with_box_losses(self, batches: Iterable[TrainBatch]) -> Iterator[TrainBatch]:
-        """The same micro-batches, each yielded after its box losses have been back-propagated."""
-        for batch in batches:
-            assert isinstance(batch, LiveBatch)
-            self._tuner.add_gradients(batch.outputs, batch.images, batch.num_objects)
-            yield batch
-
-    def state(self) -> dict[str, Any]:
-        """State of learner and tuner, as tensors and plain values."""
-        return {"learner": super().state(), "tuner": self._tuner.state()}
+        return {"learner": super().state(), "tuner": detector}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load a state; KeyError, RuntimeError or ValueError if it is of another training."""
         super().restore(state["learner"])
-        self._tuner.restore(state["tuner"])
+        detector = state["tuner"]
+        with torch.no_grad():
+            for parameter, value in zip(self._tuned, detector["parameters"], strict=True):
+                parameter.copy_(value)
+        if self._tuner is not None:
+            self._tuner.load_state_dict(detector["optimiser"])
+        self._box_losses = list(detector["losses"])
 
 
 def detection_loss(

@@ -22,7 +22,7 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.config import Length
-from mfdetr_cache.training.detector_tuner import TUNED, DetectorTuner, JointLearner
+from mfdetr_cache.training.detector_tuner import TUNED, JointLearner
 from mfdetr_cache.training.distributed import training_processes
 from mfdetr_cache.training.initial_head import with_weights_of
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
@@ -99,13 +99,12 @@ def run_train_joint(
         if not processes.is_first:
             reporter = SilentReporter()
         detector = detector.to(device)
-        tuner = DetectorTuner(detector, config.tune, train, config.detector_lr, processes)
         head = seeded_head(
             train.seed,
             lambda: with_weights_of(images.new_head(config.recipe.head), initial),
             device,
         )
-        learner = JointLearner(head, train, tuner, processes)
+        learner = JointLearner(head, train, detector, config.tune, config.detector_lr, processes)
         is_tuned = config.tune != "nothing"
         source = LiveSource(images, detector, learner, processes, is_tuned=is_tuned)
 
@@ -127,7 +126,7 @@ def run_train_joint(
         )
         reporter.say(
             f"recipe {config.recipe.name}, {detector.spec.name} {TUNED[config.tune]}: "
-            f"{tuner.num_parameters / 1e6:.1f} M of its parameters are trained; {train.steps} "
+            f"{learner.num_tuned / 1e6:.1f} M of its parameters are trained; {train.steps} "
             f"steps of {train.batch_size} images ({len(images.rows)} with objects)"
         )
         is_auto = config.batch_size == "auto"
@@ -146,12 +145,12 @@ def run_train_joint(
     return TrainJointSummary(
         out=str(config.out),
         weights=weights,
-        tuned_parameters=tuner.num_parameters,
+        tuned_parameters=learner.num_tuned,
         steps=learner.step,
         seconds=learner.seconds,
         images_per_second=learner.images_per_second,
         mask_loss=learner.recent_loss(),
-        box_loss=tuner.recent_loss(),
+        box_loss=learner.recent_box_loss(),
         validation=measured,
         best_AP=run.best_ap,
         best_step=run.best_step,

@@ -27,7 +27,7 @@ from mfdetr_cache.errors import (
 )
 from mfdetr_cache.head.folder import load_head
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.training.detector_tuner import DetectorTuner, JointLearner
+from mfdetr_cache.training.detector_tuner import JointLearner
 from mfdetr_cache.training.input.live import LiveImages, LiveSource
 from mfdetr_cache.training.recipes import Recipe, build_recipe
 from tests.support import detectors, scenes
@@ -130,8 +130,8 @@ def test_both_losses_reach_the_detector(scenes_folder: Path, rtdetr_folder: Path
         train = settings.recipe.train
         images = LiveImages(split, settings.images, detector, train, None)
         torch.manual_seed(0)
-        tuner = DetectorTuner(detector, "all", train, 0.1)
-        learner = JointLearner(images.new_head(settings.recipe.head), train, tuner)
+        head = images.new_head(settings.recipe.head)
+        learner = JointLearner(head, train, detector, "all", 0.1)
         source = LiveSource(images, detector, learner, is_tuned=True)
         (step,) = source.steps(range(1))
         step.prepare(1)
