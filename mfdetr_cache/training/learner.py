@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mfdetr_cache.errors import TrainingError
-from mfdetr_cache.head.batch import HeadBatch, HeadOutput
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.ops.devices import start_copy_to_host
 from mfdetr_cache.training.batch import TrainBatch
@@ -76,9 +75,8 @@ class Learner:
         self.waiting_seconds = 0.0
         self._processes = processes or Processes()
         self._losses: list[float] = []
-        self._forward: Callable[[HeadBatch], HeadOutput] = (
-            torch.compile(head, dynamic=True) if train.compile else head
-        )
+        # Compiled, it has the head's attributes too.
+        self._network: Any = torch.compile(head, dynamic=True) if train.compile else head
         self._optimisers = build_optimisers(head, train)
         # Only float16 needs its gradients scaled; otherwise this passes everything through.
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == "fp16")
@@ -145,9 +143,7 @@ class Learner:
             count = len(batch.inputs.queries)
             if not count:
                 continue
-            losses = loss_of_batch(
-                self.head, batch, self.train, self.step, (first, total), self._forward
-            )
+            losses = loss_of_batch(self._network, batch, self.train, self.step, (first, total))
             first += count
             parts = (losses.total.detach(), losses.bce, losses.dice, losses.scoring)
             sums = sums + torch.stack([p.float() for p in parts])
@@ -232,18 +228,16 @@ def loss_of_batch(
     train: TrainConfig,
     step: int,
     share: tuple[int, int] | None = None,
-    forward: Callable[[HeadBatch], HeadOutput] | None = None,
 ) -> LossParts:
     """The losses of a micro-batch; sampled points depend on seed and step alone.
 
     ``share`` is the number of regions of the step before this batch, and in all; None if the batch
-    is the whole step. ``forward`` replaces the head's own call, such as by its compiled form.
+    is the whole step.
     """
     generator = torch.Generator(batch.masks.device)
     generator.manual_seed(train.seed * 1_000_003 + step)
     with autocast(train.amp, batch.masks.device):
-        # A compiled module has no truth value of its own.
-        output = (head if forward is None else forward)(batch.inputs)
+        output = head(batch.inputs)
     if output.stages:
         assert batch.inputs.counts is not None
         assert head.codec is not None
