@@ -34,7 +34,7 @@ _NO_RUNS = np.zeros(0, dtype=np.uint32)
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The mask of an entry: run lengths, of length 0 where there is none, and corners around it.
+    """The mask of an entry, and the corners around it; false, with no run lengths, if it has none.
 
     ``in_parts``: it was written in parts of the image's sides.
     """
@@ -48,7 +48,7 @@ class Mask:
 
     @property
     def num_pixels(self) -> int:
-        """Its area."""
+        """How many pixels are inside."""
         return int(self.run_lengths[1::2].sum(dtype=np.int64))
 
     def fits_in_rows(self, box: Box, size_hw: Size) -> bool:
