@@ -52,8 +52,8 @@ def match_labels(
     label_names: Sequence[str],
     categories: Sequence[Category],
     detector: str,
-    objects: Mapping[int, int] | None = None,
-    mapped: Mapping[str, str] | None = None,
+    objects: Mapping[int, int] = {},
+    mapped: Mapping[str, str] = {},
 ) -> LabelMatch:
     """Match the labels of a detector with the categories of a dataset.
 
@@ -64,17 +64,16 @@ def match_labels(
     Deformable DETR, H-DETR and DINO are trained.
 
     Names are in the order of the detector's outputs; ``objects`` are the annotated ones of each
-    category id, None counts every category as annotated; ``mapped`` has the name of the label that
-    a category, by name or id, is taken for. DatasetError if it names what there is not, two
-    annotated categories have the name of one label, or no rule gives a single category.
+    category id; ``mapped`` has the name of the label that a category, by name or id, is taken for.
+    DatasetError if it names what there is not, two annotated categories have the name of one label,
+    or no rule gives a single category.
     """
-    counts = {c.category_id: 1 for c in categories} if objects is None else dict(objects)
-    as_told = _by_map(label_names, categories, mapped or {}, detector)
-    by_name = _by_name(label_names, categories, counts, as_told)
+    as_told = _by_map(label_names, categories, mapped, detector)
+    by_name = _by_name(label_names, categories, objects, as_told)
     labels = as_told | by_name
     rules: dict[int, Rule] = {**dict.fromkeys(by_name, "name"), **dict.fromkeys(as_told, "map")}
     if not labels:
-        labels, rule = _by_number(label_names, categories, counts, detector)
+        labels, rule = _by_number(label_names, categories, objects, detector)
         rules = dict.fromkeys(labels, rule)
     label_categories, same_as = [-1] * len(label_names), {}
     for category in categories:
@@ -87,7 +86,7 @@ def match_labels(
         MatchedCategory(
             c.name,
             label_names[labels[c.category_id]] if c.category_id in labels else None,
-            counts.get(c.category_id, 0) if objects is not None else 0,
+            objects.get(c.category_id, 0),
             rules.get(c.category_id, ""),
         )
         for c in categories
