@@ -93,9 +93,9 @@ def find_split(folder: Path, split: str | None) -> DatasetFiles:
 
 def _faults(folder: Path) -> str:
     """What is wrong with the YAML files of a folder, behind a message."""
-    from mfdetr_cache.coco.yolo import yolo_fault
+    from mfdetr_cache.coco.yolo import DataYaml
 
-    faults = [fault for path in sorted(folder.glob("*.y*ml")) if (fault := yolo_fault(path))]
+    faults = [fault for path in sorted(folder.glob("*.y*ml")) if (fault := DataYaml(path).fault())]
     return f"; {faults[0]}" if faults else ""
 
 
@@ -135,14 +135,14 @@ def _splits(folder: Path) -> dict[str, DatasetFiles]:
 def _of_layouts(folder: Path) -> Iterator[tuple[str, DatasetFiles]]:
     """Splits in the layouts of COCO, Roboflow and YOLO, and in a folder for each."""
     # Imported late: settings name datasets, and a mistyped option need not wait for Pillow.
-    from mfdetr_cache.coco.yolo import yolo_splits
+    from mfdetr_cache.coco.yolo import DataYaml
 
     for inner in sorted(f for f in folder.glob("*/") if any(f.name.lower() in s for s in _SAME)):
         files = [*inner.glob("*.json"), *inner.glob("annotations/*.json")]
         if len(files) == 1:  # of several, which is meant cannot be told
             yield inner.name, DatasetFiles(_images_in(inner), files[0])
     for path in sorted(folder.glob("*.y*ml")):
-        for name, images in yolo_splits(path).items():
+        for name, images in DataYaml(path).folders().items():
             yield name, DatasetFiles(images, path.with_name(f"{path.name}:{name}"))
     for path in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
         name = re.sub("^instances?_?", "", path.stem)

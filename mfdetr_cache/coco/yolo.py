@@ -22,28 +22,7 @@ _SPLITS = ("train", "val", "valid", "test")
 _FARTHEST = 2
 
 
-def yolo_splits(path: Path) -> dict[str, Path]:
-    """The splits of a ``data.yaml`` and the folders of their images, where these are there.
-
-    None for a YAML file of something else; DatasetError if it is no YAML.
-    """
-    return _DataYaml(path).folders()
-
-
-def yolo_fault(path: Path) -> str:
-    """What of the splits of a ``data.yaml`` cannot be read; empty for another YAML file too."""
-    file = _DataYaml(path)
-    named = [split for split in _SPLITS if file.document.get(split)]
-    if "names" not in file.document:
-        return f"{path} has no names of its classes" if named else ""
-    folders = file.folders()
-    lacking = [split for split in named if split not in folders]
-    if lacking:
-        return file.fault_of(lacking[0])
-    return "" if named else f"{path} names no folder as train, val or test"
-
-
-class _DataYaml:
+class DataYaml:
     """A ``data.yaml``; its folders may lie in any of ``places``. DatasetError if it is no YAML."""
 
     def __init__(self, path: Path) -> None:
@@ -53,11 +32,20 @@ class _DataYaml:
         self.places = (path.parent / root, path.parent) if isinstance(root, str) else (path.parent,)
 
     def folders(self) -> dict[str, Path]:
-        """The folder of the images of each split, where these are there."""
+        """The folder of the images of each split, where these are there; none for another YAML."""
         if "names" not in self.document:
             return {}
         found = {split: self.folder_of(self.sources(split)) for split in _SPLITS}
         return {split: folder for split, folder in found.items() if folder is not None}
+
+    def fault(self) -> str:
+        """What of the splits cannot be read; empty for another YAML file too."""
+        named = [split for split in _SPLITS if self.document.get(split)]
+        if "names" not in self.document:
+            return f"{self.path} has no names of its classes" if named else ""
+        if lacking := [split for split in named if split not in self.folders()]:
+            return self.fault_of(lacking[0])
+        return "" if named else f"{self.path} names no folder as train, val or test"
 
     def fault_of(self, split: str) -> str:
         """Why a split has no images."""
@@ -156,7 +144,7 @@ def read_yolo(path: Path, images: Path | None) -> JsonFile:
     size 0. There is one annotation per line of their text files; a line of a box alone has no mask.
     """
     path, split = yaml_and_split(path)
-    yaml_file = _DataYaml(path)
+    yaml_file = DataYaml(path)
     names = yaml_file.names()
     sources = [images] if images and not split else yaml_file.sources(split)
     if not sources and split:

@@ -20,7 +20,7 @@ from PIL import Image
 from mfdetr_cache.coco.annotations import load_coco_split
 from mfdetr_cache.coco.options import parse_map
 from mfdetr_cache.coco.results import load_results
-from mfdetr_cache.coco.yolo import read_yolo, yolo_splits
+from mfdetr_cache.coco.yolo import DataYaml, read_yolo
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.options import names_in_file
@@ -171,13 +171,13 @@ def test_files_of_names_and_rows(tmp_path: Path) -> None:
     path.write_text("cat\ndog\n")
     fuzz_file(path, lambda: names_in_file(str(path)), ValueError)
     path.write_text("path: .\ntrain: images\nnames:\n  0: cat\n  1: dog\n")
-    fuzz_file(path, lambda: yolo_splits(path))
+    fuzz_file(path, lambda: DataYaml(path).folders())
     fuzz_file(path, lambda: read_yolo(path, tmp_path / "images"))
     # JSON is YAML too. A name that is too long is refused by the command line.
     path.write_text(
         '{"path": ".", "train": ["images"], "nc": 2, "names": {"0": "cat", "1": "dog"}}'
     )
-    fuzz_file(path, lambda: yolo_splits(path), OSError, is_json=True)
+    fuzz_file(path, lambda: DataYaml(path).folders(), OSError, is_json=True)
     fuzz_file(path, lambda: read_yolo(path, tmp_path / "images"), OSError, is_json=True)
 
 
