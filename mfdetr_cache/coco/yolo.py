@@ -43,7 +43,8 @@ class DataYaml:
         named = [split for split in _SPLITS if self.document.get(split)]
         if "names" not in self.document:
             return f"{self.path} has no names of its classes" if named else ""
-        if lacking := [split for split in named if split not in self.folders()]:
+        folders = self.folders()
+        if lacking := [split for split in named if split not in folders]:
             return self.fault_of(lacking[0])
         return "" if named else f"{self.path} names no folder as train, val or test"
 
