@@ -186,9 +186,7 @@ class Learner:
         self._losses = list(state["losses"])
         self.head.load_state_dict(state["head"])
         self._average = {k: v.to(self.device) for k, v in state["average"].items()}
-        # Checkpoints from before there was a choice have one.
-        states = state.get("optimisers") or [state["optimiser"]]
-        for optimiser, values in zip(self._optimisers, states, strict=True):
+        for optimiser, values in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(values)
         self._scaler.load_state_dict(state["scaler"])
 

@@ -5,7 +5,6 @@ import torch
 from mfdetr_cache.head.build import build_head
 from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.training.config import TrainConfig
-from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.optimisers import build_optimisers, orthogonal
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support.images import make_spec
@@ -104,10 +103,3 @@ def test_matrices_of_one_shape_do_not_touch_one_another() -> None:
     torch.testing.assert_close(together, turned)
     singular = torch.linalg.svdvals(together)
     assert ((singular > 0.6) & (singular < 1.3)).all()
-
-
-def test_a_checkpoint_from_before_there_was_a_choice_is_read() -> None:
-    learner = Learner(head_of(), TrainConfig())
-    state = learner.state()
-    (state["optimiser"],) = state.pop("optimisers")
-    Learner(head_of(), TrainConfig()).restore(state)
