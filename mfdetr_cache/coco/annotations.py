@@ -12,7 +12,7 @@ import numpy as np
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.coco.faults import Faults, keys_of, short
 from mfdetr_cache.coco.formats import told_of_format
-from mfdetr_cache.coco.ids import NamedImages, SourceId, source_id
+from mfdetr_cache.coco.ids import SourceId, images_by_name, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry, read_categories, read_images
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.layouts import DatasetFiles, yaml_and_split
@@ -182,7 +182,7 @@ def load_coco_split(
     )
 
 
-def _by_names(document: Mapping[str, Any]) -> NamedImages[SourceId]:
+def _by_names(document: Mapping[str, Any]) -> Mapping[SourceId, SourceId]:
     """The ids of all images of a document, by what its annotations may call them."""
     listed = [
         (written, image)
@@ -191,7 +191,7 @@ def _by_names(document: Mapping[str, Any]) -> NamedImages[SourceId]:
     ]
     wanted = {source_id(a.get("image_id")) for a in document["annotations"] if isinstance(a, dict)}
     files = ((n, i) for i, image in listed if isinstance(n := image.get("file_name"), str))
-    return NamedImages.of({i: i for i, _ in listed}, files, wanted)
+    return images_by_name({i: i for i, _ in listed}, files, wanted)
 
 
 def _checked(document: object, path: Path, *, unannotated: bool) -> dict[str, Any]:

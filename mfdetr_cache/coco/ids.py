@@ -3,9 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 SourceId = int | str
 _Found = TypeVar("_Found")
@@ -111,53 +110,44 @@ def named(ids: Iterable[SourceId | None]) -> str:
     return ", ".join(listed[:10]) + more
 
 
-@dataclass(frozen=True, slots=True)
-class NamedImages(Generic[_Found]):
-    """Images by everything that can only mean one of them."""
+def images_by_name(
+    by_id: Mapping[SourceId, _Found],
+    files: Iterable[tuple[str, _Found]],
+    wanted: set[SourceId | None],
+) -> Mapping[SourceId, _Found]:
+    """Images by all that can only mean one: its id, its file's name, that without its ending.
 
-    by_name: Mapping[SourceId, _Found]
+    The numbers that files are named by are taken where all that are ``wanted`` are such, and not
+    all are ids: so ultralytics writes results. Names of files are not looked at where all are ids.
+    """
+    ids = with_numbers(by_id)
+    if wanted <= ids.keys():
+        return ids
+    names = [
+        (name, image)
+        for file_name, image in files
+        if file_name
+        for file in [PurePosixPath(file_name.replace("\\", "/"))]
+        for name in {str(file), file.name, file.stem}
+    ]
+    by_name = {**by_unique_name(names, str.lower), **ids}
+    numbers = [(number, i) for name, i in names if (number := number_of(name)) is not None]
+    by_number: dict[SourceId, _Found] = dict(numbers)
+    only_one = len(by_number) == len(numbers)
+    if only_one and not wanted <= by_name.keys() and wanted <= by_number.keys():
+        return by_number
+    return by_name
 
-    @classmethod
-    def of(
-        cls,
-        by_id: Mapping[SourceId, _Found],
-        files: Iterable[tuple[str, _Found]],
-        wanted: set[SourceId | None],
-    ) -> "NamedImages[_Found]":
-        """Every id that can only mean one image: its own, its file's name, that without its ending.
 
-        The numbers that files are named by are taken where all that are ``wanted`` are such, and
-        not all are ids: so ultralytics writes results. Names of files are not looked at where all
-        are ids.
-        """
-        ids = with_numbers(by_id)
-        if wanted <= ids.keys():
-            return cls(ids)
-        names = [
-            (name, image)
-            for file_name, image in files
-            if file_name
-            for file in [PurePosixPath(file_name.replace("\\", "/"))]
-            for name in {str(file), file.name, file.stem}
-        ]
-        by_name = {**by_unique_name(names, str.lower), **ids}
-        numbers = [(number, i) for name, i in names if (number := number_of(name)) is not None]
-        by_number: dict[SourceId, _Found] = dict(numbers)
-        only_one = len(by_number) == len(numbers)
-        if only_one and not wanted <= by_name.keys() and wanted <= by_number.keys():
-            return cls(by_number)
-        return cls(by_name)
-
-    def find(self, written: SourceId | None) -> _Found | None:
-        """An image by its id, its file's name with any ending, or a path that ends in it."""
-        if written is None or (known := known_id(written, self.by_name)) is None:
-            return None
-        if known in self.by_name or not isinstance(written, str):
-            return self.by_name.get(known)
-        path = PurePosixPath(written.replace("\\", "/"))
-        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        # The number in a converted file's name is no id, unlike one that is the whole name.
-        found = (*(known_id(end, self.by_name) for end in ends), path.stem)
-        spelled = (n for e in found for n in ((e, e.lower()) if isinstance(e, str) else (e,)))
-        there = (n for n in spelled if n is not None and n in self.by_name)
-        return next((self.by_name[n] for n in there), None)
+def known_image(value: object, found: Mapping[SourceId, _Found]) -> _Found | None:
+    """Which of :func:`images_by_name` is meant: also by another ending, or a path that ends so."""
+    written, known = source_id(value), known_id(value, found)
+    if known is None or known in found or not isinstance(written, str):
+        return None if known is None else found.get(known)
+    path = PurePosixPath(written.replace("\\", "/"))
+    ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+    # The number in a converted file's name is no id, unlike one that is the whole name.
+    names = (*(known_id(end, found) for end in ends), path.stem)
+    spelled = (n for e in names for n in ((e, e.lower()) if isinstance(e, str) else (e,)))
+    there = (n for n in spelled if n is not None and n in found)
+    return next((found[n] for n in there), None)

@@ -15,7 +15,7 @@ from mfdetr_cache.coco.box_forms import (
 )
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, Unusable, keys_of, short
-from mfdetr_cache.coco.ids import NamedImages, SourceId, internal_ids, source_id
+from mfdetr_cache.coco.ids import SourceId, internal_ids, known_image, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.segmentation import IN_PARTS, Mask, Segmentations
 from mfdetr_cache.ops.masks import RunLengths
@@ -70,7 +70,7 @@ class _Draft:
 def read_annotations(
     raw: Sequence[Any],
     images: Mapping[SourceId, ImageEntry],
-    named: NamedImages[SourceId],
+    named: Mapping[SourceId, SourceId],
     categories: Mapping[SourceId, Category],
     faults: Faults,
     *,
@@ -88,7 +88,7 @@ def read_annotations(
     for number, annotation in enumerate(raw):
         image_id = None
         if isinstance(annotation, dict):
-            image_id = named.find(source_id(annotation.get("image_id")))
+            image_id = known_image(annotation.get("image_id"), named)
         if image_id is not None and image_id not in images:
             continue
         faults.total += 1

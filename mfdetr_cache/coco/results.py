@@ -17,7 +17,7 @@ from mfdetr_cache.coco.box_forms import (
 )
 from mfdetr_cache.coco.categories import by_names_too, known_category
 from mfdetr_cache.coco.faults import Faults, Unusable, keys_of, short
-from mfdetr_cache.coco.ids import NamedImages, SourceId, named, source_id
+from mfdetr_cache.coco.ids import SourceId, images_by_name, known_image, named, source_id
 from mfdetr_cache.coco.image_list import Category, ImageEntry
 from mfdetr_cache.coco.json_file import read_json
 from mfdetr_cache.coco.objects import IN_ROWS
@@ -68,7 +68,7 @@ def load_results(path: Path, split: CocoSplit, on_bad: OnBad = "stop") -> Result
     faults = Faults(str(path), "result", total=len(document))
     entries = [result for result in document if isinstance(result, dict)]
     reading = _Reading(
-        NamedImages.of(
+        images_by_name(
             {e.written_id: e for e in split.images},
             ((e.file_name, e) for e in split.images),
             {source_id(r.get("image_id")) for r in entries},
@@ -136,7 +136,7 @@ class _Reading:
     ``known`` ends the message about an unknown category.
     """
 
-    images: NamedImages[ImageEntry]
+    images: Mapping[SourceId, ImageEntry]
     categories: Mapping[SourceId, Category]
     masks: Segmentations
     known: str
@@ -156,7 +156,7 @@ def _draft(number: int, result: object, reading: _Reading, faults: Faults) -> _D
         kind = "number" if key == "score" else "id"
         said = f"it is {short(result[key])}" if key in result else f"it has {keys_of(result)}"
         raise Unusable(where, f"has no {kind} {key!r} ({said})")
-    entry = reading.images.find(image_id)
+    entry = known_image(image_id, reading.images)
     if entry is None:
         raise Unusable(where, f"is of image {image_id}, which is not in the annotation file")
     category = known_category(category_id, reading.categories)
