@@ -12,12 +12,7 @@ from PIL import Image
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.inference import MaskPrediction
 from mfdetr_cache.evaluation.overlay import OverlayItem, draw_overlay
-from mfdetr_cache.ops.masks import (
-    RunLengths,
-    compress_run_lengths,
-    decode_run_lengths,
-    plain_rle,
-)
+from mfdetr_cache.ops.masks import RunLengths, compress_run_lengths, decode_run_lengths, plain_rle
 from mfdetr_cache.ops.masks_pasting import paste_probabilities_in_image, run_lengths_in_box
 
 

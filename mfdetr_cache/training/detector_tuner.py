@@ -32,7 +32,7 @@ from mfdetr_cache.training.batch import TrainBatch
 from mfdetr_cache.training.config import TrainConfig
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.input.live import LiveBatch, LiveImage
-from mfdetr_cache.training.learner import Learner, StepReport
+from mfdetr_cache.training.learner import RECENT, Learner, StepReport
 from mfdetr_cache.training.optimisers import learning_rate
 from mfdetr_cache.types import DetectorOutput
 
@@ -45,8 +45,6 @@ TUNED: dict[Tune, str] = {
 _CLIP_NORM, _WEIGHT_DECAY = 0.1, 1e-4
 # DETR's weight of queries that match nothing, in its cross entropy.
 _NO_OBJECT_WEIGHT = 0.1
-# Losses of so many steps are averaged for display.
-_RECENT = 50
 
 
 class JointLearner(Learner):
@@ -156,7 +154,7 @@ class JointLearner(Learner):
             group["lr"] = self._lr_ratio * learning_rate(self.train, step)
         nn.utils.clip_grad_norm_(self._tuned, _CLIP_NORM)
         self._tuner.step()
-        self._box_losses = [*self._box_losses[1 - _RECENT :], float(loss)]
+        self._box_losses = [*self._box_losses[1 - RECENT :], float(loss)]
         return self._box_losses[-1]
 
     def state(self) -> dict[str, Any]:

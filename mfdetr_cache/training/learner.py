@@ -20,8 +20,8 @@ from mfdetr_cache.training.optimisers import build_optimisers, learning_rate
 from mfdetr_cache.training.regions import RegionSettings
 from mfdetr_cache.training.set_loss import set_losses
 
-# Steps that the reported loss is a mean of.
-_RECENT = 50
+# Steps that a reported loss is a mean of.
+RECENT = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Learner:
         """Whether a step had a region."""
         return bool(self._losses)
 
-    def recent_loss(self, steps: int = _RECENT) -> float:
+    def recent_loss(self, steps: int = RECENT) -> float:
         """Mean total loss of the last steps, at most 50; NaN before the first."""
         return float(np.mean(self._losses[-steps:])) if self._losses else float("nan")
 
@@ -130,7 +130,7 @@ class Learner:
         self._scaler.update()
         self._average_weights()
         self.step += 1
-        self._losses = [*self._losses[1 - _RECENT :], loss]
+        self._losses = [*self._losses[1 - RECENT :], loss]
         return StepReport(rate, loss, bce, dice, scoring, total)
 
     def _add_gradients(self, batches: Iterable[TrainBatch], first: int, total: int) -> list[float]:

@@ -76,10 +76,7 @@ class TrainingLoop:
     def _run(self, numbers: range) -> bool:
         """Run some steps; returns whether a signal asked to stop."""
         saved = time.monotonic()
-        with (
-            stop_on_signals() as stop,
-            contextlib.closing(self._source.steps(numbers)) as steps,
-        ):
+        with stop_on_signals() as stop, contextlib.closing(self._source.steps(numbers)) as steps:
             for number in numbers:
                 begun = time.perf_counter()
                 found = self._next(steps, number, stop)

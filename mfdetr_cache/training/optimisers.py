@@ -33,10 +33,7 @@ def build_optimisers(head: nn.Module, config: TrainConfig) -> tuple[torch.optim.
     if not muon:
         return (adamw,)
     return adamw, _Muon(
-        muon,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
 
 
