@@ -57,9 +57,10 @@ def match_hungarian(
     # Imported late: what never trains does without numba's start.
     from mfdetr_cache.matching.pair_costs_numba import pair_costs
 
-    class_weights, box_weights = (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
-    predicted, objects = (class_logits, boxes_cxcywh_norm), (object_labels, object_cxcywh_norm)
-    cost, iou = pair_costs(*predicted, *objects, class_weights, box_weights)
+    weights = (CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA), (L1_COST, GIOU_COST)
+    cost, iou = pair_costs(
+        class_logits, boxes_cxcywh_norm, object_labels, object_cxcywh_norm, *weights
+    )
     query_index, object_index = linear_sum_assignment(cost)
     if preferred is not None and not np.isin(query_index, preferred).all():
         rows, columns = linear_sum_assignment(cost[preferred])
