@@ -69,13 +69,14 @@ class Segmentations:
     """
 
     def __init__(self, values: Iterable[object]) -> None:
-        units = Counter(map(_unit, values))
+        units = Counter(_unit(_plain_points(value)) for value in values)
         parts, pixels = units["parts"], units["pixels"]
         self.all_in_parts = parts > 0 and not pixels
         self._some_in_parts = parts > max(1, _SOME * pixels)
 
     def read(self, value: object, box: Box | None, size_hw: Size) -> Mask:
         """The mask of an entry beside its ``bbox``; ValueError if it cannot be understood."""
+        value = _plain_points(value)
         in_parts = self._is_in_parts(value, box, size_hw)
         runs = _run_lengths(_in_pixels(value, size_hw) if in_parts else value, size_hw)
         if runs is None:
@@ -139,28 +140,22 @@ def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
         return None
     if not isinstance(value, Sequence):
         raise ValueError(f"a segmentation is a list of polygons or an RLE, not {short(value)}")
-    if _is_of_points(value):
-        return run_lengths_of_polygons(_polygons([_plain_points(v) for v in value]), size_hw)
     if value and all(isinstance(item, Mapping) for item in value):
         return _of_rles(value, size_hw)
     polygons = _polygons(value)
     return run_lengths_of_polygons(polygons, size_hw) if polygons else None
 
 
-def _is_of_points(value: object) -> bool:
-    """Whether the first of all is a point ``{"x", "y"}``, whatever lists it is in."""
-    while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, Mapping) and value.keys() == {"x", "y"}
-
-
 def _plain_points(value: object) -> object:
     """Points ``{"x", "y"}``, in lists of any depth, as pairs; anything else as it is."""
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    if not (isinstance(first, Mapping) and first.keys() == {"x", "y"}):
+        return value
     if isinstance(value, list):
         return [_plain_points(v) for v in value]
-    if isinstance(value, Mapping) and _is_of_points(value):
-        return [value["x"], value["y"]]
-    return value
+    return [first["x"], first["y"]]
 
 
 def _polygons(value: Sequence[Any]) -> list[list[float]]:
@@ -207,7 +202,7 @@ def _of_text(value: str, size_hw: Size) -> RunLengths | None:
         return None
     inner = _unwritten(text)
     if isinstance(inner, (list, tuple, dict)):
-        return _run_lengths(inner, size_hw)
+        return _run_lengths(_plain_points(inner), size_hw)
     try:
         return run_lengths_of_counts(_plain_counts(text), size_hw)
     except ValueError as error:

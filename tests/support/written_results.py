@@ -161,6 +161,12 @@ def in_parts(documents: Documents, every: int = 1) -> None:
         )(annotation["segmentation"])
 
 
+def points_in_parts(documents: Documents) -> None:
+    in_parts(documents)
+    for annotation in documents[0]["annotations"]:
+        annotation["segmentation"] = as_points(annotation["segmentation"])
+
+
 def in_parts_beside_nothing(documents: Documents) -> None:
     in_parts(documents)
     for annotation in documents[0]["annotations"]:
@@ -179,6 +185,10 @@ def pairs(segmentation: Any) -> Any:
     if isinstance(segmentation, dict):
         return segmentation
     return [np.reshape(p, (-1, 2)).tolist() for p in segmentation]
+
+
+def as_points(polygons: Any) -> Any:
+    return [[{"x": x, "y": y} for x, y in p] for p in pairs(polygons)]
 
 
 def of_polygons(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -232,11 +242,8 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "boxes as text": rewrite("bbox", str, results=True),
     "corners": rewrite("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]], results=True),
     "flat polygons": rewrite("segmentation", of_polygons(lambda s: s[0]), results=False),
-    "points as dictionaries": rewrite(
-        "segmentation",
-        of_polygons(lambda s: [[{"x": x, "y": y} for x, y in p] for p in pairs(s)]),
-        results=False,
-    ),
+    "points as dictionaries": rewrite("segmentation", of_polygons(as_points), results=False),
+    "points as dictionaries in parts of the sides": points_in_parts,
     "bare points as dictionaries": rewrite(
         "segmentation",
         of_polygons(lambda s: [{"y": y, "x": x} for x, y in pairs(s)[0]]),
