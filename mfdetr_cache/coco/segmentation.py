@@ -69,14 +69,14 @@ class Segmentations:
     """
 
     def __init__(self, values: Iterable[object]) -> None:
-        units = Counter(_unit(_plain_points(value)) for value in values)
+        units = Counter(_unit(_plain(value)) for value in values)
         parts, pixels = units["parts"], units["pixels"]
         self.all_in_parts = parts > 0 and not pixels
         self._some_in_parts = parts > max(1, _SOME * pixels)
 
     def read(self, value: object, box: Box | None, size_hw: Size) -> Mask:
         """The mask of an entry beside its ``bbox``; ValueError if it cannot be understood."""
-        value = _plain_points(value)
+        value = _plain(value)
         in_parts = self._is_in_parts(value, box, size_hw)
         runs = _run_lengths(_in_pixels(value, size_hw) if in_parts else value, size_hw)
         if runs is None:
@@ -125,14 +125,14 @@ def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
     """The mask of a ``segmentation`` field, as in a JSON file.
 
     Besides COCO's own forms: one polygon that is not in a list or in one list too many, points as
-    pairs, RLE dictionaries in a list, and any of these as text. None where there is no mask: null,
-    NaN, no text, no polygon, only empty ones. ValueError if there is something, and it is no mask
-    of an image of this size.
+    pairs, RLE dictionaries in a list, and the counts of an RLE alone. None where there is no mask:
+    null, NaN, no text, no polygon, only empty ones. ValueError if there is something, and it is no
+    mask of an image of this size.
     """
     if isinstance(value, ValueError):  # what the reader of another layout found
         raise value
     if isinstance(value, str):
-        return _of_text(value, size_hw)
+        return _of_text(value.strip(), size_hw)
     if isinstance(value, Mapping):
         return _of_rle(value, size_hw)
     # Null, or the NaN of a data frame.
@@ -146,15 +146,17 @@ def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
     return run_lengths_of_polygons(polygons, size_hw) if polygons else None
 
 
-def _plain_points(value: object) -> object:
-    """Points ``{"x", "y"}``, in lists of any depth, as pairs; anything else as it is."""
+def _plain(value: object) -> object:
+    """What stands in a text, as JSON or Python; points ``{"x", "y"}``, in any lists, as pairs."""
+    if isinstance(value, str) and isinstance(inner := _unwritten(value), (list, tuple, dict)):
+        value = inner
     first = value
     while isinstance(first, list) and first:
         first = first[0]
     if not (isinstance(first, Mapping) and first.keys() == {"x", "y"}):
         return value
     if isinstance(value, list):
-        return [_plain_points(v) for v in value]
+        return [_plain(v) for v in value]
     return [first["x"], first["y"]]
 
 
@@ -195,19 +197,15 @@ def _numbers(values: Sequence[Any]) -> list[float]:
         raise ValueError("a polygon holds something that is no number") from error
 
 
-def _of_text(value: str, size_hw: Size) -> RunLengths | None:
-    """A mask as text: JSON or Python of another form, or the compressed counts of an RLE."""
-    text = value.strip()
+def _of_text(text: str, size_hw: Size) -> RunLengths | None:
+    """The mask that compressed counts are; None for a text that says that there is none."""
     if text in ("", "null", "None", "nan", "NaN"):
         return None
-    inner = _unwritten(text)
-    if isinstance(inner, (list, tuple, dict)):
-        return _run_lengths(_plain_points(inner), size_hw)
     try:
         return run_lengths_of_counts(_plain_counts(text), size_hw)
     except ValueError as error:
         raise ValueError(
-            f"the text {short(value)} is neither JSON nor the counts of an RLE ({error})"
+            f"the text {short(text)} is neither JSON nor the counts of an RLE ({error})"
         ) from error
 
 

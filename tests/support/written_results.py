@@ -161,16 +161,14 @@ def in_parts(documents: Documents, every: int = 1) -> None:
         )(annotation["segmentation"])
 
 
-def points_in_parts(documents: Documents) -> None:
-    in_parts(documents)
-    for annotation in documents[0]["annotations"]:
-        annotation["segmentation"] = as_points(annotation["segmentation"])
+def in_parts_as(change: Callable[[Any], Any]) -> Callable[[Documents], None]:
+    """Polygons in parts of the sides, and in another form too."""
 
+    def apply(documents: Documents) -> None:
+        in_parts(documents)
+        rewrite("segmentation", of_polygons(change), results=False)(documents)
 
-def in_parts_beside_nothing(documents: Documents) -> None:
-    in_parts(documents)
-    for annotation in documents[0]["annotations"]:
-        annotation["segmentation"].insert(0, [])
+    return apply
 
 
 def counts_list(segmentation: Any) -> Any:
@@ -243,7 +241,8 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "corners": rewrite("bbox", lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]], results=True),
     "flat polygons": rewrite("segmentation", of_polygons(lambda s: s[0]), results=False),
     "points as dictionaries": rewrite("segmentation", of_polygons(as_points), results=False),
-    "points as dictionaries in parts of the sides": points_in_parts,
+    "points as dictionaries in parts of the sides": in_parts_as(as_points),
+    "polygons as text in parts of the sides": in_parts_as(json.dumps),
     "bare points as dictionaries": rewrite(
         "segmentation",
         of_polygons(lambda s: [{"y": y, "x": x} for x, y in pairs(s)[0]]),
@@ -263,7 +262,7 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     ),
     "polygons in parts of the sides": in_parts,
     "polygons in parts of the sides beside others in pixels": lambda d: in_parts(d, every=3),
-    "empty polygons beside parts of the sides": in_parts_beside_nothing,
+    "empty polygons beside parts of the sides": in_parts_as(lambda s: [[], *s]),
     "polygons as text": rewrite("segmentation", of_polygons(json.dumps), results=False),
     "a polygon far outside beside": rewrite(
         "segmentation", of_polygons(lambda s: [*s, [400, 400, 500, 400, 500, 500]]), results=False
