@@ -154,11 +154,11 @@ class _Reader:
         numbers = [theirs.fileno(), descriptor]
         self._process = start_child(_START, numbers, len(memory))
         theirs.close()
-        self._send(load)
+        self._talk(self._connection.send, load)
 
     def is_there(self) -> bool:
         if not self._has_begun and self._connection.poll():
-            self._receive()
+            self._talk(self._connection.recv)
             self._has_begun = True
         return self._has_begun
 
@@ -167,12 +167,12 @@ class _Reader:
 
         The returned functions must be called in the order of the requests.
         """
-        self._send((row, step, first, room))
+        self._talk(self._connection.send, (row, step, first, room))
 
         def answer() -> Any:  # noqa: ANN401
             while not self.is_there():
                 self._connection.poll(None)
-            answer = self._receive()
+            answer = self._talk(self._connection.recv)
             if isinstance(answer, Exception):
                 raise answer
             data, stretches = answer
@@ -186,24 +186,16 @@ class _Reader:
         self._process.kill()
         self._process.wait()
 
-    def _receive(self) -> Any:  # noqa: ANN401
+    def _talk(self, act: Callable[..., Any], *message: object) -> Any:  # noqa: ANN401
+        """Send or receive; TrainingError if the process is gone."""
         try:
-            return self._connection.recv()
+            return act(*message)
         except (EOFError, ConnectionError) as error:
-            raise self._ended() from error
-
-    def _send(self, message: Any) -> None:  # noqa: ANN401
-        try:
-            self._connection.send(message)
-        except ConnectionError as error:
-            raise self._ended() from error
-
-    def _ended(self) -> TrainingError:
-        code = self._process.wait()
-        return TrainingError(
-            f"a process that reads the cache ended by itself (exit code {code}; -9 is mostly a "
-            "lack of memory); go on with --resume, perhaps with fewer (--set num_processes=N)"
-        )
+            code = self._process.wait()
+            raise TrainingError(
+                f"a process that reads the cache ended by itself (exit code {code}; -9 is mostly a "
+                "lack of memory); go on with --resume, perhaps with fewer (--set num_processes=N)"
+            ) from error
 
 
 @contextlib.contextmanager
