@@ -38,6 +38,16 @@ def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
     assert (decode_run_lengths(runs, (40, 41)) == wanted.astype(bool)).all()
 
 
+def test_outlines_are_bounded_by_their_length_and_not_by_their_points() -> None:
+    """pycocotools keeps ten numbers for every pixel of an outline."""
+    along = [float(v) for x in range(20_000) for v in (x / 2, 3 + x % 2)]
+    runs = run_lengths_of_segmentation([along], (8, 10_000))
+    assert runs[1::2].sum() > 0
+    across = [0.0, 0.0, 10_000.0, 6.0] * 600
+    with pytest.raises(ValueError, match="outline of a polygon is longer than"):
+        run_lengths_of_segmentation([across], (8, 10_000))
+
+
 def test_long_runs_survive_compression() -> None:
     mask = np.zeros((700, 900), dtype=bool)
     mask[10:650, 100:700] = True
