@@ -102,6 +102,7 @@ def test_padding_to_a_multiple_is_masked(tmp_path: Path, picture: Image.Image) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (TO_32.replace("=32", "=0"), "padded to multiples of 0"),
         (JITTERED.replace("with_attn_mask=False", "with_attn_mask=True"), "step = Pad is not read"),
         (JITTERED.replace("(96, 96), pad", "(96, 128), pad"), "step = Pad is not read"),
         (JITTERED.replace("114, 114, 114", "114, 114, 0"), "step = Pad is not read"),

@@ -77,6 +77,9 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
     resize = steps["Resize"]
     width, height = map(int, resize["scale"])
+    multiple = int(pixels.get("pad_size_divisor", 1))
+    if min(width, height, multiple) < 1:
+        raise ValueError(f"sizes of {width} x {height}, padded to multiples of {multiple}")
     keeps = bool(resize.get("keep_ratio", False))
     pad_value = _pad_value(steps, model, (width, height)) if keeps else None
     followed = _STEPS if pad_value is None else _STEPS | {"Pad"}
@@ -108,7 +111,7 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             longest_edge=None if fixed else max(width, height),
             pads=pad_value is not None,
             pad_value=pad_value,
-            pad_multiple=1 if fixed else int(pixels.get("pad_size_divisor", 1)),
+            pad_multiple=1 if fixed else multiple,
         ),
         "arithmetic": Arithmetic(
             float(encoding.get("temperature", 10000)),
