@@ -103,6 +103,7 @@ def test_padding_to_a_multiple_is_masked(tmp_path: Path, picture: Image.Image) -
     ("text", "message"),
     [
         (TO_32.replace("=32", "=0"), "padded to multiples of 0"),
+        (TO_32.replace("keep_ratio=True", "keep_ratio=False"), "pad_size_divisor = 32 is not read"),
         (JITTERED.replace("with_attn_mask=False", "with_attn_mask=True"), "step = Pad is not read"),
         (JITTERED.replace("(96, 96), pad", "(96, 128), pad"), "step = Pad is not read"),
         (JITTERED.replace("114, 114, 114", "114, 114, 0"), "step = Pad is not read"),

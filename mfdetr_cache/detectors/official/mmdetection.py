@@ -82,11 +82,14 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"sizes of {width} x {height}, padded to multiples of {multiple}")
     keeps = bool(resize.get("keep_ratio", False))
     pad_value = _pad_value(steps, model, (width, height)) if keeps else None
+    fixed = pad_value is not None or not keeps
+    uneven = fixed and (width % multiple or height % multiple)
     followed = _STEPS if pad_value is None else _STEPS | {"Pad"}
     unknown = next((name for name in steps if name not in followed), None)
     found = {
         "model.type": (kind, ("DINO", "DeformableDETR", "CoDETR")),
         "test pipeline's step": (unknown, (None,)),
+        "data_preprocessor.pad_size_divisor": (multiple if uneven else 1, (1,)),
         "Resize.backend": (resize.get("backend", "cv2"), ("cv2",)),
         "Resize.interpolation": (resize.get("interpolation", "bilinear"), ("bilinear",)),
         **{name: (_setting(model, name, left), read) for name, (left, read) in _SETTINGS.items()},
@@ -97,7 +100,6 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: mmdetection's {name} = {value} is not read; DINO, Deformable DETR "
                 "and Co-DETR with RGB input and a torchvision ResNet or a Swin are"
             )
-    fixed = pad_value is not None or not keeps
     return {
         "preprocessing": Preprocessing(
             resize="mmcv",
