@@ -32,8 +32,7 @@ from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import ExtractSummary
-from mfdetr_pipelines.process_engine import in_processes
-from mfdetr_pipelines.ray_engine import on_cluster
+from mfdetr_pipelines.process_engine import run_tasks
 
 
 def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> ExtractSummary:
@@ -51,7 +50,7 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
         if config.work.engine == "ray" or workers > 1:
             filled = _fill_in_tasks(config, writer, pending, workers, reporter)
         else:
-            filled = _filled(_worker(config, detector, writer, reporter), pending)
+            filled = _fill(config, detector, writer, pending, reporter)
         tell_oddities(filled.oddities, reporter)
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
@@ -86,13 +85,6 @@ def _planned(
     return detector, labelled, plan_cache(labelled, detector, config.maps, config.views)
 
 
-def _worker(
-    config: ExtractConfig, detector: Detector, writer: CacheWriter, reporter: Reporter
-) -> Extraction:
-    device, skip_bad = torch_device(config.device), config.on_bad_image == "skip"
-    return Extraction(config.files.images, detector, device, writer, reporter, skip_bad=skip_bad)
-
-
 @dataclass
 class _Filled:
     """What filling parts of a cache came to.
@@ -120,7 +112,16 @@ class _Filled:
         self.untold |= other.untold
 
 
-def _filled(worker: Extraction, parts: Sequence[Part]) -> _Filled:
+def _fill(
+    config: ExtractConfig,
+    detector: Detector,
+    writer: CacheWriter,
+    parts: Sequence[Part],
+    reporter: Reporter,
+) -> _Filled:
+    device, skip_bad = torch_device(config.device), config.on_bad_image == "skip"
+    images = config.files.images
+    worker = Extraction(images, detector, device, writer, reporter, skip_bad=skip_bad)
     worker.run(parts)
     return _Filled(
         worker.num_extracted,
@@ -166,17 +167,16 @@ def _fill_in_tasks(
     tell_changed_images(writer, config.files.images, reporter)
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
     total = writer.num_rows
-    fill = functools.partial(_fill_parts, config)
-    if config.work.engine == "ray":
-        tasks = on_cluster(fill, _shares(pending, 1), config.work)
-    else:
+    most = 1
+    if config.work.engine == "local":
         reporter.say(f"in {workers} processes")
         # Several parts, so that one is computed while the one before is written to disk.
         most = max(1, min(_PARTS_OF_A_TASK, len(pending) // (4 * workers)))
-        tasks = in_processes(fill, _shares(pending, most), workers)
+    tasks = [tuple(pending[i : i + most]) for i in range(0, len(pending), most)]
+    fill = functools.partial(_fill_parts, config)
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
     filled = _Filled()
-    for parts, found in tasks:
+    for parts, found in run_tasks(fill, tasks, config.work, workers):
         for what, warning in found.told.items():
             if what not in filled.told:
                 reporter.warn(warning)
@@ -204,15 +204,11 @@ def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     return _KEPT[key]
 
 
-def _shares(parts: Sequence[Part], most: int) -> list[tuple[Part, ...]]:
-    return [tuple(parts[i : i + most]) for i in range(0, len(parts), most)]
-
-
 def _fill_parts(config: ExtractConfig, parts: Sequence[Part]) -> _Filled:
     """Fill some parts, in a process of its own; what it warns of is told when they are done."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)
-    return _filled(_worker(config, detector, writer, SilentReporter()), parts)
+    return _fill(config, detector, writer, parts, SilentReporter())
 
 
 def _announce(

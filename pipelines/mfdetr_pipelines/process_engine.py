@@ -1,4 +1,4 @@
-"""Parts of a cache, or groups of heads, in several processes on this machine.
+"""Parts of a cache, or groups of heads, on a cluster or in several processes on this machine.
 
 A detector on a GPU is started operation by operation: one process leaves the GPU waiting for the
 next one, and its threads for each other.
@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from mfdetr_cache.child_process import start_child
 from mfdetr_cache.errors import ConfigError, MfdetrError, StoppedError
 from mfdetr_cache.signals import is_stopping
+from mfdetr_pipelines.config.shared import WorkOptions
+from mfdetr_pipelines.ray_engine import on_cluster
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -26,14 +28,29 @@ _START = (
 )
 
 
+def run_tasks(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], work: WorkOptions, count: int
+) -> Iterator[tuple[ItemT, ResultT]]:
+    """Run a function for every item, here in ``count`` processes; yields both as they finish.
+
+    What the function raises is raised. ConfigError if a process is ended from outside or the
+    cluster cannot be reached, StoppedError on Ctrl-C.
+    """
+    try:
+        if work.engine == "ray":
+            yield from on_cluster(function, items, work)
+        else:
+            yield from in_processes(function, items, count)
+    except KeyboardInterrupt:
+        raise StoppedError(
+            "stopped; what is done is kept, the same command goes on from there"
+        ) from None
+
+
 def in_processes(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], count: int
 ) -> Iterator[tuple[ItemT, ResultT]]:
-    """Run a function for every item in at most ``count`` processes; yields both as they finish.
-
-    What the function raises is raised. ConfigError if a process is ended from outside,
-    StoppedError on Ctrl-C. Each process then gets SIGTERM, also where this one was killed.
-    """
+    """Of ``run_tasks``; at the end each process gets SIGTERM, also where this one was killed."""
     waiting, count = list(reversed(items)), min(count, len(items))
     workers: list[_Worker] = []
     try:
@@ -50,10 +67,6 @@ def in_processes(
                 worker, item = running.pop(connection)
                 idle.append(worker)
                 yield item, worker.result()
-    except KeyboardInterrupt:
-        raise StoppedError(
-            "stopped; what is done is kept, the same command goes on from there"
-        ) from None
     finally:
         for worker in workers:
             worker.connection.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from mfdetr_cache.errors import ConfigError, MfdetrError, StoppedError
+from mfdetr_cache.errors import ConfigError, MfdetrError
 from mfdetr_pipelines.config.shared import WorkOptions
 
 ItemT = TypeVar("ItemT")
@@ -25,7 +25,7 @@ def on_cluster(
     """Run a function for every item as a task; yields items and results as they finish.
 
     Tasks of a dead node run again, so the function must be idempotent. ConfigError if Ray is not
-    installed or the cluster cannot be reached, StoppedError on Ctrl-C.
+    installed or the cluster cannot be reached.
     """
     with _connected(work) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -50,9 +50,7 @@ def on_cluster(
         except KeyboardInterrupt:
             for reference in running:
                 ray.cancel(reference)
-            raise StoppedError(
-                "stopped; what is done is kept, the same command goes on from there"
-            ) from None
+            raise
 
 
 def _result(ray: Any, reference: Any) -> Any:  # noqa: ANN401  Ray ships no types for these

@@ -14,7 +14,7 @@ import torch
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.config.shared import WorkOptions
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.process_engine import in_processes
+from mfdetr_pipelines.process_engine import in_processes, run_tasks
 from PIL import Image
 
 from mfdetr_cache.cache import schema
@@ -66,7 +66,7 @@ def test_what_a_process_cannot_do_is_raised_as_it_was_there() -> None:
 
 
 def test_ctrl_c_ends_the_processes() -> None:
-    results = in_processes(act, list("abcd"), 2)
+    results = run_tasks(act, list("abcd"), TWO, 2)
     _, (_, number) = next(results)
     with pytest.raises(StoppedError, match="goes on from there"):
         results.throw(KeyboardInterrupt())

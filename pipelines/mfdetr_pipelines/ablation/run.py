@@ -14,8 +14,7 @@ from mfdetr_pipelines.ablation.plan import plan_with_caches
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
 from mfdetr_pipelines.ablation.training import train_group
 from mfdetr_pipelines.config.ablate import AblateConfig
-from mfdetr_pipelines.process_engine import in_processes
-from mfdetr_pipelines.ray_engine import on_cluster
+from mfdetr_pipelines.process_engine import run_tasks
 
 
 def run_ablate(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
@@ -104,12 +103,8 @@ def _train_in_tasks(
         tasks += split(tasks.pop(), 2)
     problems: dict[str, str] = {}
     train = functools.partial(_train_there, config)
-    if config.work.engine == "ray":
-        trained = on_cluster(train, tasks, config.work)
-    else:
-        trained = in_processes(train, tasks, config.work.workers)
     reporter.start("ablate", sum(map(len, tasks)), "heads")
-    for group, found in trained:
+    for group, found in run_tasks(train, tasks, config.work, config.work.workers):
         problems |= found
         reporter.advance(len(group))
     reporter.finish()
