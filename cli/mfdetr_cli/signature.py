@@ -5,37 +5,19 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from mfdetr_pipelines.config.shared import Output
+from mfdetr_pipelines.config.typed import Setting, settings_of
 
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import Built, Only, Option
+from mfdetr_cache.options import Option
 
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT", bool: ""}
-
-
-class _Setting(NamedTuple):
-    """A field of a settings dataclass, with its ``Annotated`` option."""
-
-    field: Field[Any]
-    hint: Any
-    option: Option
-    group: type[Any] | None  # its fields are options, in a panel of their own
-    only: tuple[str, ...]
-
-    @property
-    def name(self) -> str:  # as typed; an argument has no dashes
-        no = "no-" if self.field.default is True else ""
-        return self.option.name or f"--{no}{self.field.name.replace('_', '-')}"
-
-    @property
-    def parameter(self) -> str:  # of the function
-        return self.name.strip("-").replace("-", "_").lower()
 
 
 def command_of(kind: type[Any], run: Callable[[Any, Path | None], None]) -> Callable[..., None]:
@@ -67,24 +49,11 @@ def documented(kind: type[Any]) -> tuple[str, dict[str, str]]:
     return about, {name: " ".join(text.split()) for name, text in entries}
 
 
-def _settings(kind: type[Any], only: tuple[str, ...] = ()) -> Iterator[_Setting]:
-    # What several commands share (--device) stands behind the options of their own.
-    for field in sorted(fields(kind), key=lambda f: bool(f.kw_only)):
-        if only and field.name not in only:
-            continue
-        annotated = get_origin(field.type) is Annotated
-        hint, *extra = get_args(field.type) if annotated else [field.type]
-        option = next((e for e in extra if isinstance(e, Option)), Option())
-        group = next((e.kind for e in extra if isinstance(e, Built)), hint)
-        chosen = next((e.names for e in extra if isinstance(e, Only)), ())
-        yield _Setting(field, hint, option, group if is_dataclass(group) else None, chosen)  # type: ignore[arg-type]
-
-
 def _parameters(
     kind: type[Any], panel: str | None = None, only: tuple[str, ...] = ()
 ) -> Iterator[inspect.Parameter]:
     texts = {k: v for base in kind.__mro__ for k, v in documented(base)[1].items()}
-    for setting in _settings(kind, only):
+    for setting in settings_of(kind, only):
         field, hint, option, group, chosen = setting
         if group is not None:
             title = documented(group)[0].partition("\n")[0].rstrip(".")
@@ -130,7 +99,7 @@ def _default(field: Field[Any]) -> Any:  # noqa: ANN401
     return False if field.default is True else field.default
 
 
-def _require_bounds(setting: _Setting, value: Any) -> None:  # noqa: ANN401
+def _require_bounds(setting: Setting, value: Any) -> None:  # noqa: ANN401
     """Refuse numbers out of bounds: 0 is one where it is the default, or the option says so."""
     takes_zero = setting.option.takes_zero or setting.field.default == 0
     for number in value if isinstance(value, tuple) else (value,):
@@ -145,7 +114,7 @@ def _require_bounds(setting: _Setting, value: Any) -> None:  # noqa: ANN401
 def built(kind: type[Any], typed: Mapping[str, Any], only: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
     """A settings object from Typer's values; options that were not given keep their defaults."""
     given: dict[str, Any] = {}
-    for setting in _settings(kind, only):
+    for setting in settings_of(kind, only):
         name, value = setting.field.name, typed.get(setting.parameter)
         if setting.group is not None:
             made = built(setting.group, typed, setting.only)

@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,14 @@ from mfdetr_cache.files import is_taken, make_folder, write_atomically
 from mfdetr_cache.head.folder import CONFIG_FILE
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
-from mfdetr_cache.training.recipes import AUTO, asked_recipe
+from mfdetr_cache.training.config import Length
+from mfdetr_cache.training.recipes import asked_recipe
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 from mfdetr_pipelines.config.evaluate import EvaluateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
+from mfdetr_pipelines.config.typed import typed
 from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
@@ -80,14 +82,15 @@ class _Steps:
     def run(
         self,
         name: str,
-        words: Iterable[str],
-        command: Callable[[ConfigT, Reporter], ResultT],
+        command: str,
+        run: Callable[[ConfigT, Reporter], ResultT],
         config: ConfigT,
+        **instead: object,
     ) -> ResultT:
-        self.commands.append(shlex.join(("mfdetr", *words)))
+        self.commands.append(typed(command, config, **instead))
         self.reporter.say(f"\n$ {self.commands[-1]}")
         started = time.perf_counter()
-        result = command(config, self.reporter)
+        result = run(config, self.reporter)
         self.seconds[name] = time.perf_counter() - started
         return result
 
@@ -125,9 +128,8 @@ def run_fit(config: FitConfig, reporter: Reporter) -> FitSummary:
     caches[config.train_split] = learned
     _train(config, steps, held_out=val_split is None)
     measured_on = config.out / (_TRAIN_CACHE if val_split is None else _VAL_CACHE)
-    words = ["evaluate", "--cache", str(measured_on), "--head", str(head), *_device(config)]
     measure = EvaluateConfig(str(measured_on), head, device=config.device)
-    evaluation = steps.run("evaluate", words, run_evaluate, measure)
+    evaluation = steps.run("evaluate", "evaluate", run_evaluate, measure)
     images = find_split(config.dataset, val_split or config.train_split).images
     started = time.perf_counter()
     pictures = _pictures(config, measured_on, images)
@@ -163,19 +165,15 @@ def _require_masks(config: FitConfig) -> None:
 def _copy_paste(config: FitConfig, steps: _Steps) -> dict[str, Any]:
     # A folder for each number: another one is another dataset.
     out = config.out / f"pasted-{config.copies}"
-    files = {"images": out / IMAGES, "annotations": out / ANNOTATIONS}
-    dataset, split = config.dataset, config.train_split
-    words = ["copy-paste", "--dataset", str(dataset), "--split", split, "--out", str(out)]
-    words += ["--copies", str(config.copies), *_skip(config)]
     paste = CopyPasteConfig(
         out,
-        dataset=dataset,
-        split=split,
+        dataset=config.dataset,
+        split=config.train_split,
         on_bad_annotation=config.on_bad_annotation,
         copies=config.copies,
     )
-    steps.run("paste objects", words, run_copy_paste, paste)
-    return files
+    steps.run("paste objects", "copy-paste", run_copy_paste, paste)
+    return {"images": out / IMAGES, "annotations": out / ANNOTATIONS}
 
 
 def _extract(
@@ -197,13 +195,8 @@ def _extract(
         views=ViewOptions(views),
         device=config.device,
     )
-    words = ["extract", "--weights", config.weights, "--cache", str(extract.cache)]
-    words += [word for name, value in files.items() for word in (f"--{name}", str(value))]
-    words += _skip(config)
-    words += [*config.words_of_detector, *(["--views", str(views)] if views else [])]
-    words += _device(config)
     name = f"extract {files.get('split', config.train_split)}"
-    found = steps.run(name, words, run_extract, extract)
+    found = steps.run(name, "extract", run_extract, extract, labels=config.labels)
     if found.box is not None:
         ap, ap50 = (percent(value) for value in (found.box.AP, found.box.AP50))
         steps.reporter.say(
@@ -213,57 +206,41 @@ def _extract(
 
 
 def _train(config: FitConfig, steps: _Steps, *, held_out: bool) -> None:
-    cache, out, length = config.out / _TRAIN_CACHE, config.out / _HEAD, config.length
+    out = config.out / _HEAD
     settings = {"val_split": str(_HELD_OUT)} if held_out else {}
-    resume = (out / CONFIG_FILE).exists()
     train = TrainHeadConfig(
-        str(cache),
+        str(config.out / _TRAIN_CACHE),
         out,
         asked_recipe(config.recipe, settings),
-        length=length,
-        resume=resume,
+        length=config.length,
+        resume=(out / CONFIG_FILE).exists(),
         device=config.device,
     )
-    words = ["train-head", "--cache", str(cache), "--out", str(out), "--recipe", config.recipe]
-    words += [word for item in settings.items() for word in ("--set", "=".join(item))]
-    words += ["--max-steps", str(length.max_steps)] if length.max_steps else []
-    words += ["--epochs", f"{length.epochs:g}"] if length.epochs else []
-    words += [*(["--resume"] if resume else []), *_device(config)]
+    asked = {"recipe": config.recipe, "set": ["=".join(item) for item in settings.items()]}
     try:
-        steps.run("train the head", words, run_train_head, train)
+        steps.run("train the head", "train-head", run_train_head, train, **asked)
     except StoppedError as error:
         # What stopped says how to resume it alone.
         raise StoppedError(SAME_COMMAND) from error
-
-
-def _skip(config: FitConfig) -> list[str]:
-    return ["--on-bad-annotation", "skip"] if config.on_bad_annotation == "skip" else []
-
-
-def _device(config: FitConfig) -> list[str]:
-    return [] if config.device == "auto" else ["--device", config.device]
 
 
 def _next_commands(config: FitConfig, measured_on: Path, num_learned: int) -> tuple[str, ...]:
     """Masks for other photos, what may make them better, and what they lack."""
     head, cache = str(config.out / _HEAD), str(config.out / _TRAIN_CACHE)
     detector = ["--detector", config.detector] if config.detector != "auto" else []
-    better = ["train-head", "--cache", cache, "--out", str(config.out / "head-longer")]
-    better += ["--recipe", config.recipe, "--max-steps", "N"]
-    if num_learned < _FEW and not config.copies and measured_on.name == _VAL_CACHE:
-        better = ["fit", "--dataset", str(config.dataset)]
-        better += ["--train-split", config.train_split] if config.train_split != "train" else []
-        better += ["--val-split", config.val_split] if config.val_split else []
-        better += ["--weights", config.weights, *config.words_of_detector, *_skip(config)]
-        better += ["--recipe", config.recipe] if config.recipe != AUTO else []
-        better += ["--copies", "6", "--out", f"{config.out}-pasted"]
     predict = ["predict", "PHOTOS", "--weights", config.weights, *detector, "--head", head]
+    longer = ["train-head", "--cache", cache, "--out", str(config.out / "head-longer")]
     commands = (
         [*predict, "--out", "MASKS"],
-        better,
+        [*longer, "--recipe", config.recipe, "--max-steps", "N"],
         ["evaluate", "--cache", str(measured_on), "--head", head, "--oracles", "--per-category"],
     )
-    return tuple(shlex.join(("mfdetr", *words)) for words in commands)
+    first, better, last = (shlex.join(("mfdetr", *words)) for words in commands)
+    if num_learned < _FEW and not config.copies and measured_on.name == _VAL_CACHE:
+        out = Path(f"{config.out}-pasted")
+        plain = replace(config, length=Length(), views=None, device="auto")
+        better = typed("fit", replace(plain, copies=6, out=out))
+    return first, better, last
 
 
 def _pictures(config: FitConfig, measured_on: Path, images: Path) -> dict[Path, PanelRow]:

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -66,21 +65,3 @@ class FitConfig(OnDevice):
         if self.views is not None:
             return self.views
         return _VIEWS_OF_COPIES if self.copies else _VIEWS
-
-    @property
-    def words_of_detector(self) -> Iterator[str]:
-        """What was chosen about the detector, its labels and the categories, as typed."""
-        if self.detector != "auto":
-            yield from ("--detector", self.detector)
-        if self.input_size:
-            yield from ("--input-size", "x".join(map(str, self.input_size)))
-        if self.num_queries is not None:
-            yield from ("--num-queries", str(self.num_queries))
-        if self.labels is not None:
-            yield from ("--labels", str(self.labels))
-        for category, label in self.categories.map.items():
-            yield from ("--map", f"{category}={label}")
-        if self.categories.only:
-            yield from ("--only", ",".join(self.categories.only))
-        if self.categories.class_agnostic:
-            yield "--class-agnostic"
