@@ -89,11 +89,10 @@ def _sam_masks(prompter: SamPrompter, images: Path) -> Callable[[CachedImage, De
 
     def prompted(image: CachedImage, detections: Detections) -> Masks:
         picture = load_image(images / image.file_name, image.geometry.original_hw)
-        queries, first, place = np.unique(
+        _, first, place = np.unique(
             detections.query_index.numpy(), return_index=True, return_inverse=True
         )
         boxes = detections.boxes_xyxy.numpy()[first].astype(np.float32)
-        assert len(queries) == len(boxes)
         masks, iou = prompter(picture, boxes)
         rles = [encode_mask(m) for m in masks]
         scores = detections.class_scores.double().numpy() * iou.clip(0, 1)[place]

@@ -1,9 +1,10 @@
 """The caches that rows of an ablation learn from and are measured on: given, or extracted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.cache.storage.open import Location
@@ -20,6 +21,8 @@ from mfdetr_pipelines.ablation.rows import DETECTOR_SETTINGS, AblationRow
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.extract import ExtractConfig
 from mfdetr_pipelines.extract import run_extract
+
+KeyT = TypeVar("KeyT")
 
 # Augmented views where --cache has none: with the plain one, as many as the paper has epochs.
 _VIEWS = 5
@@ -53,10 +56,7 @@ class Choices:
 
     def has(self, settings: Mapping[str, Any]) -> bool:
         """Whether all of a row's settings are so."""
-        found = {name: getattr(self.options, name) for name in DETECTOR_SETTINGS}
-        found |= {"views": self.views.count}
-        found |= {"view_policy": self.views.policy if self.views.count else None}
-        return all(found[name] == value for name, value in settings.items())
+        return self.changed(settings) == self
 
     def changed(self, settings: Mapping[str, Any]) -> "Choices":
         """The same with a row's settings."""
@@ -275,25 +275,29 @@ def wanted_caches(found: RowCaches) -> dict[Path, MissingCache]:
     return {cache.path: cache for missing in found.missing.values() for cache in missing}
 
 
+@contextmanager
+def noting(problems: dict[KeyT, str], key: KeyT) -> Iterator[None]:
+    """Note what is wrong with one of many and go on with the others, unless a signal ended it."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except MfdetrError as error:
+        problems[key] = str(error)
+
+
 def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict[str, str]:
     """Extract what is missing; the problems of rows, by name."""
     wanted = wanted_caches(found)
     total = sum(cache.num_bytes for cache in wanted.values())
-    extractions = [
-        like(config, c.like, c.path, is_training=c.is_training, settings=c.settings)
-        for c in wanted.values()
-    ]
+    extractions = [extraction_of(cache, config) for cache in wanted.values()]
     reporter.say(f"{len(wanted)} caches to extract, about {total / 1e9:.2f} GB together:")
     for cache in wanted.values():
         reporter.say(cache.text)
     failed: dict[Path, str] = {}
     for path, extraction in zip(wanted, extractions, strict=True):
-        try:
+        with noting(failed, path):
             run_extract(extraction, reporter)
-        except StoppedError:
-            raise
-        except MfdetrError as error:
-            failed[path] = str(error)
     return {
         name: failed[cache.path]
         for name, missing in found.missing.items()
@@ -302,30 +306,23 @@ def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict
     }
 
 
-def like(
-    config: AblateConfig,
-    cache: FeatureCache,
-    path: Path,
-    *,
-    is_training: bool,
-    settings: Mapping[str, Any] | None = None,
-) -> ExtractConfig:
-    """The extraction of a cache once more, to ``path``, with a row's settings.
+def extraction_of(wanted: MissingCache, config: AblateConfig) -> ExtractConfig:
+    """How a cache is to be extracted.
 
     ConfigError if the detector's weights, the images or the annotations are not given.
     """
-    chosen, given = Choices.of(cache).changed(settings or {}), config.extraction
-    images = given.train_images if is_training else config.images
-    annotations = given.train_annotations if is_training else given.val_annotations
+    given, chosen, cache = config.extraction, wanted.choices, wanted.like
+    images, annotations, names = (
+        (given.train_images, given.train_annotations, "--train-images and --train-annotations")
+        if wanted.is_training
+        else (config.images, given.val_annotations, "--images and --val-annotations")
+    )
     if given.weights is None or images is None or annotations is None:
-        names = "--train-images and --train-annotations"
-        if not is_training:
-            names = "--images and --val-annotations"
-        raise ConfigError(f"{path} takes --weights, {names}: those of {cache.path}")
+        raise ConfigError(f"{wanted.path} takes --weights, {names}: those of {cache.path}")
     # What cannot be used was left out when the other was made.
     return ExtractConfig(
         weights=given.weights,
-        cache=path,
+        cache=wanted.path,
         images=images,
         annotations=annotations,
         on_bad_annotation="skip",

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,10 @@ def plan_jobs(
 
 
 def _job(row: AblationRow, seed: int, out: Path, caches: Caches) -> Job:
-    train = replace(row.recipe.train, seed=seed)
-    row = replace(row, recipe=replace(row.recipe, train=train))
+    row = row.changed(train={"seed": seed})
     identity = {
         "head": to_dict(row.recipe.head),
-        "train": to_dict(train),
+        "train": to_dict(row.recipe.train),
         "cache": caches.training.cache_id,
         "val_cache": caches.validation_id,
         "baseline": row.baseline,

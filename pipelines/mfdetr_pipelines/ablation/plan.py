@@ -177,8 +177,7 @@ def _with_lengths(
         steps = max_steps or row.recipe.train.steps
         if row.name in in_epochs:
             steps = max(1, round(share * in_epochs[row.name]))
-        train = replace(row.recipe.train, steps=steps)
-        settled.append(replace(row, recipe=replace(row.recipe, train=train)))
+        settled.append(row.changed(train={"steps": steps}))
     return settled
 
 

@@ -96,6 +96,20 @@ class AblationRow:
         """Whether it has trained weights, which depend on the seed; known once it is planned."""
         return self.cost is not None and self.cost.parameters > 0
 
+    def changed(
+        self,
+        head: Mapping[str, Any] = {},
+        train: Mapping[str, Any] = {},
+        **fields: Any,  # noqa: ANN401
+    ) -> "AblationRow":
+        """The row with other settings of head and training, and other fields."""
+        recipe = replace(
+            self.recipe,
+            head=replace(self.recipe.head, **head),
+            train=replace(self.recipe.train, **train),
+        )
+        return replace(self, recipe=recipe, **fields)
+
 
 def with_settings(
     rows: Sequence[AblationRow], head: Mapping[str, Any], train: Mapping[str, Any]
@@ -106,18 +120,12 @@ def with_settings(
     """
     made = []
     for row in rows:
-        try:
-            recipe = replace(
-                row.recipe,
-                head=replace(row.recipe.head, **head),
-                train=replace(row.recipe.train, **train),
-            )
-        except ValueError as error:
-            made.append(replace(row, problem=str(error)))
-            continue
         epochs = None if "steps" in train else row.epochs
         own_width = row.own_width and "hidden_dim" not in head
-        made.append(replace(row, recipe=recipe, epochs=epochs, own_width=own_width))
+        try:
+            made.append(row.changed(head, train, epochs=epochs, own_width=own_width))
+        except ValueError as error:
+            made.append(replace(row, problem=str(error)))
     return tuple(made)
 
 
@@ -194,10 +202,9 @@ def label_fraction_rows(
         for fraction in fractions:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"--label-fraction {fraction}: give a number above 0, up to 1")
-            train = replace(row.recipe.train, label_fraction=fraction)
             name = f"{row.name}, {100 * fraction:g} % of the masks"
-            recipe = replace(row.recipe, train=train)
-            made.append(replace(row, name=name, recipe=recipe, curve=row.name))
+            train = {"label_fraction": fraction}
+            made.append(row.changed(train=train, name=name, curve=row.name))
     return tuple(made)
 
 
@@ -221,19 +228,14 @@ def varied_rows(
 
 def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
     """Every row, then with widths 32, 16 and 8, and with RoIAlign 8 x 8 (beyond Tables 4 and 9)."""
+    smaller = {f"d={width}": {"hidden_dim": width} for width in _SMALL_WIDTHS}
+    smaller[f"RoI {_SMALL_ROI} x {_SMALL_ROI}"] = {"roi_size": _SMALL_ROI}
     made: list[AblationRow] = []
     for row in rows:
         made.append(row)
-        if row.baseline:
-            continue
-        head = row.recipe.head
-        smaller = {f"d={width}": replace(head, hidden_dim=width) for width in _SMALL_WIDTHS}
-        smaller[f"RoI {_SMALL_ROI} x {_SMALL_ROI}"] = replace(head, roi_size=_SMALL_ROI)
-        for name, head in smaller.items():
-            changed = replace(
-                row, name=f"{row.name}, {name}", recipe=replace(row.recipe, head=head), paper=None
-            )
-            made.append(replace(changed, own_width=row.own_width and not name.startswith("d=")))
+        for name, head in smaller.items() if not row.baseline else ():
+            named = replace(row, name=f"{row.name}, {name}", paper=None)
+            made += with_settings([named], head, {})
     return tuple(made)
 
 

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Mapping, Sequence
 
-from mfdetr_cache.errors import SAME_COMMAND, ConfigError, HeadError, StoppedError
+from mfdetr_cache.errors import SAME_COMMAND, ConfigError, StoppedError
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.reporter import Reporter, SilentReporter
 from mfdetr_cache.training.distributed import split
 from mfdetr_cache.training.run_folder import owned_folder
-from mfdetr_pipelines.ablation.caches import Caches, find_caches, open_caches
+from mfdetr_pipelines.ablation.caches import Caches, find_caches, noting, open_caches
 from mfdetr_pipelines.ablation.job import Job, by_stream, plan_jobs, require_own_folders
 from mfdetr_pipelines.ablation.plan import plan_with_caches
 from mfdetr_pipelines.ablation.result import RowResult, collect, compared_with_first
@@ -66,13 +66,12 @@ def _run(config: AblateConfig, reporter: Reporter) -> tuple[RowResult, ...]:
 
 def _waiting(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
     """Jobs without a result, and problems of rows whose stored results cannot be used."""
-    waiting, problems = [], {}
+    waiting: list[Job] = []
+    problems: dict[str, str] = {}
     for job in jobs:
-        try:
+        with noting(problems, job.name):
             if job.read_result() is None:
                 waiting.append(job)
-        except HeadError as error:
-            problems[job.name] = str(error)
     return waiting, problems
 
 

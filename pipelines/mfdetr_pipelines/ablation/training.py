@@ -9,7 +9,7 @@ import torch
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.options import options_of
-from mfdetr_cache.errors import ConfigError, HeadError, MfdetrError, StoppedError, TrainingError
+from mfdetr_cache.errors import ConfigError, HeadError, TrainingError
 from mfdetr_cache.evaluation.measure import measure
 from mfdetr_cache.extraction.content import choices_of
 from mfdetr_cache.files import is_taken, make_folder
@@ -28,7 +28,7 @@ from mfdetr_cache.training.run import Run, begin_run
 from mfdetr_cache.training.run_folder import owned_folder, record_of_cache
 from mfdetr_cache.training.settings import require_c1, training_device
 from mfdetr_pipelines.ablation.baselines import measure_baseline
-from mfdetr_pipelines.ablation.caches import Caches, like
+from mfdetr_pipelines.ablation.caches import Caches, MissingCache, extraction_of, noting
 from mfdetr_pipelines.ablation.job import Job
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
@@ -44,27 +44,25 @@ def train_group(
     The jobs must share their batches; with the detector in every step (Table 16) they train one
     after the other. StoppedError if a signal ended it.
     """
-    if jobs[0].row.tune:
-        return _train_jointly(jobs, caches, config, reporter)
     problems: dict[str, str] = {}
+    if jobs[0].row.tune:
+        for job in jobs:
+            with noting(problems, job.name):
+                _train_with_detector(job, caches, config, reporter)
+        return problems
     runs: dict[str, Run] = {}
     with contextlib.ExitStack() as owned:
         for job in jobs:
-            try:
+            with noting(problems, job.name):
                 if job.row.is_trained:
                     owned.enter_context(owned_folder(job.folder))
                     runs[job.name] = _begin(job, caches, config.device)
-            except MfdetrError as error:
-                problems[job.name] = str(error)
         if runs:
             problems |= _train(caches, runs, reporter)
         for job in jobs:
-            if job.name in problems:
-                continue
-            try:
-                _measure(job, runs.get(job.name), caches, config, reporter)
-            except MfdetrError as error:
-                problems[job.name] = str(error)
+            if job.name not in problems:
+                with noting(problems, job.name):
+                    _measure(job, runs.get(job.name), caches, config, reporter)
     return problems
 
 
@@ -115,17 +113,16 @@ def _measure(
         job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
     elif run is None:
         make_folder(job.folder)
-        head = build_head(job.row.recipe.head, caches.training.spec).to(device)
-        measure_head(job, cache, head, device, reporter)
+        head = build_head(job.row.recipe.head, caches.training.spec)
+        _measure_head(job, cache, head, device, reporter)
     else:
         run.save_weights()
-        head = load_head(job.folder).head.to(device)
-        learner = run.learner
+        head, learner = load_head(job.folder).head, run.learner
         speed = learner.images_per_second
-        measure_head(job, cache, head, device, reporter, learner.seconds, speed)
+        _measure_head(job, cache, head, device, reporter, learner.seconds, speed)
 
 
-def measure_head(
+def _measure_head(
     job: Job,
     cache: FeatureCache,
     head: MaskHead,
@@ -135,23 +132,9 @@ def measure_head(
     speed: float = 0.0,
 ) -> None:
     """Measure a head and write the job's result; ``seconds`` and ``speed`` are of its training."""
-    measured, masks = measure(cache, head, device, reporter, ["boundary"])
+    measured, masks = measure(cache, head.to(device), device, reporter, ["boundary"])
     metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
     job.write_result(metrics, masks, seconds, speed, 1000 * measured.latency["head"].median)
-
-
-def _train_jointly(
-    jobs: Sequence[Job], caches: Caches, config: AblateConfig, reporter: Reporter
-) -> dict[str, str]:
-    problems: dict[str, str] = {}
-    for job in jobs:
-        try:
-            _train_with_detector(job, caches, config, reporter)
-        except StoppedError:
-            raise
-        except MfdetrError as error:
-            problems[job.name] = str(error)
-    return problems
 
 
 def validation_of(folder: Path, caches: Caches) -> FeatureCache:
@@ -174,7 +157,8 @@ def _train_with_detector(
             "--train-annotations, --images and --val-annotations"
         )
     # Refused before a training that could not be measured.
-    measured_on = like(config, caches.validation, job.folder / VAL_CACHE, is_training=False)
+    own = MissingCache(job.folder / VAL_CACHE, caches.validation, {}, is_training=False)
+    measured_on = extraction_of(own, config)
     if measured_on.labels.identity():
         raise ConfigError("train-joint knows no --map, --only and --class-agnostic of a cache")
     views = choices_of(cache.root)[1]
@@ -199,7 +183,6 @@ def _train_with_detector(
     )
     if tune != "nothing":
         run_extract(replace(measured_on, weights=summary.weights), reporter)
-    device = torch_device(config.device)
-    head = load_head(job.folder).head.to(device)
-    own = validation_of(job.folder, caches)
-    measure_head(job, own, head, device, reporter, summary.seconds, summary.images_per_second)
+    validation, head = validation_of(job.folder, caches), load_head(job.folder).head
+    device, speed = torch_device(config.device), summary.images_per_second
+    _measure_head(job, validation, head, device, reporter, summary.seconds, speed)
