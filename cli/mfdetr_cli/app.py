@@ -60,16 +60,15 @@ app = typer.Typer(help=_ABOUT, pretty_exceptions_enable=False, **_SETTINGS)
 cache_app = typer.Typer(help="Look after feature caches.", **_SETTINGS)
 
 
-def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
-    """Add a command, whose code is imported when it runs: torch and rich take their time."""
+def _register(to: typer.Typer, name: str, kind: type[Any], folder: str = "") -> None:
+    """Add a command, whose file is imported when it runs: torch and rich take their time."""
 
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
         from mfdetr_cli.output import CommandOutput
 
-        module, _, function = where.partition(":")
-        out = CommandOutput(json)
+        out, verb = CommandOutput(json), name.replace("-", "_")
         try:
-            getattr(importlib.import_module(f"mfdetr_cli.{module}"), function)(config, out)
+            getattr(importlib.import_module(f"mfdetr_cli.{folder}{verb}"), verb)(config, out)
         finally:
             # Where a task was stopped the cursor of the terminal is still hidden.
             out.reporter.finish()
@@ -79,30 +78,30 @@ def _register(to: typer.Typer, name: str, kind: type[Any], where: str) -> None:
     to.command(name, cls=HelpfulCommand, help=about, short_help=summary)(command_of(kind, run))
 
 
-_register(app, "fit", FitConfig, "fit:fit")
-_register(app, "extract", ExtractConfig, "extract:extract")
-_register(app, "train-head", TrainHeadConfig, "train_head:train_head")
-_register(app, "train-joint", TrainJointConfig, "train_joint:train_joint")
-_register(app, "copy-paste", CopyPasteConfig, "copy_paste:copy_paste")
-_register(app, "evaluate", EvaluateConfig, "evaluate:evaluate")
-_register(app, "compare", CompareConfig, "compare:compare")
-_register(app, "predict", PredictConfig, "predict:predict")
-_register(app, "ablate", AblateConfig, "ablate:ablate")
-_register(app, "plan", PlanConfig, "plan:plan")
-_register(app, "export", ExportConfig, "export:export")
-_register(app, "demo", DemoConfig, "demo:demo")
-_register(app, "recipes", RecipesConfig, "recipes:recipes")
-_register(app, "detectors", DetectorsConfig, "detectors:detectors")
+_register(app, "fit", FitConfig)
+_register(app, "extract", ExtractConfig)
+_register(app, "train-head", TrainHeadConfig)
+_register(app, "train-joint", TrainJointConfig)
+_register(app, "copy-paste", CopyPasteConfig)
+_register(app, "evaluate", EvaluateConfig)
+_register(app, "compare", CompareConfig)
+_register(app, "predict", PredictConfig)
+_register(app, "ablate", AblateConfig)
+_register(app, "plan", PlanConfig)
+_register(app, "export", ExportConfig)
+_register(app, "demo", DemoConfig)
+_register(app, "recipes", RecipesConfig)
+_register(app, "detectors", DetectorsConfig)
 app.add_typer(cache_app, name="cache", short_help="Look after feature caches.")
-_register(cache_app, "info", InfoConfig, "cache.info:info")
-_register(cache_app, "verify", VerifyConfig, "cache.verify:verify")
-_register(cache_app, "view", ViewConfig, "cache.view:view")
-_register(cache_app, "finish", FinishConfig, "cache.finish:finish")
-_register(cache_app, "repair", RepairConfig, "cache.repair:repair")
-_register(cache_app, "relabel", RelabelConfig, "cache.relabel:relabel")
-_register(cache_app, "suggest", SuggestConfig, "cache.suggest:suggest")
-_register(cache_app, "certify", CertifyConfig, "cache.certify:certify")
-_register(cache_app, "bench", BenchConfig, "cache.bench:bench")
+_register(cache_app, "info", InfoConfig, "cache.")
+_register(cache_app, "verify", VerifyConfig, "cache.")
+_register(cache_app, "view", ViewConfig, "cache.")
+_register(cache_app, "finish", FinishConfig, "cache.")
+_register(cache_app, "repair", RepairConfig, "cache.")
+_register(cache_app, "relabel", RelabelConfig, "cache.")
+_register(cache_app, "suggest", SuggestConfig, "cache.")
+_register(cache_app, "certify", CertifyConfig, "cache.")
+_register(cache_app, "bench", BenchConfig, "cache.")
 
 
 def _print_version(value: bool) -> None:

@@ -151,7 +151,7 @@ def plan_layout(
     ``input_sizes_hw`` are those of all views, ``num_rows`` the images of the split.
     """
     encoding = ENCODINGS[preset]
-    chosen = _kept_maps(spec, c1)
+    chosen = kept_maps(spec, c1)
     # Strided convolutions give floor or ceil of the quotient; a stem with padding may give one
     # more.
     cells = {
@@ -188,13 +188,13 @@ def c1_channels(spec: DetectorSpec) -> int:
     raise CacheError(f"{spec.name} gives no C1: --c1 roi has nothing to crop; use --c1 none")
 
 
-def _kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
+def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
     return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
 
 
 def stored_maps(spec: DetectorSpec, layout: CacheLayout) -> tuple[MapSpec, ...]:
     """The maps a cache holds, crops of C1 among them, in the order they are written."""
-    maps = _kept_maps(spec, layout.c1)
+    maps = kept_maps(spec, layout.c1)
     if layout.c1_roi is None:
         return maps
     source = next(m.source for m in spec.maps if m.role == "c1")

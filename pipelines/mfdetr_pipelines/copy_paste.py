@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split, require_images
 from mfdetr_cache.coco.copy_paste import (
@@ -168,19 +169,11 @@ class _Maker:
         make_folder(target.parent)
         with writing(target):
             shutil.copyfile(self._files.images / entry.file_name, target)
-        written = entry.written_id
-        objects = [
-            {
-                "image_id": written,
-                "category_id": self._written_category[a.category_id],
-                "iscrowd": int(a.is_crowd),
-                "area": a.area,
-                "bbox": list(a.box_xywh),
-                "segmentation": _as_text(compress_run_lengths(a.run_lengths, entry.size_hw)),
-            }
-            for a in self._split.annotations[entry.image_id]
-        ]
-        return _listed(written, entry.file_name, entry.size_hw), objects
+        objects = []
+        for a in self._split.annotations[entry.image_id]:
+            rle = compress_run_lengths(a.run_lengths, entry.size_hw)
+            objects.append(self._object(a.category_id, a.is_crowd, a.area, a.box_xywh, rle))
+        return _listed(entry.written_id, entry.file_name, entry.size_hw, objects)
 
     def picture(self, entry: ImageEntry, copy: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """An image with pasted objects; it depends on the seed and the arguments alone."""
@@ -194,8 +187,29 @@ class _Maker:
             Image.fromarray(made.pixels).save(target, quality=_QUALITY)
         image_id = self._next_id
         self._next_id += 1
-        objects = _annotations(image_id, made, self._written_category)
-        return _listed(image_id, file_name, made.size_hw), objects
+        objects = []
+        found = zip(made.masks, made.category_ids, made.is_crowd, made.num_pixels, strict=True)
+        for mask, category_id, is_crowd, area in found:
+            rle = encode_mask(mask)
+            box_xywh = [int(v) for v in coco_mask.toBbox(rle)]
+            objects.append(self._object(category_id, is_crowd, int(area), box_xywh, rle))
+        return _listed(image_id, file_name, made.size_hw, objects)
+
+    def _object(
+        self,
+        category_id: int,
+        is_crowd: bool,  # noqa: FBT001
+        area: float,
+        box_xywh: Sequence[float],
+        rle: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            "category_id": self._written_category[int(category_id)],
+            "iscrowd": int(is_crowd),
+            "area": area,
+            "bbox": list(box_xywh),
+            "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+        }
 
     def _free_name(self, original: Path, copy: int) -> str:
         """A file name that no other image has."""
@@ -223,31 +237,10 @@ def _as_one_file(name: str) -> str:
     return str(Path(name)).casefold()
 
 
-def _listed(image_id: SourceId, file_name: str, size_hw: tuple[int, int]) -> dict[str, Any]:
-    return {"id": image_id, "file_name": file_name, "height": size_hw[0], "width": size_hw[1]}
-
-
-def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def _annotations(
-    image_id: int, scene: Scene, written_category: Mapping[int, SourceId]
-) -> list[dict[str, Any]]:
-    """The objects of a scene as COCO annotations, without ids."""
-    annotations = []
-    rows = zip(scene.masks, scene.category_ids, scene.is_crowd, scene.num_pixels, strict=True)
-    for mask, category_id, is_crowd, area in rows:
-        down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        x, y = int(across[0]), int(down[0])
-        annotations.append(
-            {
-                "image_id": image_id,
-                "category_id": written_category[int(category_id)],
-                "iscrowd": int(is_crowd),
-                "area": int(area),
-                "bbox": [x, y, int(across[-1]) - x + 1, int(down[-1]) - y + 1],
-                "segmentation": _as_text(encode_mask(mask)),
-            }
-        )
-    return annotations
+def _listed(
+    image_id: SourceId, file_name: str, size_hw: tuple[int, int], objects: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An image and its objects as COCO lists them, but for the ids of the objects."""
+    height, width = size_hw
+    image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
+    return image, [{"image_id": image_id, **found} for found in objects]

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mfdetr_cache.cache.schema import c1_channels
+from mfdetr_cache.cache.schema import c1_channels, kept_maps
 from mfdetr_cache.cache.shards import encode_chunk
-from mfdetr_cache.choices import C1Mode, Preset
+from mfdetr_cache.choices import Preset
 from mfdetr_cache.coco.annotations import CocoSplit, load_coco_split
 from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.protocol import Detector
@@ -219,11 +219,6 @@ def _head_seconds(
         float(loss.detach())  # waits for the device
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
-    """The maps that are stored whole: all, or all but C1."""
-    return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
 
 
 def _mean_bytes(

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FOLDER, Option, existing_cache
-from mfdetr_pipelines.config.shared import CacheArgument, LiveDetector, OnBadAnnotation, OnDevice
-
-if TYPE_CHECKING:
-    from mfdetr_cache.cache.storage.open import Location
-
-_CACHE = Option("CACHE", metavar="CACHE", parse=existing_cache)
+from mfdetr_cache.options import FOLDER, Option
+from mfdetr_pipelines.config.shared import (
+    CacheArgument,
+    LiveDetector,
+    OnBadAnnotation,
+    OnDevice,
+    OptionalCache,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +136,14 @@ class CertifyConfig(OnDevice):
         mfdetr cache certify val-int8.zarr --head runs/paper --reference val-fp16.zarr
 
     Attributes:
-        cache: The cache to certify: a folder, or a URL.
         head: Run folder of a trained head.
         reference: A cache of the same images with finer features.
         samples: Bootstrap samples.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     head: Annotated[Path, FOLDER]
-    reference: Annotated["Location | None", Option(metavar="CACHE", parse=existing_cache)] = None
+    reference: OptionalCache = None
     samples: int = 1000
     detector: LiveDetector = field(default_factory=LiveDetector)
 
@@ -184,9 +184,8 @@ class BenchConfig:
         mfdetr cache bench train2017.zarr
 
     Attributes:
-        cache: The cache: a folder.
         images: How many random images are read.
     """
 
-    cache: Annotated["Location", _CACHE]
+    cache: CacheArgument
     images: int = 64

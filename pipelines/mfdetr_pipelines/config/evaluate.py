@@ -1,15 +1,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 from mfdetr_cache.choices import Evaluator, Extra, OnBad, Scoring, Which
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import CACHE, FILE, FOLDER, Built, Option
-from mfdetr_pipelines.config.shared import LiveDetector, LocalCache, OnDevice
-
-if TYPE_CHECKING:
-    from mfdetr_cache.cache.storage.open import Location
+from mfdetr_cache.options import FILE, FOLDER, Built, Option
+from mfdetr_pipelines.config.shared import LiveDetector, LocalCache, OnDevice, OptionalCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ class EvaluateConfig(OnDevice):
         per_category: Show the AP of every category.
     """
 
-    cache: Annotated["Location | None", CACHE] = None
+    cache: OptionalCache = None
     head: Annotated[Path | None, FOLDER] = None
     which: Which = "last"
     scoring: Annotated[Scoring, Option("--score", metavar="RULE")] = "auto"

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from mfdetr_cache.cache.partition import Partition, parse_partition
 from mfdetr_cache.choices import OnBad
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FOLDER, Option, existing_cache, existing_folder, writable_file
+from mfdetr_cache.options import (
+    CACHE,
+    FOLDER,
+    Option,
+    existing_cache,
+    existing_folder,
+    writable_file,
+)
 
 if TYPE_CHECKING:
     from mfdetr_cache.cache.storage.open import Location
@@ -17,6 +24,8 @@ CacheArgument = Annotated[
     "Location",
     Option("CACHE", "CACHE", "The cache: a folder, or a URL.", existing_cache),
 ]
+CacheOption = Annotated["Location", CACHE]
+OptionalCache = Annotated["Location | None", CACHE]
 DetectorName = Annotated[
     str,
     Option(

@@ -1,16 +1,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import CACHE, Built, Option
+from mfdetr_cache.options import Built, Option
 from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import Recipe, asked_recipe
-from mfdetr_pipelines.config.shared import LocalCache
+from mfdetr_pipelines.config.shared import CacheOption, LocalCache, OptionalCache
 from mfdetr_pipelines.config.training import RECIPE_OR_AUTO, RecipeOptions, TrainingRun
-
-if TYPE_CHECKING:
-    from mfdetr_cache.cache.storage.open import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,7 @@ class Validation:
             AP. The schedule stays that of the whole length.
     """
 
-    val_cache: Annotated["Location | None", CACHE] = None
+    val_cache: OptionalCache = None
     val_every: int | None = None
     early_stop: int | None = None
 
@@ -76,7 +73,7 @@ class TrainHeadConfig(TrainingRun):
             unseen categories. Repeatable.
     """
 
-    cache: Annotated["Location", CACHE]
+    cache: CacheOption
     out: Annotated[Path, Option(metavar="FOLDER")]
     recipe: Annotated[Recipe, Built(TrainingRecipe)]
     hold_out: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
