@@ -171,6 +171,10 @@ _METRIC_NAMES = {
 
 def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | None]) -> None:
     """Print ``EvaluateSummary.metrics()`` in percent."""
-    rows = metric_rows({_METRIC_NAMES[name]: values for name, values in metrics.items()})
-    columns = list(next(m for m in metrics.values() if m is not None))
-    print_table(title, ["", *columns], rows)
+    print_metrics(title, {_METRIC_NAMES[name]: values for name, values in metrics.items()})
+
+
+def print_metrics(title: str, named: Mapping[str, Mapping[str, float] | None]) -> None:
+    """Print sets of metrics in [0, 1], in percent, each in a row behind its name."""
+    columns = list(next(m for m in named.values() if m is not None))
+    print_table(title, ["", *columns], metric_rows(named))

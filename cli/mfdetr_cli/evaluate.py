@@ -9,7 +9,7 @@ from mfdetr_pipelines.numbers import percent
 
 from mfdetr_cache.evaluation.measure import EvaluateSummary
 from mfdetr_cache.evaluation.oracles import ORACLES
-from mfdetr_cli.console import human_time, metric_rows, print_evaluation, print_facts, print_table
+from mfdetr_cli.console import human_time, print_evaluation, print_facts, print_metrics, print_table
 from mfdetr_cli.output import CommandOutput
 
 _MOST_CONFUSED = 30
@@ -29,8 +29,7 @@ def evaluate(config: EvaluateConfig, out: CommandOutput) -> None:
     if summary.oracles:
         rows = {f"+ {ORACLES[name]}": m.to_dict() for name, m in summary.oracles.items()}
         rows = {"as it is": summary.mask.to_dict(), **rows}
-        columns = list(summary.mask.to_dict())
-        print_table("Mask AP, if only this were perfect", ["", *columns], metric_rows(rows))
+        print_metrics("Mask AP, if only this were perfect", rows)
     print_facts("Cost", _facts(summary))
 
 
@@ -77,9 +76,7 @@ def _show(
     print_evaluation(title, metrics)
     confusion = details.get("confusion")
     details = {name: details[name] for name in ("mask", "box") if name in details}
-    recalls = {name: found["recall"] for name, found in details.items()}
-    columns = list(next(iter(recalls.values())))
-    print_table("Average recall", ["", *columns], metric_rows(recalls))
+    print_metrics("Average recall", {name: found["recall"] for name, found in details.items()})
     if confusion:
         mistakes = [c for c in confusion if c["category"] != c["found_as"]][:_MOST_CONFUSED]
         print_table(

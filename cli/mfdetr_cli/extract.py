@@ -9,9 +9,9 @@ from mfdetr_cache.coco.categories import MatchedCategory
 from mfdetr_cli.console import (
     human_bytes,
     human_time,
-    metric_rows,
     print_facts,
     print_lines,
+    print_metrics,
     print_next,
     print_table,
 )
@@ -41,8 +41,7 @@ def extract(config: ExtractConfig, out: CommandOutput) -> None:
     print_facts(f"Cache {config.cache}", facts)
     print_categories(summary.categories)
     if summary.box is not None:
-        box = summary.box.to_dict()
-        print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+        print_metrics("What is cached, in percent", {"box": summary.box.to_dict()})
     if summary.parts_missing:
         print_lines(
             f"parts of the cache that are not there yet: {summary.parts_missing}; when the other "

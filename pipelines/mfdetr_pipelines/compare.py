@@ -38,7 +38,6 @@ class ComparedSubject:
     """One head or results file.
 
     Attributes:
-        name: As it was given.
         against_first: Difference of mask AP to the first with a 95 % interval; None for the first.
     """
 

@@ -42,8 +42,7 @@ class ExportSummary:
     """The ONNX file.
 
     Attributes:
-        inputs: Name and shape of every input; a word is a dynamic size.
-        outputs: Name and shape of every output.
+        inputs: Their shapes by name, as ``outputs``; a word is a dynamic size.
         largest_difference: Between outputs of onnxruntime and torch, relative to the largest value.
     """
 

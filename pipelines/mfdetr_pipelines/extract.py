@@ -20,8 +20,6 @@ class ExtractSummary:
         seconds: Time of this run, without the final check.
         detector_seconds: Time in the detector's forward, of all processes.
         box: Box AP of what is cached; None while other processes still fill the cache.
-        parts_missing: Parts that other processes have not filled yet.
-        categories: The dataset's categories and their labels.
         left_out: How many images and annotations cannot be used and were left out.
     """
 

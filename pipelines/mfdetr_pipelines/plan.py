@@ -46,7 +46,6 @@ class PresetPlan:
     Attributes:
         ratio: Uncompressed over stored bytes, measured.
         bytes_per_image: Stored bytes per image and view.
-        fits: Whether that much is free on the disk.
         encode_seconds: Mean time to quantise and compress an image on one thread.
         extract_hours: The slowest of detector, encoding threads and disk.
         cached_hours: Of one training: the slower of head and disk.
@@ -71,10 +70,8 @@ class Plan:
 
     Attributes:
         views: Passes per image.
-        detector_seconds: Mean detector time per image, in the batches of an extraction.
-        head_seconds: Mean time of a training step of the head per image.
-        write_bytes_per_second: Sustained.
-        read_bytes_per_second: From the disk, not from memory.
+        detector_seconds: Mean per image, in the batches of an extraction.
+        head_seconds: Mean of a training step per image.
         epochs: Length of one training.
         live_hours: Of one training with the detector in the loop.
     """

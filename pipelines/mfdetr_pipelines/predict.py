@@ -45,9 +45,6 @@ class PredictedImage:
     """Predictions for one file.
 
     Attributes:
-        picture: The file with masks drawn on it.
-        detector_ms: Detector time in milliseconds.
-        head_ms: Mask network time in milliseconds.
         frames: Number of frames; for a video, times are means over them.
     """
 
@@ -61,12 +58,7 @@ class PredictedImage:
 
 @dataclass(frozen=True, slots=True)
 class PredictSummary:
-    """Results of all files.
-
-    Attributes:
-        images: One entry per readable file.
-        unreadable: One line per unreadable file.
-    """
+    """Readable files, and a line for each of the others."""
 
     images: tuple[PredictedImage, ...]
     unreadable: tuple[str, ...]

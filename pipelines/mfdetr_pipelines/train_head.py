@@ -45,9 +45,7 @@ class TrainSummary:
     Attributes:
         steps: Optimiser steps, including those before a resume.
         seconds: Time of the steps, including those before a resume.
-        waiting_seconds: Part of it spent waiting for data.
         loss: Mean total loss of the last 50 steps.
-        validation: Metrics on the validation cache, if there is one.
     """
 
     out: str

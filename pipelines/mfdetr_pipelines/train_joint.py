@@ -54,10 +54,8 @@ class TrainJointSummary:
     Attributes:
         weights: The tuned detector, for ``--weights`` of ``mfdetr extract``.
         steps: Optimiser steps, including those before a resume.
-        seconds: Time of the steps.
         mask_loss: Mean loss of the head over the last 50 steps.
         box_loss: The same of the detector; 0 where it is frozen.
-        validation: Metrics on the validation split, if there is one.
     """
 
     out: str

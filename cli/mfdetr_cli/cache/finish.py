@@ -4,7 +4,7 @@ from mfdetr_pipelines.cache.finish import run_finish
 from mfdetr_pipelines.config.cache import FinishConfig
 
 from mfdetr_cache.errors import CheckFailedError
-from mfdetr_cli.console import metric_rows, print_lines, print_table
+from mfdetr_cli.console import print_lines, print_metrics
 from mfdetr_cli.output import CommandOutput
 
 
@@ -19,5 +19,4 @@ def finish(config: FinishConfig, out: CommandOutput) -> None:
             "processes that fill them again"
         )
     assert found.box is not None
-    box = found.box.to_dict()
-    print_table("What is cached, in percent", ["", *box], metric_rows({"box": box}))
+    print_metrics("What is cached, in percent", {"box": found.box.to_dict()})

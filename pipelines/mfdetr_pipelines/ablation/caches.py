@@ -74,7 +74,6 @@ class MissingCache:
     """A cache that a row asks for, and that was not given.
 
     Attributes:
-        path: Where it is to be.
         like: The given cache that it is to be like, but for the settings.
         settings: What is to differ.
         is_training: Whether it is learned from, not measured on.
@@ -106,13 +105,7 @@ class MissingCache:
 
 @dataclass(frozen=True, slots=True)
 class RowCaches:
-    """Which caches the rows have.
-
-    Attributes:
-        by_row: Of each row that has both, by its name.
-        missing: What rows are without, by their names.
-        problems: Why rows cannot have theirs.
-    """
+    """By name of the row: its caches, or what is missing of them, or why it cannot have them."""
 
     by_row: dict[str, Caches] = field(default_factory=dict)
     missing: dict[str, list[MissingCache]] = field(default_factory=dict)

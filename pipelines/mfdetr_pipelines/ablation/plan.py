@@ -1,5 +1,6 @@
 """Costs of the rows of an ablation before training, fitted to the detector."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -147,20 +148,17 @@ def _has_no_part_to_train(head: HeadConfig) -> bool:
 
 
 def _epoch_sizes(cache: FeatureCache | None) -> Callable[[TrainConfig], int]:
-    """Images per epoch, cached for all seeds."""
-    known: dict[tuple[object, ...], int] = {}
+    """Images per epoch, counted once for all rows that learn from the same ones."""
 
-    def count(train: TrainConfig) -> int:
-        key = (train.label_fraction, train.held_out, train.val_split)
-        if key not in known:
-            known[key] = (
-                max(1, round(train.label_fraction * _COCO_IMAGES))
-                if cache is None
-                else len(trainable_rows(cache, train))
-            )
-        return known[key]
+    @functools.cache
+    def count(**chosen: Any) -> int:  # noqa: ANN401
+        train = TrainConfig(**chosen)
+        if cache is None:
+            return max(1, round(train.label_fraction * _COCO_IMAGES))
+        return len(trainable_rows(cache, train))
 
-    return count
+    names = ("label_fraction", "held_out", "val_split")
+    return lambda train: count(**{name: getattr(train, name) for name in names})
 
 
 def _with_lengths(

@@ -36,8 +36,6 @@ class BenchSummary:
     """All measurements and their ratios.
 
     Attributes:
-        images: Images read, in random order.
-        bytes_per_image: Mean stored bytes.
         ratio_decode: Warm speed of the cache over a plain read and decode, each with its best
             number of threads.
         ratio_cold: Cold speed of the cache over a cold plain read, likewise.

@@ -29,9 +29,7 @@ class CacheInfo:
 
     Attributes:
         dataset: Name of the annotation file.
-        annotations_sha256: Hash of that file.
         annotations_id: Identity of the labels, stored in heads too.
-        annotations_version: The version described.
         rows: Images of the split.
         images: Images with features.
         objects: Annotated objects of these.

@@ -44,7 +44,6 @@ class RepairSummary:
     Attributes:
         parts: Parts that were extracted again.
         foundation_files: Files from the creation of the cache that were written again.
-        num_images: Images that went through the detector again.
         whole: Whether a full check found no fault afterwards.
     """
 

@@ -38,10 +38,7 @@ class VerifySummary:
     """Result of a check.
 
     Attributes:
-        bytes_checked: Bytes of their files.
-        full: Whether every byte was read.
         unknown_files: Files that do not belong to the cache; looked for with ``full``.
-        live_images: Images compared with the detector.
         live_difference: Largest mean difference of a map, over the map's standard deviation.
     """
 
