@@ -19,11 +19,9 @@ def train_head(config: TrainHeadConfig, out: CommandOutput) -> None:
     summary = run_train_head(config, out.reporter)
     if not is_first_process():
         return
-    document: dict[str, object] = asdict(summary)
     metrics = None if summary.validation is None else summary.validation.metrics()
-    if metrics is not None:
-        document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
-    out.write_json(document)
+    measured = metrics and {kind: metrics[kind] for kind in ("mask", "box")}
+    out.write_json({**asdict(summary), "validation": measured})
     waiting = summary.waiting_seconds / max(summary.seconds, 1e-9)
     facts = {
         "recipe": f"{summary.recipe}, {summary.parameters / 1e6:.2f} M parameters",

@@ -12,11 +12,9 @@ def train_joint(config: TrainJointConfig, out: CommandOutput) -> None:
     summary = run_train_joint(config, out.reporter)
     if not is_first_process():
         return
-    document: dict[str, object] = asdict(summary)
     metrics = None if summary.validation is None else summary.validation.metrics()
-    if metrics is not None:
-        document["validation"] = {"mask": metrics["mask"], "box": metrics["box"]}
-    out.write_json(document)
+    measured = metrics and {kind: metrics[kind] for kind in ("mask", "box")}
+    out.write_json({**asdict(summary), "validation": measured})
     parameters = summary.tuned_parameters / 1e6
     print_facts(
         f"Run {config.out}",

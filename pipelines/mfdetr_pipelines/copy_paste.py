@@ -34,7 +34,12 @@ from mfdetr_cache.files import (
     write_atomically,
     writing,
 )
-from mfdetr_cache.ops.masks import compress_run_lengths, decode_run_lengths, encode_mask
+from mfdetr_cache.ops.masks import (
+    compress_run_lengths,
+    decode_run_lengths,
+    encode_mask,
+    plain_rle,
+)
 from mfdetr_cache.reporter import Reporter
 from mfdetr_pipelines.config.copy_paste import CopyPasteConfig
 
@@ -201,14 +206,14 @@ class _Maker:
         is_crowd: bool,  # noqa: FBT001
         area: float,
         box_xywh: Sequence[float],
-        rle: Mapping[str, Any],
+        rle: dict[str, Any],
     ) -> dict[str, Any]:
         return {
             "category_id": self._written_category[int(category_id)],
             "iscrowd": int(is_crowd),
             "area": area,
             "bbox": list(box_xywh),
-            "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+            "segmentation": plain_rle(rle),
         }
 
     def _free_name(self, original: Path, copy: int) -> str:

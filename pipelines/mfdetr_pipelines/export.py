@@ -24,7 +24,6 @@ from mfdetr_cache.head.mask_head import MaskHead
 from mfdetr_cache.identity import spec_from_identity
 from mfdetr_cache.ops.boxes import cxcywh_to_xyxy
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.types import DetectorSpec
 from mfdetr_pipelines.config.export import ExportConfig
 
 # Has grid_sample with border handling as torch has it, and RoIAlign with half-pixel offsets.
@@ -116,12 +115,12 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     if not folder.head.config.roialign or folder.head.config.mask_predictor == "refined":
         raise ConfigError("export needs a head with RoIAlign that leaves the boxes as they are")
     if config.weights is None:
-        graph, inputs, names = _head_graph(config, folder)
+        graph, inputs = _head_graph(config, folder)
         outputs = ["mask_logits", "mask_iou"]
         free = {"boxes_xyxy": {0: "regions"}, "queries": {0: "regions"}}
         free |= {name: {0: "regions"} for name in outputs}
     else:
-        graph, inputs, names = _full_graph(config, folder)
+        graph, inputs = _full_graph(config, folder)
         outputs = ["scores", "boxes_xyxy_norm", "mask_logits", "mask_iou"]
         free = {}
     if folder.head.scoring is None:
@@ -129,10 +128,10 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     reporter.say(f"tracing {'head' if config.weights is None else 'detector and head'}")
     make_folder(config.out.parent)
     with whole_file(config.out) as partial:
-        _trace(graph, inputs, names, outputs, free, partial)
+        _trace(graph, inputs, outputs, free, partial)
         _describe(partial, folder)
         session = runtime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-    difference = _largest_difference(graph, session, inputs, names, free=bool(free))
+    difference = _largest_difference(graph, session, inputs, free=bool(free))
     if difference > _NOTEWORTHY:
         reporter.warn(
             f"onnxruntime's outputs differ from torch's by {difference:.1e} of the largest value; "
@@ -155,38 +154,26 @@ def _packages() -> Any:  # noqa: ANN401  a module
         raise ConfigError(f"export: {error}; pip install 'mfdetr-cache[onnx]'") from None
 
 
-def _head_graph(
-    config: ExportConfig, folder: HeadFolder
-) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+def _head_graph(config: ExportConfig, folder: HeadFolder) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The graph and an example of its inputs, in order."""
     if config.input_hw is None:
         raise ConfigError("give --input-size HxW, or --weights of a detector with one input size")
     head, spec = folder.head, spec_from_identity(folder.detector)
-    graph = _HeadGraph(head, config.input_hw).eval()
-    return graph, _example(head, spec, config.input_hw), ["boxes_xyxy", "queries", *head.map_names]
-
-
-def _example(head: MaskHead, spec: DetectorSpec, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(0)
-    height, width = input_hw
+    height, width = config.input_hw
     corners = torch.rand(_CHECKED_REGIONS[0], 2, 2, generator=random).sort(dim=1).values
     boxes = (corners * torch.tensor([width, height])).flatten(1)
     queries = torch.randn(len(boxes), spec.query_dim, generator=random)
+    inputs = {"boxes_xyxy": boxes, "queries": queries}
     by_name = {m.name: m for m in spec.maps}
-    maps = [
-        torch.randn(
-            1,
-            by_name[name].channels,
-            *(-(-side // by_name[name].stride) for side in input_hw),
-            generator=random,
-        )
-        for name in head.map_names
-    ]
-    return boxes, queries, *maps
+    for name in head.map_names:
+        channels, stride = by_name[name].channels, by_name[name].stride
+        hw = (-(-height // stride), -(-width // stride))
+        inputs[name] = torch.randn(1, channels, *hw, generator=random)
+    return _HeadGraph(head, config.input_hw).eval(), inputs
 
 
-def _full_graph(
-    config: ExportConfig, folder: HeadFolder
-) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
+def _full_graph(config: ExportConfig, folder: HeadFolder) -> tuple[nn.Module, dict[str, Tensor]]:
     assert config.weights is not None
     detector = load_same_detector(
         config.detector, config.weights, folder.detector, f"head {config.head}"
@@ -201,13 +188,12 @@ def _full_graph(
         raise ConfigError("this detector's input size follows the image: give --input-size HxW")
     pixels = torch.rand(1, 3, *input_hw, generator=torch.Generator().manual_seed(0))
     graph = _FullGraph(detector, folder.head, input_hw, config.top_k).eval()
-    return graph, (pixels,), ["pixel_values"]
+    return graph, {"pixel_values": pixels}
 
 
 def _trace(
     graph: nn.Module,
-    inputs: tuple[Tensor, ...],
-    names: Sequence[str],
+    inputs: dict[str, Tensor],
     outputs: Sequence[str],
     free: dict[str, dict[int, str]],
     path: Path,
@@ -219,11 +205,11 @@ def _trace(
             graph(*inputs)  # tables of this input size are constants from now on
             torch.onnx.export(
                 graph,
-                inputs,
+                tuple(inputs.values()),
                 str(path),
-                input_names=list(names),
+                input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_axes={k: v for k, v in free.items() if k in {*names, *outputs}},
+                dynamic_axes={k: v for k, v in free.items() if k in {*inputs, *outputs}},
                 opset_version=_OPSET,
                 dynamo=False,
             )
@@ -260,40 +246,31 @@ def _sample_in_float32(onnx: Any, model: Any) -> None:  # noqa: ANN401  modules 
     Tracing turns sizes that torch keeps as integers into float64 constants; detectors that divide
     coordinates by them (transformers' Deformable DETR) get float64 grids.
     """
-    nodes = []
-    for node in model.graph.node:
+    for index, node in reversed(list(enumerate(model.graph.node))):
         if node.op_type == "GridSample":
             grid = f"{node.output[0]}_grid_float32"
             cast = onnx.helper.make_node(
                 "Cast", [node.input[1]], [grid], name=grid, to=onnx.TensorProto.FLOAT
             )
-            nodes.append(cast)
             node.input[1] = grid
-        nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+            model.graph.node.insert(index, cast)
 
 
 def _largest_difference(
     graph: nn.Module,
     session: Any,  # noqa: ANN401  onnxruntime ships no types
-    inputs: tuple[Tensor, ...],
-    names: Sequence[str],
+    inputs: dict[str, Tensor],
     *,
     free: bool,
 ) -> float:
     """Relative to the largest value, over all outputs and several numbers of regions."""
     wanted = {i.name for i in session.get_inputs()}
-    worst = 0.0
+    per_region, worst = ("boxes_xyxy", "queries"), 0.0
     for count in _CHECKED_REGIONS if free else (None,):
-        some = inputs
-        if count is not None:
-            some = (inputs[0][:count], inputs[1][:count], *inputs[2:])
-        fed = {n: t.numpy() for n, t in zip(names, some, strict=True) if n in wanted}
-        found = session.run(None, fed)
+        some = {name: v[:count] if name in per_region else v for name, v in inputs.items()}
+        found = session.run(None, {name: v.numpy() for name, v in some.items() if name in wanted})
         with torch.no_grad():
-            expected = graph(*some)
+            expected = graph(*some.values())
         for ours, theirs in zip(expected, found, strict=True):
             scale = max(float(ours.abs().max()) if ours.numel() else 0, 1e-12)
             worst = max(worst, float(np.abs(ours.numpy() - theirs).max(initial=0)) / scale)

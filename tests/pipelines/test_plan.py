@@ -11,15 +11,8 @@ from mfdetr_cache.errors import ConfigError, DetectorError
 from mfdetr_cache.extraction.options import MapOptions, ViewOptions
 from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
+from tests.support.ablations import SMALL
 from tests.support.scenes import extract_config
-
-SMALL = {
-    "hidden_dim": "8",
-    "roi_size": "8",
-    "fine_size": "0",
-    "image_layers": "1",
-    "box_layers": "1",
-}
 
 
 def config(scenes_folder: Path, weights: Path, **changes: Any) -> PlanConfig:

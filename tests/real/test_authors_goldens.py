@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from mfdetr_cache.detectors.protocol import Detector, MaskingDetector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.types import DetectorOutput
-from tests.support.authors import golden_weights, load_rule2
+from tests.support.authors import golden_weights
+from tests.support.official import load_rule
 
 VARIANTS = {
     "rtdetr_r18vd": "rt-detr",
@@ -72,7 +73,7 @@ def test_a_checkpoint_gives_the_authors_numbers(
     meta = json.loads((goldens / variant / "meta.json").read_text())["cases"][case]
     if case == "single":
         assert detector.input_geometry((100, 200)).input_hw == tuple(meta["sizes_hw"][0])
-    rule = load_rule2(goldens)
+    rule = load_rule(goldens, "rule2")
     images = np.stack([rule.image(h, w, i) for i, (h, w) in enumerate(meta["sizes_hw"])])
     with torch.no_grad():
         output = detector.forward(torch.from_numpy(images))
@@ -88,7 +89,7 @@ def test_rf_detr_gives_the_authors_masks(
 ) -> None:
     detector = _detector(goldens, "rfdetr_seg_nano", detectors, tmp_path)
     assert isinstance(detector, MaskingDetector)
-    image = torch.from_numpy(load_rule2(goldens).image(312, 312, 0))
+    image = torch.from_numpy(load_rule(goldens, "rule2").image(312, 312, 0))
     expected = np.load(goldens / "rfdetr_seg_nano/single.npz")
     output = detector.forward(image[None])
     theirs = torch.from_numpy(

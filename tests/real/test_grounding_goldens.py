@@ -11,7 +11,8 @@ from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.detectors.protocol import Detector
 from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.detectors.translated import loading
-from tests.support.authors import golden_weights, load_rule2
+from tests.support.authors import golden_weights
+from tests.support.official import load_rule
 
 pytestmark = pytest.mark.large
 
@@ -63,7 +64,7 @@ def test_the_numbers_of_the_authors(shared: Path, detector: Detector, case: str)
     folder = shared / "goldens-2/groundingdino_swint"
     expected = np.load(folder / f"{case}.npz")
     meta = json.loads((folder / "meta.json").read_text())["cases"][case]
-    rule, sizes = load_rule2(folder.parent), meta["sizes_hw"]
+    rule, sizes = load_rule(folder.parent, "rule2"), meta["sizes_hw"]
     height, width = (max(s[axis] for s in sizes) for axis in (0, 1))
     pixels = torch.zeros(len(sizes), 3, height, width)
     padding = torch.ones(len(sizes), height, width, dtype=torch.bool)

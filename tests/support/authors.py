@@ -1,22 +1,13 @@
 """Checkpoints in the authors' layouts for tests: by the goldens' rule, and small ones."""
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def load_rule2(goldens: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("rule2", goldens / "rule2.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.support.official import load_rule
 
 
 def golden_weights(goldens: Path, variant: str, *, without: str = "none") -> dict[str, Tensor]:
@@ -25,7 +16,7 @@ def golden_weights(goldens: Path, variant: str, *, without: str = "none") -> dic
     keys = json.loads((folder / "state_dict_keys.json").read_text())
     tied = json.loads((folder / "tied_keys.json").read_text())
     meta = json.loads((folder / "meta.json").read_text())
-    rule = load_rule2(goldens)
+    rule = load_rule(goldens, "rule2")
     side = next(iter(meta["cases"].values()))["sizes_hw"][0]
     found = {}
     for key, about in keys.items():

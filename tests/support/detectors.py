@@ -44,21 +44,15 @@ from transformers import (
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
 LABELS = {0: "ellipse", 1: "box", 2: "other"}
-_SMALL = {
-    "d_model": 32,
-    "encoder_hidden_dim": 32,
+_LABELLED: dict[str, Any] = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+_TRANSFORMER: dict[str, Any] = {
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
     "decoder_layers": 2,
     "decoder_attention_heads": 4,
     "encoder_attention_heads": 4,
     "num_queries": 20,
-    "num_denoising": 0,
-    "id2label": LABELS,
-    "label2id": {v: k for k, v in LABELS.items()},
 }
-
-
 # Of detectors that keep the shape of an image.
 _FITTED = {"shortest_edge": 96, "longest_edge": 160}
 
@@ -113,8 +107,12 @@ def _save_hybrid(
         backbone_config=backbone,
         encoder_in_channels=[24, 32, 40],
         decoder_in_channels=[32, 32, 32],
+        d_model=32,
+        encoder_hidden_dim=32,
+        num_denoising=0,
         **more,
-        **_SMALL,
+        **_TRANSFORMER,
+        **_LABELLED,
     )
     _save(model_class(config), folder, _fixed_processor(96))
 
@@ -143,7 +141,7 @@ def _hgnet() -> HGNetV2Config:
         stage_light_block=[False, False, True, True],
         stage_kernel_size=[3, 3, 5, 5],
         stage_numb_of_layers=[1, 1, 1, 1],
-        out_features=["stage2", "stage3", "stage4"],
+        out_features=_FROM_STRIDE_8,
     )
 
 
@@ -165,15 +163,9 @@ def _save_single_level(folder: Path, config_class: Any, model_class: Any) -> Non
         backbone=None,
         backbone_config=ResNetConfig(**_STAGES, out_features=["stage1", *_FROM_STRIDE_8]),
         encoder_layers=5,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        num_queries=20,
-        id2label=LABELS,
-        label2id={v: k for k, v in LABELS.items()},
         **{width: 32},
+        **_TRANSFORMER,
+        **_LABELLED,
     )
     _save(model_class(config), folder, DetrImageProcessor(size=_FITTED))
 
@@ -231,8 +223,7 @@ def _save_plain_vit(
         decoder_cross_attention_heads=4,
         num_queries=20,
         group_detr=1,
-        id2label=LABELS,
-        label2id={v: k for k, v in LABELS.items()},
+        **_LABELLED,
     )
     _save(model_class(config), folder, _fixed_processor(side))
 
@@ -244,17 +235,11 @@ def save_deformable_detr(folder: Path, *, two_stage: bool = False) -> None:
         use_timm_backbone=False,
         d_model=32,
         encoder_layers=5,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        num_queries=20,
         two_stage_num_proposals=20,
         two_stage=two_stage,
         with_box_refine=two_stage,
-        id2label=LABELS,
-        label2id={v: k for k, v in LABELS.items()},
+        **_TRANSFORMER,
+        **_LABELLED,
     )
     processor = DeformableDetrImageProcessor(size=_FITTED)
     _save(DeformableDetrForObjectDetection(config), folder, processor)
@@ -288,12 +273,7 @@ def save_grounding_dino(folder: Path, *, mm: bool = False) -> None:
         ),
         "d_model": 32,
         "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "num_queries": 20,
+        **_TRANSFORMER,
     }
     config = (MMGroundingDinoConfig if mm else GroundingDinoConfig)(**settings)
     kind = MMGroundingDinoForObjectDetection if mm else GroundingDinoForObjectDetection

@@ -52,8 +52,9 @@ def write_checkpoint(path: Path, architecture: Architecture, seed: int = 0) -> d
     return document
 
 
-def load_rule(goldens: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("rule", goldens / "rule.py")
+def load_rule(goldens: Path, name: str = "rule") -> Any:
+    """The module that makes the weights of the goldens."""
+    spec = importlib.util.spec_from_file_location(name, goldens / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
