@@ -133,28 +133,23 @@ def main() -> None:
         with ending_on_signals():
             app(prog_name="mfdetr")
     except StoppedError as error:
-        _print_error(error)
-        sys.exit(130)
+        _end(error, 130)
     except CheckFailedError as error:
-        _print_error(error)
-        sys.exit(1)
+        _end(error, 1)
     except MfdetrError as error:
-        _print_error(error)
-        sys.exit(2)
+        _end(error, 2)
     except (ImportError, MemoryError, RuntimeError) as error:
         # A limit (ulimit -v, ulimit -u) or a small machine; any other is a bug.
         text = str(error)
         if not (isinstance(error, MemoryError) or any(said in text for said in _TOO_LITTLE)):
             raise
         reason = f": {text.splitlines()[0]}" if text else ""
-        _print_error(MfdetrError(f"there is not enough memory, or too few threads{reason}"))
-        sys.exit(2)
+        _end(f"there is not enough memory, or too few threads{reason}", 2)
     except OSError as error:
         # A disk that is full or may not be written is nobody's bug, wherever it was noticed.
         if not disk_error(error):
             raise
-        _print_error(error)
-        sys.exit(2)
+        _end(error, 2)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
@@ -162,6 +157,7 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {harmless(' '.join(str(message).split()))}\n"
 
 
-def _print_error(error: Exception) -> None:
+def _end(error: Exception | str, code: int) -> None:
     text = " ".join(str(error).split())
     put(sys.stderr, f"error: {harmless(text)}\n")
+    sys.exit(code)

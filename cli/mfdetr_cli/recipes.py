@@ -3,6 +3,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mfdetr_pipelines.config.training import RecipesConfig
+from mfdetr_pipelines.config.typed import as_typed
 
 from mfdetr_cache.head.config import HeadConfig
 from mfdetr_cache.training.config import TrainConfig
@@ -37,7 +38,7 @@ def recipes(config: RecipesConfig, out: CommandOutput) -> None:
     ):
         values, defaults = asdict(own), asdict(paper)
         rows = [
-            [name, _shown(values[name]), _shown(defaults[name]), text.replace("``", "")]
+            [name, as_typed(values[name]), as_typed(defaults[name]), text.replace("``", "")]
             for name, text in documented(type(own))[1].items()
         ]
         print_table(title, ["", "value", "paper", "meaning"], rows, justify="left")
@@ -45,10 +46,3 @@ def recipes(config: RecipesConfig, out: CommandOutput) -> None:
 
 def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {"head": asdict(recipe.head), "train": asdict(recipe.train)}
-
-
-def _shown(value: object) -> str:
-    """As it is typed."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

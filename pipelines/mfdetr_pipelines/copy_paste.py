@@ -86,7 +86,7 @@ def run_copy_paste(config: CopyPasteConfig, reporter: Reporter) -> CopyPasteSumm
     with owned_results(config.out):
         if made is None:
             _require_empty(config.out)
-        return _write(config, split, made_of, maker, reporter)
+        return maker.write(made_of, reporter)
 
 
 def _names_and_bytes(folder: Path, split: CocoSplit) -> str:
@@ -116,48 +116,13 @@ def _require_empty(out: Path) -> None:
         raise ConfigError(f"{out} is no empty folder; nothing was touched, choose another --out")
 
 
-def _write(
-    config: CopyPasteConfig,
-    split: CocoSplit,
-    made_of: Mapping[str, Any],
-    maker: "_Maker",
-    reporter: Reporter,
-) -> CopyPasteSummary:
-    pending = config.out / _PENDING
-    with writing(pending):
-        # What a call that was stopped left: other options may have made it.
-        if pending.is_dir() and not pending.is_symlink():
-            shutil.rmtree(pending)
-        else:
-            pending.unlink(missing_ok=True)
-    make_folder(pending)
-    document: dict[str, Any] = {
-        "info": made_of,
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": c.written_id, "name": c.name} for c in split.categories],
-    }
-    reporter.start("copy-paste", len(split.images) * (1 + config.copies), "pictures")
-    for entry in split.images:
-        for copy in range(config.copies + 1):
-            image, objects = maker.original(entry) if not copy else maker.picture(entry, copy)
-            document["images"].append(image)
-            document["annotations"] += objects
-            reporter.advance()
-    reporter.finish()
-    for number, annotation in enumerate(document["annotations"], 1):
-        annotation["id"] = number
-    write_atomically(config.out / ANNOTATIONS, json.dumps(document).encode())
-    with writing(config.out / IMAGES):
-        pending.rename(config.out / IMAGES)
-    return _summary(config.out, document)
-
-
 class _Maker:
     def __init__(self, config: CopyPasteConfig, split: CocoSplit) -> None:
         self._config = config
         self._files = config.files
         self._split = split
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
         self._taken = {_as_one_file(e.file_name) for e in split.images}
         self._written_category = {c.category_id: c.written_id for c in split.categories}
         written = [i for e in split.images for i in (e.image_id, e.written_id)]
@@ -169,18 +134,46 @@ class _Maker:
                 "more that is no crowd: nothing to paste"
             )
 
-    def original(self, entry: ImageEntry) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def write(self, made_of: Mapping[str, Any], reporter: Reporter) -> CopyPasteSummary:
+        out, copies, entries = self._config.out, self._config.copies, self._split.images
+        pending = out / _PENDING
+        with writing(pending):
+            # What a call that was stopped left: other options may have made it.
+            if pending.is_dir() and not pending.is_symlink():
+                shutil.rmtree(pending)
+            else:
+                pending.unlink(missing_ok=True)
+        make_folder(pending)
+        document = {
+            "info": made_of,
+            "images": self._images,
+            "annotations": self._annotations,
+            "categories": [{"id": c.written_id, "name": c.name} for c in self._split.categories],
+        }
+        reporter.start("copy-paste", len(entries) * (1 + copies), "pictures")
+        for entry in entries:
+            for copy in range(copies + 1):
+                self._paste(entry, copy) if copy else self._keep(entry)
+                reporter.advance()
+        reporter.finish()
+        write_atomically(out / ANNOTATIONS, json.dumps(document).encode())
+        with writing(out / IMAGES):
+            pending.rename(out / IMAGES)
+        return _summary(out, document)
+
+    def _keep(self, entry: ImageEntry) -> None:
+        """An image as it is."""
         target = self._config.out / _PENDING / entry.file_name
         make_folder(target.parent)
         with writing(target):
             shutil.copyfile(self._files.images / entry.file_name, target)
-        objects = []
+        self._add_image(entry.written_id, entry.file_name, entry.size_hw)
         for a in self._split.annotations[entry.image_id]:
             rle = compress_run_lengths(a.run_lengths, entry.size_hw)
-            objects.append(self._object(a.category_id, a.is_crowd, a.area, a.box_xywh, rle))
-        return _listed(entry.written_id, entry.file_name, entry.size_hw, objects)
+            about = (a.category_id, a.is_crowd, a.area, a.box_xywh)
+            self._add_object(entry.written_id, *about, rle)
 
-    def picture(self, entry: ImageEntry, copy: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _paste(self, entry: ImageEntry, copy: int) -> None:
         """An image with pasted objects; it depends on the seed and the arguments alone."""
         random = np.random.default_rng((self._config.seed, entry.image_id, copy))
         rows = random.integers(0, len(self._donors), num_donors(random))
@@ -192,29 +185,37 @@ class _Maker:
             Image.fromarray(made.pixels).save(target, quality=_QUALITY)
         image_id = self._next_id
         self._next_id += 1
-        objects = []
+        self._add_image(image_id, file_name, made.size_hw)
         found = zip(made.masks, made.category_ids, made.is_crowd, made.num_pixels, strict=True)
         for mask, category_id, is_crowd, area in found:
             rle = encode_mask(mask)
             box_xywh = [int(v) for v in coco_mask.toBbox(rle)]
-            objects.append(self._object(category_id, is_crowd, int(area), box_xywh, rle))
-        return _listed(image_id, file_name, made.size_hw, objects)
+            self._add_object(image_id, int(category_id), is_crowd, int(area), box_xywh, rle)
 
-    def _object(
+    def _add_image(self, image_id: SourceId, file_name: str, size_hw: tuple[int, int]) -> None:
+        height, width = size_hw
+        about = {"id": image_id, "file_name": file_name, "height": height, "width": width}
+        self._images.append(about)
+
+    def _add_object(
         self,
+        image_id: SourceId,
         category_id: int,
         is_crowd: bool,  # noqa: FBT001
         area: float,
         box_xywh: Sequence[float],
         rle: dict[str, Any],
-    ) -> dict[str, Any]:
-        return {
-            "category_id": self._written_category[int(category_id)],
+    ) -> None:
+        about = {
+            "image_id": image_id,
+            "category_id": self._written_category[category_id],
             "iscrowd": int(is_crowd),
             "area": area,
             "bbox": list(box_xywh),
             "segmentation": plain_rle(rle),
+            "id": len(self._annotations) + 1,
         }
+        self._annotations.append(about)
 
     def _free_name(self, original: Path, copy: int) -> str:
         """A file name that no other image has."""
@@ -240,12 +241,3 @@ class _Maker:
 def _as_one_file(name: str) -> str:
     """The same for all names that may be one file: ``./a.JPG`` and, on some disks, ``a.jpg``."""
     return str(Path(name)).casefold()
-
-
-def _listed(
-    image_id: SourceId, file_name: str, size_hw: tuple[int, int], objects: list[dict[str, Any]]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An image and its objects as COCO lists them, but for the ids of the objects."""
-    height, width = size_hw
-    image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-    return image, [{"image_id": image_id, **found} for found in objects]

@@ -126,6 +126,9 @@ def test_an_encoder_layer_is_a_row_with_caches_of_its_own(given: Path, tmp_path:
     assert {n: c.training.cache_id for n, c in find_caches(both).by_row.items()} == {
         n: c.training.cache_id for n, c in found.items()
     }
+    # A row asks for a cache also where the other one of its two is missing.
+    half = replace(both, val_cache=both.val_cache[:1])
+    assert list(find_caches(half).missing) == ["encoder layer 2"]
 
 
 def test_jittering_is_a_row_with_views_of_its_own(given: Path, tmp_path: Path) -> None:

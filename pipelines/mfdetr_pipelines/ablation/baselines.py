@@ -1,12 +1,10 @@
 """Baselines without a trained head, on a cache's detections."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.choices import Baseline
@@ -18,42 +16,43 @@ from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, evaluate_r
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.evaluation.results import box_results, mask_results
+from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.ops.masks import encode_mask
 from mfdetr_cache.reporter import Reporter
-from mfdetr_cache.types import CachedImage
 from mfdetr_pipelines.ablation.rows import BASELINES
-
-# RLE and final score of each detection.
-Masks = tuple[list[dict[str, Any]], NDArray[np.float64]]
+from mfdetr_pipelines.config.ablate import AblateConfig
 
 
 def measure_baseline(
-    cache: FeatureCache,
-    baseline: Baseline,
-    reporter: Reporter,
-    *,
-    device: torch.device,
-    sam_weights: str | None,
-    images: Path | None,
+    cache: FeatureCache, baseline: Baseline, config: AblateConfig, reporter: Reporter
 ) -> tuple[dict[str, CocoMetrics], list[Result]]:
     """``mask``, ``boundary`` and ``box`` AP of a baseline on a complete cache, and its COCO masks.
 
-    The last three are for SAM alone; ConfigError if it lacks weights or images.
+    ConfigError if SAM lacks weights or images.
     """
-    if baseline != "sam":
-        masks_of = _simple_masks(cache, baseline)
-    elif sam_weights is None or images is None:
-        raise ConfigError("--baseline sam needs --sam-weights and --images")
-    else:
-        masks_of = _sam_masks(SamPrompter(sam_weights, device), images)
+    prompter = None
+    if baseline == "sam":
+        if config.sam_weights is None or config.images is None:
+            raise ConfigError("--baseline sam needs --sam-weights and --images")
+        prompter = SamPrompter(config.sam_weights, torch_device(config.device))
     results: list[Result] = []
     boxes: list[Result] = []
+    labels = cache.label_categories
     reporter.start(BASELINES[baseline], len(cache), "images")
     for row in cache.rows:
         image = cache.read(row, ())
-        detections = detections_of(image, cache.spec)
-        rles, scores = masks_of(image, detections)
-        labels = cache.label_categories
+        detections, size_hw = detections_of(image, cache.spec), image.geometry.original_hw
+        scores = detections.class_scores.double().numpy()
+        if prompter is not None and config.images is not None:
+            picture = load_image(config.images / image.file_name, size_hw)
+            rles, iou = _prompted(prompter, picture, detections)
+            scores = scores * iou  # as Eq. 13
+        elif baseline == "box":
+            rles = box_masks(detections, size_hw)
+        elif baseline == "ellipse":
+            rles = ellipse_masks(detections, size_hw)
+        else:
+            rles = oracle_masks(detections, image.ground_truth, labels, size_hw)
         results += mask_results(image.image_id, detections, labels, rles, scores)
         boxes += box_results(image.image_id, detections, labels)
         reporter.advance()
@@ -67,35 +66,13 @@ def measure_baseline(
     return metrics, results
 
 
-def _simple_masks(
-    cache: FeatureCache, baseline: Baseline
-) -> Callable[[CachedImage, Detections], Masks]:
-    def simple(image: CachedImage, detections: Detections) -> Masks:
-        size_hw = image.geometry.original_hw
-        if baseline == "box":
-            rles = box_masks(detections, size_hw)
-        elif baseline == "ellipse":
-            rles = ellipse_masks(detections, size_hw)
-        else:
-            truth = image.ground_truth
-            rles = oracle_masks(detections, truth, cache.label_categories, size_hw)
-        return rles, detections.class_scores.double().numpy()
-
-    return simple
-
-
-def _sam_masks(prompter: SamPrompter, images: Path) -> Callable[[CachedImage, Detections], Masks]:
-    """SAM with one prompt per query; the score is the class score times SAM's IoU (as Eq. 13)."""
-
-    def prompted(image: CachedImage, detections: Detections) -> Masks:
-        picture = load_image(images / image.file_name, image.geometry.original_hw)
-        _, first, place = np.unique(
-            detections.query_index.numpy(), return_index=True, return_inverse=True
-        )
-        boxes = detections.boxes_xyxy.numpy()[first].astype(np.float32)
-        masks, iou = prompter(picture, boxes)
-        rles = [encode_mask(m) for m in masks]
-        scores = detections.class_scores.double().numpy() * iou.clip(0, 1)[place]
-        return [rles[int(i)] for i in place], scores
-
-    return prompted
+def _prompted(
+    prompter: SamPrompter, picture: Image, detections: Detections
+) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
+    """SAM's masks with one prompt per query, as RLE, and its IoU in [0, 1], for each detection."""
+    _, first, place = np.unique(
+        detections.query_index.numpy(), return_index=True, return_inverse=True
+    )
+    masks, iou = prompter(picture, detections.boxes_xyxy.numpy()[first].astype(np.float32))
+    rles = [encode_mask(m) for m in masks]
+    return [rles[int(i)] for i in place], iou.clip(0, 1)[place]

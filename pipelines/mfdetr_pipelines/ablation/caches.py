@@ -1,6 +1,6 @@
 """The caches that rows of an ablation learn from and are measured on: given, or extracted."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,96 +127,87 @@ def find_caches(config: AblateConfig) -> RowCaches:
         raise ConfigError(
             "give --val-cache, or --val-split N to keep every N-th image of --cache for measuring"
         )
-    places = _Places(config)
+    trainings, validations = (_Given(config, is_training=which) for which in (True, False))
     found = RowCaches()
+    pairs: dict[tuple[str, str], Caches] = {}
     for row in config.rows:
         try:
-            places.find(row, found)
+            training = trainings.asked_by(row)
+            is_split = not (config.val_cache or row.val_cache)
+            validation = None if is_split else validations.asked_by(row)
+            if isinstance(training, MissingCache) or isinstance(validation, MissingCache):
+                both = (training, validation)
+                found.missing[row.name] = [c for c in both if isinstance(c, MissingCache)]
+            else:
+                split = row.recipe.train.val_split
+                key = (training.path, f"split {split}" if validation is None else validation.path)
+                if key not in pairs:
+                    pairs[key] = _paired(training, validation, split)
+                found.by_row[row.name] = pairs[key]
         except (CacheError, IdentityError) as error:
             if not (row.cache or row.val_cache or row.extract):
                 raise
             found.problems[row.name] = str(error)
     _require_one_truth(found)
-    for option, opened in (("--cache", places.trainings), ("--val-cache", places.validations)):
-        if unused := [c.path for c in opened[1:] if (option, c.path) not in places.used]:
-            raise ConfigError(f"{option} {unused[0]}: no row asks for it; leave it out")
+    trainings.require_asked_for()
+    validations.require_asked_for()
     return found
 
 
-class _Places:
-    def __init__(self, config: AblateConfig) -> None:
-        self.config = config
-        self.trainings = [self._open(location) for location in config.cache]
-        self.validations = [self._open(location) for location in config.val_cache]
-        self.used: set[tuple[str, str]] = set()
-        self._pairs: dict[tuple[str, str], Caches] = {}
+class _Given:
+    """The caches of ``--cache``, or of ``--val-cache``."""
+
+    def __init__(self, config: AblateConfig, *, is_training: bool) -> None:
+        self._config, self._is_training = config, is_training
+        locations = config.cache if is_training else config.val_cache
+        self._caches = [self._open(location) for location in locations]
+        self._asked_for: set[str] = set()
 
     def _open(self, location: Location) -> FeatureCache:
-        return FeatureCache.open(self.config.local_cache.before(location))
+        return FeatureCache.open(self._config.local_cache.before(location))
 
-    def find(self, row: AblationRow, found: RowCaches) -> None:
-        training = self._of(row, row.cache, self.trainings, row.extract, is_training=True)
-        validation: FeatureCache | MissingCache | None = None
-        if self.validations or row.val_cache:
-            settings = {k: v for k, v in row.extract.items() if k in DETECTOR_SETTINGS}
-            validation = self._of(row, row.val_cache, self.validations, settings, is_training=False)
-        missing = [c for c in (training, validation) if isinstance(c, MissingCache)]
-        if missing:
-            found.missing[row.name] = missing
-            return
-        assert isinstance(training, FeatureCache)
-        assert not isinstance(validation, MissingCache)
-        self.used.add(("--cache", training.path))
-        if validation is not None:
-            self.used.add(("--val-cache", validation.path))
-        found.by_row[row.name] = self._paired(row, training, validation)
+    def asked_by(self, row: AblationRow) -> FeatureCache | MissingCache:
+        """A row's own cache, or the first given or extracted one that is as it asks."""
+        found = self._find(row)
+        self._asked_for.add(str(found.path))
+        return found
 
-    def _of(
-        self,
-        row: AblationRow,
-        own: str,
-        given: Sequence[FeatureCache],
-        settings: Mapping[str, Any],
-        *,
-        is_training: bool,
-    ) -> FeatureCache | MissingCache:
+    def _find(self, row: AblationRow) -> FeatureCache | MissingCache:
+        own, folder, settings = row.cache, "train", row.extract
+        if not self._is_training:
+            own, folder = row.val_cache, "val"
+            settings = {k: v for k, v in settings.items() if k in DETECTOR_SETTINGS}
         if own:
             return self._open(own)
-        if not given:
+        if not self._caches:
             raise CacheError(f"row {row.name!r} has no val_cache, and there is no --val-cache")
-        first, *_ = given
-        for cache in given:
+        first = self._caches[0]
+        for cache in self._caches:
             if _alike(cache, first) and Choices.of(cache).has(settings):
                 return cache
         name = ",".join(f"{key}={value}" for key, value in settings.items())
-        folder = "train" if is_training else "val"
-        wanted = MissingCache(
-            self.config.out / "caches" / f"{folder},{name}.zarr", first, settings, is_training
-        )
-        if wanted.path.exists():
-            cache = FeatureCache.open(wanted.path)
-            if cache.is_complete:
-                if not _alike(cache, first):
-                    raise CacheError(f"{cache.path} is not of {first.path}'s detector and images")
-                return cache
-        return wanted
+        path = self._config.out / "caches" / f"{folder},{name}.zarr"
+        if path.exists() and (cache := FeatureCache.open(path)).is_complete:
+            if not _alike(cache, first):
+                raise CacheError(f"{cache.path} is not of {first.path}'s detector and images")
+            return cache
+        return MissingCache(path, first, settings, self._is_training)
 
-    def _paired(
-        self, row: AblationRow, training: FeatureCache, validation: FeatureCache | None
-    ) -> Caches:
-        split = row.recipe.train.val_split
-        key = (training.path, f"split {split}" if validation is None else validation.path)
-        if key in self._pairs:
-            return self._pairs[key]
-        training.require_complete()
-        if validation is None:
-            pair = Caches(training, training.split(split)[1], "split")
-        else:
-            require_one_detector(training, validation)
-            validation.require_complete()
-            pair = Caches(training, validation, validation.cache_id)
-        self._pairs[key] = pair
-        return pair
+    def require_asked_for(self) -> None:
+        """Refuse a cache that no row asks for, but for the first."""
+        for cache in self._caches[1:]:
+            if cache.path not in self._asked_for:
+                option = "--cache" if self._is_training else "--val-cache"
+                raise ConfigError(f"{option} {cache.path}: no row asks for it; leave it out")
+
+
+def _paired(training: FeatureCache, validation: FeatureCache | None, val_split: int) -> Caches:
+    training.require_complete()
+    if validation is None:
+        return Caches(training, training.split(val_split)[1], "split")
+    require_one_detector(training, validation)
+    validation.require_complete()
+    return Caches(training, validation, validation.cache_id)
 
 
 def _alike(cache: FeatureCache, first: FeatureCache) -> bool:

@@ -12,6 +12,7 @@ from mfdetr_cache.evaluation.coco_metrics import CocoMetrics
 from mfdetr_cache.fields import Fields
 from mfdetr_cache.files import read_regular
 from mfdetr_cache.training.recipes import Recipe, build_recipe, split_settings
+from mfdetr_pipelines.config.typed import as_typed
 
 if TYPE_CHECKING:
     # Torch takes seconds to import, and a mistake in a row is told without.
@@ -177,7 +178,7 @@ def _row(entry: Fields) -> AblationRow:
         else:
             extract.integer(name, 1)
     try:
-        settings = {k: _as_typed(v) for k, v in entry.fields("set").values.items()}
+        settings = {k: as_typed(v) for k, v in entry.fields("set").values.items()}
         recipe = build_recipe(entry.text("recipe"), settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
@@ -237,11 +238,3 @@ def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
             named = replace(row, name=f"{row.name}, {name}", paper=None)
             made += with_settings([named], head, {})
     return tuple(made)
-
-
-def _as_typed(value: Any) -> str:  # noqa: ANN401  whatever TOML holds
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ",".join(_as_typed(v) for v in value)
-    return str(value)

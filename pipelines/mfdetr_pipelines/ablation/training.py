@@ -102,14 +102,7 @@ def _measure(
 ) -> None:
     cache, baseline, device = caches.validation, job.row.baseline, torch_device(config.device)
     if baseline:
-        measured, masks = measure_baseline(
-            cache,
-            baseline,
-            reporter,
-            device=device,
-            sam_weights=config.sam_weights,
-            images=config.images,
-        )
+        measured, masks = measure_baseline(cache, baseline, config, reporter)
         job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
     elif run is None:
         make_folder(job.folder)

@@ -43,6 +43,13 @@ def settings_of(kind: type[Any], only: tuple[str, ...] = ()) -> Iterator[Setting
         yield Setting(field, hint, option, group if is_dataclass(group) else None, chosen)  # type: ignore[arg-type]
 
 
+def as_typed(value: object) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(as_typed, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def typed(command: str, settings: Any, **instead: object) -> str:  # noqa: ANN401
     """The command line that gives these settings, without options that have their defaults.
 

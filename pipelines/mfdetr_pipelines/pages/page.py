@@ -39,10 +39,10 @@ class Panel:
     @property
     def data(self) -> str:
         """The image as base64 of a JPEG."""
-        size = (max(1, round(self.image.width * _STORED_HEIGHT / self.image.height)),)
+        width = max(1, round(self.image.width * _STORED_HEIGHT / self.image.height))
         how = Image.Resampling.BICUBIC if self.smooth else Image.Resampling.NEAREST
         out = io.BytesIO()
-        self.image.convert("RGB").resize((*size, _STORED_HEIGHT), how).save(out, "JPEG", quality=85)
+        self.image.convert("RGB").resize((width, _STORED_HEIGHT), how).save(out, "JPEG", quality=85)
         return base64.b64encode(out.getvalue()).decode()
 
 
