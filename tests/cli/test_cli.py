@@ -12,33 +12,12 @@ from mfdetr_cli.output import CommandOutput
 from typer.testing import CliRunner
 
 from mfdetr_cache.errors import ConfigError, StoppedError
-from tests.support.command import mfdetr, run
+from tests.support.command import COMMANDS, mfdetr, run
 from tests.support.training import SMALL
-
-COMMANDS = [
-    ["extract"],
-    ["train-head"],
-    ["train-joint"],
-    ["copy-paste"],
-    ["evaluate"],
-    ["predict"],
-    ["detectors"],
-    ["demo"],
-    ["cache", "info"],
-    ["ablate"],
-    ["plan"],
-    ["export"],
-    ["cache", "finish"],
-    ["cache", "view"],
-    ["cache", "verify"],
-    ["cache", "repair"],
-    ["cache", "certify"],
-    ["cache", "bench"],
-]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_shows_an_example_and_json(command: list[str]) -> None:
+def test_help_shows_an_example_and_json(command: tuple[str, ...]) -> None:
     text = run(*command, "--help").output
     assert "Example:" in text
     assert f"mfdetr {' '.join(command)}" in text
@@ -46,7 +25,7 @@ def test_help_shows_an_example_and_json(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_is_whole_in_eighty_columns(command: list[str]) -> None:
+def test_help_is_whole_in_eighty_columns(command: tuple[str, ...]) -> None:
     """Where options and their values leave no room, the table cuts names in the middle."""
     narrow = {"COLUMNS": "80", "TERM": "dumb"}
     text = CliRunner().invoke(app, [*command, "--help"], env=narrow).output

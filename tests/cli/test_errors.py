@@ -61,6 +61,18 @@ def test_unknown_options_are_exit_code_2_of_the_process() -> None:
     assert "No such option: --weight" in finished.stderr
 
 
+def ended_by(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code where a command raises an error."""
+
+    def fail(prog_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(app_module, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    return int(str(ended.value.code))
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(MfdetrError, 2), (CheckFailedError, 1), (StoppedError, 130)]
 )
@@ -70,13 +82,7 @@ def test_errors_have_exit_codes(
     error: type[Exception],
     code: int,
 ) -> None:
-    def fail(prog_name: str) -> None:
-        raise error("something\nwrong")
-
-    monkeypatch.setattr(app_module, "app", fail)
-    with pytest.raises(SystemExit) as caught:
-        app_module.main()
-    assert caught.value.code == code
+    assert ended_by(error("something\nwrong"), monkeypatch) == code
     assert capsys.readouterr().err == "error: something wrong\n"
 
 
@@ -92,38 +98,19 @@ def test_errors_have_exit_codes(
 def test_too_little_memory_and_too_few_threads_are_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(prog_name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(app_module, "app", fail)
-    with pytest.raises(SystemExit) as ended:
-        app_module.main()
-    assert ended.value.code == 2
+    assert ended_by(error, monkeypatch) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: there is not enough memory, or too few threads")
     assert str(error).partition("\n")[0] in said
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("bug", [ImportError("no x"), RuntimeError("shapes differ")])
-def test_an_import_or_computation_that_fails_is_a_bug(
-    bug: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(prog_name: str) -> None:
-        raise bug
-
-    monkeypatch.setattr(app_module, "app", fail)
+@pytest.mark.parametrize(
+    "bug", [ImportError("no x"), RuntimeError("shapes differ"), ZeroDivisionError("by zero")]
+)
+def test_a_bug_gets_a_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(bug), match=str(bug)):
-        app_module.main()
-
-
-def test_a_bug_gets_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(prog_name: str) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(app_module, "app", fail)
-    with pytest.raises(ZeroDivisionError):
-        app_module.main()
+        ended_by(bug, monkeypatch)
 
 
 def test_a_json_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from mfdetr_cli.app import app
 from mfdetr_cli.signature import built
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.cache import SuggestConfig
@@ -22,20 +20,10 @@ from mfdetr_pipelines.config.predict import PredictConfig
 from mfdetr_cache.detectors.options import DetectorOptions
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.extraction.options import ViewOptions
+from tests.support.command import COMMANDS
 
 KNOWN = Path(__file__).with_name("options.txt")
 HEAVY = ("torch", "numpy", "scipy", "numba", "transformers", "rich", "PIL")
-
-
-def leaves(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if not hasattr(command, "list_commands"):
-        yield names, command
-        return
-    for name in command.list_commands(None):
-        yield from leaves(command.get_command(None, name), (*names, name))
-
-
-COMMANDS = dict(leaves(typer.main.get_command(app)))
 
 
 def options_of(names: tuple[str, ...], command: Any) -> Iterator[str]:

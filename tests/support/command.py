@@ -4,11 +4,25 @@ import contextlib
 import io
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from mfdetr_cli.app import app, main
 from typer.testing import CliRunner
+
+
+def _leaves(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "list_commands"):
+        yield names, command
+        return
+    for name in command.list_commands(None):
+        yield from _leaves(command.get_command(None, name), (*names, name))
+
+
+# Every command by its names, such as ("cache", "info").
+COMMANDS = dict(_leaves(typer.main.get_command(app)))
 
 
 class Finished(NamedTuple):
