@@ -15,6 +15,7 @@ from mfdetr_pipelines.ablation.result import RowResult
 from mfdetr_pipelines.ablation.run import run_ablate
 from mfdetr_pipelines.ablation.samples import sample_masks
 from mfdetr_pipelines.config.ablate import AblateConfig
+from mfdetr_pipelines.numbers import number, percent
 
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.errors import MfdetrError
@@ -108,20 +109,13 @@ def _plan(config: AblateConfig) -> tuple[list[dict[str, Any]], list[MissingCache
 
 def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     """Two tables, since eighty columns do not hold one."""
-
-    def text(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
-        return "-" if value is None else f"{scale * value:.{digits}f}"
-
-    def pair(plan: dict[str, Any], ours: str, paper: str) -> str:
-        return f"{text(plan[ours])} / {text(plan[paper])}"
-
     cost = [
         [
             plan["name"],
-            pair(plan, "params_m", "paper_params_m"),
-            pair(plan, "macs_g", "paper_macs_g"),
-            text(plan["executed_macs_g"]),
-            text(plan["paper_AP"], 1, 100),
+            f"{number(plan['params_m'])} / {number(plan['paper_params_m'])}",
+            f"{number(plan['macs_g'])} / {number(plan['paper_macs_g'])}",
+            number(plan["executed_macs_g"]),
+            percent(plan["paper_AP"]),
         ]
         for plan in plans
     ]
@@ -131,10 +125,10 @@ def _print_plan(title: str, plans: list[dict[str, Any]]) -> None:
     training = [
         [
             plan["name"],
-            text(plan["steps"], 0),
-            text(plan["batch_size"], 0),
-            text(plan["epochs"]),
-            *([text(plan["seconds"], 1, 1 / 60)] if timed else []),
+            number(plan["steps"], 0),
+            number(plan["batch_size"], 0),
+            number(plan["epochs"]),
+            *([number(plan["seconds"] and plan["seconds"] / 60, 1)] if timed else []),
         ]
         for plan in plans
     ]

@@ -2,8 +2,9 @@ from dataclasses import asdict
 
 from mfdetr_pipelines.compare import run_compare
 from mfdetr_pipelines.config.compare import CompareConfig
+from mfdetr_pipelines.numbers import metric_table
 
-from mfdetr_cli.console import metric_rows, print_table
+from mfdetr_cli.console import print_table
 from mfdetr_cli.output import CommandOutput
 
 
@@ -13,9 +14,8 @@ def compare(config: CompareConfig, out: CommandOutput) -> None:
     out.write_json(asdict(summary))
     for kind in ("mask", "boundary"):
         metrics = {s.name: getattr(s, kind).to_dict() for s in summary.subjects}
-        columns = ["", *next(iter(metrics.values()))]
+        columns, cells = metric_table(metrics)
         title = f"{kind.capitalize()} AP on {summary.num_images} images, in percent"
-        cells = metric_rows(metrics)
         if kind == "mask":
             columns.insert(2, "vs first")
             for line, subject in zip(cells, summary.subjects, strict=True):

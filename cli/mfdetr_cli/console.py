@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from mfdetr_pipelines.numbers import percent
+from mfdetr_pipelines.numbers import metric_table
 from rich.box import ASCII, SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
@@ -150,15 +150,6 @@ def _encoding() -> str:
     return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
 
 
-def metric_rows(named: Mapping[str, Mapping[str, float] | None]) -> list[list[str]]:
-    """Table rows of COCO metrics in [0, 1], in percent; -1 is a dash, rows of None are left out."""
-    rows = []
-    for name, metrics in named.items():
-        if metrics is not None:
-            rows.append([name, *map(percent, metrics.values())])
-    return rows
-
-
 _METRIC_NAMES = {
     "mask": "mask",
     "box": "box",
@@ -176,5 +167,4 @@ def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | Non
 
 def print_metrics(title: str, named: Mapping[str, Mapping[str, float] | None]) -> None:
     """Print sets of metrics in [0, 1], in percent, each in a row behind its name."""
-    columns = list(next(m for m in named.values() if m is not None))
-    print_table(title, ["", *columns], metric_rows(named))
+    print_table(title, *metric_table(named))

@@ -3,7 +3,7 @@
 import importlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,21 +117,19 @@ def run_export(config: ExportConfig, reporter: Reporter) -> ExportSummary:
     if config.weights is None:
         graph, inputs = _head_graph(config, folder)
         outputs = ["mask_logits", "mask_iou"]
-        free = {"boxes_xyxy": {0: "regions"}, "queries": {0: "regions"}}
-        free |= {name: {0: "regions"} for name in outputs}
     else:
         graph, inputs = _full_graph(config, folder)
         outputs = ["scores", "boxes_xyxy_norm", "mask_logits", "mask_iou"]
-        free = {}
     if folder.head.scoring is None:
         outputs.remove("mask_iou")
+    per_region = {"boxes_xyxy", "queries", *outputs} if config.weights is None else set()
     reporter.say(f"tracing {'head' if config.weights is None else 'detector and head'}")
     make_folder(config.out.parent)
     with whole_file(config.out) as partial:
-        _trace(graph, inputs, outputs, free, partial)
+        _trace(graph, inputs, outputs, per_region, partial)
         _describe(partial, folder)
         session = runtime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-    difference = _largest_difference(graph, session, inputs, free=bool(free))
+    difference = _largest_difference(graph, session, inputs, per_region)
     if difference > _NOTEWORTHY:
         reporter.warn(
             f"onnxruntime's outputs differ from torch's by {difference:.1e} of the largest value; "
@@ -195,7 +193,7 @@ def _trace(
     graph: nn.Module,
     inputs: dict[str, Tensor],
     outputs: Sequence[str],
-    free: dict[str, dict[int, str]],
+    per_region: Collection[str],
     path: Path,
 ) -> None:
     try:
@@ -209,7 +207,7 @@ def _trace(
                 str(path),
                 input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_axes={k: v for k, v in free.items() if k in {*inputs, *outputs}},
+                dynamic_axes={name: {0: "regions"} for name in per_region},
                 opset_version=_OPSET,
                 dynamo=False,
             )
@@ -260,13 +258,12 @@ def _largest_difference(
     graph: nn.Module,
     session: Any,  # noqa: ANN401  onnxruntime ships no types
     inputs: dict[str, Tensor],
-    *,
-    free: bool,
+    per_region: Collection[str],
 ) -> float:
     """Relative to the largest value, over all outputs and several numbers of regions."""
     wanted = {i.name for i in session.get_inputs()}
-    per_region, worst = ("boxes_xyxy", "queries"), 0.0
-    for count in _CHECKED_REGIONS if free else (None,):
+    worst = 0.0
+    for count in _CHECKED_REGIONS if per_region else (None,):
         some = {name: v[:count] if name in per_region else v for name, v in inputs.items()}
         found = session.run(None, {name: v.numpy() for name, v in some.items() if name in wanted})
         with torch.no_grad():

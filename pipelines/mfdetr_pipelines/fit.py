@@ -31,7 +31,7 @@ from mfdetr_pipelines.config.typed import typed
 from mfdetr_pipelines.copy_paste import ANNOTATIONS, IMAGES, run_copy_paste
 from mfdetr_pipelines.evaluate import run_evaluate
 from mfdetr_pipelines.extract import ExtractSummary, run_extract
-from mfdetr_pipelines.numbers import percent
+from mfdetr_pipelines.numbers import metric_table, percent
 from mfdetr_pipelines.pages.chart import curves
 from mfdetr_pipelines.pages.page import Panel, PanelRow, Section, html_page, require_page_place
 from mfdetr_pipelines.picture_files import require_ours, save_picture
@@ -268,7 +268,7 @@ def _page(
     summary: FitSummary,
     pictures: Iterable[PanelRow],
 ) -> str:
-    metrics = {k: v for k, v in summary.evaluation.metrics().items() if v is not None}
+    columns, cells = metric_table(summary.evaluation.metrics())
     boxes = summary.evaluation.details["box"]["categories"]
     masks = summary.evaluation.details["mask"]["categories"]
     facts = {
@@ -287,8 +287,8 @@ def _page(
             Section(
                 "How good they are",
                 charts=[curves(summary.head).to_svg()],
-                columns=["in percent", *next(iter(metrics.values()))],
-                cells=[[name, *map(percent, found.values())] for name, found in metrics.items()],
+                columns=["in percent", *columns[1:]],
+                cells=cells,
                 text="Floor: the box as mask. Ceiling: the annotated mask inside the predicted "
                 "box. A mask network lies between them.",
             ),

@@ -31,7 +31,7 @@ from mfdetr_cache.training.config import Length
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support import scenes
 from tests.support.caches import files_of
-from tests.support.training import small_recipe, weights_of
+from tests.support.training import same_weights, small_recipe
 
 
 def found_objects(cache: FeatureCache, document: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +113,7 @@ def test_relabelled_equals_extracted_anew(
         metrics.append(run_evaluate(EvaluateConfig(cache, run), SilentReporter()).metrics())
         document = json.loads((run / "config.json").read_text())
         assert document["annotations"]["id"] == summary.annotations_id
-    one, other = weights_of(tmp_path / "run-old"), weights_of(tmp_path / "run-new")
-    assert all((one[k] == other[k]).all() for k in one)
+    assert same_weights(tmp_path / "run-old", tmp_path / "run-new")
     assert metrics[0] == metrics[1]
     assert metrics[0]["box"]["AP"] > 0.5
     assert run_verify(VerifyConfig(old, full=True), SilentReporter()).faults == ()
@@ -200,8 +199,7 @@ def test_crops_are_extracted_only_where_one_is_missing(
     for cache in (old, new):
         run = tmp_path / f"run-{cache.stem}"
         run_train_head(TrainHeadConfig(cache, run, recipe, length=Length(2)), SilentReporter())
-    one, other = weights_of(tmp_path / "run-old"), weights_of(tmp_path / "run-n")
-    assert all((one[k] == other[k]).all() for k in one)
+    assert same_weights(tmp_path / "run-old", tmp_path / "run-n")
     assert run_verify(VerifyConfig(old, full=True), SilentReporter()).faults == ()
     # Those of the first annotations are read as they were.
     first = FeatureCache.open(f"{old}@0").read(0).c1_crops

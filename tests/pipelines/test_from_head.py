@@ -22,6 +22,7 @@ from mfdetr_cache.reporter import SilentReporter
 from mfdetr_cache.training.recipes import build_recipe
 from tests.support import scenes
 from tests.support.scenes import extract_config
+from tests.support.training import weights_of
 
 # A step of Muon is as long as its learning rate, whatever the gradient: this one is no step.
 STILL = {"lr": "1e-9", "weight_decay": "0"}
@@ -37,21 +38,10 @@ SMALL = {
 def train(cache: Path, out: Path, from_head: Path | None = None, **changes: Any) -> Path:
     """Two steps of a small head; returns its folder."""
     resume = changes.pop("resume", False)
-    settings = {
-        "hidden_dim": "16",
-        "roi_size": "8",
-        "fine_size": "0",
-        "steps": "2",
-        "min_match_iou": "0",
-        **{k: str(v) for k, v in changes.items()},
-    }
+    settings = {**SMALL, **{k: str(v) for k, v in changes.items()}}
     config = TrainHeadConfig(cache, out, build_recipe("fast", settings))
     run_train_head(replace(config, from_head=from_head, resume=resume), SilentReporter())
     return out
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_head(run).head.state_dict()
 
 
 def test_it_starts_there_and_the_run_knows(tmp_path: Path, drawn_cache: Path) -> None:

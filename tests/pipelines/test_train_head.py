@@ -34,7 +34,13 @@ from mfdetr_cache.training.regions import RegionSettings, build_regions
 from mfdetr_cache.training.run_log import read_log
 from tests.support import detectors, scenes
 from tests.support.signals import stop_after
-from tests.support.training import small_recipe, small_settings, train, weights_of
+from tests.support.training import (
+    same_weights,
+    small_recipe,
+    small_settings,
+    train,
+    weights_of,
+)
 
 
 def test_two_recipes_train_from_one_cache(tmp_path: Path, drawn_cache: Path) -> None:
@@ -157,14 +163,13 @@ def test_validation_on_the_way_keeps_the_best_weights(
     summary = train(drawn_cache, out, small_recipe(steps=6), val_cache=drawn_cache, val_every=2)
     # Looking does not change what is learned.
     assert plain.loss == summary.loss
-    last, before = weights_of(out), weights_of(tmp_path / "plain")
-    assert all(torch.equal(last[k], before[k]) for k in last)
+    assert same_weights(out, tmp_path / "plain")
     lines = [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()]
     measured = {s["step"]: s["validation"]["mask"]["AP"] for s in lines if "validation" in s}
     assert sorted(measured) == [2, 4, 6]
     assert summary.best_AP == max(measured.values()) == measured[summary.best_step]
     best = load_head(out, "best").head.state_dict()
-    assert best.keys() == last.keys()
+    assert best.keys() == weights_of(out).keys()
     with pytest.raises(HeadError, match="has no head-best.safetensors: it was trained without"):
         load_head(tmp_path / "plain", "best")
     with pytest.raises(ConfigError, match="--val-every needs --val-cache"):
@@ -238,8 +243,7 @@ def test_a_stopped_run_is_measured_at_its_step(tmp_path: Path, drawn_cache: Path
     train(drawn_cache, out, small_recipe(steps=6), resume=True)
     train(drawn_cache, whole, small_recipe(steps=6))
     assert load_head(out).unfinished == ""
-    wanted = load_head(whole).head.state_dict()
-    assert all(torch.equal(v, wanted[k]) for k, v in load_head(out).head.state_dict().items())
+    assert same_weights(out, whole)
 
 
 def measure_as(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
@@ -306,8 +310,7 @@ def test_a_training_that_gets_no_better_stops(
     with pytest.raises(StoppedError, match="at step 3"):
         train(drawn_cache, resumed, recipe, stop_after(3), **options)
     assert train(drawn_cache, resumed, recipe, **options, resume=True).steps == 4
-    assert weights_of(resumed).keys() == weights_of(out).keys()
-    assert all(torch.equal(w, weights_of(out)[k]) for k, w in weights_of(resumed).items())
+    assert same_weights(resumed, out)
     with pytest.raises(ConfigError, match="--early-stop counts measurements"):
         train(drawn_cache, tmp_path / "other", early_stop=2)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mfdetr_pipelines.config.train_head import TrainHeadConfig
 from mfdetr_pipelines.train_head import run_train_head
 
@@ -26,7 +25,7 @@ from mfdetr_cache.training.learner import Learner
 from mfdetr_cache.training.run_folder import load_checkpoint, save_checkpoint
 from mfdetr_cache.training.run_log import read_log
 from tests.support.signals import stop_after
-from tests.support.training import small_recipe, train, weights_of
+from tests.support.training import same_weights, small_recipe, train
 
 
 @pytest.mark.parametrize(
@@ -44,8 +43,7 @@ def test_resumed_weights_are_bit_identical(
         train(drawn_cache, tmp_path / "parts", recipe, on_step=stop_after(stop_at))
     summary = train(drawn_cache, tmp_path / "parts", recipe, resume=True)
     assert summary.steps == 7
-    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def broken_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +117,7 @@ def test_what_was_learned_is_saved_when_the_cache_cannot_be_read_any_more(
             train(drawn_cache, out, recipe)
     assert load_checkpoint(out)["step"] == 5
     train(drawn_cache, out, recipe, resume=True)
-    reference = weights_of(tmp_path / "reference")
-    assert all(torch.equal(v, reference[k]) for k, v in weights_of(out).items())
+    assert same_weights(out, tmp_path / "reference")
 
 
 def test_a_run_folder_has_one_writer(tmp_path: Path, drawn_cache: Path) -> None:
@@ -163,8 +160,7 @@ def test_a_run_becomes_longer(tmp_path: Path, drawn_cache: Path) -> None:
     assert json.loads((out / "config.json").read_text())["before"][0]["steps"] == 3
     # Where the rate does not hang on the length, it is the run that was longer from its beginning.
     train(drawn_cache, tmp_path / "whole", recipe, max_steps=5)
-    whole = weights_of(tmp_path / "whole")
-    assert all(torch.equal(w, whole[k]) for k, w in weights_of(out).items())
+    assert same_weights(out, tmp_path / "whole")
     assert load_head(out).unfinished == ""
 
 
@@ -211,8 +207,7 @@ def test_a_full_disk_does_not_end_a_training(tmp_path: Path, drawn_cache: Path) 
     assert load_checkpoint(folder)["step"] == 20
     for name in ("head.safetensors", "config.json"):
         assert (folder / name).is_file()
-    expected = weights_of(reference)
-    assert all(torch.equal(w, expected[k]) for k, w in weights_of(folder).items())
+    assert same_weights(folder, reference)
 
     # At the very end it is an error; where there is room again, --resume only has to write.
     (folder / "head.safetensors").unlink()

@@ -43,5 +43,11 @@ def train(
     return run_train_head(config, SilentReporter(), on_step)
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two runs have ended with the same weights, to the bit."""
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[k]) for k, w in ours.items())
+
+
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
     return load_head(out).head.state_dict()

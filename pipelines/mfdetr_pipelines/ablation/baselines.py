@@ -12,7 +12,7 @@ from mfdetr_cache.detectors.images import load_image
 from mfdetr_cache.detectors.sam import SamPrompter
 from mfdetr_cache.errors import ConfigError
 from mfdetr_cache.evaluation.baselines import box_masks, ellipse_masks, oracle_masks
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, evaluate_results
+from mfdetr_cache.evaluation.coco_metrics import Result, evaluate_results
 from mfdetr_cache.evaluation.detections import Detections, detections_of
 from mfdetr_cache.evaluation.measure import ground_truth_of
 from mfdetr_cache.evaluation.results import box_results, mask_results
@@ -25,7 +25,7 @@ from mfdetr_pipelines.config.ablate import AblateConfig
 
 def measure_baseline(
     cache: FeatureCache, baseline: Baseline, config: AblateConfig, reporter: Reporter
-) -> tuple[dict[str, CocoMetrics], list[Result]]:
+) -> tuple[dict[str, dict[str, float]], list[Result]]:
     """``mask``, ``boundary`` and ``box`` AP of a baseline on a complete cache, and its COCO masks.
 
     ConfigError if SAM lacks weights or images.
@@ -59,9 +59,9 @@ def measure_baseline(
     reporter.finish()
     truth = ground_truth_of(cache)
     metrics = {
-        "mask": evaluate_results(truth, results, "segm"),
-        "boundary": evaluate_results(truth, results, "boundary"),
-        "box": evaluate_results(truth, boxes, "bbox"),
+        "mask": evaluate_results(truth, results, "segm").to_dict(),
+        "boundary": evaluate_results(truth, results, "boundary").to_dict(),
+        "box": evaluate_results(truth, boxes, "bbox").to_dict(),
     }
     return metrics, results
 

@@ -22,6 +22,7 @@ from mfdetr_pipelines.ablation.rows import (
     with_settings,
 )
 from mfdetr_pipelines.config.ablate import RowOptions
+from mfdetr_pipelines.numbers import number
 
 _FOLDER = Path(__file__).parent
 
@@ -58,7 +59,7 @@ class PublishedSystem:
             "published": self.system,
             "backbone": self.backbone,
             **{name: "-" if n is None else f"{n:g}" for name, n in whole.items()},
-            **{name: "-" if n is None else f"{n:.1f}" for name, n in aps.items()},
+            **{name: number(n, 1) for name, n in aps.items()},
             "source": self.source,
         }
 

@@ -12,7 +12,7 @@ from mfdetr_pipelines.ablation.charts import ap_bars, hours_chart, label_curves
 from mfdetr_pipelines.ablation.comparison import PublishedSystem, published_table
 from mfdetr_pipelines.ablation.plan import MACS_SIZE, shared_notes
 from mfdetr_pipelines.ablation.result import RowResult
-from mfdetr_pipelines.numbers import percent
+from mfdetr_pipelines.numbers import number, percent
 from mfdetr_pipelines.pages.page import PanelRow, Section, html_page, require_page_place
 
 _PAGE = "ablation.html"
@@ -24,15 +24,10 @@ _BESIDE = (
 
 def report_cells(result: RowResult) -> dict[str, str]:
     """The cells of a row by column; metrics in percent, a dash for none."""
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
     mask_ap, spread = percent(result.mean()), result.spread()
     if spread is not None:
         mask_ap += f" ± {100 * spread:.1f}"
     cost, paper = result.row.cost, result.row.paper
-    trained = result.train_seconds
     return {
         "row": result.row.name,
         "AP": mask_ap,
@@ -42,7 +37,7 @@ def report_cells(result: RowResult) -> dict[str, str]:
         "box AP": percent(result.box),
         "params M": number(None if cost is None else cost.parameters / 1e6),
         f"MACs G, {MACS_SIZE}": number(None if cost is None else cost.macs / 1e9),
-        "train min": f"{trained / 60:.1f}" if trained else "-",
+        "train min": number(result.train_seconds / 60 or None, 1),
         "images/s": number(result.images_per_second or None, 1),
         "head ms": number(result.head_ms or None, 0),
         "total h": number(result.total_hours, 1),

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mfdetr_cache.cache.reader import FeatureCache
 from mfdetr_cache.detectors.options import options_of
 from mfdetr_cache.errors import ConfigError, HeadError, TrainingError
@@ -22,7 +20,7 @@ from mfdetr_cache.reporter import Reporter
 from mfdetr_cache.training.distributed import Processes
 from mfdetr_cache.training.initial_head import new_head
 from mfdetr_cache.training.input.loader import CacheSource
-from mfdetr_cache.training.learner import build_learner
+from mfdetr_cache.training.learner import Learner, build_learner
 from mfdetr_cache.training.loop import TrainingLoop
 from mfdetr_cache.training.run import Run, begin_run
 from mfdetr_cache.training.run_folder import owned_folder, record_of_cache
@@ -33,7 +31,7 @@ from mfdetr_pipelines.ablation.job import Job
 from mfdetr_pipelines.config.ablate import AblateConfig
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.extract import run_extract
-from mfdetr_pipelines.train_joint import VAL_CACHE, run_train_joint
+from mfdetr_pipelines.train_joint import VAL_CACHE, TrainJointSummary, run_train_joint
 
 
 def train_group(
@@ -94,39 +92,34 @@ def _train(caches: Caches, runs: dict[str, Run], reporter: Reporter) -> dict[str
 
 
 def _measure(
-    job: Job,
-    run: Run | None,
-    caches: Caches,
-    config: AblateConfig,
-    reporter: Reporter,
+    job: Job, run: Run | None, caches: Caches, config: AblateConfig, reporter: Reporter
 ) -> None:
-    cache, baseline, device = caches.validation, job.row.baseline, torch_device(config.device)
+    cache, baseline = caches.validation, job.row.baseline
     if baseline:
-        measured, masks = measure_baseline(cache, baseline, config, reporter)
-        job.write_result({name: m.to_dict() for name, m in measured.items()}, masks)
+        job.write_result(*measure_baseline(cache, baseline, config, reporter))
     elif run is None:
         make_folder(job.folder)
         head = build_head(job.row.recipe.head, caches.training.spec)
-        _measure_head(job, cache, head, device, reporter)
+        _measure_head(job, cache, head, config, reporter)
     else:
         run.save_weights()
-        head, learner = load_head(job.folder).head, run.learner
-        speed = learner.images_per_second
-        _measure_head(job, cache, head, device, reporter, learner.seconds, speed)
+        head = load_head(job.folder).head
+        _measure_head(job, cache, head, config, reporter, run.learner)
 
 
 def _measure_head(
     job: Job,
     cache: FeatureCache,
     head: MaskHead,
-    device: torch.device,
+    config: AblateConfig,
     reporter: Reporter,
-    seconds: float = 0.0,
-    speed: float = 0.0,
+    trained: Learner | TrainJointSummary | None = None,
 ) -> None:
-    """Measure a head and write the job's result; ``seconds`` and ``speed`` are of its training."""
+    """Measure a head and write the job's result, with the time that it was ``trained``."""
+    device = torch_device(config.device)
     measured, masks = measure(cache, head.to(device), device, reporter, ["boundary"])
     metrics = {name: measured.metrics()[name] for name in ("mask", "boundary", "box")}
+    seconds, speed = (trained.seconds, trained.images_per_second) if trained else (0.0, 0.0)
     job.write_result(metrics, masks, seconds, speed, 1000 * measured.latency["head"].median)
 
 
@@ -177,5 +170,4 @@ def _train_with_detector(
     if tune != "nothing":
         run_extract(replace(measured_on, weights=summary.weights), reporter)
     validation, head = validation_of(job.folder, caches), load_head(job.folder).head
-    device, speed = torch_device(config.device), summary.images_per_second
-    _measure_head(job, validation, head, device, reporter, summary.seconds, speed)
+    _measure_head(job, validation, head, config, reporter, summary)

@@ -7,7 +7,7 @@ from typing import Annotated
 from mfdetr_cache.coco.layouts import ANNOTATIONS
 from mfdetr_cache.coco.options import LabelOptions
 from mfdetr_cache.errors import ConfigError
-from mfdetr_cache.options import FOLDER, Option
+from mfdetr_cache.options import FOLDER, Option, existing_cache
 from mfdetr_pipelines.config.shared import (
     CacheArgument,
     LiveDetector,
@@ -187,5 +187,5 @@ class BenchConfig:
         images: How many random images are read.
     """
 
-    cache: CacheArgument
+    cache: Annotated[Path | str, Option("CACHE", "CACHE", "The cache: a folder.", existing_cache)]
     images: int = 64

@@ -9,7 +9,6 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from mfdetr_cache.files import write_atomically
@@ -88,7 +87,7 @@ def bars(
     values: Sequence[float],
     labels: Sequence[str],
     spreads: Sequence[float] | None = None,
-) -> BarContainer:
+) -> None:
     """Horizontal bars from top to bottom, with names on the left and labels on the right.
 
     Bars of NaN are left out; ``spreads`` are half lengths of error bars.
@@ -103,7 +102,6 @@ def bars(
     axes.spines[:].set_visible(False)
     axes.margins(y=0)
     axes.invert_yaxis()
-    return drawn
 
 
 def curves(folder: Path) -> Chart:
