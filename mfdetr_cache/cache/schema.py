@@ -189,6 +189,7 @@ def c1_channels(spec: DetectorSpec) -> int:
 
 
 def kept_maps(spec: DetectorSpec, c1: C1Mode) -> tuple[MapSpec, ...]:
+    """The maps that are stored whole: all, or all but C1."""
     return tuple(m for m in spec.maps if m.role != "c1" or c1 == "full")
 
 

@@ -2,9 +2,9 @@
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,35 @@ class _Decoded:
     problem: str = ""
     oddities: tuple[str, ...] = ()
     untold: int = 1
+
+
+@dataclass
+class Extracted:
+    """What an extraction came to.
+
+    Attributes:
+        detector_seconds: Time in which the device computed.
+        oddities: Kinds of image files that can be read and perhaps are not what they seem, and how
+            many there were.
+        told: The warning of the first image of each kind, and of each that was left out.
+        untold: EXIF orientation of rows that were perhaps annotated before it was applied.
+    """
+
+    num_images: int = 0
+    num_bytes: int = 0
+    detector_seconds: float = 0.0
+    oddities: Counter[str] = field(default_factory=Counter)
+    told: dict[str, str] = field(default_factory=dict)
+    untold: dict[int, int] = field(default_factory=dict)
+
+    def add(self, other: "Extracted") -> None:
+        """Add what another process came to."""
+        self.num_images += other.num_images
+        self.num_bytes += other.num_bytes
+        self.detector_seconds += other.detector_seconds
+        self.oddities += other.oddities
+        self.told = other.told | self.told
+        self.untold |= other.untold
 
 
 # Rows of a part whose images go through the detector together.
@@ -105,22 +134,15 @@ class Extraction:
         self._publishing: deque[tuple[Part, Future[int]]] = deque()
         self._part: Part | None = None
         self._has_failed = False
-        self.num_extracted = 0
-        self.num_bytes = 0
+        self._found = Extracted()
         self._busy = DeviceTime(device)
         root = self._content.root
         kept = stored_maps(root.spec, root.layout)
         self._kept = [m.name for m in kept if m.role != "c1_roi"]
         self._encoding = ENCODINGS[root.layout.preset]
-        # Image files that can be read and perhaps are not what they seem.
-        self.oddities: Counter[str] = Counter()
-        # What was said of images meanwhile: the first of each oddity, and what was left out.
-        self.told: dict[str, str] = {}
-        # Row to EXIF orientation, of images that were perhaps annotated before it was applied.
-        self.untold: dict[int, int] = {}
         self._num_sealed = 0
 
-    def run(self, pending: Sequence[Part]) -> None:
+    def run(self, pending: Sequence[Part]) -> Extracted:
         """Extract the parts that are pending."""
         tell_changed_images(self._writer, self._images, self._reporter)
         total = self._writer.num_rows
@@ -155,11 +177,8 @@ class Extraction:
             self._encoders.shutdown(cancel_futures=True)
             self._publishers.shutdown()
             self._reporter.finish()
-
-    @property
-    def detector_seconds(self) -> float:
-        """Time in which the device computed."""
-        return self._busy.seconds
+        self._found.detector_seconds = self._busy.seconds
+        return self._found
 
     def _decode(self, view: str, row: int) -> _Decoded:
         entry = self._content.images[row]
@@ -224,21 +243,21 @@ class Extraction:
             if part.view == BASE_VIEW:
                 self._note(row, image.oddities)
                 if image.untold > 1:
-                    self.untold[row] = image.untold
+                    self._found.untold[row] = image.untold
             crops = self._crops_of(part.view, row, image.geometry, output.of_image(index))
             encoded = self._encoders.submit(self._encode, row, image.geometry, copy, index, crops)
-            self.num_extracted += 1
+            self._found.num_images += 1
             yield _Item(part, row, encoded, file_bytes=image.file_bytes)
 
     def _note(self, row: int, oddities: tuple[str, ...]) -> None:
         """Count what is odd about a file; the first of a kind is told at once, not after hours."""
         for what in oddities:
             self._tell(what, f"{self._content.images[row].file_name} is the first of {what}")
-        self.oddities.update(oddities)
+        self._found.oddities.update(oddities)
 
     def _tell(self, what: str, warning: str) -> None:
-        if what not in self.told:
-            self.told[what] = warning
+        if what not in self._found.told:
+            self._found.told[what] = warning
             self._reporter.warn(warning)
 
     def _output_of(self, images: list[_Decoded]) -> DetectorOutput:
@@ -280,7 +299,7 @@ class Extraction:
                 self._writer.skip(item.row, item.problem)
             else:
                 added = self._writer.add(item.row, item.encoded.result(), item.file_bytes)
-            self.num_bytes += added
+            self._found.num_bytes += added
             self._reporter.advance(num_bytes=added)
         except BaseException:
             self._has_failed = True
@@ -300,12 +319,6 @@ class Extraction:
             part, publishing = self._publishing.popleft()
             publishing.result()
             self._num_sealed += len(self._writer.rows_of_part(part))
-
-
-def tell_oddities(oddities: Mapping[str, int], reporter: Reporter) -> None:
-    """Warn of image files that can be read and perhaps are not what they seem."""
-    for what, count in oddities.items():
-        reporter.warn(f"{count} {what}")
 
 
 def tell_changed_images(writer: CacheWriter, images: Path, reporter: Reporter) -> None:

@@ -5,9 +5,8 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from mfdetr_cache.detectors.registry import load_detector
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.evaluation.cached_boxes import judge_orientations, judged_box_metrics
 from mfdetr_cache.extraction.content import plan_cache
-from mfdetr_cache.extraction.stream import Extraction, tell_changed_images, tell_oddities
+from mfdetr_cache.extraction.stream import Extracted, Extraction, tell_changed_images
 from mfdetr_cache.ops.cores import threads_beside_gpu
 from mfdetr_cache.ops.devices import torch_device
 from mfdetr_cache.reporter import Reporter, SilentReporter
@@ -51,7 +50,8 @@ def run_filling(config: ExtractConfig, split: CocoSplit, reporter: Reporter) -> 
             filled = _fill_in_tasks(config, writer, pending, workers, reporter)
         else:
             filled = _fill(config, detector, writer, pending, reporter)
-        tell_oddities(filled.oddities, reporter)
+        for what, count in filled.oddities.items():
+            reporter.warn(f"{count} {what}")
     seconds = time.perf_counter() - started
     cache = FeatureCache.open(config.cache)
     box = None
@@ -85,52 +85,17 @@ def _planned(
     return detector, labelled, plan_cache(labelled, detector, config.maps, config.views)
 
 
-@dataclass
-class _Filled:
-    """What filling parts of a cache came to.
-
-    Attributes:
-        detector_seconds: Of all processes.
-        oddities: Kinds of odd image files, and how many there were.
-        told: The warning of the first image of each kind, and of each that was left out.
-        untold: EXIF orientation of rows that were perhaps annotated before it was applied.
-    """
-
-    num_images: int = 0
-    num_bytes: int = 0
-    detector_seconds: float = 0.0
-    oddities: Counter[str] = field(default_factory=Counter)
-    told: dict[str, str] = field(default_factory=dict)
-    untold: dict[int, int] = field(default_factory=dict)
-
-    def add(self, other: "_Filled") -> None:
-        self.num_images += other.num_images
-        self.num_bytes += other.num_bytes
-        self.detector_seconds += other.detector_seconds
-        self.oddities += other.oddities
-        self.told = other.told | self.told
-        self.untold |= other.untold
-
-
 def _fill(
     config: ExtractConfig,
     detector: Detector,
     writer: CacheWriter,
     parts: Sequence[Part],
     reporter: Reporter,
-) -> _Filled:
+) -> Extracted:
     device, skip_bad = torch_device(config.device), config.on_bad_image == "skip"
     images = config.files.images
     worker = Extraction(images, detector, device, writer, reporter, skip_bad=skip_bad)
-    worker.run(parts)
-    return _Filled(
-        worker.num_extracted,
-        worker.num_bytes,
-        worker.detector_seconds,
-        worker.oddities,
-        worker.told,
-        worker.untold,
-    )
+    return worker.run(parts)
 
 
 # A process takes some twenty seconds to start, in which one alone does thousands of small images;
@@ -162,7 +127,7 @@ def _fill_in_tasks(
     pending: Sequence[Part],
     workers: int,
     reporter: Reporter,
-) -> _Filled:
+) -> Extracted:
     """Fill parts on a cluster, or in several processes here."""
     tell_changed_images(writer, config.files.images, reporter)
     sizes = {part: len(writer.rows_of_part(part)) for part in pending}
@@ -175,7 +140,7 @@ def _fill_in_tasks(
     tasks = [tuple(pending[i : i + most]) for i in range(0, len(pending), most)]
     fill = functools.partial(_fill_parts, config)
     reporter.start("extract", total, "images", done=total - sum(sizes.values()))
-    filled = _Filled()
+    filled = Extracted()
     for parts, found in run_tasks(fill, tasks, config.work, workers):
         for what, warning in found.told.items():
             if what not in filled.told:
@@ -204,7 +169,7 @@ def _prepared(config: ExtractConfig) -> tuple[Detector, CacheContent]:
     return _KEPT[key]
 
 
-def _fill_parts(config: ExtractConfig, parts: Sequence[Part]) -> _Filled:
+def _fill_parts(config: ExtractConfig, parts: Sequence[Part]) -> Extracted:
     """Fill some parts, in a process of its own; what it warns of is told when they are done."""
     detector, content = _prepared(config)
     writer = CacheWriter(open_storage(config.cache), content)

@@ -259,16 +259,13 @@ def _encoding(
     seconds = []
     for output in outputs:
         started = time.perf_counter()
+        decoded = (output.queries.half(), output.class_logits, output.boxes_cxcywh_norm)
+        arrays = [values.numpy() for values in decoded]
         for m in maps:
             tokens = output.maps[m.name][0].flatten(1).T.numpy()
-            for part in encode_map(tokens, encoding):
-                if part is not None:
-                    plain += part.nbytes
-                    stored += len(encode_chunk(part))
-        row = output.queries.half().numpy()
-        plain += row.nbytes + output.class_logits.nbytes + output.boxes_cxcywh_norm.nbytes
-        stored += len(encode_chunk(row)) + len(encode_chunk(output.class_logits.numpy()))
-        stored += len(encode_chunk(output.boxes_cxcywh_norm.numpy()))
+            arrays += [part for part in encode_map(tokens, encoding) if part is not None]
+        plain += sum(array.nbytes for array in arrays)
+        stored += sum(len(encode_chunk(array)) for array in arrays)
         seconds.append(time.perf_counter() - started)
     # The first call warms up.
     return plain / stored, float(np.mean(seconds[1:] or seconds))

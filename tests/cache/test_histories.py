@@ -21,6 +21,7 @@ from mfdetr_cache.cache.creation import create_cache
 from mfdetr_cache.cache.foundation import read_root
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.errors import CacheError
+from mfdetr_cache.extraction.stream import Extracted
 from mfdetr_cache.reporter import SilentReporter
 from tests.support.caches import (
     DictStorage,
@@ -78,12 +79,12 @@ class _Extraction:
     """The detector of these tests."""
 
     def __init__(self, _images: Any, _detector: Any, _device: Any, writer: Any, *_: Any, **__: Any):
-        self._writer, self.num_extracted = writer, 0
+        self._writer = writer
 
-    def run(self, parts: Any) -> None:
+    def run(self, parts: Any) -> Extracted:
         for part in parts:
             fill_part(self._writer, self._writer.content, part)
-            self.num_extracted += len(self._writer.rows_of_part(part))
+        return Extracted(sum(len(self._writer.rows_of_part(part)) for part in parts))
 
 
 class Histories(RuleBasedStateMachine):

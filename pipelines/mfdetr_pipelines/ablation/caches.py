@@ -239,15 +239,15 @@ def open_caches(config: AblateConfig, reporter: Reporter) -> RowCaches:
     raises as :func:`~mfdetr_pipelines.ablation.caches.find_caches`.
     """
     found = find_caches(config)
+    failed: dict[Path, str] = {}
     if config.extraction.extract and found.missing:
-        problems = _extract(config, found, reporter)
+        failed = _extract(config, found, reporter)
         found = find_caches(config)
-        found.problems.update(problems)
     for name, missing in found.missing.items():
         lacks = "; ".join(cache.text for cache in missing)
-        found.problems.setdefault(
-            name, f"no given cache is as it asks; --extract would make {lacks}"
-        )
+        why = [failed[cache.path] for cache in missing if cache.path in failed]
+        why += [f"no given cache is as it asks; --extract would make {lacks}"]
+        found.problems.setdefault(name, why[0])
     for pair in {id(caches): caches for caches in found.by_row.values()}.values():
         if pair.validation_id != "split":
             tell_images_in_both(pair.validation, pair.training, reporter)
@@ -270,8 +270,8 @@ def noting(problems: dict[KeyT, str], key: KeyT) -> Iterator[None]:
         problems[key] = str(error)
 
 
-def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict[str, str]:
-    """Extract what is missing; the problems of rows, by name."""
+def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict[Path, str]:
+    """Extract what is missing; what was wrong where."""
     wanted = wanted_caches(found)
     total = sum(cache.num_bytes for cache in wanted.values())
     extractions = [extraction_of(cache, config) for cache in wanted.values()]
@@ -282,12 +282,7 @@ def _extract(config: AblateConfig, found: RowCaches, reporter: Reporter) -> dict
     for path, extraction in zip(wanted, extractions, strict=True):
         with noting(failed, path):
             run_extract(extraction, reporter)
-    return {
-        name: failed[cache.path]
-        for name, missing in found.missing.items()
-        for cache in reversed(missing)
-        if cache.path in failed
-    }
+    return failed
 
 
 def extraction_of(wanted: MissingCache, config: AblateConfig) -> ExtractConfig:

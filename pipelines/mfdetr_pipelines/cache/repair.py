@@ -98,9 +98,9 @@ def run_repair(config: RepairConfig, reporter: Reporter) -> RepairSummary:
         extraction = Extraction(
             config.images, detector, device, writer, reporter, skip_bad=skip_bad
         )
-        extraction.run(writer.pending_parts())
+        extracted = extraction.run(writer.pending_parts())
         whole = not run_verify(VerifyConfig(storage, full=True), reporter).faults
-    return RepairSummary(found.faults, found.broken_parts, mended, extraction.num_extracted, whole)
+    return RepairSummary(found.faults, found.broken_parts, mended, extracted.num_images, whole)
 
 
 def _labels_of_file(storage: Storage, root: Root, sha256: str) -> AnnotationHeader | None:
