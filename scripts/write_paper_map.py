@@ -170,7 +170,6 @@ def paper_map() -> str:
         for row in PAPER_TABLES[number].rows:
             cost = head_cost(row.recipe.head, spec)
             paper = row.paper
-            assert paper is not None
             assert paper.params_m is not None
             assert paper.macs_g is not None
             macs = cost.macs / 1e9

@@ -85,7 +85,8 @@ def print_table(
         lines = [_spelled_out(columns, row, console.width) for row in rows]
         print_lines(title, *(line for found in lines for line in found), "")
         return
-    lines_of = SIMPLE_HEAD if _encoding().lower().startswith("utf") else ASCII
+    encoding = sys.stdout.encoding if sys.stdout else ""
+    lines_of = SIMPLE_HEAD if (encoding or "utf-8").lower().startswith("utf") else ASCII
     table = Table(
         title=Text(title), title_justify="left", box=lines_of, show_edge=False, pad_edge=False
     )
@@ -146,13 +147,7 @@ def _print(console: Console, table: Table) -> None:
     put(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
-def _encoding() -> str:
-    return sys.stdout.encoding or "utf-8" if sys.stdout else "utf-8"
-
-
 _METRIC_NAMES = {
-    "mask": "mask",
-    "box": "box",
     "floor": "floor: box as mask",
     "ceiling": "ceiling: annotated mask in box",
     "boundary": "mask, boundary AP",
@@ -160,11 +155,7 @@ _METRIC_NAMES = {
 }
 
 
-def print_evaluation(title: str, metrics: Mapping[str, Mapping[str, float] | None]) -> None:
-    """Print ``EvaluateSummary.metrics()`` in percent."""
-    print_metrics(title, {_METRIC_NAMES[name]: values for name, values in metrics.items()})
-
-
-def print_metrics(title: str, named: Mapping[str, Mapping[str, float] | None]) -> None:
+def print_metrics(title: str, metrics: Mapping[str, Mapping[str, float] | None]) -> None:
     """Print sets of metrics in [0, 1], in percent, each in a row behind its name."""
+    named = {_METRIC_NAMES.get(name, name): found for name, found in metrics.items()}
     print_table(title, *metric_table(named))

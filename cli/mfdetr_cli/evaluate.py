@@ -9,7 +9,7 @@ from mfdetr_pipelines.numbers import percent
 
 from mfdetr_cache.evaluation.measure import EvaluateSummary
 from mfdetr_cache.evaluation.oracles import ORACLES
-from mfdetr_cli.console import human_time, print_evaluation, print_facts, print_metrics, print_table
+from mfdetr_cli.console import human_time, print_facts, print_metrics, print_table
 from mfdetr_cli.output import CommandOutput
 
 _MOST_CONFUSED = 30
@@ -73,7 +73,7 @@ def _show(
     config: EvaluateConfig,
 ) -> None:
     """Tables: metrics, recalls, and the confusion and the categories if asked for."""
-    print_evaluation(title, metrics)
+    print_metrics(title, metrics)
     confusion = details.get("confusion")
     details = {name: details[name] for name in ("mask", "box") if name in details}
     print_metrics("Average recall", {name: found["recall"] for name, found in details.items()})

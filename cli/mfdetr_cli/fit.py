@@ -3,7 +3,7 @@ from dataclasses import asdict
 from mfdetr_pipelines.config.fit import FitConfig
 from mfdetr_pipelines.fit import FitSummary, run_fit
 
-from mfdetr_cli.console import human_bytes, human_time, print_evaluation, print_facts, print_lines
+from mfdetr_cli.console import human_bytes, human_time, print_facts, print_lines, print_metrics
 from mfdetr_cli.extract import print_categories
 from mfdetr_cli.output import CommandOutput
 
@@ -20,7 +20,7 @@ def show(summary: FitSummary, out: CommandOutput) -> None:
     about = {k: v for k, v in asdict(summary).items() if k != "evaluation"}
     out.write_json({**asdict(result), **metrics, **about})
     print_categories(summary.categories)
-    print_evaluation(f"{result.num_images} images not learned from, in percent", metrics)
+    print_metrics(f"{result.num_images} images not learned from, in percent", metrics)
     facts = {step: human_time(seconds) for step, seconds in summary.seconds.items()}
     facts["in all"] = human_time(sum(summary.seconds.values()))
     print_facts("What it took", {**facts, "caches": human_bytes(summary.cache_bytes)})

@@ -7,8 +7,8 @@ from mfdetr_pipelines.train_head import run_train_head
 from mfdetr_cli.console import (
     human_time,
     is_first_process,
-    print_evaluation,
     print_facts,
+    print_metrics,
     print_next,
 )
 from mfdetr_cli.output import CommandOutput
@@ -34,7 +34,7 @@ def train_head(config: TrainHeadConfig, out: CommandOutput) -> None:
         facts["best"] = f"mask AP {percent(summary.best_AP)} at step {summary.best_step}"
     print_facts(f"Head {config.out}", facts)
     if metrics is not None:
-        print_evaluation("Validation, in percent", metrics)
+        print_metrics("Validation, in percent", metrics)
     print_next(
         ("evaluate", "--cache", config.validation.val_cache or "VAL", "--head", config.out),
         ("predict", "PHOTOS", "--weights", "DETECTOR", "--head", config.out, "--out", "MASKS"),

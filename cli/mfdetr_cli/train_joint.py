@@ -3,7 +3,7 @@ from dataclasses import asdict
 from mfdetr_pipelines.config.train_joint import TrainJointConfig
 from mfdetr_pipelines.train_joint import run_train_joint
 
-from mfdetr_cli.console import human_time, is_first_process, print_evaluation, print_facts
+from mfdetr_cli.console import human_time, is_first_process, print_facts, print_metrics
 from mfdetr_cli.output import CommandOutput
 
 
@@ -27,4 +27,4 @@ def train_joint(config: TrainJointConfig, out: CommandOutput) -> None:
         },
     )
     if metrics is not None:
-        print_evaluation("Validation, in percent", metrics)
+        print_metrics("Validation, in percent", metrics)

@@ -71,20 +71,19 @@ def _connected(work: WorkOptions) -> Iterator[Any]:
         raise ConfigError(
             "--engine ray: Ray is not installed; pip install 'mfdetr-cache[ray]'"
         ) from None
-    before = ray.is_initialized()
-    if not before:
-        ends = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(address=work.address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            where = f"--address {work.address}"
-            raise ConfigError(f"{where}: no Ray cluster there ({reason})") from error
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler would end the command without a word.
-            signal.signal(signal.SIGTERM, ends)
+    if ray.is_initialized():
+        yield ray
+        return
+    ends = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=work.address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--address {work.address}: no Ray cluster there ({reason})") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler would end the command without a word.
+        signal.signal(signal.SIGTERM, ends)
     try:
         yield ray
     finally:
-        if not before:
-            ray.shutdown()
+        ray.shutdown()

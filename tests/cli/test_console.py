@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mfdetr_cli
 import pytest
-from mfdetr_cli.console import print_evaluation, print_facts, print_table
+from mfdetr_cli.console import print_facts, print_metrics, print_table
 from mfdetr_cli.output import CommandOutput
 from mfdetr_cli.progress import ConsoleReporter
 from mfdetr_cli.recipes import recipes
@@ -32,7 +32,7 @@ def test_numbers_are_whole_at_any_width(
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns is not None:
         monkeypatch.setenv("COLUMNS", columns)
-    print_evaluation("all", {"mask": METRICS, "box": METRICS, "ceiling": METRICS})
+    print_metrics("all", {"mask": METRICS, "box": METRICS, "ceiling": METRICS})
     names = ["fire extinguisher cabinet, wall mounted, lower storey", "disc"]
     print_table("names", ["", *METRICS], [[name, *NUMBERS, "-"] for name in names])
     printed = capsys.readouterr().out

@@ -38,7 +38,6 @@ def test_parameters_and_macs_are_the_papers(row: AblationRow) -> None:
     figure is printed with three digits (Table 1) and the RoIAlign sizes whose sampling adapts.
     """
     cost = cost_with_h_detr(row.recipe.head)
-    assert row.paper is not None
     assert row.paper.params_m is not None
     assert row.paper.macs_g is not None
     assert round(cost.parameters / 1e6, 2) == row.paper.params_m

@@ -28,7 +28,7 @@ ROWS = {
     )
     for n in (2, 3, 5, 6, 9, 12, 15, 4)
     for row in PAPER_TABLES[n].rows
-    if row.paper is None or row.paper.params_m != 0  # the others have nothing to train
+    if row.paper.params_m != 0  # the others have nothing to train
 }
 
 

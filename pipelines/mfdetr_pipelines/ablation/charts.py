@@ -15,8 +15,7 @@ def ap_bars(results: Sequence[RowResult]) -> Chart:
     names = [r.row.name for r in results]
     means = [_percent(r.mean()) for r in results]
     spreads = [_percent(r.spread()) for r in results]
-    papers = [r.row.paper for r in results]
-    published = [math.nan if p is None or p.AP is None else 100 * p.AP for p in papers]
+    published = [_percent(r.row.paper.AP) for r in results]
 
     def plot(axes: Axes) -> None:
         bars(axes, names, means, list(map(_label, means, spreads)), spreads)
@@ -24,7 +23,7 @@ def ap_bars(results: Sequence[RowResult]) -> Chart:
         texts = ["" if math.isnan(p) else f"paper {p:.1f}" for p in published]
         axes.bar_label(below, texts, padding=4)
 
-    return draw(plot, 8, 0.3 + len(results) * (0.42 if any(papers) else 0.3))
+    return draw(plot, 8, 0.3 + len(results) * (0.3 if all(map(math.isnan, published)) else 0.42))
 
 
 def hours_chart(results: Sequence[RowResult], published: Sequence[PublishedSystem]) -> Chart:

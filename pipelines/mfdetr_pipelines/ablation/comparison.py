@@ -144,12 +144,13 @@ def _row(both: Mapping[str, Any], *changes: Mapping[str, Any]) -> AblationRow:
     for change in changes:
         head = replace(head, **change.get("head", {}))
         train = replace(train, **change.get("train", {}))
-    metrics = CocoMetrics(*(round(p / 100, 5) for p in both["AP"])) if "AP" in both else None
-    detector = both.get("detector", "h-detr-r50")
+    printed = {k: both[k] for k in ("params_m", "macs_g", "detector") if k in both}
+    if "AP" in both:
+        printed["metrics"] = CocoMetrics(*(round(p / 100, 5) for p in both["AP"]))
     return AblationRow(
         both["name"],
         Recipe(both["name"], head, train),
-        Printed(both.get("params_m"), both.get("macs_g"), metrics, detector),
+        Printed(**printed),
         epochs=both.get("epochs"),
         own_width=both.get("own_width", False),
         extract=both.get("extract", {}),

@@ -44,9 +44,9 @@ def plan_of(row: AblationRow) -> dict[str, Any]:
         "params_m": None if cost is None else cost.parameters / 1e6,
         "macs_g": None if cost is None else cost.macs / 1e9,
         "executed_macs_g": None if cost is None else cost.executed_macs / 1e9,
-        "paper_params_m": None if paper is None else paper.params_m,
-        "paper_macs_g": None if paper is None else paper.macs_g,
-        "paper_AP": None if paper is None else paper.AP,
+        "paper_params_m": paper.params_m,
+        "paper_macs_g": paper.macs_g,
+        "paper_AP": paper.AP,
         "extract": dict(row.extract),
         "tune": row.tune,
         "note": row.problem or row.note,
@@ -73,8 +73,7 @@ def plan_rows(
             continue
         try:
             if cache is None:
-                detector = "h-detr-r50" if row.paper is None else row.paper.detector
-                spec, fitted = paper_detector(detector), row
+                spec, fitted = paper_detector(row.paper.detector), row
             else:
                 chosen_views(cache.layout.views, row.recipe.train.views)
                 spec, fitted = cache.spec, fit_row(row, cache.spec)

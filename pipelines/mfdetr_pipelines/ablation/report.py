@@ -41,9 +41,9 @@ def report_cells(result: RowResult) -> dict[str, str]:
         "images/s": number(result.images_per_second or None, 1),
         "head ms": number(result.head_ms or None, 0),
         "total h": number(result.total_hours, 1),
-        "paper AP": percent(None if paper is None else paper.AP),
-        "paper params M": number(None if paper is None else paper.params_m),
-        f"paper MACs G, {MACS_SIZE}": number(None if paper is None else paper.macs_g),
+        "paper AP": percent(paper.AP),
+        "paper params M": number(paper.params_m),
+        f"paper MACs G, {MACS_SIZE}": number(paper.macs_g),
     }
 
 

@@ -45,10 +45,10 @@ class Printed:
         detector: The detector whose geometry the paper counted.
     """
 
-    params_m: float | None
-    macs_g: float | None
-    metrics: CocoMetrics | None
-    detector: str
+    params_m: float | None = None
+    macs_g: float | None = None
+    metrics: CocoMetrics | None = None
+    detector: str = "h-detr-r50"
 
     @property
     def AP(self) -> float | None:
@@ -61,7 +61,7 @@ class AblationRow:
     """A head and training, or a baseline, with the paper's numbers and what it costs.
 
     Attributes:
-        paper: The paper's numbers, if it is one of its rows.
+        paper: The paper's numbers, all None if it is none of its rows.
         note: What was changed to fit the detector; may be empty.
         baseline: Name of a baseline that needs no head; empty for a head.
         curve: Name without the label fraction, for rows that are points of a curve.
@@ -78,7 +78,7 @@ class AblationRow:
 
     name: str
     recipe: Recipe
-    paper: Printed | None = None
+    paper: Printed = Printed()
     note: str = ""
     baseline: Baseline | Literal[""] = ""
     curve: str = ""
@@ -235,6 +235,6 @@ def smaller_rows(rows: Sequence[AblationRow]) -> tuple[AblationRow, ...]:
     for row in rows:
         made.append(row)
         for name, head in smaller.items() if not row.baseline else ():
-            named = replace(row, name=f"{row.name}, {name}", paper=None)
+            named = replace(row, name=f"{row.name}, {name}", paper=Printed())
             made += with_settings([named], head, {})
     return tuple(made)
