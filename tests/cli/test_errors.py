@@ -16,7 +16,6 @@ from mfdetr_cache.errors import (
     OutputError,
     StoppedError,
 )
-from tests.support import scenes
 from tests.support.command import mfdetr, run
 
 
@@ -111,21 +110,6 @@ def test_too_little_memory_and_too_few_threads_are_one_line(
 def test_a_bug_gets_a_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(bug), match=str(bug)):
         ended_by(bug, monkeypatch)
-
-
-def test_a_json_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MfdetrError, match=r"--json .* cannot be written"):
-        run("detectors", "--json", tmp_path / "file" / "x.json")
-
-
-def test_existing_files_of_the_user_stay(tmp_path: Path, scenes_folder: Path) -> None:
-    before = scenes.load_annotations(scenes_folder)
-    (tmp_path / "o").mkdir()
-    (tmp_path / "o/notes.txt").write_text("mine")
-    mfdetr("train-head", "--cache", tmp_path / "absent", "--out", tmp_path / "o")
-    assert (tmp_path / "o/notes.txt").read_text() == "mine"
-    assert scenes.load_annotations(scenes_folder) == before
 
 
 def test_no_result_is_written_over_what_is_not_ours(tmp_path: Path, drawn_cache: Path) -> None:
