@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.choices import Evaluator
 from mfdetr_cache.coco.categories import category_names
 from mfdetr_cache.coco.options import RENUMBERED
 from mfdetr_cache.detectors.wrapped import with_own_masks
-from mfdetr_cache.evaluation.coco_metrics import CocoMetrics, Result, measure_results
+from mfdetr_cache.evaluation.coco_metrics import Result, measure_results
 from mfdetr_cache.evaluation.detections import detections_of
 from mfdetr_cache.evaluation.measure import (
     EvaluateSummary,
@@ -66,11 +65,7 @@ def run_evaluate(config: EvaluateConfig, reporter: Reporter) -> EvaluateSummary:
     if folder.run.held_out:
         parts = seen_and_unseen(summary.details["mask"]["categories"], folder.run.held_out)
         summary = replace(summary, details={**summary.details, "held_out": parts})
-    if config.live.weights is not None and config.live.images is not None:
-        live = _Live(cache, config.live.weights, config.live.images, device)
-        latency = {**summary.latency, "detector": live.latency()}
-        own = live.own_masks(reporter, config.evaluator)
-        summary = replace(summary, latency=latency, own=own)
+    summary = _with_detector(summary, cache, config, device, reporter)
     if config.save_results is not None:
         # Somebody may have written one in these minutes.
         require_free(config.save_results, "--save-results")
@@ -125,55 +120,51 @@ def seen_and_unseen(
     return {"seen_AP": mean(False), "unseen_AP": mean(True)}
 
 
-class _Live:
-    """The detector of a cache, run again on its images; IdentityError for other weights."""
+def _with_detector(
+    summary: EvaluateSummary,
+    cache: FeatureCache,
+    config: EvaluateConfig,
+    device: torch.device,
+    reporter: Reporter,
+) -> EvaluateSummary:
+    """The summary with the time of the detector, if given, and metrics of its own masks, if any.
 
-    def __init__(
-        self, cache: FeatureCache, weights: str, images: Path, device: torch.device
-    ) -> None:
-        self._detector = detector_of_cache(cache, weights, device)
-        self._cache, self._images, self._device = cache, images, device
+    These are scored by class. IdentityError for another detector than the cache's.
+    """
+    weights, images = config.live.weights, config.live.images
+    if weights is None or images is None:
+        return summary
+    detector = detector_of_cache(cache, weights, device)
 
-    def latency(self) -> Latency:
-        """Time of the first images, one at a time."""
-        seconds = []
-        for row in self._cache.rows[:_TIMED_IMAGES]:
-            pixels = self._input(row)
-            begun = time.perf_counter()
-            self._detector.forward(pixels).class_logits.cpu()
-            seconds.append(time.perf_counter() - begun)
-        return Latency.of(seconds)
+    def input_of(row: int) -> Tensor:
+        return input_of_row(cache, detector, row, images)[None].to(device)
 
-    def own_masks(self, reporter: Reporter, evaluator: Evaluator) -> CocoMetrics | None:
-        """Metrics of the masks that the detector gives itself, if any, scored by class."""
-        masking = with_own_masks(self._detector)
-        if masking is None:
-            return None
-        results: list[Result] = []
-        reporter.start("masks of the detector itself", len(self._cache), "images")
-        for row in self._cache.rows:
-            image = self._cache.read(row, ())
-            detections = detections_of(image, self._cache.spec)
-            pixels = self._input(row)
-            input_hw = (pixels.shape[-2], pixels.shape[-1])
-            logits = masking.own_masks(self._detector.forward(pixels), input_hw)[0].cpu()
-            queries, place = detections.query_index.unique(return_inverse=True)
-            rles = [_whole_mask(logits[q], image.geometry.original_hw) for q in queries.tolist()]
-            results += mask_results(
-                image.image_id,
-                detections,
-                self._cache.label_categories,
-                [rles[i] for i in place.tolist()],
-                detections.class_scores.double().numpy(),
-            )
-            reporter.advance()
-        reporter.finish()
-        truth = ground_truth_of(self._cache)
-        return measure_results(truth, results, "segm", evaluator).metrics
-
-    def _input(self, row: int) -> Tensor:
-        pixels = input_of_row(self._cache, self._detector, row, self._images)
-        return pixels[None].to(self._device)
+    seconds = []
+    for row in cache.rows[:_TIMED_IMAGES]:
+        pixels = input_of(row)
+        begun = time.perf_counter()
+        detector.forward(pixels).class_logits.cpu()
+        seconds.append(time.perf_counter() - begun)
+    latency = {**summary.latency, "detector": Latency.of(seconds)}
+    masking = with_own_masks(detector)
+    if masking is None:
+        return replace(summary, latency=latency)
+    results: list[Result] = []
+    reporter.start("masks of the detector itself", len(cache), "images")
+    for row in cache.rows:
+        image, pixels = cache.read(row, ()), input_of(row)
+        detections, labels = detections_of(image, cache.spec), cache.label_categories
+        input_hw = (pixels.shape[-2], pixels.shape[-1])
+        logits = masking.own_masks(detector.forward(pixels), input_hw)[0].cpu()
+        queries, place = detections.query_index.unique(return_inverse=True)
+        found = [_whole_mask(logits[q], image.geometry.original_hw) for q in queries.tolist()]
+        rles = [found[i] for i in place.tolist()]
+        scores = detections.class_scores.double().numpy()
+        results += mask_results(image.image_id, detections, labels, rles, scores)
+        reporter.advance()
+    reporter.finish()
+    own = measure_results(ground_truth_of(cache), results, "segm", config.evaluator).metrics
+    return replace(summary, latency=latency, own=own)
 
 
 def _whole_mask(logits: Tensor, size_hw: tuple[int, int]) -> dict[str, Any]:
