@@ -60,15 +60,17 @@ app = typer.Typer(help=_ABOUT, pretty_exceptions_enable=False, **_SETTINGS)
 cache_app = typer.Typer(help="Look after feature caches.", **_SETTINGS)
 
 
-def _register(to: typer.Typer, name: str, kind: type[Any], folder: str = "") -> None:
+def _register(to: typer.Typer, name: str, kind: type[Any]) -> None:
     """Add a command, whose file is imported when it runs: torch and rich take their time."""
+    verb = name.replace("-", "_")
+    module = f"mfdetr_cli.cache.{verb}" if to is cache_app else f"mfdetr_cli.{verb}"
 
     def run(config: Any, json: Path | None) -> None:  # noqa: ANN401
         from mfdetr_cli.output import CommandOutput
 
-        out, verb = CommandOutput(json), name.replace("-", "_")
+        out = CommandOutput(json)
         try:
-            getattr(importlib.import_module(f"mfdetr_cli.{folder}{verb}"), verb)(config, out)
+            getattr(importlib.import_module(module), verb)(config, out)
         finally:
             # Where a task was stopped the cursor of the terminal is still hidden.
             out.reporter.finish()
@@ -93,15 +95,15 @@ _register(app, "demo", DemoConfig)
 _register(app, "recipes", RecipesConfig)
 _register(app, "detectors", DetectorsConfig)
 app.add_typer(cache_app, name="cache", short_help="Look after feature caches.")
-_register(cache_app, "info", InfoConfig, "cache.")
-_register(cache_app, "verify", VerifyConfig, "cache.")
-_register(cache_app, "view", ViewConfig, "cache.")
-_register(cache_app, "finish", FinishConfig, "cache.")
-_register(cache_app, "repair", RepairConfig, "cache.")
-_register(cache_app, "relabel", RelabelConfig, "cache.")
-_register(cache_app, "suggest", SuggestConfig, "cache.")
-_register(cache_app, "certify", CertifyConfig, "cache.")
-_register(cache_app, "bench", BenchConfig, "cache.")
+_register(cache_app, "info", InfoConfig)
+_register(cache_app, "verify", VerifyConfig)
+_register(cache_app, "view", ViewConfig)
+_register(cache_app, "finish", FinishConfig)
+_register(cache_app, "repair", RepairConfig)
+_register(cache_app, "relabel", RelabelConfig)
+_register(cache_app, "suggest", SuggestConfig)
+_register(cache_app, "certify", CertifyConfig)
+_register(cache_app, "bench", BenchConfig)
 
 
 def _print_version(value: bool) -> None:
