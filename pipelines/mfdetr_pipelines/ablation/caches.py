@@ -224,11 +224,10 @@ def _require_one_truth(found: RowCaches) -> None:
         return
     first = next(iter(found.by_row.values())).validation
     for name, caches in list(found.by_row.items()):
-        try:
+        with noting(found.problems, name):
             if caches.validation is not first:
                 require_same_truth(first, caches.validation)
-        except MfdetrError as error:
-            found.problems[name] = str(error)
+        if name in found.problems:
             del found.by_row[name]
 
 
