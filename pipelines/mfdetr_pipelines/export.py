@@ -200,7 +200,7 @@ def _trace(
         with torch.no_grad(), warnings.catch_warnings():
             # Tracing warns about every size that becomes a constant; that is what is wanted.
             warnings.simplefilter("ignore")
-            graph(*inputs)  # tables of this input size are constants from now on
+            graph(*inputs.values())  # tables of this input size are constants from now on
             torch.onnx.export(
                 graph,
                 tuple(inputs.values()),
