@@ -1,130 +1,33 @@
-import json
-import os
+"""What is written into a cache comes back, whatever happens on the way."""
+
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mfdetr_pipelines.cache.verify import run_verify
 from mfdetr_pipelines.config.cache import VerifyConfig
 
-from mfdetr_cache.cache.annotations import AnnotationContent
 from mfdetr_cache.cache.creation import CacheContent
-from mfdetr_cache.cache.foundation import FOUNDATION_KEY
 from mfdetr_cache.cache.manifest import manifest_key
 from mfdetr_cache.cache.reader import FeatureCache
-from mfdetr_cache.cache.root import Root
-from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, MapLayout, Part, plan_layout
+from mfdetr_cache.cache.schema import PART_BYTES, CacheLayout, Part, plan_layout
 from mfdetr_cache.cache.storage.local import LocalStorage
 from mfdetr_cache.cache.writer import CacheWriter
 from mfdetr_cache.choices import Compression, Preset
-from mfdetr_cache.coco.augmentation import identity_transform
-from mfdetr_cache.coco.image_list import ImageEntry
 from mfdetr_cache.config import to_dict
 from mfdetr_cache.errors import CacheError
 from mfdetr_cache.fields import Fields
-from mfdetr_cache.files import disk_error
-from mfdetr_cache.identity import detector_identity
 from mfdetr_cache.ops.quantisation import ENCODINGS, encode_map
 from mfdetr_cache.reporter import SilentReporter
-from mfdetr_cache.types import DetectorOutput, DetectorSpec, ImageGeometry
+from mfdetr_cache.types import DetectorSpec, ImageGeometry
 from tests.support.caches import append, files_of
-from tests.support.images import make_ground_truth, make_spec
-
-VIEWS = ("base", "moved")
-SIZES = [(96, 128), (64, 64), (128, 96), (96, 128), (33, 97), (96, 96), (8, 128)]
-
-
-ALL_PARTS = tuple(Part(v, n) for v in VIEWS for n in range(3))
-
-
-def make_content(spec: DetectorSpec, sizes: list[tuple[int, int]], **changes: Any) -> CacheContent:
-    preset: Preset = changes.pop("preset", "fp16")
-    compression: Compression = changes.pop("compression", "zstd")
-    layout = plan_layout(spec, set(sizes), len(sizes), preset)
-    # Small parts, so that there are several.
-    maps = {
-        name: MapLayout(m.chunk_tokens, m.part_tokens // layout.images_per_part * 3)
-        for name, m in layout.maps.items()
-    }
-    settings: dict[str, Any] = {
-        "identity": {"detector": detector_identity(spec), "images": {"count": len(sizes)}},
-        "layout": CacheLayout(len(sizes), 3, preset, compression, VIEWS, maps),
-        **changes,
-    }
-    originals = [(2 * h, 2 * w) for h, w in sizes]
-    objects = {
-        view: [
-            make_ground_truth(hw, count=i % 3, seed=i + 50 * number)
-            for i, hw in enumerate(originals)
-        ]
-        for number, view in enumerate(VIEWS)
-    }
-    return CacheContent(
-        root=Root(spec=spec, **settings),
-        images=[
-            ImageEntry(10 * i + 1, f"folder/ü{i}.jpg", hw, i) for i, hw in enumerate(originals)
-        ],
-        transforms={view: [identity_transform(hw) for hw in originals] for view in VIEWS},
-        labels=AnnotationContent(
-            {"name": "test", "sha256": ""}, [{"id": 1, "name": "thing"}], (1, -1, -1), objects
-        ),
-    )
-
-
-def make_output(spec: DetectorSpec, size_hw: tuple[int, int], seed: int) -> DetectorOutput:
-    generator = torch.Generator().manual_seed(seed)
-    height, width = size_hw
-    q = spec.num_queries
-    return DetectorOutput(
-        torch.randn(1, q, spec.num_labels, generator=generator),
-        torch.rand(1, q, 4, generator=generator),
-        torch.randn(1, q, spec.query_dim, generator=generator),
-        {
-            m.name: torch.randn(
-                1, m.channels, -(-height // m.stride), -(-width // m.stride), generator=generator
-            )
-            for m in spec.maps
-        },
-    )
-
-
-def fill(
-    path: Path, content: CacheContent, sizes: list[tuple[int, int]], stop_after: int = 99
-) -> None:
-    """Write parts; row 4 is skipped. Parts do not depend on the order they are written in."""
-    with CacheWriter.open_or_create(path, content) as writer:
-        for part in writer.pending_parts()[:stop_after]:
-            writer.begin_part(part)
-            for row in writer.rows_of_part(part):
-                if row == 4:
-                    writer.skip(row, "broken")
-                    continue
-                geometry = ImageGeometry(content.images[row].size_hw, sizes[row], sizes[row])
-                seed = row + 100 * VIEWS.index(part.view)
-                append(writer, row, geometry, make_output(content.root.spec, sizes[row], seed))
-            writer.seal_part()
-
-
-@pytest.fixture
-def spec() -> DetectorSpec:
-    return make_spec(strides=(8, 16, 64), backbone8=True)
-
-
-@pytest.fixture
-def content(spec: DetectorSpec) -> CacheContent:
-    return make_content(spec, SIZES)
-
-
-@pytest.fixture
-def filled(tmp_path: Path, content: CacheContent) -> Path:
-    fill(tmp_path / "c.zarr", content, SIZES)
-    return tmp_path / "c.zarr"
+from tests.support.filled_caches import ALL_PARTS, SIZES, VIEWS, fill, make_content, make_output
+from tests.support.images import make_spec
 
 
 def test_everything_comes_back(filled: Path, content: CacheContent, spec: DetectorSpec) -> None:
@@ -262,109 +165,6 @@ def test_any_history_ends_in_the_same_cache(
     fill(path, content, SIZES)
     found = {k: v for k, v in files_of(path).items() if not k.endswith(".partial")}
     assert found == files_of(folder / "clean.zarr")
-
-
-def test_a_second_writer_is_refused(tmp_path: Path, content: CacheContent) -> None:
-    path = tmp_path / "c.zarr"
-    with (
-        CacheWriter.open_or_create(path, content),
-        pytest.raises(CacheError, match="being written by another process"),
-    ):
-        CacheWriter.open_or_create(path, content)
-
-
-def test_another_cache_is_not_overwritten(filled: Path, content: CacheContent) -> None:
-    before = files_of(filled)
-    other = make_content(content.root.spec, SIZES, identity={"detector": {"name": "other"}})
-    with pytest.raises(CacheError, match=r"already holds another cache: detector\.name"):
-        CacheWriter.open_or_create(filled, other)
-    assert files_of(filled) == before
-
-
-def test_a_users_folder_is_not_touched(tmp_path: Path, content: CacheContent) -> None:
-    path = tmp_path / "photos"
-    path.mkdir()
-    (path / "holiday.jpg").write_bytes(b"x")
-    with pytest.raises(CacheError, match="exists and is no cache; nothing was touched"):
-        CacheWriter.open_or_create(path, content)
-    assert files_of(path) == {"holiday.jpg": b"x"}
-
-
-def test_a_cache_needs_a_place_of_its_own(
-    tmp_path: Path, content: CacheContent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for path in (Path(), Path(".."), Path("/")):
-        with pytest.raises(CacheError, match="is no new folder, which a cache becomes; name one"):
-            CacheWriter.open_or_create(path, content)
-    os.mkfifo("pipe")
-    with pytest.raises(CacheError, match="pipe exists and is no cache; nothing was touched"):
-        CacheWriter.open_or_create(Path("pipe"), content)
-    assert [f.name for f in tmp_path.iterdir()] == ["pipe"]
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_to_another_disk_becomes_a_cache(
-    tmp_path: Path, content: CacheContent, is_there: bool
-) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    if is_there:
-        (other / "c.zarr").mkdir()
-    (tmp_path / "c.zarr").symlink_to("other/c.zarr")
-    for _ in range(2):
-        CacheWriter.open_or_create(tmp_path / "c.zarr", content)
-    assert (tmp_path / "c.zarr").is_symlink()
-    assert [f.name for f in other.iterdir()] == ["c.zarr"]
-    assert (other / "c.zarr/zarr.json").is_file()
-    with pytest.raises(OSError, match="File exists") as caught:
-        CacheWriter.open_or_create(other / "c.zarr/zarr.json/new.zarr", content)
-    assert disk_error(caught.value)  # which the command says in one line
-
-
-def test_a_folder_beside_the_cache_is_not_written_over(
-    tmp_path: Path, content: CacheContent
-) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "holiday.jpg").write_bytes(b"x")
-    path = tmp_path / "c.zarr"
-    for make in (
-        lambda: (tmp_path / "c.zarr.partial").symlink_to(photos),
-        lambda: photos.rename(tmp_path / "c.zarr.partial"),
-    ):
-        make()
-        with pytest.raises(CacheError, match=r"c\.zarr\.partial exists and is no cache"):
-            CacheWriter.open_or_create(path, content)
-        if (tmp_path / "c.zarr.partial").is_symlink():
-            (tmp_path / "c.zarr.partial").unlink()
-    assert files_of(tmp_path / "c.zarr.partial") == {"holiday.jpg": b"x"}
-
-
-def test_a_plain_zarr_is_no_cache(tmp_path: Path, content: CacheContent) -> None:
-    zarr.create_group(str(tmp_path / "plain.zarr"))
-    for attempt in (
-        lambda: FeatureCache.open(tmp_path / "plain.zarr"),
-        lambda: CacheWriter.open_or_create(tmp_path / "plain.zarr", content),
-    ):
-        with pytest.raises(CacheError, match="is no feature cache"):
-            attempt()
-
-
-def test_a_newer_format_is_refused_by_name(filled: Path) -> None:
-    document = json.loads((filled / "zarr.json").read_text())
-    document["attributes"]["mfdetr_cache"]["format_version"] = 3
-    (filled / "zarr.json").write_text(json.dumps(document))
-    (filled / FOUNDATION_KEY).unlink()
-    with pytest.raises(CacheError, match="has cache format 3, this version reads 2; update"):
-        FeatureCache.open(filled)
-
-
-def test_absent_and_empty_paths_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="does not exist; make it with: mfdetr extract"):
-        FeatureCache.open(tmp_path / "absent.zarr")
-    with pytest.raises(CacheError, match="is no feature cache"):
-        FeatureCache.open(tmp_path)
 
 
 def test_a_full_disk_keeps_what_was_sealed(
