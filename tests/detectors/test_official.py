@@ -331,7 +331,8 @@ def test_transformers_deformable_detr_computes_the_same(*, two_stage: bool, refi
             num_queries=20,
             table_rows=0 if two_stage else 20,
             hidden=64,
-            num_layers=2,
+            encoder_layers=2,
+            decoder_layers=2,
             two_stage=two_stage,
             box_refine=refine,
         )
