@@ -7,12 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from mfdetr_cache.coco.box_forms import Box, Corners, Size, is_close, overlap
+from mfdetr_cache.coco.box_forms import Box, Corners, Size, finite_number, is_close, overlap
 from mfdetr_cache.coco.faults import short
 from mfdetr_cache.ops.masks import (
     RunLengths,
@@ -108,7 +108,10 @@ def _unit(value: object) -> Literal["parts", "pixels", ""]:
 
 
 def _flat(value: object) -> list[object]:
-    return [v for item in value for v in _flat(item)] if isinstance(value, list) else [value]
+    """What is in lists of any depth; null, as of a polygon that is none, is nothing."""
+    if not isinstance(value, list):
+        return [] if value is None else [value]
+    return [v for item in value for v in _flat(item)]
 
 
 def _in_pixels(value: object, size_hw: Size) -> object:
@@ -147,24 +150,43 @@ def _run_lengths(value: object, size_hw: Size) -> RunLengths | None:
 
 
 def _plain(value: object) -> object:
-    """What stands in a text, as JSON or Python; points ``{"x", "y"}``, in any lists, as pairs."""
-    if isinstance(value, str) and isinstance(inner := _unwritten(value), (list, tuple, dict)):
+    """What stands in a text, as JSON or Python; in lists, points ``{"x", "y"}`` as pairs.
+
+    Numbers as text, too, are numbers there.
+    """
+    if isinstance(value, str) and isinstance(inner := _unwritten(value), (list, dict)):
         value = inner
     first = value
     while isinstance(first, list) and first:
         first = first[0]
-    if not (isinstance(first, Mapping) and first.keys() == {"x", "y"}):
-        return value
+    is_other = isinstance(value, list) and (isinstance(first, str) or _is_xy(first))
+    return _in_numbers(value) if is_other else value
+
+
+def _in_numbers(value: object) -> object:
+    """Points as pairs, and texts as the numbers that they are, in any lists."""
     if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return [first["x"], first["y"]]
+        return [_in_numbers(v) for v in value]
+    if _is_xy(value):
+        return [_in_numbers(value["x"]), _in_numbers(value["y"])]
+    number = finite_number(value) if isinstance(value, str) else None
+    return value if number is None else number
+
+
+def _is_xy(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether it is one point; the coordinates of all in two lists are none."""
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {"x", "y"}
+        and not any(isinstance(v, (list, Mapping)) for v in value.values())
+    )
 
 
 def _polygons(value: Sequence[Any]) -> list[list[float]]:
     """Polygons as flat lists of coordinates; empty ones are left out."""
-    parts = [item for item in value if item not in (None, [], ())]
+    parts = [item for item in value if item not in (None, [])]
     while len(parts) == 1 and _is_list(parts[0]) and len(parts[0]) == 1 and _is_list(parts[0][0]):
-        parts = list(parts[0])  # one list too many
+        parts = parts[0]  # one list too many
     if parts and not any(map(_is_list, parts)):
         return [_numbers(value)]  # one polygon that is not in a list
     if len(parts) >= 3 and all(_is_point(item) for item in parts):
@@ -179,13 +201,13 @@ def _polygons(value: Sequence[Any]) -> list[list[float]]:
 
 
 def _is_list(item: object) -> bool:
-    return isinstance(item, (list, tuple))
+    return isinstance(item, list)
 
 
 def _is_point(item: object) -> bool:
-    if not isinstance(item, (list, tuple)) or len(item) != 2:
+    if not isinstance(item, list) or len(item) != 2:
         return False
-    return not any(isinstance(v, (list, tuple, Mapping)) for v in item)
+    return not any(isinstance(v, (list, Mapping)) for v in item)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
@@ -213,8 +235,13 @@ def _unwritten(text: str) -> object:
     """What a text is as JSON, else as Python's ``str`` writes a list or dictionary; or None."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            return read(text)
+            return _without_tuples(read(text))
     return None
+
+
+def _without_tuples(value: object) -> object:
+    """Lists in place of tuples, in any lists."""
+    return [_without_tuples(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _of_rle(value: Mapping[str, Any], size_hw: Size) -> RunLengths | None:

@@ -55,6 +55,8 @@ def append(key: str, entry: Any) -> Callable[[dict[str, Any]], None]:
     return lambda document: document[key].append(entry)
 
 
+# The coordinates of a polygon in two lists: no tool means two polygons.
+COLUMNS = {"x": [5, 30, 30, 5, 5, 30], "y": [5, 5, 40, 40, 5, 5]}
 FAULTS = [
     (empty("annotations"), "empty list 'annotations'"),
     (empty("images"), "empty list 'images'"),
@@ -89,6 +91,9 @@ FAULTS = [
     (change("annotations", 2, segmentation=[[]]), "annotation 1002 of image 105 has no mask"),
     (change("annotations", 2, segmentation={"points": [[1, 2]]}), "is no RLE, which has size and"),
     (change("annotations", 2, segmentation=[[{"x": 1}]]), "no number: .{'x': 1}."),
+    (change("annotations", 2, segmentation={"x": 5, "y": 5}), "{'x': 5, 'y': 5} is no RLE"),
+    (change("annotations", 2, segmentation=COLUMNS), "{'x': .*, 'y': .*} is no RLE"),
+    (change("annotations", 2, segmentation=[COLUMNS]), "{'x': .*, 'y': .*} is no RLE"),
     (change("images", 1, file_name=...), "image 105 lacks a 'file_name' .it has 'id', 'height'"),
     (lambda d: d.update(categories=["cat"]), "category 0 .* lacks an 'id'; it is 'cat'"),
     (lambda d: d.update(images={"1": 2}), "has no list 'images', but {'1': 2}; is it COCO"),

@@ -243,6 +243,9 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     "points as dictionaries": rewrite("segmentation", of_polygons(as_points), results=False),
     "points as dictionaries in parts of the sides": in_parts_as(as_points),
     "polygons as text in parts of the sides": in_parts_as(json.dumps),
+    "Python's tuples as text in parts of the sides": in_parts_as(
+        lambda s: str([tuple(map(tuple, p)) for p in pairs(s)])
+    ),
     "bare points as dictionaries": rewrite(
         "segmentation",
         of_polygons(lambda s: [{"y": y, "x": x} for x, y in pairs(s)[0]]),
@@ -269,6 +272,16 @@ WAYS: dict[str, Callable[[Documents], None]] = {
     ),
     "counts in a list": rewrite("segmentation", counts_list, results=True),
     "Python as text": rewrite("segmentation", str, results=True),
+    "numbers as text in parts of the sides": in_parts_as(
+        lambda s: [[str(v) for v in p] for p in s]
+    ),
+    "points of numbers as text in parts of the sides": in_parts_as(
+        lambda s: [[{"x": str(x), "y": str(y)} for x, y in pairs(s)[0]]]
+    ),
+    "null beside parts of the sides": in_parts_as(lambda s: [None, *s]),
+    "Python's tuples as text": rewrite(
+        "segmentation", of_polygons(lambda s: str(tuple(map(tuple, pairs(s)[0])))), results=False
+    ),
     "numpy's boxes as text": rewrite("bbox", lambda b: f"[{' '.join(map(str, b))}]", results=True),
     "counts on a line": rewrite(
         "segmentation", of_rles(lambda s: {**s, "counts": s["counts"] + "\n"}), results=True
