@@ -215,11 +215,12 @@ def _listed(path: Path, raw: Sequence[Any], faults: Faults) -> dict[SourceId, di
             written = source_id(image.get("id")) if isinstance(image, dict) else None
             if written is None:
                 raise Unusable(f"image {number} (counted from 0)", "lacks an 'id'")
-            earlier = listed.setdefault(written, image).get("file_name")
-            if (name := image.get("file_name")) != earlier:
+            earlier = listed.setdefault(written, image)
+            name, other = earlier.get("file_name"), image.get("file_name")
+            if image is not earlier and name != other:  # NaN is not even itself
                 raise DatasetError(
                     f"annotation file {path} lists an image id twice: {written} is "
-                    f"{short(earlier)} and {short(name)}; give every image its own id"
+                    f"{short(name)} and {short(other)}; give every image its own id"
                 )
     return listed
 

@@ -94,6 +94,7 @@ FAULTS = [
     (change("annotations", 2, segmentation={"x": 5, "y": 5}), "{'x': 5, 'y': 5} is no RLE"),
     (change("annotations", 2, segmentation=COLUMNS), "{'x': .*, 'y': .*} is no RLE"),
     (change("annotations", 2, segmentation=[COLUMNS]), "{'x': .*, 'y': .*} is no RLE"),
+    (change("images", 1, file_name=math.nan), "image 105 lacks a 'file_name' .it is nan"),
     (change("images", 1, file_name=...), "image 105 lacks a 'file_name' .it has 'id', 'height'"),
     (lambda d: d.update(categories=["cat"]), "category 0 .* lacks an 'id'; it is 'cat'"),
     (lambda d: d.update(images={"1": 2}), "has no list 'images', but {'1': 2}; is it COCO"),
