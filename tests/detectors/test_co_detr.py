@@ -56,7 +56,9 @@ def test_both_versions_of_a_configuration_are_one_detector(tmp_path: Path) -> No
     """mmdetection 3 has the pixels' mean in the model and the steps of a test in a loader."""
     model, _ = PLAIN.split("data = dict(")
     pixels = "dict(bgr_to_rgb=True, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])"
-    version_3 = model.replace("'CoDETR'", f"'CoDETR', data_preprocessor={pixels}") + (
+    version_3 = model.replace(
+        "'CoDETR'", f"'CoDETR', use_lsj=False, data_preprocessor={pixels}"
+    ) + (
         "test_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), "
         "dict(type='Resize', scale=(1333, 800), keep_ratio=True)]))"
     )
@@ -102,6 +104,10 @@ def test_padding_to_a_multiple_is_masked(tmp_path: Path, picture: Image.Image) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            TO_32.replace("'CoDETR'", "'CoDETR', with_attn_mask=False"),
+            "pad_size_divisor = 32 is not read",
+        ),
         (TO_32.replace("=32", "=0"), "padded to multiples of 0"),
         (TO_32.replace("keep_ratio=True", "keep_ratio=False"), "pad_size_divisor = 32 is not read"),
         (JITTERED.replace("with_attn_mask=False", "with_attn_mask=True"), "step = Pad is not read"),

@@ -292,20 +292,20 @@ def _keep_position_tables(model: Any) -> None:  # noqa: ANN401
     for module in model.modules():
         interpolate = getattr(module, "interpolate_pos_encoding", None)
         if callable(interpolate):
-            module.interpolate_pos_encoding = _PositionTables(interpolate)
+            module.interpolate_pos_encoding = _PositionTable(interpolate)
 
 
-class _PositionTables:
-    """Position tables by input size; those of sizes that ran before are constants in a trace."""
+class _PositionTable:
+    """The position table of an input size; that of the last size is a constant in a trace."""
 
     def __init__(self, interpolate: Callable[..., Tensor]) -> None:
         self._interpolate = interpolate
-        self._known: dict[tuple[int, int], Tensor] = {}
+        self._last: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         size = (int(height), int(width))
-        if torch.onnx.is_in_onnx_export() and size in self._known:
-            return self._known[size]
+        if torch.onnx.is_in_onnx_export() and self._last is not None and self._last[0] == size:
+            return self._last[1]
         table = self._interpolate(embeddings, height, width)
-        self._known[size] = table.detach()
+        self._last = size, table.detach()
         return table

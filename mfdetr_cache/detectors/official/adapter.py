@@ -105,7 +105,7 @@ class OfficialDetector(PreprocessedDetector):
     def forward(self, pixel_values: Tensor, padding_mask: Tensor | None = None) -> DetectorOutput:
         """See :meth:`Detector.forward`; maps are ``encoder4`` to ``encoder64`` and ``c1``.
 
-        Pixels of the padding are zero.
+        Pixels of the padding are zero, or NaN as :meth:`preprocess` gives them.
         """
         pixel_values, padding = self._filled(pixel_values)
         attended = self._preprocessing.pad_value is not None

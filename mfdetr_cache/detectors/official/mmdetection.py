@@ -81,9 +81,11 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if min(width, height, multiple) < 1:
         raise ValueError(f"sizes of {width} x {height}, padded to multiples of {multiple}")
     keeps = bool(resize.get("keep_ratio", False))
-    pad_value = _pad_value(steps, model, (width, height)) if keeps else None
+    # Co-DETR's large-scale jittering attends to what is padded; it is version 3's default.
+    attends = kind == "CoDETR" and bool(model.get("use_lsj", True))
+    pad_value = _pad_value(steps, (width, height)) if keeps and attends else None
     fixed = pad_value is not None or not keeps
-    uneven = fixed and (width % multiple or height % multiple)
+    uneven = (width % multiple or height % multiple) if fixed else attends and multiple > 1
     followed = _STEPS if pad_value is None else _STEPS | {"Pad"}
     unknown = next((name for name in steps if name not in followed), None)
     found = {
@@ -125,20 +127,14 @@ def _follow(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _pad_value(
-    steps: Mapping[str, Any], model: Mapping[str, Any], sides: tuple[int, int]
-) -> float | None:
-    """The grey of images that are padded to a square; None where it is not done so.
-
-    Co-DETR's large-scale jittering does, and attends to the padding.
-    """
+def _pad_value(steps: Mapping[str, Any], sides: tuple[int, int]) -> float | None:
+    """The grey of images that are padded to a square; None where it is not done so."""
     pad = steps.get("Pad", {})
     value = pad.get("pad_val", 0)
     channels = value.get("img", 0) if isinstance(value, dict) else value
     values = set(channels) if isinstance(channels, list) else {channels}
     square = list(sides) == pad.get("size") and len(set(sides)) == 1
-    masked = not model.get("use_lsj", not model.get("with_attn_mask", True))
-    return float(values.pop()) if square and len(values) == 1 and not masked else None
+    return float(values.pop()) if square and len(values) == 1 else None
 
 
 def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +160,10 @@ def _as_version_3(config: Mapping[str, Any]) -> dict[str, Any]:
         "bgr_to_rgb": normalize.get("to_rgb", True),
         "pad_size_divisor": pad.get("size_divisor", 1),
     }
+    model = config["model"]
+    attends = not model.get("with_attn_mask", True)
     return {
-        "model": {**config["model"], "data_preprocessor": pixels},
+        "model": {**model, "data_preprocessor": pixels, "use_lsj": attends},
         "test_dataloader": {"dataset": {"pipeline": [*outer.values(), resize, *left]}},
     }
 
